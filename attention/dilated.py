@@ -1,0 +1,78 @@
+"""Dense and dilated attention as tiles of strided views. Imports no torch.
+
+Branch (s, r): head h takes positions p of each segment with (p mod s) mod r == h mod r. Those are
+tokens `segment + o + t r` for heads `o, o + r, ...`: a strided view, with nothing to copy. Dense
+attention is the branch (seq, 1).
+
+Queries are cut into tiles, and a tile goes through all branches before the next tile begins, so
+that what is held at a time does not depend on the number of branches.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from attention.ops.program import Call, Mask, Shape, Span, Tile
+
+
+def tiles(branches: tuple[tuple[int, int], ...], shape: Shape) -> Iterator[Tile]:
+    """The tiles of a dilated attention, smallest rates first."""
+    ordered = sorted(branches, key=lambda branch: branch[1])
+    for start in range(0, shape.seq, shape.tile_tokens):
+        stop = min(start + shape.tile_tokens, shape.seq)
+        calls = tuple(
+            call
+            for order, (length, rate) in enumerate(ordered)
+            for call in _branch_calls(length, rate, start, stop, shape, first=order == 0)
+        )
+        yield Tile(start, stop, calls, merge=not all(call.first for call in calls))
+
+
+def _branch_calls(length: int, rate: int, start: int, stop: int, shape: Shape, first: bool) -> Iterator[Call]:
+    """Calls of one branch for the queries of tokens start..stop."""
+    repeat = shape.heads // shape.kv_heads
+    # Heads of equal offset whose kv heads are evenly spaced: every lcm(rate, repeat)-th.
+    period = math.lcm(rate, repeat)
+    for head in range(min(period, shape.heads)):
+        heads = len(range(head, shape.heads, period))
+        queries = Span(0, 0, step=rate, head=head, heads=heads, head_step=period)
+        keys = queries._replace(head=head // repeat, head_step=period // repeat)
+        offset = head % rate
+        segment = start - start % length
+        while segment < stop:
+            whole = _whole_segments(segment, length, start, stop, shape.seq)
+            if whole:
+                count = _positions(offset, length, rate)
+                views = {"start": segment + offset, "length": count, "batch": whole, "batch_step": length}
+                if count:
+                    mask: Mask = "causal" if shape.causal else "none"
+                    yield Call((queries._replace(**views),), keys._replace(**views), mask, first)
+                segment += whole * length
+                continue
+            end = min(segment + length, shape.seq)
+            skip = _positions(offset, max(start - segment, 0), rate)
+            count = _positions(offset, min(stop, end) - segment, rate) - skip
+            if count > 0:
+                part = queries._replace(start=segment + offset + skip * rate, length=count)
+                seen = keys._replace(start=segment + offset)
+                if shape.causal:
+                    yield Call((part,), keys._replace(start=part.start, length=count), "causal", first)
+                    seen = seen._replace(length=skip)
+                else:
+                    seen = seen._replace(length=_positions(offset, end - segment, rate))
+                for order, keys_part in enumerate(shape.key_ranges(seen)):
+                    yield Call((part,), keys_part, "none", first and order == 0 and not shape.causal)
+            segment = end
+
+
+def _whole_segments(segment: int, length: int, start: int, stop: int, seq: int) -> int:
+    """How many full segments from `segment` on lie inside the tile start..stop."""
+    if segment < start:
+        return 0
+    return (min(stop, seq) - segment) // length
+
+
+def _positions(offset: int, length: int, rate: int) -> int:
+    """How many of the positions offset, offset + rate, ... lie below `length`."""
+    return max(-(-(length - offset) // rate), 0)

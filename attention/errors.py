@@ -1,0 +1,42 @@
+"""The exception tree of the whole project. Every error a user can cause is one of these.
+
+AttentionPlannerError
++-- ConfigError          a configuration that cannot be right   (also a ValueError)
++-- InputError           tensors that do not fit a configuration (also a ValueError)
++-- UnavailableError     known, but not to be had here: a backend, a variant, a device
++-- OutOfMemoryError     memory ran out, with requested and available bytes
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+
+class AttentionPlannerError(Exception):
+    """Root of the tree: catch this to catch everything the project raises on purpose."""
+
+
+class ConfigError(AttentionPlannerError, ValueError):
+    """A configuration that cannot be right: what was asked, what arrived, what to do."""
+
+
+class InputError(AttentionPlannerError, ValueError):
+    """Tensors that do not fit the configuration, found before anything is allocated."""
+
+
+class UnavailableError(AttentionPlannerError, RuntimeError):
+    """Something this project knows but cannot give here; the message says where it is to be had."""
+
+
+class OutOfMemoryError(AttentionPlannerError, MemoryError):
+    """Memory ran out. `requested` and `available` are bytes, None where the platform did not say."""
+
+    def __init__(self, message: str, *, requested: int | None, available: int | None) -> None:
+        super().__init__(message)
+        self.requested = requested
+        self.available = available
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Keyword-only arguments do not survive pickling by themselves, and errors cross processes.
+        return partial(type(self), requested=self.requested, available=self.available), self.args

@@ -1,0 +1,184 @@
+"""Modules from configs, and the three factories that take arguments as papers and reports write them.
+
+build                            any config
+create_dilated_attention         dilated attention by kind
+create_block_sparse_attention    block-sparse attention by variant
+create_multihead_block_sparse    the same between projections
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from attention.adaptive import AdaptiveAttention
+from attention.config import (
+    AdaptiveConfig,
+    AttentionConfig,
+    MultiheadConfig,
+    SparsePatternConfig,
+)
+from attention.errors import ConfigError, UnavailableError
+from attention.module import Attention
+from attention.multihead import MultiheadAttention
+
+_RING = (
+    "{name!r} shards the sequence over torch.distributed ranks, which this version does not have yet; "
+    "use {instead!r}, which computes the same function on one device"
+)
+
+
+def build(config: AttentionConfig, device: torch.device | str | None = None) -> nn.Module:
+    """The module that `config` describes, its parameters (if any) on `device`."""
+    if not isinstance(config, AttentionConfig):
+        raise ConfigError(f"build takes an AttentionConfig, got {type(config).__name__}")
+    if config.multihead:
+        module: nn.Module = MultiheadAttention(config)
+    elif config.adaptive:
+        module = AdaptiveAttention(config)
+    else:
+        module = Attention(config)
+    return module if device is None else module.to(device)
+
+
+def create_dilated_attention(
+    kind: str = "improved",
+    *,
+    segment_lengths: Sequence[int],
+    dilation_rates: Sequence[int],
+    device: torch.device | str | None = None,
+    **options: Any,
+) -> nn.Module:
+    """Dilated attention. kind: "improved", or "ring" (not in this version).
+
+    `options` are fields of AttentionConfig; `enable_memory_pool=True|False` is taken for `pool`.
+
+        create_dilated_attention("improved", segment_lengths=[2048, 4096], dilation_rates=[1, 2])
+    """
+    if kind == "ring":
+        raise UnavailableError(_RING.format(name="ring", instead="improved"))
+    if kind != "improved":
+        raise ConfigError(f"kind must be 'improved' or 'ring', got {kind!r}")
+    config = AttentionConfig(
+        variant="dilated",
+        segment_lengths=_sequence(segment_lengths),
+        dilation_rates=_sequence(dilation_rates),
+        **_renamed(options),
+    )
+    return build(config, device)
+
+
+def create_block_sparse_attention(
+    variant: str = "base",
+    *,
+    segment_lengths: Sequence[int] = (),
+    dilation_rates: Sequence[int] = (),
+    sparsity_ratio: float | None = None,
+    device: torch.device | str | None = None,
+    **options: Any,
+) -> nn.Module:
+    """Block-sparse attention. variant: "base", "adaptive", "multihead", or "ring" and "distributed"
+    (not in this version).
+
+    Fields of SparsePatternConfig may stand among the options, or all together as
+    `sparse_config=SparsePatternConfig(...)`; "adaptive" takes `num_heads` and `head_dim`, "multihead"
+    takes `embed_dim` and `num_heads`. The rest are fields of AttentionConfig.
+
+        create_block_sparse_attention("base", segment_lengths=[2048], dilation_rates=[1], sparsity_ratio=0.01)
+    """
+    if variant in ("ring", "distributed"):
+        raise UnavailableError(_RING.format(name=variant, instead="base"))
+    if variant not in ("base", "adaptive", "multihead"):
+        raise ConfigError(
+            f"variant must be one of 'base', 'ring', 'adaptive', 'multihead', 'distributed', got {variant!r}"
+        )
+    options = _renamed(options)
+    pattern = _pattern(options, sparsity_ratio)
+    parts: dict[str, Any] = {}
+    if variant == "adaptive":
+        parts["adaptive"] = AdaptiveConfig(
+            **_taken(options, AdaptiveConfig, {"num_heads": 8, "head_dim": 64})
+        )
+    if variant == "multihead":
+        parts["multihead"] = MultiheadConfig(**_taken(options, MultiheadConfig))
+    config = AttentionConfig(
+        variant="adaptive" if variant == "adaptive" else "block_sparse",
+        segment_lengths=_sequence(segment_lengths),
+        dilation_rates=_sequence(dilation_rates),
+        pattern=pattern,
+        **parts,
+        **options,
+    )
+    return build(config, device)
+
+
+def create_multihead_block_sparse(
+    embed_dim: int,
+    num_heads: int,
+    *,
+    segment_lengths: Sequence[int] = (),
+    dilation_rates: Sequence[int] = (),
+    sparsity_ratio: float | None = None,
+    **options: Any,
+) -> nn.Module:
+    """Multihead block-sparse attention, usable where `torch.nn.MultiheadAttention(batch_first=True)` is.
+
+    create_multihead_block_sparse(512, 8, segment_lengths=[8192], dilation_rates=[1], sparsity_ratio=0.05)
+    """
+    return create_block_sparse_attention(
+        "multihead",
+        segment_lengths=segment_lengths,
+        dilation_rates=dilation_rates,
+        sparsity_ratio=sparsity_ratio,
+        embed_dim=embed_dim,
+        num_heads=num_heads,
+        **options,
+    )
+
+
+def _sequence(values: Any) -> tuple[int, ...]:
+    """Any sequence as a tuple; what is none is left to the config to refuse."""
+    return tuple(values) if isinstance(values, Sequence) else values
+
+
+def _renamed(options: dict[str, Any]) -> dict[str, Any]:
+    """The options, with the reports' `enable_memory_pool` as `pool`."""
+    options = dict(options)
+    if "enable_memory_pool" in options:
+        if "pool" in options:
+            raise ConfigError("enable_memory_pool and pool are the same option; pass one of them")
+        options["pool"] = "on" if options.pop("enable_memory_pool") else "off"
+    return options
+
+
+def _taken(
+    options: dict[str, Any], part: type[Any], defaults: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Moves the fields of `part` out of `options`."""
+    return {
+        **(defaults or {}),
+        **{name: options.pop(name) for name in part.model_fields if name in options},
+    }
+
+
+def _pattern(options: dict[str, Any], sparsity_ratio: float | None) -> SparsePatternConfig:
+    """The pattern among the options: whole, or by its fields, never both."""
+    whole, again = options.pop("sparse_config", None), options.pop("pattern", None)
+    if whole is not None and again is not None:
+        raise ConfigError("sparse_config and pattern are the same option; pass one of them")
+    whole = again if whole is None else whole
+    fields = _taken(options, SparsePatternConfig)
+    if sparsity_ratio is not None:
+        fields["sparsity_ratio"] = sparsity_ratio
+    if whole is None:
+        return SparsePatternConfig(**fields)
+    if fields:
+        raise ConfigError(
+            f"the pattern was given whole and by {', '.join(sorted(fields))}; put those into sparse_config"
+        )
+    if not isinstance(whole, SparsePatternConfig):
+        raise ConfigError(f"sparse_config must be a SparsePatternConfig, got {type(whole).__name__}")
+    return whole

@@ -1,0 +1,69 @@
+"""Tensors against configuration, checked before anything is allocated."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from attention.config import AttentionConfig
+from attention.errors import InputError
+from attention.ops.kernels import choose
+from attention.ops.program import Shape
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FAST_BYTES = 1 << 20
+"""Output bytes of one chunk that keep a CPU's chunk in its second-level cache (docs/speed.md)."""
+
+
+def check(q: Tensor, k: Tensor, v: Tensor, config: AttentionConfig) -> None:
+    """Raises InputError unless q [B, S, H, D] and k, v [B, S, G, D] go together and fit `config`."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor):
+            raise InputError(f"{name} must be a tensor, got {type(x).__name__}")
+        if x.dim() != 4:
+            raise InputError(
+                f"{name} must be [batch, seq, heads, head_dim], got {x.dim()} dimensions {tuple(x.shape)}"
+            )
+        if 0 in x.shape:
+            raise InputError(f"{name} must not be empty, got shape {tuple(x.shape)}; pass at least 1 token")
+        if x.dtype not in DTYPES:
+            wanted = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+            raise InputError(f"{name} must be one of {wanted}, got {str(x.dtype).removeprefix('torch.')}")
+    for what, values in (
+        ("dtype", [x.dtype for x in (q, k, v)]),
+        ("device", [x.device for x in (q, k, v)]),
+        ("batch", [x.shape[0] for x in (q, k, v)]),
+        ("seq", [x.shape[1] for x in (q, k, v)]),
+        ("head_dim", [x.shape[3] for x in (q, k, v)]),
+    ):
+        if len(set(values)) > 1:
+            raise InputError(f"q, k and v must agree in {what}, got {', '.join(map(str, values))}")
+    if k.shape[2] != v.shape[2]:
+        raise InputError(f"k and v must have equally many heads, got {k.shape[2]} and {v.shape[2]}")
+    if q.shape[2] % k.shape[2]:
+        raise InputError(
+            f"kv heads must divide query heads, got {k.shape[2]} kv heads for {q.shape[2]} query heads"
+        )
+    choose(q, biased=False)  # a device without a kernel is refused here, not half way through
+    if config.adaptive and (q.shape[2], q.shape[3]) != (config.adaptive.num_heads, config.adaptive.head_dim):
+        raise InputError(
+            f"this adaptive attention was built for (heads, head_dim) = "
+            f"{(config.adaptive.num_heads, config.adaptive.head_dim)}, got {(q.shape[2], q.shape[3])}"
+        )
+
+
+def shape_of(q: Tensor, k: Tensor, config: AttentionConfig, is_causal: bool) -> Shape:
+    """The sizes that a program depends on."""
+    return Shape(
+        seq=q.shape[1],
+        heads=q.shape[2],
+        kv_heads=k.shape[2],
+        head_dim=q.shape[3],
+        itemsize=q.element_size(),
+        causal=is_causal,
+        workspace=config.workspace_bytes,
+        packs=q.device.type == "cpu" and q.element_size() == 2,
+        fast=min(FAST_BYTES, config.workspace_bytes)
+        if q.device.type == "cpu"
+        else config.workspace_bytes // 4,
+    )

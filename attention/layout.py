@@ -1,0 +1,355 @@
+"""Layouts: which query block attends to which key blocks, as compressed rows. Imports no torch.
+
+Letters: `b` tokens a block, `n` blocks a segment, `r` a dilation rate, `i` a query block (row),
+`c` a key block (column), `d = c - i` an offset, `t` a branch, `T` their number.
+
+Two shapes of row are enough for every pattern. Dense, dilated, local_window and global_local rows
+are a few *spans* of consecutive blocks. A dilated_sparse row is a union of *progressions* through
+its own block: branch t contributes the offsets d with r | d and -left_t <= d <= right_t. Both are
+found by arithmetic on arrays of one entry a row, and written out a slab of rows at a time, so
+nothing is ever larger than the result and one slab.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from attention.config import AttentionConfig, SparsePatternConfig
+from attention.errors import ConfigError, InputError
+
+Ints = NDArray[np.int64]
+Columns = NDArray[np.unsignedinteger[Any]]
+
+DEFAULT_BLOCK_SIZE = 64
+_SLAB = 1 << 18  # elements of scratch: small enough for the L2 cache, large enough to amortise NumPy
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Layout:
+    """Row i of `blocks` query blocks attends to key blocks `cols[row_ptr[i] : row_ptr[i + 1]]`.
+
+    The columns of a row are unique and ascending. A layout owns its arrays and makes them read-only.
+    Layouts compare by identity.
+    """
+
+    seq: int
+    """Tokens; the last block may be shorter than the others."""
+    block_size: int
+    """Tokens a block."""
+    row_ptr: Ints
+    """[blocks + 1], from 0 to `active`."""
+    cols: Columns
+    """[active], of the smallest unsigned type that holds a block index (see `column_dtype`)."""
+
+    def __post_init__(self) -> None:
+        self.row_ptr.setflags(write=False)
+        self.cols.setflags(write=False)
+
+    @property
+    def blocks(self) -> int:
+        """Rows, and columns that a row can have: ceil(seq / block_size)."""
+        return -(-self.seq // self.block_size)
+
+    @property
+    def active(self) -> int:
+        """Blocks kept, over all rows."""
+        return self.cols.size
+
+    @property
+    def counts(self) -> Ints:
+        """[blocks], the blocks kept in each row."""
+        return np.diff(self.row_ptr)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both arrays."""
+        return self.row_ptr.nbytes + self.cols.nbytes
+
+    @property
+    def density(self) -> float:
+        """Fraction of all blocks x blocks that is kept."""
+        return self.active / self.blocks**2
+
+    def row(self, i: int) -> Columns:
+        """The key blocks of query block i (0 <= i < blocks), ascending; a view."""
+        return self.cols[self.row_ptr[i] : self.row_ptr[i + 1]]
+
+
+def column_dtype(blocks: int) -> type[np.uint16] | type[np.uint32]:
+    """The type of a column index: uint16 up to 65,536 blocks, else uint32."""
+    return np.uint16 if blocks <= 1 << 16 else np.uint32
+
+
+def build_layout(config: AttentionConfig, seq: int, causal: bool, *, block_size: int | None = None) -> Layout:
+    """The blocks that hold a (query, key) pair of `config`, over `seq` tokens.
+
+    Causal keeps key blocks up to the query block; masking inside that one is left to the attention.
+    `block_size` is for dense and dilated, which have none of their own (default 64); for block_sparse
+    it may only repeat the pattern's. Raises `InputError` for seq < 1, and `ConfigError` for adaptive,
+    whose blocks are chosen at run time.
+    """
+    size, blocks = _grid(config, seq, block_size)
+    if _is_dilated_sparse(config):
+        counts, cols = _dilated_sparse(config, seq, blocks, causal)
+    else:
+        start, stop = _spans(config, seq, size, blocks, causal)
+        counts, cols = (stop - start).sum(axis=1), _ranges(start.ravel(), stop.ravel(), blocks)
+    return Layout(seq=seq, block_size=size, row_ptr=_pointers(counts), cols=cols)
+
+
+def count_active(config: AttentionConfig, seq: int, causal: bool, *, block_size: int | None = None) -> int:
+    """`build_layout(config, seq, causal, block_size=block_size).active`, in O(blocks) memory."""
+    size, blocks = _grid(config, seq, block_size)
+    if not _is_dilated_sparse(config):
+        start, stop = _spans(config, seq, size, blocks, causal)
+        return int((stop - start).sum())
+    branches, budget = _Branches.of(config, blocks, causal), row_budget(config, seq)
+    return sum(repeats * int(branches.kept(rows, budget).sum()) for rows, repeats in branches.distinct_rows())
+
+
+def row_budget(config: AttentionConfig, seq: int) -> int:
+    """Blocks that a row may keep: max(1, floor(sparsity_ratio * blocks + 0.5))."""
+    pattern = _pattern(config)
+    return max(1, math.floor(pattern.sparsity_ratio * _blocks(seq, pattern.block_size) + 0.5))
+
+
+# What is asked for
+
+
+def _pattern(config: AttentionConfig) -> SparsePatternConfig:
+    if config.pattern is None:
+        raise ConfigError(
+            f"variant {config.variant!r} has no pattern and so no block budget; use variant "
+            "'block_sparse' or 'adaptive'"
+        )
+    return config.pattern
+
+
+def _is_dilated_sparse(config: AttentionConfig) -> bool:
+    return config.variant == "block_sparse" and _pattern(config).pattern_type == "dilated_sparse"
+
+
+def _blocks(seq: int, block_size: int) -> int:
+    if seq < 1:
+        raise InputError(f"a layout needs at least 1 token, got seq={seq}")
+    return -(-seq // block_size)
+
+
+def _grid(config: AttentionConfig, seq: int, block_size: int | None) -> tuple[int, int]:
+    """(tokens a block, blocks) of the layout asked for."""
+    if config.variant == "adaptive":
+        raise ConfigError(
+            "variant 'adaptive' has no layout before it runs: its blocks are chosen from q and k; "
+            "call module.select(q, k) for them"
+        )
+    if block_size is not None and block_size < 1:
+        raise ConfigError(f"block_size must be at least 1, got {block_size}")
+    if config.variant == "block_sparse":
+        size = _pattern(config).block_size
+        if block_size not in (None, size):
+            raise ConfigError(
+                f"block_size={block_size} contradicts the pattern's block_size={size}; leave it out"
+            )
+    else:
+        size = block_size or DEFAULT_BLOCK_SIZE
+    return size, _blocks(seq, size)
+
+
+def _pointers(counts: Ints) -> Ints:
+    pointers = np.zeros(counts.size + 1, np.int64)
+    np.cumsum(counts, out=pointers[1:])
+    return pointers
+
+
+# Rows that are spans of consecutive blocks
+
+
+def _spans(config: AttentionConfig, seq: int, size: int, blocks: int, causal: bool) -> tuple[Ints, Ints]:
+    """(start, stop), each [blocks, 2]: row i keeps start <= c < stop of both, ascending and disjoint.
+
+    The second span holds the row's own block; the first, often empty, what lies apart from it.
+    """
+    i = np.arange(blocks, dtype=np.int64)
+    shared = 0  # first blocks that every row keeps
+    if config.variant == "dense":
+        start, stop = np.zeros_like(i), np.full_like(i, blocks)
+    elif config.variant == "dilated":
+        # Every branch's span holds i, so their union is one span.
+        spans = [_segment_span(i, min(length, seq), size, seq) for length in config.segment_lengths]
+        start = np.minimum.reduce([first for first, _ in spans])
+        stop = np.maximum.reduce([last for _, last in spans])
+    else:
+        pattern = _pattern(config)
+        reach = min(pattern.local_window_size // (size if causal else 2 * size), blocks)
+        if pattern.pattern_type == "global_local":
+            shared = min(-(-pattern.global_tokens // size), blocks)
+        start = np.where(i < shared, 0, np.maximum(i - reach, 0))
+        stop = np.where(i < shared, blocks, np.minimum(i + reach + 1, blocks))
+    if causal:
+        stop = i + 1
+    apart = np.minimum(shared, start)
+    return np.stack([np.zeros_like(i), start], axis=1), np.stack([apart, stop], axis=1)
+
+
+def _segment_span(i: Ints, length: int, size: int, seq: int) -> tuple[Ints, Ints]:
+    """(start, stop) of the blocks that hold tokens of a segment that block i holds tokens of."""
+    first, last = i * size, np.minimum((i + 1) * size, seq) - 1
+    end = np.minimum((last // length + 1) * length, seq)
+    return first // length * length // size, -(-end // size)
+
+
+def _ranges(start: Ints, stop: Ints, blocks: int) -> Columns:
+    """arange(start[0], stop[0]), arange(start[1], stop[1]), ... in one array."""
+    lengths = stop - start
+    pointers = _pointers(lengths)
+    cols = np.empty(int(pointers[-1]), column_dtype(blocks))
+    shift = start - pointers[:-1]
+    a = 0
+    while a < lengths.size:
+        z = max(a + 1, int(np.searchsorted(pointers, pointers[a] + _SLAB, side="right")) - 1)
+        low, high = int(pointers[a]), int(pointers[z])
+        cols[low:high] = np.arange(low, high) + np.repeat(shift[a:z], lengths[a:z])
+        a = z
+    return cols
+
+
+# Rows that are unions of progressions
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Branches:
+    """The branches of a dilated_sparse pattern over `blocks` blocks, as arrays [T, 1].
+
+    Branch t offers row i the offsets d != 0 that keep its segment and are multiples of its rate,
+    nearest first and left before right: its *candidates*. Candidate m of branch t has *priority*
+    m * T + t, an offset has that of its first candidate, and a row keeps its own block and the best
+    budget - 1 offsets. The first candidates of a branch reach a number of steps left and right that
+    follows from the room on both sides, so a row is known from how many priorities it has used.
+    """
+
+    lengths: Ints
+    rates: Ints
+    blocks: int
+    causal: bool
+
+    @classmethod
+    def of(cls, config: AttentionConfig, blocks: int, causal: bool) -> _Branches:
+        size = _pattern(config).block_size
+        # A repeated branch offers nothing that its first copy has not offered just before.
+        unique = dict.fromkeys((min(s // size, blocks), min(r, blocks)) for s, r in config.branches)
+        pairs = np.array(list(unique), np.int64)
+        return cls(lengths=pairs[:, :1], rates=pairs[:, 1:], blocks=blocks, causal=causal)
+
+    def distinct_rows(self) -> list[tuple[Ints, int]]:
+        """(rows, repeats): the rows of one period, how often it fits, and what is left at the end.
+
+        Within a period no segment is cut, so the rows of its copies differ by a shift alone.
+        """
+        period = math.lcm(*self.lengths.ravel().tolist())
+        repeats = self.blocks // period
+        body = [(np.arange(period, dtype=np.int64), repeats)] if repeats else []
+        return [*body, (np.arange(repeats * period, self.blocks, dtype=np.int64), 1)]
+
+    def rooms(self, rows: Ints) -> tuple[Ints, Ints]:
+        """Candidates on the left and on the right, each [T, rows]."""
+        place = rows % self.lengths
+        segment = np.minimum(self.lengths, self.blocks - rows + place)
+        right = np.zeros_like(place) if self.causal else (segment - 1 - place) // self.rates
+        return place // self.rates, right
+
+    def reach(self, rooms: tuple[Ints, Ints], used: Ints | int) -> tuple[Ints, Ints]:
+        """Distance in blocks, left and right [T, rows], after the first `used` [rows] priorities."""
+        left, right = rooms
+        t = len(self.rates)
+        rounds = (used + np.arange(t - 1, -1, -1)[:, None]) // t
+        taken = np.minimum(rounds, left + right)
+        # Sides take turns, left first, until one of them is used up.
+        after = np.minimum(right, np.maximum(taken // 2, taken - left))
+        return (taken - after) * self.rates, after * self.rates
+
+    def kept(self, rows: Ints, budget: int) -> Ints:
+        """[rows], blocks kept, the own one included.
+
+        budget - 1 rounds suffice: then each branch is exhausted or has filled the row by itself.
+        """
+        offsets = self._offsets(self.reach(self.rooms(rows), len(self.rates) * (budget - 1)))
+        return np.minimum(offsets + 1, budget)
+
+    def select(self, rows: Ints, budget: int) -> tuple[Ints, Ints]:
+        """The reach [T, rows] at which each row has exactly `kept` blocks, found by bisection."""
+        rooms, wanted = self.rooms(rows), self.kept(rows, budget) - 1
+        low, high = wanted, np.full_like(wanted, len(self.rates) * (budget - 1))
+        while (low < high).any():
+            middle = (low + high) // 2
+            enough = self._offsets(self.reach(rooms, middle)) >= wanted
+            low, high = np.where(enough, low, middle + 1), np.where(enough, middle, high)
+        return self.reach(rooms, high)
+
+    def _offsets(self, reach: tuple[Ints, Ints]) -> Ints:
+        rates = self.rates.ravel().tolist()
+        return _union_size(zip(rates, reach[0], reach[1], strict=True), reach[0].shape[1])
+
+
+def _union_size(sets: Iterable[tuple[int, Ints, Ints]], rows: int) -> Ints:
+    """[rows], offsets in the union of the sets {d != 0 : step | d, -left <= d <= right}.
+
+    Each set (step, left [rows], right [rows]) counts what no earlier one holds. Its meets with those
+    are sets of the same kind. Sets of equal step are nested and merge into one, and with ascending
+    steps most meets do, which keeps the recursion from growing with 2^T.
+    """
+    merged: dict[int, tuple[Ints, Ints]] = {}
+    for step, left, right in sets:
+        if step <= max(left.max(initial=0), right.max(initial=0)):
+            other = merged.get(step, (left, right))
+            merged[step] = np.maximum(left, other[0]), np.maximum(right, other[1])
+    total = np.zeros(rows, np.int64)
+    ascending = sorted((step, *sides) for step, sides in merged.items())
+    for t, (step, left, right) in enumerate(ascending):
+        meets = (
+            (math.lcm(step, s), np.minimum(left, le), np.minimum(right, ri)) for s, le, ri in ascending[:t]
+        )
+        total += left // step + right // step - _union_size(meets, rows)
+    return total
+
+
+def _dilated_sparse(config: AttentionConfig, seq: int, blocks: int, causal: bool) -> tuple[Ints, Columns]:
+    """(counts [blocks], cols) of the dilated_sparse pattern."""
+    branches, budget = _Branches.of(config, blocks, causal), row_budget(config, seq)
+    parts = [(rows, repeats, branches.kept(rows, budget)) for rows, repeats in branches.distinct_rows()]
+    counts = np.concatenate([np.tile(kept, repeats) for _, repeats, kept in parts])
+    cols: Columns = np.empty(int(counts.sum()), column_dtype(blocks))
+    begin = 0
+    for rows, repeats, kept in parts:
+        size = int(kept.sum())
+        copies = cols[begin : begin + repeats * size].reshape(repeats, size)
+        _write_rows(copies[0], rows, kept, branches, branches.select(rows, budget))
+        shifts = np.arange(1, repeats)[:, None] * len(rows)
+        np.add(copies[:1], shifts.astype(cols.dtype), out=copies[1:])
+        begin += repeats * size
+    return counts, cols
+
+
+def _write_rows(out: Columns, rows: Ints, kept: Ints, branches: _Branches, reach: tuple[Ints, Ints]) -> None:
+    """Fill `out` [sum of kept] with the columns of `rows`, ascending in each, from their reach [T, rows]."""
+    rates, pointers = branches.rates, _pointers(kept)
+    widest = sum((side.max(axis=1, initial=0, keepdims=True) // rates).sum() for side in reach) + 1
+    slab = max(1, _SLAB // int(widest))
+    for a in range(0, len(rows), slab):
+        z = min(a + slab, len(rows))
+        left, right = (side[:, a:z, None].astype(np.int32) for side in reach)
+        # Few rows differ much from their neighbours, so the slab's offsets are hardly more than a row's.
+        steps = zip(left.max(axis=(1, 2)), right.max(axis=(1, 2)), rates.ravel(), strict=True)
+        offsets = np.unique(np.concatenate([np.arange(-le, ri + 1, r) for le, ri, r in steps]))
+        d = offsets.astype(np.int32)
+        keep = np.zeros((z - a, d.size), np.bool_)
+        for t, rate in enumerate(rates.ravel()):
+            keep |= (d % rate == 0) & (d >= -left[t]) & (d <= right[t])
+        # Unsigned sums wrap around: i + d is right wherever it is kept.
+        columns = rows[a:z, None].astype(out.dtype) + offsets.astype(out.dtype)
+        out[pointers[a] : pointers[z]] = columns[keep]

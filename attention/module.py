@@ -1,0 +1,92 @@
+"""Attention modules: dense, dilated and block-sparse; the base of the adaptive one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+
+from attention import block_sparse, dilated
+from attention.config import AttentionConfig
+from attention.inputs import check, shape_of
+from attention.layout import Layout, build_layout
+from attention.ops import flex
+from attention.ops.execute import Problem, attend
+from attention.ops.program import Shape, Tile
+from attention.ops.weights import AttentionWeights, attention_weights, check_room
+from attention.pool import buffers_for
+
+
+class Attention(nn.Module):
+    """`module(q, k, v, is_causal=False, return_attention_weights=False)`.
+
+    q is [batch, seq, heads, head_dim]; k and v are [batch, seq, kv_heads, head_dim] with `kv_heads`
+    dividing `heads` (query head h reads kv head h // (heads / kv_heads)). Gives out like q, or
+    (out, AttentionWeights) on request. Weights carry no gradient.
+    """
+
+    def __init__(self, config: AttentionConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.scratch = buffers_for(config)
+
+    def extra_repr(self) -> str:
+        return self.config.to_json()
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False, return_attention_weights: bool = False
+    ) -> Tensor | tuple[Tensor, AttentionWeights]:
+        check(q, k, v, self.config)
+        backend = flex.resolve(self.config, q)
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+        shape = shape_of(q, k, self.config, is_causal)
+        if return_attention_weights:
+            check_room(self.config, shape, q)
+        if backend == "flex" and not return_attention_weights:
+            return self._by_flex(q, k, v, shape)
+        layout = self._layout(shape) if self.config.variant == "block_sparse" else None
+        out, lse = attend(q, k, v, self._problem(shape, layout))
+        if not return_attention_weights:
+            return out
+        if layout is None:
+            layout = build_layout(self.config, shape.seq, is_causal)
+        return out, attention_weights(
+            q.detach(), k.detach(), lse, layout, self.config, shape, self._scale(shape)
+        )
+
+    def _by_flex(self, q: Tensor, k: Tensor, v: Tensor, shape: Shape) -> Tensor:
+        layout = self._layout(shape)
+        key = (self.config.pattern, self.config.branches, shape.seq, shape.causal, q.device)
+        lists = self.scratch.indices.get(key, lambda: flex.block_lists(layout, shape.causal, q.device))
+        return flex.attend(q, k, v, flex.block_mask(layout, shape.causal, lists), self._scale(shape))
+
+    def _layout(self, shape: Shape) -> Layout:
+        layout: Layout = self.scratch.layouts.get(
+            (self.config.pattern, self.config.branches, shape.seq, shape.causal),
+            lambda: build_layout(self.config, shape.seq, shape.causal),
+        )
+        return layout
+
+    def _scale(self, shape: Shape) -> float:
+        return self.config.scale or 1.0 / math.sqrt(shape.head_dim)
+
+    def _problem(self, shape: Shape, layout: Layout | None) -> Problem:
+        branches = self.config.branches or ((shape.seq, 1),)
+        if self.config.variant == "dense":
+            branches = ((shape.seq, 1),)
+
+        def program(_: int) -> Iterable[Tile]:
+            if layout is not None:
+                return block_sparse.tiles(layout, shape)
+            return dilated.tiles(branches, shape)
+
+        everything = len(branches) == 1 and branches[0][0] >= shape.seq and branches[0][1] == 1
+        return Problem(
+            shape=shape,
+            tiles=program,
+            scale=self._scale(shape),
+            covers=layout is not None or any(rate == 1 for _, rate in branches),
+            whole=layout is None and everything and shape.heads == shape.kv_heads,
+            buffers=self.scratch,
+        )

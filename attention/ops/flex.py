@@ -1,0 +1,114 @@
+"""Compiled FlexAttention over a layout, and the choice between it and fused SDPA.
+
+The BlockMask is built from the layout's rows, and for training from its columns, in memory linear in
+rows x longest row; `create_block_mask` would go through something of size queries x keys.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from attention.config import AttentionConfig
+from attention.errors import UnavailableError
+from attention.layout import Layout
+
+CAPABILITY = (8, 0)
+
+
+def resolve(config: AttentionConfig, q: Tensor) -> str:
+    """'sdpa' or 'flex' for these tensors. A backend that was asked for is given or refused."""
+    if config.backend == "sdpa":
+        return "sdpa"
+    why = unfit(config, q)
+    if config.backend == "auto":
+        return "sdpa" if why else "flex"
+    if why:
+        raise UnavailableError(f"backend='flex' cannot serve this: {why}; use backend='auto' or 'sdpa'")
+    return "flex"
+
+
+def unfit(config: AttentionConfig, q: Tensor) -> str | None:
+    """Why FlexAttention cannot or should not run this; None if it can."""
+    if config.variant != "block_sparse":
+        return f"variant {config.variant!r} is computed by views or lists of its own"
+    if q.device.type != "cuda":
+        return f"compiled FlexAttention trains on CUDA only, the tensors are on {q.device}"
+    capability = torch.cuda.get_device_capability(q.device)
+    if capability < CAPABILITY:
+        have, need = (".".join(map(str, version)) for version in (capability, CAPABILITY))
+        return f"it needs compute capability {need}, this GPU has {have}"
+    if q.dtype == torch.float64:
+        return "it has no float64 kernels"
+    block = config.pattern.block_size if config.pattern else 0
+    if block < 16 or block & (block - 1):
+        return f"block_size must be a power of two from 16, got {block}"
+    return None
+
+
+@cache
+def compiled() -> Any:
+    """torch's FlexAttention, compiled; a new layout or size compiles anew."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float) -> Tensor:
+    """out [B, S, H, D]; differentiable by FlexAttention's own backward."""
+    out = compiled()(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
+        block_mask=mask, scale=scale, enable_gqa=q.shape[2] != k.shape[2],
+    )  # fmt: skip
+    return out.transpose(1, 2)  # type: ignore[no-any-return]
+
+
+def block_lists(layout: Layout, causal: bool, device: torch.device) -> tuple[Tensor, ...]:
+    """What a BlockMask is made of, int32: counts [1, 1, rows] and indices [1, 1, rows, longest] of
+    partial and of full blocks, by query rows and then by key rows. Under `causal` a row's own block is
+    partial; otherwise none is."""
+    query = np.repeat(np.arange(layout.blocks), layout.counts)
+    key = layout.cols.astype(np.int64)
+    own = query == key if causal else np.zeros(len(key), bool)
+    parts: list[Tensor] = []
+    for row, column in ((query, key), (key, query)):
+        order = np.lexsort((column, row))
+        r, c, partial = row[order], column[order], own[order]
+        parts += _padded_rows(r[partial], c[partial], layout.blocks, device)
+        parts += _padded_rows(r[~partial], c[~partial], layout.blocks, device)
+    return tuple(parts)
+
+
+def block_mask(layout: Layout, causal: bool, lists: tuple[Tensor, ...]) -> Any:
+    """The BlockMask of a layout and its `block_lists`."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    size = (layout.block_size, layout.block_size)
+    mask_mod = _past if causal else _everything
+    return BlockMask((layout.seq, layout.seq), *lists, BLOCK_SIZE=size, mask_mod=mask_mod)  # type: ignore[arg-type,misc]
+
+
+def _past(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    return query >= key
+
+
+def _everything(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    return query >= 0
+
+
+def _padded_rows(
+    row: npt.NDArray[np.int64], column: npt.NDArray[np.int64], rows: int, device: torch.device
+) -> list[Tensor]:
+    """[counts [1, 1, rows], indices [1, 1, rows, longest]] in int32, from sorted (row, column) pairs.
+    The CPU's lowering insists on rows as wide as the matrix; it is only ever a peer in studies here."""
+    counts = np.bincount(row, minlength=rows)
+    place = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
+    width = rows if device.type == "cpu" else max(int(counts.max(initial=0)), 1)
+    indices = np.zeros((rows, width), np.int32)
+    indices[row, place] = column
+    return [torch.from_numpy(x.astype(np.int32)).to(device)[None, None] for x in (counts, indices)]

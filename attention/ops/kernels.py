@@ -1,0 +1,139 @@
+"""The platform's fused SDPA on 4-D views [N, H, T, D], forward and backward, with log-sum-exp.
+
+    device, dtype                                 kernel
+    cpu                                           flash_attention_for_cpu
+    cuda, 16 bit, capability >= 8.0, no bias      flash_attention
+    cuda, 16 or 32 bit                            efficient_attention (capability >= 5.0)
+    cuda, 64 bit                                  plain matrix products
+
+Every kernel takes views as they are (last stride 1), an optional additive `bias` that broadcasts to
+[N, H, T, K], and gives `lse` [N, H, T] in float32 (float64 for float64). `is_causal` is only used
+where T == K, so that kernels which align it differently agree. Backward takes the *merged* out and
+lse of the whole row, which makes each part's gradient exact.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from attention.errors import UnavailableError
+
+aten = torch.ops.aten
+EFFICIENT_ALIGNMENT = 32
+"""The efficient kernel's lse rows are padded to a multiple of this."""
+BIAS_ALIGNMENT = 8
+"""The efficient kernel wants bias rows that begin at multiples of this many elements."""
+
+
+def lse_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def choose(x: Tensor, biased: bool) -> str:
+    """Name of the kernel for tensors like `x`."""
+    if x.device.type == "cpu":
+        return "cpu"
+    if x.device.type != "cuda":
+        raise UnavailableError(
+            f"no attention kernel for device {x.device}; this library runs on 'cpu' and 'cuda'"
+        )
+    if x.dtype == torch.float64:
+        return "plain"
+    modern = torch.cuda.get_device_capability(x.device) >= (8, 0)
+    if modern and not biased and x.dtype != torch.float32 and x.shape[-1] <= 256:
+        return "flash"
+    return "efficient"
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool = False, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """softmax(q k^T scale + bias) v as (out [N, H, T, D], lse [N, H, T])."""
+    match choose(q, bias is not None):
+        case "cpu":
+            out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
+                q, k, v, 0.0, causal, attn_mask=bias, scale=scale
+            )
+        case "flash":
+            out, lse = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)[:2]
+        case "efficient":
+            bias = None if bias is None else _aligned(bias, q, k)
+            out, lse = aten._scaled_dot_product_efficient_attention(
+                q, k, v, bias, True, 0.0, causal, scale=scale
+            )[:2]
+        case _:
+            out, lse = _plain(q, k, v, scale, causal, bias)
+    return out, lse[..., : q.shape[2]]
+
+
+def backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *,
+    scale: float, causal: bool = False, bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dq, dk, dv) of the part that attends q to k, for out and lse of the whole row."""
+    match choose(q, bias is not None):
+        case "cpu":
+            return aten._scaled_dot_product_flash_attention_for_cpu_backward(  # type: ignore[no-any-return]
+                grad, q, k, v, out, lse, 0.0, causal, attn_mask=bias, scale=scale
+            )
+        case "flash":
+            rng = torch.zeros(2, dtype=torch.uint64, device=q.device)
+            return aten._scaled_dot_product_flash_attention_backward(  # type: ignore[no-any-return]
+                grad, q, k, v, out, lse.contiguous(), None, None, q.shape[2], k.shape[2],
+                0.0, causal, rng, rng[:0], scale=scale,
+            )  # fmt: skip
+        case "efficient":
+            rng = torch.zeros((), dtype=torch.int64, device=q.device)
+            return aten._scaled_dot_product_efficient_attention_backward(  # type: ignore[no-any-return]
+                grad, q, k, v, None if bias is None else _aligned(bias, q, k), out, _padded(lse),
+                rng, rng, 0.0, [True, True, True, False], causal, scale=scale,
+            )[:3]  # fmt: skip
+        case _:
+            return _plain_backward(grad, q, k, v, out, lse, scale, causal, bias)
+
+
+def _aligned(bias: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """The bias as the efficient kernel wants it: expanded, in q's dtype, rows aligned."""
+    keys = k.shape[2]
+    room = -(-keys // BIAS_ALIGNMENT) * BIAS_ALIGNMENT
+    padded = bias.new_zeros(*bias.shape[:-1], room, dtype=q.dtype)
+    padded[..., :keys] = bias
+    return padded[..., :keys].expand(*q.shape[:3], keys)
+
+
+def _padded(lse: Tensor) -> Tensor:
+    """lse with rows padded as the efficient kernel wants them; +inf there makes weights zero."""
+    queries = lse.shape[-1]
+    room = -(-queries // EFFICIENT_ALIGNMENT) * EFFICIENT_ALIGNMENT
+    padded = lse.new_full((*lse.shape[:-1], room), torch.inf)
+    padded[..., :queries] = lse
+    return padded
+
+
+def _scores(q: Tensor, k: Tensor, scale: float, causal: bool, bias: Tensor | None) -> Tensor:
+    scores = (q @ k.transpose(-1, -2)).mul_(scale)
+    if bias is not None:
+        scores += bias
+    if causal:
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu_(1)
+        scores.masked_fill_(future, -torch.inf)
+    return scores
+
+
+def _plain(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    scores = _scores(q, k, scale, causal, bias)
+    lse = scores.logsumexp(-1)
+    return (scores - lse[..., None]).exp_() @ v, lse
+
+
+def _plain_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    scale: float, causal: bool, bias: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    weights = (_scores(q, k, scale, causal, bias) - lse[..., None]).exp_()
+    delta = (grad * out).sum(-1, keepdim=True)
+    scores = weights * (grad @ v.transpose(-1, -2) - delta) * scale
+    return scores @ k, scores.transpose(-1, -2) @ q, weights.transpose(-1, -2) @ grad

@@ -1,0 +1,1 @@
+"""What decides: workload and budget in, an attention that fits out."""

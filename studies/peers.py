@@ -1,0 +1,293 @@
+"""How fast is each attention against its peers? `python -m studies.peers`
+
+Ratios in one process run: against compiled FlexAttention on the same layout, against dense SDPA, and
+a training step against its forward. Medians of several runs, ours and the peer's in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attention import (
+    AdaptiveConfig,
+    AttentionConfig,
+    SparsePatternConfig,
+    build,
+    build_layout,
+)
+from attention.adaptive import AdaptiveAttention
+from attention.ops import flex
+from studies.records import Row, load, markdown, progress, save, timed, versus
+
+HEADS, HEAD_DIM = 8, 64
+SEQ, LONG = 16_384, 65_536
+DTYPES = (torch.float32, torch.bfloat16)
+BLOCKS, KEPT = (64, 128, 256), (3, 9)
+COMMAND = "python -m studies.peers"
+BRANCHES: dict[str, Any] = {"segment_lengths": [2048, 4096, 8192], "dilation_rates": [1, 2, 4]}
+PATTERNS = ("local_window", "dilated_sparse, 1 branch", "dilated_sparse, 3 branches", "adaptive")
+
+
+def config_for(pattern: str, block: int, kept: int, seq: int = SEQ) -> AttentionConfig:
+    """A pattern with `kept` blocks a row."""
+    ratio = kept * block / seq
+    if pattern == "local_window":
+        window = SparsePatternConfig(
+            pattern_type="local_window", block_size=block, local_window_size=(kept - 1) * block
+        )
+        return AttentionConfig(variant="block_sparse", pattern=window)
+    sparse = SparsePatternConfig(block_size=block, sparsity_ratio=ratio)
+    if pattern == "adaptive":
+        sizes = AdaptiveConfig(num_heads=HEADS, head_dim=HEAD_DIM)
+        return AttentionConfig(variant="adaptive", pattern=sparse, adaptive=sizes)
+    branches = BRANCHES if "3" in pattern else {"segment_lengths": [4096], "dilation_rates": [1]}
+    return AttentionConfig(variant="block_sparse", pattern=sparse, **branches)
+
+
+def flex_row(pattern: str, dtype: torch.dtype, block: int, kept: int, device: torch.device, runs: int) -> Row:
+    """Ours against compiled FlexAttention over the same blocks. For adaptive the lists are chosen
+    beforehand, on both sides: what is compared is attention over arbitrary lists."""
+    config = config_for(pattern, block, kept)
+    if device.type == "cuda":
+        config = AttentionConfig(**{**config.model_dump(), "backend": "sdpa"})
+    module = build(config, device)
+    q, k, v = _inputs(SEQ, dtype, device)
+    heads_first = [x.transpose(1, 2).contiguous() for x in (q, k, v)]
+    ours: Callable[[], object]
+    if isinstance(module, AdaptiveAttention):
+        chosen = module.select(q, k)
+        mask, active = _mask_of_lists(chosen[0], block, device), chosen[0, 0].numel()
+        ours = lambda: module.over(q, k, v, chosen)  # noqa: E731
+    else:
+        layout = build_layout(config, SEQ, False)
+        mask = flex.block_mask(layout, False, flex.block_lists(layout, False, device))
+        active = layout.active
+        ours = lambda: module(q, k, v)  # noqa: E731
+    peer = lambda: flex.compiled()(*heads_first, block_mask=mask)  # noqa: E731
+    with torch.no_grad():
+        mine, theirs, ratio = versus(ours, peer, device, runs)
+    flops = 4 * active * block * block * HEADS * HEAD_DIM
+    return {
+        "pattern": pattern,
+        "dtype": _name(dtype),
+        "block": block,
+        "kept": kept,
+        "gflops": flops / mine / 1e9,
+        "flex_gflops": flops / theirs / 1e9,
+        "ratio": ratio,
+    }
+
+
+def dense_row(dtype: torch.dtype, block: int, kept: float, device: torch.device, runs: int) -> Row:
+    """A window of `kept` of all blocks against dense SDPA at 65,536 tokens: our time / dense time."""
+    config = AttentionConfig(
+        variant="block_sparse",
+        segment_lengths=(LONG,),
+        dilation_rates=(1,),
+        pattern=SparsePatternConfig(block_size=block, sparsity_ratio=kept),
+    )
+    module = build(config, device)
+    q, k, v = _inputs(LONG, dtype, device)
+    q_, k_, v_ = (x.transpose(1, 2) for x in (q, k, v))
+    dense = lambda: torch.nn.functional.scaled_dot_product_attention(q_, k_, v_)  # noqa: E731
+    with torch.no_grad():
+        module(q, k, v)
+        pairs = [(timed(lambda: module(q, k, v), device), timed(dense, device)) for _ in range(runs)]
+    return {
+        "dtype": _name(dtype),
+        "block": block,
+        "sparsity": 1 - kept,
+        "ratio": median(a / b for a, b in pairs),
+        "seconds": median(a for a, _ in pairs),
+        "dense_seconds": median(b for _, b in pairs),
+    }
+
+
+def training_row(
+    pattern: str, dtype: torch.dtype, block: int, kept: int, device: torch.device, runs: int
+) -> Row:
+    """A training step (forward and backward) against the forward alone: step / forward."""
+    if pattern == "dilated, 3 branches":
+        config = AttentionConfig(variant="dilated", **BRANCHES)
+    else:
+        config = config_for(pattern, block, kept)
+    module = build(config, device)
+    q, k, v = (x.requires_grad_() for x in _inputs(SEQ, dtype, device))
+    grad = torch.randn_like(q)
+
+    def forward() -> None:
+        with torch.no_grad():
+            module(q, k, v)
+
+    def step() -> None:
+        q.grad = k.grad = v.grad = None
+        module(q, k, v).backward(grad)
+
+    seconds, _, ratio = versus(forward, step, device, runs)
+    return {
+        "attention": pattern, "dtype": _name(dtype), "block": block, "kept": kept,
+        "forward_seconds": seconds, "ratio": ratio,
+    }  # fmt: skip
+
+
+def _inputs(seq: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    return [torch.randn(1, seq, HEADS, HEAD_DIM, dtype=dtype, device=device) for _ in range(3)]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _mask_of_lists(lists: Tensor, block: int, device: torch.device) -> Any:
+    """The BlockMask of [H, blocks, kept] lists, one a head."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    heads, rows, kept = lists.shape
+    indices = torch.zeros(1, heads, rows, rows, dtype=torch.int32, device=device)
+    indices[..., :kept] = lists
+    counts = torch.full((1, heads, rows), kept, dtype=torch.int32, device=device)
+    none = torch.zeros_like(counts)
+    return BlockMask.from_kv_blocks(
+        none, torch.zeros_like(indices), counts, indices, BLOCK_SIZE=block, compute_q_blocks=False
+    )
+
+
+def flex_table(rows: list[Row]) -> str:
+    return markdown(
+        (
+            [
+                r["pattern"],
+                r["dtype"],
+                r["block"],
+                r["kept"],
+                f"{r['gflops']:,.0f}",
+                f"{r['flex_gflops']:,.0f}",
+                f"{r['ratio']:.2f}",
+            ]
+            for r in rows
+        ),
+        ["pattern", "dtype", "block", "blocks a row", "GFLOP/s", "FlexAttention", "ratio"],
+    )
+
+
+def summary_table(rows: list[Row]) -> str:
+    """Worst cell and geometric mean of each pattern."""
+
+    def line(pattern: str, dtype: str) -> list[str]:
+        ratios = [r["ratio"] for r in rows if r["pattern"] == pattern and r["dtype"] == dtype]
+        mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+        return [pattern, dtype, f"{min(ratios):.2f}", f"{mean:.2f}"]
+
+    pairs = dict.fromkeys((r["pattern"], r["dtype"]) for r in rows)
+    return markdown((line(*pair) for pair in pairs), ["pattern", "dtype", "worst cell", "geometric mean"])
+
+
+def dense_table(rows: list[Row]) -> str:
+    return markdown(
+        (
+            [
+                r["dtype"],
+                r["block"],
+                f"{r['sparsity']:.0%}",
+                f"{r['seconds']:.2f}",
+                f"{r['dense_seconds']:.2f}",
+                f"{r['ratio']:.3f}",
+            ]
+            for r in rows
+        ),
+        ["dtype", "block", "sparsity", "seconds", "dense seconds", "of dense time"],
+    )
+
+
+def training_table(rows: list[Row]) -> str:
+    return markdown(
+        ([r["attention"], r["dtype"], r["block"], r["kept"], f"{r['ratio']:.2f}"] for r in rows),
+        ["attention", "dtype", "block", "blocks a row", "step / forward"],
+    )
+
+
+def tables() -> dict[str, str]:
+    """The docs' tables by name, from the committed data."""
+    against_flex = load("peers-flex")["rows"]
+    return {
+        "peers-flex": flex_table(against_flex),
+        "peers-flex-summary": summary_table(against_flex),
+        "peers-dense": dense_table(load("peers-dense")["rows"]),
+        "peers-training": training_table(load("peers-training")["rows"]),
+    }
+
+
+Step = tuple[str, Callable[[], Row]]
+
+
+def _flex_steps(device: torch.device, runs: int, quick: bool) -> Iterator[Step]:
+    for pattern in PATTERNS:
+        for dtype in DTYPES:
+            for block in BLOCKS[1:2] if quick else BLOCKS:
+                for kept in KEPT[:1] if quick else KEPT:
+                    label = f"{pattern} {_name(dtype)} {block} x {kept}"
+                    yield label, partial(flex_row, pattern, dtype, block, kept, device, runs)
+
+
+def _dense_steps(device: torch.device, runs: int, quick: bool) -> Iterator[Step]:
+    for dtype in () if quick else DTYPES[::-1]:
+        for block, kept in ((128, 0.1), (256, 0.1), (128, 0.8)):
+            label = f"dense {_name(dtype)} {block}, {1 - kept:.0%} sparse"
+            yield label, partial(dense_row, dtype, block, kept, device, runs)
+
+
+def _training_steps(device: torch.device, runs: int, quick: bool) -> Iterator[Step]:
+    for dtype in DTYPES:
+        for pattern in ("local_window", "dilated_sparse, 3 branches", "dilated, 3 branches"):
+            for block in BLOCKS[1:2] if quick or pattern.startswith("dilated,") else BLOCKS:
+                label = f"training {pattern} {_name(dtype)} {block}"
+                yield label, partial(training_row, pattern, dtype, block, KEPT[1], device, runs)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__, epilog=f"example: {COMMAND}")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
+    parser.add_argument("--runs", type=int, default=5, help="counted runs of each (default 5)")
+    parser.add_argument("--quick", action="store_true", help="one cell a pattern; saves nothing")
+    parser.add_argument("--only", choices=["flex", "dense", "training"], help="one of the three parts")
+    options = parser.parse_args(arguments)
+    torch._dynamo.config.cache_size_limit = 256  # every layout is compiled for itself
+    device = torch.device(options.device)
+    parts = {
+        "flex": (_flex_steps, flex_table),
+        "dense": (_dense_steps, dense_table),
+        "training": (_training_steps, training_table),
+    }
+    for name, (steps_of, table) in parts.items():
+        if options.only not in (None, name):
+            continue
+        steps, rows = list(steps_of(device, options.runs, options.quick)), []
+        with progress() as bar:
+            task = bar.add_task(name, total=len(steps))
+            for label, step in steps:
+                bar.update(task, description=label)
+                rows.append(step())
+                bar.advance(task)
+        if not rows:
+            continue
+        print(table(rows), end="\n\n")
+        if name == "flex":
+            print(summary_table(rows), end="\n\n")
+        if not options.quick:
+            suffix = "" if device.type == "cpu" else f"-{device.type}"
+            path = save(f"peers-{name}{suffix}", f"{COMMAND} --only {name}", device, rows)
+            print(f"saved {path.name}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

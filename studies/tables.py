@@ -1,0 +1,47 @@
+"""Writes the studies' tables into docs/: `python -m studies.tables`, or `--check` to only compare.
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->` and comes from committed data.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+from studies import memory, peers
+from studies.records import load
+
+DOCS = Path(__file__).parent.parent / "docs"
+PLACE = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+SOURCE = {"peers-flex-summary": "peers-flex"}
+
+
+def filled(text: str) -> str:
+    """The text with every table as the data has it, under the command that repeats it."""
+    tables = {**memory.tables(), **peers.tables()}
+
+    def replace(match: re.Match[str]) -> str:
+        name = match["name"]
+        data = load(SOURCE.get(name, name))
+        where = data["environment"]
+        source = f"`{data['command']}`, {where['device']}, torch {where['torch']}, {where['date']}"
+        return f"{match[1]}\n{tables[name]}\n\n{source}\n\n{match[3]}"
+
+    return PLACE.sub(replace, text)
+
+
+def main() -> int:
+    stale = [path for path in sorted(DOCS.glob("*.md")) if filled(path.read_text()) != path.read_text()]
+    if "--check" in sys.argv[1:]:
+        for path in stale:
+            print(f"{path.name} differs from the data; run python -m studies.tables", file=sys.stderr)
+        return 1 if stale else 0
+    for path in stale:
+        path.write_text(filled(path.read_text()))
+        print(f"wrote {path.name}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,118 @@
+"""What importing costs and what it offers: no torch until it is needed, and exactly these names."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("attention", "planner", "studies")
+
+EXPORTS = [
+    "AdaptiveConfig",
+    "AttentionConfig",
+    "AttentionPlannerError",
+    "AttentionWeights",
+    "ConfigError",
+    "InputError",
+    "Layout",
+    "MultiheadConfig",
+    "OutOfMemoryError",
+    "SparsePatternConfig",
+    "UnavailableError",
+    "build",
+    "build_layout",
+    "create_block_sparse_attention",
+    "create_dilated_attention",
+    "create_multihead_block_sparse",
+    "reference_attention",
+]
+
+# A config can be made, checked, written and read on a machine that has no torch at all.
+ROUND_TRIP = (
+    "from attention import AttentionConfig as C; c = C(variant='dense'); assert C.from_json(c.to_json()) == c"
+)
+WITHOUT_TORCH = [
+    "import attention",
+    "import attention.config",
+    "import attention.errors",
+    "from attention import AttentionConfig, SparsePatternConfig, ConfigError",
+    "import attention; assert 'build' in dir(attention)",
+    "import planner",
+    "import studies",
+    ROUND_TRIP,
+]
+
+
+def run_fresh(code: str) -> None:
+    """Run the code in a new interpreter; fail with its standard error."""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("statement", WITHOUT_TORCH)
+def test_imports_no_torch(statement: str):
+    run_fresh(f"{statement}\nimport sys\nassert 'torch' not in sys.modules, 'torch was imported'")
+
+
+@pytest.mark.parametrize("statement", WITHOUT_TORCH)
+def test_works_where_torch_is_missing(statement: str):
+    run_fresh(f"import sys\nsys.modules['torch'] = None\n{statement}")
+
+
+def test_exported_names_are_exactly_these():
+    import attention
+
+    assert list(attention.__all__) == EXPORTS == sorted(EXPORTS)
+
+
+@pytest.mark.parametrize("name", EXPORTS)
+def test_exported_name_resolves(name: str):
+    import attention
+
+    assert getattr(attention, name) is not None
+    assert name in dir(attention)
+
+
+def test_unknown_name_is_an_attribute_error():
+    import attention
+
+    with pytest.raises(AttributeError, match="no_such_attention"):
+        attention.no_such_attention  # noqa: B018
+
+
+def imported(path: Path) -> set[str]:
+    """The top-level packages that a module imports, wherever in the file it does so."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found.add(node.module.partition(".")[0])
+    return found
+
+
+@pytest.mark.parametrize(
+    "package, forbidden",
+    [
+        ("attention", {"planner", "studies", "tests"}),
+        ("planner", {"studies", "tests"}),
+        ("studies", {"tests"}),
+    ],
+)
+def test_arrows_point_one_way(package: str, forbidden: set[str]):
+    modules = sorted((ROOT / package).rglob("*.py"))
+    assert modules
+    wrong = {str(path.relative_to(ROOT)): bad for path in modules if (bad := imported(path) & forbidden)}
+    assert not wrong
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_folder_with_code_is_a_package(package: str):
+    """A folder without `__init__.py` works in a checkout and is missing from the wheel."""
+    folders = {path.parent for path in (ROOT / package).rglob("*.py")}
+    assert not [str(folder) for folder in sorted(folders) if not (folder / "__init__.py").exists()]
