@@ -22,7 +22,7 @@ from attention import AttentionConfig, SparsePatternConfig, build
 from attention.config import PatternType
 from attention.pool import buffers_for
 from planner.footprint import footprint
-from studies.records import Row, load, markdown, progress, save, timed
+from studies.records import Row, load, markdown, measured, progress, save, timed
 
 MIB = 1 << 20
 HEADS, HEAD_DIM = 8, 64
@@ -183,21 +183,19 @@ def main(arguments: list[str] | None = None) -> int:
         for kind, label, step in steps:
             bar.update(task, description=label)
             found[kind].append(step())
+            if not quick:  # after each step, so that Ctrl-C keeps what is done
+                save(kind, COMMAND, torch.device("cpu"), found[kind])
             bar.advance(task)
     print(floors_table(found["floors"]))
     if not quick:
         print("\n" + million_table(found["million"]))
-        for kind, rows in found.items():
-            print(f"saved {save(kind, COMMAND, torch.device('cpu'), rows).name}", file=sys.stderr)
     return 0
 
 
 def tables() -> dict[str, str]:
     """The docs' tables by name, from the committed data."""
-    return {
-        "floors": floors_table(load("floors")["rows"]),
-        "million": million_table(load("million")["rows"]),
-    }
+    made = {"floors": floors_table, "million": million_table}
+    return {name: table(load(name)["rows"]) for name, table in made.items() if measured(name)}
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from attention import (
 )
 from attention.adaptive import AdaptiveAttention
 from attention.ops import flex
-from studies.records import Row, load, markdown, progress, save, timed, versus
+from studies.records import Row, load, markdown, measured, progress, save, timed, versus
 
 HEADS, HEAD_DIM = 8, 64
 SEQ, LONG = 16_384, 65_536
@@ -217,13 +217,13 @@ def training_table(rows: list[Row]) -> str:
 
 def tables() -> dict[str, str]:
     """The docs' tables by name, from the committed data."""
-    against_flex = load("peers-flex")["rows"]
-    return {
-        "peers-flex": flex_table(against_flex),
-        "peers-flex-summary": summary_table(against_flex),
-        "peers-dense": dense_table(load("peers-dense")["rows"]),
-        "peers-training": training_table(load("peers-training")["rows"]),
+    made = {
+        "peers-flex": ("peers-flex", flex_table),
+        "peers-flex-summary": ("peers-flex", summary_table),
+        "peers-dense": ("peers-dense", dense_table),
+        "peers-training": ("peers-training", training_table),
     }
+    return {name: table(load(data)["rows"]) for name, (data, table) in made.items() if measured(data)}
 
 
 Step = tuple[str, Callable[[], Row]]
@@ -276,16 +276,15 @@ def main(arguments: list[str] | None = None) -> int:
             for label, step in steps:
                 bar.update(task, description=label)
                 rows.append(step())
+                if not options.quick:  # after each step, so that Ctrl-C keeps what is done
+                    suffix = "" if device.type == "cpu" else f"-{device.type}"
+                    save(f"peers-{name}{suffix}", f"{COMMAND} --only {name}", device, rows)
                 bar.advance(task)
         if not rows:
             continue
         print(table(rows), end="\n\n")
         if name == "flex":
             print(summary_table(rows), end="\n\n")
-        if not options.quick:
-            suffix = "" if device.type == "cpu" else f"-{device.type}"
-            path = save(f"peers-{name}{suffix}", f"{COMMAND} --only {name}", device, rows)
-            print(f"saved {path.name}", file=sys.stderr)
     return 0
 
 

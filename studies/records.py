@@ -65,6 +65,11 @@ def save(name: str, command: str, device: torch.device, rows: Sequence[Row], fol
     return path
 
 
+def measured(name: str, folder: Path = DATA) -> bool:
+    """Whether there is data of this name."""
+    return (folder / f"{name}.json").exists()
+
+
 def load(name: str, folder: Path = DATA) -> dict[str, Any]:
     content: dict[str, Any] = json.loads((folder / f"{name}.json").read_text())
     return content

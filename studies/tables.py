@@ -23,6 +23,8 @@ def filled(text: str) -> str:
 
     def replace(match: re.Match[str]) -> str:
         name = match["name"]
+        if name not in tables:
+            return f"{match[1]}\nNot measured yet.\n\n{match[3]}"
         data = load(SOURCE.get(name, name))
         where = data["environment"]
         source = f"`{data['command']}`, {where['device']}, torch {where['torch']}, {where['date']}"

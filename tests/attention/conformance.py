@@ -149,9 +149,11 @@ def check_float64(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, causal: bo
     assert_exact(ours, forward_and_gradients(oracle(module, q, k, causal), (q, k, v), grad))
 
 
-def check_low_precision(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> None:
+def check_low_precision(
+    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, causal: bool, grad: Tensor | None = None
+) -> None:
     """Forward and gradients are as near the oracle as the rule for their dtype asks."""
-    grad = output_gradient(q)
+    grad = output_gradient(q) if grad is None else grad
     ours = forward_and_gradients(lambda *x: module(*x, is_causal=causal), (q, k, v), grad)
     m = counts(module, q, k, causal)
     scale = module.config.scale or 1 / math.sqrt(q.shape[3])
