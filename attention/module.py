@@ -72,7 +72,7 @@ class Attention(nn.Module):
         return self.config.scale or 1.0 / math.sqrt(shape.head_dim)
 
     def _problem(self, shape: Shape, layout: Layout | None) -> Problem:
-        branches = self.config.branches or ((shape.seq, 1),)
+        branches = shape.within(self.config.branches)
         if self.config.variant == "dense":
             branches = ((shape.seq, 1),)
 

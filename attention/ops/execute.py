@@ -21,6 +21,9 @@ from attention.ops.sinks import GatherSink, Part, Sink, SpanSink
 from attention.ops.views import Fetched, fetch, mask_bias, rows, view
 from attention.pool import Buffers, with_emergency_release
 
+SUM_BYTES = 4 << 20
+"""Largest sum of dk or of dv that 16-bit types are given in single precision."""
+
 
 @dataclass(frozen=True, slots=True)
 class Problem:
@@ -143,10 +146,23 @@ def _backward(
     part_gradients = _by_products if by_products else _by_kernel
     with problem.scratch(q.device) as scratch:
         for b in range(q.shape[0]):
-            item = (grad[b], q[b], k[b], v[b], out[b], lse[b], dq[b], dk[b], dv[b])
+            dk_sum, dv_sum = _sums("dk sums", dk[b], scratch), _sums("dv sums", dv[b], scratch)
+            item = (grad[b], q[b], k[b], v[b], out[b], lse[b], dq[b], dk_sum, dv_sum)
             for tile in problem.tiles(b):
                 _backward_tile(tile, *item, problem, scratch, part_gradients)
+            if dk_sum.dtype != dk.dtype:
+                dk[b].copy_(dk_sum)
+                dv[b].copy_(dv_sum)
     return dq, dk, dv
+
+
+def _sums(name: str, final: Tensor, scratch: Scratch) -> Tensor:
+    """Where the tiles' shares of dk or dv [S, G, D] are summed: in single precision where that fits
+    SUM_BYTES, else in the final tensor, with one rounding a tile that shares the keys."""
+    wide = kernels.lse_dtype(final.dtype)
+    if wide == final.dtype or final.numel() * wide.itemsize > SUM_BYTES:
+        return final
+    return scratch.get(name, final.shape, wide).zero_()
 
 
 def _backward_tile(

@@ -46,6 +46,9 @@ def backward(
     together = max(TILE_BYTES // (2 * q.element_size() * tall * wide), 1)
     power = 2.0 ** round(math.log2(scale))
     rest = scale / power
+    # Half way between weights near 1 and weights near 1 / keys: neither rounds badly.
+    shift = 0.5 * math.log(keys)
+    back = math.exp(-shift)
     if bias is not None:
         bias = bias.expand(views, heads, 1, keys)
     for n in _slices(views, max(together // heads, 1)):
@@ -53,7 +56,9 @@ def backward(
             rows = [
                 (
                     t,
-                    _with_pieces(q[n, h, t], lse[n, h, t] / rest, power, f"left {t.start}", scratch),
+                    _with_pieces(
+                        q[n, h, t], (lse[n, h, t] - shift) / rest, power, f"left {t.start}", scratch
+                    ),
                     _with_pieces(grad[n, h, t], delta[n, h, t], 1.0, f"grads {t.start}", scratch),
                 )
                 for t in _slices(queries, tall)
@@ -66,9 +71,9 @@ def backward(
                     edge = None if diagonal is None else diagonal + t.start - c.start
                     if edge is not None and edge + t.stop - t.start <= 0:
                         continue  # every key of this tile lies in the future of every query
-                    dq_part, dk, dv = _tile(left, grads, right, values, edge, dim, rest, scratch)
+                    dq_part, dk, dv = _tile(left, grads, right, values, edge, dim, rest, back, scratch)
                     target = dq[n, h, t]
-                    target.add_(dq_part.view(target.shape), alpha=scale)
+                    target.add_(dq_part.view(target.shape), alpha=scale * back)
                     parts.append((dk, dv))
                 if parts:
                     shape = k[n, h, c].shape
@@ -93,6 +98,7 @@ def _tile(
     edge: int | None,
     dim: int,
     rest: float,
+    back: float,
     scratch: Scratch,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq / scale, dk, dv) of one tile of scores, [N H, T or K, D], from widened q, do, k and v."""
@@ -101,12 +107,12 @@ def _tile(
     torch.baddbmm(weights, left, right.transpose(1, 2), beta=0, alpha=rest, out=weights).exp_()
     if edge is not None and edge < right.shape[1] - 1:
         weights.tril_(edge)
-    dv = torch.bmm(weights.transpose(1, 2), grads[..., :dim])
+    dv = torch.baddbmm(weights.new_empty(()), weights.transpose(1, 2), grads[..., :dim], beta=0, alpha=back)
     scores = torch.bmm(grads, values.transpose(1, 2), out=scratch.get("scores", size, left.dtype))
     scores.mul_(weights)
     dq = torch.bmm(scores, right[..., :dim])
     turned = scores.transpose(1, 2)
-    dk = torch.baddbmm(dq.new_empty(()), turned, left[..., :dim], beta=0, alpha=rest)
+    dk = torch.baddbmm(dq.new_empty(()), turned, left[..., :dim], beta=0, alpha=rest * back)
     return dq, dk, dv
 
 

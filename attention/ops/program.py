@@ -146,6 +146,12 @@ class Shape(NamedTuple):
         edges = [*range(0, last, limit), last, keys.length]
         return tuple(keys.cut(begin, end) for begin, end in pairwise(edges) if end > begin)
 
+    def within(self, branches: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
+        """The branches with lengths and rates that this sequence can tell apart: a segment longer than
+        it, or a rate beyond all its positions and heads, means the same as one just as large."""
+        most = max(self.seq, self.heads)
+        return tuple((min(length, self.seq), min(rate, most)) for length, rate in branches)
+
     def head_groups(self) -> tuple[tuple[int, int], ...]:
         """(first query head, step) of the groups whose g-th member reads kv head g."""
         repeat = self.heads // self.kv_heads

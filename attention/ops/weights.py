@@ -131,14 +131,14 @@ def _block_weights(
     q_rows = q[q_at, heads].to(wide)
     k_rows = k[k_at, heads * shape.kv_heads // shape.heads].to(wide)
     scores = (q_rows @ k_rows.transpose(-1, -2)).mul_(scale)
-    times = multiplicity(config, q_at, k_at, heads, shape.causal)
+    times = multiplicity(config, q_at, k_at, heads, shape)
     rows = lse[q_at, heads][..., None]
     weights = (scores - rows.masked_fill(rows == -torch.inf, torch.inf)).exp_()
     # Not selected must be an exact zero, whatever the score was.
     return torch.where(past_end | (times == 0), 0.0, weights * times)
 
 
-def multiplicity(config: AttentionConfig, query: Tensor, key: Tensor, heads: Tensor, causal: bool) -> Tensor:
+def multiplicity(config: AttentionConfig, query: Tensor, key: Tensor, heads: Tensor, shape: Shape) -> Tensor:
     """How often each (query, key) pair of an active block meets, [H or 1, n, size, size]."""
     q, k = query[..., :, None], key[..., None, :]
     times = torch.ones((), dtype=torch.int64, device=query.device)
@@ -147,10 +147,10 @@ def multiplicity(config: AttentionConfig, query: Tensor, key: Tensor, heads: Ten
         times = sum(
             (
                 (q // s == k // s) & ((q % s) % r == h % r) & ((k % s) % r == h % r)
-                for s, r in config.branches
+                for s, r in shape.within(config.branches)
             ),
             start=torch.zeros((), dtype=torch.int64, device=query.device),
         )
-    if causal:
+    if shape.causal:
         times = times * (k <= q)
     return times

@@ -521,3 +521,15 @@ def test_runs_in_another_process_give_the_same_bits(config, dtype, tmp_path):
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "here.pt")], check=True, env=environment)
+
+
+def test_lengths_and_rates_beyond_the_sequence_mean_the_same_as_ones_just_as_large():
+    huge = module_of(
+        AttentionConfig(variant="dilated", segment_lengths=[8, 10**30], dilation_rates=[1, 10**30])
+    )
+    large = module_of(AttentionConfig(variant="dilated", segment_lengths=[8, 64], dilation_rates=[1, 64]))
+    q, k, v = qkv(40, dtype=torch.float64)
+    out, weights = huge(q, k, v, return_attention_weights=True)
+    same, same_weights = large(q, k, v, return_attention_weights=True)
+    assert torch.equal(out, same)
+    assert torch.equal(weights.to_dense(), same_weights.to_dense())
