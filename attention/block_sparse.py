@@ -83,7 +83,7 @@ def _span_tiles(
         return
     together = shape.fast // (queries * shape.token_bytes)
     if shape.packs:
-        together = min(together, shape.list_bytes // (2 * keys.length * shape.kv_token_bytes))
+        together = min(together, shape.workspace * 5 // 8 // (2 * keys.length * shape.kv_token_bytes))
     together = min(max(together, 1), MOST_VIEWS)
     for row in range(first, last, together):
         views = min(together, last - row)
