@@ -1,0 +1,51 @@
+"""Bytes and counts as people write them: `8GB` is 8 x 10^9, `8GiB` is 8 x 2^30, `128K` is 131,072."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from attention.errors import ConfigError
+
+_BYTES = {
+    "": 1, "B": 1,
+    "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+    "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
+}  # fmt: skip
+_COUNTS = {"": 1, "K": 2**10, "M": 2**20}
+_NUMBER = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([A-Za-z]*)\s*", re.ASCII)
+LARGEST = 2**60
+"""Nothing that is planned for is larger than this, in bytes or tokens."""
+
+
+def parse_bytes(text: str | int, what: str = "size") -> int:
+    """Bytes of `8GB`, `7.75 GiB`, `512MiB` or a plain number; ConfigError for anything else."""
+    return _parse(text, _BYTES, what, "e.g. 8GB (8 x 10^9 bytes), 7.75GiB or 500MB")
+
+
+def parse_count(text: str | int, what: str = "count") -> int:
+    """Tokens of `131072`, `128K` (x 1,024) or `1M` (x 1,048,576); ConfigError for anything else."""
+    return _parse(text, _COUNTS, what, "e.g. 131072, 128K (x 1,024) or 1M (x 1,048,576)")
+
+
+def _parse(text: str | int, units: dict[str, int], what: str, example: str) -> int:
+    if isinstance(text, bool) or not isinstance(text, str | int):
+        raise ConfigError(f"{what} must be a number or text, got {text!r}; write {example}")
+    match = _NUMBER.fullmatch(str(text))
+    if match is None or match[2].upper() not in units:
+        raise ConfigError(f"{what} {str(text)[:60]!r} is not understood; write {example}")
+    if len(match[1]) > 30:
+        raise ConfigError(f"{what} {str(text)[:60]!r} is too large; write {example}")
+    unit = units[match[2].upper()]
+    value = int(match[1]) * unit if match[1].isdigit() else math.floor(float(match[1]) * unit)
+    if not 0 < value <= LARGEST:
+        raise ConfigError(f"{what} must be above 0 and at most 2^60, got {str(text)[:60]!r}; write {example}")
+    return value
+
+
+def format_bytes(count: float, digits: int = 2) -> str:
+    """Bytes for people, in decimal units as cards are sold: 8.00 GB, 16.8 MB, 512 B."""
+    for unit in ("TB", "GB", "MB", "KB"):
+        if abs(count) >= _BYTES[unit]:
+            return f"{count / _BYTES[unit]:,.{digits}f} {unit}"
+    return f"{count:,.0f} B"
