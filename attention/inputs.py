@@ -7,7 +7,7 @@ from torch import Tensor
 
 from attention.config import AttentionConfig
 from attention.errors import InputError
-from attention.ops.kernels import choose
+from attention.ops import kernels
 from attention.ops.program import Shape
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -44,7 +44,7 @@ def check(q: Tensor, k: Tensor, v: Tensor, config: AttentionConfig) -> None:
         raise InputError(
             f"kv heads must divide query heads, got {k.shape[2]} kv heads for {q.shape[2]} query heads"
         )
-    choose(q, biased=False)  # a device without a kernel is refused here, not half way through
+    kernels.choose(q, biased=False)  # a device without a kernel is refused here, not half way through
     if config.adaptive and (q.shape[2], q.shape[3]) != (config.adaptive.num_heads, config.adaptive.head_dim):
         raise InputError(
             f"this adaptive attention was built for (heads, head_dim) = "
@@ -62,7 +62,7 @@ def shape_of(q: Tensor, k: Tensor, config: AttentionConfig, is_causal: bool) -> 
         itemsize=q.element_size(),
         causal=is_causal,
         workspace=config.workspace_bytes,
-        packs=q.device.type == "cpu" and q.element_size() == 2,
+        packs=q.device.type == "cpu" and kernels.matrix_unit(q.dtype),
         fast=min(FAST_BYTES, config.workspace_bytes)
         if q.device.type == "cpu"
         else config.workspace_bytes // 4,

@@ -13,6 +13,7 @@ from attention.inputs import check, shape_of
 from attention.layout import Layout, build_layout
 from attention.ops import flex
 from attention.ops.execute import Problem, attend
+from attention.ops.kernels import steady_heap
 from attention.ops.program import Shape, Tile
 from attention.ops.weights import AttentionWeights, attention_weights, check_room
 from attention.pool import buffers_for
@@ -30,6 +31,7 @@ class Attention(nn.Module):
         super().__init__()
         self.config = config
         self.scratch = buffers_for(config)
+        steady_heap()
 
     def extra_repr(self) -> str:
         return self.config.to_json()

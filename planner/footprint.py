@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     import torch
 
+LARGEST = 8
+"""How many of the largest allocations are told."""
+
 
 class Footprint(NamedTuple):
-    """Bytes while something ran, above what was allocated when it began."""
+    """Bytes while something ran, above what was allocated when the count began."""
 
     peak: int
     """Most that was allocated at once."""
@@ -21,34 +24,84 @@ class Footprint(NamedTuple):
 
 
 def footprint(run: Callable[[], object], device: torch.device) -> Footprint:
-    """Runs `run` once and counts. What `run` returns is dropped only after the count.
+    """Runs `run` once and counts. What `run` returns is dropped only after the count."""
+    return footprints([run], device)[0]
 
-    CPU: every allocation of the CPU allocator, the kernels' own scratch included, from
-    `torch.profiler` with `profile_memory=True`. CUDA: the caching allocator's requested bytes;
-    `largest` is empty there.
+
+def footprints(runs: Sequence[Callable[[], object]], device: torch.device) -> list[Footprint]:
+    """Runs one after the other under one count, each above what was allocated when the *first* began.
+
+    What a run returns is dropped between it and the next. CPU: every allocation of torch's CPU
+    allocator that the calling thread makes, the kernels' own scratch included, by torch's profiler;
+    what libraries such as oneDNN allocate by themselves is not among them. Memory from before the
+    count is not seen when it is freed, so a run that frees some of it has less than `peak`. CUDA: the
+    blocks of the caching allocator, its rounding included; `largest` is empty.
     """
+    return (_on_cuda if device.type == "cuda" else _on_cpu)(runs, device)
+
+
+def _on_cuda(runs: Sequence[Callable[[], object]], device: torch.device) -> list[Footprint]:
     import torch
 
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    found = []
+    for run in runs:
         torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
         result = run()
         torch.cuda.synchronize(device)
-        peak = torch.cuda.max_memory_allocated(device) - before
-        return Footprint(peak, torch.cuda.memory_allocated(device) - before, ())
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
-    ) as profile:
-        result = run()
-    events = profile.profiler.kineto_results.events()
-    changes = sorted(
-        ((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"), key=lambda change: change[0]
-    )
+        peak, kept = torch.cuda.max_memory_allocated(device), torch.cuda.memory_allocated(device)
+        found.append(Footprint(peak - before, kept - before, ()))
+        del result
+    return found
+
+
+def _on_cpu(runs: Sequence[Callable[[], object]], device: torch.device) -> list[Footprint]:
+    import torch
+
+    name = f"{__name__} {id(runs)}"
+    # What `torch.profiler.profile` is made of; that one imports torch's compiler, which takes seconds.
+    with torch.autograd.profiler.profile(profile_memory=True, use_kineto=True, acc_events=True) as profile:
+        for run in runs:
+            with torch.autograd.profiler.record_function(name):
+                result = run()
+            del result
+    events = _events(profile, name)
+
+    # By address, and not by the size that a freed block is reported with: torch remembers blocks from
+    # earlier counts that were freed unseen, and reports their size for whatever is at the address now.
+    living: dict[int, int] = {}
+    found: list[Footprint] = []
     held = peak = 0
-    for _, change in changes:
-        held += change
-        peak = max(peak, held)
-    del result
-    largest = sorted((change for _, change in changes if change > 0), reverse=True)[:8]
-    return Footprint(peak, held, tuple(largest))
+    sizes: list[int] = []
+    for _, kind, address, nbytes in events:
+        if kind == "begin":
+            peak, sizes = held, []
+        elif kind == "end":
+            found.append(Footprint(peak, held, tuple(sorted(sizes, reverse=True)[:LARGEST])))
+        elif nbytes > 0:
+            held += nbytes - living.pop(address, 0)
+            living[address] = nbytes
+            sizes.append(nbytes)
+            peak = max(peak, held)
+        else:
+            held -= living.pop(address, 0)
+    return found
+
+
+def _events(profile: Any, name: str) -> list[tuple[int, str, int, int]]:
+    """(time, "begin" | "end" | "memory", address, bytes) of the spans called `name` and of all
+    allocations (bytes above 0) and frees, in the order in which they happened."""
+    events: list[tuple[int, str, int, int]] = []
+    left = list(profile.kineto_results.experimental_event_tree())
+    while left:
+        node = left.pop()
+        left.extend(node.children)
+        if node.name == "[memory]":
+            fields = node.extra_fields
+            if fields.device.type == "cpu":
+                events.append((node.start_time_ns, "memory", fields.ptr, fields.alloc_size))
+        elif node.name == name:
+            events.append((node.start_time_ns, "begin", 0, 0))
+            events.append((node.end_time_ns, "end", 0, 0))
+    return sorted(events, key=lambda event: event[0])

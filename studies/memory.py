@@ -10,7 +10,6 @@ import argparse
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -22,7 +21,7 @@ from attention import AttentionConfig, SparsePatternConfig, build
 from attention.config import PatternType
 from attention.pool import buffers_for
 from planner.footprint import footprint
-from studies.records import Row, load, markdown, measured, progress, save, timed
+from studies.records import Row, Step, collect, markdown, timed
 
 MIB = 1 << 20
 HEADS, HEAD_DIM = 8, 64
@@ -163,39 +162,28 @@ def _million_in_a_process(name: str) -> Row:
     return row
 
 
-def _steps(seq: int, million: bool) -> Iterator[tuple[str, str, Callable[[], Row]]]:
-    for dtype in (torch.bfloat16, torch.float32):
-        for name, config in configs().items():
-            yield "floors", f"{name} {dtype}", partial(floor_row, name, config, dtype, seq)
-    if million:
-        for name in ("local_window", "dilated_sparse"):
-            yield "million", f"{name}, one million tokens", partial(_million_in_a_process, name)
+def _floor_steps(seq: int) -> list[Step]:
+    return [
+        (f"{name} {dtype}", partial(floor_row, name, config, dtype, seq))
+        for dtype in (torch.bfloat16, torch.float32)
+        for name, config in configs().items()
+    ]
+
+
+TABLES = {"floors": ("floors", floors_table), "million": ("million", million_table)}
+"""The docs' tables: the study whose data they show, and what makes them from its rows."""
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__, epilog=f"example: {COMMAND}")
     parser.add_argument("--quick", action="store_true", help="8,192 tokens, no million; saves nothing")
     quick = parser.parse_args(arguments).quick
-    found: dict[str, list[Row]] = {"floors": [], "million": []}
-    steps = list(_steps(8192 if quick else SEQ, not quick))
-    with progress() as bar:
-        task = bar.add_task("memory", total=len(steps))
-        for kind, label, step in steps:
-            bar.update(task, description=label)
-            found[kind].append(step())
-            if not quick:  # after each step, so that Ctrl-C keeps what is done
-                save(kind, COMMAND, torch.device("cpu"), found[kind])
-            bar.advance(task)
-    print(floors_table(found["floors"]))
+    cpu = torch.device("cpu")
+    print(floors_table(collect("floors", COMMAND, cpu, _floor_steps(8192 if quick else SEQ), keep=not quick)))
     if not quick:
-        print("\n" + million_table(found["million"]))
+        steps = [(name, partial(_million_in_a_process, name)) for name in ("local_window", "dilated_sparse")]
+        print("\n" + million_table(collect("million", COMMAND, cpu, steps, keep=True)))
     return 0
-
-
-def tables() -> dict[str, str]:
-    """The docs' tables by name, from the committed data."""
-    made = {"floors": floors_table, "million": million_table}
-    return {name: table(load(name)["rows"]) for name, table in made.items() if measured(name)}
 
 
 if __name__ == "__main__":

@@ -26,7 +26,16 @@ from attention import (
 )
 from attention.adaptive import AdaptiveAttention
 from attention.ops import flex
-from studies.records import Row, load, markdown, measured, progress, save, timed, versus
+from studies.records import (
+    Row,
+    Step,
+    at_least_one,
+    collect,
+    markdown,
+    present_device,
+    timed,
+    versus,
+)
 
 HEADS, HEAD_DIM = 8, 64
 SEQ, LONG = 16_384, 65_536
@@ -215,18 +224,13 @@ def training_table(rows: list[Row]) -> str:
     )
 
 
-def tables() -> dict[str, str]:
-    """The docs' tables by name, from the committed data."""
-    made = {
-        "peers-flex": ("peers-flex", flex_table),
-        "peers-flex-summary": ("peers-flex", summary_table),
-        "peers-dense": ("peers-dense", dense_table),
-        "peers-training": ("peers-training", training_table),
-    }
-    return {name: table(load(data)["rows"]) for name, (data, table) in made.items() if measured(data)}
-
-
-Step = tuple[str, Callable[[], Row]]
+TABLES = {
+    "peers-flex": ("peers-flex", flex_table),
+    "peers-flex-summary": ("peers-flex", summary_table),
+    "peers-dense": ("peers-dense", dense_table),
+    "peers-training": ("peers-training", training_table),
+}
+"""The docs' tables: the study whose data they show, and what makes them from its rows."""
 
 
 def _flex_steps(device: torch.device, runs: int, quick: bool) -> Iterator[Step]:
@@ -253,33 +257,29 @@ def _training_steps(device: torch.device, runs: int, quick: bool) -> Iterator[St
                 yield label, partial(training_row, pattern, dtype, block, KEPT[1], device, runs)
 
 
+PARTS = {
+    "flex": (_flex_steps, flex_table),
+    "dense": (_dense_steps, dense_table),
+    "training": (_training_steps, training_table),
+}
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__, epilog=f"example: {COMMAND}")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
-    parser.add_argument("--runs", type=int, default=5, help="counted runs of each (default 5)")
+    parser.add_argument("--device", type=present_device, default="cpu", help="cpu or cuda (default cpu)")
+    parser.add_argument("--runs", type=at_least_one, default=5, help="counted runs of each (default 5)")
     parser.add_argument("--quick", action="store_true", help="one cell a pattern; saves nothing")
-    parser.add_argument("--only", choices=["flex", "dense", "training"], help="one of the three parts")
+    parser.add_argument("--only", choices=list(PARTS), help="one of the three parts")
     options = parser.parse_args(arguments)
-    torch._dynamo.config.cache_size_limit = 256  # every layout is compiled for itself
-    device = torch.device(options.device)
-    parts = {
-        "flex": (_flex_steps, flex_table),
-        "dense": (_dense_steps, dense_table),
-        "training": (_training_steps, training_table),
-    }
-    for name, (steps_of, table) in parts.items():
+    # Every layout is compiled for itself.
+    torch._dynamo.config.cache_size_limit = torch._dynamo.config.accumulated_cache_size_limit = 256
+    device = options.device
+    for name, (steps_of, table) in PARTS.items():
         if options.only not in (None, name):
             continue
-        steps, rows = list(steps_of(device, options.runs, options.quick)), []
-        with progress() as bar:
-            task = bar.add_task(name, total=len(steps))
-            for label, step in steps:
-                bar.update(task, description=label)
-                rows.append(step())
-                if not options.quick:  # after each step, so that Ctrl-C keeps what is done
-                    suffix = "" if device.type == "cpu" else f"-{device.type}"
-                    save(f"peers-{name}{suffix}", f"{COMMAND} --only {name}", device, rows)
-                bar.advance(task)
+        steps = list(steps_of(device, options.runs, options.quick))
+        command = f"{COMMAND} --only {name}" + (f" --device {device}" if device.type != "cpu" else "")
+        rows = collect(f"peers-{name}", command, device, steps, keep=not options.quick)
         if not rows:
             continue
         print(table(rows), end="\n\n")

@@ -1,11 +1,13 @@
 """What studies share: where a figure was measured, data on disk, and the tables made from it.
 
-Data is JSON beside the studies. Tables in docs/ stand between `<!-- table: NAME -->` and
-`<!-- end -->` and are written by `python -m studies.tables`, never by hand.
+Data is JSON beside the studies, one file a study and kind of machine (`peers-flex.cpu-avx2.json`).
+Tables in docs/ stand between `<!-- table: NAME -->` and `<!-- end -->` and are written by
+`python -m studies.tables`, never by hand.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -26,6 +28,8 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
+
+from attention.ops.kernels import matrix_unit
 
 DATA = Path(__file__).parent / "data"
 Row = dict[str, Any]
@@ -53,26 +57,86 @@ def _processor() -> str:
     return f"{models[0] if models else platform.machine()}{', AMX' if amx else ''}, {os.cpu_count()} cores"
 
 
-def save(name: str, command: str, device: torch.device, rows: Sequence[Row], folder: Path = DATA) -> Path:
-    """Writes NAME.json: rows with the command that repeats them and where they come from. Whole or not
-    at all: an interrupted write leaves the file that was there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.json"
-    content = {"command": command, "environment": environment(device), "rows": list(rows)}
-    fresh = path.with_suffix(".json.new")
+def machine(device: torch.device) -> str:
+    """The kind of machine that data belongs to: `cpu-amx`, `cpu-avx2`, `cuda-nvidia-h200`."""
+    if device.type == "cpu":
+        kind = "amx" if matrix_unit(torch.bfloat16) else torch.backends.cpu.get_cpu_capability()
+    else:
+        kind = torch.cuda.get_device_name(device)
+    return f"{device.type}-{kind}".lower().replace(" ", "-")
+
+
+Step = tuple[str, Callable[[], Row]]
+"""A label, of its own in its study, and what makes its row."""
+
+
+def collect(
+    name: str, command: str, device: torch.device, steps: Sequence[Step], *, keep: bool, folder: Path = DATA
+) -> list[Row]:
+    """The rows of a study, step by step, with a progress bar. With `keep` they become the data of this
+    kind of machine when all are there; a study that was interrupted goes on where it stopped."""
+    final = folder / f"{name}.{machine(device)}.json"
+    part = final.with_suffix(".part")
+    head = {"command": command, "environment": environment(device)}
+    done = _resumed(part, head) if keep else {}
+    with progress() as bar:
+        task = bar.add_task(name, total=len(steps), completed=sum(label in done for label, _ in steps))
+        for label, run in steps:
+            if label in done:
+                continue
+            bar.update(task, description=label)
+            done[label] = run()
+            if keep:
+                _write(part, {**head, "rows": done})
+            bar.advance(task)
+    rows = [done[label] for label, _ in steps]
+    if keep:
+        _write(final, {**head, "rows": rows})
+        part.unlink(missing_ok=True)
+    return rows
+
+
+def _resumed(part: Path, head: Row) -> dict[str, Row]:
+    """What an interrupted run of the same command on the same machine and day left."""
+    try:
+        content = json.loads(part.read_text())
+    except (OSError, ValueError):
+        return {}
+    rows: dict[str, Row] = content.pop("rows", {})
+    return rows if content == head else {}
+
+
+def _write(path: Path, content: Row) -> None:
+    """Whole or not at all: an interrupted write leaves the file that was there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_suffix(".new")
     fresh.write_text(json.dumps(content, indent=1) + "\n")
     fresh.replace(path)
-    return path
 
 
-def measured(name: str, folder: Path = DATA) -> bool:
-    """Whether there is data of this name."""
-    return (folder / f"{name}.json").exists()
+def load(name: str, folder: Path = DATA) -> list[dict[str, Any]]:
+    """The committed data of a study: one {command, environment, rows} for each kind of machine."""
+    return [json.loads(path.read_text()) for path in sorted(folder.glob(f"{name}.*.json"))]
 
 
-def load(name: str, folder: Path = DATA) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((folder / f"{name}.json").read_text())
-    return content
+def at_least_one(text: str) -> int:
+    """An argparse type."""
+    if not (text.isascii() and text.isdigit()) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def present_device(text: str) -> torch.device:
+    """An argparse type: `cpu`, or `cuda` where there is one."""
+    if text == "cpu":
+        return torch.device("cpu")
+    if text not in ("cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))):
+        raise argparse.ArgumentTypeError(f"must be cpu or cuda, got {text!r}")
+    if not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not here: torch {torch.__version__} sees no GPU; use cpu"
+        )
+    return torch.device(text)
 
 
 def timed(run: Callable[[], object], device: torch.device) -> float:

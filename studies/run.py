@@ -13,7 +13,7 @@ from rich.table import Table
 
 from attention import AttentionConfig, AttentionPlannerError, SparsePatternConfig, build
 from planner.footprint import footprint
-from studies.records import environment, timed
+from studies.records import at_least_one, environment, present_device, timed
 
 MIB = 1 << 20
 DEFAULT = AttentionConfig(
@@ -36,8 +36,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> None:
-    config = AttentionConfig.from_json(Path(options.config).read_text()) if options.config else DEFAULT
-    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    config = AttentionConfig.from_json(Path(options.config).read_bytes()) if options.config else DEFAULT
+    device, dtype = options.device, getattr(torch, options.dtype)
     sizes = (options.batch, options.seq, options.heads, options.head_dim)
     module = build(config, device)
     q, k, v = (torch.randn(sizes, dtype=dtype, device=device) for _ in range(3))
@@ -67,22 +67,15 @@ def _parser() -> argparse.ArgumentParser:
         description="Run one attention forward and print its time and peak memory.",
         epilog="example: python -m studies.run --seq 131072 --dtype float32 --causal",
     )
-    positive = _positive
-    parser.add_argument("--seq", type=positive, default=131072, help="tokens (default 131072)")
-    parser.add_argument("--batch", type=positive, default=1, help="sequences (default 1)")
-    parser.add_argument("--heads", type=positive, default=8, help="heads (default 8)")
-    parser.add_argument("--head-dim", type=positive, default=64, help="channels a head (default 64)")
+    parser.add_argument("--seq", type=at_least_one, default=131072, help="tokens (default 131072)")
+    parser.add_argument("--batch", type=at_least_one, default=1, help="sequences (default 1)")
+    parser.add_argument("--heads", type=at_least_one, default=8, help="heads (default 8)")
+    parser.add_argument("--head-dim", type=at_least_one, default=64, help="channels a head (default 64)")
     parser.add_argument("--dtype", default="bfloat16", choices=["float16", "bfloat16", "float32", "float64"])
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
+    parser.add_argument("--device", type=present_device, default="cpu", help="cpu or cuda (default cpu)")
     parser.add_argument("--causal", action="store_true", help="attend to the past only")
     parser.add_argument("--config", help="an AttentionConfig as JSON (default: three branches, 1%% kept)")
     return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
-    return int(text)
 
 
 if __name__ == "__main__":

@@ -14,21 +14,22 @@ from studies.records import load
 
 DOCS = Path(__file__).parent.parent / "docs"
 PLACE = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-SOURCE = {"peers-flex-summary": "peers-flex"}
+TABLES = {**memory.TABLES, **peers.TABLES}
 
 
 def filled(text: str) -> str:
-    """The text with every table as the data has it, under the command that repeats it."""
-    tables = {**memory.tables(), **peers.tables()}
+    """The text with every table as the data has it, for each kind of machine under the command that
+    repeats it."""
 
     def replace(match: re.Match[str]) -> str:
-        name = match["name"]
-        if name not in tables:
-            return f"{match[1]}\nNot measured yet.\n\n{match[3]}"
-        data = load(SOURCE.get(name, name))
-        where = data["environment"]
-        source = f"`{data['command']}`, {where['device']}, torch {where['torch']}, {where['date']}"
-        return f"{match[1]}\n{tables[name]}\n\n{source}\n\n{match[3]}"
+        study, table = TABLES[match["name"]]
+        parts = []
+        for data in load(study):
+            where = data["environment"]
+            source = f"`{data['command']}`, {where['device']}, torch {where['torch']}, {where['date']}"
+            parts += [table(data["rows"]), source]
+        body = "\n\n".join(parts or ["Not measured yet."])
+        return f"{match[1]}\n{body}\n\n{match[3]}"
 
     return PLACE.sub(replace, text)
 

@@ -135,14 +135,15 @@ def _mask(call: Call, span: Span, keys: Fetched, q: Tensor, problem: Problem) ->
 def _backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, problem: Problem
 ) -> tuple[Tensor, Tensor, Tensor]:
-    by_products = q.device.type == "cpu" and q.element_size() == 2
-    if problem.whole and not by_products:
+    sixteen = q.device.type == "cpu" and q.element_size() == 2
+    if problem.whole and not sixteen:
         heads_first = (x.transpose(1, 2) for x in (grad, q, k, v, out, lse))
         grads = kernels.backward(*heads_first, scale=problem.scale, causal=problem.shape.causal)
         dq, dk, dv = (x.transpose(1, 2) for x in grads)
         return dq, dk, dv
     dq = (torch.empty if problem.covers else torch.zeros)(q.shape, dtype=q.dtype, device=q.device)
     dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
+    by_products = sixteen and kernels.matrix_unit(q.dtype) and q.shape[-1] >= product.EXTRA
     part_gradients = _by_products if by_products else _by_kernel
     with problem.scratch(q.device) as scratch:
         for b in range(q.shape[0]):
@@ -191,35 +192,45 @@ def _by_kernel(
     call: Call, span: Span, keys: Fetched, sink: Sink, target: Tensor,
     grad: Tensor, q: Tensor, out: Tensor, lse: Tensor, problem: Problem, scratch: Scratch,
 ) -> None:  # fmt: skip
-    """One part's gradients by the fused backward, in pieces."""
-    args = [view(span, x) for x in (grad, q, out)]
+    """One part's gradients by the fused backward, in pieces: in single precision on a CPU, whose
+    16-bit backward takes 15 to 20 times its forward without a matrix unit (docs/speed.md)."""
+    wide = kernels.lse_dtype(q.dtype) if q.device.type == "cpu" else q.dtype
+
+    def widened(name: str, x: Tensor) -> Tensor:
+        return x if x.dtype == wide else scratch.get(name, x.shape, wide).copy_(x)
+
     lse_rows = rows(span, lse)
     mask = _mask(call, span, keys, q, problem)
     bias = mask.get("bias")
     if bias is not None:
-        bias = bias.expand(*args[1].shape[:3], keys.k.shape[2])
-    for n, c in _pieces(call, span, keys.k.shape[2], problem):
-        dq, dk, dv = kernels.backward(
-            args[0][n], args[1][n], keys.k[n, :, c], keys.v[n, :, c], args[2][n], lse_rows[n],
-            scale=problem.scale, causal=mask.get("causal", False),
-            bias=None if bias is None else bias[n, ..., c],
-        )  # fmt: skip
-        target[n].add_(dq)
-        sink.add(Part(n, slice(None), c, dk, dv))
+        bias = bias.to(wide).expand(*lse_rows.shape, keys.k.shape[2])
+    views, width = _piece(call, span, keys.k.shape[2], wide.itemsize, problem.shape)
+    for n in _slices(span.batch, views):
+        args = [widened(name, view(span, x)[n]) for name, x in (("do", grad), ("q", q), ("out", out))]
+        for c in _slices(keys.k.shape[2], width):
+            dq, dk, dv = kernels.backward(
+                args[0], args[1], widened("wide k", keys.k[n, :, c]), widened("wide v", keys.v[n, :, c]),
+                args[2], lse_rows[n], scale=problem.scale, causal=mask.get("causal", False),
+                bias=None if bias is None else bias[n, ..., c],
+            )  # fmt: skip
+            target[n].add_(dq)
+            sink.add(Part(n, slice(None), c, dk, dv))
 
 
-def _pieces(call: Call, span: Span, keys: int, problem: Problem) -> Iterator[tuple[slice, slice]]:
-    """Views and keys of a call whose dk and dv stay small enough to be fast: larger results of a
-    kernel are handed back to the system each time on a CPU, and fault their pages in anew. A kernel's
-    own causal mask ties queries to keys, so those are not cut."""
+def _piece(call: Call, span: Span, keys: int, itemsize: int, shape: Shape) -> tuple[int, int]:
+    """(views, keys) of a call that the kernel is given at once: dk and dv stay in the cache. A
+    kernel's own causal mask ties queries to keys, so those are not cut."""
     unit = call.keys.size if isinstance(call.keys, Gather) else 1
-    per_key = 2 * span.heads * problem.shape.head_dim * problem.shape.itemsize
-    limit = 2 * problem.shape.fast // per_key
-    wide = keys if call.mask == "causal" else min(max(limit // unit, 1) * unit, keys)
-    views = max(limit // wide, 1)
-    for n in range(0, span.batch, views):
-        for c in range(0, keys, wide):
-            yield slice(n, min(n + views, span.batch)), slice(c, min(c + wide, keys))
+    limit = 4 * shape.fast // (2 * span.heads * shape.head_dim * itemsize)
+    if call.mask == "causal" or keys <= limit:
+        return max(limit // keys, 1), keys
+    cuts = -(-keys // limit)
+    return 1, -(-keys // (cuts * unit)) * unit
+
+
+def _slices(total: int, size: int) -> Iterator[slice]:
+    for start in range(0, total, size):
+        yield slice(start, min(start + size, total))
 
 
 def _by_products(

@@ -14,6 +14,8 @@ lse of the whole row, which makes each part's gradient exact.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -25,9 +27,31 @@ EFFICIENT_ALIGNMENT = 32
 BIAS_ALIGNMENT = 8
 """The efficient kernel wants bias rows that begin at multiples of this many elements."""
 
+CHANNELS = 8
+"""Flash and efficient kernels read channels in vectors of up to this many 16-bit numbers."""
+ALIGNED = ("flash", "efficient")
+
+
+@cache
+def steady_heap() -> None:
+    """Lets glibc keep freed blocks of up to 32 MiB for the next call instead of handing them back to
+    the system, whose fresh pages cost more than the kernels that fill them (docs/speed.md). Freeing one
+    block of that size is the documented way (mallopt(3), dynamic mmap threshold); it is never touched,
+    so it takes no memory. Elsewhere this does nothing."""
+    torch.empty((32 << 20) - (64 << 10), dtype=torch.uint8)
+
 
 def lse_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@cache
+def matrix_unit(dtype: torch.dtype) -> bool:
+    """Whether this machine's CPU multiplies 16-bit matrices of this type in a unit of its own (AMX).
+    There the kernel copies keys and values into that unit's order, and batched products are faster than
+    its backward; elsewhere 16-bit products run at a fraction of the rate of single precision."""
+    test = {torch.bfloat16: "_is_amx_tile_supported", torch.float16: "_is_amx_fp16_supported"}.get(dtype)
+    return test is not None and bool(getattr(torch.cpu, test, lambda: False)())
 
 
 def choose(x: Tensor, biased: bool) -> str:
@@ -43,6 +67,11 @@ def choose(x: Tensor, biased: bool) -> str:
     modern = torch.cuda.get_device_capability(x.device) >= (8, 0)
     if modern and not biased and x.dtype != torch.float32 and x.shape[-1] <= 256:
         return "flash"
+    if not modern and x.dtype == torch.bfloat16:
+        raise UnavailableError(
+            f"no bfloat16 attention kernel on {torch.cuda.get_device_name(x.device)}: it needs compute "
+            "capability 8.0; use float16 or float32"
+        )
     return "efficient"
 
 
@@ -50,7 +79,10 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool = False, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """softmax(q k^T scale + bias) v as (out [N, H, T, D], lse [N, H, T])."""
-    match choose(q, bias is not None):
+    kernel, dim = choose(q, bias is not None), q.shape[-1]
+    if kernel in ALIGNED:
+        q, k, v = (_aligned_channels(x) for x in (q, k, v))
+    match kernel:
         case "cpu":
             out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
                 q, k, v, 0.0, causal, attn_mask=bias, scale=scale
@@ -64,7 +96,7 @@ def forward(
             )[:2]
         case _:
             out, lse = _plain(q, k, v, scale, causal, bias)
-    return out, lse[..., : q.shape[2]]
+    return out[..., :dim], lse[..., : q.shape[2]]
 
 
 def backward(
@@ -72,7 +104,13 @@ def backward(
     scale: float, causal: bool = False, bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dq, dk, dv) of the part that attends q to k, for out and lse of the whole row."""
-    match choose(q, bias is not None):
+    kernel, dim = choose(q, bias is not None), q.shape[-1]
+    if kernel in ALIGNED and dim % CHANNELS:
+        grad, q, k, v, out = (_aligned_channels(x) for x in (grad, q, k, v, out))
+        grads = backward(grad, q, k, v, out, lse, scale=scale, causal=causal, bias=bias)
+        dq, dk, dv = (x[..., :dim] for x in grads)
+        return dq, dk, dv
+    match kernel:
         case "cpu":
             return aten._scaled_dot_product_flash_attention_for_cpu_backward(  # type: ignore[no-any-return]
                 grad, q, k, v, out, lse, 0.0, causal, attn_mask=bias, scale=scale
@@ -91,6 +129,12 @@ def backward(
             )[:3]  # fmt: skip
         case _:
             return _plain_backward(grad, q, k, v, out, lse, scale, causal, bias)
+
+
+def _aligned_channels(x: Tensor) -> Tensor:
+    """x [N, H, T, D] with zeros up to a multiple of CHANNELS, which change no score and no output."""
+    missing = -x.shape[-1] % CHANNELS
+    return x if not missing else torch.nn.functional.pad(x, (0, missing))
 
 
 def _aligned(bias: Tensor, q: Tensor, k: Tensor) -> Tensor:

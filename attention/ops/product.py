@@ -101,7 +101,7 @@ def _tile(
     back: float,
     scratch: Scratch,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq / scale, dk, dv) of one tile of scores, [N H, T or K, D], from widened q, do, k and v."""
+    """(dq / (scale back), dk, dv) of one tile of scores, [N H, T or K, D], from widened q, do, k and v."""
     size = (left.shape[0], left.shape[1], right.shape[1])
     weights = scratch.get("weights", size, left.dtype)
     torch.baddbmm(weights, left, right.transpose(1, 2), beta=0, alpha=rest, out=weights).exp_()

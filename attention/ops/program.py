@@ -82,10 +82,6 @@ class Call:
     first: bool = False
     """In a merging tile: nothing came before in these queries, so the part is taken as it is."""
 
-    @property
-    def key_count(self) -> int:
-        return self.keys.length if isinstance(self.keys, Span) else self.keys.keys
-
 
 @dataclass(frozen=True, slots=True)
 class Tile:

@@ -7,8 +7,10 @@ config with the least workspace, so that chunks split and parts are merged at te
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from hypothesis import strategies as st
@@ -22,6 +24,7 @@ from tolerance import (
 from torch import Tensor, nn
 
 from attention import AdaptiveConfig, AttentionConfig, SparsePatternConfig, build
+from attention.ops import kernels
 from attention.reference import multiplicity, reference_attention
 
 HEADS, HEAD_DIM, BLOCK = 4, 16, 8
@@ -152,16 +155,30 @@ def check_float64(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, causal: bo
 def check_low_precision(
     module: nn.Module, q: Tensor, k: Tensor, v: Tensor, causal: bool, grad: Tensor | None = None
 ) -> None:
-    """Forward and gradients are as near the oracle as the rule for their dtype asks."""
+    """Forward and gradients are as near the oracle as the rule for their dtype asks; 16-bit types on the
+    CPU both as on a machine with a matrix unit for them and as on one without."""
     grad = output_gradient(q) if grad is None else grad
-    ours = forward_and_gradients(lambda *x: module(*x, is_causal=causal), (q, k, v), grad)
     m = counts(module, q, k, causal)
     scale = module.config.scale or 1 / math.sqrt(q.shape[3])
     naive = forward_and_gradients(lambda *x: naive_attention(*x, m, scale), (q, k, v), grad)
     exact = oracle(module, q, k, causal)
     reference = forward_and_gradients(exact, [x.double() for x in (q, k, v)], grad.double())
-    assert ours[0].dtype == q.dtype
-    assert_as_exact_as_naive(ours, naive, reference, largest_score(q, k, scale))
+    both = q.device.type == "cpu" and q.element_size() == 2
+    for unit in (False, True) if both else (None,):
+        with machine_with(unit):
+            ours = forward_and_gradients(lambda *x: module(*x, is_causal=causal), (q, k, v), grad)
+        assert ours[0].dtype == q.dtype
+        assert_as_exact_as_naive(ours, naive, reference, largest_score(q, k, scale))
+
+
+@contextmanager
+def machine_with(unit: bool | None) -> Iterator[None]:
+    """Plays a CPU with or without a matrix unit for 16-bit types; None: the one there is."""
+    if unit is None:
+        yield
+        return
+    with mock.patch.object(kernels, "matrix_unit", lambda dtype: unit and dtype.itemsize == 2):
+        yield
 
 
 # Random cases

@@ -302,12 +302,15 @@ def inside_another(x):
 @pytest.mark.parametrize("stored", [heads_first, channels_first, inside_another])
 @every
 def test_storage_order_does_not_matter(config, stored, dtype, causal):
+    """To rounding: a processor may multiply rows that do not begin at aligned addresses in another order."""
     module = module_of(in_little_room(config))
     inputs = qkv(67, batch=2, kv_heads=2, dtype=dtype)
     other = [stored(x) for x in inputs]
     assert not any(x.is_contiguous() for x in other)
     grad = output_gradient(inputs[0])
-    assert_same_bits(gradients(module, other, causal, stored(grad)), gradients(module, inputs, causal, grad))
+    found, expected = gradients(module, other, causal, stored(grad)), gradients(module, inputs, causal, grad)
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x, y)
 
 
 @every

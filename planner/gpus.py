@@ -1,0 +1,233 @@
+"""Known NVIDIA cards: memory, rates, and which kernels run on them. Imports no torch.
+
+The figures are in `data/gpus.json`, each card's with its `source`. What no document says is None there,
+and what is derived here says so.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Final
+
+from attention.errors import ConfigError
+
+if TYPE_CHECKING:
+    from planner.workload import Dtype
+
+GIB: Final = 1 << 30
+_DATA = Path(__file__).with_name("data") / "gpus.json"
+_NOISE = re.compile(r"nvidia|geforce|tesla|\(r\)|\(tm\)|[^a-z0-9]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """One card as planning sees it."""
+
+    key: str
+    """Short name, as in `--gpu rtx4060`."""
+    aliases: tuple[str, ...] = ()
+    """Other names it goes by."""
+    name: str
+    """Name as CUDA reports it."""
+    architecture: str
+    """Pascal, Volta, Turing, Ampere, Ada, Hopper or Blackwell."""
+    capability: tuple[int, int]
+    """CUDA compute capability."""
+    nominal_bytes: int
+    """Memory as sold. The 8 GB on a box are 8 GiB: 8,589,934,592 bytes."""
+    memory_type: str
+    """GDDR or HBM generation; empty where not known."""
+    ecc: bool
+    """Whether error correction is on as shipped. GDDR pays for it with a sixteenth of the memory."""
+    usable_bytes: int
+    """What CUDA reports in total, before any context, display or other process."""
+    usable_source: str
+    """Where `usable_bytes` is from; begins with `derived:` where no report of this card was found."""
+    bandwidth: float | None
+    """Bytes a second of the card's memory."""
+    rates: Mapping[str, float | None] = field(hash=False)
+    """Peak dense FLOP/s by dtype: 16-bit on tensor cores with float32 accumulation where there are any,
+    float32 and float64 without them. None where not known or not native (bfloat16 below 8.0)."""
+    sm_count: int | None
+    """Streaming multiprocessors."""
+    l2_bytes: int | None
+    """Level-2 cache."""
+    source: str
+    """Where the figures are from, and which of them are derived."""
+
+
+@cache
+def known() -> tuple[Gpu, ...]:
+    """All cards of the data file, oldest architecture first."""
+    rows: list[dict[str, Any]] = json.loads(_DATA.read_text(encoding="utf-8"))["cards"]
+    return tuple(_gpu(row, rows) for row in rows)
+
+
+def find(name: str) -> Gpu:
+    """The card called `name`: by key, alias or full name, or by a prefix that only one card has.
+
+    Case, spaces, dashes and the words NVIDIA, GeForce and Tesla do not matter; nor does a leading RTX or
+    GTX. A name that fits no card or several is a `ConfigError` that names the nearest.
+    """
+    wanted = _plain(name)
+    exact = [gpu for gpu in known() if wanted in _forms(gpu)]
+    if len(exact) == 1:
+        return exact[0]
+    begun = [gpu for gpu in known() if wanted and any(form.startswith(wanted) for form in _forms(gpu))]
+    if len(begun) == 1:
+        return begun[0]
+    raise _unknown(name, wanted, exact or begun)
+
+
+def generic(vram_bytes: int) -> Gpu:
+    """The card that a budget without a card's name stands for.
+
+    `vram_bytes` is taken at its word, as what CUDA would report in total; 8 x 10^9 is below the 8.32 x 10^9
+    that an 8 GB card reports. Everything else is an assumption: compute capability 8.0, the lowest on
+    which all kernels run, and the rates of an RTX 3060 in round figures.
+    """
+    if isinstance(vram_bytes, bool) or not isinstance(vram_bytes, int) or vram_bytes <= 0:
+        raise ConfigError(f"vram must be a positive number of bytes, got {vram_bytes!r}; write e.g. 8GB")
+    size = _size(vram_bytes)
+    return Gpu(
+        key=f"generic-{size.lower()}",
+        name=f"generic {size} card",
+        architecture="Ampere",
+        capability=(8, 0),
+        nominal_bytes=vram_bytes,
+        memory_type="",
+        ecc=False,
+        usable_bytes=vram_bytes,
+        usable_source="assumption: the given bytes are what CUDA reports in total",
+        bandwidth=360e9,
+        rates=MappingProxyType({"float16": 25e12, "bfloat16": 25e12, "float32": 12.5e12, "float64": 0.2e12}),
+        sm_count=28,
+        l2_bytes=3 << 20,
+        source="assumption: compute capability 8.0 and, in round figures, the rates of an RTX 3060; "
+        "name the card with --gpu, or calibrate",
+    )
+
+
+def backends(gpu: Gpu, dtype: Dtype) -> tuple[str, ...]:
+    """Kernels that run `dtype` on this card, the preferred first.
+
+    `flash` (SDPA; 16 bits, 8.0 and up), `efficient` (SDPA; 5.0 to 12.1; bfloat16 from 8.0), `flex`
+    (compiled FlexAttention, for block-sparse layouts; 8.0 and up here, though Triton runs from 7.0) and
+    `plain` (matrix products; everything, for float64 the only one).
+    """
+    modern = gpu.capability >= (8, 0)
+    found = []
+    if modern and dtype in ("float16", "bfloat16"):
+        found.append("flash")
+    if dtype != "float64" and (5, 0) <= gpu.capability <= (12, 1) and (modern or dtype != "bfloat16"):
+        found.append("efficient")
+    if modern and dtype != "float64":
+        found.append("flex")
+    return (*found, "plain")
+
+
+def native_bfloat16(gpu: Gpu) -> bool:
+    """Whether the card computes in bfloat16; below 8.0 it is emulated, and slow."""
+    return gpu.capability >= (8, 0)
+
+
+def torch_builds(gpu: Gpu) -> str:
+    """Which PyTorch builds have kernels for this card, in a sentence."""
+    if gpu.capability < (7, 0):
+        return "PyTorch up to 2.14, in the cu126 builds: later ones have no kernels for Pascal"
+    if gpu.capability < (7, 5):
+        return "the cu126 builds of PyTorch: CUDA 13 has no kernels for Volta"
+    if gpu.capability >= (10, 0):
+        return "PyTorch 2.7 or newer, in the cu128 builds or newer"
+    return "any build of PyTorch for CUDA"
+
+
+def _gpu(row: Mapping[str, Any], rows: list[dict[str, Any]]) -> Gpu:
+    nominal = row["memory_gb"] * GIB
+    usable, source = row["usable_bytes"], row["usable_source"]
+    if usable is None:
+        usable, source = _derive(row, rows)
+    return Gpu(
+        key=row["key"],
+        aliases=tuple(row["aliases"]),
+        name=row["name"],
+        architecture=row["architecture"],
+        capability=(row["capability"][0], row["capability"][1]),
+        nominal_bytes=nominal,
+        memory_type=row["memory_type"],
+        ecc=row["ecc"],
+        usable_bytes=usable,
+        usable_source=source,
+        bandwidth=row["bandwidth"],
+        rates=MappingProxyType(row["rates"]),
+        sm_count=row["sm_count"],
+        l2_bytes=row["l2_bytes"],
+        source=row["source"],
+    )
+
+
+def _derive(row: Mapping[str, Any], rows: list[dict[str, Any]]) -> tuple[int, str]:
+    """Usable bytes by the usable share of a reported card of the same kind of memory.
+
+    That is the next smaller card of the same architecture (or as large), else of any; of several the one
+    with the least share. Smaller, because drivers keep a larger share of a smaller card.
+    """
+    alike = [
+        other
+        for other in rows
+        if other["usable_bytes"] and _memory(other) == _memory(row) and other["memory_gb"] <= row["memory_gb"]
+    ]
+    near = [other for other in alike if other["architecture"] == row["architecture"]]
+    model = max(near or alike, key=lambda other: (other["memory_gb"], -_share(other)))
+    usable = row["memory_gb"] * model["usable_bytes"] // model["memory_gb"]
+    return usable >> 20 << 20, f"derived: the share that {model['name']} reports, {_share(model):.1%}"
+
+
+def _memory(row: Mapping[str, Any]) -> str:
+    if row["memory_type"].startswith("HBM"):
+        return "HBM"
+    return "GDDR and error correction" if row["ecc"] else "GDDR"
+
+
+def _share(row: Mapping[str, Any]) -> float:
+    return float(row["usable_bytes"] / (row["memory_gb"] * GIB))
+
+
+def _plain(name: str) -> str:
+    return _NOISE.sub("", name.lower())
+
+
+@cache
+def _forms(gpu: Gpu) -> frozenset[str]:
+    """All ways to write a card's name, plain."""
+    forms = {_plain(name) for name in (gpu.key, gpu.name, *gpu.aliases)}
+    return frozenset(forms | {form[3:] for form in forms if form[:3] in ("rtx", "gtx")})
+
+
+def _unknown(name: str, wanted: str, several: list[Gpu]) -> ConfigError:
+    from difflib import SequenceMatcher
+
+    def likeness(gpu: Gpu) -> float:
+        return max(SequenceMatcher(None, wanted, form).ratio() for form in _forms(gpu))
+
+    nearest = ", ".join(gpu.key for gpu in sorted(several or known(), key=likeness, reverse=True)[:3])
+    if several:
+        return ConfigError(
+            f"GPU {name[:60]!r} could be {len(several)} cards, e.g. {nearest}; "
+            "write more of the name; `planner gpus` lists all"
+        )
+    return ConfigError(f"GPU {name[:60]!r} is not known; nearest are {nearest}; `planner gpus` lists all")
+
+
+def _size(count: int) -> str:
+    """8GB, 7.75GiB or 8.32GB: exact where two decimals allow."""
+    for unit, text in ((10**9, "GB"), (GIB, "GiB")):
+        if count * 100 % unit == 0:
+            return f"{count / unit:g}{text}"
+    return f"{count / 10**9:.2f}GB"

@@ -1,0 +1,272 @@
+"""The device's share of memory: what a run holds beside the attention's own tensors. Imports no torch.
+
+Outside the caching allocator: the CUDA context, the display, other users of the card. Inside: workspaces
+of cuBLAS and scratch of the fused kernels. Every line names its source, and says `judgement` or
+`assumption` where nobody measured. Bytes are integer arithmetic, so that sizes may be ints or NumPy int64
+arrays; they are what is asked of the allocator, which rounds to 512.
+
+Letters: B batch, H query heads, Q queries, K keys, D head_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, Literal, TypeAlias
+
+from attention.errors import ConfigError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    Count: TypeAlias = int | npt.NDArray[np.int64]
+
+Kernel = Literal["flash", "efficient", "flex", "plain"]
+Display = Literal["headless", "desktop"]
+
+MIB: Final = 1 << 20
+FLOAT32: Final = 4
+
+CONTEXT_BYTES: Final = 644_245_095
+"""0.6 GiB: the context where none was measured."""
+DESKTOP_BYTES: Final = 966_367_642
+"""0.9 GiB: a desktop with a browser."""
+_CONTEXT_SOURCE = (
+    "judgement: 0.6 GiB, no figure for this architecture; seen elsewhere are 287 MB with lazy and 667 MB "
+    "with eager loading (pytorch #86509) and 0.13 GiB on the small RTX A2000"
+)
+_CONTEXT = {
+    "Ada": (426 * MIB, "426 MiB on an RTX 6000 Ada with torch 2.10 (reference/memory_estimation.md)"),
+    "Blackwell": (635 * MIB, "0.62 GiB on an RTX 5090 (reference/memory_estimation.md)"),
+}
+_DISPLAY = {
+    "headless": (0, "judgement: nothing is drawn on this card"),
+    "desktop": (DESKTOP_BYTES, "judgement: 0.9 GiB; a Linux desktop had 692 MiB (StackOverflow 70074789)"),
+}
+_FLASH = "flash_api.cpp of PyTorch's flash attention 2"
+_EFFICIENT = "attention_backward.cu and kernel_backward.h of PyTorch's memory-efficient attention"
+
+
+@dataclass(frozen=True)
+class Line:
+    """One named share of memory."""
+
+    name: str
+    """What holds it."""
+    component: str
+    """Its family in a breakdown: `context` or `workspace`."""
+    bytes: Count
+    """How much; an array if the sizes were arrays."""
+    source: str
+    """Where the figure is from; begins with `judgement` or `assumption` where it is one."""
+    inside_allocator: bool
+    """Whether PyTorch's caching allocator holds it."""
+
+
+def total(lines: Iterable[Line]) -> Count:
+    """Bytes of all lines together."""
+    count: Count = 0
+    for line in lines:
+        count = count + line.bytes
+    return count
+
+
+def device_lines(
+    architecture: str,
+    *,
+    display: Display = "headless",
+    others_bytes: int = 0,
+    context_bytes: int | None = None,
+) -> tuple[Line, ...]:
+    """What lies outside the allocator: context, display, other users of the card.
+
+    `context_bytes` is a measured context, `others_bytes` what the user says others hold. Memory that NCCL
+    takes (0.5 GB and more a group) is not here.
+    """
+    if display not in _DISPLAY:
+        raise ConfigError(f"display must be 'headless' or 'desktop', got {display!r}")
+    for what, count in (("others_bytes", others_bytes), ("context_bytes", context_bytes or 0)):
+        if count < 0:
+            raise ConfigError(f"{what} must not be negative, got {count}")
+    context, source = _CONTEXT.get(architecture, (CONTEXT_BYTES, _CONTEXT_SOURCE))
+    if context_bytes is not None:
+        context, source = context_bytes, "measured on this device"
+    drawn, why = _DISPLAY[display]
+    return (
+        Line("CUDA context", "context", context, source, False),
+        Line("display", "context", drawn, why, False),
+        Line("other processes", "context", others_bytes, "as given", False),
+    )
+
+
+def library_lines(capability: tuple[int, int], *, handles: int = 1) -> tuple[Line, ...]:
+    """Workspaces of cuBLAS and cuBLASLt, one a (handle, stream); there from the first matrix product on.
+
+    `CUBLAS_WORKSPACE_CONFIG` is taken to be unset. In builds that share one workspace the second is nil.
+    """
+    large = capability >= (9, 0)
+    each = 32 * MIB if large else 4096 * 1024 * 2 + 16 * 1024 * 8
+    source = "CUDABlas handle pool of PyTorch: " + (
+        "32 MiB for Hopper, and for Blackwell since pytorch #175344 (8,519,680 bytes before)"
+        if large
+        else ":4096:2:16:8, 8,519,680 bytes"
+    )
+    return (
+        Line("cuBLAS workspace", "workspace", each * handles, source, True),
+        Line("cuBLASLt workspace", "workspace", MIB * handles, "1 MiB by default (pytorch #73328)", True),
+    )
+
+
+def forward_lines(
+    kernel: Kernel,
+    *,
+    batch: Count,
+    heads: Count,
+    queries: Count,
+    keys: Count,
+    head_dim: Count,
+    itemsize: int,
+) -> tuple[Line, ...]:
+    """What one forward call of a kernel allocates beside its output.
+
+    Omitted: flash attention's split-key accumulators, which it uses only where B x H x Q / 64 leaves most
+    multiprocessors idle, and copies of operands whose last stride is not 1 or whose D is not a multiple
+    of 8.
+    """
+    rows = batch * heads * queries
+    if kernel == "flash":
+        return (_scratch("log-sum-exp", FLOAT32 * rows, f"float32 B H Q; {_FLASH}"),)
+    if kernel == "efficient":
+        padded = FLOAT32 * batch * heads * _up(queries, 32)
+        sums = FLOAT32 * rows * head_dim * (head_dim > 128) if itemsize == 2 else 0 * rows
+        return (
+            _scratch("log-sum-exp", padded, "float32 B H Q, Q rounded up to 32; kernel_forward.h kAlignLSE"),
+            _scratch("output sums", sums, "float32 B H Q D in 16 bits where D > 128; kernel_forward.h"),
+        )
+    if kernel == "flex":
+        return (_scratch("log-sum-exp", FLOAT32 * rows, "float32 B H Q; Inductor's flex_attention lowering"),)
+    _known(kernel)
+    scores = 2 * itemsize * rows * keys
+    return (
+        _scratch("log-sum-exp", itemsize * rows, "B H Q; attention/ops/kernels.py"),
+        _scratch("scores", scores, "B H Q K, twice; attention/ops/kernels.py"),
+    )
+
+
+def backward_lines(
+    kernel: Kernel,
+    *,
+    batch: Count,
+    heads: Count,
+    kv_heads: Count,
+    queries: Count,
+    keys: Count,
+    head_dim: Count,
+    itemsize: int,
+    capability: tuple[int, int] = (8, 0),
+    deterministic_sms: int | None = None,
+) -> tuple[Line, ...]:
+    """What one backward call of a kernel allocates beside dq, dk and dv.
+
+    `deterministic_sms` is the card's number of multiprocessors where deterministic algorithms are asked
+    for, which makes flash attention keep several sums of dq; None where they are not.
+    """
+    rows = batch * heads * queries
+    if kernel == "flash":
+        splits: Count = 1
+        if deterministic_sms is not None:
+            splits = _ceil(deterministic_sms, batch * heads)
+        blocked = FLOAT32 * batch * heads * _up(queries, 128)
+        expanded = 2 * itemsize * batch * keys * heads * head_dim * (kv_heads < heads)
+        return (
+            _scratch("softmax_d", blocked, f"float32 B H Q, Q rounded up to 128; {_FLASH}"),
+            _scratch(
+                "dq_accum",
+                blocked * _up(head_dim, 32) * splits,
+                f"float32 B H Q D, Q rounded up to 128 and D to 32, times the splits; {_FLASH}",
+            ),
+            _scratch(
+                "dk and dv expanded", expanded, f"to all query heads where kv_heads are fewer; {_FLASH}"
+            ),
+        )
+    if kernel == "efficient":
+        return _efficient_backward(batch, heads, queries, keys, head_dim, itemsize, capability)
+    if kernel == "flex":
+        source = "assumption: float32 B H Q for delta and as much for the gradient of lse; Inductor may fuse"
+        return (_scratch("delta", 2 * FLOAT32 * rows, source),)
+    _known(kernel)
+    return (
+        _scratch("delta", itemsize * rows, "B H Q; attention/ops/kernels.py"),
+        _scratch("scores", 3 * itemsize * rows * keys, "B H Q K, three times; attention/ops/kernels.py"),
+    )
+
+
+def _efficient_backward(
+    batch: Count, heads: Count, queries: Count, keys: Count, head_dim: Count, itemsize: int,
+    capability: tuple[int, int],
+) -> tuple[Line, ...]:  # fmt: skip
+    """Delta, and accumulators that depend on the tile (rows x columns) of the kernel that is chosen.
+
+    The tile is 64 x 64 up to D = 64. Above, 16-bit kernels have 128 x 128, 128 x 64 or 64 x 64, by shared
+    memory; the sizes here hold for each of these.
+    """
+    group = batch * heads
+    wide = head_dim > 64
+    tile = 64 + 64 * wide
+    sums = _up(queries, tile) * _up(head_dim, tile)
+    locks = 4 * _ceil(queries, 64) * _ceil(head_dim, 64)
+    kept = 0 * queries
+    if itemsize == 2:
+        blocks = _ceil(keys, 64)
+        splits = _least(blocks, _most(200 // group, 1))
+        kept = 2 * splits * 64 * _up(head_dim, 128) * wide
+    product = 0 * group * queries * head_dim
+    if itemsize == 2 and capability == (7, 0):
+        product = 3 * FLOAT32 * group * queries * head_dim * wide
+    return (
+        _scratch("delta", 2 * FLOAT32 * group * queries, f"float32 B H Q, and a copy of it; {_EFFICIENT}"),
+        _scratch(
+            "dq accumulator",
+            FLOAT32 * group * (sums + locks),
+            "float32 B H Q D, both rounded up to the tile, and 16 bytes a tile; counted for float32 below "
+            f"7.0 too, where grad x out takes its place; {_EFFICIENT}",
+        ),
+        _scratch(
+            "dk and dv accumulators",
+            FLOAT32 * group * kept,
+            "assumption: as the kernel without room for them in registers has them, 16 bits and D > 64, "
+            f"64 keys x D a split and at most 200 / (B H) splits; {_EFFICIENT}",
+        ),
+        _scratch(
+            "grad x out",
+            product,
+            f"assumption: V100 in 16 bits with D > 64 computes delta in three float32 B H Q D; {_EFFICIENT}",
+        ),
+    )
+
+
+def _scratch(name: str, count: Count, source: str) -> Line:
+    return Line(name, "workspace", count, source, True)
+
+
+def _known(kernel: str) -> None:
+    if kernel != "plain":
+        raise ConfigError(f"kernel must be 'flash', 'efficient', 'flex' or 'plain', got {kernel!r}")
+
+
+def _ceil(a: Count, b: Count) -> Count:
+    return -(-a // b)
+
+
+def _up(a: Count, b: Count) -> Count:
+    """`a` rounded up to a multiple of `b`."""
+    return -(-a // b) * b
+
+
+def _least(a: Count, b: Count) -> Count:
+    return a + (b - a) * (b < a)
+
+
+def _most(a: Count, b: Count) -> Count:
+    return a + (b - a) * (b > a)
