@@ -83,7 +83,7 @@ def _span_tiles(
         return
     together = shape.fast // (queries * shape.token_bytes)
     if shape.packs:
-        together = min(together, shape.workspace * 5 // 8 // (2 * keys.length * shape.kv_token_bytes))
+        together = min(together, shape.pack_bytes // (2 * keys.length * shape.kv_token_bytes))
     together = min(max(together, 1), MOST_VIEWS)
     for row in range(first, last, together):
         views = min(together, last - row)
@@ -139,7 +139,7 @@ def gather_tiles(lists: npt.NDArray[np.int64], first: int, size: int, shape: Sha
     shared = lists.ndim == 2
     rows, width = lists.shape[0], lists.shape[-1]
     queries = min(size, shape.seq - first * size)
-    limit = min(shape.list_bytes, 6 * shape.fast)
+    limit = shape.list_bytes
     block_bytes = 2 * size * (shape.kv_token_bytes if shared else shape.token_bytes)
     together = limit // (width * block_bytes + queries * shape.token_bytes)
     tail = (shape.seq - 1) // size if shape.seq % size else -1

@@ -7,6 +7,7 @@ afterwards. Every refusal is a `ConfigError` that says what was asked, what arri
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Annotated, Any, Final, Literal, Self, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -62,6 +63,18 @@ class Value(BaseModel):
             super().__init__(**data)
         except ValidationError as error:
             raise ConfigError(f"{type(self).__name__}: {_sentence(error)}") from None
+
+    @classmethod
+    def model_validate(cls, obj: Any, **options: Any) -> Self:
+        """pydantic's, with this project's error."""
+        try:
+            return super().model_validate(obj, **options)
+        except ValidationError as error:
+            raise ConfigError(f"{cls.__name__}: {_sentence(error)}") from None
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """The value with some fields changed, checked as a new one is. Frozen, so never deep."""
+        return type(self)(**{**dict(self), **(update or {})})
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Self:

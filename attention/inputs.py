@@ -54,6 +54,8 @@ def check(q: Tensor, k: Tensor, v: Tensor, config: AttentionConfig) -> None:
 
 def shape_of(q: Tensor, k: Tensor, config: AttentionConfig, is_causal: bool) -> Shape:
     """The sizes that a program depends on."""
+    sixteen = q.device.type == "cpu" and q.element_size() == 2
+    unit = sixteen and kernels.matrix_unit(q.dtype)
     return Shape(
         seq=q.shape[1],
         heads=q.shape[2],
@@ -62,7 +64,8 @@ def shape_of(q: Tensor, k: Tensor, config: AttentionConfig, is_causal: bool) -> 
         itemsize=q.element_size(),
         causal=is_causal,
         workspace=config.workspace_bytes,
-        packs=q.device.type == "cpu" and kernels.matrix_unit(q.dtype),
+        packs=unit,
+        widens=sixteen and not unit,
         fast=min(FAST_BYTES, config.workspace_bytes)
         if q.device.type == "cpu"
         else config.workspace_bytes // 4,

@@ -134,14 +134,15 @@ class BufferPool:
             self._peak = max(self._peak, self._held() + self._on_loan())
         return tensor.set_(storage, 0, tuple(shape), ())
 
-    def give(self, tensor: Tensor) -> None:
-        """Hands back what `take` returned (or any view of it), which must not be used any more.
+    def give(self, tensor: Tensor, keep: bool = True) -> None:
+        """Hands back what `take` returned (or any view of it), which must not be used any more; without
+        `keep` the buffer is freed, because a larger one takes its place.
 
         That includes autograd: give nothing that a graph has saved. Over the bound, the least recently
         used free buffers go; a buffer larger than the bound is dropped at once.
         """
         storage = tensor.untyped_storage()
-        bound = self._bound(tensor.device, storage.nbytes())
+        bound = self._bound(tensor.device, storage.nbytes()) if keep else 0
         with self._lock:
             lent = self._lent.pop(storage, None)
             if lent is None:
@@ -152,6 +153,8 @@ class BufferPool:
             if 0 < lent.nbytes <= bound:
                 self._clock += 1
                 self._free.setdefault(lent, deque()).append((self._clock, storage))
+            if not keep:
+                return
             # Each device has its own dynamic bound; a bound in bytes is over all of them.
             self._shrink(bound, lent.device if self._max_bytes is None else None)
 

@@ -1,7 +1,8 @@
 """How fast is each attention against its peers? `python -m studies.peers`
 
-Ratios in one process run: against compiled FlexAttention on the same layout, against dense SDPA, and
-a training step against its forward. Medians of several runs, ours and the peer's in turn.
+Ratios in one process run: against compiled FlexAttention on the same layout, against dense SDPA, a
+training step against its forward, and the CPU's fused kernel backward against forward. Medians of
+several runs, ours and the peer's in turn.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from attention import (
     build_layout,
 )
 from attention.adaptive import AdaptiveAttention
-from attention.ops import flex
+from attention.ops import flex, kernels
 from studies.records import (
     Row,
     Step,
@@ -39,6 +40,8 @@ from studies.records import (
 
 HEADS, HEAD_DIM = 8, 64
 SEQ, LONG = 16_384, 65_536
+LONG_HEADS = 2
+"""At the longest, dense attention of more heads takes minutes a run on two cores."""
 DTYPES = (torch.float32, torch.bfloat16)
 BLOCKS, KEPT = (64, 128, 256), (3, 9)
 COMMAND = "python -m studies.peers"
@@ -105,7 +108,7 @@ def dense_row(dtype: torch.dtype, block: int, kept: float, device: torch.device,
         pattern=SparsePatternConfig(block_size=block, sparsity_ratio=kept),
     )
     module = build(config, device)
-    q, k, v = _inputs(LONG, dtype, device)
+    q, k, v = _inputs(LONG, dtype, device, LONG_HEADS if device.type == "cpu" else HEADS)
     q_, k_, v_ = (x.transpose(1, 2) for x in (q, k, v))
     dense = lambda: torch.nn.functional.scaled_dot_product_attention(q_, k_, v_)  # noqa: E731
     with torch.no_grad():
@@ -113,6 +116,7 @@ def dense_row(dtype: torch.dtype, block: int, kept: float, device: torch.device,
         pairs = [(timed(lambda: module(q, k, v), device), timed(dense, device)) for _ in range(runs)]
     return {
         "dtype": _name(dtype),
+        "heads": q.shape[2],
         "block": block,
         "sparsity": 1 - kept,
         "ratio": median(a / b for a, b in pairs),
@@ -148,8 +152,25 @@ def training_row(
     }  # fmt: skip
 
 
-def _inputs(seq: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    return [torch.randn(1, seq, HEADS, HEAD_DIM, dtype=dtype, device=device) for _ in range(3)]
+def kernel_row(dtype: torch.dtype, queries: int, keys: int, runs: int) -> Row:
+    """The CPU's fused kernel alone: its rates forward and backward, and backward time / forward time."""
+    views = max(512 // queries, 1)
+    q, grad = torch.randn(2, views, queries, HEADS, HEAD_DIM).to(dtype).transpose(2, 3)
+    k, v = torch.randn(2, views, keys, HEADS, HEAD_DIM).to(dtype).transpose(2, 3)
+    scale = HEAD_DIM**-0.5
+    out, lse = kernels.forward(q, k, v, scale=scale)
+    forward = lambda: kernels.forward(q, k, v, scale=scale)  # noqa: E731
+    backward = lambda: kernels.backward(grad, q, k, v, out, lse, scale=scale)  # noqa: E731
+    seconds, back_seconds, ratio = versus(forward, backward, torch.device("cpu"), runs)
+    flops = 4 * views * queries * keys * HEADS * HEAD_DIM
+    return {
+        "dtype": _name(dtype), "queries": queries, "keys": keys, "forward_gflops": flops / seconds / 1e9,
+        "backward_gflops": 2.5 * flops / back_seconds / 1e9, "ratio": ratio,
+    }  # fmt: skip
+
+
+def _inputs(seq: int, dtype: torch.dtype, device: torch.device, heads: int = HEADS) -> list[Tensor]:
+    return [torch.randn(1, seq, heads, HEAD_DIM, dtype=dtype, device=device) for _ in range(3)]
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -205,6 +226,7 @@ def dense_table(rows: list[Row]) -> str:
         (
             [
                 r["dtype"],
+                r["heads"],
                 r["block"],
                 f"{r['sparsity']:.0%}",
                 f"{r['seconds']:.2f}",
@@ -213,7 +235,7 @@ def dense_table(rows: list[Row]) -> str:
             ]
             for r in rows
         ),
-        ["dtype", "block", "sparsity", "seconds", "dense seconds", "of dense time"],
+        ["dtype", "heads", "block", "sparsity", "seconds", "dense seconds", "of dense time"],
     )
 
 
@@ -224,7 +246,19 @@ def training_table(rows: list[Row]) -> str:
     )
 
 
+def kernels_table(rows: list[Row]) -> str:
+    return markdown(
+        (
+            [r["dtype"], r["queries"], r["keys"], f"{r['forward_gflops']:.0f}",
+             f"{r['backward_gflops']:.0f}", f"{r['ratio']:.1f}"]
+            for r in rows
+        ),
+        ["dtype", "queries", "keys", "forward GFLOP/s", "backward GFLOP/s", "backward / forward time"],
+    )  # fmt: skip
+
+
 TABLES = {
+    "peers-kernels": ("peers-kernels", kernels_table),
     "peers-flex": ("peers-flex", flex_table),
     "peers-flex-summary": ("peers-flex", summary_table),
     "peers-dense": ("peers-dense", dense_table),
@@ -249,6 +283,14 @@ def _dense_steps(device: torch.device, runs: int, quick: bool) -> Iterator[Step]
             yield label, partial(dense_row, dtype, block, kept, device, runs)
 
 
+def _kernel_steps(device: torch.device, runs: int, quick: bool) -> Iterator[Step]:
+    """Of the CPU alone."""
+    for dtype in () if device.type != "cpu" else (*DTYPES, torch.float16):
+        for queries, keys in ((64, 576),) if quick else ((64, 576), (128, 1152), (256, 2304), (2048, 2048)):
+            label = f"kernel {_name(dtype)} {queries} x {keys}"
+            yield label, partial(kernel_row, dtype, queries, keys, runs)
+
+
 def _training_steps(device: torch.device, runs: int, quick: bool) -> Iterator[Step]:
     for dtype in DTYPES:
         for pattern in ("local_window", "dilated_sparse, 3 branches", "dilated, 3 branches"):
@@ -258,6 +300,7 @@ def _training_steps(device: torch.device, runs: int, quick: bool) -> Iterator[St
 
 
 PARTS = {
+    "kernels": (_kernel_steps, kernels_table),
     "flex": (_flex_steps, flex_table),
     "dense": (_dense_steps, dense_table),
     "training": (_training_steps, training_table),
@@ -269,7 +312,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", type=present_device, default="cpu", help="cpu or cuda (default cpu)")
     parser.add_argument("--runs", type=at_least_one, default=5, help="counted runs of each (default 5)")
     parser.add_argument("--quick", action="store_true", help="one cell a pattern; saves nothing")
-    parser.add_argument("--only", choices=list(PARTS), help="one of the three parts")
+    parser.add_argument("--only", choices=list(PARTS), help="one of the parts")
     options = parser.parse_args(arguments)
     # Every layout is compiled for itself.
     torch._dynamo.config.cache_size_limit = torch._dynamo.config.accumulated_cache_size_limit = 256

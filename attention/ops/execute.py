@@ -18,7 +18,7 @@ from attention.ops import kernels, product
 from attention.ops.program import Call, Gather, Shape, Span, Tile
 from attention.ops.scratch import Scratch
 from attention.ops.sinks import GatherSink, Part, Sink, SpanSink
-from attention.ops.views import Fetched, fetch, mask_bias, rows, view
+from attention.ops.views import Fetched, fetch, mask_bias, rows, view, widened
 from attention.pool import Buffers, with_emergency_release
 
 SUM_BYTES = 4 << 20
@@ -125,32 +125,37 @@ def _merge(total: Tensor, total_lse: Tensor, part: Tensor, part_lse: Tensor) -> 
     total_lse.copy_(lse)
 
 
-def _mask(call: Call, span: Span, keys: Fetched, q: Tensor, problem: Problem) -> dict[str, Any]:
-    """The kernel's `causal` and `bias` for a call."""
+def _mask(
+    call: Call, span: Span, keys: Fetched, q: Tensor, problem: Problem, begin: int = 0
+) -> dict[str, Any]:
+    """The kernel's `causal` and `bias` for a call from its key `begin` on."""
     if call.mask in ("none", "causal"):
         return {"causal": call.mask == "causal"}
-    return {"bias": mask_bias(call, span, keys, q, problem.buffers.masks)}
+    return {"bias": mask_bias(call, span, keys, q, problem.buffers.masks, begin)}
 
 
 def _backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, problem: Problem
 ) -> tuple[Tensor, Tensor, Tensor]:
-    sixteen = q.device.type == "cpu" and q.element_size() == 2
-    if problem.whole and not sixteen:
+    shape = problem.shape
+    by_products = shape.packs and shape.head_dim >= product.EXTRA
+    # A CPU's fused backward gets single precision instead of 16 bits.
+    widens = (shape.packs or shape.widens) and not by_products
+    if problem.whole and not (by_products or widens):
         heads_first = (x.transpose(1, 2) for x in (grad, q, k, v, out, lse))
-        grads = kernels.backward(*heads_first, scale=problem.scale, causal=problem.shape.causal)
+        grads = kernels.backward(*heads_first, scale=problem.scale, causal=shape.causal)
         dq, dk, dv = (x.transpose(1, 2) for x in grads)
         return dq, dk, dv
     dq = (torch.empty if problem.covers else torch.zeros)(q.shape, dtype=q.dtype, device=q.device)
     dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
-    by_products = sixteen and kernels.matrix_unit(q.dtype) and q.shape[-1] >= product.EXTRA
     part_gradients = _by_products if by_products else _by_kernel
+    wide = kernels.lse_dtype(q.dtype) if widens else q.dtype
     with problem.scratch(q.device) as scratch:
         for b in range(q.shape[0]):
             dk_sum, dv_sum = _sums("dk sums", dk[b], scratch), _sums("dv sums", dv[b], scratch)
             item = (grad[b], q[b], k[b], v[b], out[b], lse[b], dq[b], dk_sum, dv_sum)
             for tile in problem.tiles(b):
-                _backward_tile(tile, *item, problem, scratch, part_gradients)
+                _backward_tile(tile, *item, problem, scratch, part_gradients, wide)
             if dk_sum.dtype != dk.dtype:
                 dk[b].copy_(dk_sum)
                 dv[b].copy_(dv_sum)
@@ -169,47 +174,52 @@ def _sums(name: str, final: Tensor, scratch: Scratch) -> Tensor:
 def _backward_tile(
     tile: Tile, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     dq: Tensor, dk: Tensor, dv: Tensor, problem: Problem, scratch: Scratch,
-    part_gradients: Callable[..., None],
+    part_gradients: Callable[..., None], wide: torch.dtype,
 ) -> None:  # fmt: skip
     """Fills dq for the tile's tokens and adds to dk and dv what those queries contribute."""
     total, origin = _accumulator(tile, dq, scratch)
     for call in tile.calls:
-        keys = fetch(call.keys, k, v, scratch)
-        sink: Sink = (
-            GatherSink(call.keys, dk, dv, scratch)
-            if isinstance(call.keys, Gather)
-            else SpanSink(call.keys, dk, dv, scratch)
-        )
-        for span in call.queries:
-            target = view(span, total, origin)
-            part_gradients(call, span, keys, sink, target, grad, q, out, lse, problem, scratch)
-        sink.finish()
+        for begin, part in call.columns(problem.shape):
+            keys = fetch(part, k, v, scratch)
+            sink: Sink
+            if isinstance(part, Gather):
+                sink = GatherSink(part, dk, dv, scratch)
+            else:
+                sink = SpanSink(part, dk, dv, scratch)
+                if wide != k.dtype and part.overlaps:
+                    wide_k = widened(part, k, wide, "wide k", scratch)
+                    keys = Fetched(wide_k, widened(part, v, wide, "wide v", scratch), None)
+            for span in call.queries:
+                target = view(span, total, origin)
+                args = (call, begin, part, span, keys, sink, target, grad, q, out, lse, problem, scratch)
+                part_gradients(*args)
+            sink.finish()
     if total is not dq:
         dq[tile.start : tile.stop].copy_(total)
 
 
 def _by_kernel(
-    call: Call, span: Span, keys: Fetched, sink: Sink, target: Tensor,
+    call: Call, begin: int, part: Span | Gather, span: Span, keys: Fetched, sink: Sink, target: Tensor,
     grad: Tensor, q: Tensor, out: Tensor, lse: Tensor, problem: Problem, scratch: Scratch,
 ) -> None:  # fmt: skip
-    """One part's gradients by the fused backward, in pieces: in single precision on a CPU, whose
-    16-bit backward takes 15 to 20 times its forward without a matrix unit (docs/speed.md)."""
-    wide = kernels.lse_dtype(q.dtype) if q.device.type == "cpu" else q.dtype
+    """Gradients of one part of a call's keys by the fused backward, in pieces: in single precision on a
+    CPU, whose 16-bit backward takes 15 to 20 times its forward without a matrix unit (docs/speed.md)."""
+    wide = target.dtype if q.device.type == "cpu" else q.dtype
 
-    def widened(name: str, x: Tensor) -> Tensor:
+    def in_wide(name: str, x: Tensor) -> Tensor:
         return x if x.dtype == wide else scratch.get(name, x.shape, wide).copy_(x)
 
     lse_rows = rows(span, lse)
-    mask = _mask(call, span, keys, q, problem)
+    mask = _mask(call, span, keys, q, problem, begin)
     bias = mask.get("bias")
     if bias is not None:
-        bias = bias.to(wide).expand(*lse_rows.shape, keys.k.shape[2])
-    views, width = _piece(call, span, keys.k.shape[2], wide.itemsize, problem.shape)
+        bias = bias.to(wide).expand(*lse_rows.shape, part.length)
+    views, width = _piece(call, span, part, wide.itemsize, problem.shape)
     for n in _slices(span.batch, views):
-        args = [widened(name, view(span, x)[n]) for name, x in (("do", grad), ("q", q), ("out", out))]
-        for c in _slices(keys.k.shape[2], width):
+        args = [in_wide(name, view(span, x)[n]) for name, x in (("do", grad), ("q", q), ("out", out))]
+        for c in _slices(part.length, width):
             dq, dk, dv = kernels.backward(
-                args[0], args[1], widened("wide k", keys.k[n, :, c]), widened("wide v", keys.v[n, :, c]),
+                args[0], args[1], in_wide("piece k", keys.k[n, :, c]), in_wide("piece v", keys.v[n, :, c]),
                 args[2], lse_rows[n], scale=problem.scale, causal=mask.get("causal", False),
                 bias=None if bias is None else bias[n, ..., c],
             )  # fmt: skip
@@ -217,15 +227,14 @@ def _by_kernel(
             sink.add(Part(n, slice(None), c, dk, dv))
 
 
-def _piece(call: Call, span: Span, keys: int, itemsize: int, shape: Shape) -> tuple[int, int]:
+def _piece(call: Call, span: Span, part: Span | Gather, itemsize: int, shape: Shape) -> tuple[int, int]:
     """(views, keys) of a call that the kernel is given at once: dk and dv stay in the cache. A
     kernel's own causal mask ties queries to keys, so those are not cut."""
-    unit = call.keys.size if isinstance(call.keys, Gather) else 1
     limit = 4 * shape.fast // (2 * span.heads * shape.head_dim * itemsize)
-    if call.mask == "causal" or keys <= limit:
-        return max(limit // keys, 1), keys
-    cuts = -(-keys // limit)
-    return 1, -(-keys // (cuts * unit)) * unit
+    if call.mask == "causal" or part.length <= limit:
+        return max(limit // part.length, 1), part.length
+    cuts = -(-part.length // max(limit, 1))
+    return 1, -(-part.length // (cuts * part.unit)) * part.unit
 
 
 def _slices(total: int, size: int) -> Iterator[slice]:
@@ -234,18 +243,17 @@ def _slices(total: int, size: int) -> Iterator[slice]:
 
 
 def _by_products(
-    call: Call, span: Span, keys: Fetched, sink: Sink, target: Tensor,
+    call: Call, begin: int, part: Span | Gather, span: Span, keys: Fetched, sink: Sink, target: Tensor,
     grad: Tensor, q: Tensor, out: Tensor, lse: Tensor, problem: Problem, scratch: Scratch,
 ) -> None:  # fmt: skip
-    """One part's gradients by batched matrix products (16-bit types on the CPU)."""
+    """Gradients of one part of a call's keys by batched matrix products (a CPU with a matrix unit)."""
     grad_rows = view(span, grad)
     delta = (grad_rows.float() * view(span, out)).sum(-1)
-    diagonal = {"causal": 0, "diagonal": keys.diagonal(span)}.get(call.mask)
+    diagonal = call.edge - begin if call.mask in ("causal", "diagonal") else None
     bias = keys.hidden * product.HIDDEN if call.mask == "tail" and keys.hidden is not None else None
-    unit = call.keys.size if isinstance(call.keys, Gather) else 1
     parts = product.backward(
         grad_rows, view(span, q), keys.k, keys.v, rows(span, lse), delta,
-        scale=problem.scale, diagonal=diagonal, bias=bias, unit=unit, dq=target, scratch=scratch,
+        scale=problem.scale, diagonal=diagonal, bias=bias, unit=part.unit, dq=target, scratch=scratch,
     )  # fmt: skip
-    for part in parts:
-        sink.add(part)
+    for gradients in parts:
+        sink.add(gradients)

@@ -39,6 +39,16 @@ class Span(NamedTuple):
         """One past the last token."""
         return self.start + (self.batch - 1) * self.batch_step + (self.length - 1) * self.step + 1
 
+    @property
+    def unit(self) -> int:
+        """Keys are cut at multiples of this."""
+        return 1
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether views share tokens."""
+        return self.batch > 1 and self.batch_step <= (self.length - 1) * self.step
+
     def cut(self, begin: int, end: int) -> Span:
         """Positions begin..end of every view."""
         return self._replace(start=self.start + begin * self.step, length=end - begin)
@@ -68,8 +78,18 @@ class Gather:
     heads: int
 
     @property
-    def keys(self) -> int:
+    def unit(self) -> int:
+        """Keys are cut at multiples of this."""
+        return self.size
+
+    @property
+    def length(self) -> int:
+        """Keys of a view."""
         return int(self.blocks.shape[-1]) * self.size
+
+    def cut(self, begin: int, end: int) -> Gather:
+        """Positions begin..end of every view, both multiples of `size`."""
+        return Gather(self.blocks[..., begin // self.size : end // self.size], self.size, self.heads)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +101,39 @@ class Call:
     mask: Mask = "none"
     first: bool = False
     """In a merging tile: nothing came before in these queries, so the part is taken as it is."""
+
+    @property
+    def edge(self) -> int:
+        """Under a `causal` or `diagonal` mask query t sees keys 0..t + edge."""
+        if self.mask == "causal":
+            return 0
+        own = self.keys.size if isinstance(self.keys, Gather) else self.queries[0].length
+        return self.keys.length - own
+
+    def columns(self, shape: Shape) -> Iterator[tuple[int, Span | Gather]]:
+        """The keys in parts whose dk and dv fit `shape.column_tokens` if their unit allows, those that
+        views share counted once, each part with the position at which it begins. A `causal` mask ties
+        keys to queries: those stay whole."""
+        keys, unit, most = self.keys, self.keys.unit, shape.column_tokens
+        if isinstance(keys, Gather):
+            lists = keys.blocks.size // keys.blocks.shape[-1]
+            if keys.blocks.ndim == 3:  # lists of one head each
+                width = most * shape.kv_heads // lists
+            elif len(np.unique(keys.blocks)) * unit <= most:
+                width = keys.length
+            else:
+                width = most // lists
+        elif keys.overlaps:
+            width = most - (keys.batch - 1) * keys.batch_step
+        else:
+            width = most // keys.batch
+        width = max(width // unit, 1) * unit
+        if self.mask == "causal" or width >= keys.length:
+            yield 0, keys
+            return
+        even = -(-keys.length // (-(-keys.length // width) * unit)) * unit
+        for begin in range(0, keys.length, even):
+            yield begin, keys.cut(begin, min(begin + even, keys.length))
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +161,10 @@ class Shape(NamedTuple):
     fast: int
     """Bytes a chunk should stay within to be fast (the CPU's cache); at most `workspace`."""
     packs: bool
-    """Whether the kernel copies the keys and values it is given (CPU, 16 bit): they count as scratch."""
+    """Whether the kernel copies the keys and values it is given (a CPU's matrix unit): they count as
+    scratch."""
+    widens: bool
+    """Whether backward gives the kernel single-precision copies (16 bit on other CPUs)."""
 
     @property
     def token_bytes(self) -> int:
@@ -122,22 +178,37 @@ class Shape(NamedTuple):
     @property
     def tile_tokens(self) -> int:
         """Tokens of a tile, a power of two: its part, what the kernel copies, the accumulator and a
-        temporary in single precision fit in the workspace."""
-        per_token = self.token_bytes + 2 * self.heads * self.head_dim * max(self.itemsize, 4)
+        temporary in single precision fit in the workspace; where backward widens, q, out and its
+        gradient too."""
+        per_token = self.token_bytes + (2 + 3 * self.widens) * self.heads * self.head_dim * max(
+            self.itemsize, 4
+        )
         per_token += 2 * self.kv_token_bytes * self.packs
         return 1 << (max(self.workspace // per_token, 1).bit_length() - 1)
 
     @property
     def list_bytes(self) -> int:
-        """Bytes of keys and values that one call may gather."""
+        """Bytes of keys and values that one call may gather; backward holds their gradients beside
+        them, in up to twice as many bytes."""
         return self.workspace * 3 // 8
 
+    @property
+    def pack_bytes(self) -> int:
+        """Bytes of keys and values that a kernel may copy in one call."""
+        return self.workspace // 2
+
+    @property
+    def column_tokens(self) -> int:
+        """Key tokens that backward works on at a time: their dk and dv in single precision take three
+        eighths of the workspace, and so do k and v where those are widened too."""
+        return max(self.list_bytes // (2 * self.kv_heads * self.head_dim * max(self.itemsize, 4)), 1)
+
     def key_ranges(self, keys: Span, tail: int = 1) -> tuple[Span, ...]:
-        """The span's keys, cut so that what a kernel copies of each part fits half the workspace. The
-        last part has at least `tail` keys."""
+        """The span's keys, cut so that what a kernel copies of each part fits `pack_bytes`. The last part
+        has at least `tail` keys."""
         if not self.packs:
             return (keys,) if keys.length else ()
-        limit = max(self.workspace // (4 * self.kv_token_bytes * keys.batch), 1)
+        limit = max(self.pack_bytes // (2 * self.kv_token_bytes * keys.batch), 1)
         last = max(keys.length - max(limit, tail), 0)
         edges = [*range(0, last, limit), last, keys.length]
         return tuple(keys.cut(begin, end) for begin, end in pairwise(edges) if end > begin)

@@ -26,7 +26,8 @@ class Scratch:
         flat = self._flat.get(key)
         if flat is None or flat.numel() < size:
             if flat is not None:
-                self._pool.give(self._flat.pop(key))
+                flat = None  # frees the smaller buffer before the larger one is made
+                self._pool.give(self._flat.pop(key), keep=False)
             flat = self._flat[key] = self._pool.take((size,), dtype, self._device)
         return flat[:size].view(shape)
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 from typing import NamedTuple, Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -38,9 +37,8 @@ class SpanSink:
     def __init__(self, span: Span, dk: Tensor, dv: Tensor, scratch: Scratch) -> None:
         self.span, self.dk, self.dv = span, dk, dv
         wide = lse_dtype(dk.dtype)
-        overlap = span.batch > 1 and span.batch_step <= (span.length - 1) * span.step
         self.origin, self.targets = 0, (dk, dv)
-        if wide != dk.dtype and overlap:
+        if wide != dk.dtype and span.overlaps:
             self.origin = span.start
             tokens = span.stop - span.start
             self.targets = _zeros((tokens, *dk.shape[1:]), wide, scratch)
@@ -61,64 +59,65 @@ class SpanSink:
 
 class GatherSink:
     """Adds parts of gathered blocks into dk and dv [S, G, D]. Each distinct block of the call has a
-    place in single precision, [U, G, size, D]; a block may be in the lists of several views and heads."""
+    place in single precision: of all heads [U, size, G, D], or, where heads have lists of their own, for
+    each kv head that lists it [U, size, 1, D]. A block may be in the lists of several views and heads."""
 
     def __init__(self, keys: Gather, dk: Tensor, dv: Tensor, scratch: Scratch) -> None:
         self.keys, self.dk, self.dv = keys, dk, dv
-        self.unique, inverse = np.unique(keys.blocks, return_inverse=True)
         kv_heads = dk.shape[1]
-        places = inverse.reshape(keys.blocks.shape)
-        if places.ndim == 2:  # [N, A] -> [N, G, A]
-            places = places[:, None] * kv_heads + np.arange(kv_heads)[None, :, None]
-            self.repeat = 1
-        else:  # [N, H, A]
-            self.repeat = keys.heads // kv_heads
-            places = places * kv_heads + (np.arange(keys.heads) // self.repeat)[None, :, None]
-        self.places = torch.from_numpy(places).to(dk.device)
-        size = (len(self.unique) * kv_heads, keys.size, dk.shape[2])
+        self.shared = keys.blocks.ndim == 2
+        # A lane is what a place holds of a block: all heads, or one of them.
+        self.lanes, self.repeat = (1, 1) if self.shared else (kv_heads, keys.heads // kv_heads)
+        wanted = keys.blocks * self.lanes
+        if not self.shared:
+            wanted = wanted + (np.arange(keys.heads) // self.repeat)[None, :, None]
+        self.unique, places = np.unique(wanted, return_inverse=True)
+        self.places = torch.from_numpy(places.reshape(wanted.shape)).to(dk.device)
+        size = (len(self.unique), keys.size, kv_heads // self.lanes, dk.shape[2])
         self.targets = _zeros(size, lse_dtype(dk.dtype), scratch)
 
     def add(self, part: Part) -> None:
-        first, last = (edge // self.keys.size for edge in part.k.indices(self.keys.keys)[:2])
-        places = self.places[part.n, part.h, first:last]
+        size = self.keys.size
+        first, last = (edge // size for edge in part.k.indices(self.keys.length)[:2])
         for target, grad in zip(self.targets, (part.dk, part.dv), strict=True):
-            blocks = grad.view(*grad.shape[:2], last - first, self.keys.size, -1)
-            for index, source in self._unique_groups(places, blocks):
-                target.index_add_(0, index.flatten(), source.flatten(0, 2).to(target.dtype))
+            blocks = grad.transpose(1, 2).unflatten(1, (last - first, size))  # [n, a, size, h, D]
+            if self.shared:
+                target, places = target[:, :, part.h], self.places[part.n, first:last]
+                for index, source in self._apart(places, blocks):
+                    target.index_add_(0, index.flatten(), source.flatten(0, 1).to(target.dtype))
+                continue
+            places = self.places[part.n, part.h, first:last]
+            blocks = blocks.permute(0, 3, 1, 2, 4)  # [n, h, a, size, D]
+            for index, source in self._apart(places, blocks):
+                target[:, :, 0].index_add_(0, index.flatten(), source.flatten(0, 2).to(target.dtype))
 
-    def _unique_groups(self, places: Tensor, blocks: Tensor) -> list[tuple[Tensor, Tensor]]:
+    def _apart(self, places: Tensor, blocks: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Groups to add one after another. The CPU adds in order; elsewhere every group has distinct
         places, so that no two additions race and the result is the same each time."""
         if places.device.type == "cpu":
             return [(places, blocks)]
+        views = [(places[n : n + 1], blocks[n : n + 1]) for n in range(places.shape[0])]
+        if self.shared:
+            return views
         return [
-            (places[n : n + 1, head :: self.repeat], blocks[n : n + 1, head :: self.repeat])
-            for n in range(places.shape[0])
-            for head in range(self.repeat)
+            (p[:, r :: self.repeat], b[:, r :: self.repeat]) for p, b in views for r in range(self.repeat)
         ]
 
     def finish(self) -> None:
-        seq, kv_heads, dim = self.dk.shape
-        full = seq // self.keys.size
-        inside = int((self.unique < full).sum())
+        seq = self.dk.shape[0]
+        tokens = (self.unique // self.lanes * self.keys.size)[:, None] + np.arange(self.keys.size)
+        wanted = (tokens * self.lanes + (self.unique % self.lanes)[:, None]).ravel()
+        inside = tokens.ravel() < seq
+        index = torch.from_numpy(wanted[inside]).to(self.dk.device)
         for final, target in zip((self.dk, self.dv), self.targets, strict=True):
-            blocks = target.view(-1, kv_heads, self.keys.size, dim).transpose(1, 2)
-            whole = final[: full * self.keys.size].view(full, self.keys.size, kv_heads, dim)
-            _add_rows(whole, self.unique[:inside], blocks)
-            if inside < len(self.unique):
-                final[full * self.keys.size :].add_(blocks[-1, : seq - full * self.keys.size])
+            rows = final.view(seq * self.lanes, -1)  # token, or token and kv head
+            sums = target.view(inside.size, rows.shape[1])
+            if not inside.all():
+                sums = sums[torch.from_numpy(inside).to(sums.device)]
+            sums += rows.index_select(0, index)
+            rows.index_copy_(0, index, sums.to(rows.dtype))
 
 
 def _zeros(size: tuple[int, ...], dtype: torch.dtype, scratch: Scratch) -> tuple[Tensor, Tensor]:
     """Zeros for dk and for dv; one call's sink is done before the next one's begins."""
     return scratch.get("dk", size, dtype).zero_(), scratch.get("dv", size, dtype).zero_()
-
-
-def _add_rows(target: Tensor, rows: npt.NDArray[np.int64], source: Tensor) -> None:
-    """target[rows[i]] += source[i], for distinct rows."""
-    if target.device.type == "cpu":  # index_add_ takes milliseconds a row for mixed types or strided rows
-        for row, addend in zip(rows.tolist(), source.unbind(), strict=False):
-            target[row].add_(addend)
-    else:
-        index = torch.from_numpy(rows).to(target.device)
-        target.index_add_(0, index, source[: len(rows)].to(target.dtype))

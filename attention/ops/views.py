@@ -38,17 +38,12 @@ class Fetched:
     k: Tensor
     v: Tensor
     hidden: Tensor | None
-    block: int | None
-
-    def diagonal(self, span: Span) -> int:
-        """d such that under a `diagonal` mask query t sees keys 0..t + d."""
-        return self.k.shape[2] - (self.block or span.length)
 
 
 def fetch(keys: Span | Gather, k: Tensor, v: Tensor, scratch: Scratch) -> Fetched:
     """The call's keys and values; good until the next gather is fetched into the same scratch."""
     if isinstance(keys, Span):
-        return Fetched(view(keys, k), view(keys, v), None, None)
+        return Fetched(view(keys, k), view(keys, v), None)
     seq, heads, dim = k.shape
     index, hidden = gather_index(keys, seq, heads)
     wanted = torch.from_numpy(index).to(k.device, non_blocking=True)
@@ -57,13 +52,13 @@ def fetch(keys: Span | Gather, k: Tensor, v: Tensor, scratch: Scratch) -> Fetche
         if keys.blocks.ndim == 2:
             copied = scratch.get(name, (index.size, heads, dim), x.dtype)
             torch.index_select(x, 0, wanted, out=copied)
-            found.append(copied.view(-1, keys.keys, heads, dim).transpose(1, 2))
+            found.append(copied.view(-1, keys.length, heads, dim).transpose(1, 2))
         else:
             copied = scratch.get(name, (index.size, dim), x.dtype)
             torch.index_select(x.view(seq * heads, dim), 0, wanted, out=copied)
-            found.append(copied.view(-1, keys.heads, keys.keys, dim))
+            found.append(copied.view(-1, keys.heads, keys.length, dim))
     mask = None if hidden is None else torch.from_numpy(hidden).to(k.device, torch.float32)
-    return Fetched(found[0], found[1], mask, keys.size)
+    return Fetched(found[0], found[1], mask)
 
 
 def gather_index(
@@ -75,7 +70,7 @@ def gather_index(
     past the end copy the last token and are hidden by the mask.
     """
     tokens = keys.blocks[..., None] * keys.size + np.arange(keys.size)
-    tokens = tokens.reshape(*keys.blocks.shape[:-1], keys.keys)
+    tokens = tokens.reshape(*keys.blocks.shape[:-1], keys.length)
     shared = tokens.ndim == 2
     hidden = None
     if (int(keys.blocks[..., -1].max()) + 1) * keys.size > seq:
@@ -86,17 +81,30 @@ def gather_index(
     return tokens.reshape(-1), hidden
 
 
+def widened(keys: Span, x: Tensor, dtype: torch.dtype, name: str, scratch: Scratch) -> Tensor:
+    """`view(keys, x)` in another dtype, its tokens copied once however many views share them."""
+    copied = scratch.get(name, (keys.stop - keys.start, *x.shape[1:]), dtype)
+    return view(keys, copied.copy_(x[keys.start : keys.stop]), keys.start)
+
+
 def mask_bias(
-    call: Call, span: Span, keys: Fetched, q: Tensor, masks: BoundedCache[tuple[object, ...], Tensor]
+    call: Call,
+    span: Span,
+    keys: Fetched,
+    q: Tensor,
+    masks: BoundedCache[tuple[object, ...], Tensor],
+    begin: int = 0,
 ) -> Tensor | None:
-    """The additive mask of a `diagonal` or `tail` call, broadcastable to [N, H, T, K]."""
+    """The additive mask of a `diagonal` or `tail` call from its key `begin` on, broadcastable to
+    [N, H, T, K]; None where nothing is hidden."""
+    count, edge = keys.k.shape[2], call.edge - begin
     if call.mask == "tail":
         if keys.hidden is None:
             return None
-        shape = (*keys.hidden.shape[:2], span.length, keys.hidden.shape[3])
         bias = torch.zeros_like(keys.hidden, dtype=q.dtype).masked_fill_(keys.hidden > 0, -torch.inf)
-        return bias.expand(shape)
-    count, edge = keys.k.shape[2], keys.diagonal(span)
+        return bias.expand(*keys.hidden.shape[:2], span.length, count)
+    if edge >= count - 1:
+        return None
 
     def build() -> Tensor:
         full = torch.full((span.length, count), -torch.inf, dtype=q.dtype, device=q.device)

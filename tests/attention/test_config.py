@@ -492,3 +492,14 @@ def test_a_segment_shorter_than_a_block_is_offered_one_length():
 def test_out_of_memory_survives_a_process_boundary():
     error = pickle.loads(pickle.dumps(OutOfMemoryError("no room", requested=2, available=1)))
     assert (str(error), error.requested, error.available) == ("no room", 2, 1)
+
+
+def test_pydantics_own_ways_in_are_checked_too():
+    config = AttentionConfig(variant="dilated", segment_lengths=[8], dilation_rates=[1])
+    assert AttentionConfig.model_validate(config.model_dump()) == config
+    assert config.model_copy() == config
+    assert config.model_copy(update={"segment_lengths": [16]}).segment_lengths == (16,)
+    with pytest.raises(ConfigError, match="dilation_rates"):
+        config.model_copy(update={"dilation_rates": [1, 2]})
+    with pytest.raises(ConfigError, match="variant"):
+        AttentionConfig.model_validate({"variant": "sparse"})

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from attention import pool as pool_module
 from attention.config import AttentionConfig
 from attention.errors import AttentionPlannerError, InputError, OutOfMemoryError
+from attention.ops.scratch import Scratch
 from attention.pool import (
     POOL_FROM_TOKENS,
     BufferPool,
@@ -152,6 +153,21 @@ def test_a_tensor_dropped_without_give_is_freed(bound):
     assert pool.stats.lent_bytes == 4 * KIB
     del view
     assert (pool.stats.lent_bytes, pool.stats.held_bytes) == (0, 0)
+
+
+def test_a_buffer_given_back_not_to_be_kept_is_freed():
+    pool = BufferPool(1 << 20)
+    pool.give(pool.take((1000,), torch.float32, "cpu"), keep=False)
+    assert pool.stats.held_bytes == pool.stats.lent_bytes == 0
+
+
+def test_scratch_that_grows_leaves_no_smaller_buffers_behind():
+    pool = BufferPool(1 << 20)
+    with Scratch(pool, torch.device("cpu")) as scratch:
+        for size in (1 << 12, 1 << 14, 1 << 16):
+            scratch.get("x", (size,), torch.uint8)
+            assert pool.stats.held_bytes + pool.stats.lent_bytes == size
+    assert pool.stats.held_bytes == 1 << 16
 
 
 def test_lend_gives_back_when_its_body_fails():

@@ -21,7 +21,15 @@ FIXED = {name: config for name, config in IMPLEMENTATIONS.items() if config.vari
 
 
 def shape_of(seq, workspace=LEAST_WORKSPACE, **sizes):
-    usual = {"heads": 4, "kv_heads": 2, "head_dim": 16, "itemsize": 8, "causal": False, "packs": False}
+    usual = {
+        "heads": 4,
+        "kv_heads": 2,
+        "head_dim": 16,
+        "itemsize": 8,
+        "causal": False,
+        "packs": False,
+        "widens": False,
+    }
     return Shape(seq=seq, workspace=workspace, **{"fast": min(workspace, 1 << 20), **usual, **sizes})
 
 
@@ -135,6 +143,7 @@ def programs(draw, longest=120):
         workspace=workspace,
         fast=workspace // draw(st.sampled_from([1, 4])),
         packs=draw(st.booleans()),
+        widens=draw(st.booleans()),
     )
     return draw(configs()), shape
 
@@ -200,7 +209,7 @@ def copied_bytes(call, shape):
     """Bytes of keys and values that a call copies: gathers do, and where the kernel packs, spans too."""
     if isinstance(call.keys, Gather):
         heads = shape.kv_heads if call.keys.blocks.ndim == 2 else shape.heads
-        return 2 * call.keys.blocks.shape[0] * call.keys.keys * heads * shape.head_dim * shape.itemsize
+        return 2 * call.keys.blocks.shape[0] * call.keys.length * heads * shape.head_dim * shape.itemsize
     span = call.keys
     packed = 2 * span.batch * span.heads * span.length * shape.head_dim * shape.itemsize
     return packed if shape.packs else 0
@@ -255,6 +264,34 @@ def test_tiles_of_long_sequences_fit_and_use_the_workspace(config, itemsize, cau
     held = [scratch_bytes(tile, shape) for tile in tiles_of(config, shape)]
     assert max(held) <= shape.workspace
     assert max(held) >= shape.fast // 4
+
+
+# Columns
+
+
+@settings(max_examples=200)
+@given(program=programs(longest=1500))
+def test_columns_cover_a_calls_keys_in_order_and_stay_small(program):
+    config, shape = program
+    assume(config.variant != "dilated" or min(config.segment_lengths) > 20)
+    for call in (call for tile in tiles_of(config, shape) for call in tile.calls):
+        parts = list(call.columns(shape))
+        assert [begin for begin, _ in parts] == [0, *np.cumsum([p.length for _, p in parts])[:-1]]
+        assert sum(part.length for _, part in parts) == call.keys.length
+        for begin, part in parts:
+            assert begin % part.unit == 0
+            if isinstance(part, Gather):
+                where = slice(begin // part.unit, (begin + part.length) // part.unit)
+                np.testing.assert_array_equal(part.blocks, call.keys.blocks[..., where])
+                tokens = np.unique(part.blocks).size * part.size
+            else:
+                np.testing.assert_array_equal(
+                    places(part)[0], places(call.keys)[0][..., begin : begin + part.length]
+                )
+                tokens = np.unique(places(part)[0]).size
+            # Halving a part further is impossible, or it fits.
+            smallest = len(parts) > 1 and part.length <= part.unit
+            assert tokens <= shape.column_tokens or smallest or call.mask == "causal" or part.length == 1
 
 
 def test_span_says_where_it_ends_and_is_cut_and_picked():

@@ -1,8 +1,9 @@
 """The studies' data functions at small sizes, their tables, and docs that equal the committed data."""
 
+import argparse
 import json
-import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -61,14 +62,51 @@ def test_versus_gives_the_ratio_of_peer_to_ours():
     assert ratio > 0
 
 
+def steps(log: list[str], fails_at: str | None = None) -> list[records.Step]:
+    def run(label: str) -> records.Row:
+        if label == fails_at:
+            raise KeyboardInterrupt
+        log.append(label)
+        return {"a": label}
+
+    return [(label, partial(run, label)) for label in ("one", "two", "three")]
+
+
 def test_saved_data_names_its_command_and_where_it_was_measured(tmp_path):
-    path = records.save("x", "python -m x", CPU, [{"a": 1}], tmp_path)
-    content = records.load("x", tmp_path)
+    rows = records.collect("x", "python -m x", CPU, steps([]), keep=True, folder=tmp_path)
+    assert rows == [{"a": "one"}, {"a": "two"}, {"a": "three"}]
+    path = tmp_path / f"x.{records.machine(CPU)}.json"
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    [content] = records.load("x", tmp_path)
     assert content == json.loads(path.read_text())
-    assert content["rows"] == [{"a": 1}]
+    assert content["rows"] == rows
     assert content["command"] == "python -m x"
     assert {"device", "torch", "date", "threads"} <= set(content["environment"])
-    assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_an_interrupted_study_goes_on_where_it_stopped_and_keeps_the_data_that_was_there(tmp_path):
+    records.collect("x", "old", CPU, steps([]), keep=True, folder=tmp_path)
+    log: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        records.collect("x", "new", CPU, steps(log, fails_at="three"), keep=True, folder=tmp_path)
+    assert records.load("x", tmp_path)[0]["command"] == "old"
+    records.collect("x", "new", CPU, steps(log), keep=True, folder=tmp_path)
+    assert log == ["one", "two", "three"]
+    assert records.load("x", tmp_path)[0]["command"] == "new"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_another_command_left_is_not_gone_on_with(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        records.collect("x", "one", CPU, steps([], fails_at="two"), keep=True, folder=tmp_path)
+    log: list[str] = []
+    records.collect("x", "another", CPU, steps(log), keep=True, folder=tmp_path)
+    assert log == ["one", "two", "three"]
+
+
+def test_a_study_that_keeps_nothing_writes_nothing(tmp_path):
+    records.collect("x", "c", CPU, steps([]), keep=False, folder=tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_markdown_table_puts_numbers_to_the_right():
@@ -82,22 +120,39 @@ def test_the_docs_tables_are_those_of_the_committed_data(page):
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    "module, arguments",
     [
-        ["--seq", "0"],
-        ["--seq", "many"],
-        ["--dtype", "int8"],
-        ["--config", "nowhere.json"],
-        ["--device", "moon"],
+        (run, ["--seq", "0"]),
+        (run, ["--seq", "many"]),
+        (run, ["--dtype", "int8"]),
+        (run, ["--config", "nowhere.json"]),
+        (run, ["--config", sys.executable]),
+        (run, ["--device", "moon"]),
+        (run, ["--device", "cuda:999"]),
+        (peers, ["--runs", "0"]),
+        (peers, ["--runs", "-1"]),
+        (peers, ["--device", "moon"]),
+        (peers, ["--only", "everything"]),
+        (memory, ["--seq", "8"]),
     ],
 )
-def test_a_wrong_request_is_exit_code_2_and_no_traceback(arguments: list[str]):
-    done = subprocess.run(
-        [sys.executable, "-m", "studies.run", *arguments], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert "Traceback" not in done.stderr
+def test_a_wrong_request_is_exit_code_2_and_one_line(module, arguments: list[str], capsys):
+    try:
+        code = module.main(arguments)
+    except SystemExit as stop:
+        code = stop.code
+    said = capsys.readouterr()
+    assert code == 2
+    assert said.out == ""
+    assert "Traceback" not in said.err
+    assert "error" in said.err.splitlines()[-1]
+
+
+def test_a_gpu_that_is_not_there_is_said_to_be_missing():
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(argparse.ArgumentTypeError, match="sees no GPU"):
+        records.present_device("cuda")
 
 
 def test_a_run_prints_time_and_peak(capsys):
