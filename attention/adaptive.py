@@ -31,7 +31,9 @@ from attention.ops import flex
 from attention.ops.execute import Problem, attend
 from attention.ops.kernels import lse_dtype
 from attention.ops.program import Shape, Tile
+from attention.ops.reserve import sparse_extent
 from attention.ops.weights import AttentionWeights, attention_weights, check_room
+from attention.rows import Rows, chosen_rows
 
 
 class AdaptiveAttention(Attention):
@@ -59,14 +61,17 @@ class AdaptiveAttention(Attention):
         if return_attention_weights:
             check_room(self.config, shape, q, kept=self._blocks(shape) * row_budget(self.config, shape.seq))
         blocks = self.select(q, k, is_causal)
-        out, lse = attend(q, k, v, self._problem_over(shape, blocks))
-        if torch.is_grad_enabled() and self.query_weight.requires_grad:
+        learns = torch.is_grad_enabled() and self.query_weight.requires_grad
+        needs_lse = learns or return_attention_weights
+        out, lse = attend(q, k, v, self._problem_over(shape, blocks), keeps_lse=needs_lse)
+        if learns:
             scores = self._chosen_scores(q.detach(), k.detach(), blocks)
             out = _Gate.apply(
                 out, scores, q, k, v, lse, blocks, self.block_size, self._scale(shape), is_causal
             )  # type: ignore[no-untyped-call]
         if not return_attention_weights:
             return out
+        assert lse is not None
         pairs = _pairs(blocks)
         return out, attention_weights(
             q.detach(), k.detach(), lse, pairs, self.config, shape, self._scale(shape)
@@ -175,12 +180,15 @@ class AdaptiveAttention(Attention):
     def _problem_over(self, shape: Shape, blocks: Tensor) -> Problem:
         lists = blocks.cpu().numpy()
 
-        def program(batch: int) -> Iterable[Tile]:
-            return _tiles(lists[batch], self.block_size, shape)
+        rows = chosen_rows(self.block_size, lists.shape[-1])
+
+        def program(batch: int, shape: Shape) -> Iterable[Tile]:
+            return _tiles(lists[batch], rows, shape)
 
         return Problem(
             shape=shape,
             tiles=program,
+            extent=lambda shape: sparse_extent(rows, shape),
             scale=self._scale(shape),
             covers=True,
             whole=False,
@@ -188,7 +196,7 @@ class AdaptiveAttention(Attention):
         )
 
 
-def _tiles(lists: npt.NDArray[np.int64], size: int, shape: Shape) -> Iterator[Tile]:
+def _tiles(lists: npt.NDArray[np.int64], widest: Rows, shape: Shape) -> Iterator[Tile]:
     """Tiles of one batch item from [H, blocks, kept] lists: rows of equal count together, and the
     last row, whose queries may be fewer, by itself."""
     rows = lists.transpose(1, 0, 2)
@@ -196,7 +204,7 @@ def _tiles(lists: npt.NDArray[np.int64], size: int, shape: Shape) -> Iterator[Ti
     alone = np.arange(len(rows)) == len(rows) - 1
     breaks = np.flatnonzero((np.diff(counts) != 0) | alone[1:]) + 1
     for first, last in itertools.pairwise([0, *breaks.tolist(), len(rows)]):
-        yield from gather_tiles(rows[first:last, :, : counts[first]], first, size, shape)
+        yield from gather_tiles(rows[first:last, :, : counts[first]], first, widest, shape)
 
 
 def _orthogonal(rows: int, columns: int) -> Tensor:

@@ -14,29 +14,23 @@ import numpy as np
 import numpy.typing as npt
 
 from attention.layout import Layout
-from attention.ops.program import Call, Gather, Mask, Shape, Span, Tile
-
-TALL = 1024
-"""Queries that make a kernel call fast; more do not help."""
-WIDE = 4
-"""Rows share what they see if it is at least this many times as many blocks as there are rows."""
-MOST_VIEWS = 65_535
-"""CUDA grids end here: views of one call."""
+from attention.ops.program import WIDE, Call, Gather, Mask, Shape, Span, Tile
+from attention.rows import Rows
 
 
-def tiles(layout: Layout, shape: Shape) -> Iterator[Tile]:
-    """The tiles of a layout, in row order."""
+def tiles(layout: Layout, rows: Rows, shape: Shape) -> Iterator[Tile]:
+    """The tiles of a layout, in row order. `rows`: its widest."""
     counts = layout.counts
     begins, ends = layout.row_ptr[:-1], layout.row_ptr[1:]
     firsts = layout.cols[begins].astype(np.int64)
-    adjacent = layout.cols[ends - 1].astype(np.int64) - firsts + 1 == counts
+    adjacent = (layout.cols[ends - 1].astype(np.int64) - firsts + 1 == counts) & (rows.span > 0)
     for first, last, shift in _groups(layout, counts, firsts, adjacent):
+        width = int(counts[first])
         if adjacent[first]:
-            yield from _span_tiles(layout, int(firsts[first]), int(counts[first]), first, last, shift, shape)
+            yield from _span_tiles(rows, int(firsts[first]), width, first, last, shift, shape)
         else:
-            width = int(counts[first])
             lists = layout.cols[begins[first] : ends[last - 1]].astype(np.int64).reshape(-1, width)
-            yield from gather_tiles(lists, first, layout.block_size, shape)
+            yield from gather_tiles(lists, first, rows, shape)
 
 
 def _groups(
@@ -64,33 +58,30 @@ def _groups(
 
 
 def _span_tiles(
-    layout: Layout, key: int, width: int, first: int, last: int, shift: int, shape: Shape
+    rows: Rows, key: int, width: int, first: int, last: int, shift: int, shape: Shape
 ) -> Iterator[Tile]:
     """Rows first..last, whose keys are `width` adjacent blocks from block `key`, moving on by `shift`."""
-    size = layout.block_size
+    size = rows.size
     queries = min(size, shape.seq - first * size)
     keys = Span(key * size, min((key + width) * size, shape.seq) - key * size, heads=shape.kv_heads)
+    together = shape.chunk_rows(rows)
     if shift == 0:  # one long view of queries over the same keys
         stop = min(last * size, shape.seq)
-        for start in range(first * size, stop, max(shape.tile_tokens // size, 1) * size):
-            end = min(start + max(shape.tile_tokens // size, 1) * size, stop)
-            yield _span_tile(_head_spans(start, end - start, 1, 0, shape), keys, shape)
+        for start in range(first * size, stop, together * size):
+            end = min(start + together * size, stop)
+            yield _span_tile(_head_spans(start, end - start, 1, 0, shape), keys, rows, shape)
         return
-    rows = max(TALL // size, 1)
-    if shift == 1 and rows > 1 and width >= WIDE * rows:
-        for row in range(first, last, rows):
-            yield _wide_tile(key + row - first, width, row, min(row + rows, last), size, shape)
+    if shift == 1 and shape.goes_wide(rows) and width >= WIDE * together:
+        for row in range(first, last, together):
+            yield _wide_tile(key + row - first, width, row, min(row + together, last), size, shape)
         return
-    together = shape.fast // (queries * shape.token_bytes)
-    if shape.packs:
-        together = min(together, shape.pack_bytes // (2 * keys.length * shape.kv_token_bytes))
-    together = min(max(together, 1), MOST_VIEWS)
+    together = shape.span_rows(rows)
     for row in range(first, last, together):
         views = min(together, last - row)
         moved = keys._replace(
             start=keys.start + (row - first) * shift * size, batch=views, batch_step=shift * size
         )
-        yield _span_tile(_head_spans(row * size, queries, views, size, shape), moved, shape)
+        yield _span_tile(_head_spans(row * size, queries, views, size, shape), moved, rows, shape)
 
 
 def _wide_tile(key: int, width: int, first: int, last: int, size: int, shape: Shape) -> Tile:
@@ -125,44 +116,57 @@ def _wide_tile(key: int, width: int, first: int, last: int, size: int, shape: Sh
     return Tile(first * size, last * size, tuple(calls), merge=len(calls) > 1)
 
 
-def _span_tile(queries: tuple[Span, ...], keys: Span, shape: Shape) -> Tile:
+def _span_tile(queries: tuple[Span, ...], keys: Span, rows: Rows, shape: Shape) -> Tile:
     """A tile of queries over a span of keys, whose last block is their own if causal."""
-    *before, last = shape.key_ranges(keys, tail=queries[0].length)
-    calls = [Call(queries, last, "diagonal" if shape.causal else "none", first=True)]
-    calls += [Call(queries, part) for part in before]
+    calls = []
+    if shape.causal:
+        own, masked = queries[0].length, shape.mask_blocks(rows)
+        last = min(keys.length, own + max(masked - 1, 0) * rows.size)
+        if last > shape.pack_tokens(keys.batch):
+            last = own
+        begin = keys.length - last
+        calls.append(
+            Call(queries, keys.cut(begin, keys.length), "diagonal" if masked else "causal", first=True)
+        )
+        keys = keys.cut(0, begin)
+    for part in shape.key_ranges(keys):
+        calls.append(Call(queries, part, first=not calls))
     return Tile(queries[0].start, queries[0].stop, tuple(calls), merge=len(calls) > 1)
 
 
-def gather_tiles(lists: npt.NDArray[np.int64], first: int, size: int, shape: Shape) -> Iterator[Tile]:
+def gather_tiles(lists: npt.NDArray[np.int64], first: int, rows: Rows, shape: Shape) -> Iterator[Tile]:
     """Rows from `first` on with equally long ascending lists of key blocks: [rows, A] shared by all
     heads, or [rows, H, A], one list a query head."""
-    shared = lists.ndim == 2
-    rows, width = lists.shape[0], lists.shape[-1]
+    size, width = rows.size, lists.shape[-1]
     queries = min(size, shape.seq - first * size)
-    limit = shape.list_bytes
-    block_bytes = 2 * size * (shape.kv_token_bytes if shared else shape.token_bytes)
-    together = limit // (width * block_bytes + queries * shape.token_bytes)
+    step, cut = shape.chunk_rows(rows), shape.list_blocks(rows)
     tail = (shape.seq - 1) // size if shape.seq % size else -1
-    step = max(min(together, MOST_VIEWS), 1)
-    for row in range(0, rows, step):
+    masked = shape.mask_blocks(rows)
+    for row in range(0, len(lists), step):
         part = lists[row : row + step]
-        start = (first + row) * size
-        spans = (
-            _head_spans(start, queries, len(part), size, shape)
-            if shared
-            else (Span(start, queries, batch=len(part), batch_step=size, heads=shape.heads),)
-        )
-        cut = width if together else max(limit // block_bytes, 1)
+        views, start = len(part), (first + row) * size
+        by_group = _head_spans(start, queries, views, size, shape)
+        spans = by_group
+        if rows.own:
+            spans = (Span(start, queries, batch=views, batch_step=size, heads=shape.heads),)
+
+        def gather(begin: int, end: int, part: npt.NDArray[np.int64] = part) -> Gather:
+            return Gather(part[..., begin:end], size, shape.heads, (step, cut * size))
+
         calls = []
-        for begin in range(0, width, cut):
-            blocks = part[..., begin : begin + cut]
-            mask: Mask = "none"
-            if shape.causal and begin + cut >= width:
-                mask = "diagonal"
-            elif (blocks[..., -1] == tail).any():
-                mask = "tail"
-            calls.append(Call(spans, Gather(blocks, size, shape.heads), mask, first=begin == 0))
-        stop = start + (len(part) - 1) * size + queries
+        end = width
+        if shape.causal and not masked:  # the queries' own block
+            own = Span(start, queries, batch=views, batch_step=size, heads=shape.kv_heads)
+            calls.append(Call(by_group, own, "causal", first=True))
+            end -= 1
+        elif shape.causal:
+            end -= min(width, masked, cut)
+            calls.append(Call(spans, gather(end, width), "diagonal", first=True))
+        for begin in range(0, end, cut):
+            keys = gather(begin, min(begin + cut, end))
+            mask: Mask = "tail" if (keys.blocks[..., -1] == tail).any() else "none"
+            calls.append(Call(spans, keys, mask, first=not calls))
+        stop = start + (views - 1) * size + queries
         yield Tile(start, stop, tuple(calls), merge=len(calls) > 1)
 
 

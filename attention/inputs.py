@@ -8,11 +8,9 @@ from torch import Tensor
 from attention.config import AttentionConfig
 from attention.errors import InputError
 from attention.ops import kernels
-from attention.ops.program import Shape
+from attention.ops.program import Shape, chunk_tokens
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-FAST_BYTES = 1 << 20
-"""Output bytes of one chunk that keep a CPU's chunk in its second-level cache (docs/speed.md)."""
 
 
 def check(q: Tensor, k: Tensor, v: Tensor, config: AttentionConfig) -> None:
@@ -54,19 +52,20 @@ def check(q: Tensor, k: Tensor, v: Tensor, config: AttentionConfig) -> None:
 
 def shape_of(q: Tensor, k: Tensor, config: AttentionConfig, is_causal: bool) -> Shape:
     """The sizes that a program depends on."""
-    sixteen = q.device.type == "cpu" and q.element_size() == 2
-    unit = sixteen and kernels.matrix_unit(q.dtype)
+    cpu = q.device.type == "cpu"
+    sixteen = cpu and q.element_size() == 2
+    sizes = {
+        "seq": q.shape[1],
+        "heads": q.shape[2],
+        "kv_heads": k.shape[2],
+        "head_dim": q.shape[3],
+        "itemsize": q.element_size(),
+        "workspace": config.workspace_bytes,
+    }
     return Shape(
-        seq=q.shape[1],
-        heads=q.shape[2],
-        kv_heads=k.shape[2],
-        head_dim=q.shape[3],
-        itemsize=q.element_size(),
+        **sizes,
         causal=is_causal,
-        workspace=config.workspace_bytes,
-        packs=unit,
-        widens=sixteen and not unit,
-        fast=min(FAST_BYTES, config.workspace_bytes)
-        if q.device.type == "cpu"
-        else config.workspace_bytes // 4,
+        chunk=chunk_tokens(cpu=cpu, **sizes),
+        packs=sixteen and kernels.matrix_unit(q.dtype),
+        widens=sixteen,
     )

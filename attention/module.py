@@ -15,8 +15,10 @@ from attention.ops import flex
 from attention.ops.execute import Problem, attend
 from attention.ops.kernels import steady_heap
 from attention.ops.program import Shape, Tile
+from attention.ops.reserve import Extent, dilated_extent, sparse_extent
 from attention.ops.weights import AttentionWeights, attention_weights, check_room
 from attention.pool import buffers_for
+from attention.rows import rows_of
 
 
 class Attention(nn.Module):
@@ -48,9 +50,11 @@ class Attention(nn.Module):
         if backend == "flex" and not return_attention_weights:
             return self._by_flex(q, k, v, shape)
         layout = self._layout(shape) if self.config.variant == "block_sparse" else None
-        out, lse = attend(q, k, v, self._problem(shape, layout))
+        problem = self._problem(shape, layout)
+        out, lse = attend(q, k, v, problem, keeps_lse=return_attention_weights)
         if not return_attention_weights:
             return out
+        assert lse is not None
         if layout is None:
             layout = build_layout(self.config, shape.seq, is_causal)
         return out, attention_weights(
@@ -78,15 +82,21 @@ class Attention(nn.Module):
         if self.config.variant == "dense":
             branches = ((shape.seq, 1),)
 
-        def program(_: int) -> Iterable[Tile]:
-            if layout is not None:
-                return block_sparse.tiles(layout, shape)
+        rows = None if layout is None else rows_of(self.config, shape.seq, shape.causal)
+
+        def program(_: int, shape: Shape) -> Iterable[Tile]:
+            if layout is not None and rows is not None:
+                return block_sparse.tiles(layout, rows, shape)
             return dilated.tiles(branches, shape)
+
+        def extent(shape: Shape) -> Extent:
+            return dilated_extent(branches, shape) if rows is None else sparse_extent(rows, shape)
 
         everything = len(branches) == 1 and branches[0][0] >= shape.seq and branches[0][1] == 1
         return Problem(
             shape=shape,
             tiles=program,
+            extent=extent,
             scale=self._scale(shape),
             covers=layout is not None or any(rate == 1 for _, rate in branches),
             whole=layout is None and everything and shape.heads == shape.kv_heads,

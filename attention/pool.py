@@ -27,12 +27,10 @@ from torch import Tensor
 from attention.cache import BoundedCache, CacheStats, K, V
 from attention.config import AttentionConfig, Switch
 from attention.errors import AttentionPlannerError, InputError, OutOfMemoryError
+from attention.ops.reserve import POOL_FROM_TOKENS, bucket_bytes
 
 T = TypeVar("T")
 
-POOL_FROM_TOKENS = 4096
-"""Sequence length from which `pool="auto"` keeps buffers; below it, allocating is as fast."""
-SMALLEST_BUCKET = 4096
 FREE_SHARE = 8
 """A pool without a bound of its own holds at most one part in this many of the free memory."""
 FREE_IF_UNKNOWN = 2 << 30
@@ -66,14 +64,6 @@ def free_bytes(device: torch.device) -> int | None:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):  # no sysconf here, or it does not know
         return None
-
-
-def bucket_bytes(nbytes: int) -> int:
-    """The size class of a request: at least 4,096, four steps per power of two, waste under 25%."""
-    if nbytes <= SMALLEST_BUCKET:
-        return SMALLEST_BUCKET
-    step = 1 << ((nbytes - 1).bit_length() - 3)
-    return -(-nbytes // step) * step
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
     program    what is to be computed: spans, gathers, calls, tiles (no tensors)
     kernels    the platform's fused SDPA on 4-D views, forward and backward, with its log-sum-exp
-    product    backward as batched matrix products, where the fused one is slow (CPU, 16 bit)
+    reserve    how large calls get and what a pass reserves, in closed form (no tensors)
     execute    runs a program forward and backward; the one autograd function
     weights    attention weights on request, as active blocks
     flex       compiled FlexAttention over the same layouts

@@ -15,6 +15,15 @@ from typing import Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from attention.counts import Count, choose, floor_power_of_two, least, most
+from attention.rows import Rows
+
+MOST_VIEWS = 65_535
+"""CUDA grids end here: views of one call."""
+
+WIDE = 4
+"""Rows share what they see if it is at least this many times as many blocks as there are rows."""
+
 Mask = Literal["none", "causal", "diagonal", "tail"]
 """`none`: every query sees every key. `causal`: query t sees keys 0..t of an equally long span.
 `diagonal`: the last block of keys is the queries' own, and causal. `tail`: of a gather, positions
@@ -76,6 +85,13 @@ class Gather:
     blocks: npt.NDArray[np.int64]
     size: int
     heads: int
+    largest: tuple[int, int]
+    """(views, keys of a view) of the program's largest gather, which sets how backward cuts all of them."""
+
+    @property
+    def lists(self) -> int:
+        """Lists of the program's largest gather."""
+        return self.largest[0] * (self.heads if self.blocks.ndim == 3 else 1)
 
     @property
     def unit(self) -> int:
@@ -89,7 +105,8 @@ class Gather:
 
     def cut(self, begin: int, end: int) -> Gather:
         """Positions begin..end of every view, both multiples of `size`."""
-        return Gather(self.blocks[..., begin // self.size : end // self.size], self.size, self.heads)
+        blocks = self.blocks[..., begin // self.size : end // self.size]
+        return Gather(blocks, self.size, self.heads, self.largest)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,29 +128,17 @@ class Call:
         return self.keys.length - own
 
     def columns(self, shape: Shape) -> Iterator[tuple[int, Span | Gather]]:
-        """The keys in parts whose dk and dv fit `shape.column_tokens` if their unit allows, those that
-        views share counted once, each part with the position at which it begins. A `causal` mask ties
-        keys to queries: those stay whole."""
-        keys, unit, most = self.keys, self.keys.unit, shape.column_tokens
+        """The keys in parts whose dk and dv fit `shape.column_tokens` if their unit allows, each part with
+        the position at which it begins. Views that share no keys need no sums and are not cut."""
+        keys, width = self.keys, self.keys.length
         if isinstance(keys, Gather):
-            lists = keys.blocks.size // keys.blocks.shape[-1]
-            if keys.blocks.ndim == 3:  # lists of one head each
-                width = most * shape.kv_heads // lists
-            elif len(np.unique(keys.blocks)) * unit <= most:
-                width = keys.length
-            else:
-                width = most // lists
+            width = shape.gather_width(
+                keys.lists * (1 if keys.blocks.ndim == 3 else shape.kv_heads), keys.size
+            )
         elif keys.overlaps:
-            width = most - (keys.batch - 1) * keys.batch_step
-        else:
-            width = most // keys.batch
-        width = max(width // unit, 1) * unit
-        if self.mask == "causal" or width >= keys.length:
-            yield 0, keys
-            return
-        even = -(-keys.length // (-(-keys.length // width) * unit)) * unit
-        for begin in range(0, keys.length, even):
-            yield begin, keys.cut(begin, min(begin + even, keys.length))
+            width = shape.overlap_width
+        for begin in range(0, keys.length, width):
+            yield begin, keys.cut(begin, min(begin + width, keys.length))
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,67 +153,145 @@ class Tile:
 
 
 class Shape(NamedTuple):
-    """What a program depends on besides its config: sizes of one call and the limits of a chunk."""
+    """What a program depends on besides its config: sizes of one call and the limits of a chunk. Every
+    field but the flags may be a NumPy array, for the planner's sake."""
 
-    seq: int
-    heads: int
-    kv_heads: int
-    head_dim: int
+    seq: Count
+    heads: Count
+    kv_heads: Count
+    head_dim: Count
     itemsize: int
     causal: bool
-    workspace: int
-    """Bytes of scratch that a tile may hold."""
-    fast: int
-    """Bytes a chunk should stay within to be fast (the CPU's cache); at most `workspace`."""
+    workspace: Count
+    """Bytes of scratch that a pass may hold."""
+    chunk: Count
+    """Query tokens of all heads that a block-sparse call works on; see `chunk_tokens`."""
     packs: bool
     """Whether the kernel copies the keys and values it is given (a CPU's matrix unit): they count as
     scratch."""
     widens: bool
-    """Whether backward gives the kernel single-precision copies (16 bit on other CPUs)."""
+    """Whether backward gives the kernel single-precision copies (16 bit on a CPU)."""
 
     @property
-    def token_bytes(self) -> int:
+    def wide(self) -> int:
+        """Bytes of a number that sums are kept in: single precision, or double for float64."""
+        return max(self.itemsize, 4)
+
+    @property
+    def token_bytes(self) -> Count:
         """Bytes of one token of q or o."""
         return self.heads * self.head_dim * self.itemsize
 
     @property
-    def kv_token_bytes(self) -> int:
+    def kv_token_bytes(self) -> Count:
         return self.kv_heads * self.head_dim * self.itemsize
 
     @property
-    def tile_tokens(self) -> int:
-        """Tokens of a tile, a power of two: its part, what the kernel copies, the accumulator and a
-        temporary in single precision fit in the workspace; where backward widens, q, out and its
-        gradient too."""
-        per_token = self.token_bytes + (2 + 3 * self.widens) * self.heads * self.head_dim * max(
-            self.itemsize, 4
-        )
+    def tile_tokens(self) -> Count:
+        """Tokens of a dilated attention's tile, a power of two: its part, what the kernel copies, the
+        accumulator and a copy of the part in single precision fit in the workspace; where backward
+        widens, q, out and its gradient too."""
+        per_token = self.token_bytes + (2 + 3 * self.widens) * self.heads * self.head_dim * self.wide
         per_token += 2 * self.kv_token_bytes * self.packs
-        return 1 << (max(self.workspace // per_token, 1).bit_length() - 1)
+        return floor_power_of_two(most(self.workspace // per_token, 1))
 
     @property
-    def list_bytes(self) -> int:
+    def list_bytes(self) -> Count:
         """Bytes of keys and values that one call may gather; backward holds their gradients beside
         them, in up to twice as many bytes."""
         return self.workspace * 3 // 8
 
     @property
-    def pack_bytes(self) -> int:
+    def pack_bytes(self) -> Count:
         """Bytes of keys and values that a kernel may copy in one call."""
         return self.workspace // 2
 
     @property
-    def column_tokens(self) -> int:
+    def column_tokens(self) -> Count:
         """Key tokens that backward works on at a time: their dk and dv in single precision take three
         eighths of the workspace, and so do k and v where those are widened too."""
-        return max(self.list_bytes // (2 * self.kv_heads * self.head_dim * max(self.itemsize, 4)), 1)
+        return most(self.list_bytes // (2 * self.kv_heads * self.head_dim * self.wide), 1)
+
+    @property
+    def column_rows(self) -> Count:
+        """The same in rows of one kv head."""
+        return self.column_tokens * self.kv_heads
+
+    @property
+    def piece_rows(self) -> Count:
+        """Keys of all heads together whose dk and dv the backward kernel returns at once: what stays in
+        a CPU's cache."""
+        return most(self.workspace // 4 // (2 * self.head_dim * self.wide), 1)
+
+    def backward(self) -> Shape:
+        """The same for the backward pass: calls of fewer queries, where several views' keys would be too
+        many for a column."""
+        return self._replace(chunk=least(self.chunk, most(self.column_tokens // 2, 1)), packs=False)
+
+    def chunk_rows(self, rows: Rows) -> Count:
+        """Rows of blocks that a call takes together; where lists are gathered, as many as those allow."""
+        chunk = least(most(self.chunk // least(rows.size, self.seq), 1), MOST_VIEWS)
+        block_bytes = 2 * rows.size * (self.token_bytes if rows.own else self.kv_token_bytes)
+        listed = most(self.list_bytes // (most(rows.lists, 1) * block_bytes), 1)
+        return choose(rows.lists > 0, least(chunk, listed), chunk)
+
+    def span_rows(self, rows: Rows) -> Count:
+        """Rows that a call over overlapping views takes together: what the kernel copies of them fits.
+        Where no rows slide, or those that do are cut by what they share, others go one by one."""
+        keys = most(least(rows.span * rows.size, self.seq), 1)
+        views = least(self.chunk_rows(rows), most(self.pack_tokens(1) // keys, 1))
+        return choose((rows.slides > 0) * (1 - self.goes_wide(rows)), views, 1)
+
+    def list_blocks(self, rows: Rows) -> Count:
+        """Blocks of a list that a call gathers; a longer one is cut."""
+        block_bytes = 2 * rows.size * (self.token_bytes if rows.own else self.kv_token_bytes)
+        return least(most(rows.lists, 1), most(self.list_bytes // block_bytes, 1))
+
+    def pack_tokens(self, views: Count) -> Count:
+        """Keys a view that a call may have, so that what the kernel copies of them fits."""
+        if not self.packs:
+            return 0 * views + self.seq * MOST_VIEWS
+        return most(self.pack_bytes // (2 * self.kv_token_bytes * views), 1)
+
+    def goes_wide(self, rows: Rows) -> Count:
+        """1 if sliding rows are worth cutting by what they share, else 0."""
+        together = self.chunk_rows(rows)
+        return 1 * (rows.slides > 0) * (together > 1) * (rows.span >= WIDE * together)
+
+    def mask_blocks(self, rows: Rows) -> Count:
+        """Blocks of keys, the queries' own the last, that a causal call has under an additive mask, whose
+        bytes are bounded; 0 if one block is the most: then the own block is a call under the kernel's
+        own causal mask."""
+        blocks = least(
+            most(rows.span, rows.lists), self.workspace // 16 // (rows.size * rows.size * self.wide)
+        )
+        return blocks * ((blocks > 1) | ((blocks == 1) & (rows.lists == 1)))
+
+    def gather_width(self, lanes: Count, unit: Count) -> Count:
+        """Keys of a list that backward gathers at a time; `lanes`: rows of one kv head a position."""
+        return most(self.column_rows // lanes // unit, 1) * unit
+
+    @property
+    def overlap_width(self) -> Count:
+        """Keys of overlapping views that backward works on at a time: views begin within half a column."""
+        return most(self.column_tokens // 2, 1)
+
+    def piece(self, heads: Count, views: Count, queries: Count, keys: Count, unit: Count = 1,
+              whole: bool = False) -> tuple[Count, Count]:  # fmt: skip
+        """(views, keys) of a call that the backward kernel is given at once. Keys are cut if their dk
+        and dv are more than `piece_rows`, unless they must stay `whole`; views are taken together as far
+        as what the kernel returns is no more than two chunks."""
+        limit = self.piece_rows // heads
+        width = keys if whole else least(keys, most(limit // unit, 1) * unit)
+        few = most(least(2 * self.chunk * self.heads // (heads * (2 * keys + queries)), limit // keys), 1)
+        return choose(width < keys, 1, least(few, views)), width
 
     def key_ranges(self, keys: Span, tail: int = 1) -> tuple[Span, ...]:
         """The span's keys, cut so that what a kernel copies of each part fits `pack_bytes`. The last part
         has at least `tail` keys."""
-        if not self.packs:
+        limit = self.pack_tokens(keys.batch)
+        if keys.length <= limit:
             return (keys,) if keys.length else ()
-        limit = max(self.pack_bytes // (2 * self.kv_token_bytes * keys.batch), 1)
         last = max(keys.length - max(limit, tail), 0)
         edges = [*range(0, last, limit), last, keys.length]
         return tuple(keys.cut(begin, end) for begin, end in pairwise(edges) if end > begin)
@@ -216,10 +299,27 @@ class Shape(NamedTuple):
     def within(self, branches: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
         """The branches with lengths and rates that this sequence can tell apart: a segment longer than
         it, or a rate beyond all its positions and heads, means the same as one just as large."""
-        most = max(self.seq, self.heads)
-        return tuple((min(length, self.seq), min(rate, most)) for length, rate in branches)
+        limit = max(self.seq, self.heads)
+        return tuple((min(length, self.seq), min(rate, limit)) for length, rate in branches)
 
     def head_groups(self) -> tuple[tuple[int, int], ...]:
         """(first query head, step) of the groups whose g-th member reads kv head g."""
         repeat = self.heads // self.kv_heads
         return tuple((first, repeat) for first in range(repeat))
+
+
+def chunk_tokens(
+    *, cpu: bool, seq: Count, heads: Count, kv_heads: Count, head_dim: Count, itemsize: int, workspace: Count
+) -> Count:
+    """Query tokens of a block-sparse call: as many as make the kernel fast, within a share of the
+    workspace, and never more than a small share of the floor, so that short sequences stay lean too.
+
+    CPU: 1,024 tokens (docs/speed.md), 1/128 of the floor. CUDA, where a call has to fill the device: a
+    quarter of the workspace, 1/32 of the floor.
+    """
+    floor = seq * (heads + kv_heads)
+    if cpu:
+        tokens = least(1024, workspace // (32 * heads * head_dim), floor // (64 * heads))
+    else:
+        tokens = least(workspace // (4 * heads * head_dim * itemsize), floor // (16 * heads))
+    return most(tokens, 1)

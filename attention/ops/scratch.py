@@ -1,35 +1,40 @@
-"""The buffers of one pass over a program: taken from the pool when first needed, used by every
-tile, and handed back together."""
+"""The buffers of one pass over a program: one arena from the pool, taken when the pass begins, used by
+every tile, and handed back at its end. What lies in it is known before (`attention/ops/reserve.py`)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 from types import TracebackType
 
 import torch
 from torch import Tensor
 
+from attention.ops.reserve import ALIGNMENT, arena_bytes
 from attention.pool import BufferPool
 
 
 class Scratch:
-    """Buffers by name. `get` with a name ends the use of what it gave for that name before."""
+    """Buffers by name, of at most the bytes that `sizes` gives each. `get` with a name ends the use of
+    what it gave for that name before."""
 
-    def __init__(self, pool: BufferPool, device: torch.device) -> None:
-        self._pool, self._device = pool, device
-        self._flat: dict[tuple[str, torch.dtype], Tensor] = {}
+    def __init__(self, pool: BufferPool, device: torch.device, sizes: Mapping[str, int]) -> None:
+        self._pool = pool
+        self._places: dict[str, tuple[int, int]] = {}
+        end = 0
+        for name, nbytes in sizes.items():
+            self._places[name] = (end, nbytes)
+            end += -(-nbytes // ALIGNMENT) * ALIGNMENT
+        assert end == arena_bytes(sizes)
+        self._arena = pool.take((end,), torch.uint8, device) if end else None
 
     def get(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """An uninitialised contiguous tensor."""
-        size, key = prod(shape), (name, dtype)
-        flat = self._flat.get(key)
-        if flat is None or flat.numel() < size:
-            if flat is not None:
-                flat = None  # frees the smaller buffer before the larger one is made
-                self._pool.give(self._flat.pop(key), keep=False)
-            flat = self._flat[key] = self._pool.take((size,), dtype, self._device)
-        return flat[:size].view(shape)
+        begin, room = self._places.get(name, (0, 0))
+        nbytes = prod(shape) * dtype.itemsize
+        if nbytes > room or self._arena is None:
+            raise AssertionError(f"{name} {list(shape)} takes {nbytes} bytes of the {room} reserved for it")
+        return self._arena[begin : begin + nbytes].view(dtype).view(shape)
 
     def __enter__(self) -> Scratch:
         return self
@@ -37,5 +42,6 @@ class Scratch:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        while self._flat:
-            self._pool.give(self._flat.popitem()[1])
+        if self._arena is not None:
+            self._pool.give(self._arena)
+            self._arena = None

@@ -4,6 +4,7 @@ same order."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor
 
 from attention.ops.kernels import lse_dtype
-from attention.ops.program import Gather, Span
+from attention.ops.program import Gather, Shape, Span
+from attention.ops.reserve import slab_rows
 from attention.ops.scratch import Scratch
 from attention.ops.views import view
 
@@ -34,27 +36,35 @@ class Sink(Protocol):
 class SpanSink:
     """Adds parts of spans into dk and dv [S, G, D], by way of single precision where views overlap."""
 
-    def __init__(self, span: Span, dk: Tensor, dv: Tensor, scratch: Scratch) -> None:
-        self.span, self.dk, self.dv = span, dk, dv
+    def __init__(self, span: Span, dk: Tensor, dv: Tensor, shape: Shape, scratch: Scratch) -> None:
+        self.span, self.dk, self.dv, self.shape, self.scratch = span, dk, dv, shape, scratch
         wide = lse_dtype(dk.dtype)
         self.origin, self.targets = 0, (dk, dv)
         if wide != dk.dtype and span.overlaps:
             self.origin = span.start
-            tokens = span.stop - span.start
-            self.targets = _zeros((tokens, *dk.shape[1:]), wide, scratch)
+            self.targets = _zeros((span.stop - span.start, *dk.shape[1:]), wide, scratch)
 
     def add(self, part: Part) -> None:
         views = range(self.span.batch)[part.n]
         span = self.span.cut(*part.k.indices(self.span.length)[:2]).pick(views.start, views.stop)
         for places, group in span.disjoint():
             for target, grad in zip(self.targets, (part.dk, part.dv), strict=True):
-                view(group, target, self.origin)[:, part.h].add_(grad[places])
+                into, share = view(group, target, self.origin)[:, part.h], grad[places]
+                if into.dtype != share.dtype and into.device.type == "cpu" and into.dtype.itemsize < 4:
+                    # Torch's CPU operators would copy both operands to add them.
+                    wide = self.scratch.get("share", share.shape, share.dtype)
+                    into.copy_(share.add_(wide.copy_(into)))
+                else:
+                    into.add_(share)
 
     def finish(self) -> None:
         if self.targets[0] is self.dk:
             return
         for final, target in zip((self.dk, self.dv), self.targets, strict=True):
-            final[self.origin : self.origin + target.shape[0]].add_(target)
+            rows = final[self.origin : self.origin + target.shape[0]]
+            for part in _slabs(len(target), slab_rows(self.shape) // target.shape[1]):
+                wide = self.scratch.get("wide slab", target[part].shape, target.dtype)
+                rows[part].copy_(wide.copy_(rows[part]).add_(target[part]))
 
 
 class GatherSink:
@@ -62,8 +72,8 @@ class GatherSink:
     place in single precision: of all heads [U, size, G, D], or, where heads have lists of their own, for
     each kv head that lists it [U, size, 1, D]. A block may be in the lists of several views and heads."""
 
-    def __init__(self, keys: Gather, dk: Tensor, dv: Tensor, scratch: Scratch) -> None:
-        self.keys, self.dk, self.dv = keys, dk, dv
+    def __init__(self, keys: Gather, dk: Tensor, dv: Tensor, shape: Shape, scratch: Scratch) -> None:
+        self.keys, self.dk, self.dv, self.shape, self.scratch = keys, dk, dv, shape, scratch
         kv_heads = dk.shape[1]
         self.shared = keys.blocks.ndim == 2
         # A lane is what a place holds of a block: all heads, or one of them.
@@ -80,16 +90,15 @@ class GatherSink:
         size = self.keys.size
         first, last = (edge // size for edge in part.k.indices(self.keys.length)[:2])
         for target, grad in zip(self.targets, (part.dk, part.dv), strict=True):
-            blocks = grad.transpose(1, 2).unflatten(1, (last - first, size))  # [n, a, size, h, D]
+            blocks = grad.unflatten(2, (last - first, size))  # [n, h, a, size, D]
             if self.shared:
-                target, places = target[:, :, part.h], self.places[part.n, first:last]
-                for index, source in self._apart(places, blocks):
-                    target.index_add_(0, index.flatten(), source.flatten(0, 1).to(target.dtype))
+                target = target[:, :, part.h]
+                for places, source in zip(self.places[part.n, first:last], blocks, strict=True):
+                    # The blocks of a row are distinct: no two additions meet.
+                    target.index_add_(0, places, source.permute(1, 2, 0, 3).to(target.dtype))
                 continue
-            places = self.places[part.n, part.h, first:last]
-            blocks = blocks.permute(0, 3, 1, 2, 4)  # [n, h, a, size, D]
-            for index, source in self._apart(places, blocks):
-                target[:, :, 0].index_add_(0, index.flatten(), source.flatten(0, 2).to(target.dtype))
+            for places, source in self._apart(self.places[part.n, part.h, first:last], blocks):
+                target[:, :, 0].index_add_(0, places.flatten(), source.flatten(0, 2).to(target.dtype))
 
     def _apart(self, places: Tensor, blocks: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Groups to add one after another. The CPU adds in order; elsewhere every group has distinct
@@ -97,27 +106,41 @@ class GatherSink:
         if places.device.type == "cpu":
             return [(places, blocks)]
         views = [(places[n : n + 1], blocks[n : n + 1]) for n in range(places.shape[0])]
-        if self.shared:
-            return views
         return [
             (p[:, r :: self.repeat], b[:, r :: self.repeat]) for p, b in views for r in range(self.repeat)
         ]
 
     def finish(self) -> None:
-        seq = self.dk.shape[0]
+        seq, device = self.dk.shape[0], self.dk.device
         tokens = (self.unique // self.lanes * self.keys.size)[:, None] + np.arange(self.keys.size)
         wanted = (tokens * self.lanes + (self.unique % self.lanes)[:, None]).ravel()
-        inside = tokens.ravel() < seq
-        index = torch.from_numpy(wanted[inside]).to(self.dk.device)
+        # The last block may go beyond the end: its lanes are the last in order, their tails padding.
+        inside = np.flatnonzero(tokens.ravel() < seq)
+        whole = len(inside) == len(wanted)
         for final, target in zip((self.dk, self.dv), self.targets, strict=True):
             rows = final.view(seq * self.lanes, -1)  # token, or token and kv head
-            sums = target.view(inside.size, rows.shape[1])
-            if not inside.all():
-                sums = sums[torch.from_numpy(inside).to(sums.device)]
-            sums += rows.index_select(0, index)
-            rows.index_copy_(0, index, sums.to(rows.dtype))
+            sums = target.view(len(wanted), rows.shape[1])
+            for part in _slabs(len(inside), slab_rows(self.shape) * self.lanes // self.dk.shape[1]):
+                index = torch.from_numpy(wanted[inside[part]]).to(device)
+                size = (len(index), rows.shape[1])
+                found = torch.index_select(rows, 0, index, out=self.scratch.get("slab", size, rows.dtype))
+                added = sums[part] if whole else sums[torch.from_numpy(inside[part]).to(device)]
+                if found.dtype == added.dtype:
+                    found += added
+                else:
+                    found.copy_(self.scratch.get("wide slab", size, added.dtype).copy_(found).add_(added))
+                rows.index_copy_(0, index, found)
+
+
+def _slabs(total: int, size: int) -> Iterator[slice]:
+    """Slices that cover `total` rows, `size` at a time or fewer."""
+    for begin in range(0, total, max(size, 1)):
+        yield slice(begin, min(begin + max(size, 1), total))
 
 
 def _zeros(size: tuple[int, ...], dtype: torch.dtype, scratch: Scratch) -> tuple[Tensor, Tensor]:
     """Zeros for dk and for dv; one call's sink is done before the next one's begins."""
-    return scratch.get("dk", size, dtype).zero_(), scratch.get("dv", size, dtype).zero_()
+    return (
+        scratch.get("dk of a call", size, dtype).zero_(),
+        scratch.get("dv of a call", size, dtype).zero_(),
+    )

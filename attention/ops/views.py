@@ -10,7 +10,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from attention.cache import BoundedCache
 from attention.ops.program import Call, Gather, Span
 from attention.ops.scratch import Scratch
 
@@ -25,23 +24,26 @@ def view(span: Span, x: Tensor, origin: int = 0) -> Tensor:
     )
 
 
-def rows(span: Span, x: Tensor) -> Tensor:
-    """[N, H, T] view of x [S, heads]."""
-    return view(span, x[..., None])[..., 0]
+def rows(span: Span, x: Tensor, origin: int = 0) -> Tensor:
+    """[N, H, T] view of x [S, heads], whose first row is token `origin`."""
+    return view(span, x[..., None], origin)[..., 0]
 
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """Keys and values of a call, [N, H, K, D]. `hidden` [N, 1 or H, 1, K] is 1 where a gathered
-    position lies past the end of the sequence; None where none does."""
+    """Keys and values of a call, [N, H, K, D]. `hidden` [N, 1 or H, 1, K] is minus infinity where a
+    gathered position lies past the end of the sequence, else 0; None where none does."""
 
     k: Tensor
     v: Tensor
     hidden: Tensor | None
 
 
-def fetch(keys: Span | Gather, k: Tensor, v: Tensor, scratch: Scratch) -> Fetched:
-    """The call's keys and values; good until the next gather is fetched into the same scratch."""
+def fetch(
+    keys: Span | Gather, k: Tensor, v: Tensor, scratch: Scratch, dtype: torch.dtype | None = None
+) -> Fetched:
+    """The call's keys and values; good until the next gather is fetched into the same scratch. `dtype`:
+    of the mask, if not theirs."""
     if isinstance(keys, Span):
         return Fetched(view(keys, k), view(keys, v), None)
     seq, heads, dim = k.shape
@@ -57,8 +59,11 @@ def fetch(keys: Span | Gather, k: Tensor, v: Tensor, scratch: Scratch) -> Fetche
             copied = scratch.get(name, (index.size, dim), x.dtype)
             torch.index_select(x.view(seq * heads, dim), 0, wanted, out=copied)
             found.append(copied.view(-1, keys.heads, keys.length, dim))
-    mask = None if hidden is None else torch.from_numpy(hidden).to(k.device, torch.float32)
-    return Fetched(found[0], found[1], mask)
+    if hidden is None:
+        return Fetched(found[0], found[1], None)
+    bias = torch.zeros(hidden.shape, dtype=dtype or k.dtype, device=k.device)
+    bias.masked_fill_(torch.from_numpy(hidden).to(k.device), -torch.inf)
+    return Fetched(found[0], found[1], bias)
 
 
 def gather_index(
@@ -87,27 +92,23 @@ def widened(keys: Span, x: Tensor, dtype: torch.dtype, name: str, scratch: Scrat
     return view(keys, copied.copy_(x[keys.start : keys.stop]), keys.start)
 
 
-def mask_bias(
-    call: Call,
-    span: Span,
-    keys: Fetched,
-    q: Tensor,
-    masks: BoundedCache[tuple[object, ...], Tensor],
-    begin: int = 0,
-) -> Tensor | None:
+def causal_mask(queries: int, keys: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[queries, keys]: added to scores, query t sees keys up to the last `queries` and t of those. All
+    `diagonal` masks of a program are views of one."""
+    full = torch.full((queries, keys), -torch.inf, dtype=dtype, device=device)
+    return full.triu_(keys - queries + 1)
+
+
+def mask_bias(call: Call, span: Span, keys: Fetched, mask: Tensor | None, begin: int = 0) -> Tensor | None:
     """The additive mask of a `diagonal` or `tail` call from its key `begin` on, broadcastable to
-    [N, H, T, K]; None where nothing is hidden."""
+    [N, H, T, K]; None where nothing is hidden. `mask`: the program's `causal_mask`."""
     count, edge = keys.k.shape[2], call.edge - begin
     if call.mask == "tail":
         if keys.hidden is None:
             return None
-        bias = torch.zeros_like(keys.hidden, dtype=q.dtype).masked_fill_(keys.hidden > 0, -torch.inf)
-        return bias.expand(*keys.hidden.shape[:2], span.length, count)
+        return keys.hidden.expand(*keys.hidden.shape[:2], span.length, count)
     if edge >= count - 1:
         return None
-
-    def build() -> Tensor:
-        full = torch.full((span.length, count), -torch.inf, dtype=q.dtype, device=q.device)
-        return full.triu_(edge + 1)
-
-    return masks.get((span.length, count, edge, q.dtype, q.device), build)
+    assert mask is not None
+    first = mask.shape[1] - mask.shape[0] - edge
+    return mask[: span.length, first : first + count]

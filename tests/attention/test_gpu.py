@@ -23,7 +23,7 @@ from tolerance import assert_as_exact_as_naive, forward_and_gradients, largest_s
 
 from attention import AttentionConfig, OutOfMemoryError, SparsePatternConfig, UnavailableError, build
 from attention.ops import flex, kernels
-from attention.ops.program import Gather
+from attention.ops.program import Gather, Shape
 from attention.ops.scratch import Scratch
 from attention.ops.sinks import GatherSink, Part
 from attention.pool import BufferPool, Buffers, with_emergency_release
@@ -134,15 +134,17 @@ def test_gathered_gradients_are_added_up_in_the_same_order_each_time(dtype, per_
     supported(dtype)
     views, heads, kv_heads, size = 64, 4, 2, 16
     lists = np.arange(5) * np.ones((views, heads, 1) if per_head else (views, 1), np.int64)
-    keys = Gather(lists.astype(np.int64), size, heads)
+    keys = Gather(lists.astype(np.int64), size, heads, (views, 5 * size))
+    shape = Shape(5 * size - 3, heads, kv_heads, 32, dtype.itemsize, False, 1 << 24, 64, False, False)
+    room = dict.fromkeys(("dk of a call", "dv of a call", "slab", "wide slab"), 1 << 20)
     found = heads if per_head else kv_heads
     like = torch.empty(views, found, 5 * size, 32, dtype=dtype, device="cuda")
     parts = [output_gradient(like, seed) for seed in (1, 2)]
     results = []
     for _ in range(5):
         dk, dv = (torch.zeros(5 * size - 3, kv_heads, 32, dtype=dtype, device="cuda") for _ in range(2))
-        with Scratch(BufferPool(0), dk.device) as scratch:
-            sink = GatherSink(keys, dk, dv, scratch)
+        with Scratch(BufferPool(0), dk.device, room) as scratch:
+            sink = GatherSink(keys, dk, dv, shape, scratch)
             sink.add(Part(slice(None), slice(None), slice(None), *parts))
             sink.finish()
         results.append((dk, dv))

@@ -14,28 +14,27 @@ from hypothesis import strategies as st
 from attention import block_sparse
 from attention import dilated as dilated_module
 from attention.layout import build_layout
-from attention.ops.program import Call, Gather, Shape, Span, Tile
+from attention.ops import program as programs_module
+from attention.ops.program import Call, Gather, Shape, Span, Tile, chunk_tokens
 from attention.reference import multiplicity
+from attention.rows import chosen_rows, rows_of
 
 FIXED = {name: config for name, config in IMPLEMENTATIONS.items() if config.variant != "adaptive"}
 
 
 def shape_of(seq, workspace=LEAST_WORKSPACE, **sizes):
-    usual = {
-        "heads": 4,
-        "kv_heads": 2,
-        "head_dim": 16,
-        "itemsize": 8,
-        "causal": False,
-        "packs": False,
-        "widens": False,
-    }
-    return Shape(seq=seq, workspace=workspace, **{"fast": min(workspace, 1 << 20), **usual, **sizes})
+    usual = {"heads": 4, "kv_heads": 2, "head_dim": 16, "itemsize": 8, "causal": False, "packs": False}
+    fields = {"seq": seq, "workspace": workspace, **usual, "widens": False, **sizes}
+    if "chunk" not in fields:
+        given = {name: fields[name] for name in ("seq", "heads", "kv_heads", "head_dim", "itemsize")}
+        fields["chunk"] = chunk_tokens(cpu=fields.pop("cpu", True), workspace=workspace, **given)
+    return Shape(**fields)
 
 
 def tiles_of(config, shape):
     if config.variant == "block_sparse":
-        return list(block_sparse.tiles(build_layout(config, shape.seq, shape.causal), shape))
+        rows = rows_of(config, shape.seq, shape.causal)
+        return list(block_sparse.tiles(build_layout(config, shape.seq, shape.causal), rows, shape))
     return list(dilated_module.tiles(config.branches or ((shape.seq, 1),), shape))
 
 
@@ -141,7 +140,7 @@ def programs(draw, longest=120):
         itemsize=draw(st.sampled_from([2, 4, 8])),
         causal=draw(st.booleans()),
         workspace=workspace,
-        fast=workspace // draw(st.sampled_from([1, 4])),
+        cpu=draw(st.booleans()),
         packs=draw(st.booleans()),
         widens=draw(st.booleans()),
     )
@@ -164,8 +163,8 @@ def test_many_random_programs_meet_the_oracles_pairs(program):
 @causal_or_not
 @pytest.mark.parametrize("config", FIXED.values(), ids=FIXED.keys())
 def test_the_limit_of_views_cuts_no_pair_and_doubles_none(config, causal, monkeypatch):
-    monkeypatch.setattr(block_sparse, "MOST_VIEWS", 3)
-    shape = shape_of(150, causal=causal, workspace=1 << 24)
+    monkeypatch.setattr(programs_module, "MOST_VIEWS", 3)
+    shape = shape_of(150, causal=causal, workspace=1 << 24, chunk=1024)
     assert_right(config, shape)
     for tile in tiles_of(config, shape) if config.variant == "block_sparse" else []:
         for call in tile.calls:
@@ -197,7 +196,7 @@ def test_lists_of_each_head_meet_their_pairs(seq, size, kept, kv_heads, causal, 
     blocks = np.zeros((4, rows, rows + 1), np.int64)
     np.put_along_axis(blocks, np.where(lists < 0, rows, lists), 1, axis=-1)
     expected = blocks[..., :rows].repeat(size, 1).repeat(size, 2)[:, :seq, :seq]
-    tiles = list(_tiles(lists, size, shape))
+    tiles = list(_tiles(lists, chosen_rows(size, lists.shape[-1]), shape))
     np.testing.assert_array_equal(met(tiles, shape), np.tril(expected) if causal else expected)
     assert_tiles_are_honest(tiles, shape)
 
@@ -260,10 +259,10 @@ def test_tiles_fit_the_workspace(program):
 )
 def test_tiles_of_long_sequences_fit_and_use_the_workspace(config, itemsize, causal, packs):
     shape = shape_of(40_000, heads=8, kv_heads=8, head_dim=64, itemsize=itemsize, causal=causal, packs=packs,
-                     workspace=1 << 24)  # fmt: skip
+                     workspace=1 << 24, chunk=1024)  # fmt: skip
     held = [scratch_bytes(tile, shape) for tile in tiles_of(config, shape)]
     assert max(held) <= shape.workspace
-    assert max(held) >= shape.fast // 4
+    assert max(held) >= shape.chunk * shape.token_bytes
 
 
 # Columns
@@ -274,6 +273,7 @@ def test_tiles_of_long_sequences_fit_and_use_the_workspace(config, itemsize, cau
 def test_columns_cover_a_calls_keys_in_order_and_stay_small(program):
     config, shape = program
     assume(config.variant != "dilated" or min(config.segment_lengths) > 20)
+    shape = shape.backward()
     for call in (call for tile in tiles_of(config, shape) for call in tile.calls):
         parts = list(call.columns(shape))
         assert [begin for begin, _ in parts] == [0, *np.cumsum([p.length for _, p in parts])[:-1]]
@@ -289,8 +289,9 @@ def test_columns_cover_a_calls_keys_in_order_and_stay_small(program):
                     places(part)[0], places(call.keys)[0][..., begin : begin + part.length]
                 )
                 tokens = np.unique(places(part)[0]).size
-            # It fits, or is as small as it can be.
-            assert tokens <= shape.column_tokens or part.length <= part.unit or call.mask == "causal"
+            # It fits, is as small as it can be, or has nothing to sum up.
+            summed = isinstance(part, Gather) or part.overlaps
+            assert tokens <= shape.column_tokens or part.length <= part.unit or not summed
 
 
 def test_span_says_where_it_ends_and_is_cut_and_picked():

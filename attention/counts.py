@@ -1,0 +1,61 @@
+"""Whole-number arithmetic on ints or on NumPy int64 arrays alike, so that one expression sizes one
+config or a hundred thousand. Imports no torch.
+
+Conditions are 0 or 1 and multiply: there is no `if` on a count.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, TypeAlias
+
+import numpy as np
+
+Count: TypeAlias = int
+"""An int, or an int64 array of many: every expression here and in what builds on it is the same for
+both. Typed as int, because that is what all but the planner's array evaluation pass."""
+
+
+def ceil_div(a: Count, b: Count) -> Count:
+    """a / b rounded up."""
+    return -(-a // b)
+
+
+def up(a: Count, b: Count) -> Count:
+    """`a` rounded up to a multiple of `b`."""
+    return -(-a // b) * b
+
+
+def least(first: Count, *others: Count) -> Count:
+    """The smallest."""
+    for other in others:
+        first = first + (other - first) * (other < first)
+    return first
+
+
+def most(first: Count, *others: Count) -> Count:
+    """The largest."""
+    for other in others:
+        first = first + (other - first) * (other > first)
+    return first
+
+
+def choose(condition: Count, then: Count, otherwise: Count) -> Count:
+    """`then` where `condition` holds, else `otherwise`; both are computed."""
+    return otherwise + (then - otherwise) * (condition != 0)
+
+
+def floor_power_of_two(a: Count) -> Count:
+    """The largest power of two up to `a`, which is at least 1 and below 2^53."""
+    if type(a) is int:
+        return 1 << (a.bit_length() - 1)
+    exponent: Any = np.frexp(a)[1] - 1
+    return 1 << exponent.astype(np.int64)  # type: ignore[no-any-return]
+
+
+def lcm(a: Count, b: Count) -> Count:
+    """The least common multiple."""
+    if type(a) is int and type(b) is int:
+        return math.lcm(a, b)
+    found: Any = np.lcm(a, b)
+    return found  # type: ignore[no-any-return]

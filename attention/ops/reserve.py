@@ -1,0 +1,261 @@
+"""How large the calls of a program get, and what a pass over it reserves: closed forms. No torch.
+
+The executor takes its scratch from here and the planner its predictions, so that they cannot differ.
+Sizes are ints, or NumPy arrays for many configs at once (`attention/counts.py`). A *row* is a vector of
+`head_dim` numbers: one token of one head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from attention.counts import Count, ceil_div, choose, floor_power_of_two, lcm, least, most, up
+from attention.ops.program import Shape
+from attention.rows import Rows
+
+ALIGNMENT = 256
+"""Buffers of an arena begin at multiples of this many bytes."""
+POOL_FROM_TOKENS = 4096
+"""Sequence length from which `pool="auto"` keeps buffers; below it, allocating is as fast."""
+SMALLEST_BUCKET = 4096
+SUM_BYTES = 4 << 20
+"""Largest sum of dk or of dv that 16-bit types are given in single precision over all tiles."""
+
+
+class Kind(NamedTuple):
+    """The largest of a program's calls of one kind: N views of T queries and K keys for some heads."""
+
+    heads: Count
+    views: Count
+    queries: Count
+    keys: Count
+    unit: Count = 1
+    """Keys are cut at multiples of this."""
+    gathers: bool = False
+    step: Count | None = None
+    """Tokens from one view's keys to the next where views may overlap."""
+    whole: bool = False
+    """Whether the kernel's own causal mask ties keys to queries, so that they cannot be cut."""
+    exists: Count = 1
+    distinct: Count = 0
+    """Of a gather: rows of all keys that there are."""
+    moves: bool = False
+    """Of a gather: whether the lists of consecutive views differ by one block only."""
+    later: Count = 0
+    """Most queries of a head in a call that is merged into what came before."""
+
+
+class Extent(NamedTuple):
+    """What a program's calls are at most."""
+
+    tokens: Count
+    """Of a tile."""
+    kinds: tuple[Kind, ...]
+    merges: Count
+    """1 if some tile merges parts, else 0."""
+    mask: tuple[Count, Count]
+    """(queries, keys) of the causal mask that is added to scores; (0, 0) if none is."""
+
+
+def sparse_extent(rows: Rows, shape: Shape) -> Extent:
+    """Of a block-sparse program; see `attention/block_sparse.py`, which makes it."""
+    size, group = rows.size, shape.kv_heads
+    together = shape.chunk_rows(rows)
+    wide = shape.goes_wide(rows)
+    queries, tile = least(size, shape.seq), least(together * size, shape.seq)
+    adjacent, keys = rows.span > 0, least(most(rows.span, 1) * size, shape.seq)
+    views = shape.span_rows(rows)
+    longest, mask, cut, alone = keys, (0, 0), 0 * keys, 0 * keys
+    if shape.causal:
+        masked, widest = shape.mask_blocks(rows), most(rows.span, rows.lists)
+        mask, cut = (size * (masked > 0), masked * size), (widest > most(masked, 1)) * 1
+        # Where no mask is added, a row's own block is a call of its own, or a wide tile's.
+        alone = most((masked == 0) * 1, wide)
+        longest = most(least(rows.span, masked), rows.span - most(masked, 1)) * size
+        longest = least(most(longest, 1), shape.seq)
+    few = shape.pack_tokens(views)
+    split = most(cut, (few < longest) * 1)
+    listed = shape.list_blocks(rows)
+    long_queries = least(most(rows.alike * size, tile * wide), tile)
+    # Of a wide tile's calls the first has all rows, the others at most half.
+    halves = choose(wide, least(ceil_div(together, 2) * size, tile), 0)
+    too_long = (shape.pack_tokens(1) < keys) * long_queries
+    blocks = ceil_div(shape.seq, size)
+    differ = blocks * size * group
+    kinds = (
+        Kind(
+            group, views, queries, least(longest, few),
+            step=size, exists=adjacent, later=views * queries * split,
+        ),
+        Kind(
+            group, 1, long_queries, least(keys, shape.pack_tokens(1)),
+            exists=adjacent * ((rows.alike > 1) | (wide > 0)), later=most(halves, too_long),
+        ),
+        Kind(
+            shape.heads if rows.own else group, together, queries, listed * size, unit=size, gathers=True,
+            exists=(rows.lists > 0) * 1, distinct=differ, moves=rows.moves,
+            later=together * queries * most(cut, (listed < rows.lists) * 1),
+        ),
+        Kind(
+            group, choose(most(wide, rows.lists > 0), together, views), queries, queries,
+            whole=True, exists=alone, later=tile * wide,
+        ),
+    )  # fmt: skip
+    merges = most(wide, cut, (listed < rows.lists) * 1, (few < longest) * adjacent)
+    tokens = most(*(kind.views * kind.queries * kind.exists for kind in kinds))
+    return Extent(least(tokens, shape.seq), kinds, merges, mask)
+
+
+def dilated_extent(branches: Sequence[tuple[Count, Count]], shape: Shape) -> Extent:
+    """Of a dilated program; see `attention/dilated.py`, which makes it. Its first tile has the largest
+    calls."""
+    repeat = shape.heads // shape.kv_heads
+    tile = least(shape.tile_tokens, shape.seq)
+    kinds, merges = [], (len(branches) > 1) * 1
+    for order, (length, rate) in enumerate(sorted(branches, key=lambda branch: branch[1])):
+        heads = ceil_div(shape.heads, lcm(rate, repeat))
+        inside = length <= tile
+        views = choose(inside, tile // length, 1)
+        queries = ceil_div(choose(inside, length, tile), rate)
+        keys = ceil_div(least(length, shape.seq), rate)
+        cut = (tile % length != 0) * (tile < shape.seq)
+        if shape.causal:
+            # A segment's part in a tile, and its keys before.
+            merges = most(merges, cut)
+            later = views * queries * (order > 0)
+            kinds.append(Kind(heads, views, queries, queries, whole=True, later=later))
+            behind = choose(length % tile == 0, keys - queries, keys - 1)
+            keys = choose(cut, most(behind, 1), 1)
+        few = shape.pack_tokens(1)
+        split = (few < keys) * (1 - inside)
+        merges = most(merges, split)
+        keys = choose(split, least(keys, few), keys)
+        if shape.causal:
+            kinds.append(Kind(heads, 1, queries, keys, exists=cut, later=queries))
+        else:
+            kinds.append(Kind(heads, views, queries, keys, later=views * queries * most(split, order > 0)))
+    return Extent(tile, tuple(kinds), merges, (0, 0))
+
+
+def forward_sizes(extent: Extent, shape: Shape, keeps_lse: bool) -> dict[str, Count]:
+    """Bytes of each buffer that a forward pass reserves."""
+    dim, narrow = shape.head_dim, shape.itemsize < shape.wide
+    part: Count = 0
+    listed: Count = 0
+    for kind in extent.kinds:
+        part = most(part, kind.heads * kind.later * kind.exists)
+        listed = most(listed, kind.heads * kind.views * kind.keys * kind.exists * kind.gathers)
+    return {
+        "total": extent.tokens * shape.heads * dim * shape.wide * extent.merges * narrow,
+        "part": part * dim * shape.wide * extent.merges * narrow,
+        "lse": extent.tokens * shape.heads * shape.wide * extent.merges * (not keeps_lse),
+        "k": listed * dim * shape.itemsize,
+        "v": listed * dim * shape.itemsize,
+    }
+
+
+class Piece(NamedTuple):
+    """What the backward kernel is given at once of the largest call of a kind."""
+
+    heads: Count
+    views: Count
+    queries: Count
+    keys: Count
+    whole: bool
+    exists: Count
+    column: Count
+    """Keys of all views that the call's column holds, those that views share once."""
+
+
+def pieces(extent: Extent, shape: Shape) -> tuple[Piece, ...]:
+    """Of each kind; see `attention.ops.program.Call.columns` and `Shape.piece`."""
+    found = []
+    for kind in extent.kinds:
+        width, column = kind.keys, kind.views * kind.keys
+        if kind.gathers:
+            width = least(width, shape.gather_width(kind.heads * kind.views, kind.unit))
+            column = kind.views * width
+        elif kind.step is not None:
+            overlaps = (kind.views > 1) * (kind.keys > kind.step)
+            width = choose(overlaps, least(width, shape.overlap_width), width)
+            column = choose(overlaps, (kind.views - 1) * kind.step + width, column)
+        views, keys = shape.piece(kind.heads, kind.views, kind.queries, width, kind.unit, kind.whole)
+        found.append(Piece(kind.heads, views, kind.queries, keys, kind.whole, kind.exists, column))
+    return tuple(found)
+
+
+def sums_in_full(shape: Shape) -> Count:
+    """1 if dk and dv of 16-bit types are summed in single precision over all tiles, else 0."""
+    narrow = shape.itemsize < shape.wide
+    return narrow * (shape.seq * shape.kv_heads * shape.head_dim * shape.wide <= SUM_BYTES)
+
+
+def slab_rows(shape: Shape) -> Count:
+    """Rows of all kv heads that a sink hands over at a time."""
+    return most(shape.workspace // 64 // (shape.kv_heads * shape.head_dim * shape.wide), 1) * shape.kv_heads
+
+
+def backward_sizes(extent: Extent, shape: Shape) -> dict[str, Count]:
+    """Bytes of each buffer that a backward pass reserves; `shape` is `Shape.backward()`."""
+    dim, wide, narrow = shape.head_dim, shape.wide, shape.itemsize < shape.wide
+    full = sums_in_full(shape)
+    apart = narrow * (1 - full)  # sums of one call are rounded into dk and dv
+    queries: Count = 0
+    keys: Count = 0
+    listed: Count = 0
+    sums: Count = 0
+    shares: Count = 0
+    slabs: Count = 0
+    for kind, piece in zip(extent.kinds, pieces(extent, shape), strict=True):
+        rows = piece.heads * piece.views * piece.keys * piece.exists
+        queries = most(queries, piece.heads * piece.views * piece.queries * piece.exists)
+        overlaps: Count = 0
+        if kind.step is not None:
+            overlaps = (kind.views > 1) * (kind.keys > kind.step) * kind.exists
+        spread = piece.column * shape.kv_heads * overlaps
+        keys = most(keys, spread, rows * (1 - overlaps))
+        if kind.gathers:
+            held = piece.column * piece.heads * piece.exists
+            listed, slabs = most(listed, held), most(slabs, piece.exists)
+            differ = least(held, kind.distinct)
+            if kind.moves:
+                blocks = piece.column // kind.views // kind.unit + kind.views - 1
+                differ = least(differ, blocks * kind.unit * kind.heads)
+            sums = most(sums, differ * piece.exists)
+        else:
+            sums = most(sums, spread * apart)
+            shares = most(shares, rows * (1 - overlaps))
+            slabs = most(slabs, overlaps * apart)
+    slab = slab_rows(shape) * slabs * dim
+    total = shape.seq * shape.kv_heads * dim * wide * full
+    return {
+        "dq": extent.tokens * shape.heads * dim * wide * narrow,
+        "dk": total,
+        "dv": total,
+        "do": queries * dim * wide * shape.widens,
+        "q": queries * dim * wide * shape.widens,
+        "out": queries * dim * wide * shape.widens,
+        "k": listed * dim * shape.itemsize,
+        "v": listed * dim * shape.itemsize,
+        "wide k": keys * dim * wide * shape.widens,
+        "wide v": keys * dim * wide * shape.widens,
+        "dk of a call": sums * dim * wide,
+        "dv of a call": sums * dim * wide,
+        "share": shares * dim * wide * apart * shape.widens,
+        "slab": slab * choose(full, wide, shape.itemsize),
+        "wide slab": slab * wide * apart,
+    }
+
+
+def bucket_bytes(nbytes: Count) -> Count:
+    """The size class of a pool's buffer: at least 4,096, 16 steps per power of two, waste under 7%."""
+    return most(up(nbytes, floor_power_of_two(most(nbytes - 1, SMALLEST_BUCKET)) // 16), SMALLEST_BUCKET)
+
+
+def arena_bytes(sizes: Mapping[str, Count]) -> Count:
+    """Bytes of all buffers together, each at its place."""
+    total: Count = 0
+    for nbytes in sizes.values():
+        total = total + up(nbytes, ALIGNMENT)
+    return total

@@ -1,0 +1,121 @@
+"""The widest rows of a block-sparse layout, in closed form: what sizes its calls. Imports no torch.
+
+A row is what one query block attends to. Sizes are ints, or NumPy arrays for many patterns at once.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from functools import reduce
+from typing import NamedTuple
+
+from attention.config import AttentionConfig
+from attention.counts import Count, ceil_div, choose, lcm, least, most
+from attention.layout import row_budget
+
+
+class Rows(NamedTuple):
+    """The widest rows of a layout, in blocks. Bounds: no row is wider, and in regular layouts some are
+    as wide."""
+
+    size: Count
+    """Tokens a block."""
+    span: Count
+    """Of rows whose blocks are adjacent; 0 if there are none, or rows are mixed beyond telling: then all
+    count as lists."""
+    lists: Count
+    """Of the other rows; 0 if there are none."""
+    alike: Count
+    """Most consecutive rows that see the same adjacent blocks."""
+    slides: Count
+    """1 if rows follow each other whose adjacent blocks move on by one, else 0."""
+    own: bool = False
+    """Whether every head has lists of its own."""
+    moves: bool = False
+    """Whether the lists of consecutive rows differ by one block only."""
+
+
+def rows_of(config: AttentionConfig, seq: int, causal: bool) -> Rows:
+    """Of the layout of a block_sparse config, or of an adaptive one's choice."""
+    pattern = config.pattern
+    assert pattern is not None
+    size = pattern.block_size
+    blocks = -(-seq // size)
+    if config.variant == "adaptive":
+        return chosen_rows(size, least(row_budget(config, seq), blocks))
+    if pattern.pattern_type == "dilated_sparse":
+        lengths, rates = zip(*config.branches, strict=True)
+        budget = row_budget(config, seq)
+        return dilated_sparse_rows(size, blocks, budget, [n // size for n in lengths], rates, causal)
+    shared = pattern.global_tokens if pattern.pattern_type == "global_local" else 0
+    return window_rows(size, blocks, pattern.local_window_size, shared, causal)
+
+
+def chosen_rows(size: Count, kept: Count) -> Rows:
+    """Of an adaptive attention that keeps `kept` blocks a row."""
+    return Rows(size, span=0 * kept, lists=kept, alike=0 * kept, slides=0 * kept, own=True)
+
+
+def window_rows(size: Count, blocks: Count, window: Count, global_tokens: Count, causal: bool) -> Rows:
+    """Of local_window (no global tokens) and global_local."""
+    reach = least(window // (size if causal else 2 * size), blocks)
+    shared = least(ceil_div(global_tokens, size), blocks)
+    if causal:
+        apart = (shared > 0) * (blocks - 1 > shared + reach)
+        return Rows(
+            size,
+            span=least(shared + reach + 1, blocks),
+            lists=(shared + reach + 1) * apart,
+            alike=1 + 0 * blocks,
+            slides=(shared == 0) * (blocks - reach >= 2),
+            moves=True,
+        )
+    full = 2 * reach + 1
+    apart = (shared > 0) * (blocks - 1 - reach > shared)
+    # Rows that see everything: the global ones, and those whose window reaches both ends.
+    everything = most(shared, most(least(reach, blocks - 1) - most(blocks - 1 - reach, 0) + 1, 0))
+    return Rows(
+        size,
+        span=choose(shared > 0, blocks, least(full, blocks)),
+        lists=(shared + least(full, blocks - shared - 1)) * apart,
+        alike=most(everything, 1),
+        slides=(shared == 0) * (blocks - 2 * reach >= 2),
+        moves=True,
+    )
+
+
+def dilated_sparse_rows(
+    size: Count, blocks: Count, budget: Count, lengths: Sequence[Count], rates: Sequence[Count], causal: bool
+) -> Rows:
+    """Of dilated_sparse; `lengths` and `rates` of the branches in blocks."""
+    lengths = [least(length, blocks) for length in lengths]
+    longest = most(*lengths)
+    union = 1 + least(_others(lengths, rates), longest - 1)
+    widest = least(budget, union)
+    near = reduce(lambda a, b: a * b, [(rate == 1) * 1 for rate in rates])  # every row is adjacent
+    # Rows at an end of a segment see the same blocks until the window leaves that end.
+    alike = 1 + 0 * widest if causal else choose(budget < longest, budget // 2 + 1, longest)
+    return Rows(size, widest * near, widest * (1 - near), alike * near, (widest < longest) * near)
+
+
+def _others(lengths: Sequence[Count], rates: Sequence[Count]) -> Count:
+    """Most offsets, 0 apart, that the branches offer a row: what is in the first, in the second, and so
+    on, less what is in two of them, and so on; where segments nest and rates divide them, that is the
+    same for every row. Otherwise what branches share is not counted out."""
+    order = list(zip(lengths, rates, strict=True))
+    regular: Count = 1
+    for length, _ in order:
+        for other, rate in order:
+            nested = (length % other == 0) | (other % length == 0)
+            regular = regular * nested * (length % rate == 0)
+    total: Count = 0
+    bound: Count = 0
+    for count in range(1, len(order) + 1):
+        for chosen in itertools.combinations(order, count):
+            inside = least(*(length for length, _ in chosen))
+            step = reduce(lcm, (rate for _, rate in chosen))
+            met = (inside - 1) // step
+            total = total + (met if count % 2 else -met)
+            bound = bound + (met if count == 1 else 0)
+    return choose(regular, total, bound)

@@ -1,0 +1,169 @@
+"""What one call of torch's fused CPU attention allocates, forward and backward, to the byte.
+
+    sizes = dict(views=3, heads=4, queries=200, keys=600, head_dim=24, itemsize=2)
+    result, scratch = forward_bytes(**sizes, threads=2)
+
+`result` is what the call leaves (out and lse, or dq, dk and dv); `result + scratch` is its peak above what
+was allocated before. Scratch is freed when the call returns. Nothing depends on the strides of q, k, v and
+out, nor on D being a multiple of anything.
+
+Counted is what torch's CPU allocator gives the calling thread, as `planner.footprint` sees it, for sizes of
+at least 1 and as many heads for keys as for queries. Not counted: what MKL and oneDNN allocate for products
+of 16-bit matrices, and each further thread's row sums in backward, `accumulated` x min(T, 256) bytes.
+
+Follows aten/src/ATen/native/cpu/FlashAttentionKernel.cpp of PyTorch, whose names and lines (at 27a4844d)
+stand beside the terms, and aten/src/ATen/native/transformers/attention.cpp, which allocates the results.
+Checked against torch 2.13.0 on a CPU without a matrix unit; what `packs` adds is from the source only.
+
+Letters: N views, H heads, T queries, K keys, D head_dim. Sizes may be ints or NumPy int64 arrays that
+broadcast, so there is no branch on a size. Imports neither torch nor NumPy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final, TypeAlias
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    Count: TypeAlias = int | npt.NDArray[np.int64]
+    Flag: TypeAlias = bool | npt.NDArray[np.bool_]
+
+KEY_BLOCK: Final = 512
+"""Keys that are worked on together (kv_split_size in every case of lines 1168-1200 and 1225-1264)."""
+MEDIUM_QUERIES: Final = 192
+LONG_QUERIES: Final = 768
+"""From these numbers of queries on, blocks of queries are larger (lines 1170, 1174)."""
+
+
+def forward_bytes(
+    *,
+    views: Count,
+    heads: Count,
+    queries: Count,
+    keys: Count,
+    head_dim: Count,
+    itemsize: int,
+    threads: int,
+    biased: bool = False,
+    causal: bool = False,
+    packs: bool = False,
+    float16: bool = False,
+) -> tuple[Count, Count]:
+    """(bytes of out and lse, bytes of scratch) of one forward call.
+
+    `threads` is torch.get_num_threads(). `biased` changes nothing: the kernel reads a mask in place,
+    expanded or not, in q's dtype or float32, as long as its last stride is 0 or 1 (another one is copied,
+    with its queries and keys expanded, which is not counted here).
+
+    `packs` says that the CPU has a matrix unit for this 16-bit dtype (torch.cpu._is_amx_tile_supported()
+    for bfloat16, _is_amx_fp16_supported() for float16): the kernel may then copy keys and values into that
+    unit's order. The rule differs for `float16` and is the only thing that `causal` matters to; without
+    `packs` neither of the two changes anything. What `packs` adds is written from the source and was not
+    checked by a measurement.
+    """
+    del biased  # lines 226-252
+    accumulated, rows = _accumulated(itemsize), views * heads * queries
+    tall, wide = _blocks(queries, keys)
+    packed: Count = 0 * rows
+    # Blocks of an odd number of keys are packed with one more (ekvSplitSize, line 452).
+    wide_even = wide
+    if packs and itemsize == 2:
+        chosen = _packed(views, heads, queries, keys, threads, causal, float16)
+        dim_even, wide_even = head_dim + chosen * (head_dim % 2), wide + chosen * (wide % 2)
+        tail = (keys - 1) % wide + 1  # kvTail, line 425
+        padded = (keys - 1) // wide * wide_even + tail + tail % 2  # kv_padding_size, line 485
+        packed = chosen * (
+            views * heads * keys * dim_even  # key_t_reorder, line 490
+            + views * heads * padded * head_dim  # value_t_reorder, line 493
+            + (head_dim % 2) * threads * tall * dim_even  # qeury_t_padding, line 501
+            # tranpose_t_reorder, line 509; gone before the products, but nothing is allocated after it.
+            + threads * wide * head_dim
+        )
+    # size_per_thread, line 456: scores, maximum and sum of each row, output.
+    buffer = threads * tall * (wide + 2 + head_dim)
+    reduced = threads * tall * wide_even * (itemsize == 2)  # buf_reduced, line 463
+    result = rows * head_dim * itemsize + rows * accumulated
+    return result, buffer * accumulated + (reduced + packed) * itemsize
+
+
+def backward_bytes(
+    *,
+    views: Count,
+    heads: Count,
+    queries: Count,
+    keys: Count,
+    head_dim: Count,
+    itemsize: int,
+    threads: int,
+    biased: bool = False,
+    causal: bool = False,
+    packs: bool = False,
+    dense_grad: Flag = False,
+) -> tuple[Count, Count]:
+    """(bytes of dq, dk and dv, bytes of scratch) of one backward call.
+
+    `dense_grad` says that the gradient's memory is that of a contiguous [N, T, H, D], see `dense`; any other
+    gradient is copied, a contiguous [N, H, T, D] too. `threads` and `biased` are those of `forward_bytes`.
+    `biased`, `causal` and `packs` change nothing; they are taken so that both functions can be called alike.
+    """
+    del biased, causal, packs  # backward never packs, and skips blocks without changing its buffers
+    accumulated, rows = _accumulated(itemsize), views * heads * queries
+    tall, wide = _blocks(queries, keys)
+    channels: Count = rows * head_dim
+    copied: Count = channels - channels * dense_grad  # grad_out_contig, line 1222
+    block = threads * 2 * tall * wide  # weights and their gradient: size_per_thread, line 889
+    reduced = block * (itemsize == 2)  # buf_reduced, line 901
+    # dsum, line 929: one a thread, of which the calling thread's is seen.
+    scratch = (block + tall) * accumulated + (reduced + copied) * itemsize
+    result: Count = channels + 2 * (views * heads * keys * head_dim)
+    return result * itemsize, scratch
+
+
+def dense(sizes: Sequence[Count], strides: Sequence[Count]) -> Flag:
+    """Whether a view [N, H, T, D] with these strides is contiguous when read as [N, T, H, D].
+
+    As torch's is_contiguous has it: the stride of a dimension of size 1 does not matter.
+    """
+    expected: Count = 1
+    found: Flag = True
+    for dimension in (3, 1, 2, 0):
+        found = found & ((sizes[dimension] == 1) | (strides[dimension] == expected))
+        expected = expected * sizes[dimension]
+    return found
+
+
+def _accumulated(itemsize: int) -> int:
+    """Bytes of a number in the type that sums are kept in: float64 for itself, float32 for all others."""
+    return 8 if itemsize == 8 else 4
+
+
+def _blocks(queries: Count, keys: Count) -> tuple[Count, Count]:
+    """(queries, keys) of a block of scores: qSplitSize and kvSplitSize, lines 421 and 881."""
+    tall = 32 + 32 * (queries >= MEDIUM_QUERIES) + 192 * (queries >= LONG_QUERIES)
+    return _least(queries, tall), _least(keys, KEY_BLOCK)
+
+
+def _packed(
+    views: Count, heads: Count, queries: Count, keys: Count, threads: int, causal: bool, float16: bool
+) -> Flag:
+    """Whether the kernel packs keys and values: need_pack, lines 432-447.
+
+    There has to be enough of both, and each thread has to work through several times what is packed. Head
+    dimension and, but for the rounding to whole blocks, views and heads cancel out of that ratio.
+    """
+    enough, ratio = (16, 1) if float16 else (64, 4)
+    tall, _ = _blocks(queries, keys)
+    blocks = _ceil(views * heads * _ceil(queries, tall), threads)
+    worked = blocks * tall * (_least(queries, keys) if causal else keys)
+    return (keys >= enough) & (queries >= enough) & (worked >= ratio * views * heads * keys)
+
+
+def _least(a: Count, b: Count) -> Count:
+    return b + (a - b) * (a < b)
+
+
+def _ceil(count: Count, size: Count) -> Count:
+    return -(-count // size)
