@@ -90,8 +90,9 @@ class Attention(nn.Module):
             return dilated.tiles(branches, shape)
 
         def extent(shape: Shape) -> Extent:
-            return dilated_extent(branches, shape) if rows is None else sparse_extent(rows, shape)
+            return dilated_extent(by_rate, shape) if rows is None else sparse_extent(rows, shape)
 
+        by_rate = sorted(branches, key=lambda branch: branch[1])
         everything = len(branches) == 1 and branches[0][0] >= shape.seq and branches[0][1] == 1
         return Problem(
             shape=shape,

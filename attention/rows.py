@@ -91,7 +91,7 @@ def dilated_sparse_rows(
     """Of dilated_sparse; `lengths` and `rates` of the branches in blocks."""
     lengths = [least(length, blocks) for length in lengths]
     longest = most(*lengths)
-    union = 1 + least(_others(lengths, rates), longest - 1)
+    union = least(1 + _others(lengths, rates), blocks)
     widest = least(budget, union)
     near = reduce(lambda a, b: a * b, [(rate == 1) * 1 for rate in rates])  # every row is adjacent
     # Rows at an end of a segment see the same blocks until the window leaves that end.

@@ -26,6 +26,7 @@ SUM_BYTES = 4 << 20
 class Kind(NamedTuple):
     """The largest of a program's calls of one kind: N views of T queries and K keys for some heads."""
 
+    name: str
     heads: Count
     views: Count
     queries: Count
@@ -38,6 +39,8 @@ class Kind(NamedTuple):
     whole: bool = False
     """Whether the kernel's own causal mask ties keys to queries, so that they cannot be cut."""
     exists: Count = 1
+    dense: Count = 0
+    """1 if the queries of all views and heads together lie in memory as [N, T, H, D], else 0."""
     distinct: Count = 0
     """Of a gather: rows of all keys that there are."""
     moves: bool = False
@@ -83,23 +86,30 @@ def sparse_extent(rows: Rows, shape: Shape) -> Extent:
     too_long = (shape.pack_tokens(1) < keys) * long_queries
     blocks = ceil_div(shape.seq, size)
     differ = blocks * size * group
+    dense = (shape.heads == group) * 1
+    single = Kind(
+        "view", heads=group, views=1, queries=queries, keys=least(longest, shape.pack_tokens(1)),
+        exists=adjacent, dense=dense, later=queries * split,
+    )  # fmt: skip
     kinds = (
-        Kind(
-            group, views, queries, least(longest, few),
-            step=size, exists=adjacent, later=views * queries * split,
+        single,
+        single._replace(
+            name="views", views=views, keys=least(longest, few), step=size,
+            exists=adjacent * (views > 1), later=views * queries * split,
         ),
         Kind(
-            group, 1, long_queries, least(keys, shape.pack_tokens(1)),
-            exists=adjacent * ((rows.alike > 1) | (wide > 0)), later=most(halves, too_long),
+            "long view", heads=group, views=1, queries=long_queries, keys=least(keys, shape.pack_tokens(1)),
+            exists=adjacent * ((rows.alike > 1) | (wide > 0)), dense=dense, later=most(halves, too_long),
         ),
         Kind(
-            shape.heads if rows.own else group, together, queries, listed * size, unit=size, gathers=True,
-            exists=(rows.lists > 0) * 1, distinct=differ, moves=rows.moves,
+            "lists", heads=shape.heads if rows.own else group, views=together, queries=queries,
+            keys=listed * size, unit=size, gathers=True, exists=(rows.lists > 0) * 1,
+            dense=1 if rows.own else dense, distinct=differ, moves=rows.moves,
             later=together * queries * most(cut, (listed < rows.lists) * 1),
         ),
         Kind(
-            group, choose(most(wide, rows.lists > 0), together, views), queries, queries,
-            whole=True, exists=alone, later=tile * wide,
+            "own blocks", heads=group, views=choose(most(wide, rows.lists > 0), together, views),
+            queries=queries, keys=queries, whole=True, exists=alone, dense=dense, later=tile * wide,
         ),
     )  # fmt: skip
     merges = most(wide, cut, (listed < rows.lists) * 1, (few < longest) * adjacent)
@@ -109,32 +119,34 @@ def sparse_extent(rows: Rows, shape: Shape) -> Extent:
 
 def dilated_extent(branches: Sequence[tuple[Count, Count]], shape: Shape) -> Extent:
     """Of a dilated program; see `attention/dilated.py`, which makes it. Its first tile has the largest
-    calls."""
+    calls. Branches come with their smallest rates first."""
     repeat = shape.heads // shape.kv_heads
     tile = least(shape.tile_tokens, shape.seq)
     kinds, merges = [], (len(branches) > 1) * 1
-    for order, (length, rate) in enumerate(sorted(branches, key=lambda branch: branch[1])):
-        heads = ceil_div(shape.heads, lcm(rate, repeat))
+    for order, (length, rate) in enumerate(branches):
+        period = lcm(rate, repeat)
         inside = length <= tile
         views = choose(inside, tile // length, 1)
         queries = ceil_div(choose(inside, length, tile), rate)
         keys = ceil_div(least(length, shape.seq), rate)
         cut = (tile % length != 0) * (tile < shape.seq)
+        kind = Kind(
+            f"branch {order + 1}", ceil_div(shape.heads, period), views, queries, keys,
+            dense=(period == 1) * 1, later=views * queries * (order > 0),
+        )  # fmt: skip
         if shape.causal:
             # A segment's part in a tile, and its keys before.
             merges = most(merges, cut)
-            later = views * queries * (order > 0)
-            kinds.append(Kind(heads, views, queries, queries, whole=True, later=later))
+            kinds.append(kind._replace(keys=queries, whole=True))
             behind = choose(length % tile == 0, keys - queries, keys - 1)
-            keys = choose(cut, most(behind, 1), 1)
+            kind = kind._replace(
+                name=f"branch {order + 1}, before", views=1, keys=most(behind, 1), exists=cut, later=queries
+            )
         few = shape.pack_tokens(1)
-        split = (few < keys) * (1 - inside)
+        split = (few < kind.keys) * (1 - inside)
         merges = most(merges, split)
-        keys = choose(split, least(keys, few), keys)
-        if shape.causal:
-            kinds.append(Kind(heads, 1, queries, keys, exists=cut, later=queries))
-        else:
-            kinds.append(Kind(heads, views, queries, keys, later=views * queries * most(split, order > 0)))
+        later = choose(split, views * queries, kind.later)
+        kinds.append(kind._replace(keys=choose(split, least(kind.keys, few), kind.keys), later=later))
     return Extent(tile, tuple(kinds), merges, (0, 0))
 
 
@@ -158,12 +170,8 @@ def forward_sizes(extent: Extent, shape: Shape, keeps_lse: bool) -> dict[str, Co
 class Piece(NamedTuple):
     """What the backward kernel is given at once of the largest call of a kind."""
 
-    heads: Count
     views: Count
-    queries: Count
     keys: Count
-    whole: bool
-    exists: Count
     column: Count
     """Keys of all views that the call's column holds, those that views share once."""
 
@@ -181,7 +189,7 @@ def pieces(extent: Extent, shape: Shape) -> tuple[Piece, ...]:
             width = choose(overlaps, least(width, shape.overlap_width), width)
             column = choose(overlaps, (kind.views - 1) * kind.step + width, column)
         views, keys = shape.piece(kind.heads, kind.views, kind.queries, width, kind.unit, kind.whole)
-        found.append(Piece(kind.heads, views, kind.queries, keys, kind.whole, kind.exists, column))
+        found.append(Piece(views, keys, column))
     return tuple(found)
 
 
@@ -208,21 +216,21 @@ def backward_sizes(extent: Extent, shape: Shape) -> dict[str, Count]:
     shares: Count = 0
     slabs: Count = 0
     for kind, piece in zip(extent.kinds, pieces(extent, shape), strict=True):
-        rows = piece.heads * piece.views * piece.keys * piece.exists
-        queries = most(queries, piece.heads * piece.views * piece.queries * piece.exists)
+        rows = kind.heads * piece.views * piece.keys * kind.exists
+        queries = most(queries, kind.heads * piece.views * kind.queries * kind.exists)
         overlaps: Count = 0
         if kind.step is not None:
             overlaps = (kind.views > 1) * (kind.keys > kind.step) * kind.exists
         spread = piece.column * shape.kv_heads * overlaps
         keys = most(keys, spread, rows * (1 - overlaps))
         if kind.gathers:
-            held = piece.column * piece.heads * piece.exists
-            listed, slabs = most(listed, held), most(slabs, piece.exists)
+            held = piece.column * kind.heads * kind.exists
+            listed, slabs = most(listed, held), most(slabs, kind.exists)
             differ = least(held, kind.distinct)
             if kind.moves:
                 blocks = piece.column // kind.views // kind.unit + kind.views - 1
                 differ = least(differ, blocks * kind.unit * kind.heads)
-            sums = most(sums, differ * piece.exists)
+            sums = most(sums, differ * kind.exists)
         else:
             sums = most(sums, spread * apart)
             shares = most(shares, rows * (1 - overlaps))

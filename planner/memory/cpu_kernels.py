@@ -16,20 +16,18 @@ stand beside the terms, and aten/src/ATen/native/transformers/attention.cpp, whi
 Checked against torch 2.13.0 on a CPU without a matrix unit; what `packs` adds is from the source only.
 
 Letters: N views, H heads, T queries, K keys, D head_dim. Sizes may be ints or NumPy int64 arrays that
-broadcast, so there is no branch on a size. Imports neither torch nor NumPy.
+broadcast, so there is no branch on a size. Imports no torch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final, TypeAlias
+from typing import Final, TypeAlias
 
-if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
+from attention.counts import Count, ceil_div, least
 
-    Count: TypeAlias = int | npt.NDArray[np.int64]
-    Flag: TypeAlias = bool | npt.NDArray[np.bool_]
+Flag: TypeAlias = bool
+"""A bool, or an array of many, as `Count` is for numbers."""
 
 KEY_BLOCK: Final = 512
 """Keys that are worked on together (kv_split_size in every case of lines 1168-1200 and 1225-1264)."""
@@ -47,16 +45,15 @@ def forward_bytes(
     head_dim: Count,
     itemsize: int,
     threads: int,
-    biased: bool = False,
     causal: bool = False,
     packs: bool = False,
     float16: bool = False,
 ) -> tuple[Count, Count]:
     """(bytes of out and lse, bytes of scratch) of one forward call.
 
-    `threads` is torch.get_num_threads(). `biased` changes nothing: the kernel reads a mask in place,
-    expanded or not, in q's dtype or float32, as long as its last stride is 0 or 1 (another one is copied,
-    with its queries and keys expanded, which is not counted here).
+    `threads` is torch.get_num_threads(). A mask changes nothing: the kernel reads it in place (lines
+    226-252), expanded or not, in q's dtype or float32, as long as its last stride is 0 or 1 (another one is
+    copied, with its queries and keys expanded, which is not counted here).
 
     `packs` says that the CPU has a matrix unit for this 16-bit dtype (torch.cpu._is_amx_tile_supported()
     for bfloat16, _is_amx_fp16_supported() for float16): the kernel may then copy keys and values into that
@@ -64,7 +61,6 @@ def forward_bytes(
     `packs` neither of the two changes anything. What `packs` adds is written from the source and was not
     checked by a measurement.
     """
-    del biased  # lines 226-252
     accumulated, rows = _accumulated(itemsize), views * heads * queries
     tall, wide = _blocks(queries, keys)
     packed: Count = 0 * rows
@@ -98,18 +94,15 @@ def backward_bytes(
     head_dim: Count,
     itemsize: int,
     threads: int,
-    biased: bool = False,
-    causal: bool = False,
-    packs: bool = False,
     dense_grad: Flag = False,
 ) -> tuple[Count, Count]:
     """(bytes of dq, dk and dv, bytes of scratch) of one backward call.
 
     `dense_grad` says that the gradient's memory is that of a contiguous [N, T, H, D], see `dense`; any other
-    gradient is copied, a contiguous [N, H, T, D] too. `threads` and `biased` are those of `forward_bytes`.
-    `biased`, `causal` and `packs` change nothing; they are taken so that both functions can be called alike.
+    gradient is copied, a contiguous [N, H, T, D] too. `threads` is that of `forward_bytes`. Masks and
+    causality change nothing, because blocks are skipped without changing the buffers, and backward never
+    packs.
     """
-    del biased, causal, packs  # backward never packs, and skips blocks without changing its buffers
     accumulated, rows = _accumulated(itemsize), views * heads * queries
     tall, wide = _blocks(queries, keys)
     channels: Count = rows * head_dim
@@ -143,7 +136,7 @@ def _accumulated(itemsize: int) -> int:
 def _blocks(queries: Count, keys: Count) -> tuple[Count, Count]:
     """(queries, keys) of a block of scores: qSplitSize and kvSplitSize, lines 421 and 881."""
     tall = 32 + 32 * (queries >= MEDIUM_QUERIES) + 192 * (queries >= LONG_QUERIES)
-    return _least(queries, tall), _least(keys, KEY_BLOCK)
+    return least(queries, tall), least(keys, KEY_BLOCK)
 
 
 def _packed(
@@ -156,14 +149,6 @@ def _packed(
     """
     enough, ratio = (16, 1) if float16 else (64, 4)
     tall, _ = _blocks(queries, keys)
-    blocks = _ceil(views * heads * _ceil(queries, tall), threads)
-    worked = blocks * tall * (_least(queries, keys) if causal else keys)
+    blocks = ceil_div(views * heads * ceil_div(queries, tall), threads)
+    worked = blocks * tall * (least(queries, keys) if causal else keys)
     return (keys >= enough) & (queries >= enough) & (worked >= ratio * views * heads * keys)
-
-
-def _least(a: Count, b: Count) -> Count:
-    return b + (a - b) * (a < b)
-
-
-def _ceil(count: Count, size: Count) -> Count:
-    return -(-count // size)

@@ -12,15 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Literal, TypeAlias
+from typing import Final, Literal
 
+from attention.counts import Count, ceil_div, least, most, up
 from attention.errors import ConfigError
-
-if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-
-    Count: TypeAlias = int | npt.NDArray[np.int64]
 
 Kernel = Literal["flash", "efficient", "flex", "plain"]
 Display = Literal["headless", "desktop"]
@@ -138,7 +133,7 @@ def forward_lines(
     if kernel == "flash":
         return (_scratch("log-sum-exp", FLOAT32 * rows, f"float32 B H Q; {_FLASH}"),)
     if kernel == "efficient":
-        padded = FLOAT32 * batch * heads * _up(queries, 32)
+        padded = FLOAT32 * batch * heads * up(queries, 32)
         sums = FLOAT32 * rows * head_dim * (head_dim > 128) if itemsize == 2 else 0 * rows
         return (
             _scratch("log-sum-exp", padded, "float32 B H Q, Q rounded up to 32; kernel_forward.h kAlignLSE"),
@@ -176,14 +171,14 @@ def backward_lines(
     if kernel == "flash":
         splits: Count = 1
         if deterministic_sms is not None:
-            splits = _ceil(deterministic_sms, batch * heads)
-        blocked = FLOAT32 * batch * heads * _up(queries, 128)
+            splits = ceil_div(deterministic_sms, batch * heads)
+        blocked = FLOAT32 * batch * heads * up(queries, 128)
         expanded = 2 * itemsize * batch * keys * heads * head_dim * (kv_heads < heads)
         return (
             _scratch("softmax_d", blocked, f"float32 B H Q, Q rounded up to 128; {_FLASH}"),
             _scratch(
                 "dq_accum",
-                blocked * _up(head_dim, 32) * splits,
+                blocked * up(head_dim, 32) * splits,
                 f"float32 B H Q D, Q rounded up to 128 and D to 32, times the splits; {_FLASH}",
             ),
             _scratch(
@@ -214,13 +209,13 @@ def _efficient_backward(
     group = batch * heads
     wide = head_dim > 64
     tile = 64 + 64 * wide
-    sums = _up(queries, tile) * _up(head_dim, tile)
-    locks = 4 * _ceil(queries, 64) * _ceil(head_dim, 64)
+    sums = up(queries, tile) * up(head_dim, tile)
+    locks = 4 * ceil_div(queries, 64) * ceil_div(head_dim, 64)
     kept = 0 * queries
     if itemsize == 2:
-        blocks = _ceil(keys, 64)
-        splits = _least(blocks, _most(200 // group, 1))
-        kept = 2 * splits * 64 * _up(head_dim, 128) * wide
+        blocks = ceil_div(keys, 64)
+        splits = least(blocks, most(200 // group, 1))
+        kept = 2 * splits * 64 * up(head_dim, 128) * wide
     product = 0 * group * queries * head_dim
     if itemsize == 2 and capability == (7, 0):
         product = 3 * FLOAT32 * group * queries * head_dim * wide
@@ -253,20 +248,3 @@ def _scratch(name: str, count: Count, source: str) -> Line:
 def _known(kernel: str) -> None:
     if kernel != "plain":
         raise ConfigError(f"kernel must be 'flash', 'efficient', 'flex' or 'plain', got {kernel!r}")
-
-
-def _ceil(a: Count, b: Count) -> Count:
-    return -(-a // b)
-
-
-def _up(a: Count, b: Count) -> Count:
-    """`a` rounded up to a multiple of `b`."""
-    return -(-a // b) * b
-
-
-def _least(a: Count, b: Count) -> Count:
-    return a + (b - a) * (b < a)
-
-
-def _most(a: Count, b: Count) -> Count:
-    return a + (b - a) * (b > a)

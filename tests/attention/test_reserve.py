@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import numpy as np
 import pytest
 from conformance import LEAST_WORKSPACE, dilated, patterned
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_program import chosen_lists, programs, shape_of, tiles_of
 
 from attention.adaptive import _tiles
+from attention.ops import reserve
 from attention.ops.execute import _piece
 from attention.ops.program import Gather
 from attention.ops.reserve import (
@@ -26,7 +30,8 @@ from attention.rows import chosen_rows, rows_of
 def extent_of(config, shape):
     if config.variant == "block_sparse":
         return sparse_extent(rows_of(config, shape.seq, shape.causal), shape)
-    return dilated_extent(shape.within(config.branches or ((shape.seq, 1),)), shape)
+    branches = shape.within(config.branches or ((shape.seq, 1),))
+    return dilated_extent(sorted(branches, key=lambda branch: branch[1]), shape)
 
 
 def forward_needs(tiles, shape, keeps_lse):
@@ -125,23 +130,28 @@ def sized(program):
     return config, shape._replace(widens=shape.widens and shape.itemsize == 2)
 
 
-@settings(max_examples=300)
-@given(program=programs(longest=400))
-def test_what_is_reserved_is_enough(program):
+def assert_enough_for(program, sum_bytes):
     config, shape = sized(program)
     back = shape.backward()
     tiles, back_tiles = tiles_of(config, shape), tiles_of(config, back)
-    assert_enough(tiles, extent_of(config, shape), shape, back_tiles, extent_of(config, back))
+    with mock.patch.object(reserve, "SUM_BYTES", sum_bytes):
+        assert_enough(tiles, extent_of(config, shape), shape, back_tiles, extent_of(config, back))
+
+
+either = st.sampled_from([0, reserve.SUM_BYTES])
+
+
+@settings(max_examples=300)
+@given(program=programs(longest=400), sum_bytes=either)
+def test_what_is_reserved_is_enough(program, sum_bytes):
+    assert_enough_for(program, sum_bytes)
 
 
 @pytest.mark.slow
 @settings(max_examples=5000)
-@given(program=programs(longest=600))
-def test_what_is_reserved_is_enough_for_many(program):
-    config, shape = sized(program)
-    back = shape.backward()
-    tiles, back_tiles = tiles_of(config, shape), tiles_of(config, back)
-    assert_enough(tiles, extent_of(config, shape), shape, back_tiles, extent_of(config, back))
+@given(program=programs(longest=600), sum_bytes=either)
+def test_what_is_reserved_is_enough_for_many(program, sum_bytes):
+    assert_enough_for(program, sum_bytes)
 
 
 @pytest.mark.parametrize("causal", [False, True])

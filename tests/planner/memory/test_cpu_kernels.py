@@ -77,12 +77,12 @@ def random_case(rng: random.Random, dtype: torch.dtype, threads: int):
         out = tensor("windows", views, heads, queries, dim, dtype)
     sizes = {
         "views": views, "heads": heads, "queries": queries, "keys": keys, "head_dim": dim,
-        "itemsize": dtype.itemsize, "threads": threads, "biased": kind != "none", "causal": causal,
+        "itemsize": dtype.itemsize, "threads": threads,
     }  # fmt: skip
     return (
         lambda: kernels.forward(q, k, v, **options),
         lambda: kernels.backward(grad, q, k, v, out, lse, **options),
-        sizes,
+        {**sizes, "causal": causal},
         {**sizes, "dense_grad": dense(grad.shape, grad.stride())},
     )
 
@@ -116,7 +116,7 @@ def test_a_mask_is_copied_only_for_its_last_stride():
     sizes = {"views": 2, "heads": 2, "queries": 40, "keys": 40, "head_dim": 8, "itemsize": 4}
     biases = [torch.zeros(40, 1), torch.zeros(2, 1, 1, 80)[..., ::2]]
     runs = [lambda bias=bias: kernels.forward(q, q, q, scale=1.0, bias=bias) for bias in biases]
-    expected = sum(forward_bytes(**sizes, threads=torch.get_num_threads(), biased=True))
+    expected = sum(forward_bytes(**sizes, threads=torch.get_num_threads()))
     copy = 2 * 40 * 40 * 4
     assert [found.peak for found in footprints(runs, CPU)] == [expected, expected + copy]
 
@@ -141,12 +141,13 @@ def test_arrays_give_what_ints_give(itemsize, causal, float16, packs):
     names = {"views": range(1, 5), "heads": range(1, 9), "queries": QUERIES, "keys": KEYS, "head_dim": DIMS}
     arrays = {name: rng.choice(np.array(values), 200) for name, values in names.items()}
     ready = rng.random(200) < 0.5
-    plain = {"itemsize": itemsize, "threads": 6, "causal": causal, "packs": packs}
-    forward = forward_bytes(**arrays, **plain, float16=float16)
+    plain = {"itemsize": itemsize, "threads": 6}
+    packing = {"causal": causal, "packs": packs, "float16": float16}
+    forward = forward_bytes(**arrays, **plain, **packing)
     backward = backward_bytes(**arrays, **plain, dense_grad=ready)
     for i in range(200):
         ints = {name: int(values[i]) for name, values in arrays.items()}
-        one = forward_bytes(**ints, **plain, float16=float16)
+        one = forward_bytes(**ints, **plain, **packing)
         assert one == (forward[0][i], forward[1][i])
         two = backward_bytes(**ints, **plain, dense_grad=bool(ready[i]))
         assert two == (backward[0][i], backward[1][i])
