@@ -105,6 +105,11 @@ class BufferPool:
         self._asked: dict[torch.device, tuple[int, int]] = {}
         self._clock = self._hits = self._misses = self._peak = 0
 
+    @property
+    def keeps(self) -> bool:
+        """Whether buffers are held for later."""
+        return self._max_bytes != 0
+
     def take(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> Tensor:
         """A contiguous uninitialised tensor, to be handed back by `give` or `lend` when it is done."""
         tensor = torch.empty(0, dtype=dtype, device=device)

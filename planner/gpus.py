@@ -85,6 +85,19 @@ def find(name: str) -> Gpu:
     raise _unknown(name, wanted, exact or begun)
 
 
+def matching(name: str) -> tuple[Gpu, ...]:
+    """The card called `name`, or else all with `name` in a name of theirs; ConfigError if there is none.
+
+    Names are read as in `find`; what is nothing but a maker's or a series' (`geforce`) is in all of them.
+    """
+    wanted = _plain(name)
+    exact = tuple(gpu for gpu in known() if wanted in _forms(gpu))
+    found = exact or tuple(gpu for gpu in known() if any(wanted in form for form in _forms(gpu)))
+    if not found:
+        raise _unknown(name, wanted, [])
+    return found
+
+
 def generic(vram_bytes: int) -> Gpu:
     """The card that a budget without a card's name stands for.
 

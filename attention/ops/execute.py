@@ -17,7 +17,7 @@ from torch import Tensor
 
 from attention.ops import kernels
 from attention.ops.program import Call, Gather, Shape, Span, Tile
-from attention.ops.reserve import Extent, backward_sizes, forward_sizes, sums_in_full
+from attention.ops.reserve import Extent, arena_bytes, backward_sizes, forward_sizes, sums_in_full
 from attention.ops.scratch import Scratch
 from attention.ops.sinks import GatherSink, Part, Sink, SpanSink
 from attention.ops.views import Fetched, causal_mask, fetch, mask_bias, rows, view, widened
@@ -40,6 +40,12 @@ class Problem:
     """Whether a single kernel call over all tokens does it (dense, as many kv heads as heads)."""
     buffers: Buffers
 
+    @property
+    def backward_sizes(self) -> dict[str, int]:
+        """Bytes of each buffer of the backward pass."""
+        shape = self.shape.backward()
+        return backward_sizes(self.extent(shape), shape)
+
 
 @dataclass(frozen=True, slots=True)
 class _Pass:
@@ -58,13 +64,13 @@ class _Pass:
 
 
 def _begun(
-    problem: Problem, shape: Shape, extent: Extent, sizes: dict[str, int], dtype: torch.dtype,
+    problem: Problem, shape: Shape, extent: Extent, sizes: dict[str, int], other: int, dtype: torch.dtype,
     device: torch.device,
 ) -> _Pass:  # fmt: skip
-    """A pass; `dtype`: of its mask."""
+    """A pass; `dtype`: of its mask; `other`: bytes that the training step's other pass reserves."""
     key = (*extent.mask, dtype, device)
     mask = problem.buffers.masks.get(key, lambda: causal_mask(*key)) if extent.mask[1] else None
-    return _Pass(problem, shape, Scratch(problem.buffers.pool_for(shape.seq), device, sizes), mask)
+    return _Pass(problem, shape, Scratch(problem.buffers.pool_for(shape.seq), device, sizes, other), mask)
 
 
 class Attend(torch.autograd.Function):
@@ -72,15 +78,18 @@ class Attend(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
-        out, lse = _run(q, k, v, problem, keeps_lse=True)
+        out, lse = _run(q, k, v, problem, keeps_lse=True, trains=True)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.problem = problem
         assert lse is not None
         ctx.mark_non_differentiable(lse)
+        ctx.set_materialize_grads(False)  # or zeros would be made for lse
         return out, lse
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return None, None, None, None
         q, k, v, out, lse = ctx.saved_tensors
         problem: Problem = ctx.problem
         grad = grad if grad.stride(-1) == 1 and 0 not in grad.stride() else grad.contiguous()
@@ -101,12 +110,16 @@ def attend(
     return _run(q, k, v, problem, keeps_lse)
 
 
-def _run(q: Tensor, k: Tensor, v: Tensor, problem: Problem, keeps_lse: bool) -> tuple[Tensor, Tensor | None]:
-    return with_emergency_release(lambda: _forward(q, k, v, problem, keeps_lse), problem.buffers, q.device)
+def _run(
+    q: Tensor, k: Tensor, v: Tensor, problem: Problem, keeps_lse: bool, trains: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    return with_emergency_release(
+        lambda: _forward(q, k, v, problem, keeps_lse, trains), problem.buffers, q.device
+    )
 
 
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, problem: Problem, keeps_lse: bool
+    q: Tensor, k: Tensor, v: Tensor, problem: Problem, keeps_lse: bool, trains: bool
 ) -> tuple[Tensor, Tensor | None]:
     shape = problem.shape
     if problem.whole:
@@ -118,7 +131,9 @@ def _forward(
     lse: Tensor | None = None
     if keeps_lse:
         lse = torch.full(q.shape[:3], -torch.inf, dtype=kernels.lse_dtype(q.dtype), device=q.device)
-    begun = _begun(problem, shape, extent, forward_sizes(extent, shape, keeps_lse), q.dtype, q.device)
+    other = arena_bytes(problem.backward_sizes) if trains else 0
+    sizes = forward_sizes(extent, shape, keeps_lse)
+    begun = _begun(problem, shape, extent, sizes, other, q.dtype, q.device)
     with begun.scratch:
         for b in range(q.shape[0]):
             item = (q[b], k[b], v[b], out[b], None if lse is None else lse[b])
@@ -190,7 +205,10 @@ def _backward(
     dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
     # A CPU's fused backward gets single precision instead of 16 bits.
     wide = kernels.lse_dtype(q.dtype) if shape.widens else q.dtype
-    begun = _begun(problem, shape, extent, backward_sizes(extent, shape), wide, q.device)
+    other = 0
+    if not problem.whole:
+        other = arena_bytes(forward_sizes(problem.extent(problem.shape), problem.shape, keeps_lse=True))
+    begun = _begun(problem, shape, extent, problem.backward_sizes, other, wide, q.device)
     with begun.scratch as scratch:
         for b in range(q.shape[0]):
             sums = (dk[b], dv[b])

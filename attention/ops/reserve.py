@@ -69,16 +69,19 @@ def sparse_extent(rows: Rows, shape: Shape) -> Extent:
     queries, tile = least(size, shape.seq), least(together * size, shape.seq)
     adjacent, keys = rows.span > 0, least(most(rows.span, 1) * size, shape.seq)
     views = shape.span_rows(rows)
+    masked: Count = 0
     longest, mask, cut, alone = keys, (0, 0), 0 * keys, 0 * keys
     if shape.causal:
         masked, widest = shape.mask_blocks(rows), most(rows.span, rows.lists)
         mask, cut = (size * (masked > 0), masked * size), (widest > most(masked, 1)) * 1
         # Where no mask is added, a row's own block is a call of its own, or a wide tile's.
         alone = most((masked == 0) * 1, wide)
-        longest = most(least(rows.span, masked), rows.span - most(masked, 1)) * size
-        longest = least(most(longest, 1), shape.seq)
+        longest = _longest(least(rows.span, most(shape.seq // size, 1)), masked, shape.seq, size)
     few = shape.pack_tokens(views)
     split = most(cut, (few < longest) * 1)
+    # The last block may be short, and under a causal mask be the one whose row is the widest.
+    short = shape.seq % size
+    tail_keys = _longest(rows.span, masked, shape.seq, size) if shape.causal else keys
     listed = shape.list_blocks(rows)
     long_queries = least(most(rows.alike * size, tile * wide), tile)
     # Of a wide tile's calls the first has all rows, the others at most half.
@@ -93,6 +96,10 @@ def sparse_extent(rows: Rows, shape: Shape) -> Extent:
     )  # fmt: skip
     kinds = (
         single,
+        single._replace(
+            name="last view", queries=most(short, 1), keys=least(tail_keys, shape.pack_tokens(1)),
+            exists=adjacent * (short > 0) * shape.causal, later=short * split,
+        ),
         single._replace(
             name="views", views=views, keys=least(longest, few), step=size,
             exists=adjacent * (views > 1), later=views * queries * split,
@@ -115,6 +122,11 @@ def sparse_extent(rows: Rows, shape: Shape) -> Extent:
     merges = most(wide, cut, (listed < rows.lists) * 1, (few < longest) * adjacent)
     tokens = most(*(kind.views * kind.queries * kind.exists for kind in kinds))
     return Extent(least(tokens, shape.seq), kinds, merges, mask)
+
+
+def _longest(span: Count, masked: Count, seq: Count, size: Count) -> Count:
+    """Most keys of a causal call of rows of `span` blocks: those under the mask, or those before."""
+    return least(most(least(span, masked), span - most(masked, 1), 1) * size, seq)
 
 
 def dilated_extent(branches: Sequence[tuple[Count, Count]], shape: Shape) -> Extent:

@@ -16,9 +16,12 @@ from attention.pool import BufferPool
 
 class Scratch:
     """Buffers by name, of at most the bytes that `sizes` gives each. `get` with a name ends the use of
-    what it gave for that name before."""
+    what it gave for that name before. A training step's two passes ask for arenas of one size, so that a
+    pool keeps one: `other` is what the other pass reserves."""
 
-    def __init__(self, pool: BufferPool, device: torch.device, sizes: Mapping[str, int]) -> None:
+    def __init__(
+        self, pool: BufferPool, device: torch.device, sizes: Mapping[str, int], other: int = 0
+    ) -> None:
         self._pool = pool
         self._places: dict[str, tuple[int, int]] = {}
         end = 0
@@ -26,6 +29,8 @@ class Scratch:
             self._places[name] = (end, nbytes)
             end += -(-nbytes // ALIGNMENT) * ALIGNMENT
         assert end == arena_bytes(sizes)
+        if end and pool.keeps:
+            end = max(end, other)
         self._arena = pool.take((end,), torch.uint8, device) if end else None
 
     def get(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:

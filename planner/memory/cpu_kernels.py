@@ -22,12 +22,9 @@ broadcast, so there is no branch on a size. Imports no torch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final, TypeAlias
+from typing import Final
 
 from attention.counts import Count, ceil_div, least
-
-Flag: TypeAlias = bool
-"""A bool, or an array of many, as `Count` is for numbers."""
 
 KEY_BLOCK: Final = 512
 """Keys that are worked on together (kv_split_size in every case of lines 1168-1200 and 1225-1264)."""
@@ -94,7 +91,7 @@ def backward_bytes(
     head_dim: Count,
     itemsize: int,
     threads: int,
-    dense_grad: Flag = False,
+    dense_grad: Count = False,
 ) -> tuple[Count, Count]:
     """(bytes of dq, dk and dv, bytes of scratch) of one backward call.
 
@@ -115,13 +112,13 @@ def backward_bytes(
     return result * itemsize, scratch
 
 
-def dense(sizes: Sequence[Count], strides: Sequence[Count]) -> Flag:
+def dense(sizes: Sequence[Count], strides: Sequence[Count]) -> Count:
     """Whether a view [N, H, T, D] with these strides is contiguous when read as [N, T, H, D].
 
     As torch's is_contiguous has it: the stride of a dimension of size 1 does not matter.
     """
     expected: Count = 1
-    found: Flag = True
+    found: Count = True
     for dimension in (3, 1, 2, 0):
         found = found & ((sizes[dimension] == 1) | (strides[dimension] == expected))
         expected = expected * sizes[dimension]
@@ -141,7 +138,7 @@ def _blocks(queries: Count, keys: Count) -> tuple[Count, Count]:
 
 def _packed(
     views: Count, heads: Count, queries: Count, keys: Count, threads: int, causal: bool, float16: bool
-) -> Flag:
+) -> Count:
     """Whether the kernel packs keys and values: need_pack, lines 432-447.
 
     There has to be enough of both, and each thread has to work through several times what is packed. Head

@@ -10,7 +10,7 @@ import pytest
 
 from attention import ConfigError
 from planner import gpus
-from planner.gpus import Gpu, backends, find, generic, known, native_bfloat16, torch_builds
+from planner.gpus import Gpu, backends, find, generic, known, matching, native_bfloat16, torch_builds
 
 ROOT = Path(__file__).resolve().parents[2]
 GIB = 1 << 30
@@ -255,10 +255,21 @@ def test_cards_are_values():
 
 def test_importing_reads_no_data_and_loads_neither_torch_nor_numpy():
     code = (
-        "import sys, planner.gpus, planner.memory.device\n"
+        "import sys, planner.gpus\n"
         "assert planner.gpus.known.cache_info().currsize == 0\n"
         "assert planner.gpus.find('rtx4060').usable_bytes == 8318222336\n"
         "assert not {'torch', 'numpy', 'difflib'} & set(sys.modules)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+def test_matching_is_the_card_of_that_name_or_all_that_have_it_in_theirs():
+    assert matching("RTX 4060") == (find("rtx4060"),)
+    forty = matching("rtx 40")
+    assert find("rtx4060") in forty
+    assert find("rtx4090") in forty
+    assert {gpu.architecture for gpu in forty} == {"Ada"}
+    assert matching("GeForce") == known()
+    with pytest.raises(ConfigError, match="nearest"):
+        matching("voodoo2")

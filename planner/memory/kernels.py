@@ -1,0 +1,115 @@
+"""What one call of a fused kernel allocates, on whichever machine. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from attention.counts import Count, up
+from planner.memory import cpu_kernels, device
+
+
+class Call(NamedTuple):
+    """One kernel call: N views, H heads, T queries, K keys, D channels."""
+
+    views: Count
+    heads: Count
+    queries: Count
+    keys: Count
+    head_dim: Count
+    itemsize: int
+    causal: bool = False
+    dense: Count = 0
+    """1 if the gradient of out lies in memory as [N, T, H, D], else 0."""
+    biased: bool = False
+
+
+class Bytes(NamedTuple):
+    """What a call leaves, and what it takes besides while it runs."""
+
+    result: Count
+    scratch: Count
+
+
+class Machine(Protocol):
+    """A device's kernels."""
+
+    def forward(self, call: Call) -> Bytes: ...
+    def backward(self, call: Call) -> Bytes: ...
+
+
+@dataclass(frozen=True)
+class Cpu:
+    """A CPU: the threads that an operator uses, and the 16-bit types it has a matrix unit for."""
+
+    threads: int
+    units: frozenset[str] = frozenset()
+    dtype: str = "float32"
+
+    def forward(self, call: Call) -> Bytes:
+        return Bytes(
+            *cpu_kernels.forward_bytes(
+                views=call.views, heads=call.heads, queries=call.queries, keys=call.keys,
+                head_dim=call.head_dim, itemsize=call.itemsize, threads=self.threads, causal=call.causal,
+                packs=self.dtype in self.units, float16=self.dtype == "float16",
+            )
+        )  # fmt: skip
+
+    def backward(self, call: Call) -> Bytes:
+        return Bytes(
+            *cpu_kernels.backward_bytes(
+                views=call.views, heads=call.heads, queries=call.queries, keys=call.keys,
+                head_dim=call.head_dim, itemsize=call.itemsize, threads=self.threads,
+                dense_grad=call.dense,
+            )
+        )  # fmt: skip
+
+
+def this_cpu(dtype: str = "float32") -> Cpu:
+    """The CPU at hand, as torch would use it: a thread a core that this process may run on."""
+    flags: set[str] = set()
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("flags"):
+                flags = set(line.split())
+                break
+    except OSError:
+        pass  # not Linux: no matrix unit that torch would use either
+    units = {name for name, flag in (("bfloat16", "amx_bf16"), ("float16", "amx_fp16")) if flag in flags}
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    return Cpu(int(given) if given.isdigit() and int(given) else cores, frozenset(units), dtype)
+
+
+@dataclass(frozen=True)
+class Cuda:
+    """An NVIDIA GPU."""
+
+    capability: tuple[int, int]
+
+    def kernel(self, call: Call) -> device.Kernel:
+        """As `attention.ops.kernels.choose` has it."""
+        if call.itemsize == 8:
+            return "plain"
+        flash = self.capability >= (8, 0) and not call.biased and call.itemsize == 2
+        return "flash" if flash else "efficient"
+
+    def forward(self, call: Call) -> Bytes:
+        lines = device.forward_lines(
+            self.kernel(call), batch=call.views, heads=call.heads, queries=call.queries, keys=call.keys,
+            head_dim=up(call.head_dim, 8), itemsize=call.itemsize,
+        )  # fmt: skip
+        result = call.views * call.heads * call.queries * call.head_dim * call.itemsize + lines[0].bytes
+        return Bytes(result, device.total(lines[1:]))
+
+    def backward(self, call: Call) -> Bytes:
+        kernel, dim = self.kernel(call), up(call.head_dim, 8)
+        lines = device.backward_lines(
+            kernel, batch=call.views, heads=call.heads, kv_heads=call.heads, queries=call.queries,
+            keys=call.keys, head_dim=dim, itemsize=call.itemsize, capability=self.capability,
+        )  # fmt: skip
+        result = call.views * call.heads * (call.queries + 2 * call.keys) * dim * call.itemsize
+        return Bytes(result, device.total(lines))

@@ -1,0 +1,202 @@
+"""The memory plans: one function per implementation. Imports no torch.
+
+What the executor reserves and how large its calls get comes from `attention/ops/reserve.py`, which the
+executor itself uses; what the kernels allocate from `planner/memory/kernels.py`. Here is when which of
+these are alive. Sizes are ints, or NumPy arrays for many candidates at once.
+
+Letters: B batch, S tokens, H query heads, G key and value heads, D channels, e bytes a number, w bytes of
+a number in sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from attention.counts import Count, choose, least, most
+from attention.ops.program import Shape
+from attention.ops.reserve import (
+    POOL_FROM_TOKENS,
+    Extent,
+    Kind,
+    arena_bytes,
+    backward_sizes,
+    bucket_bytes,
+    dilated_extent,
+    forward_sizes,
+    pieces,
+    sparse_extent,
+)
+from attention.rows import Rows
+from planner.memory.kernels import Call, Machine
+from planner.memory.plan import Plan, Table
+
+
+class Case(NamedTuple):
+    """Sizes, mode and settings of one call."""
+
+    batch: Count
+    shape: Shape
+    trains: bool
+    machine: Machine
+    keeps_lse: bool
+    """Whether the log-sum-exp outlives the forward pass without training."""
+    pool: bool
+    """Whether arenas come from a pool that keeps them."""
+    pool_bytes: Count
+    """Bound of the pool."""
+
+    @property
+    def channels(self) -> Count:
+        """Numbers in q or out."""
+        return self.batch * self.shape.seq * self.shape.heads * self.shape.head_dim
+
+    @property
+    def kv_channels(self) -> Count:
+        """Numbers in k or v."""
+        return self.batch * self.shape.seq * self.shape.kv_heads * self.shape.head_dim
+
+    @property
+    def lse_bytes(self) -> Count:
+        """Bytes of the log-sum-exp."""
+        return self.batch * self.shape.seq * self.shape.heads * self.shape.wide
+
+
+def pooled(switch: str, pool_bytes: int | None, seq: Count) -> Count:
+    """1 if a call's arena comes from a pool that keeps it, else 0; see `attention.pool.Buffers`."""
+    if switch == "off" or pool_bytes == 0:
+        return 0
+    return (seq >= (POOL_FROM_TOKENS if switch == "auto" else 0)) * 1
+
+
+def inputs(table: Table, case: Case) -> None:
+    """q, k, v, and in training the incoming gradient."""
+    e = case.shape.itemsize
+    table.add("q", "qkv", case.channels * e, "B S H D e")
+    table.add("k", "qkv", case.kv_channels * e, "B S G D e")
+    table.add("v", "qkv", case.kv_channels * e, "B S G D e")
+    if case.trains:
+        table.add("gradient of out", "gradients", case.channels * e, "B S H D e")
+
+
+def whole(table: Table, case: Case) -> None:
+    """Dense attention with as many kv heads as heads: one kernel call over everything."""
+    shape, e = case.shape, case.shape.itemsize
+    call = Call(case.batch, shape.heads, shape.seq, shape.seq, shape.head_dim, e, causal=shape.causal)
+    found = case.machine.forward(call)
+    table.phase("forward")
+    table.add("out", "output", case.channels * e, "B S H D e")
+    lse = "saved_for_backward" if case.trains else "temp_buffers"
+    table.add("log-sum-exp", lse, found.result - case.channels * e, "of the kernel")
+    table.add("kernel scratch", "workspace", found.scratch, "of the kernel")
+    table.free("kernel scratch")
+    if not (case.trains or case.keeps_lse):
+        table.free("log-sum-exp")
+    if case.trains and shape.widens:
+        program_backward(table, case, lambda back: dilated_extent(((shape.seq, 1),), back), 0)
+    elif case.trains:
+        found = case.machine.backward(call._replace(dense=True))
+        table.phase("backward")
+        table.add("dq", "gradients", case.channels * e, "B S H D e")
+        table.add("dk and dv", "gradients", found.result - case.channels * e, "2 B S H D e")
+        table.add("backward scratch", "workspace", found.scratch, "of the kernel")
+        table.free("backward scratch")
+
+
+def program(table: Table, case: Case, extent_of: Callable[[Shape], Extent]) -> None:
+    """An attention of tiles: forward, and in training backward."""
+    shape, e = case.shape, case.shape.itemsize
+    extent = extent_of(shape)
+    keeps = case.trains or case.keeps_lse
+    arena = arena_bytes(forward_sizes(extent, shape, keeps))
+    other: Count = 0
+    if case.trains:
+        back = shape.backward()
+        other = arena_bytes(backward_sizes(extent_of(back), back))
+    size, kept = _arena(case, arena, other)
+    mask = extent.mask[0] * extent.mask[1] * e
+    for number, kind in enumerate(extent.kinds):
+        table.phase(f"forward, {kind.name}")
+        if number == 0:
+            table.add("out", "output", case.channels * e, "B S H D e")
+            table.add("log-sum-exp", "saved_for_backward" if case.trains else "temp_buffers",
+                      case.lse_bytes * keeps, "B S H w")  # fmt: skip
+            table.add("forward arena", "workspace", size, "attention/ops/reserve.py forward_sizes")
+            table.add("causal mask", "masks", mask, "attention/ops/reserve.py Extent.mask")
+        call = _call(kind, kind.views, kind.keys, shape)
+        found = case.machine.forward(call)
+        rows = kind.heads * kind.views * kind.queries
+        merging = rows * shape.wide * (kind.later > 0)
+        result = f"{kind.name}: part"
+        table.add(result, "temp_buffers", found.result * kind.exists, "N T H (D e + w)")
+        scratch = most(found.scratch, merging) * kind.exists
+        table.add(f"{kind.name}: scratch", "workspace", scratch, "of the kernel, or of the merge")
+        table.free(result, f"{kind.name}: scratch")
+    table.free("causal mask")
+    _leave(table, "forward arena", "arena kept by the pool", size, kept)
+    if keeps and not case.trains:
+        table.free("log-sum-exp")
+    if case.trains:
+        program_backward(table, case, extent_of, arena)
+
+
+def program_backward(
+    table: Table, case: Case, extent_of: Callable[[Shape], Extent], forward_arena: Count
+) -> None:
+    """The backward pass of an attention of tiles."""
+    shape, e = case.shape.backward(), case.shape.itemsize
+    extent = extent_of(shape)
+    arena = arena_bytes(backward_sizes(extent, shape))
+    size, kept = _arena(case, arena, forward_arena)
+    held = _arena(case, forward_arena, arena)[1]
+    number = shape.wide if shape.widens else e
+    mask = extent.mask[0] * extent.mask[1] * number
+    for n, (kind, piece) in enumerate(zip(extent.kinds, pieces(extent, shape), strict=True)):
+        table.phase(f"backward, {kind.name}")
+        if n == 0:
+            table.add("dq", "gradients", case.channels * e, "B S H D e")
+            table.add("dk", "gradients", case.kv_channels * e, "B S G D e")
+            table.add("dv", "gradients", case.kv_channels * e, "B S G D e")
+            # The forward pass's arena, kept, is taken again.
+            table.add("backward arena", "workspace", size - held, "attention/ops/reserve.py backward_sizes")
+            table.add("causal mask of backward", "masks", mask, "attention/ops/reserve.py Extent.mask")
+        call = _call(kind, piece.views, piece.keys, shape, number)
+        if shape.widens:
+            call = call._replace(dense=1)
+        found = case.machine.backward(call)
+        table.add(f"{kind.name}: dq, dk, dv", "temp_buffers", found.result * kind.exists,
+                  "N H (T + 2 K) D w")  # fmt: skip
+        table.add(f"{kind.name}: backward scratch", "workspace", found.scratch * kind.exists, "of the kernel")
+        table.free(f"{kind.name}: dq, dk, dv", f"{kind.name}: backward scratch")
+    table.free("causal mask of backward")
+    _leave(table, "backward arena", "backward arena kept by the pool", size - held, most(kept - held, 0))
+
+
+def _arena(case: Case, own: Count, other: Count) -> tuple[Count, Count]:
+    """(bytes that a pass takes, bytes that the pool keeps of them): see `attention.ops.scratch.Scratch`."""
+    size = choose(case.pool, bucket_bytes(most(own, other)), own) * (own > 0)
+    return size, size * case.pool * (size <= case.pool_bytes)
+
+
+def _leave(table: Table, name: str, kept_name: str, size: Count, kept: Count) -> None:
+    """Ends a buffer's use; what the pool keeps of it stays."""
+    table.free(name)
+    table.phase(f"after {name}")
+    table.add(kept_name, "memory_pool", kept, "a pool's buffer, for the next call")
+
+
+def _call(kind: Kind, views: Count, keys: Count, shape: Shape, itemsize: int | None = None) -> Call:
+    return Call(
+        views, kind.heads, kind.queries, keys, shape.head_dim, itemsize or shape.itemsize,
+        causal=kind.whole, dense=kind.dense,
+    )  # fmt: skip
+
+
+def dilated(table: Table, case: Case, branches: Sequence[tuple[Count, Count]]) -> None:
+    """Dilated attention, and dense attention with fewer kv heads: branches smallest rate first."""
+    program(table, case, lambda shape: dilated_extent(branches, shape))
+
+
+def block_sparse(table: Table, case: Case, rows: Rows) -> None:
+    """Block-sparse attention by views and gathers."""
+    program(table, case, lambda shape: sparse_extent(rows, shape))

@@ -1,0 +1,376 @@
+"""The command line: options become the right call, data goes to stdout, errors are one line and a code."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from attention import AdaptiveConfig, AttentionConfig, SparsePatternConfig, UnavailableError
+from planner import options, records
+from planner.cli import app
+from planner.formats import as_yaml
+from planner.measure import Environment, Measurement
+from planner.workload import Workload
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMANDS = sorted(command.name for command in app.registered_commands)
+# The module, also where `planner.measure` is the function.
+measuring = importlib.import_module("planner.measure")
+DENSE = ["measure", "--variant", "dense", "--seq", "16"]
+HERE = Environment(python="3.11", system="Linux", settings={}, date="2026-01-01T00:00:00+00:00")
+
+
+def planner(*arguments, **env):
+    return CliRunner().invoke(app, list(arguments), env={"COLUMNS": "80", **env}, prog_name="planner")
+
+
+def refused(result) -> str:
+    """The one line on stderr that a wrong request gets."""
+    assert (result.exit_code, result.stdout) == (2, ""), result.output
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("planner: error: ")
+    return line.removeprefix("planner: error: ")
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Measuring answers at once; the list gets its (config, workload, device, options)."""
+    made = []
+
+    def measure(config, workload, device, *, kind="ok", **given):
+        made.append((config, workload, device, given))
+        figures = {"seconds": 0.5, "allocated": 4096} if kind == "ok" else {"message": f"so it is: {kind}"}
+        return Measurement(
+            config=config, workload=workload, device=device, kind=kind, runs=given["runs"], environment=HERE,
+            **figures,
+        )  # fmt: skip
+
+    monkeypatch.setattr(measuring, "measure", measure)
+    return made
+
+
+def ends(monkeypatch, kind):
+    """Measuring ends in `kind`."""
+    answer = measuring.measure
+    monkeypatch.setattr(measuring, "measure", lambda *what, **given: answer(*what, kind=kind, **given))
+
+
+# ---- help
+
+
+def test_the_commands_are_these():
+    assert {"gpus", "measure"} <= set(COMMANDS)
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)], ids=str)
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_has_an_example_that_works(command, flag, calls):
+    result = planner(*command, flag)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert all(len(line) <= 80 for line in result.stdout.splitlines())
+    _, _, after = result.stdout.partition("Example:\n")
+    example = shlex.split(after)
+    assert example[: len(command) + 1] == ["planner", *command]
+    assert planner(*example[1:]).exit_code == 0
+
+
+def test_help_says_the_defaults_of_the_values_that_options_fill():
+    workload = {
+        name: each.default
+        for name, each in inspect.signature(options.build_workload).parameters.items()
+        if each.default is not inspect.Parameter.empty
+    }
+    assert Workload(seq=1, **workload) == Workload(seq=1)
+    config = inspect.signature(options.build_config).parameters
+    assert {name: config[name].default for name in ("heads", "head_dim")}.items() <= workload.items()
+    text = " ".join(planner("measure", "--help").stdout.split())
+    pattern = SparsePatternConfig()
+    for option, default in [
+        ("--pattern", pattern.pattern_type),
+        ("--block-size", pattern.block_size),
+        ("--window", pattern.local_window_size),
+        ("--global-tokens", pattern.global_tokens),
+        ("--sparsity", pattern.sparsity_ratio),
+    ]:
+        assert f"[default: {default}]" in text.partition(f" {option} ")[2].partition(" --")[0]
+
+
+# ---- options
+
+
+@pytest.mark.parametrize(
+    "given, config",
+    [
+        ("--variant dense", AttentionConfig(variant="dense")),
+        (
+            "--variant dilated --segments 2048,4K --rates 1,2",
+            AttentionConfig(variant="dilated", segment_lengths=(2048, 4096), dilation_rates=(1, 2)),
+        ),
+        (
+            "--variant block_sparse --pattern global_local --block-size 64 --window 300 --global-tokens 128",
+            AttentionConfig(
+                variant="block_sparse",
+                pattern=SparsePatternConfig(
+                    pattern_type="global_local", block_size=64, local_window_size=300, global_tokens=128
+                ),
+            ),
+        ),
+        (
+            "--variant block_sparse --sparsity 0.01 --segments 2048 --rates 3",
+            AttentionConfig(
+                variant="block_sparse",
+                pattern=SparsePatternConfig(sparsity_ratio=0.01),
+                segment_lengths=(2048,),
+                dilation_rates=(3,),
+            ),
+        ),
+        (
+            "--variant adaptive --heads 4 --head-dim 32",
+            AttentionConfig(
+                variant="adaptive",
+                pattern=SparsePatternConfig(),
+                adaptive=AdaptiveConfig(num_heads=4, head_dim=32),
+            ),
+        ),
+    ],
+)
+def test_options_describe_a_config(given, config, calls):
+    result = planner("measure", "--seq", "16", *given.split())
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert calls[0][0] == config
+
+
+def test_options_describe_a_workload_and_a_run(calls):
+    given = (
+        "--seq 128K --batch 2 --heads 12 --kv-heads 4 --head-dim 32 --dtype bfloat16 --mode training "
+        "--causal --weights --device cuda --timeout 7.5 --runs 5 --cap 8GB"
+    )
+    assert planner("measure", "--variant", "dense", *given.split()).exit_code == 0
+    workload = Workload(
+        seq=131_072, batch=2, heads=12, kv_heads=4, head_dim=32, dtype="bfloat16", mode="training",
+        causal=True, weights=True,
+    )  # fmt: skip
+    assert calls[0][1:] == (workload, "cuda", {"timeout": 7.5, "runs": 5, "cap_bytes": 8 * 10**9})
+
+
+def test_sizes_can_be_binary(calls):
+    planner(*DENSE, "--cap", "8GiB")
+    assert calls[0][3]["cap_bytes"] == 8 << 30
+
+
+def test_a_file_has_the_whole_config(tmp_path, calls):
+    config = AttentionConfig(variant="dilated", segment_lengths=[8], dilation_rates=[1], pool="off")
+    path = tmp_path / "config.json"
+    path.write_text(config.to_json())
+    assert planner("measure", "--config", str(path), "--seq", "16").exit_code == 0
+    assert calls[0][0] == config
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("{", "Invalid JSON"),
+        ("[]", "expected a JSON object"),
+        ("\x00\xff", "Invalid JSON"),
+        ('{"variant": "dense", "schema_version": 2}', "schema_version"),
+        ('{"variant": "sparse"}', "variant: Input should be"),
+        ('{"variant": "dense",\n "typo": 1}', "typo: no such option"),
+    ],
+)
+def test_a_file_that_is_no_config_is_refused(text, said, tmp_path, calls):
+    path = tmp_path / "config.json"
+    path.write_text(text, encoding="latin-1")
+    line = refused(planner("measure", "--config", str(path), "--seq", "16"))
+    assert said in line
+    assert line.startswith(f"--config {path}: ")
+    assert not calls
+
+
+def test_a_file_that_cannot_be_read_is_refused(tmp_path):
+    for path, why in [(tmp_path / "none.json", "No such file"), (tmp_path, "directory")]:
+        line = refused(planner("measure", "--config", str(path), "--seq", "16"))
+        assert line.startswith(f"--config {path} cannot be read: ")
+        assert why in line
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        ("--seq 16", "pass e.g. --variant dense, or --config FILE"),
+        ("--seq 16 --config x.json --variant dense", "--config has the whole config"),
+        ("--seq 16 --config x.json --rates 1", "--config has the whole config"),
+        ("--seq 16x --variant dense", "--seq '16x' is not understood"),
+        ("--seq 0 --variant dense", "--seq must be above 0"),
+        ("--seq 16 --variant dense --batch 0", "batch: Input should be greater"),
+        ("--seq 16 --variant dense --kv-heads 3", "kv_heads must divide heads"),
+        ("--seq 16 --variant dense --cap 8XB", "--cap '8XB' is not understood"),
+        ("--seq 16 --variant dense --pattern local_window", "takes no pattern"),
+        ("--seq 16 --variant dilated --segments 8 --rates 1,2", "pair up, got 1 and 2"),
+        ("--seq 16 --variant dilated --segments 8,, --rates 1", "--segments '' is not understood"),
+        ("--seq 16 --variant block_sparse --sparsity 1.5", "sparsity_ratio: Input should be less"),
+        ("--seq 16 --variant dense --runs 0", "runs must be a whole number"),
+    ],
+)
+def test_a_wrong_request_is_one_line(given, said):
+    assert said in refused(planner("measure", *given.split()))
+
+
+@pytest.mark.parametrize(
+    "given", ["", "--seq 16 --variant sparse", "--seq 16 --typo", "--seq 16 --batch two"]
+)
+def test_misuse_is_no_traceback(given):
+    result = planner("measure", *given.split())
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "Error: " in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_what_has_no_effect_is_said(calls):
+    given = "--seq 16 --variant block_sparse --pattern local_window --sparsity 0.5"
+    result = planner("measure", *given.split())
+    assert result.stderr == "planner: note: without effect here: sparsity_ratio\n"
+    assert result.exit_code == 0
+
+
+# ---- measure
+
+
+def test_formats_of_a_measurement(calls):
+    table, js, yaml = (planner(*DENSE, "--format", name) for name in ("table", "json", "yaml"))
+    found = Measurement.from_json(js.stdout)
+    assert (found.seconds, found.workload.seq, found.config.variant) == (0.5, 16, "dense")
+    assert yaml.stdout == as_yaml(json.loads(js.stdout)) + "\n"
+    assert "0.5 s" in table.stdout
+
+
+@pytest.mark.parametrize("kind, code", [("ok", 0), ("oom", 0), ("timeout", 0), ("crash", 1), ("error", 2)])
+def test_whatever_happened_is_printed_and_kept(kind, code, tmp_path, calls, monkeypatch):
+    ends(monkeypatch, kind)
+    file = tmp_path / "records"
+    result = planner(*DENSE, "--format", "json", "--append", str(file))
+    assert result.exit_code == code
+    assert result.stderr == f"planner: the record was added to {file}\n"
+    assert records.read(file) == [Measurement.from_json(result.stdout)]
+    assert records.read(file)[0].kind == kind
+    shown = planner(*DENSE)
+    assert shown.exit_code == code
+    assert kind == "ok" or f"so it is: {kind}" in shown.stdout
+
+
+def test_a_record_that_cannot_be_kept_is_printed_all_the_same(tmp_path, calls):
+    result = planner(*DENSE, "--format", "json", "--append", str(tmp_path))
+    assert Measurement.from_json(result.stdout).kind == "ok"
+    assert result.exit_code == 2
+    assert "the record was not kept" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "error, code, said",
+    [
+        (UnavailableError("no\n card"), 2, "planner: error: no card\n"),
+        (KeyboardInterrupt(), 130, "planner: interrupted\n"),
+    ],
+)
+def test_errors_and_interrupts_end_in_a_line_and_a_code(error, code, said, monkeypatch):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(measuring, "measure", fail)
+    result = planner(*DENSE)
+    assert (result.exit_code, result.stdout, result.stderr) == (code, "", said)
+
+
+def test_progress_is_shown_on_terminals_only_and_never_in_the_data(calls):
+    assert planner(*DENSE, "--format", "json").stderr == ""
+    shown = planner(*DENSE, "--format", "json", FORCE_COLOR="1", TERM="xterm")
+    assert "measuring dense at 16 tokens on cpu" in shown.stderr
+    assert Measurement.from_json(shown.stdout).kind == "ok"
+
+
+# ---- gpus
+
+
+def test_gpus_lists_all_or_those_of_a_name():
+    every = json.loads(planner("gpus", "--format", "json").stdout)
+    some = json.loads(planner("gpus", "--name", "RTX 40", "--format", "json").stdout)
+    assert 1 < len(some) < len(every)
+    assert [card for card in every if "RTX 40" in card["name"]] == some
+    table = planner("gpus", "--name", "RTX 40")
+    assert all(card["key"] in table.stdout for card in some)
+    assert all(len(line) <= 80 for line in table.stdout.splitlines())
+
+
+def test_one_card_is_shown_with_its_sources():
+    (card,) = json.loads(planner("gpus", "--name", "rtx 4060", "--format", "json").stdout)
+    assert card["key"] == "rtx4060"
+    shown = " ".join(planner("gpus", "--name", "rtx 4060").stdout.split())
+    assert card["source"] in shown
+    assert card["usable_source"] in shown
+    assert planner("gpus", "--name", "rtx 4060", "--format", "yaml").stdout == as_yaml([card]) + "\n"
+
+
+def test_a_name_that_no_card_has_is_refused():
+    assert "nearest are" in refused(planner("gpus", "--name", "voodoo2"))
+
+
+# ---- processes
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_help_and_gpus_import_no_torch():
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from planner.cli import main\n"
+        "for sys.argv in (['planner', '--help'], ['planner', 'measure', '--help'], ['planner', 'gpus']):\n"
+        "    try: main()\n"
+        "    except SystemExit as end: assert end.code == 0, end.code\n"
+        "    else: raise AssertionError('main returned')\n"
+        "assert 'numpy' not in sys.modules\n"
+    )
+    done = run("-c", code)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "rtx4060" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments, code, said",
+    [
+        ("gpus --name h200 --format json", 0, ""),
+        ("gpus --name voodoo2", 2, "planner: error: GPU 'voodoo2' is not known"),
+        ("nonsense", 2, "No such command"),
+    ],
+)
+def test_exit_codes_of_the_process(arguments, code, said):
+    done = run("-m", "planner", *arguments.split())
+    assert done.returncode == code
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert (done.stdout == "") == (code != 0)
+    assert code or json.loads(done.stdout)[0]["key"] == "h200"
+
+
+def test_a_real_measurement():
+    given = "--heads 1 --head-dim 8 --dtype float32 --format json"
+    done = run("-m", "planner", *DENSE, *given.split())
+    assert (done.returncode, done.stderr) == (0, "")
+    found = Measurement.from_json(done.stdout)
+    assert found.kind == "ok"
+    assert found.allocated > found.workload.floor
+
+
+def test_the_command_is_installed_as_planner():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    module, _, name = project["scripts"]["planner"].partition(":")
+    assert callable(getattr(importlib.import_module(module), name))
