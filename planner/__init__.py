@@ -1,6 +1,30 @@
-"""What decides: workload and budget in, an attention that fits out."""
+"""What decides: workload and budget in, an attention that fits out. Importing it loads no torch; what a
+name needs is imported when the name is first used."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+# At once, because the module `planner.measure` would otherwise take the function's name when imported.
 from planner.measure import Measurement, measure
 from planner.workload import Workload
 
-__all__ = ["Measurement", "Workload", "measure"]
+if TYPE_CHECKING:
+    from planner.calibration import Calibration
+    from planner.memory.estimate import MemoryEstimate, estimate, max_sequence
+
+__all__ = ["Calibration", "Measurement", "MemoryEstimate", "Workload", "estimate", "max_sequence", "measure"]
+
+_HOMES = {
+    "Calibration": "planner.calibration",
+    "MemoryEstimate": "planner.memory.estimate",
+    "estimate": "planner.memory.estimate",
+    "max_sequence": "planner.memory.estimate",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = found
+    return found

@@ -6,7 +6,7 @@ from attention.config import AttentionConfig
 from attention.ops.program import Shape, chunk_tokens
 from attention.rows import rows_of
 from planner.memory import plans
-from planner.memory.kernels import Cpu, Machine
+from planner.memory.kernels import Cpu, Cuda, Machine
 from planner.memory.plan import Plan, Table
 from planner.workload import Workload
 
@@ -24,12 +24,30 @@ def plan_of(config: AttentionConfig, workload: Workload, machine: Machine) -> Pl
         branches = ((shape.seq, 1),)
     everything = len(branches) == 1 and branches[0][0] >= shape.seq and branches[0][1] == 1
     if config.variant == "block_sparse":
-        plans.block_sparse(table, case, rows_of(config, workload.seq, workload.causal))
+        rows = rows_of(config, workload.seq, workload.causal)
+        if goes_flex(config, workload, machine):
+            plans.flex(table, case, rows, -(-workload.seq // rows.size))
+        else:
+            plans.block_sparse(table, case, rows)
     elif everything and shape.heads == shape.kv_heads:
         plans.whole(table, case)
     else:
         plans.dilated(table, case, sorted(branches, key=lambda branch: branch[1]))
     return table.done()
+
+
+def goes_flex(config: AttentionConfig, workload: Workload, machine: Machine) -> bool:
+    """Whether compiled FlexAttention runs it; see `attention.ops.flex.unfit`."""
+    block = config.pattern.block_size if config.pattern else 0
+    return (
+        config.backend != "sdpa"
+        and isinstance(machine, Cuda)
+        and machine.capability >= (8, 0)
+        and workload.dtype != "float64"
+        and not workload.weights
+        and block >= 16
+        and block & (block - 1) == 0
+    )
 
 
 def case_of(config: AttentionConfig, workload: Workload, machine: Machine) -> plans.Case:

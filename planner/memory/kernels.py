@@ -38,6 +38,9 @@ class Machine(Protocol):
 
     def forward(self, call: Call) -> Bytes: ...
     def backward(self, call: Call) -> Bytes: ...
+    def flex(self, call: Call) -> Bytes:
+        """What compiled FlexAttention leaves going forward (out, log-sum-exp), and takes going backward."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,9 @@ class Cpu:
                 dense_grad=call.dense,
             )
         )  # fmt: skip
+
+    def flex(self, call: Call) -> Bytes:
+        raise AssertionError("compiled FlexAttention runs on CUDA only")
 
 
 def this_cpu(dtype: str = "float32") -> Cpu:
@@ -113,3 +119,12 @@ class Cuda:
         )  # fmt: skip
         result = call.views * call.heads * (call.queries + 2 * call.keys) * dim * call.itemsize
         return Bytes(result, device.total(lines))
+
+    def flex(self, call: Call) -> Bytes:
+        sizes = {
+            "batch": call.views, "heads": call.heads, "queries": call.queries, "keys": call.keys,
+            "head_dim": call.head_dim, "itemsize": call.itemsize,
+        }  # fmt: skip
+        out = call.views * call.heads * call.queries * call.head_dim * call.itemsize
+        back = device.backward_lines("flex", kv_heads=call.heads, capability=self.capability, **sizes)
+        return Bytes(out + device.total(device.forward_lines("flex", **sizes)), device.total(back))

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from attention.counts import Count, choose, least, most
+from attention.counts import Count, choose, most
 from attention.ops.program import Shape
 from attention.ops.reserve import (
     POOL_FROM_TOKENS,
@@ -29,7 +29,7 @@ from attention.ops.reserve import (
 )
 from attention.rows import Rows
 from planner.memory.kernels import Call, Machine
-from planner.memory.plan import Plan, Table
+from planner.memory.plan import Table
 
 
 class Case(NamedTuple):
@@ -190,6 +190,32 @@ def _call(kind: Kind, views: Count, keys: Count, shape: Shape, itemsize: int | N
         views, kind.heads, kind.queries, keys, shape.head_dim, itemsize or shape.itemsize,
         causal=kind.whole, dense=kind.dense,
     )  # fmt: skip
+
+
+def flex(table: Table, case: Case, rows: Rows, blocks: Count) -> None:
+    """Block-sparse attention by compiled FlexAttention: its lists of blocks by query rows and by key rows,
+    partial and full, a row as wide as the widest; see `attention/ops/flex.py`."""
+    shape, e = case.shape, case.shape.itemsize
+    widest = most(rows.span, rows.lists)
+    partial = 1
+    by_keys = choose(rows.moves * (rows.lists > 0), blocks, widest)  # everyone attends to a global block
+    lists = 4 * blocks * (4 + 2 * partial + widest + by_keys)
+    call = Call(case.batch, shape.heads, shape.seq, shape.seq, shape.head_dim, e)
+    found = case.machine.flex(call)
+    table.phase("forward")
+    table.add("out", "output", case.channels * e, "B S H D e")
+    table.add("block lists", "sparse_indices", lists, "int32: 4 counts and 4 widths a row")
+    table.add("log-sum-exp", "saved_for_backward" if case.trains else "temp_buffers",
+              found.result - case.channels * e, "float32 B H S")  # fmt: skip
+    if not case.trains:
+        table.free("log-sum-exp")
+        return
+    table.phase("backward")
+    table.add("dq", "gradients", case.channels * e, "B S H D e")
+    table.add("dk", "gradients", case.kv_channels * e, "B S G D e")
+    table.add("dv", "gradients", case.kv_channels * e, "B S G D e")
+    table.add("backward scratch", "workspace", found.scratch, "of the kernel")
+    table.free("backward scratch")
 
 
 def dilated(table: Table, case: Case, branches: Sequence[tuple[Count, Count]]) -> None:

@@ -1,0 +1,181 @@
+"""A calibration: what measuring a device told about the predictions, and the bound that follows from it.
+
+The memory model has no coefficients to fit: its bytes follow from the code. What a device can add are
+platform terms, and how far held-out runs were from their predictions. The bound is conformal: of n
+held-out runs the ceil(0.99 (n + 1))-th smallest error is not exceeded by a new one of the same kind in at
+least 99% of cases, whatever the errors' distribution. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, NamedTuple
+
+from pydantic import BeforeValidator, Field
+
+from attention.config import AttentionConfig, Value
+from attention.errors import ConfigError
+from planner.workload import Workload
+
+SCHEMA_VERSION: Final = 1
+SHIPPED: Final = Path(__file__).with_name("data") / "calibrations"
+LEVEL: Final = 0.99
+SMALL: Final = 64 * 1024
+"""Errors are relative to the prediction and this many bytes, which small ones have by rounding alone."""
+UNMEASURED: Final = 0.05
+"""Margin where nothing was measured: judgement."""
+OUTSIDE: Final = 2.0
+"""Factor on the margin, and percent added to it, outside of what was measured: judgement."""
+
+Floats = Annotated[tuple[float, ...], BeforeValidator(lambda x: tuple(x) if isinstance(x, list) else x)]
+Names = Annotated[tuple[str, ...], BeforeValidator(lambda x: tuple(x) if isinstance(x, list) else x)]
+
+
+class Terms(Value):
+    """What belongs to the platform and not to a config. Bytes."""
+
+    overhead: Annotated[int, Field(ge=0)] = 0
+    """Allocated beside every plan."""
+    context: Annotated[int, Field(ge=0)] | None = None
+    """CUDA: what the driver takes for the process."""
+
+
+class Domain(Value):
+    """What the held-out runs covered."""
+
+    variants: Names
+    dtypes: Names
+    modes: Names
+    longest: Annotated[int, Field(ge=1)]
+    """Tokens."""
+
+    def misses(self, config: AttentionConfig, workload: Workload) -> tuple[str, ...]:
+        """In what a call lies outside."""
+        found = []
+        for what, value, known in (
+            ("variant", config.variant, self.variants),
+            ("dtype", workload.dtype, self.dtypes),
+            ("mode", workload.mode, self.modes),
+        ):
+            if value not in known:
+                found.append(f"{what} {value}")
+        if workload.seq > self.longest:
+            found.append(f"{workload.seq:,} tokens (measured up to {self.longest:,})")
+        return tuple(found)
+
+
+class Calibration(Value):
+    """Platform terms of a device and how far predictions were off on held-out runs."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    device: str
+    """`cpu`, or a GPU's key."""
+    name: str
+    """The processor or card as it calls itself."""
+    capability: str | None
+    torch: str
+    threads: int | None
+    date: str
+    command: str
+    """What a reader runs to repeat it."""
+    terms: Terms
+    fitted: Annotated[int, Field(ge=1)]
+    """Runs that the terms were fitted to."""
+    fitted_longest: Annotated[int, Field(ge=1)]
+    """Tokens of the longest of them."""
+    errors: Annotated[Floats, Field(min_length=1)]
+    """(measured - predicted) / (predicted + SMALL) of the held-out runs, ascending."""
+    domain: Domain
+
+    def margin(self) -> tuple[float, float]:
+        """(error that is not exceeded, with which confidence)."""
+        return conformal(self.errors)
+
+
+def conformal(errors: Sequence[float], level: float = LEVEL) -> tuple[float, float]:
+    """(the error that a new run does not exceed, its confidence); the confidence is `level`, or less
+    where there are too few runs for it."""
+    ordered, n = sorted(errors), len(errors)
+    rank = math.ceil(level * (n + 1))
+    if rank <= n:
+        return ordered[rank - 1], level
+    return ordered[-1], n / (n + 1)
+
+
+class Bound(NamedTuple):
+    """An upper bound, how sure it is, and what to know about it."""
+
+    upper: int
+    confidence: str
+    notes: tuple[str, ...]
+
+
+def bound_of(
+    calibration: Calibration | None, config: AttentionConfig, workload: Workload, predicted: int, *,
+    given: bool,
+) -> Bound:  # fmt: skip
+    """The bound of a prediction. `given`: the calibration was asked for, so that it is used even if it is
+    of another torch."""
+    if calibration is None:
+        return Bound(
+            math.ceil(predicted * (1 + UNMEASURED)),
+            f"not measured: a margin of {UNMEASURED:.0%}",
+            ("no calibration of this device: all figures are predicted, the margin is judgement",),
+        )
+    notes = []
+    here = installed_torch()
+    if here is not None and here != calibration.torch:
+        if not given:
+            note = f"calibrated with torch {calibration.torch}, torch {here} is installed: not used"
+            bound = bound_of(None, config, workload, predicted, given=False)
+            return bound._replace(notes=(note, *bound.notes))
+        notes.append(f"the calibration is of torch {calibration.torch}, torch {here} is installed")
+    error, confidence = calibration.margin()
+    margin = max(error, 0.0)
+    said = f"{confidence:.1%} of {len(calibration.errors):,} held-out runs"
+    outside = calibration.domain.misses(config, workload)
+    if outside:
+        margin = margin * OUTSIDE + 0.01
+        said = "outside what was measured: a wider margin"
+        notes.append(f"not among what was measured: {', '.join(outside)}")
+    total = predicted + calibration.terms.overhead
+    return Bound(math.ceil(total + margin * (total + SMALL)), said, tuple(notes))
+
+
+def installed_torch() -> str | None:
+    """Version of torch, without importing it; None if there is none."""
+    try:
+        return version("torch")
+    except PackageNotFoundError:
+        return None
+
+
+def load(path: str | Path) -> Calibration:
+    """A calibration from its file; ConfigError naming the file where it is missing, torn or wrong."""
+    path = Path(path)
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(
+            f"calibration {path} cannot be read: {error.strerror}; make one with `planner calibrate`"
+        ) from None
+    try:
+        return Calibration.from_json(text)
+    except ConfigError as error:
+        raise ConfigError(
+            f"calibration {path} is not usable: {error}; make a new one with `planner calibrate`"
+        ) from None
+
+
+def shipped(device: str) -> Calibration | None:
+    """The calibration that comes with this package for `cpu` or a GPU's key, if there is one."""
+    path = SHIPPED / f"{device}.json"
+    return load(path) if path.exists() else None
+
+
+def as_record(calibration: Calibration) -> dict[str, Any]:
+    """The calibration as plain data."""
+    return calibration.model_dump(mode="json")

@@ -1,0 +1,233 @@
+"""What one call of a config takes: `planner.estimate`. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Final, Literal
+
+from pydantic import BeforeValidator
+
+from attention.config import AttentionConfig, Value
+from attention.errors import ConfigError
+from planner import gpus
+from planner.calibration import Bound, Calibration, bound_of, shipped
+from planner.memory import device as device_share
+from planner.memory.allocator import replay, smallest_cap
+from planner.memory.allocator_settings import AllocatorSettings
+from planner.memory.configured import plan_of
+from planner.memory.kernels import Cpu, Cuda, Machine, this_cpu
+from planner.memory.plan import COMPONENTS, Plan
+from planner.workload import Workload
+
+SCHEMA_VERSION: Final = 1
+Display = Literal["headless", "desktop"]
+
+
+class Line(Value):
+    """One named share of the peak."""
+
+    name: str
+    component: str
+    bytes: int
+    source: str
+    """The formula, or where the figure is from."""
+
+
+Lines = Annotated[
+    tuple[Line, ...],
+    BeforeValidator(lambda x: tuple(Line(**y) if isinstance(y, dict) else y for y in x)),
+]
+Texts = Annotated[tuple[str, ...], BeforeValidator(lambda x: tuple(x) if isinstance(x, list) else x)]
+
+
+class MemoryEstimate(Value):
+    """The memory of one call, in training with its backward: a first call, pool and caches empty."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    config: AttentionConfig
+    workload: Workload
+    on: str
+    """The device: `cpu`, or a GPU's name."""
+    allocated: int
+    """Most bytes in live tensors at once, inputs included."""
+    reserved: int
+    """Most bytes that the caching allocator holds; on a CPU, which has none, `allocated`."""
+    device: int
+    """Bytes that the device loses to this process: `reserved` and what lies outside the allocator."""
+    needed: int
+    """Least memory with which it runs: the allocator gives cached segments back before it fails."""
+    upper: int
+    """What is not exceeded, as sure as `confidence` says: on a CPU by what is allocated, on a GPU by what
+    the card loses."""
+    confidence: str
+    components: dict[str, int]
+    """Bytes of each component at the peak, of what is allocated; `context` beside it."""
+    at: str
+    """The phase in which the peak is."""
+    lines: Lines
+    """What is alive at the peak."""
+    notes: Texts = ()
+    """What to know about these figures."""
+
+
+def estimate(
+    config: AttentionConfig,
+    workload: Workload,
+    device: str | gpus.Gpu = "cpu",
+    *,
+    calibration: Calibration | None = None,
+    allocator: str = "",
+    display: Display = "headless",
+    others_bytes: int = 0,
+    context_bytes: int | None = None,
+    threads: int | None = None,
+) -> MemoryEstimate:
+    """Predicts the memory of a config on a workload, without running it and without a GPU.
+
+    `device`: "cpu" or a GPU (`planner gpus` lists them). `calibration`: in place of the shipped one;
+    one of another device or torch is used with a note. `allocator`: as PYTORCH_CUDA_ALLOC_CONF has it.
+    `display`, `others_bytes`, `context_bytes`: what else is on the card. `threads`: a CPU's.
+    """
+    if device == "cpu":
+        return _on_cpu(config, workload, calibration, threads)
+    gpu = gpus.find(device) if isinstance(device, str) else device
+    outside = device_share.device_lines(
+        gpu.architecture, display=display, others_bytes=others_bytes, context_bytes=context_bytes
+    )
+    settings = AllocatorSettings.parse(allocator)
+    return _on_gpu(config, workload, gpu, calibration, settings, outside)
+
+
+def _on_cpu(
+    config: AttentionConfig, workload: Workload, calibration: Calibration | None, threads: int | None
+) -> MemoryEstimate:
+    if config.backend == "flex":
+        raise ConfigError("backend='flex' runs on CUDA only; use backend='auto' for device='cpu'")
+    machine = this_cpu(workload.dtype)
+    if threads is not None:
+        machine = Cpu(threads, machine.units, workload.dtype)
+    plan = plan_of(config, workload, machine)
+    at, allocated = plan.peak()
+    bound = bound_of(
+        calibration or shipped("cpu"), config, workload, allocated, given=calibration is not None
+    )
+    return MemoryEstimate(
+        config=config,
+        workload=workload,
+        on="cpu",
+        allocated=allocated,
+        reserved=allocated,
+        device=allocated,
+        needed=allocated,
+        upper=bound.upper,
+        confidence=bound.confidence,
+        components=plan.components(at),
+        at=at,
+        lines=_lines(plan, at),
+        notes=bound.notes,
+    )
+
+
+def _on_gpu(
+    config: AttentionConfig, workload: Workload, gpu: gpus.Gpu, calibration: Calibration | None,
+    settings: AllocatorSettings, outside: tuple[device_share.Line, ...],
+) -> MemoryEstimate:  # fmt: skip
+    _refuse_unfit(config, workload, gpu)
+    machine: Machine = Cuda(gpu.capability)
+    plan = plan_of(config, workload, machine)
+    libraries = _libraries(config, gpu)
+    events = [(line.name, int(line.bytes)) for line in libraries] + list(plan.events())
+    found = replay(events, settings)
+    at, _ = plan.peak()
+    context = int(device_share.total(outside))
+    cap = smallest_cap(events, settings)
+    bound = bound_of(
+        calibration or shipped(gpu.key), config, workload, found.peak_reserved + context,
+        given=calibration is not None,
+    )  # fmt: skip
+    components = plan.components(at)
+    components["workspace"] = components.get("workspace", 0) + int(device_share.total(libraries))
+    components["context"] = context
+    named = tuple(
+        Line(name=line.name, component=line.component, bytes=int(line.bytes), source=line.source)
+        for line in (*libraries, *outside)
+        if line.bytes
+    )
+    return MemoryEstimate(
+        config=config,
+        workload=workload,
+        on=gpu.name,
+        allocated=found.peak_allocated,
+        reserved=found.peak_reserved,
+        device=found.peak_reserved + context,
+        needed=cap + context,
+        upper=bound.upper,
+        confidence=bound.confidence,
+        components={name: components[name] for name in COMPONENTS if components.get(name)},
+        at=at,
+        lines=_lines(plan, at) + named,
+        notes=bound.notes,
+    )
+
+
+def _libraries(config: AttentionConfig, gpu: gpus.Gpu) -> tuple[device_share.Line, ...]:
+    """cuBLAS's workspace, which any matrix product of the process takes; cuBLASLt's where a projection
+    with a bias is part of the module."""
+    blas, light = device_share.library_lines(gpu.capability)
+    return (blas, light) if config.multihead is not None and config.multihead.bias else (blas,)
+
+
+def _refuse_unfit(config: AttentionConfig, workload: Workload, gpu: gpus.Gpu) -> None:
+    if workload.dtype == "bfloat16" and not gpus.native_bfloat16(gpu):
+        raise ConfigError(
+            f"{gpu.name} has no bfloat16 attention kernel: it needs compute capability 8.0; use float16 or "
+            "float32"
+        )
+    if config.backend == "flex" and "flex" not in gpus.backends(gpu, workload.dtype):
+        raise ConfigError(
+            f"backend='flex' cannot run on {gpu.name} in {workload.dtype}; use backend='auto' or 'sdpa'"
+        )
+
+
+def _lines(plan: Plan, at: str) -> Lines:
+    return tuple(
+        Line(name=buffer.name, component=buffer.component, bytes=int(buffer.bytes), source=buffer.formula)
+        for buffer in plan.buffers
+        if at in buffer.phases and buffer.bytes
+    )
+
+
+def max_sequence(
+    config: AttentionConfig,
+    workload: Workload,
+    vram: int | str,
+    device: str | gpus.Gpu | None = None,
+    **options: object,
+) -> int:
+    """The longest sequence, a multiple of the block size, at which `upper` stays within `vram`.
+
+    0 if not even one block fits. `vram`: bytes, or text such as "8GB". `device`: "cpu" or a GPU; without
+    one a generic card of that memory. `options`: those of `estimate`. `workload.seq` is not read.
+    """
+    from planner.units import parse_bytes
+
+    budget = parse_bytes(vram, "vram")
+    on = device or gpus.generic(budget)
+    unit = config.pattern.block_size if config.pattern else 64
+
+    def fits(blocks: int) -> bool:
+        asked = workload.model_copy(update={"seq": blocks * unit})
+        return estimate(config, asked, on, **options).upper <= budget  # type: ignore[arg-type]
+
+    if not fits(1):
+        return 0
+    low = 1
+    while fits(2 * low):
+        low *= 2
+    high = 2 * low
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low * unit
+
+
+__all__ = ["Bound", "Line", "MemoryEstimate", "estimate", "max_sequence"]
