@@ -15,7 +15,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,11 +27,16 @@ from attention.inputs import check, shape_of
 from attention.layout import row_budget
 from attention.module import Attention
 from attention.ops import flex
+from attention.ops.adaptive_sizes import Scorer, active_of_choice, choosing_sizes
 from attention.ops.execute import Problem, attend
+from attention.ops.gate import Gate
 from attention.ops.kernels import lse_dtype
 from attention.ops.program import Shape, Tile
 from attention.ops.reserve import sparse_extent
-from attention.ops.weights import AttentionWeights, attention_weights, check_room
+from attention.ops.scorer import ChosenScores, Scoring, chosen_blocks, scoring_dtype
+from attention.ops.scratch import Scratch
+from attention.ops.weights import AttentionWeights, attention_weights, check_room, chosen_pairs
+from attention.pool import Buffers
 from attention.rows import Rows, chosen_rows
 
 
@@ -59,20 +63,20 @@ class AdaptiveAttention(Attention):
         q, k, v = (x.contiguous() for x in (q, k, v))
         shape = shape_of(q, k, self.config, is_causal)
         if return_attention_weights:
-            check_room(self.config, shape, q, kept=self._blocks(shape) * row_budget(self.config, shape.seq))
+            kept = min(row_budget(self.config, shape.seq), self._blocks(shape))
+            active = active_of_choice(self._blocks(shape), kept, is_causal)
+            check_room(self.config, shape, q, kept=active)
         blocks = self.select(q, k, is_causal)
         learns = torch.is_grad_enabled() and self.query_weight.requires_grad
         needs_lse = learns or return_attention_weights
         out, lse = attend(q, k, v, self._problem_over(shape, blocks), keeps_lse=needs_lse)
         if learns:
             scores = self._chosen_scores(q.detach(), k.detach(), blocks)
-            out = _Gate.apply(
-                out, scores, q, k, v, lse, blocks, self.block_size, self._scale(shape), is_causal
-            )  # type: ignore[no-untyped-call]
+            out = Gate.apply(out, scores, q, k, v, lse, blocks, self.block_size, self._scale(shape), shape)  # type: ignore[no-untyped-call]
         if not return_attention_weights:
             return out
         assert lse is not None
-        pairs = _pairs(blocks)
+        pairs = chosen_pairs(blocks)
         return out, attention_weights(
             q.detach(), k.detach(), lse, pairs, self.config, shape, self._scale(shape)
         )
@@ -88,20 +92,7 @@ class AdaptiveAttention(Attention):
         """Chosen key blocks, int64 [B, H, blocks, kept], ascending, then -1 where there are fewer."""
         check(q, k, k, self.config)
         shape = shape_of(q, k, self.config, is_causal)
-        blocks, kept = self._blocks(shape), min(row_budget(self.config, shape.seq), self._blocks(shape))
-        queries, keys = self._projected(q, k)
-        index = torch.arange(blocks, device=q.device)
-        chosen = torch.empty(*queries.shape[:2], blocks, kept, dtype=torch.int64, device=q.device)
-        for rows in self._row_chunks(shape, q.shape[0]):
-            scores = queries[:, :, rows] @ keys.transpose(-1, -2)
-            own = index[rows, None] == index
-            scores.masked_fill_(own, torch.inf)
-            if is_causal:
-                scores.masked_fill_(index > index[rows, None], -torch.inf)
-            best, picked = scores.topk(kept, dim=-1)
-            picked = picked.masked_fill_(best == -torch.inf, blocks).sort(dim=-1).values
-            chosen[:, :, rows] = picked.masked_fill_(picked == blocks, -1)
-        return chosen
+        return chosen_blocks(q, k, self.query_weight, self.key_weight, shape, self._sizes(q, shape))
 
     def scorer_loss(self, q: Tensor, k: Tensor, is_causal: bool = False) -> Tensor:
         """Cross-entropy between the scorer's distribution over key blocks and dense attention's mass.
@@ -111,7 +102,7 @@ class AdaptiveAttention(Attention):
         """
         check(q, k, k, self.config)
         shape = shape_of(q, k, self.config, is_causal)
-        queries, keys = self._projected(q.detach(), k.detach())
+        queries, keys = self._projected(q.detach(), k.detach(), shape)
         index = torch.arange(self._blocks(shape), device=q.device)
         total = queries.new_zeros(())
         for rows in self._row_chunks(shape, q.shape[0] * self.block_size**2):
@@ -132,30 +123,37 @@ class AdaptiveAttention(Attention):
         for begin in range(0, blocks, step):
             yield slice(begin, min(begin + step, blocks))
 
-    def _projected(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Block means of q and k in score channels, [B, H, blocks, E], in single precision or better."""
-        repeat = q.shape[2] // k.shape[2]
-        wide = torch.promote_types(self.query_weight.dtype, lse_dtype(q.dtype))
-        queries = self._means(q, wide).transpose(1, 2) @ self.query_weight.to(wide)
-        key_means = self._means(k, wide).repeat_interleave(repeat, dim=2)
-        keys = key_means.transpose(1, 2) @ self.key_weight.to(wide)
+    def _sizes(self, q: Tensor, shape: Shape) -> Scorer:
+        wide = scoring_dtype(self.query_weight, q)
+        return Scorer(
+            size=self.block_size,
+            kept=min(row_budget(self.config, shape.seq), self._blocks(shape)),
+            channels=self.query_weight.shape[2],
+            wide=wide.itemsize,
+            casts=wide != self.query_weight.dtype,
+        )
+
+    def _projected(self, q: Tensor, k: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
+        """Block means of q and k in score channels, [B, H, blocks, E], in single precision or better, with
+        gradients of the projections."""
+        sizes, wide = self._sizes(q, shape), scoring_dtype(self.query_weight, q)
+        means = [q.new_empty(len(q), self._blocks(shape), *q.shape[2:], dtype=wide) for _ in range(2)]
+        with torch.no_grad(), Scratch(Buffers.OFF, q.device, choosing_sizes(shape, sizes)) as scratch:
+            scoring = Scoring(shape, sizes, wide, scratch)
+            for b in range(len(q)):
+                scoring.means(q[b], means[0][b])
+                scoring.means(k[b], means[1][b])
+        queries = means[0].transpose(1, 2) @ self.query_weight.to(wide)
+        keys = means[1].transpose(1, 2) @ self.key_weight.to(wide)
         return queries / math.sqrt(queries.shape[-1]), keys
 
-    def _means(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """[B, blocks, heads, D] means of blocks; the last block's over the tokens it has."""
-        size = self.block_size
-        full = x.shape[1] // size
-        means: Tensor = x[:, : full * size].unflatten(1, (full, size)).mean(dim=2, dtype=dtype)
-        if x.shape[1] % size:
-            means = torch.cat([means, x[:, full * size :].mean(dim=1, keepdim=True, dtype=dtype)], dim=1)
-        return means
-
     def _chosen_scores(self, q: Tensor, k: Tensor, blocks: Tensor) -> Tensor:
-        """Differentiable scores of the chosen blocks, [B, H, blocks, kept]."""
-        queries, keys = self._projected(q, k)
-        wanted = blocks.clamp_min(0).flatten(2)[..., None].expand(-1, -1, -1, keys.shape[-1])
-        found: Tensor = keys.gather(2, wanted).unflatten(2, blocks.shape[2:])
-        return (queries[:, :, :, None] * found).sum(-1)
+        """What passes the gradient of the chosen blocks' scores [B, H, blocks, kept] to the projections."""
+        shape = shape_of(q, k, self.config, is_causal=False)  # which is the blocks' concern
+        scores: Tensor = ChosenScores.apply(
+            self.query_weight, self.key_weight, q, k, blocks, shape, self._sizes(q, shape)
+        )  # type: ignore[no-untyped-call]
+        return scores
 
     @torch.no_grad()
     def _block_mass(self, q: Tensor, k: Tensor, rows: slice, shape: Shape) -> Tensor:
@@ -210,73 +208,3 @@ def _tiles(lists: npt.NDArray[np.int64], widest: Rows, shape: Shape) -> Iterator
 def _orthogonal(rows: int, columns: int) -> Tensor:
     """A matrix with orthonormal rows or columns, whichever is possible, scaled to keep lengths."""
     return nn.init.orthogonal_(torch.empty(rows, columns)) * math.sqrt(max(rows / columns, 1.0))
-
-
-def _pairs(blocks: Tensor) -> Tensor:
-    """Index pairs [B, H, n, 2] of chosen blocks. Rows with fewer than the most repeat nothing: all
-    heads have equally many, so the -1 fall away together."""
-    query = torch.arange(blocks.shape[2], device=blocks.device)[:, None].expand_as(blocks)
-    there = blocks[0, 0] >= 0
-    return torch.stack([query[..., there], blocks[..., there]], dim=-1)
-
-
-class _Gate(torch.autograd.Function):
-    """`out` as it is; backward gives a chosen block's score the gradient of a bias on its logits:
-    the sum over the block of dS = P (do v^T - delta)."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, out: Tensor, scores: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor,
-        blocks: Tensor, size: int, scale: float, causal: bool,
-    ) -> Tensor:  # fmt: skip
-        ctx.save_for_backward(out, q, k, v, lse, blocks)
-        ctx.size, ctx.scale, ctx.causal = size, scale, causal
-        return out.view_as(out)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        out, q, k, v, lse, blocks = ctx.saved_tensors
-        bias = torch.stack(
-            [
-                torch.stack([
-                    _bias_gradient(grad[b, :, h], out[b, :, h], q[b, :, h], k[b, :, g], v[b, :, g],
-                                   lse[b, :, h], blocks[b, h], ctx.size, ctx.scale, ctx.causal)
-                    for h in range(q.shape[2])
-                    for g in [h * k.shape[2] // q.shape[2]]
-                ])
-                for b in range(q.shape[0])
-            ]
-        )  # fmt: skip
-        return grad, bias, None, None, None, None, None, None, None, None
-
-
-def _bias_gradient(
-    grad: Tensor, out: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, blocks: Tensor,
-    size: int, scale: float, causal: bool,
-) -> Tensor:  # fmt: skip
-    """[blocks, kept] of one head: all others [S, D], lse [S]. One column of chosen blocks at a time."""
-    seq = q.shape[0]
-    room = blocks.shape[0] * size
-    wide = lse_dtype(q.dtype)
-
-    def rows(x: Tensor, fill: float = 0.0) -> Tensor:
-        return nn.functional.pad(x.to(wide).reshape(seq, -1), (0, 0, 0, room - seq), value=fill).view(
-            -1, size, x[0].numel()
-        )
-
-    q_, k_, v_, do = (rows(x) for x in (q * scale, k, v, grad))
-    delta = rows((grad.to(wide) * out).sum(-1))
-    log_sum = rows(lse, torch.inf)
-    token = torch.arange(size, device=q.device)
-    query = (torch.arange(blocks.shape[0], device=q.device) * size)[:, None, None] + token[:, None]
-    columns = []
-    for chosen in blocks.unbind(-1):
-        key = chosen.clamp_min(0)
-        position = (key * size)[:, None, None] + token
-        weights = (q_ @ k_[key].transpose(1, 2) - log_sum).exp_()
-        hidden = (position >= seq) | (chosen < 0)[:, None, None]
-        if causal:
-            hidden = hidden | (position > query)
-        scores = weights.masked_fill_(hidden, 0.0) * (do @ v_[key].transpose(1, 2) - delta)
-        columns.append(scores.sum(dim=(1, 2)))
-    return torch.stack(columns, dim=-1)

@@ -140,6 +140,7 @@ def gather_tiles(lists: npt.NDArray[np.int64], first: int, rows: Rows, shape: Sh
     size, width = rows.size, lists.shape[-1]
     queries = min(size, shape.seq - first * size)
     step, cut = shape.chunk_rows(rows), shape.list_blocks(rows)
+    widest = min(cut, shape.full_blocks(size))
     tail = (shape.seq - 1) // size if shape.seq % size else -1
     masked = shape.mask_blocks(rows)
     for row in range(0, len(lists), step):
@@ -151,7 +152,7 @@ def gather_tiles(lists: npt.NDArray[np.int64], first: int, rows: Rows, shape: Sh
             spans = (Span(start, queries, batch=views, batch_step=size, heads=shape.heads),)
 
         def gather(begin: int, end: int, part: npt.NDArray[np.int64] = part) -> Gather:
-            return Gather(part[..., begin:end], size, shape.heads, (step, cut * size))
+            return Gather(part[..., begin:end], size, shape.heads, (step, widest * size))
 
         calls = []
         end = width

@@ -1,5 +1,5 @@
 """Whole-number arithmetic on ints or on NumPy int64 arrays alike, so that one expression sizes one
-config or a hundred thousand. Imports no torch.
+config or a hundred thousand. Imports no torch, and NumPy only when given its arrays.
 
 Conditions are 0 or 1 and multiply: there is no `if` on a count.
 """
@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import math
 from typing import Any, TypeAlias
-
-import numpy as np
 
 Count: TypeAlias = int
 """An int, or an int64 array of many: every expression here and in what builds on it is the same for
@@ -29,33 +27,57 @@ def up(a: Count, b: Count) -> Count:
 def least(first: Count, *others: Count) -> Count:
     """The smallest."""
     for other in others:
-        first = first + (other - first) * (other < first)
+        first = _numpy().minimum(first, other) if _many(first, other) else min(first, other)
     return first
 
 
 def most(first: Count, *others: Count) -> Count:
     """The largest."""
     for other in others:
-        first = first + (other - first) * (other > first)
+        first = _numpy().maximum(first, other) if _many(first, other) else max(first, other)
     return first
 
 
 def choose(condition: Count, then: Count, otherwise: Count) -> Count:
     """`then` where `condition` holds, else `otherwise`; both are computed."""
-    return otherwise + (then - otherwise) * (condition != 0)
+    if _many(condition):
+        return _numpy().where(condition, then, otherwise)  # type: ignore[no-any-return]
+    return then if condition else otherwise
+
+
+def somewhere(condition: Count) -> bool:
+    """Whether a condition holds, or for arrays, anywhere."""
+    return bool(_numpy().any(condition) if _many(condition) else condition)
 
 
 def floor_power_of_two(a: Count) -> Count:
     """The largest power of two up to `a`, which is at least 1 and below 2^53."""
     if type(a) is int:
         return 1 << (a.bit_length() - 1)
-    exponent: Any = np.frexp(a)[1] - 1
-    return 1 << exponent.astype(np.int64)  # type: ignore[no-any-return]
+    exponent = _numpy().frexp(a)[1] - 1
+    return 1 << exponent.astype("int64")  # type: ignore[no-any-return]
+
+
+def floor(value: float) -> Count:
+    """The largest whole number up to `value`, below 2^53; also of an array."""
+    if type(value) is float:
+        return math.floor(value)
+    return _numpy().floor(value).astype("int64")  # type: ignore[no-any-return]
 
 
 def lcm(a: Count, b: Count) -> Count:
     """The least common multiple."""
     if type(a) is int and type(b) is int:
         return math.lcm(a, b)
-    found: Any = np.lcm(a, b)
-    return found  # type: ignore[no-any-return]
+    return _numpy().lcm(a, b)  # type: ignore[no-any-return]
+
+
+def _many(*counts: Count) -> bool:
+    """Whether any is of NumPy."""
+    return any(hasattr(count, "dtype") for count in counts)
+
+
+def _numpy() -> Any:
+    import numpy
+
+    return numpy

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from attention.config import AttentionConfig, SparsePatternConfig
 from attention.errors import ConfigError, InputError
+from attention.rows import row_blocks
 
 Ints = NDArray[np.int64]
 Columns = NDArray[np.unsignedinteger[Any]]
@@ -116,7 +117,7 @@ def count_active(config: AttentionConfig, seq: int, causal: bool, *, block_size:
 def row_budget(config: AttentionConfig, seq: int) -> int:
     """Blocks that a row may keep: max(1, floor(sparsity_ratio * blocks + 0.5))."""
     pattern = _pattern(config)
-    return max(1, math.floor(pattern.sparsity_ratio * _blocks(seq, pattern.block_size) + 0.5))
+    return row_blocks(pattern.sparsity_ratio, _blocks(seq, pattern.block_size))
 
 
 # What is asked for

@@ -7,8 +7,12 @@ only when asked for, and as active blocks.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from attention.adaptive import AdaptiveAttention
@@ -76,7 +80,11 @@ class MultiheadAttention(nn.Module):
             and torch.is_grad_enabled()
             and not wanted
         ):
-            out = checkpoint(self._attend, query, key, value, is_causal, False, use_reentrant=False)[0]
+            # Nothing in it is random.
+            out = checkpoint(
+                self._attend, query, key, value, is_causal, False,
+                use_reentrant=False, preserve_rng_state=False,
+            )[0]  # fmt: skip
             weights = None
         else:
             out, weights = self._attend(query, key, value, is_causal, wanted)
@@ -111,16 +119,76 @@ class MultiheadAttention(nn.Module):
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, is_causal: bool, wanted: bool
     ) -> tuple[Tensor, AttentionWeights | None]:
-        widths = [self.embed_dim, self.kv_heads * self.head_dim, self.kv_heads * self.head_dim]
-        weights_in = self.in_proj_weight.split(widths)
-        biases = [None] * 3 if self.in_proj_bias is None else self.in_proj_bias.split(widths)
-        q, k, v = (
-            nn.functional.linear(x, weight, bias).unflatten(-1, (-1, self.head_dim))
-            for x, weight, bias in zip((query, key, value), weights_in, biases, strict=True)
-        )
+        q, k, v = self._project(query, key, value)
         found = self.attention(q, k, v, is_causal, wanted)
+        del q, k, v  # unless autograd saved them, before the output is projected
         out, weights = found if isinstance(found, tuple) else (found, None)
         return self.out_proj(out.flatten(2)), weights
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        """q, k and v, [batch, seq, heads or kv_heads, head_dim]."""
+        weight, bias = self.in_proj_weight, self.in_proj_bias
+        widths = [self.embed_dim, self.kv_heads * self.head_dim, self.kv_heads * self.head_dim]
+        given = (query, key, value, weight, *(() if bias is None else (bias,)))
+        trains = torch.is_grad_enabled() and any(x.requires_grad for x in given)
+        # Autocast sees into operators and not into a function of one's own.
+        if trains and not torch.is_autocast_enabled(query.device.type):
+            found: tuple[Tensor, ...] = _Projections.apply(query, key, value, weight, bias, widths)  # type: ignore[no-untyped-call]
+        else:
+            found = _projected((query, key, value), weight, bias, widths)
+        return tuple(x.unflatten(-1, (-1, self.head_dim)) for x in found)
+
+
+def _projected(
+    streams: Sequence[Tensor], weight: Tensor, bias: Tensor | None, widths: Sequence[int]
+) -> tuple[Tensor, ...]:
+    """Each stream by its rows of the weight and of the bias."""
+    biases = [None] * len(widths) if bias is None else bias.split(list(widths))
+    parts = zip(streams, weight.split(list(widths)), biases, strict=True)
+    return tuple(nn.functional.linear(x, rows, added) for x, rows, added in parts)
+
+
+class _Projections(torch.autograd.Function):
+    """`_projected`, with a backward that holds one gradient of the weight and one of each stream.
+
+    Autograd's own pads the gradient of each stream's rows to the whole weight and adds those up, and keeps
+    a gradient for every use of a stream that is query, key and value at once.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, weight: Tensor, bias: Tensor | None,
+        widths: Sequence[int],
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        streams = (query, key, value)
+        ctx.save_for_backward(*streams, weight)
+        ctx.widths = widths
+        # Which stream a gradient is handed to: the first of those that are one tensor.
+        ctx.firsts = [next(n for n, other in enumerate(streams) if other is x) for x in streams]
+        return _projected(streams, weight, bias, widths)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        *streams, weight = ctx.saved_tensors
+        ofs = [grad.flatten(0, -2) for grad in grads]
+        found: list[Tensor | None] = [None] * 3
+        for first, of, rows in zip(ctx.firsts, ofs, weight.split(ctx.widths), strict=True):
+            if not ctx.needs_input_grad[first]:
+                continue
+            total = found[first]
+            found[first] = of @ rows if total is None else total.addmm_(of, rows)
+        of_weight = of_bias = None
+        if ctx.needs_input_grad[3]:
+            of_weight = torch.empty_like(weight)
+            for x, of, rows in zip(streams, ofs, of_weight.split(ctx.widths), strict=True):
+                torch.mm(of.t(), x.flatten(0, -2), out=rows)
+        if ctx.needs_input_grad[4]:
+            of_bias = weight.new_empty(weight.shape[0])
+            for of, rows in zip(ofs, of_bias.split(ctx.widths), strict=True):
+                torch.sum(of, 0, out=rows)
+        shaped = [None if of is None else of.view(x.shape) for of, x in zip(found, streams, strict=True)]
+        return *shaped, of_weight, of_bias, None
 
 
 def _averaged(weights: AttentionWeights) -> AttentionWeights:

@@ -11,8 +11,7 @@ from functools import reduce
 from typing import NamedTuple
 
 from attention.config import AttentionConfig
-from attention.counts import Count, ceil_div, choose, lcm, least, most
-from attention.layout import row_budget
+from attention.counts import Count, ceil_div, choose, floor, lcm, least, most
 
 
 class Rows(NamedTuple):
@@ -43,13 +42,18 @@ def rows_of(config: AttentionConfig, seq: int, causal: bool) -> Rows:
     size = pattern.block_size
     blocks = -(-seq // size)
     if config.variant == "adaptive":
-        return chosen_rows(size, least(row_budget(config, seq), blocks))
+        return chosen_rows(size, least(row_blocks(pattern.sparsity_ratio, blocks), blocks))
     if pattern.pattern_type == "dilated_sparse":
         lengths, rates = zip(*config.branches, strict=True)
-        budget = row_budget(config, seq)
+        budget = row_blocks(pattern.sparsity_ratio, blocks)
         return dilated_sparse_rows(size, blocks, budget, [n // size for n in lengths], rates, causal)
     shared = pattern.global_tokens if pattern.pattern_type == "global_local" else 0
     return window_rows(size, blocks, pattern.local_window_size, shared, causal)
+
+
+def row_blocks(ratio: float, blocks: Count) -> Count:
+    """Blocks that a row may keep of `blocks`: a fraction `ratio` of them, at least one."""
+    return most(floor(ratio * blocks + 0.5), 1)
 
 
 def chosen_rows(size: Count, kept: Count) -> Rows:

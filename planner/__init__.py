@@ -4,7 +4,8 @@ name needs is imported when the name is first used."""
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-# At once, because the module `planner.measure` would otherwise take the function's name when imported.
+# At once, because these modules would otherwise take their functions' names when imported.
+from planner.calibrate import calibrate
 from planner.measure import Measurement, measure
 from planner.workload import Workload
 
@@ -12,7 +13,16 @@ if TYPE_CHECKING:
     from planner.calibration import Calibration
     from planner.memory.estimate import MemoryEstimate, estimate, max_sequence
 
-__all__ = ["Calibration", "Measurement", "MemoryEstimate", "Workload", "estimate", "max_sequence", "measure"]
+__all__ = [
+    "Calibration",
+    "Measurement",
+    "MemoryEstimate",
+    "Workload",
+    "calibrate",
+    "estimate",
+    "max_sequence",
+    "measure",
+]
 
 _HOMES = {
     "Calibration": "planner.calibration",

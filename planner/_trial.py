@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from time import monotonic, perf_counter, sleep
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from attention.config import AttentionConfig
 from attention.errors import AttentionPlannerError, OutOfMemoryError
@@ -40,7 +40,48 @@ def main(answer: int) -> None:
         os.write(answer, json.dumps(line).encode() + b"\n")
 
     _settle()
-    task = json.loads(sys.stdin.buffer.read())
+    _answer(json.loads(sys.stdin.buffer.read()), say)
+
+
+def serve(answer: int) -> None:
+    """Does tasks as they come, one a line of stdin, each in a fork of this process, which has torch
+    loaded and has never used it; a task's `seconds` bound it. What `main` says of a task is followed by
+    `ended`: its exit code, and whether it was ended for taking too long. Returns at the end of stdin."""
+    _settle()
+    import attention.factories  # noqa: F401 -- loaded here, not in each fork
+
+    for line in sys.stdin.buffer:
+        task = json.loads(line)
+        child = os.fork()
+        if not child:
+            _settle()
+            _answer(task, lambda **said: _write(answer, said))
+        ended = _waited(child, task["seconds"])
+        os.write(answer, b"\n")  # a fork that was killed may have left half a line
+        _write(answer, {"ended": ended})
+
+
+def _write(answer: int, said: dict[str, Any]) -> None:
+    data = json.dumps(said).encode() + b"\n"
+    while data:
+        data = data[os.write(answer, data) :]
+
+
+def _waited(child: int, seconds: float) -> dict[str, Any]:
+    """How a fork ended; it is killed when its time is over."""
+    deadline, timed_out = monotonic() + seconds, False
+    while True:
+        found, status = os.waitpid(child, 0 if timed_out else os.WNOHANG)
+        if found:
+            return {"code": os.waitstatus_to_exitcode(status), "timed_out": timed_out}
+        if monotonic() > deadline:
+            timed_out = True
+            os.kill(child, signal.SIGKILL)
+        sleep(0.002)
+
+
+def _answer(task: dict[str, Any], say: Say) -> NoReturn:
+    """Says what comes out of a task and ends the process."""
     try:
         outcome = {"kind": "ok", **_trial(task, say)}
     except OutOfMemoryError as error:

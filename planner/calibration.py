@@ -8,7 +8,9 @@ least 99% of cases, whatever the errors' distribution. Imports no torch.
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,11 +19,12 @@ from typing import Annotated, Any, Final, Literal, NamedTuple
 from pydantic import BeforeValidator, Field
 
 from attention.config import AttentionConfig, Value
-from attention.errors import ConfigError
+from attention.errors import AttentionPlannerError, ConfigError
 from planner.workload import Workload
 
 SCHEMA_VERSION: Final = 1
 SHIPPED: Final = Path(__file__).with_name("data") / "calibrations"
+"""Calibrations that come with this package."""
 LEVEL: Final = 0.99
 SMALL: Final = 64 * 1024
 """Errors are relative to the prediction and this many bytes, which small ones have by rounding alone."""
@@ -89,6 +92,8 @@ class Calibration(Value):
     errors: Annotated[Floats, Field(min_length=1)]
     """(measured - predicted) / (predicted + SMALL) of the held-out runs, ascending."""
     domain: Domain
+    failed: Annotated[int, Field(ge=0)] = 0
+    """Runs without a figure: memory or time ran out, or they crashed. They are in no other field."""
 
     def margin(self) -> tuple[float, float]:
         """(error that is not exceeded, with which confidence)."""
@@ -171,9 +176,36 @@ def load(path: str | Path) -> Calibration:
 
 
 def shipped(device: str) -> Calibration | None:
-    """The calibration that comes with this package for `cpu` or a GPU's key, if there is one."""
-    path = SHIPPED / f"{device}.json"
-    return load(path) if path.exists() else None
+    """The calibration of `cpu` or a GPU's key, if there is one: the user's own, else this package's."""
+    for path in (own_path(device), SHIPPED / f"{device}.json"):
+        if path.exists():
+            return load(path)
+    return None
+
+
+def own_path(device: str) -> Path:
+    """Where the user's calibration of `cpu` or a GPU's key is kept."""
+    given = os.environ.get("XDG_DATA_HOME", "")
+    # As the XDG specification has it, a relative path is as none.
+    data = Path(given) if os.path.isabs(given) else Path(os.path.expanduser("~")) / ".local" / "share"
+    return data / "attention-planner" / "calibrations" / f"{device}.json"
+
+
+def save(calibration: Calibration, path: str | Path) -> None:
+    """Writes a calibration, whole or not at all; AttentionPlannerError if it could not be written."""
+    path = Path(path)
+    fresh = path.with_name(f"{path.name}.{os.getpid()}.new")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh.write_text(calibration.to_json(indent=1) + "\n")
+        fresh.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            fresh.unlink(missing_ok=True)
+        raise AttentionPlannerError(
+            f"the calibration was not kept: writing {path} failed ({error.strerror}); make room or choose "
+            "another file, and run the same again"
+        ) from error
 
 
 def as_record(calibration: Calibration) -> dict[str, Any]:

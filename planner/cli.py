@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
@@ -18,20 +19,31 @@ from typing import Annotated, Any, Final, Literal
 import typer
 
 from attention.config import AttentionConfig
-from attention.errors import AttentionPlannerError
-from planner.options import Format, build_config, build_workload, say
-from planner.units import parse_bytes
+from attention.errors import AttentionPlannerError, ConfigError
+from planner.calibrate import RUNS
+from planner.options import (
+    AnyLength,
+    Format,
+    Place,
+    build_any_length,
+    build_config,
+    build_place,
+    build_workload,
+    say,
+)
+from planner.units import parse_bytes, parse_count
 from planner.workload import Workload
 
 DONE: Final = 0
 CRASHED: Final = 1
 WRONG: Final = 2
+NOTHING_FITS: Final = 3
 INTERRUPTED: Final = 130
 
 app = typer.Typer(
     name="planner",
     help="Says which attention fits a GPU, how fast it is and what it attends to.",
-    epilog="\b\nExample:\n  planner measure --variant dense --seq 4096",
+    epilog="\b\nExample:\n  planner estimate --variant dense --seq 4096 --vram 8GB",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -42,7 +54,7 @@ app = typer.Typer(
 
 def main() -> None:
     """Runs the command line and exits: 0 done, 1 a measured process crashed, 2 the request is wrong,
-    130 interrupted."""
+    3 nothing fits, 130 interrupted."""
     app(prog_name="planner")
 
 
@@ -51,7 +63,12 @@ def _together() -> None:
     """With a callback, one command alone would still be called by its name."""
 
 
-_BUILDERS: Final[dict[Any, Callable[..., Any]]] = {AttentionConfig: build_config, Workload: build_workload}
+_BUILDERS: Final[dict[Any, Callable[..., Any]]] = {
+    AttentionConfig: build_config,
+    Workload: build_workload,
+    AnyLength: build_any_length,
+    Place: build_place,
+}
 
 
 # Commands.
@@ -104,6 +121,16 @@ def _first(function: Callable[..., Any]) -> str:
     return (inspect.getdoc(function) or "").partition("\n")[0]
 
 
+def _ink() -> str:
+    """What bars are drawn with: a full block where stdout can show it."""
+    encoding = getattr(sys.stdout, "encoding", None) or "ascii"
+    try:
+        "\u2588".encode(encoding)
+    except (LookupError, UnicodeEncodeError):
+        return "#"
+    return "\u2588"
+
+
 def _print(data: Any, format: str) -> None:
     from planner.formats import as_json, as_yaml
 
@@ -130,6 +157,113 @@ def gpus(
         _print([report.gpu_data(gpu) for gpu in cards], format)
     else:
         report.show(report.gpu_card(cards[0]) if len(cards) == 1 else report.gpu_table(cards))
+    return DONE
+
+
+@_command("estimate", "planner estimate --variant dense --seq 32K --vram 8GB --mode training")
+def estimate(
+    *,
+    workload: Workload,
+    config: AttentionConfig,
+    place: Place,
+    lines: Annotated[bool, typer.Option("--lines", help="Show every buffer alive at the peak.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw the waterfall, as .png or .svg.")
+    ] = None,
+    format: Format = "table",
+) -> int:
+    """Predict the memory of one attention, without running it.
+
+    No GPU is needed. What it takes is shown share by share, with an upper bound and how sure that is.
+    """
+    from planner.memory.estimate import estimate as predict
+
+    found = predict(config, workload, place.device, **place.options)
+    if plot is not None:
+        from planner.report_plot import plot as draw
+
+        draw(found, plot, place.budget)
+    if format == "table":
+        from planner.report_estimate import estimate_text
+
+        typer.echo(estimate_text(found, place.budget, lines=lines, ink=_ink()))
+    else:
+        _print(found.model_dump(mode="json"), format)
+    if plot is not None:
+        say(f"the waterfall was drawn in {plot}")
+    return DONE
+
+
+@_command("max-seq", "planner max-seq --vram 8GB --variant dense")
+def max_seq(
+    *,
+    vram: Annotated[
+        str, typer.Option(metavar="SIZE", help="Memory to fit: 8GB, 7.75GiB.", show_default=False)
+    ],
+    workload: AnyLength,
+    config: AttentionConfig,
+    place: Place,
+    format: Format = "table",
+) -> int:
+    """Find the longest sequence that fits.
+
+    It is a multiple of the block size, and fits at the upper bound. Where not even one block fits, the exit
+    code is 3, and options that would change that are named.
+    """
+    from planner.longest import longest
+
+    found = longest(config, workload, parse_bytes(vram, "--vram"), place.device, place.options)
+    fits = found.fits
+    if format == "table":
+        from planner.report_estimate import longest_text
+
+        typer.echo(longest_text(found))
+    else:
+        data = {
+            "seq": fits.workload.seq if fits else 0,
+            "budget": found.budget,
+            "fits": fits.model_dump(mode="json") if fits else None,
+            "beyond": found.beyond.model_dump(mode="json"),
+            "relaxations": list(found.relaxations),
+        }
+        _print(data, format)
+    if fits is None:
+        say(f"nothing fits {vram}; what would: {', or '.join(found.relaxations)}")
+    return DONE if fits else NOTHING_FITS
+
+
+@_command("compare", "planner compare docs/examples/small.json docs/examples/large.json --seq 128K")
+def compare(
+    *,
+    a: Annotated[Path, typer.Argument(metavar="A.json", help="A config, an estimate or a measurement.")],
+    b: Annotated[Path, typer.Argument(metavar="B.json", help="The same.")],
+    seq: Annotated[
+        str | None, typer.Option(metavar="TOKENS", help="Tokens: 131072, 128K or 1M; for configs.")
+    ] = None,
+    workload: AnyLength,
+    place: Place,
+    format: Format = "table",
+) -> int:
+    """Show what one attention takes more than another, and why.
+
+    Sizes and device are for configs; estimates and measurements have their own.
+    """
+    from planner.comparison import compare as differences
+    from planner.comparison import comparison_data, comparison_text, side
+    from planner.memory.estimate import MemoryEstimate
+    from planner.memory.estimate import estimate as predict
+
+    def estimated(config: AttentionConfig) -> MemoryEstimate:
+        if seq is None:
+            raise ConfigError("a config needs --seq, e.g. --seq 128K")
+        asked = workload.model_copy(update={"seq": parse_count(seq, "--seq")})
+        return predict(config, asked, place.device, **place.options)
+
+    found = differences(side(a, estimated), side(b, estimated))
+    if format == "table":
+        typer.echo(comparison_text(found, (a.name, b.name)))
+    else:
+        _print(comparison_data(found), format)
     return DONE
 
 
@@ -172,6 +306,46 @@ def measure(
     return {"crash": CRASHED, "error": WRONG}.get(found.kind, DONE)
 
 
+@_command("calibrate", "planner calibrate --device cpu")
+def calibrate(
+    *,
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="What to measure.")] = "cpu",
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Where to keep it. [default: where predictions look first]"),
+    ] = None,
+    runs: Annotated[int, typer.Option(help="Runs, each in a process of its own.")] = RUNS,
+    seed: Annotated[int, typer.Option(help="Which runs, of all that there are.")] = 0,
+    threads: Annotated[
+        int | None, typer.Option(help="Of the CPU's operators. [default: torch's choice]")
+    ] = None,
+    format: Format = "table",
+) -> int:
+    """Measure this device, so that predictions know how sure they are.
+
+    Takes some minutes. Every run is kept as it ends: after an interruption the same command goes on where
+    it stopped.
+    """
+    from planner.calibrate import calibrate as run
+    from planner.calibration import as_record, own_path
+    from planner.report_calibration import calibration_table
+
+    try:
+        with _steps() as progress:
+            found = run(device, seed=seed, runs=runs, progress=progress, path=out, threads=threads)
+    except KeyboardInterrupt:
+        say("what was measured is kept; the same command goes on from there")
+        raise
+    if format == "table":
+        from planner.report import show
+
+        show(calibration_table(found))
+    else:
+        _print(as_record(found), format)
+    say(f"the calibration was saved as {out or own_path(found.device)}")
+    return DONE
+
+
 @contextlib.contextmanager
 def _progress(what: str) -> Iterator[None]:
     """A line on stderr while something takes its time; nothing where stderr is no terminal."""
@@ -183,3 +357,21 @@ def _progress(what: str) -> Iterator[None]:
         return
     with console.status(what):
         yield
+
+
+@contextlib.contextmanager
+def _steps() -> Iterator[Callable[[int, int, str], None]]:
+    """A bar on stderr, moved by (steps done, steps in all, what comes next); nothing where stderr is no
+    terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("starting", total=None)
+
+        def moved(done: int, total: int, what: str) -> None:
+            bar.update(task, completed=done, total=total, description=what)
+
+        yield moved

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -59,6 +60,8 @@ def _on_cuda(runs: Sequence[Callable[[], object]], device: torch.device) -> list
 def _on_cpu(runs: Sequence[Callable[[], object]], device: torch.device) -> list[Footprint]:
     import torch
 
+    # Its collector would otherwise print lines of its own to stderr. A level that was asked for stays.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     name = f"{__name__} {id(runs)}"
     # What `torch.profiler.profile` is made of; that one imports torch's compiler, which takes seconds.
     with torch.autograd.profiler.profile(profile_memory=True, use_kineto=True, acc_events=True) as profile:

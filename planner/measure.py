@@ -167,7 +167,13 @@ def measure(
         "memory": memory,
         "cap_bytes": cap_bytes,
     }
-    ended = _run(json.dumps(task), timeout)
+    return _measurement(config, workload, task, _run(json.dumps(task), timeout), timeout)
+
+
+def _measurement(
+    config: AttentionConfig, workload: Workload, task: dict[str, Any], ended: _Ended, timeout: float
+) -> Measurement:
+    """What a child that ended tells about its task."""
     environment: dict[str, Any] = {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
@@ -178,9 +184,9 @@ def measure(
     return Measurement(
         config=config,
         workload=workload,
-        device=device,
-        runs=runs,
-        cap_bytes=cap_bytes,
+        device=task["device"],
+        runs=task["runs"],
+        cap_bytes=task["cap_bytes"],
         environment=Environment(**environment),
         **_outcome(ended, timeout),
     )
@@ -278,8 +284,6 @@ def _run(task: str, timeout: float) -> _Ended:
             stderr=log,
             pass_fds=(answer.fileno(),),
             start_new_session=True,
-            # Kineto, which counts for us, writes "USDT:" lines of levels up to 5 to stderr.
-            env={"KINETO_LOG_LEVEL": "6", **os.environ},
         )
         timed_out = False
         try:

@@ -5,17 +5,33 @@ A builder's parameters are the options; `planner.cli` gives them to each command
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NewType
 
 import typer
 
 from attention.config import AdaptiveConfig, AttentionConfig, PatternType, SparsePatternConfig, Variant
 from attention.errors import ConfigError
-from planner.units import parse_count
+from planner.units import parse_bytes, parse_count
 from planner.workload import Dtype, Mode, Workload
 
+if TYPE_CHECKING:
+    from planner.gpus import Gpu
+
 Format = Annotated[Literal["table", "json", "yaml"], typer.Option("--format", help="How to print.")]
+
+
+Batch = Annotated[int, typer.Option(help="Sequences.")]
+Heads = Annotated[int, typer.Option(help="Query heads.")]
+KvHeads = Annotated[
+    int | None, typer.Option(help="Key and value heads, dividing --heads. [default: as --heads]")
+]
+HeadDim = Annotated[int, typer.Option(help="Channels a head.")]
+OfDtype = Annotated[Dtype, typer.Option(help="Type of q, k, v.")]
+OfMode = Annotated[Mode, typer.Option(help="Forward alone, or forward and backward.")]
+Causal = Annotated[bool, typer.Option("--causal", help="Queries see no later keys.")]
+Weights = Annotated[bool, typer.Option("--weights", help="Ask for the weights too.")]
 
 
 def build_workload(
@@ -23,16 +39,14 @@ def build_workload(
     seq: Annotated[
         str, typer.Option(metavar="TOKENS", help="Tokens: 131072, 128K (x 1,024) or 1M.", show_default=False)
     ],
-    batch: Annotated[int, typer.Option(help="Sequences.")] = 1,
-    heads: Annotated[int, typer.Option(help="Query heads.")] = 8,
-    kv_heads: Annotated[
-        int | None, typer.Option(help="Key and value heads, dividing --heads. [default: as --heads]")
-    ] = None,
-    head_dim: Annotated[int, typer.Option(help="Channels a head.")] = 64,
-    dtype: Annotated[Dtype, typer.Option(help="Type of q, k, v.")] = "float16",
-    mode: Annotated[Mode, typer.Option(help="Forward alone, or forward and backward.")] = "inference",
-    causal: Annotated[bool, typer.Option("--causal", help="Queries see no later keys.")] = False,
-    weights: Annotated[bool, typer.Option("--weights", help="Ask for the weights too.")] = False,
+    batch: Batch = 1,
+    heads: Heads = 8,
+    kv_heads: KvHeads = None,
+    head_dim: HeadDim = 64,
+    dtype: OfDtype = "float16",
+    mode: OfMode = "inference",
+    causal: Causal = False,
+    weights: Weights = False,
 ) -> Workload:
     """The workload that these options describe."""
     return Workload(
@@ -46,6 +60,98 @@ def build_workload(
         causal=causal,
         weights=weights,
     )
+
+
+AnyLength = NewType("AnyLength", Workload)
+"""A workload whose length is for the command to fill in."""
+
+
+def build_any_length(
+    *,
+    batch: Batch = 1,
+    heads: Heads = 8,
+    kv_heads: KvHeads = None,
+    head_dim: HeadDim = 64,
+    dtype: OfDtype = "float16",
+    mode: OfMode = "inference",
+    causal: Causal = False,
+    weights: Weights = False,
+) -> AnyLength:
+    """The workload that these options describe, of one token."""
+    return AnyLength(
+        build_workload(
+            seq="1", batch=batch, heads=heads, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype, mode=mode,
+            causal=causal, weights=weights,
+        )
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where memory is predicted for, and within which budget."""
+
+    device: str | Gpu
+    """`cpu` or a card."""
+    budget: int | None
+    """Bytes: as given, or what a card has; None on a CPU without a budget."""
+    options: dict[str, Any]
+    """Those of `planner.estimate` beside the device."""
+
+
+def build_place(
+    *,
+    device: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="cpu, or a GPU. [default: cpu; with --vram a generic card]"),
+    ] = None,
+    vram: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Memory to fit: 8GB, 7.75GiB. [default: the card's]")
+    ] = None,
+    allocator: Annotated[
+        str, typer.Option(metavar="TEXT", help="As PYTORCH_CUDA_ALLOC_CONF has it.", show_default=False)
+    ] = "",
+    display: Annotated[
+        Literal["headless", "desktop"], typer.Option(help="What the card draws.")
+    ] = "headless",
+    others: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="What others hold on the card. [default: nothing]")
+    ] = None,
+    context: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="A measured CUDA context. [default: a known one]")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads of a CPU's operators. [default: as torch has]")
+    ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="In place of the one that comes with this.")
+    ] = None,
+) -> Place:
+    """The place that these options describe."""
+    from planner import gpus
+    from planner.calibration import load
+
+    budget = None if vram is None else parse_bytes(vram, "--vram")
+    card: str | Gpu = device or "cpu"
+    if device is None and budget is not None:
+        card = gpus.generic(budget)
+    elif card != "cpu":
+        card = gpus.find(str(card))
+    options: dict[str, Any] = {"calibration": None if calibration is None else load(calibration)}
+    if isinstance(card, str):
+        given = {"--allocator": allocator, "--others": others, "--context": context}
+        wrong = [name for name, value in given.items() if value] + ["--display"] * (display != "headless")
+        if wrong:
+            raise ConfigError(f"{', '.join(wrong)}: for a GPU only; name one with --device, or give --vram")
+        return Place(card, budget, options | {"threads": threads})
+    if threads is not None:
+        raise ConfigError("--threads is for a CPU only; remove it, or --device and --vram")
+    options |= {
+        "allocator": allocator,
+        "display": display,
+        "others_bytes": 0 if others is None else parse_bytes(others, "--others"),
+        "context_bytes": None if context is None else parse_bytes(context, "--context"),
+    }
+    return Place(card, card.usable_bytes if budget is None else budget, options)
 
 
 def build_config(

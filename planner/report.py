@@ -15,12 +15,12 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from attention.config import AttentionConfig
 from planner.formats import Plain
 from planner.gpus import GIB, Gpu, backends, torch_builds
 from planner.measure import Measurement
 from planner.units import format_bytes
-from planner.workload import Dtype, Workload
+from planner.words import attention, task
+from planner.workload import Dtype
 
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 _SHORT = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "float64": "fp64"}
@@ -122,7 +122,7 @@ def measurement_data(found: Measurement) -> Plain:
 
 def measurement_table(found: Measurement) -> RenderableType:
     """What was asked, each figure there is, and where it was measured; or why there are no figures."""
-    asked = [Text(_attention(found.config), style="bold"), Text(_task(found.workload))]
+    asked = [Text(attention(found.config), style="bold"), Text(task(found.workload))]
     if found.kind == "ok":
         rows = [("time", _time(found))]
         return Group(*asked, _figures(found), _pairs(rows + _where(found)))
@@ -130,22 +130,6 @@ def measurement_table(found: Measurement) -> RenderableType:
     rows += [("asked for last", _bytes(found.requested))] if found.requested is not None else []
     rows += [("free then", _bytes(found.available))] if found.available is not None else []
     return Group(*asked, _pairs(rows + _where(found)))
-
-
-def _attention(config: AttentionConfig) -> str:
-    if config.variant == "block_sparse" and config.pattern:
-        return f"{config.variant}, {config.pattern.pattern_type}"
-    return config.variant
-
-
-def _task(workload: Workload) -> str:
-    groups = f" ({workload.groups} for keys)" if workload.groups != workload.heads else ""
-    return (
-        f"{workload.seq:,} tokens, batch {workload.batch}, {workload.heads} heads{groups} x "
-        f"{workload.head_dim}, {workload.dtype}, {workload.mode}"
-        + ", causal" * workload.causal
-        + ", with weights" * workload.weights
-    )
 
 
 def _figures(found: Measurement) -> Table:

@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, NamedTuple
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from attention.counts import Count, choose, floor_power_of_two, least, most
 from attention.rows import Rows
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 MOST_VIEWS = 65_535
 """CUDA grids end here: views of one call."""
@@ -246,6 +247,12 @@ class Shape(NamedTuple):
         """Blocks of a list that a call gathers; a longer one is cut."""
         block_bytes = 2 * rows.size * (self.token_bytes if rows.own else self.kv_token_bytes)
         return least(most(rows.lists, 1), most(self.list_bytes // block_bytes, 1))
+
+    def full_blocks(self, size: Count) -> Count:
+        """Blocks that a row of `size` queries may see at most: under a causal mask only the last, short row
+        sees the last, short block."""
+        blocks = most(self.seq // size, 1)
+        return blocks if self.causal else blocks + 1
 
     def pack_tokens(self, views: Count) -> Count:
         """Keys a view that a call may have, so that what the kernel copies of them fits."""

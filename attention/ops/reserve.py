@@ -43,6 +43,8 @@ class Kind(NamedTuple):
     """1 if the queries of all views and heads together lie in memory as [N, T, H, D], else 0."""
     distinct: Count = 0
     """Of a gather: rows of all keys that there are."""
+    own: bool = False
+    """Of a gather: whether every head has lists of its own."""
     moves: bool = False
     """Of a gather: whether the lists of consecutive views differ by one block only."""
     later: Count = 0
@@ -76,7 +78,7 @@ def sparse_extent(rows: Rows, shape: Shape) -> Extent:
         mask, cut = (size * (masked > 0), masked * size), (widest > most(masked, 1)) * 1
         # Where no mask is added, a row's own block is a call of its own, or a wide tile's.
         alone = most((masked == 0) * 1, wide)
-        longest = _longest(least(rows.span, most(shape.seq // size, 1)), masked, shape.seq, size)
+        longest = _longest(least(rows.span, shape.full_blocks(size)), masked, shape.seq, size)
     few = shape.pack_tokens(views)
     split = most(cut, (few < longest) * 1)
     # The last block may be short, and under a causal mask be the one whose row is the widest.
@@ -90,6 +92,13 @@ def sparse_extent(rows: Rows, shape: Shape) -> Extent:
     blocks = ceil_div(shape.seq, size)
     differ = blocks * size * group
     dense = (shape.heads == group) * 1
+    lists = Kind(
+        "lists", heads=shape.heads if rows.own else group, views=together, queries=queries,
+        keys=least(listed, shape.full_blocks(size)) * size, unit=size, gathers=True,
+        exists=(rows.lists > 0) * 1, dense=1 if rows.own else dense, distinct=differ,
+        own=rows.own, moves=rows.moves,
+        later=together * queries * most(cut, (listed < rows.lists) * 1),
+    )  # fmt: skip
     single = Kind(
         "view", heads=group, views=1, queries=queries, keys=least(longest, shape.pack_tokens(1)),
         exists=adjacent, dense=dense, later=queries * split,
@@ -108,11 +117,10 @@ def sparse_extent(rows: Rows, shape: Shape) -> Extent:
             "long view", heads=group, views=1, queries=long_queries, keys=least(keys, shape.pack_tokens(1)),
             exists=adjacent * ((rows.alike > 1) | (wide > 0)), dense=dense, later=most(halves, too_long),
         ),
-        Kind(
-            "lists", heads=shape.heads if rows.own else group, views=together, queries=queries,
-            keys=listed * size, unit=size, gathers=True, exists=(rows.lists > 0) * 1,
-            dense=1 if rows.own else dense, distinct=differ, moves=rows.moves,
-            later=together * queries * most(cut, (listed < rows.lists) * 1),
+        lists,
+        lists._replace(
+            name="last list", views=1, queries=most(short, 1), keys=listed * size,
+            exists=lists.exists * (short > 0) * shape.causal,
         ),
         Kind(
             "own blocks", heads=group, views=choose(most(wide, rows.lists > 0), together, views),

@@ -101,10 +101,12 @@ class GatherSink:
                 target[:, :, 0].index_add_(0, places.flatten(), source.flatten(0, 2).to(target.dtype))
 
     def _apart(self, places: Tensor, blocks: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Groups to add one after another. The CPU adds in order; elsewhere every group has distinct
-        places, so that no two additions race and the result is the same each time."""
+        """Groups to add one after another. On a CPU each is one list, which need not be copied to lie in one
+        piece; elsewhere every group has distinct places, so that no two additions race and the result is
+        the same each time."""
         if places.device.type == "cpu":
-            return [(places, blocks)]
+            lists = [(slice(n, n + 1), slice(h, h + 1)) for n, h in np.ndindex(*places.shape[:2])]
+            return [(places[one], blocks[one]) for one in lists]
         views = [(places[n : n + 1], blocks[n : n + 1]) for n in range(places.shape[0])]
         return [
             (p[:, r :: self.repeat], b[:, r :: self.repeat]) for p, b in views for r in range(self.repeat)

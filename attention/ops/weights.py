@@ -7,10 +7,10 @@ a row has no keys. Weights carry no gradient.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -19,7 +19,9 @@ from attention.errors import OutOfMemoryError
 from attention.layout import Layout, count_active
 from attention.ops.kernels import lse_dtype
 from attention.ops.program import Shape
-from attention.pool import free_bytes
+from attention.ops.scratch import Scratch
+from attention.ops.weights_sizes import weights_sizes, weights_step
+from attention.pool import Buffers, free_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +79,7 @@ def _refuse_unless_free(need: int, what: str, device: torch.device) -> None:
         )
 
 
+@torch.no_grad()
 def attention_weights(
     q: Tensor,
     k: Tensor,
@@ -86,71 +89,145 @@ def attention_weights(
     shape: Shape,
     scale: float,
 ) -> AttentionWeights:
-    """Weights over `blocks`: a layout shared by all heads, or int64 [B, H, n, 2] index pairs."""
+    """Weights over `blocks`: a layout shared by all heads, or int64 [B, H, n, 2] index pairs.
+
+    Besides what is returned, one arena is allocated: attention/ops/weights_sizes.py."""
     size = weights_block(config)
-    index = torch.from_numpy(_pairs(blocks)).to(q.device) if isinstance(blocks, Layout) else blocks
+    index = _pairs(blocks, q.device) if isinstance(blocks, Layout) else blocks
     count = index.shape[-2]
     values = q.new_empty(q.shape[0], shape.heads, count, size, size)
-    inside = torch.arange(size, device=q.device)
-    # One block of scores in single precision, its operands and a temporary.
-    step = max(shape.workspace // (4 * shape.heads * size * (size + 2 * shape.head_dim) * 4), 1)
-    for b in range(q.shape[0]):
-        for begin in range(0, count, step):
-            part = (
-                index[b, :, begin : begin + step] if index.dim() == 4 else index[None, begin : begin + step]
-            )
-            tokens = part[..., None] * size + inside  # [H or 1, n, 2, size]
-            query, key = tokens[:, :, 0], tokens[:, :, 1]
-            values[b, :, begin : begin + step] = _block_weights(
-                q[b], k[b], lse[b], query, key, config, shape, scale
-            )
+    branches = shape.within(config.branches) if config.variant == "dilated" else ()
+    step = weights_step(shape, size, count, len(branches))
+    sizes = weights_sizes(shape, size, count, len(branches))
+    with Scratch(Buffers.OFF, q.device, sizes) as scratch:
+        work = _Work(shape, size, scale, branches, scratch)
+        for b in range(q.shape[0]):
+            pairs = index[b] if index.dim() == 4 else index[None]
+            for begin in range(0, count, step):
+                part = pairs[:, begin : begin + step]
+                found = work.weights(q[b], k[b], lse[b], part)
+                values[b, :, begin : begin + step].copy_(found)
     return AttentionWeights(index, values, (q.shape[0], shape.heads, shape.seq, shape.seq), size)
 
 
-def _pairs(layout: Layout) -> npt.NDArray[np.int64]:
-    rows = np.repeat(np.arange(layout.blocks), layout.counts)
-    return np.stack([rows, layout.cols.astype(np.int64)], axis=-1)
+def chosen_pairs(blocks: Tensor) -> Tensor:
+    """Index pairs [B, H, n, 2] of chosen blocks [B, H, rows, kept], without the -1 at the end of the
+    first rows, which are as many in every head. Nothing else is allocated."""
+    rows, kept = blocks.shape[2:]
+    counts = (blocks[0, 0] >= 0).sum(-1).tolist()
+    pairs = blocks.new_empty(*blocks.shape[:2], sum(counts), 2)
+    begin = 0
+    for row, there in enumerate(counts):
+        if there == kept:  # and so in all that follow
+            rest = pairs[:, :, begin:].unflatten(2, (rows - row, kept))
+            rest[..., 0].copy_(torch.arange(row, rows, device=blocks.device)[:, None])
+            rest[..., 1].copy_(blocks[:, :, row:])
+            break
+        pairs[:, :, begin : begin + there, 0].fill_(row)
+        pairs[:, :, begin : begin + there, 1].copy_(blocks[:, :, row, :there])
+        begin += there
+    return pairs
 
 
-def _block_weights(
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor,
-    query: Tensor,
-    key: Tensor,
-    config: AttentionConfig,
-    shape: Shape,
-    scale: float,
-) -> Tensor:
-    """[H, n, size, size] weights of queries [H or 1, n, size] and keys, from q [S, H, D], lse [S, H]."""
-    heads = torch.arange(shape.heads, device=q.device)[:, None, None]
-    last = shape.seq - 1
-    past_end = (query > last)[..., :, None] | (key > last)[..., None, :]
-    q_at, k_at = query.clamp_max(last), key.clamp_max(last)
-    wide = lse_dtype(q.dtype)
-    q_rows = q[q_at, heads].to(wide)
-    k_rows = k[k_at, heads * shape.kv_heads // shape.heads].to(wide)
-    scores = (q_rows @ k_rows.transpose(-1, -2)).mul_(scale)
-    times = multiplicity(config, q_at, k_at, heads, shape)
-    rows = lse[q_at, heads][..., None]
-    weights = (scores - rows.masked_fill(rows == -torch.inf, torch.inf)).exp_()
-    # Not selected must be an exact zero, whatever the score was.
-    return torch.where(past_end | (times == 0), 0.0, weights * times)
+def _pairs(layout: Layout, device: torch.device) -> Tensor:
+    """Index pairs [n, 2] of a layout."""
+    pairs = torch.empty(layout.active, 2, dtype=torch.int64)
+    filled = pairs.numpy()
+    filled[:, 0] = np.repeat(np.arange(layout.blocks), layout.counts)
+    filled[:, 1] = layout.cols
+    return pairs.to(device)
 
 
-def multiplicity(config: AttentionConfig, query: Tensor, key: Tensor, heads: Tensor, shape: Shape) -> Tensor:
-    """How often each (query, key) pair of an active block meets, [H or 1, n, size, size]."""
-    q, k = query[..., :, None], key[..., None, :]
-    times = torch.ones((), dtype=torch.int64, device=query.device)
-    if config.variant == "dilated":
-        h = heads[..., None]
-        times = sum(
-            (
-                (q // s == k // s) & ((q % s) % r == h % r) & ((k % s) % r == h % r)
-                for s, r in shape.within(config.branches)
-            ),
-            start=torch.zeros((), dtype=torch.int64, device=query.device),
-        )
-    if shape.causal:
-        times = times * (k <= q)
-    return times
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """What computes weights of some active blocks at a time, in the buffers of a scratch: the CPU's
+    operators would make copies where types are mixed, and fresh tensors at every step."""
+
+    shape: Shape
+    size: int
+    scale: float
+    branches: tuple[tuple[int, int], ...]
+    """Of a dilated config."""
+    scratch: Scratch
+
+    def weights(self, q: Tensor, k: Tensor, lse: Tensor, pairs: Tensor) -> Tensor:
+        """[H, n, size, size] of block pairs [H or 1, n, 2], from q [S, H, D], k [S, G, D], lse [S, H]."""
+        shape, size = self.shape, self.size
+        count = pairs.shape[1]
+        query, key = (self._tokens(name, pairs[..., n]) for n, name in enumerate(("query", "key")))
+        keys = self._rows("k", k, key)
+        queries = self._rows("q", q, query)
+        log_sum = self._rows("lse", lse[..., None], query)
+        scores = self._get("scores", (shape.heads * count, size, size), keys.dtype)
+        torch.bmm(queries, keys.transpose(1, 2), out=scores)
+        scores.mul_(self.scale).sub_(log_sum).exp_()
+        found = scores.view(shape.heads, count, size, size)
+        self._select(found, query, key)
+        return found
+
+    def _get(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return self.scratch.get(name, shape, dtype)
+
+    def _tokens(self, name: str, blocks: Tensor) -> Tensor:
+        """The tokens [H or 1, n, size] of blocks [H or 1, n]; those past the end are there too."""
+        tokens = self._get(name, (*blocks.shape, self.size), torch.int64)
+        place = self._get("place", (self.size,), torch.int64)
+        torch.arange(self.size, out=place)
+        return tokens.copy_(place).add_(blocks[..., None], alpha=self.size)
+
+    def _rows(self, name: str, x: Tensor, tokens: Tensor) -> Tensor:
+        """x [S, heads, D] at the tokens as every query head sees it, [H n, size, D] in single precision or
+        better; tokens past the end are the last one."""
+        shape, dim, wide = self.shape, x.shape[2], lse_dtype(x.dtype)
+        index = self._get("index", tokens.shape, torch.int64)
+        index.copy_(tokens).clamp_max_(shape.seq - 1)
+        copied = self._get(name, (shape.heads, index[0].numel(), dim), wide)
+        narrow = copied if wide == x.dtype else self._get("row", copied.shape, x.dtype)
+        for h in range(shape.heads):
+            at = index[h % len(index)].view(-1)
+            torch.index_select(x[:, h * x.shape[1] // shape.heads], 0, at, out=narrow[h])
+        if narrow is not copied:
+            copied.copy_(narrow)
+        return copied.view(-1, self.size, dim)
+
+    def _select(self, weights: Tensor, query: Tensor, key: Tensor) -> None:
+        """Each weight times how often its query and key meet. Not selected must be an exact zero,
+        whatever the score was."""
+        shape = self.shape
+        if self.branches:
+            self._multiply(weights, query, key)
+        past = torch.gt(query, shape.seq - 1, out=self._get("past", query.shape, torch.bool))
+        if not shape.causal:
+            query.fill_(shape.seq - 1)
+        query.masked_fill_(past, -1)  # the last key that each query sees
+        hidden = self._get("hidden", (*query.shape, self.size), torch.bool)
+        torch.gt(key[..., None, :], query[..., :, None], out=hidden)
+        weights.masked_fill_(hidden, 0.0)
+
+    def _multiply(self, weights: Tensor, query: Tensor, key: Tensor) -> None:
+        """weights times the number of branches in which query and key meet."""
+        meets = self._get("meets", weights.shape, torch.bool)
+        several = len(self.branches) > 1
+        times = self._get("times", weights.shape, torch.uint8).zero_() if several else None
+        for length, rate in self.branches:
+            queries = self._segments("query segment", query, length, rate, -1)
+            keys = self._segments("key segment", key, length, rate, -2)
+            torch.eq(queries[..., :, None], keys[..., None, :], out=meets)
+            if times is not None:
+                times.add_(meets.view(torch.uint8))
+        if times is None:
+            torch.logical_not(meets, out=meets)
+        else:
+            weights.mul_(self._get("factor", weights.shape, weights.dtype).copy_(times))
+            torch.eq(times, 0, out=meets)
+        weights.masked_fill_(meets, 0.0)
+
+    def _segments(self, name: str, tokens: Tensor, length: int, rate: int, none: int) -> Tensor:
+        """[H, n, size]: the segment in which each head meets each token, `none` where it does not."""
+        shape = (self.shape.heads, *tokens.shape[1:])
+        offset = self._get("offset", shape, torch.int64).copy_(tokens).remainder_(length).remainder_(rate)
+        for h in range(shape[0]):
+            offset[h].sub_(h % rate)
+        apart = torch.ne(offset, 0, out=self._get("apart", shape, torch.bool))
+        segments = self._get(name, shape, torch.int64).copy_(tokens)
+        return segments.div_(length, rounding_mode="floor").masked_fill_(apart, none)

@@ -6,11 +6,12 @@ Bytes are ints, or NumPy arrays for many candidates at once. The peak is the lar
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any, Final, NamedTuple
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from attention.counts import Count
+
+if TYPE_CHECKING:
+    import numpy as np
 
 COMPONENTS: Final = (
     "qkv", "output", "gradients", "parameters", "saved_for_backward", "weights", "sparse_indices", "masks",
@@ -56,6 +57,8 @@ class Plan(NamedTuple):
 
     def peaks(self) -> np.ndarray[Any, np.dtype[np.int64]]:
         """Bytes of the largest phase of each candidate; for arrays."""
+        import numpy as np
+
         totals = iter(self.totals().values())
         found = np.asarray(next(totals), np.int64)
         for total in totals:
@@ -99,6 +102,10 @@ class Table:
         """A buffer that is alive from the present phase until it is freed, or to the end."""
         self._open[name] = len(self._lines)
         self._lines.append((name, component, count, formula, len(self._phases) - 1, None))
+
+    def kept(self, name: str, component: str, count: Count, formula: str) -> None:
+        """A buffer that an earlier call left, alive from the start to the end."""
+        self._lines.append((name, component, count, formula, 0, None))
 
     def free(self, *names: str) -> None:
         """The present phase is the last in which these are alive."""

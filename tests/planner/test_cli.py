@@ -18,7 +18,9 @@ from attention import AdaptiveConfig, AttentionConfig, SparsePatternConfig, Unav
 from planner import options, records
 from planner.cli import app
 from planner.formats import as_yaml
+from planner.gpus import generic
 from planner.measure import Environment, Measurement
+from planner.memory.estimate import MemoryEstimate, estimate, max_sequence
 from planner.workload import Workload
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -320,6 +322,135 @@ def test_one_card_is_shown_with_its_sources():
 
 def test_a_name_that_no_card_has_is_refused():
     assert "nearest are" in refused(planner("gpus", "--name", "voodoo2"))
+
+
+# ---- predictions
+
+WINDOW = ["--variant", "block_sparse", "--pattern", "local_window", "--block-size", "64"]
+
+
+def test_an_estimate_is_what_the_library_says():
+    asked = ["--seq", "8K", "--batch", "2", "--mode", "training", "--causal"]
+    result = planner("estimate", *WINDOW, *asked, "--device", "gtx1080", "--format", "json")
+    config = AttentionConfig(
+        variant="block_sparse",
+        pattern=SparsePatternConfig(pattern_type="local_window", block_size=64),
+    )
+    workload = Workload(seq=8192, batch=2, mode="training", causal=True)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert MemoryEstimate.from_json(result.stdout) == estimate(config, workload, "gtx1080")
+
+
+@pytest.mark.parametrize(
+    "given, device, options",
+    [
+        ("", "cpu", {}),
+        ("--threads 3", "cpu", {"threads": 3}),
+        ("--vram 8GB", generic(8 * 10**9), {}),
+        ("--device 'rtx 4060' --display desktop", "rtx4060", {"display": "desktop"}),
+        ("--device rtx4060 --others 1GB --context 300MB", "rtx4060",
+         {"others_bytes": 10**9, "context_bytes": 3 * 10**8}),
+        ("--device rtx4060 --allocator expandable_segments:True", "rtx4060",
+         {"allocator": "expandable_segments:True"}),
+    ],
+)  # fmt: skip
+def test_where_an_estimate_is_for(given, device, options):
+    result = planner("estimate", *DENSE[1:], *shlex.split(given), "--format", "json")
+    found = estimate(AttentionConfig(variant="dense"), Workload(seq=16), device, **options)
+    assert MemoryEstimate.from_json(result.stdout) == found
+
+
+def test_an_estimate_in_words():
+    lines = planner("estimate", *WINDOW, "--seq", "8K", "--device", "gtx1080", "--lines").stdout.splitlines()
+    assert all(len(line) <= 80 for line in lines)
+    assert lines[0] == "block_sparse, local_window, on NVIDIA GeForce GTX 1080"
+    assert any(line.startswith("budget       8.49 GB") for line in lines)
+    assert any("cuBLAS workspace" in line for line in lines)
+    plain = planner("estimate", *DENSE[1:], "--vram", "700MB").stdout
+    assert "budget       700.00 MB" in plain
+    assert "cuBLAS workspace" not in plain
+
+
+def test_an_estimate_can_be_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    result = planner("estimate", *DENSE[1:], "--plot", str(tmp_path / "a.svg"))
+    assert result.exit_code == 0
+    assert "a.svg" in result.stderr.replace("\n", "")
+    assert (tmp_path / "a.svg").exists()
+
+
+def test_the_longest_sequence_is_what_the_library_says():
+    result = planner("max-seq", "--vram", "8GB", *WINDOW, "--format", "json")
+    found = json.loads(result.stdout)
+    config = AttentionConfig.model_validate(found["fits"]["config"])
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert found["seq"] == max_sequence(config, Workload(seq=1), "8GB")
+    assert found["fits"]["upper"] <= found["budget"] == 8 * 10**9 < found["beyond"]["upper"]
+    assert f"longest      {found['seq']:,} tokens" in planner("max-seq", "--vram", "8GB", *WINDOW).stdout
+
+
+def test_where_nothing_fits_the_exit_code_is_3_and_says_what_would():
+    given = ["--vram", "10MB", "--device", "cpu", "--threads", "2", "--variant", "dense", "--batch", "200"]
+    result = planner("max-seq", *given)
+    assert result.exit_code == 3
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("planner: nothing fits 10MB; what would: --batch ")
+    data = json.loads(planner("max-seq", *given, "--format", "json").stdout)
+    assert (data["seq"], data["fits"]) == (0, None)
+    batch, vram = (option.split()[:2] for option in data["relaxations"])
+    assert planner("max-seq", *given, *batch).exit_code == 0
+    assert planner("max-seq", *given, *vram).exit_code == 0
+
+
+def test_configs_and_estimates_are_compared(tmp_path):
+    for name, device in (("a", "gtx1080"), ("b", "rtx4060")):
+        saved = planner("estimate", *WINDOW, "--seq", "8K", "--device", device, "--format", "json")
+        (tmp_path / f"{name}.json").write_text(saved.stdout)
+    config = tmp_path / "c.json"
+    config.write_text(AttentionConfig(variant="dense").to_json())
+    a, b = (str(tmp_path / f"{name}.json") for name in "ab")
+    data = json.loads(planner("compare", a, b, "--format", "json").stdout)
+    assert data["asked"] == {"device": {"a": "NVIDIA GeForce GTX 1080", "b": "NVIDIA GeForce RTX 4060"}}
+    text = planner("compare", a, str(config), "--seq", "8K", "--device", "gtx1080").stdout
+    assert all(len(line) <= 80 for line in text.splitlines())
+    assert "variant: block_sparse -> dense" in text
+    assert "seq" not in text.partition("component")[0]
+    assert "a config needs --seq" in refused(planner("compare", a, str(config)))
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        ("estimate --variant dense --seq 16 --device voodoo2", "nearest are"),
+        ("estimate --variant dense --seq 16 --device gtx1080 --dtype bfloat16", "compute capability 8.0"),
+        ("estimate --variant dense --seq 16 --vram much", "--vram 'much' is not understood"),
+        ("estimate --variant dense --seq 16 --others 1GB", "--others: for a GPU only"),
+        ("estimate --variant dense --seq 16 --display desktop", "--display: for a GPU only"),
+        ("estimate --variant dense --seq 16 --vram 8GB --threads 2", "--threads is for a CPU only"),
+        ("estimate --variant dense --seq 16 --calibration none.json", "none.json cannot be read"),
+        ("estimate --variant dense --seq 16 --plot a.txt", "must end in .png or .svg"),
+        ("estimate --variant dense --seq 16 --device gtx1080 --allocator x:1", "x"),
+        ("max-seq --variant dense --vram 0", "--vram must be above 0"),
+        ("compare none.json none.json --seq 16", "none.json cannot be read"),
+    ],
+)
+def test_predictions_that_cannot_be_made_are_refused(given, said):
+    assert said in refused(planner(*given.split()))
+
+
+def test_predictions_import_neither_torch_nor_numpy_nor_rich():
+    code = (
+        "import sys; sys.modules['torch'] = sys.modules['numpy'] = sys.modules['rich'] = None\n"
+        "from planner.cli import main\n"
+        "for line in ('estimate --variant dense --seq 16 --vram 8GB --mode training', "
+        "'max-seq --variant dense --vram 8GB', "
+        "'compare docs/examples/small.json docs/examples/large.json --seq 16K'):\n"
+        "    sys.argv = ['planner', *line.split()]\n"
+        "    try: main()\n"
+        "    except SystemExit as end: assert end.code == 0, end.code\n"
+    )
+    done = run("-c", code)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 # ---- processes

@@ -1,0 +1,182 @@
+"""Two predictions side by side: what differs in what was asked, and what that changes, component by component
+and buffer by buffer. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from attention.config import AttentionConfig
+from attention.errors import ConfigError
+from planner.measure import Measurement
+from planner.memory.estimate import MemoryEstimate, estimate
+from planner.memory.plan import COMPONENTS
+from planner.units import format_bytes
+
+
+class Side(NamedTuple):
+    """One of the two."""
+
+    estimate: MemoryEstimate
+    measured: int | None = None
+    """Bytes that were allocated, where it was measured."""
+
+
+class Buffer(NamedTuple):
+    """A named buffer that is not the same in both."""
+
+    name: str
+    component: str
+    a: int
+    b: int
+    formula: str
+
+
+class Comparison(NamedTuple):
+    """What two predictions have and have not in common. Bytes are of a and of b."""
+
+    a: Side
+    b: Side
+    asked: dict[str, tuple[Any, Any]]
+    """Settings that differ, by name."""
+    components: dict[str, tuple[int, int]]
+    """Every component that either has, and what the allocator adds to them."""
+    buffers: tuple[Buffer, ...]
+    """Those that differ, the largest difference first."""
+
+
+def side(path: Path, estimated: Callable[[AttentionConfig], MemoryEstimate]) -> Side:
+    """What a file holds: an estimate as it is, a config as `estimated` has it, a measurement beside what is
+    predicted where it was made."""
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+    try:
+        data = json.loads(text)
+    except ValueError:
+        data = None
+    if not isinstance(data, dict) or not data.keys() & {"variant", "components", "environment"}:
+        raise ConfigError(
+            f"{path} is no JSON of an AttentionConfig, an estimate or a measurement; "
+            "`planner estimate --format json` prints one"
+        )
+    try:
+        if "components" in data:
+            return Side(MemoryEstimate.from_json(text))
+        if "environment" not in data:
+            config = AttentionConfig.from_json(text)
+        else:
+            return _measured(Measurement.from_json(text))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    return Side(estimated(config))
+
+
+def _measured(found: Measurement) -> Side:
+    place = found.environment
+    on = found.device if found.device == "cpu" else place.device or found.device
+    threads = place.threads if on == "cpu" else None
+    return Side(estimate(found.config, found.workload, on, threads=threads), found.allocated)
+
+
+def compare(a: Side, b: Side) -> Comparison:
+    """What differs."""
+    one, two = _shares(a.estimate), _shares(b.estimate)
+    names = [name for name in (*COMPONENTS, "rounding") if one.get(name) or two.get(name)]
+    ours, theirs = _flat(a.estimate), _flat(b.estimate)
+    return Comparison(
+        a, b,
+        {name: (ours.get(name), theirs.get(name)) for name in dict.fromkeys([*ours, *theirs])
+         if ours.get(name) != theirs.get(name)},
+        {name: (one.get(name, 0), two.get(name, 0)) for name in names},
+        _buffers(a.estimate, b.estimate),
+    )  # fmt: skip
+
+
+def _shares(found: MemoryEstimate) -> dict[str, int]:
+    """Bytes by component, with what the allocator adds by rounding."""
+    inside = sum(count for name, count in found.components.items() if name != "context")
+    return {**found.components, "rounding": found.allocated - inside}
+
+
+def _flat(found: MemoryEstimate) -> dict[str, Any]:
+    """All that was asked, by dotted name."""
+    asked: dict[str, Any] = {"device": found.on}
+    for value in (found.config, found.workload):
+        for name, entry in value.model_dump(mode="json").items():
+            if isinstance(entry, Mapping):
+                asked |= {f"{name}.{inner}": each for inner, each in entry.items()}
+            else:
+                asked[name] = entry
+    return asked
+
+
+def _buffers(a: MemoryEstimate, b: MemoryEstimate) -> tuple[Buffer, ...]:
+    ours, theirs = ({line.name: line for line in found.lines} for found in (a, b))
+    differ = []
+    for name in dict.fromkeys([*ours, *theirs]):
+        line = theirs.get(name) or ours[name]
+        sizes = [lines[name].bytes if name in lines else 0 for lines in (ours, theirs)]
+        if sizes[0] != sizes[1]:
+            differ.append(Buffer(name, line.component, sizes[0], sizes[1], line.source))
+    return tuple(sorted(differ, key=lambda buffer: -abs(buffer.b - buffer.a)))
+
+
+def comparison_data(found: Comparison) -> dict[str, Any]:
+    """All of it as plain data."""
+
+    def pair(both: Iterable[Any]) -> dict[str, Any]:
+        return dict(zip("ab", both, strict=True))
+
+    sides = (found.a, found.b)
+    return {
+        "asked": {name: pair(both) for name, both in found.asked.items()},
+        "components": {name: pair(both) for name, both in found.components.items()},
+        "buffers": [buffer._asdict() for buffer in found.buffers],
+        **{
+            name: pair(getattr(each.estimate, name) for each in sides)
+            for name in ("allocated", "reserved", "device", "needed", "upper", "at")
+        },
+        "measured": pair(each.measured for each in sides),
+    }
+
+
+def comparison_text(found: Comparison, names: tuple[str, str]) -> str:
+    """All of it in 80 columns."""
+    from planner import words
+    from planner.report_estimate import label, wrapped
+
+    a, b = found.a.estimate, found.b.estimate
+    head = [f"{letter}: {name}: {words.attention(each.config)}, on {each.on}, peak in {each.at!r}"
+            for letter, name, each in zip("AB", names, (a, b), strict=True)]  # fmt: skip
+    asked = [f"{name}: {_value(one)} -> {_value(two)}" for name, (one, two) in found.asked.items()]
+    rows = [_row(label(name), *both) for name, both in found.components.items() if name != "context"]
+    figures = {"allocated": (a.allocated, b.allocated)}
+    if (a.on, b.on) != ("cpu", "cpu"):
+        figures |= {"reserved": (a.reserved, b.reserved), "device": (a.device, b.device)}
+    figures["upper bound"] = (a.upper, b.upper)
+    if found.a.measured and found.b.measured:
+        figures["measured"] = (found.a.measured, found.b.measured)
+    buffers = []
+    for buffer in found.buffers:
+        buffers += [_row(buffer.name, buffer.a, buffer.b), *wrapped(buffer.formula, "    ", first="    ")]
+    parts = [
+        [line for each in head for line in wrapped(each, "   ")],
+        ["what differs"] + [line for each in asked for line in wrapped(each, "    ", first="  ")],
+        [f"{'component':<38}{'A':>13}{'B':>13}{'B - A':>14}", *rows],
+        ["buffers at the peak that differ", *buffers] if buffers else ["all buffers at the peak are alike"],
+        [_row(name, *both) for name, both in figures.items()],
+    ]
+    return "\n\n".join("\n".join(part) for part in parts)
+
+
+def _row(name: str, a: int, b: int) -> str:
+    change = f"{'+' if b > a else '-'}{format_bytes(abs(b - a))}" if a != b else "="
+    return f"{name:<38.37}{format_bytes(a):>13}{format_bytes(b):>13}{change:>14}"
+
+
+def _value(value: Any) -> str:
+    return "none" if value is None else ", ".join(map(str, value)) if isinstance(value, list) else str(value)

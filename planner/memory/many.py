@@ -1,0 +1,205 @@
+"""Memory peaks of many candidates at once, by the very plans that one config has. Imports no torch.
+
+columns = Columns("block_sparse", "local_window", seq=131072, block_size=sizes, window=windows)
+peaks(columns, workload, machine)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Any, Final, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from attention.config import MIB, Backend, MultiheadConfig, PatternType, Switch, Variant
+from attention.counts import Count, least, most
+from attention.errors import ConfigError
+from attention.rows import Rows, dilated_sparse_rows, row_blocks, window_rows
+from planner.memory import plans, plans_adaptive, plans_multihead
+from planner.memory.configured import UNBOUNDED, goes_flex, sized
+from planner.memory.kernels import Machine
+from planner.memory.plan import Table
+from planner.workload import Workload
+
+AT_ONCE: Final = 8192
+"""Candidates that are evaluated together: few enough that a plan's arrays stay in the cache."""
+
+Ints = NDArray[np.int64]
+Column: TypeAlias = int | Ints
+"""The same for all candidates, or one each."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Columns:
+    """Candidates of one kind, column by column; what each column means is in `AttentionConfig`.
+
+    A column that the variant or the pattern does not read is not looked at. Values are taken as checked:
+    they are what configs could have.
+    """
+
+    variant: Variant
+    pattern_type: PatternType | None = None
+    """Of block_sparse."""
+    seq: Column = 0
+    block_size: Column = 1
+    window: Column = 0
+    """`local_window_size`."""
+    global_tokens: Column = 0
+    sparsity_ratio: float | NDArray[np.float64] = 1.0
+    lengths: tuple[Column, ...] = ()
+    """Segment lengths, a column a branch."""
+    rates: tuple[Column, ...] = ()
+    """Dilation rates, a column a branch; no candidate's falls from one branch to the next."""
+    workspace: Column = 16 * MIB
+    """`workspace_bytes`."""
+    backend: Backend = "auto"
+    pool: Switch = "auto"
+    pool_bytes: int | None = None
+    score_dim: int | None = None
+    """Of adaptive: the scorer's, in which head_dim is the workload's."""
+    multihead: MultiheadConfig | None = None
+    """Its heads and channels are the workload's."""
+    cache_entries: int = 100
+    cache_bytes: int = 64 * MIB
+
+    def __post_init__(self) -> None:
+        sizes = {column.size for column in self._arrays()}
+        if len(sizes) > 1:
+            raise ConfigError(f"columns must be equally long, got {sorted(sizes)} candidates")
+        if len(self.lengths) != len(self.rates):
+            raise ConfigError(f"got {len(self.lengths)} columns of lengths and {len(self.rates)} of rates")
+
+    def __len__(self) -> int:
+        """Candidates; 1 if no column is an array."""
+        return next((column.size for column in self._arrays()), 1)
+
+    def take(self, which: slice | Ints) -> Columns:
+        """Some of the candidates."""
+
+        def some(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return tuple(map(some, value))
+            return value[which] if isinstance(value, np.ndarray) else value
+
+        return replace(self, **{field.name: some(getattr(self, field.name)) for field in fields(self)})
+
+    def _arrays(self) -> Iterator[NDArray[Any]]:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            for column in value if isinstance(value, tuple) else (value,):
+                if isinstance(column, np.ndarray):
+                    yield column
+
+
+def peaks(columns: Columns, workload: Workload, machine: Machine) -> Ints:
+    """Bytes at the peak of each candidate: what `plan_of` has for its config. `workload.seq` is not read.
+
+    Refused are workloads that ask for the weights: how many there are is counted for one config at a time.
+    """
+    if workload.weights:
+        raise ConfigError("weights=True is for one config at a time; use planner.estimate")
+    found = np.empty(len(columns), np.int64)
+    for start in range(0, len(found), AT_ONCE):
+        part = slice(start, start + AT_ONCE)
+        found[part] = _alike(columns.take(part), workload, machine)
+    return found
+
+
+def _alike(columns: Columns, workload: Workload, machine: Machine) -> Ints:
+    """The same, apart by which plan a candidate has."""
+    if columns.variant == "adaptive":
+        return _planned(columns, workload, machine, _adaptive)
+    if columns.variant == "block_sparse":
+        block: Any = columns.block_size
+        apart = goes_flex(columns.backend, block, workload, machine)
+        return _split(columns, apart, workload, machine, _flex, _block_sparse)
+    if columns.variant == "dense":
+        columns = replace(columns, lengths=(columns.seq,), rates=(1,))
+    everything: Any = False
+    if len(columns.lengths) == 1 and workload.heads == workload.groups:
+        everything = (columns.lengths[0] >= columns.seq) & (columns.rates[0] == 1)
+    return _split(columns, everything, workload, machine, _whole, _dilated)
+
+
+Layer = Callable[[Table, plans.Case, Columns], None]
+
+
+def _split(
+    columns: Columns, apart: Count, workload: Workload, machine: Machine, those: Layer, others: Layer
+) -> Ints:
+    """Peaks by the plan of `those` where `apart` holds, and of the `others` elsewhere."""
+    chosen = np.broadcast_to(np.asarray(apart, bool), len(columns))
+    found = np.empty(len(columns), np.int64)
+    for layer, mask in ((those, chosen), (others, ~chosen)):
+        if mask.all():
+            return _planned(columns, workload, machine, layer)
+        if mask.any():
+            which = np.flatnonzero(mask)
+            found[which] = _planned(columns.take(which), workload, machine, layer)
+    return found
+
+
+def _planned(columns: Columns, workload: Workload, machine: Machine, layer: Layer) -> Ints:
+    pool = plans.pooled(columns.pool, columns.pool_bytes, columns.seq)  # type: ignore[arg-type]
+    bound = UNBOUNDED if columns.pool_bytes is None else columns.pool_bytes
+    case = sized(workload, machine, columns.seq, columns.workspace, pool, bound)  # type: ignore[arg-type]
+    case = case._replace(cache_entries=columns.cache_entries, cache_bytes=columns.cache_bytes)
+    table = Table()
+    outer = columns.multihead
+    if outer is not None:
+        plans_multihead.multihead(
+            table, case, lambda table, case: layer(table, case, columns), bias=outer.bias,
+            checkpoint=outer.checkpoint,
+        )  # fmt: skip
+    else:
+        plans.inputs(table, case)
+        layer(table, case, columns)
+    return table.done().peaks()
+
+
+def _whole(table: Table, case: plans.Case, _: Columns) -> None:
+    plans.whole(table, case)
+
+
+def _dilated(table: Table, case: plans.Case, columns: Columns) -> None:
+    plans.dilated(table, case, _within(case, columns))
+
+
+def _adaptive(table: Table, case: plans.Case, columns: Columns) -> None:
+    size: Any = columns.block_size
+    blocks = -(-case.shape.seq // size)
+    ratio: Any = columns.sparsity_ratio
+    kept = least(row_blocks(ratio, blocks), blocks)
+    plans_adaptive.adaptive(table, case, plans_adaptive.scorer_of(case, size, kept, columns.score_dim))
+
+
+def _block_sparse(table: Table, case: plans.Case, columns: Columns) -> None:
+    plans.block_sparse(table, case, _rows(case, columns))
+
+
+def _flex(table: Table, case: plans.Case, columns: Columns) -> None:
+    plans.flex(table, case, _rows(case, columns), -(-case.shape.seq // columns.block_size))  # type: ignore[arg-type]
+
+
+def _within(case: plans.Case, columns: Columns) -> list[tuple[Count, Count]]:
+    """As `Shape.within` has it."""
+    seq = case.shape.seq
+    limit = most(seq, case.shape.heads)
+    pairs: Any = zip(columns.lengths, columns.rates, strict=True)
+    return [(least(length, seq), least(rate, limit)) for length, rate in pairs]
+
+
+def _rows(case: plans.Case, columns: Columns) -> Rows:
+    """As `attention.rows.rows_of` has it."""
+    size: Any = columns.block_size
+    blocks, causal = -(-case.shape.seq // size), case.shape.causal
+    if columns.pattern_type == "dilated_sparse":
+        lengths: Any = [length // size for length in columns.lengths]
+        rates: Any = columns.rates
+        ratio: Any = columns.sparsity_ratio
+        budget = row_blocks(ratio, blocks)
+        return dilated_sparse_rows(size, blocks, budget, lengths, rates, causal)
+    shared = columns.global_tokens if columns.pattern_type == "global_local" else 0
+    return window_rows(size, blocks, columns.window, shared, causal)  # type: ignore[arg-type]

@@ -1,0 +1,123 @@
+"""The memory plan of an attention between projections; see `attention/multihead.py`. Imports no torch.
+
+The three streams are one tensor, as in self-attention. Letters as in `plans.py`, and E = H D channels of
+the model, R = E + 2 G D rows of the input projections.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from attention.counts import Count
+from planner.memory.plan import Table
+from planner.memory.plans import Case
+
+KEPT = ("memory_pool", "pattern_cache")
+"""Components that a forward pass leaves behind, whoever needs its results."""
+
+
+def multihead(
+    table: Table, case: Case, attend: Callable[[Table, Case], None], *, bias: bool, checkpoint: bool
+) -> None:
+    """Input projections, attention, output projection, and in training their gradients. `attend` adds the
+    attention itself. `checkpoint`: backward repeats the forward pass, of which nothing was saved."""
+    _inputs(table, case, bias)
+    repeats = checkpoint and case.trains
+    case = case._replace(runs=1 + repeats)
+    e = case.shape.itemsize
+    if repeats:
+        first = _Unsaved(table, "unsaved ")
+        _project(first, case)
+        attend(first, case._replace(turn=lambda _: False))
+        first.end("out")
+        _result(table, case)
+        first.end()
+        case = case._replace(run=1)
+    _project(table, case)
+
+    def turn(table: Table) -> bool:
+        """The output projection, forward unless that was done before, and its gradients."""
+        if not repeats:
+            _result(table, case)
+        table.phase("backward, output projection")
+        _gradients(table, case, "output projection", case.shape.heads * case.shape.head_dim, bias)
+        table.add("gradient of the attention", "gradients", case.channels * e, "B S E e")
+        return True
+
+    attend(table, case._replace(turn=turn))
+    if not case.trains:
+        table.free("projected q", "projected k", "projected v")
+        _result(table, case)
+        return
+    table.free("projected q", "projected k", "projected v", "gradient of the attention")
+    table.free("out", "log-sum-exp")
+    table.phase("backward, input projections")
+    table.add("gradient of the input", "gradients", case.channels * e, "B S E e")
+    _gradients(table, case, "input projections", _rows(case), bias)
+
+
+def parameter_bytes(case: Case, bias: bool) -> Count:
+    """Bytes of all weights and biases."""
+    width = case.shape.heads * case.shape.head_dim
+    return (_rows(case) + width) * (width + bias) * case.shape.itemsize
+
+
+def _rows(case: Case) -> Count:
+    """Rows of the input projections."""
+    return (case.shape.heads + 2 * case.shape.kv_heads) * case.shape.head_dim
+
+
+def _inputs(table: Table, case: Case, bias: bool) -> None:
+    e = case.shape.itemsize
+    table.add("parameters", "parameters", parameter_bytes(case, bias), "(R + E) (E + 1 if biased) e")
+    table.add("input", "qkv", case.channels * e, "B S E e")
+    if case.trains:
+        table.add("gradient of the result", "gradients", case.channels * e, "B S E e")
+
+
+def _project(table: Table, case: Case) -> None:
+    e = case.shape.itemsize
+    table.phase("input projections")
+    table.add("projected q", "qkv", case.channels * e, "B S H D e")
+    table.add("projected k", "qkv", case.kv_channels * e, "B S G D e")
+    table.add("projected v", "qkv", case.kv_channels * e, "B S G D e")
+
+
+def _result(table: Table, case: Case) -> None:
+    table.phase("output projection")
+    table.add("result", "output", case.channels * case.shape.itemsize, "B S E e")
+
+
+def _gradients(table: Table, case: Case, name: str, rows: Count, bias: bool) -> None:
+    """Of the parameters of one projection to `rows` channels."""
+    width, e = case.shape.heads * case.shape.head_dim, case.shape.itemsize
+    table.add(f"weight gradient, {name}", "gradients", rows * width * e, "(E or R) E e")
+    table.add(f"bias gradient, {name}", "gradients", rows * e * bias, "(E or R) e")
+
+
+class _Unsaved(Table):
+    """Adds a forward pass of which nothing is saved to a table, under names of its own."""
+
+    def __init__(self, table: Table, prefix: str) -> None:
+        super().__init__()
+        self._table, self._prefix = table, prefix
+        self._alive: list[str] = []
+
+    def phase(self, name: str) -> None:
+        self._table.phase(self._prefix + name)
+
+    def add(self, name: str, component: str, count: Count, formula: str) -> None:
+        self._table.add(self._prefix + name, component, count, formula)
+        if component not in KEPT:
+            self._alive.append(name)
+
+    def kept(self, name: str, component: str, count: Count, formula: str) -> None:
+        self._table.kept(name, component, count, formula)
+
+    def free(self, *names: str) -> None:
+        self._alive = [name for name in self._alive if name not in names]
+        self._table.free(*(self._prefix + name for name in names))
+
+    def end(self, *spared: str) -> None:
+        """Frees all but these and what pool and caches keep."""
+        self.free(*(name for name in self._alive if name not in spared))
