@@ -28,6 +28,8 @@ SHIPPED: Final = Path(__file__).with_name("data") / "calibrations"
 LEVEL: Final = 0.99
 SMALL: Final = 64 * 1024
 """Errors are relative to the prediction and this many bytes, which small ones have by rounding alone."""
+ROUNDING: Final = 4096
+"""Added to every measured bound: buffers of a few hundred bytes that no plan lists."""
 UNMEASURED: Final = 0.05
 """Margin where nothing was measured: judgement."""
 OUTSIDE: Final = 2.0
@@ -120,10 +122,10 @@ class Bound(NamedTuple):
 
 def bound_of(
     calibration: Calibration | None, config: AttentionConfig, workload: Workload, predicted: int, *,
-    given: bool,
+    given: bool, device: str = "cpu",
 ) -> Bound:  # fmt: skip
-    """The bound of a prediction. `given`: the calibration was asked for, so that it is used even if it is
-    of another torch."""
+    """The bound of a prediction on a device. `given`: the calibration was asked for, so that it is used
+    even if it is of another torch or device."""
     if calibration is None:
         return Bound(
             math.ceil(predicted * (1 + UNMEASURED)),
@@ -131,8 +133,10 @@ def bound_of(
             ("no calibration of this device: all figures are predicted, the margin is judgement",),
         )
     notes = []
+    if calibration.device != device:
+        notes.append(f"the calibration is of {calibration.device}, the estimate for {device}")
     here = installed_torch()
-    if here is not None and here != calibration.torch:
+    if here is not None and _release(here) != _release(calibration.torch):
         if not given:
             note = f"calibrated with torch {calibration.torch}, torch {here} is installed: not used"
             bound = bound_of(None, config, workload, predicted, given=False)
@@ -147,7 +151,12 @@ def bound_of(
         said = "outside what was measured: a wider margin"
         notes.append(f"not among what was measured: {', '.join(outside)}")
     total = predicted + calibration.terms.overhead
-    return Bound(math.ceil(total + margin * (total + SMALL)), said, tuple(notes))
+    return Bound(math.ceil(total + margin * (total + SMALL)) + ROUNDING, said, tuple(notes))
+
+
+def _release(torch: str) -> str:
+    """2.13.0 of 2.13.0+cpu: builds of one release have the same kernels."""
+    return torch.partition("+")[0]
 
 
 def installed_torch() -> str | None:

@@ -64,7 +64,7 @@ def _on_cpu(runs: Sequence[Callable[[], object]], device: torch.device) -> list[
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     name = f"{__name__} {id(runs)}"
     # What `torch.profiler.profile` is made of; that one imports torch's compiler, which takes seconds.
-    with torch.autograd.profiler.profile(profile_memory=True, use_kineto=True, acc_events=True) as profile:
+    with torch.autograd.profiler.profile(profile_memory=True, use_kineto=True) as profile:
         for run in runs:
             with torch.autograd.profiler.record_function(name):
                 result = run()

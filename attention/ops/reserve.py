@@ -158,16 +158,30 @@ def dilated_extent(branches: Sequence[tuple[Count, Count]], shape: Shape) -> Ext
             # A segment's part in a tile, and its keys before.
             merges = most(merges, cut)
             kinds.append(kind._replace(keys=queries, whole=True))
-            behind = choose(length % tile == 0, keys - queries, keys - 1)
+            # Where tiles begin at multiples of a tile in every segment, the last of them may be short.
+            even = (length % tile == 0) | (length >= shape.seq)
+            tiles, last = least(length, shape.seq) // tile, shape.seq // tile * tile % length
+            behind = choose(even, ceil_div((tiles - 1) * tile, rate), keys - 1)
             kind = kind._replace(
-                name=f"branch {order + 1}, before", views=1, keys=most(behind, 1), exists=cut, later=queries
-            )
-        few = shape.pack_tokens(1)
-        split = (few < kind.keys) * (1 - inside)
-        merges = most(merges, split)
-        later = choose(split, views * queries, kind.later)
-        kinds.append(kind._replace(keys=choose(split, least(kind.keys, few), kind.keys), later=later))
+                name=f"branch {order + 1}, before", views=1, keys=most(behind, 1), later=queries,
+                exists=cut * choose(even, (tiles > 1) * 1, 1),
+            )  # fmt: skip
+            tail = kind._replace(
+                name=f"branch {order + 1}, last before", queries=most(ceil_div(shape.seq % tile, rate), 1),
+                keys=most(ceil_div(last, rate), 1), exists=cut * even * (shape.seq % tile > 0) * (last > 0),
+            )  # fmt: skip
+            kinds.append(_cut(tail._replace(later=tail.queries), shape, inside))
+        merges = most(merges, (shape.pack_tokens(1) < kind.keys) * (1 - inside) * kind.exists)
+        kinds.append(_cut(kind, shape, inside))
     return Extent(tile, tuple(kinds), merges, (0, 0))
+
+
+def _cut(kind: Kind, shape: Shape, inside: Count) -> Kind:
+    """The kind with its keys cut to what a kernel may copy, which whole segments are not."""
+    few = shape.pack_tokens(1)
+    split = (few < kind.keys) * (1 - inside)
+    later = choose(split, kind.views * kind.queries, kind.later)
+    return kind._replace(keys=choose(split, least(kind.keys, few), kind.keys), later=later)
 
 
 def forward_sizes(extent: Extent, shape: Shape, keeps_lse: bool) -> dict[str, Count]:

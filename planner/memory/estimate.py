@@ -90,11 +90,15 @@ def estimate(
     if device == "cpu":
         return _on_cpu(config, workload, calibration, threads)
     gpu = gpus.find(device) if isinstance(device, str) else device
+    given = calibration is not None
+    calibration = calibration or shipped(gpu.key)
+    if context_bytes is None and calibration is not None:
+        context_bytes = calibration.terms.context
     outside = device_share.device_lines(
         gpu.architecture, display=display, others_bytes=others_bytes, context_bytes=context_bytes
     )
     settings = AllocatorSettings.parse(allocator)
-    return _on_gpu(config, workload, gpu, calibration, settings, outside)
+    return _on_gpu(config, workload, gpu, calibration, settings, outside, given)
 
 
 def _on_cpu(
@@ -129,7 +133,7 @@ def _on_cpu(
 
 def _on_gpu(
     config: AttentionConfig, workload: Workload, gpu: gpus.Gpu, calibration: Calibration | None,
-    settings: AllocatorSettings, outside: tuple[device_share.Line, ...],
+    settings: AllocatorSettings, outside: tuple[device_share.Line, ...], given: bool,
 ) -> MemoryEstimate:  # fmt: skip
     _refuse_unfit(config, workload, gpu)
     machine: Machine = Cuda(gpu.capability)
@@ -141,9 +145,8 @@ def _on_gpu(
     context = int(device_share.total(outside))
     cap = smallest_cap(events, settings)
     bound = bound_of(
-        calibration or shipped(gpu.key), config, workload, found.peak_reserved + context,
-        given=calibration is not None,
-    )  # fmt: skip
+        calibration, config, workload, found.peak_reserved + context, given=given, device=gpu.key
+    )
     components = plan.components(at)
     components["workspace"] = components.get("workspace", 0) + int(device_share.total(libraries))
     components["context"] = context

@@ -14,6 +14,7 @@ from planner import calibration
 from planner.calibration import (
     LEVEL,
     OUTSIDE,
+    ROUNDING,
     SMALL,
     UNMEASURED,
     Calibration,
@@ -96,14 +97,14 @@ def test_inside_what_was_measured_it_is_the_conformal_error():
     found = made(terms=Terms(overhead=500))
     bound = bound_of(found, DENSE, Workload(seq=64), 10**6, given=False)
     error, _ = conformal(ERRORS)
-    assert bound.upper == math.ceil(10**6 + 500 + error * (10**6 + 500 + SMALL))
+    assert bound.upper == math.ceil(10**6 + 500 + error * (10**6 + 500 + SMALL)) + ROUNDING
     assert "99.0% of 200 held-out runs" in bound.confidence
     assert bound.notes == ()
 
 
 def test_errors_that_are_all_below_zero_do_not_lower_it():
     bound = bound_of(made(errors=(-0.5, -0.4)), DENSE, Workload(seq=64), 1000, given=False)
-    assert bound.upper == 1000
+    assert bound.upper == 1000 + ROUNDING
     assert "66.7% of 2 held-out runs" in bound.confidence
 
 
@@ -125,9 +126,19 @@ def test_outside_what_was_measured_the_margin_is_wider_and_a_note_says_why(confi
     asked = Workload(**({"seq": 16384} | workload))
     inside = bound_of(found, DENSE, Workload(seq=16384), 10**9, given=False)
     bound = bound_of(found, config, asked, 10**9, given=False)
-    assert bound.upper - 10**9 >= OUTSIDE * (inside.upper - 10**9)
+    assert bound.upper - ROUNDING - 10**9 >= OUTSIDE * (inside.upper - ROUNDING - 10**9)
     assert "outside what was measured" in bound.confidence
     assert [said in note for note in bound.notes] == [True]
+
+
+def test_of_another_device_a_note_says_so():
+    bound = bound_of(made(), DENSE, Workload(seq=64), 10**6, given=True, device="gtx1080")
+    assert "the calibration is of cpu, the estimate for gtx1080" in bound.notes
+
+
+def test_builds_of_one_release_are_the_same_torch(monkeypatch):
+    monkeypatch.setattr(calibration, "installed_torch", lambda: "2.13.0+cu126")
+    assert bound_of(made(), DENSE, Workload(seq=64), 10**6, given=False).notes == ()
 
 
 def test_of_another_torch_it_is_used_only_when_asked_for(monkeypatch):
