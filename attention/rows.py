@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from functools import reduce
 from typing import NamedTuple
 
-from attention.config import AttentionConfig
+from attention.config import AttentionConfig, PatternType
 from attention.counts import Count, ceil_div, choose, floor, lcm, least, most
 
 
@@ -39,16 +39,26 @@ def rows_of(config: AttentionConfig, seq: int, causal: bool) -> Rows:
     """Of the layout of a block_sparse config, or of an adaptive one's choice."""
     pattern = config.pattern
     assert pattern is not None
-    size = pattern.block_size
-    blocks = -(-seq // size)
     if config.variant == "adaptive":
-        return chosen_rows(size, least(row_blocks(pattern.sparsity_ratio, blocks), blocks))
-    if pattern.pattern_type == "dilated_sparse":
-        lengths, rates = zip(*config.branches, strict=True)
-        budget = row_blocks(pattern.sparsity_ratio, blocks)
-        return dilated_sparse_rows(size, blocks, budget, [n // size for n in lengths], rates, causal)
-    shared = pattern.global_tokens if pattern.pattern_type == "global_local" else 0
-    return window_rows(size, blocks, pattern.local_window_size, shared, causal)
+        blocks = ceil_div(seq, pattern.block_size)
+        return chosen_rows(pattern.block_size, row_blocks(pattern.sparsity_ratio, blocks))
+    return pattern_rows(
+        pattern.pattern_type, pattern.block_size, seq, causal, window=pattern.local_window_size,
+        global_tokens=pattern.global_tokens, ratio=pattern.sparsity_ratio,
+        lengths=config.segment_lengths, rates=config.dilation_rates,
+    )  # fmt: skip
+
+
+def pattern_rows(
+    kind: PatternType | None, size: Count, seq: Count, causal: bool, *, window: Count, global_tokens: Count,
+    ratio: float, lengths: Sequence[Count], rates: Sequence[Count],
+) -> Rows:  # fmt: skip
+    """Of a block_sparse pattern by its fields, of which it reads its own. Lengths are in tokens."""
+    blocks = ceil_div(seq, size)
+    if kind == "dilated_sparse":
+        in_blocks = [length // size for length in lengths]
+        return dilated_sparse_rows(size, blocks, row_blocks(ratio, blocks), in_blocks, rates, causal)
+    return window_rows(size, blocks, window, global_tokens if kind == "global_local" else 0, causal)
 
 
 def row_blocks(ratio: float, blocks: Count) -> Count:

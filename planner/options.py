@@ -5,6 +5,7 @@ A builder's parameters are the options; `planner.cli` gives them to each command
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NewType
@@ -66,24 +67,15 @@ AnyLength = NewType("AnyLength", Workload)
 """A workload whose length is for the command to fill in."""
 
 
-def build_any_length(
-    *,
-    batch: Batch = 1,
-    heads: Heads = 8,
-    kv_heads: KvHeads = None,
-    head_dim: HeadDim = 64,
-    dtype: OfDtype = "float16",
-    mode: OfMode = "inference",
-    causal: Causal = False,
-    weights: Weights = False,
-) -> AnyLength:
-    """The workload that these options describe, of one token."""
-    return AnyLength(
-        build_workload(
-            seq="1", batch=batch, heads=heads, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype, mode=mode,
-            causal=causal, weights=weights,
-        )
-    )  # fmt: skip
+def build_any_length(**given: Any) -> AnyLength:
+    """The workload that these options describe, of one token. Takes what `build_workload` does, but `seq`."""
+    return AnyLength(build_workload(seq="1", **given))
+
+
+_with_seq = inspect.signature(build_workload, eval_str=True)
+build_any_length.__signature__ = _with_seq.replace(  # type: ignore[attr-defined]
+    parameters=[option for name, option in _with_seq.parameters.items() if name != "seq"]
+)
 
 
 @dataclass(frozen=True)

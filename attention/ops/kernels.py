@@ -48,8 +48,7 @@ def lse_dtype(dtype: torch.dtype) -> torch.dtype:
 @cache
 def matrix_unit(dtype: torch.dtype) -> bool:
     """Whether this machine's CPU multiplies 16-bit matrices of this type in a unit of its own (AMX).
-    There the kernel copies keys and values into that unit's order, and batched products are faster than
-    its backward; elsewhere 16-bit products run at a fraction of the rate of single precision."""
+    There the forward kernel copies keys and values into that unit's order."""
     test = {torch.bfloat16: "_is_amx_tile_supported", torch.float16: "_is_amx_fp16_supported"}.get(dtype)
     return test is not None and bool(getattr(torch.cpu, test, lambda: False)())
 

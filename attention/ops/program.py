@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from attention.counts import Count, choose, floor_power_of_two, least, most
@@ -293,15 +292,11 @@ class Shape(NamedTuple):
         few = most(least(2 * self.chunk * self.heads // (heads * (2 * keys + queries)), limit // keys), 1)
         return choose(width < keys, 1, least(few, views)), width
 
-    def key_ranges(self, keys: Span, tail: int = 1) -> tuple[Span, ...]:
-        """The span's keys, cut so that what a kernel copies of each part fits `pack_bytes`. The last part
-        has at least `tail` keys."""
+    def key_ranges(self, keys: Span) -> tuple[Span, ...]:
+        """The span's keys, cut so that what a kernel copies of each part fits `pack_bytes`."""
         limit = self.pack_tokens(keys.batch)
-        if keys.length <= limit:
-            return (keys,) if keys.length else ()
-        last = max(keys.length - max(limit, tail), 0)
-        edges = [*range(0, last, limit), last, keys.length]
-        return tuple(keys.cut(begin, end) for begin, end in pairwise(edges) if end > begin)
+        starts = range(0, keys.length, limit)
+        return tuple(keys.cut(begin, min(begin + limit, keys.length)) for begin in starts)
 
     def within(self, branches: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
         """The branches with lengths and rates that this sequence can tell apart: a segment longer than

@@ -41,8 +41,8 @@ class Kind(NamedTuple):
     exists: Count = 1
     dense: Count = 0
     """1 if the queries of all views and heads together lie in memory as [N, T, H, D], else 0."""
-    distinct: Count = 0
-    """Of a gather: rows of all keys that there are."""
+    masked: Count = 0
+    """Rows of the additive mask that its calls may have, 0 for none."""
     own: bool = False
     """Of a gather: whether every head has lists of its own."""
     moves: bool = False
@@ -89,19 +89,19 @@ def sparse_extent(rows: Rows, shape: Shape) -> Extent:
     # Of a wide tile's calls the first has all rows, the others at most half.
     halves = choose(wide, least(ceil_div(together, 2) * size, tile), 0)
     too_long = (shape.pack_tokens(1) < keys) * long_queries
-    blocks = ceil_div(shape.seq, size)
-    differ = blocks * size * group
+    masks = queries * (masked > 0)
+    hidden = together * queries * (shape.heads if rows.own else 1) * (short > 0)
     dense = (shape.heads == group) * 1
     lists = Kind(
         "lists", heads=shape.heads if rows.own else group, views=together, queries=queries,
         keys=least(listed, shape.full_blocks(size)) * size, unit=size, gathers=True,
-        exists=(rows.lists > 0) * 1, dense=1 if rows.own else dense, distinct=differ,
+        exists=(rows.lists > 0) * 1, dense=1 if rows.own else dense, masked=masks if shape.causal else hidden,
         own=rows.own, moves=rows.moves,
         later=together * queries * most(cut, (listed < rows.lists) * 1),
     )  # fmt: skip
     single = Kind(
         "view", heads=group, views=1, queries=queries, keys=least(longest, shape.pack_tokens(1)),
-        exists=adjacent, dense=dense, later=queries * split,
+        exists=adjacent, dense=dense, masked=masks, later=queries * split,
     )  # fmt: skip
     kinds = (
         single,
@@ -260,7 +260,7 @@ def backward_sizes(extent: Extent, shape: Shape) -> dict[str, Count]:
         if kind.gathers:
             held = piece.column * kind.heads * kind.exists
             listed, slabs = most(listed, held), most(slabs, kind.exists)
-            differ = least(held, kind.distinct)
+            differ = least(held, up(shape.seq, kind.unit) * shape.kv_heads)
             if kind.moves:
                 blocks = piece.column // kind.views // kind.unit + kind.views - 1
                 differ = least(differ, blocks * kind.unit * kind.heads)

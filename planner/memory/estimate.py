@@ -111,9 +111,11 @@ def _on_cpu(
         machine = Cpu(threads, machine.units, workload.dtype)
     plan = plan_of(config, workload, machine)
     at, allocated = plan.peak()
-    bound = bound_of(
-        calibration or shipped("cpu"), config, workload, allocated, given=calibration is not None
-    )
+    found = calibration or shipped("cpu")
+    if calibration is None and found is not None and workload.dtype in machine.units:
+        # This dtype runs in a unit that the calibrated CPU may not have: its kernel copies keys and values.
+        found = found if "AMX" in (found.capability or "") else None
+    bound = bound_of(found, config, workload, allocated, given=calibration is not None)
     return MemoryEstimate(
         config=config,
         workload=workload,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from attention.counts import Count, up
+from attention.counts import Count, most, somewhere, up
 from planner.memory import cpu_kernels, device
 
 
@@ -23,7 +23,8 @@ class Call(NamedTuple):
     causal: bool = False
     dense: Count = 0
     """1 if the gradient of out lies in memory as [N, T, H, D], else 0."""
-    biased: bool = False
+    masked: Count = 0
+    """Rows of an additive mask [rows, K], 0 for none."""
 
 
 class Bytes(NamedTuple):
@@ -90,35 +91,55 @@ def this_cpu(dtype: str = "float32") -> Cpu:
     return Cpu(int(given) if given.isdigit() and int(given) else cores, frozenset(units), dtype)
 
 
+FLASH_CHANNELS = 256
+"""The most that flash attention takes."""
+
+
+def _mask_copy(kernel: device.Kernel, call: Call) -> Count:
+    """The mask with rows as the efficient kernel wants them; see `attention.ops.kernels._aligned`."""
+    return call.masked * up(call.keys, 8) * call.itemsize if kernel == "efficient" else 0
+
+
 @dataclass(frozen=True)
 class Cuda:
     """An NVIDIA GPU."""
 
     capability: tuple[int, int]
 
-    def kernel(self, call: Call) -> device.Kernel:
-        """As `attention.ops.kernels.choose` has it."""
+    def kernels(self, call: Call) -> tuple[device.Kernel, ...]:
+        """Those that calls of this size run on, as `attention.ops.kernels.choose` has it; the second only
+        those with an additive mask, which flash does not take."""
         if call.itemsize == 8:
-            return "plain"
-        flash = self.capability >= (8, 0) and not call.biased and call.itemsize == 2
-        return "flash" if flash else "efficient"
+            return ("plain",)
+        if self.capability < (8, 0) or call.itemsize != 2 or call.head_dim > FLASH_CHANNELS:
+            return ("efficient",)
+        return ("flash", "efficient") if somewhere(call.masked > 0) else ("flash",)
 
     def forward(self, call: Call) -> Bytes:
-        lines = device.forward_lines(
-            self.kernel(call), batch=call.views, heads=call.heads, queries=call.queries, keys=call.keys,
-            head_dim=up(call.head_dim, 8), itemsize=call.itemsize,
-        )  # fmt: skip
-        result = call.views * call.heads * call.queries * call.head_dim * call.itemsize + lines[0].bytes
-        return Bytes(result, device.total(lines[1:]))
+        out = call.views * call.heads * call.queries * call.head_dim * call.itemsize
+        results, scratch = [], []
+        for number, kernel in enumerate(self.kernels(call)):
+            lines = device.forward_lines(
+                kernel, batch=call.views, heads=call.heads, queries=call.queries, keys=call.keys,
+                head_dim=up(call.head_dim, 8), itemsize=call.itemsize,
+            )  # fmt: skip
+            applies = 1 if number == 0 else (call.masked > 0) * 1
+            results.append((out + lines[0].bytes) * applies)
+            scratch.append((device.total(lines[1:]) + _mask_copy(kernel, call)) * applies)
+        return Bytes(most(*results), most(*scratch))
 
     def backward(self, call: Call) -> Bytes:
-        kernel, dim = self.kernel(call), up(call.head_dim, 8)
-        lines = device.backward_lines(
-            kernel, batch=call.views, heads=call.heads, kv_heads=call.heads, queries=call.queries,
-            keys=call.keys, head_dim=dim, itemsize=call.itemsize, capability=self.capability,
-        )  # fmt: skip
+        dim = up(call.head_dim, 8)
+        scratch = []
+        for number, kernel in enumerate(self.kernels(call)):
+            lines = device.backward_lines(
+                kernel, batch=call.views, heads=call.heads, kv_heads=call.heads, queries=call.queries,
+                keys=call.keys, head_dim=dim, itemsize=call.itemsize, capability=self.capability,
+            )  # fmt: skip
+            applies = 1 if number == 0 else (call.masked > 0) * 1
+            scratch.append((device.total(lines) + _mask_copy(kernel, call)) * applies)
         result = call.views * call.heads * (call.queries + 2 * call.keys) * dim * call.itemsize
-        return Bytes(result, device.total(lines))
+        return Bytes(result, most(*scratch))
 
     def flex(self, call: Call) -> Bytes:
         sizes = {

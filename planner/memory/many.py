@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attention.config import MIB, Backend, MultiheadConfig, PatternType, Switch, Variant
-from attention.counts import Count, least, most
+from attention.counts import Count, ceil_div, least, most
 from attention.errors import ConfigError
-from attention.rows import Rows, dilated_sparse_rows, row_blocks, window_rows
+from attention.rows import Rows, pattern_rows, row_blocks
 from planner.memory import plans, plans_adaptive, plans_multihead
 from planner.memory.configured import UNBOUNDED, goes_flex, sized
 from planner.memory.kernels import Machine
@@ -169,9 +169,8 @@ def _dilated(table: Table, case: plans.Case, columns: Columns) -> None:
 
 def _adaptive(table: Table, case: plans.Case, columns: Columns) -> None:
     size: Any = columns.block_size
-    blocks = -(-case.shape.seq // size)
     ratio: Any = columns.sparsity_ratio
-    kept = least(row_blocks(ratio, blocks), blocks)
+    kept = row_blocks(ratio, ceil_div(case.shape.seq, size))
     plans_adaptive.adaptive(table, case, plans_adaptive.scorer_of(case, size, kept, columns.score_dim))
 
 
@@ -192,14 +191,9 @@ def _within(case: plans.Case, columns: Columns) -> list[tuple[Count, Count]]:
 
 
 def _rows(case: plans.Case, columns: Columns) -> Rows:
-    """As `attention.rows.rows_of` has it."""
-    size: Any = columns.block_size
-    blocks, causal = -(-case.shape.seq // size), case.shape.causal
-    if columns.pattern_type == "dilated_sparse":
-        lengths: Any = [length // size for length in columns.lengths]
-        rates: Any = columns.rates
-        ratio: Any = columns.sparsity_ratio
-        budget = row_blocks(ratio, blocks)
-        return dilated_sparse_rows(size, blocks, budget, lengths, rates, causal)
-    shared = columns.global_tokens if columns.pattern_type == "global_local" else 0
-    return window_rows(size, blocks, columns.window, shared, causal)  # type: ignore[arg-type]
+    given: Any = columns
+    return pattern_rows(
+        columns.pattern_type, given.block_size, case.shape.seq, case.shape.causal, window=given.window,
+        global_tokens=given.global_tokens, ratio=given.sparsity_ratio, lengths=given.lengths,
+        rates=given.rates,
+    )  # fmt: skip

@@ -5,7 +5,7 @@ Bytes are ints, or NumPy arrays for many candidates at once. The peak is the lar
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from attention.counts import Count
@@ -17,7 +17,7 @@ COMPONENTS: Final = (
     "qkv", "output", "gradients", "parameters", "saved_for_backward", "weights", "sparse_indices", "masks",
     "pattern_cache", "memory_pool", "workspace", "temp_buffers", "comm_buffers", "ring", "context",
 )  # fmt: skip
-"""The families of the breakdown, as ../docs/design.md words them, in the order in which they are shown."""
+"""The families of the breakdown, as docs/design.md words them, in the order in which they are shown."""
 
 START: Final = "inputs"
 """The phase in which only inputs and parameters are there."""
@@ -123,11 +123,3 @@ class Table:
             if not (type(count) is int and count == 0)
         )
         return Plan(phases, tuple(buffers))
-
-
-def total(lines: Iterable[Buffer]) -> Count:
-    """Bytes of all lines together."""
-    found: Count = 0
-    for line in lines:
-        found = found + line.bytes
-    return found

@@ -281,7 +281,7 @@ def _call(kind: Kind, views: Count, keys: Count, shape: Shape, itemsize: int | N
     # A kind that does not exist may have no queries; a kernel has some.
     return Call(
         views, kind.heads, most(kind.queries, 1), keys, shape.head_dim, itemsize or shape.itemsize,
-        causal=kind.whole, dense=kind.dense,
+        causal=kind.whole, dense=kind.dense, masked=kind.masked,
     )  # fmt: skip
 
 
@@ -295,9 +295,8 @@ def flex(table: Table, case: Case, rows: Rows, blocks: Count) -> None:
     partial and full, a row as wide as the widest; see `attention/ops/flex.py`."""
     shape, e = case.shape, case.shape.itemsize
     widest = most(rows.span, rows.lists)
-    partial = 1
     by_keys = choose(rows.moves * (rows.lists > 0), blocks, widest)  # everyone attends to a global block
-    lists = 4 * blocks * (4 + 2 * partial + widest + by_keys)
+    lists = 4 * blocks * (6 + widest + by_keys)  # partial blocks: one a row
     call = Call(case.batch, shape.heads, shape.seq, shape.seq, shape.head_dim, e)
     found = case.machine.flex(call)
     table.phase("forward")

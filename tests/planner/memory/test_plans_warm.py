@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import statistics
-from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -24,15 +23,6 @@ from planner.workload import Workload
 CASES = 12
 SLACK = 4096
 """Bytes that a plan may be off whatever the peak."""
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Many small calls, which more threads only slow down."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def machine(dtype: str) -> Cpu:
