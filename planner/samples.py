@@ -34,8 +34,6 @@ KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
 PLAIN: Final[tuple[Kind, ...]] = KINDS[:5]
 """Those without parts of their own beside the attention."""
 SPARSE: Final[tuple[Kind, ...]] = KINDS[2:5]
-PLANNED: Final[tuple[Kind, ...]] = PLAIN
-"""Those that the memory model knows."""
 
 WORK: Final = 1 << 31
 """Pairs x channels: a second or so on two cores, all of a measurement's calls together."""
@@ -64,7 +62,7 @@ def samples(
     work: float = WORK,
     floor_bytes: int = FLOOR_BYTES,
     steps: float = STEPS,
-    kinds: Sequence[Kind] = PLANNED,
+    kinds: Sequence[Kind] = KINDS,
 ) -> Iterator[Sample]:
     """Samples without end, the kinds in turn; sequences of `shortest` to `longest` tokens.
 
@@ -249,4 +247,4 @@ def _one(rng: random.Random, values: tuple[T, ...]) -> T:
     return rng.choice(values)
 
 
-__all__ = ["KINDS", "PLAIN", "PLANNED", "Kind", "Sample", "active_pairs", "samples", "steps_of", "work_of"]
+__all__ = ["KINDS", "PLAIN", "Kind", "Sample", "active_pairs", "samples", "steps_of", "work_of"]

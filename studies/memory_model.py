@@ -24,7 +24,7 @@ from attention.pool import buffers_for
 from planner._trial import _call
 from planner.batch import Batch
 from planner.memory.estimate import estimate
-from planner.samples import PLANNED, Sample, samples
+from planner.samples import KINDS, Sample, samples
 from studies.records import Row, Step, at_least_one, collect, markdown
 
 COMMAND = "python -m studies.memory_model"
@@ -185,7 +185,7 @@ def steps(cases: int, longest: int, batch: Batch) -> list[Step]:
     """The study's cases; `batch` measures them."""
     found = islice(samples(SEED, longest=longest), cases)
     return [
-        (f"{n} {PLANNED[n % len(PLANNED)]}", partial(case_row, PLANNED[n % len(PLANNED)], sample, batch))
+        (f"{n} {KINDS[n % len(KINDS)]}", partial(case_row, KINDS[n % len(KINDS)], sample, batch))
         for n, sample in enumerate(found)
     ]
 

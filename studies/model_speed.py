@@ -20,9 +20,10 @@ import numpy as np
 
 from attention.config import AttentionConfig, PatternType, SparsePatternConfig
 from planner import gpus
+from planner.columns import Columns, Ints
 from planner.memory.estimate import estimate
 from planner.memory.kernels import Cuda
-from planner.memory.many import Columns, Ints, peaks
+from planner.memory.many import peaks
 from planner.workload import Mode, Workload
 
 COMMAND = "python -m studies.model_speed"

@@ -6,17 +6,16 @@ peaks(columns, workload, machine)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
-from typing import Any, Final, TypeAlias
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Final
 
 import numpy as np
-from numpy.typing import NDArray
 
-from attention.config import MIB, Backend, MultiheadConfig, PatternType, Switch, Variant
 from attention.counts import Count, ceil_div, least, most
 from attention.errors import ConfigError
 from attention.rows import Rows, pattern_rows, row_blocks
+from planner.columns import Columns, Ints
 from planner.memory import plans, plans_adaptive, plans_multihead
 from planner.memory.configured import UNBOUNDED, goes_flex, sized
 from planner.memory.kernels import Machine
@@ -25,72 +24,6 @@ from planner.workload import Workload
 
 AT_ONCE: Final = 8192
 """Candidates that are evaluated together: few enough that a plan's arrays stay in the cache."""
-
-Ints = NDArray[np.int64]
-Column: TypeAlias = int | Ints
-"""The same for all candidates, or one each."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Columns:
-    """Candidates of one kind, column by column; what each column means is in `AttentionConfig`.
-
-    A column that the variant or the pattern does not read is not looked at. Values are taken as checked:
-    they are what configs could have.
-    """
-
-    variant: Variant
-    pattern_type: PatternType | None = None
-    """Of block_sparse."""
-    seq: Column = 0
-    block_size: Column = 1
-    window: Column = 0
-    """`local_window_size`."""
-    global_tokens: Column = 0
-    sparsity_ratio: float | NDArray[np.float64] = 1.0
-    lengths: tuple[Column, ...] = ()
-    """Segment lengths, a column a branch."""
-    rates: tuple[Column, ...] = ()
-    """Dilation rates, a column a branch; no candidate's falls from one branch to the next."""
-    workspace: Column = 16 * MIB
-    """`workspace_bytes`."""
-    backend: Backend = "auto"
-    pool: Switch = "auto"
-    pool_bytes: int | None = None
-    score_dim: int | None = None
-    """Of adaptive: the scorer's, in which head_dim is the workload's."""
-    multihead: MultiheadConfig | None = None
-    """Its heads and channels are the workload's."""
-    cache_entries: int = 100
-    cache_bytes: int = 64 * MIB
-
-    def __post_init__(self) -> None:
-        sizes = {column.size for column in self._arrays()}
-        if len(sizes) > 1:
-            raise ConfigError(f"columns must be equally long, got {sorted(sizes)} candidates")
-        if len(self.lengths) != len(self.rates):
-            raise ConfigError(f"got {len(self.lengths)} columns of lengths and {len(self.rates)} of rates")
-
-    def __len__(self) -> int:
-        """Candidates; 1 if no column is an array."""
-        return next((column.size for column in self._arrays()), 1)
-
-    def take(self, which: slice | Ints) -> Columns:
-        """Some of the candidates."""
-
-        def some(value: Any) -> Any:
-            if isinstance(value, tuple):
-                return tuple(map(some, value))
-            return value[which] if isinstance(value, np.ndarray) else value
-
-        return replace(self, **{field.name: some(getattr(self, field.name)) for field in fields(self)})
-
-    def _arrays(self) -> Iterator[NDArray[Any]]:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            for column in value if isinstance(value, tuple) else (value,):
-                if isinstance(column, np.ndarray):
-                    yield column
 
 
 def peaks(columns: Columns, workload: Workload, machine: Machine) -> Ints:

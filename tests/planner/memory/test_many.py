@@ -5,13 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from attention.config import AdaptiveConfig, AttentionConfig, MultiheadConfig, SparsePatternConfig
+from attention.config import AttentionConfig, MultiheadConfig, SparsePatternConfig
 from attention.errors import ConfigError
 from attention.layout import row_budget
 from attention.rows import row_blocks
+from planner.columns import Columns
 from planner.memory.configured import plan_of
 from planner.memory.kernels import Cpu, Cuda
-from planner.memory.many import AT_ONCE, Columns, peaks
+from planner.memory.many import AT_ONCE, peaks
 from planner.workload import Workload
 
 PATTERNS = ["local_window", "global_local"]
@@ -56,43 +57,11 @@ def candidates(random, variant, pattern, branches, n=AT_A_TIME, **fields) -> Col
     return Columns(variant, pattern, lengths=tuple(lengths), rates=tuple(rates), **columns)
 
 
-def config_of(columns: Columns, at: int, heads: int, head_dim: int) -> AttentionConfig:
-    """The config of one candidate."""
-
-    def value(column):
-        return column[at].item() if isinstance(column, np.ndarray) else column
-
-    parts = {}
-    if columns.variant in ("block_sparse", "adaptive"):
-        parts["pattern"] = SparsePatternConfig(
-            pattern_type=columns.pattern_type or "dilated_sparse",
-            block_size=value(columns.block_size),
-            local_window_size=value(columns.window),
-            global_tokens=value(columns.global_tokens),
-            sparsity_ratio=value(columns.sparsity_ratio),
-        )
-    if columns.variant == "adaptive":
-        parts["adaptive"] = AdaptiveConfig(num_heads=heads, head_dim=head_dim, score_dim=columns.score_dim)
-    return AttentionConfig(
-        variant=columns.variant,
-        segment_lengths=tuple(map(value, columns.lengths)),
-        dilation_rates=tuple(map(value, columns.rates)),
-        workspace_bytes=value(columns.workspace),
-        backend=columns.backend,
-        pool=columns.pool,
-        pool_bytes=columns.pool_bytes,
-        multihead=columns.multihead,
-        cache_entries=columns.cache_entries,
-        cache_bytes=columns.cache_bytes,
-        **parts,
-    )
-
-
 def check(columns: Columns, workload: Workload, machine) -> None:
     found = peaks(columns, workload, machine)
     assert found.dtype == np.int64
     for at, peak in enumerate(found):
-        config = config_of(columns, at, workload.heads, workload.head_dim)
+        config = columns.config(at, workload)
         seq = columns.seq[at].item() if isinstance(columns.seq, np.ndarray) else columns.seq
         one = plan_of(config, workload.model_copy(update={"seq": seq}), machine)
         assert one.peak()[1] == peak, (config, seq)
@@ -148,14 +117,9 @@ def test_no_arrays_are_one_candidate():
     check(Columns("dense", seq=4096), Workload(seq=1), Cuda((8, 0)))
 
 
-def test_refusals():
-    one, two = np.array([1]), np.array([1, 2])
-    with pytest.raises(ConfigError, match="equally long"):
-        Columns("dense", seq=one, workspace=two)
-    with pytest.raises(ConfigError, match="1 columns of lengths and 0 of rates"):
-        Columns("dilated", seq=one, lengths=(one,))
+def test_weights_are_refused():
     with pytest.raises(ConfigError, match="one config at a time"):
-        peaks(Columns("dense", seq=one), Workload(seq=1, weights=True), Cuda((8, 0)))
+        peaks(Columns("dense", seq=np.array([1])), Workload(seq=1, weights=True), Cuda((8, 0)))
 
 
 def test_budgets_of_rows_are_rounded_alike_one_by_one_and_together():
