@@ -29,6 +29,8 @@ class Rows(NamedTuple):
     """Most consecutive rows that see the same adjacent blocks."""
     slides: Count
     """1 if rows follow each other whose adjacent blocks move on by one, else 0."""
+    many: Count = 1 << 62
+    """Most rows that are lists."""
     own: bool = False
     """Whether every head has lists of its own."""
     moves: bool = False
@@ -83,6 +85,7 @@ def window_rows(size: Count, blocks: Count, window: Count, global_tokens: Count,
             lists=(shared + reach + 1) * apart,
             alike=1 + 0 * blocks,
             slides=(shared == 0) * (blocks - reach >= 2),
+            many=most(blocks - 1 - shared - reach, 0),
             moves=True,
         )
     full = 2 * reach + 1
@@ -95,6 +98,7 @@ def window_rows(size: Count, blocks: Count, window: Count, global_tokens: Count,
         lists=(shared + least(full, blocks - shared - 1)) * apart,
         alike=most(everything, 1),
         slides=(shared == 0) * (blocks - 2 * reach >= 2),
+        many=most(blocks - 1 - shared - reach, 0),
         moves=True,
     )
 

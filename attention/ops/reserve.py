@@ -84,20 +84,25 @@ def sparse_extent(rows: Rows, shape: Shape) -> Extent:
     # The last block may be short, and under a causal mask be the one whose row is the widest.
     short = shape.seq % size
     tail_keys = _longest(rows.span, masked, shape.seq, size) if shape.causal else keys
-    listed = shape.list_blocks(rows)
+    wanted = (
+        most(least(rows.lists, masked), rows.lists - most(masked, 1), 1)
+        if shape.causal
+        else most(rows.lists, 1)
+    )
+    listed, at_once = shape.list_blocks(rows), least(together, most(rows.many, 1))
     long_queries = least(most(rows.alike * size, tile * wide), tile)
     # Of a wide tile's calls the first has all rows, the others at most half.
     halves = choose(wide, least(ceil_div(together, 2) * size, tile), 0)
     too_long = (shape.pack_tokens(1) < keys) * long_queries
     masks = queries * (masked > 0)
-    hidden = together * queries * (shape.heads if rows.own else 1) * (short > 0)
+    hidden = at_once * queries * (shape.heads if rows.own else 1) * (short > 0)
     dense = (shape.heads == group) * 1
     lists = Kind(
-        "lists", heads=shape.heads if rows.own else group, views=together, queries=queries,
-        keys=least(listed, shape.full_blocks(size)) * size, unit=size, gathers=True,
+        "lists", heads=shape.heads if rows.own else group, views=at_once, queries=queries,
+        keys=least(listed, wanted, shape.full_blocks(size)) * size, unit=size, gathers=True,
         exists=(rows.lists > 0) * 1, dense=1 if rows.own else dense, masked=masks if shape.causal else hidden,
         own=rows.own, moves=rows.moves,
-        later=together * queries * most(cut, (listed < rows.lists) * 1),
+        later=at_once * queries * most(cut, (listed < rows.lists) * 1),
     )  # fmt: skip
     single = Kind(
         "view", heads=group, views=1, queries=queries, keys=least(longest, shape.pack_tokens(1)),
@@ -119,7 +124,7 @@ def sparse_extent(rows: Rows, shape: Shape) -> Extent:
         ),
         lists,
         lists._replace(
-            name="last list", views=1, queries=most(short, 1), keys=listed * size,
+            name="last list", views=1, queries=most(short, 1), keys=least(listed, wanted) * size,
             exists=lists.exists * (short > 0) * shape.causal,
         ),
         Kind(
