@@ -110,7 +110,7 @@ def count_active(config: AttentionConfig, seq: int, causal: bool, *, block_size:
     if not _is_dilated_sparse(config):
         start, stop = _spans(config, seq, size, blocks, causal)
         return int((stop - start).sum())
-    branches, budget = _Branches.of(config, blocks, causal), row_budget(config, seq)
+    branches, budget = Branches.of(config, blocks, causal), row_budget(config, seq)
     return sum(repeats * int(branches.kept(rows, budget).sum()) for rows, repeats in branches.distinct_rows())
 
 
@@ -224,7 +224,7 @@ def _ranges(start: Ints, stop: Ints, blocks: int) -> Columns:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Branches:
+class Branches:
     """The branches of a dilated_sparse pattern over `blocks` blocks, as arrays [T, 1].
 
     Branch t offers row i the offsets d != 0 that keep its segment and are multiples of its rate,
@@ -240,7 +240,7 @@ class _Branches:
     causal: bool
 
     @classmethod
-    def of(cls, config: AttentionConfig, blocks: int, causal: bool) -> _Branches:
+    def of(cls, config: AttentionConfig, blocks: int, causal: bool) -> Branches:
         size = _pattern(config).block_size
         # A repeated branch offers nothing that its first copy has not offered just before.
         unique = dict.fromkeys((min(s // size, blocks), min(r, blocks)) for s, r in config.branches)
@@ -321,7 +321,7 @@ def _union_size(sets: Iterable[tuple[int, Ints, Ints]], rows: int) -> Ints:
 
 def _dilated_sparse(config: AttentionConfig, seq: int, blocks: int, causal: bool) -> tuple[Ints, Columns]:
     """(counts [blocks], cols) of the dilated_sparse pattern."""
-    branches, budget = _Branches.of(config, blocks, causal), row_budget(config, seq)
+    branches, budget = Branches.of(config, blocks, causal), row_budget(config, seq)
     parts = [(rows, repeats, branches.kept(rows, budget)) for rows, repeats in branches.distinct_rows()]
     counts = np.concatenate([np.tile(kept, repeats) for _, repeats, kept in parts])
     cols: Columns = np.empty(int(counts.sum()), column_dtype(blocks))
@@ -336,7 +336,7 @@ def _dilated_sparse(config: AttentionConfig, seq: int, blocks: int, causal: bool
     return counts, cols
 
 
-def _write_rows(out: Columns, rows: Ints, kept: Ints, branches: _Branches, reach: tuple[Ints, Ints]) -> None:
+def _write_rows(out: Columns, rows: Ints, kept: Ints, branches: Branches, reach: tuple[Ints, Ints]) -> None:
     """Fill `out` [sum of kept] with the columns of `rows`, ascending in each, from their reach [T, rows]."""
     rates, pointers = branches.rates, _pointers(kept)
     widest = sum((side.max(axis=1, initial=0, keepdims=True) // rates).sum() for side in reach) + 1

@@ -51,13 +51,14 @@ class Batch:
     """Measures one run after the other; a context manager, whose end ends the server."""
 
     def __init__(
-        self, device: Device = "cpu", *, timeout: float = 120, runs: int = 1, threads: int | None = None
-    ) -> None:
+        self, device: Device = "cpu", *, timeout: float = 120, runs: int = 1, threads: int | None = None,
+        memory: bool = True,
+    ) -> None:  # fmt: skip
         """`timeout`: seconds for each run. The rest as in `planner.measure`, with its errors."""
         _check_arguments(device, timeout, runs, threads, None)
         _check_device(device, None)
         self._task = {
-            "device": device, "runs": runs, "threads": threads, "memory": True, "cap_bytes": None,
+            "device": device, "runs": runs, "threads": threads, "memory": memory, "cap_bytes": None,
             "seconds": timeout,
         }  # fmt: skip
         self._timeout = timeout

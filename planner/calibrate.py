@@ -22,6 +22,7 @@ from planner.measure import Device, Measurement
 if TYPE_CHECKING:
     import numpy as np
 
+    from planner.batch import Batch
     from planner.records import Replay
     from planner.samples import Sample
 
@@ -41,6 +42,8 @@ WORK: Final[dict[Device, float]] = {"cpu": 1 << 29, "cuda": 1 << 36}
 FLOOR_BYTES: Final[dict[Device, int]] = {"cpu": 1 << 27, "cuda": 1 << 31}
 TIMEOUT: Final = 300.0
 """Seconds that one run may take."""
+REPETITIONS: Final = 7
+"""Warm calls of a timed run, of which the median counts."""
 
 Progress = Callable[[int, int, str], None]
 """Told (runs done, runs in all, what comes next)."""
@@ -54,8 +57,10 @@ def calibrate(
     progress: Progress | None = None,
     path: str | Path | None = None,
     threads: int | None = None,
+    speed: bool = True,
 ) -> Calibration:
-    """Measures `runs` runs on this machine, each in a process of its own, and saves what they tell.
+    """Measures `runs` runs on this machine, each in a process of its own, and saves what they tell. With
+    `speed`, `planner.speed.fit.RUNS` more are timed.
 
     The runs follow from `seed` and `runs`. `path`: None for where `planner.estimate` looks first. Beside it,
     in `*.records.jsonl`, each run is kept as it ends, so that the same call goes on where an interrupted
@@ -65,9 +70,10 @@ def calibrate(
     AttentionPlannerError if nothing could be measured, or what was measured not be kept.
     """
     fitted, held_out = plan_runs(device, seed, runs)
-    from planner import records
     from planner.batch import Batch
 
+    timed, timed_apart = _timed_runs(device, seed) if speed else ([], [])
+    total = runs + len(timed) + len(timed_apart)
     with Batch(device, timeout=TIMEOUT, threads=threads) as batch:
         start = _start(batch.measure)
         key = _key(device, start)
@@ -75,30 +81,55 @@ def calibrate(
         kept = Path(f"{path}.records.jsonl")
         _make_folder(path)
         known = _known(kept, start)
-
-        def figure(sample: Sample) -> Measurement:
-            found: Measurement | None = known.get(*sample, device)
-            if found is None:
-                found = batch.measure(*sample)
-                records.append(kept, found)
-            return found
-
-        measured: list[Measurement] = []
-        for sample in (*fitted, *held_out):
-            if progress:
-                progress(len(measured), runs, f"{sample.config.variant}, {sample.workload.seq:,} tokens")
-            measured.append(figure(sample))
-        if progress:
-            progress(runs, runs, "done")
+        measured = _measured(device, batch, [*fitted, *held_out], known, kept, (0, total), progress)
+    seconds: list[Measurement] = []
+    if speed:
+        # Without counting memory a run is short, so that many calls of it are timed.
+        with Batch(device, timeout=TIMEOUT, threads=threads, memory=False, runs=REPETITIONS) as batch:
+            known = _known(kept, start, REPETITIONS)
+            seconds = _measured(device, batch, [*timed, *timed_apart], known, kept, (runs, total), progress)
+    if progress:
+        progress(total, total, "done")
     command = f"planner calibrate --device {device} --runs {runs} --seed {seed}"
     found = calibration_of(
         key, start, measured[: len(fitted)], measured[len(fitted) :],
-        command + (f" --threads {threads}" if threads else ""),
+        command + (f" --threads {threads}" if threads else "") + ("" if speed else " --no-speed"),
     )  # fmt: skip
+    if any(m.kind == "ok" for m in seconds[: len(timed)]):
+        from planner.speed.fit import speed_fit
+
+        found = found.model_copy(update={"speed": speed_fit(seconds[: len(timed)], seconds[len(timed) :])})
     save(found, path)
     with contextlib.suppress(OSError):
         kept.unlink(missing_ok=True)
     return found
+
+
+def _timed_runs(device: Device, seed: int) -> tuple[list[Sample], list[Sample]]:
+    """(runs to fit seconds to, held-out ones)."""
+    from planner.speed import fit as speed_fit
+
+    return speed_fit.plan_speed(device, seed, speed_fit.RUNS)
+
+
+def _measured(
+    device: Device, batch: Batch, samples: Sequence[Sample], known: Replay, kept: Path,
+    steps: tuple[int, int], progress: Progress | None,
+) -> list[Measurement]:  # fmt: skip
+    """A measurement of each sample, made now and kept if there is none. `steps`: (done before, of all)."""
+    from planner import records
+
+    measured: list[Measurement] = []
+    for sample in samples:
+        config, workload = sample
+        if progress:
+            progress(steps[0] + len(measured), steps[1], f"{config.variant}, {workload.seq:,} tokens")
+        found = known.get(config, workload, device)
+        if found is None:
+            found = batch.measure(config, workload)
+            records.append(kept, found)
+        measured.append(found)
+    return measured
 
 
 def plan_runs(device: Device, seed: int, runs: int) -> tuple[list[Sample], list[Sample]]:
@@ -264,12 +295,13 @@ def _key(device: Device, start: Measurement) -> str:
     return gpus.find(start.environment.device or "").key
 
 
-def _known(kept: Path, start: Measurement) -> Replay:
-    """Runs that an interrupted calibration left, of those that this device and torch made."""
+def _known(kept: Path, start: Measurement, repetitions: int = 1) -> Replay:
+    """Runs that an interrupted calibration left, of those that this device and torch made; those timed so
+    many times."""
     from planner import records
 
     found = records.read(kept) if kept.exists() else []
-    return records.Replay(m for m in found if _place(m) == _place(start))
+    return records.Replay(m for m in found if _place(m) == _place(start) and m.runs == repetitions)
 
 
 def _place(m: Measurement) -> tuple[object, ...]:

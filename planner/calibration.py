@@ -20,6 +20,7 @@ from pydantic import BeforeValidator, Field
 
 from attention.config import AttentionConfig, Value
 from attention.errors import AttentionPlannerError, ConfigError
+from planner.speed.rates import SpeedFit
 from planner.workload import Workload
 
 SCHEMA_VERSION: Final = 1
@@ -96,6 +97,8 @@ class Calibration(Value):
     domain: Domain
     failed: Annotated[int, Field(ge=0)] = 0
     """Runs without a figure: memory or time ran out, or they crashed. They are in no other field."""
+    speed: SpeedFit | None = None
+    """Seconds for each unit of work, from timed runs of their own; None if none were made."""
 
     def margin(self) -> tuple[float, float]:
         """(error that is not exceeded, with which confidence)."""
@@ -152,6 +155,14 @@ def bound_of(
         notes.append(f"not among what was measured: {', '.join(outside)}")
     total = predicted + calibration.terms.overhead
     return Bound(math.ceil(total + margin * (total + SMALL)) + ROUNDING, said, tuple(notes))
+
+
+def least_upper(calibration: Calibration | None, predicted: Any) -> Any:
+    """The least that `bound_of` has for any call with this prediction; ints, or arrays of them."""
+    if calibration is None:
+        return predicted * (1 + UNMEASURED)
+    total = predicted + calibration.terms.overhead
+    return total + max(calibration.margin()[0], 0.0) * (total + SMALL) + ROUNDING
 
 
 def _release(torch: str) -> str:

@@ -31,6 +31,7 @@ from planner.options import (
     build_workload,
     say,
 )
+from planner.options_search import Allowed, Card, Sizes, build_card, build_sizes, build_space
 from planner.units import parse_bytes, parse_count
 from planner.workload import Workload
 
@@ -68,6 +69,9 @@ _BUILDERS: Final[dict[Any, Callable[..., Any]]] = {
     Workload: build_workload,
     AnyLength: build_any_length,
     Place: build_place,
+    Card: build_card,
+    Sizes: build_sizes,
+    Allowed: build_space,
 }
 
 
@@ -132,9 +136,92 @@ def _ink() -> str:
 
 
 def _print(data: Any, format: str) -> None:
-    from planner.formats import as_json, as_yaml
+    from planner.report.formats import as_json, as_yaml
 
     typer.echo({"json": as_json, "yaml": as_yaml}[format](data))
+
+
+@_command("recommend", "planner recommend --vram 8GB --seq 131072")
+def recommend(
+    *,
+    seq: Annotated[
+        str | None,
+        typer.Option(metavar="TOKENS", help="Tokens: 131072, 128K or 1M. [default: the most that fit]"),
+    ] = None,
+    card: Card,
+    objective: Annotated[
+        Literal["speed", "seq", "quality"] | None,
+        typer.Option(help="What to make best. [default: speed; without --seq the length]"),
+    ] = None,
+    sizes: Sizes,
+    reserve: Annotated[
+        str, typer.Option(metavar="SIZE", help="Of the memory, for the rest of the model: 1.5GB.")
+    ] = "0",
+    layers: Annotated[
+        int, typer.Option(min=0, help="Of the model: in so many each token must hear of all. 0: no matter.")
+    ] = 12,
+    min_mass: Annotated[
+        float, typer.Option(min=0, max=1, help="Least share of dense attention's mass. 0: no matter.")
+    ] = 0.8,
+    max_seconds: Annotated[float | None, typer.Option(help="Most seconds of a call.")] = None,
+    profile: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Where attention's mass lies. [default: balanced]")
+    ] = None,
+    profile_from: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The same, measured: q and k in .npz or .safetensors.")
+    ] = None,
+    space: Allowed,
+    trials: Annotated[int, typer.Option(min=0, help="Of Optuna, after the grid.")] = 40,
+    sampler: Annotated[
+        str, typer.Option(metavar="NAME", help="tpe, random, nsga2, nsga3, cmaes, ...")
+    ] = "tpe",
+    seed: Annotated[int, typer.Option(min=0, help="Of the sampler.")] = 0,
+    storage: Annotated[
+        str | None, typer.Option(metavar="URL", help="Keep trials: a journal file, or sqlite:///FILE.")
+    ] = None,
+    study: Annotated[str | None, typer.Option(metavar="NAME", help="Their name in the storage.")] = None,
+    format: Annotated[
+        Literal["table", "json", "yaml", "py"], typer.Option("--format", help="How to print.")
+    ] = "table",
+) -> int:
+    """Choose the attention that fits.
+
+    The fastest whose upper bound of memory is within the budget and that still attends to enough; without
+    --seq, the one with the longest sequence. Needs no GPU. Where nothing fits, the exit code is 3, and what
+    would fit is named.
+    """
+    from planner import recommend as choose
+    from planner.search.relax import NothingFitsError
+
+    if profile is not None and profile_from is not None:
+        raise ConfigError("--profile and --profile-from say the same thing twice; remove one")
+    known: Any = profile
+    if profile_from is not None:
+        from planner.quality.profiles import profile_from as measured
+
+        known = measured(profile_from, sizes.causal)
+    given = sizes.model_dump(exclude={"seq", "weights"})
+    try:
+        found = choose(
+            card.budget, seq, objective=objective, gpu=card.device, layers=layers or None,
+            min_mass=min_mass or None, max_seconds=max_seconds, profile=known, reserve=reserve, space=space,
+            trials=trials, sampler=sampler, seed=seed, storage=storage, study=study,  # type: ignore[arg-type]
+            **given, **card.options,
+        )  # fmt: skip
+    except NothingFitsError as error:
+        say(str(error))
+        return NOTHING_FITS
+    if format == "py":
+        from planner.report.snippet import snippet
+
+        typer.echo(snippet(found.config, found.workload))
+    elif format == "table":
+        from planner.report.recommend import recommend_text
+
+        typer.echo(recommend_text(found, _ink()))
+    else:
+        _print(found.model_dump(mode="json"), format)
+    return DONE
 
 
 @_command("gpus", "planner gpus --name 'rtx 40'")
@@ -149,8 +236,8 @@ def gpus(
 
     One card is shown in full, with the sources of its figures; JSON and YAML always have them.
     """
-    from planner import report
     from planner.gpus import known, matching
+    from planner.report import tables as report
 
     cards = known() if name is None else matching(name)
     if format != "table":
@@ -180,11 +267,11 @@ def estimate(
 
     found = predict(config, workload, place.device, **place.options)
     if plot is not None:
-        from planner.report_plot import plot as draw
+        from planner.report.plot import plot as draw
 
         draw(found, plot, place.budget)
     if format == "table":
-        from planner.report_estimate import estimate_text
+        from planner.report.estimate import estimate_text
 
         typer.echo(estimate_text(found, place.budget, lines=lines, ink=_ink()))
     else:
@@ -215,7 +302,7 @@ def max_seq(
     found = longest(config, workload, parse_bytes(vram, "--vram"), place.device, place.options)
     fits = found.fits
     if format == "table":
-        from planner.report_estimate import longest_text
+        from planner.report.estimate import longest_text
 
         typer.echo(longest_text(found))
     else:
@@ -288,8 +375,8 @@ def measure(
     It runs in a process of its own. Running out of memory or of time is a result too, and exits 0. A crash
     exits 1, and what the library refuses 2.
     """
-    from planner import report
     from planner.measure import measure as run
+    from planner.report import tables as report
 
     cap_bytes = None if cap is None else parse_bytes(cap, "--cap")
     with _progress(f"measuring {config.variant} at {workload.seq:,} tokens on {device}"):
@@ -319,6 +406,9 @@ def calibrate(
     threads: Annotated[
         int | None, typer.Option(help="Of the CPU's operators. [default: torch's choice]")
     ] = None,
+    speed: Annotated[
+        bool, typer.Option(help="Time runs too, after those that memory is measured in.")
+    ] = True,
     format: Format = "table",
 ) -> int:
     """Measure this device, so that predictions know how sure they are.
@@ -328,20 +418,24 @@ def calibrate(
     """
     from planner.calibrate import calibrate as run
     from planner.calibration import as_record, own_path
-    from planner.report_calibration import calibration_table
+    from planner.report.calibration import calibration_table
 
     try:
         with _steps() as progress:
-            found = run(device, seed=seed, runs=runs, progress=progress, path=out, threads=threads)
+            found = run(
+                device, seed=seed, runs=runs, progress=progress, path=out, threads=threads, speed=speed
+            )
     except KeyboardInterrupt:
         say("what was measured is kept; the same command goes on from there")
         raise
     if format == "table":
-        from planner.report import show
+        from planner.report.tables import show
 
         show(calibration_table(found))
     else:
         _print(as_record(found), format)
+    if found.speed is not None:
+        say(found.speed.summary())
     say(f"the calibration was saved as {out or own_path(found.device)}")
     return DONE
 

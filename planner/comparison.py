@@ -146,8 +146,8 @@ def comparison_data(found: Comparison) -> dict[str, Any]:
 
 def comparison_text(found: Comparison, names: tuple[str, str]) -> str:
     """All of it in 80 columns."""
-    from planner import words
-    from planner.report_estimate import label, wrapped
+    from planner.report import words
+    from planner.report.estimate import label, wrapped
 
     a, b = found.a.estimate, found.b.estimate
     head = [f"{letter}: {name}: {words.attention(each.config)}, on {each.on}, peak in {each.at!r}"

@@ -6,6 +6,7 @@ A builder's parameters are the options; `planner.cli` gives them to each command
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NewType
@@ -72,10 +73,13 @@ def build_any_length(**given: Any) -> AnyLength:
     return AnyLength(build_workload(seq="1", **given))
 
 
-_with_seq = inspect.signature(build_workload, eval_str=True)
-build_any_length.__signature__ = _with_seq.replace(  # type: ignore[attr-defined]
-    parameters=[option for name, option in _with_seq.parameters.items() if name != "seq"]
-)
+def without(builder: Callable[..., Any], *names: str) -> inspect.Signature:
+    """A builder's signature less some options."""
+    found = inspect.signature(builder, eval_str=True)
+    return found.replace(parameters=[one for name, one in found.parameters.items() if name not in names])
+
+
+build_any_length.__signature__ = without(build_workload, "seq")  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -186,8 +190,8 @@ def build_config(
     }
     blocks = {name: value for name, value in blocks.items() if value is not None}
     branches: dict[str, Any] = {
-        "segment_lengths": _counts(segments, "--segments"),
-        "dilation_rates": _counts(rates, "--rates"),
+        "segment_lengths": counts(segments, "--segments"),
+        "dilation_rates": counts(rates, "--rates"),
     }
     if config is not None:
         if variant is not None or blocks or any(branches.values()):
@@ -221,7 +225,7 @@ def _checked(config: AttentionConfig) -> AttentionConfig:
     return config
 
 
-def _counts(text: str | None, what: str) -> tuple[int, ...]:
+def counts(text: str | None, what: str) -> tuple[int, ...]:
     """`2048,4096` or `2K,4K`; nothing given is no branch."""
     return tuple(parse_count(part, what) for part in text.split(",")) if text is not None else ()
 

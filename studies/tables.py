@@ -9,12 +9,12 @@ import re
 import sys
 from pathlib import Path
 
-from studies import memory, peers
+from studies import memory, memory_model, peers, speed_model
 from studies.records import load
 
 DOCS = Path(__file__).parent.parent / "docs"
 PLACE = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-TABLES = {**memory.TABLES, **peers.TABLES}
+TABLES = {**memory.TABLES, **peers.TABLES, **memory_model.TABLES, **speed_model.TABLES}
 
 
 def filled(text: str) -> str:

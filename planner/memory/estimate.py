@@ -16,7 +16,7 @@ from planner.memory.allocator_settings import AllocatorSettings
 from planner.memory.configured import plan_of
 from planner.memory.kernels import Cpu, Cuda, Machine, this_cpu
 from planner.memory.plan import COMPONENTS, Plan
-from planner.workload import Workload
+from planner.workload import Dtype, Workload
 
 SCHEMA_VERSION: Final = 1
 Display = Literal["headless", "desktop"]
@@ -91,7 +91,8 @@ def estimate(
         return _on_cpu(config, workload, calibration, threads)
     gpu = gpus.find(device) if isinstance(device, str) else device
     given = calibration is not None
-    calibration = calibration or shipped(gpu.key)
+    machine = machine_of(gpu, workload.dtype, None)
+    calibration = calibration or calibration_for(gpu, machine, workload.dtype)
     if context_bytes is None and calibration is not None:
         context_bytes = calibration.terms.context
     outside = device_share.device_lines(
@@ -101,20 +102,34 @@ def estimate(
     return _on_gpu(config, workload, gpu, calibration, settings, outside, given)
 
 
+def machine_of(device: Literal["cpu"] | gpus.Gpu, dtype: Dtype, threads: int | None) -> Machine:
+    """What runs there; `threads` are a CPU's, None for those that torch takes."""
+    if not isinstance(device, str):
+        return Cuda(device.capability)
+    here = this_cpu(dtype)
+    return here if threads is None else Cpu(threads, here.units, dtype)
+
+
+def calibration_for(device: Literal["cpu"] | gpus.Gpu, machine: Machine, dtype: Dtype) -> Calibration | None:
+    """The calibration that predictions rest on where none is given."""
+    if not isinstance(device, str):
+        return shipped(device.key)
+    found = shipped("cpu")
+    if found is not None and isinstance(machine, Cpu) and dtype in machine.units:
+        # This dtype runs in a unit that the calibrated CPU may not have: its kernel copies keys and values.
+        return found if "AMX" in (found.capability or "") else None
+    return found
+
+
 def _on_cpu(
     config: AttentionConfig, workload: Workload, calibration: Calibration | None, threads: int | None
 ) -> MemoryEstimate:
     if config.backend == "flex":
         raise ConfigError("backend='flex' runs on CUDA only; use backend='auto' for device='cpu'")
-    machine = this_cpu(workload.dtype)
-    if threads is not None:
-        machine = Cpu(threads, machine.units, workload.dtype)
+    machine = machine_of("cpu", workload.dtype, threads)
     plan = plan_of(config, workload, machine)
     at, allocated = plan.peak()
-    found = calibration or shipped("cpu")
-    if calibration is None and found is not None and workload.dtype in machine.units:
-        # This dtype runs in a unit that the calibrated CPU may not have: its kernel copies keys and values.
-        found = found if "AMX" in (found.capability or "") else None
+    found = calibration or calibration_for("cpu", machine, workload.dtype)
     bound = bound_of(found, config, workload, allocated, given=calibration is not None)
     return MemoryEstimate(
         config=config,

@@ -20,6 +20,7 @@ from planner.calibrate import calibrate, calibration_of, most_informative, plan_
 from planner.calibration import SMALL, Calibration, load, own_path, shipped
 from planner.cli import app
 from planner.measure import Environment, Measurement
+from planner.speed import fit as speed_fit
 from planner.workload import Workload
 
 # The module; the attribute of the package is the function.
@@ -43,12 +44,13 @@ def short(monkeypatch) -> None:
     monkeypatch.setattr(calibrating, "SHORT", 64)
     monkeypatch.setattr(calibrating, "WORK", {"cpu": 1e6})
     monkeypatch.setattr(calibrating, "LONGEST", {"cpu": 300})
+    monkeypatch.setattr(speed_fit, "RUNS", 0)
 
 
 def measurement(config, workload, *, above: int = 0, **fields) -> Measurement:
     """One that lies `above` its prediction."""
-    given = {"kind": "ok", "seconds": 0.1, "allocated": 0, "device": "cpu", "environment": PLACE} | fields
-    found = Measurement(config=config, workload=workload, runs=1, **given)
+    given = {"kind": "ok", "seconds": 0.1, "allocated": 0, "device": "cpu", "environment": PLACE, "runs": 1}
+    found = Measurement(config=config, workload=workload, **(given | fields))
     if found.kind == "ok" and found.device == "cpu":
         return found.model_copy(update={"allocated": predicted(found, "cpu", None) + above})
     return found
@@ -61,7 +63,11 @@ class Measures:
         self.log: list[tuple[AttentionConfig, Workload]] = []
         self.at: dict[int, object] = {}
         self.fields = fields
-        monkeypatch.setattr(batch, "Batch", lambda *_, **__: self)
+        monkeypatch.setattr(batch, "Batch", self.begun)
+
+    def begun(self, *_: object, runs: int = 1, **__: object):
+        self.fields["runs"] = runs
+        return self
 
     def __enter__(self):
         return self
@@ -183,6 +189,44 @@ def test_the_command_prints_it_and_says_where_it_is(monkeypatch, short, tmp_path
     assert str(path) in done.stderr.replace("\n", "")
     shown = CliRunner().invoke(app, arguments)
     assert "held-out errors" in shown.stdout
+
+
+# ---- seconds
+
+
+def test_seconds_are_fitted_to_runs_of_their_own(monkeypatch, short, tmp_path):
+    monkeypatch.setattr(speed_fit, "RUNS", 8)
+    told = []
+    runs = Measures(monkeypatch, spread=0.1)
+    found = calibrate("cpu", runs=6, path=tmp_path / "c.json", progress=lambda *line: told.append(line))
+    assert len(runs.log) == 1 + 6 + 8
+    assert [line[:2] for line in told] == [(n, 14) for n in range(15)]
+    assert load(tmp_path / "c.json") == found
+    assert (found.speed.fitted, found.speed.held_out, found.speed.noise) == (6, 2, 0.1)
+    assert found.speed.rates.source.startswith("measured on a processor")
+    without = calibrate("cpu", runs=6, path=tmp_path / "d.json", speed=False)
+    assert len(runs.log) == 15 + 7
+    assert without.speed is None
+    assert without.command.endswith("--no-speed")
+    memory = found.model_copy(update={"speed": None, "command": without.command})
+    assert memory == without
+
+
+def test_interrupted_timing_goes_on_where_it_stopped(monkeypatch, short, tmp_path):
+    monkeypatch.setattr(speed_fit, "RUNS", 8)
+    Measures(monkeypatch).at[1 + 6 + 5] = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        calibrate("cpu", runs=6, path=tmp_path / "c.json")
+    again = Measures(monkeypatch)
+    assert calibrate("cpu", runs=6, path=tmp_path / "c.json").speed is not None
+    assert len(again.log) == 1 + 4
+
+
+def test_without_seconds_there_is_no_speed(monkeypatch, short, tmp_path):
+    monkeypatch.setattr(speed_fit, "RUNS", 4)
+    died = {"kind": "crash", "seconds": None, "message": "it died"}
+    Measures(monkeypatch).at = dict.fromkeys(range(8, 12), died)
+    assert calibrate("cpu", runs=6, path=tmp_path / "c.json").speed is None
 
 
 # ---- which runs

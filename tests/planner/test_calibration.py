@@ -24,6 +24,8 @@ from planner.calibration import (
     conformal,
     load,
 )
+from planner.memory.kernels import Cpu
+from planner.speed.rates import SpeedFit, default_rates
 from planner.workload import Workload
 
 DENSE = AttentionConfig(variant="dense")
@@ -225,3 +227,16 @@ def test_another_schema_is_refused(path, version):
 def test_figures_that_cannot_be_are_refused(path, fields, where):
     changed(path, **fields)
     assert where in refusal(path)
+
+
+# ---- with and without speed
+
+
+def test_a_calibration_survives_json_with_speed_and_without():
+    rates = default_rates(Cpu(2))
+    fitted = SpeedFit(rates=rates, fitted=3, held_out=2, errors=(-0.1, 0.2), median_error=0.15)
+    for found in (made(), made(speed=fitted)):
+        assert Calibration.from_json(found.to_json()) == found
+    old = json.loads(made().to_json())
+    del old["speed"]  # written before there was any
+    assert Calibration.from_json(json.dumps(old)).speed is None

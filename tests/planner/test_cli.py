@@ -17,10 +17,10 @@ from typer.testing import CliRunner
 from attention import AdaptiveConfig, AttentionConfig, SparsePatternConfig, UnavailableError
 from planner import options, records
 from planner.cli import app
-from planner.formats import as_yaml
 from planner.gpus import generic
 from planner.measure import Environment, Measurement
 from planner.memory.estimate import MemoryEstimate, estimate, max_sequence
+from planner.report.formats import as_yaml
 from planner.workload import Workload
 
 ROOT = Path(__file__).resolve().parents[2]

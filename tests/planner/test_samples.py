@@ -36,7 +36,7 @@ def test_a_seed_gives_the_same_samples_in_any_process():
 
 
 def test_plain_samples_are_of_all_kinds_and_settings():
-    found = drawn(300)
+    found = drawn(300, kinds=PLAIN)
     patterns = Counter(c.pattern.pattern_type for c, _ in found if c.pattern)
     assert set(patterns.values()) == {60}
     assert Counter(c.variant for c, _ in found) == {"dense": 60, "dilated": 60, "block_sparse": 180}

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from attention.errors import AttentionPlannerError, ConfigError, UnavailableError
-from planner import words
 from planner.memory.estimate import MemoryEstimate
-from planner.report_estimate import label, waterfall
+from planner.report import words
+from planner.report.estimate import label, waterfall
 from planner.units import format_bytes
 
 SUFFIXES: Final = (".png", ".svg")

@@ -15,11 +15,11 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from planner.formats import Plain
 from planner.gpus import GIB, Gpu, backends, torch_builds
 from planner.measure import Measurement
+from planner.report.formats import Plain
+from planner.report.words import attention, task
 from planner.units import format_bytes
-from planner.words import attention, task
 from planner.workload import Dtype
 
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)

@@ -7,9 +7,9 @@ import textwrap
 from collections.abc import Iterable
 from typing import Final, NamedTuple
 
-from planner import words
 from planner.longest import Longest
 from planner.memory.estimate import MemoryEstimate
+from planner.report import words
 from planner.units import format_bytes
 
 WIDTH: Final = 80

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from planner.formats import as_json, as_yaml
+from planner.report.formats import as_json, as_yaml
 
 DATA = {
     "name": "a card",

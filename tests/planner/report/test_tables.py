@@ -10,10 +10,10 @@ import pytest
 from rich.console import Console
 
 from attention import AttentionConfig, SparsePatternConfig
-from planner.formats import as_json
 from planner.gpus import Gpu, find, known
 from planner.measure import Environment, Measurement
-from planner.report import gpu_card, gpu_data, gpu_table, measurement_data, measurement_table
+from planner.report.formats import as_json
+from planner.report.tables import gpu_card, gpu_data, gpu_table, measurement_data, measurement_table
 from planner.workload import Workload
 
 GIB = 1 << 30

@@ -12,8 +12,8 @@ from attention.errors import AttentionPlannerError, ConfigError, UnavailableErro
 from planner import gpus
 from planner.longest import longest
 from planner.memory.estimate import estimate, max_sequence
-from planner.report_estimate import estimate_text, label, longest_text, waterfall
-from planner.report_plot import plot
+from planner.report.estimate import estimate_text, label, longest_text, waterfall
+from planner.report.plot import plot
 from planner.workload import Workload
 
 WINDOW = AttentionConfig(

@@ -1,0 +1,1 @@
+"""How much of dense attention a config still is: captured mass under a profile, and reach. No torch."""

@@ -1,0 +1,215 @@
+"""How much of a dense softmax attention's mass a config still attends to. Imports no torch.
+
+`mass(columns, workload, profile)` is the mean, over queries and heads, of the profile's mass on the keys
+that the config keeps (`planner.quality.profiles` has the formula). Only whether a key is kept counts, not
+how often branches pair it. 1 is all of it; with the keys renormalised, |o - o'| <= 2 (1 - mass) max|v|.
+
+Letters: `a` decays 1 / scale [J, 1, 1] and `w` their shares [J], the last of which is the far mass: a share
+that is the same at every distance is an exponential that hardly falls. `N` candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import reduce
+from typing import TypeAlias
+
+import numpy as np
+
+from attention.config import AttentionConfig
+from planner.columns import Column, Columns, columns_of
+from planner.quality import rows as quality_rows
+from planner.quality.points import points
+from planner.quality.profiles import Profile
+from planner.quality.rows import common, subsets
+from planner.quality.sums import Floats, Ints, cells, permitted, segments, windows
+from planner.workload import Workload
+
+FLAT = 1e-5
+"""A uniform share's fall over the sequence."""
+Seen: TypeAlias = Callable[[int, int], Floats]
+"""(key, first query) to the queries from there on that keep the key, [N]."""
+_CHUNK = 32  # candidates at a time: what is computed for them stays within a cache
+
+
+def mass_of(config: AttentionConfig, workload: Workload, profile: Profile) -> float:
+    """Mass that one config captures; 0 to 1."""
+    return float(mass(columns_of(config, workload.seq), workload, profile)[0])
+
+
+def mass(columns: Columns, workload: Workload, profile: Profile) -> Floats:
+    """[len(columns)], float64: mass that each candidate captures, 0 to 1.
+
+    Of `workload` only `causal` and `heads` are read: the length is `columns.seq`. Dense, windows, global
+    tokens and regular dilated branches (segments nested in each other and divided by their rates) are closed
+    forms, dilated_sparse a fixed sample of its query blocks, other dilated branches one of queries. Adaptive
+    rests on an assumption, which `quality_rows.adaptive` states.
+    """
+    if columns.variant == "dense":
+        return np.ones(len(columns))
+    table, back = distinct(columns)
+    parts = [
+        _mass(columns, table[begin : begin + _CHUNK], workload, profile)
+        for begin in range(0, len(table), _CHUNK)
+    ]
+    return np.clip(np.concatenate(parts), 0.0, 1.0)[back]
+
+
+def distinct(columns: Columns) -> tuple[Floats, Ints]:
+    """(table [distinct, fields], back [len(columns)]): what pairs of tokens a kind keeps depends on these
+    fields, `seq` first, then the block size and so on as in `_fields`; candidate c has row back[c]."""
+    fields = [np.broadcast_to(np.asarray(field), len(columns)) for field in _fields(columns)]
+    table, back = np.unique(np.stack(fields, axis=1).astype(np.float64), axis=0, return_inverse=True)
+    return table, back.ravel()
+
+
+def _fields(columns: Columns) -> tuple[Column | float | Floats, ...]:
+    """What the mass of a kind depends on: `seq` first, then the fields that `_mass` takes apart again."""
+    branches = (*columns.lengths, *columns.rates)
+    if columns.variant == "dilated":
+        return (columns.seq, *branches)
+    if columns.variant == "adaptive":
+        return (columns.seq, columns.block_size, columns.sparsity_ratio)
+    if columns.pattern_type == "dilated_sparse":
+        return (columns.seq, columns.block_size, columns.sparsity_ratio, *branches)
+    shared = columns.global_tokens if columns.pattern_type == "global_local" else 0
+    return (columns.seq, columns.block_size, columns.window, shared)
+
+
+def _mass(columns: Columns, table: Floats, workload: Workload, profile: Profile) -> Floats:
+    """[N] of the distinct rows of fields in `table` [N, fields]."""
+    causal = workload.causal
+    whole = [column.astype(np.int64) for column in table.T]
+    seq = whole[0]
+    flat = FLAT / float(seq.max())
+    a = np.array([*(1.0 / scale for scale in profile.scales), flat])[:, None, None]
+    w = np.array([*profile.shares, profile.far_mass])
+    sinks = min(profile.sink_tokens, int(seq.max())) if profile.sink_mass else 0
+    count = len(columns.lengths)
+    if columns.variant == "adaptive":
+        return quality_rows.adaptive(
+            a, w, profile.far_mass, profile.sink_mass, seq, whole[1], table[:, 2], causal
+        )
+    if columns.variant == "dilated":
+        kept, first = _dilated(a, w, seq, whole[1 : 1 + count], whole[1 + count :], sinks, workload)
+    elif columns.pattern_type == "dilated_sparse":
+        kept, first = quality_rows.dilated_sparse(
+            a, w, seq, whole[1], table[:, 2], whole[3 : 3 + count], whole[3 + count :], sinks, causal
+        )
+    else:
+        kept, first = _windows(a, w, seq, whole[1], whole[2], whole[3], sinks, causal)
+    return kept + profile.sink_mass * first
+
+
+def _mean(w: Floats, kept: Floats, whole: Floats, ends: Ints) -> Floats:
+    """[N], from sums [J, N, ends] over the queries before each end: kept over permitted in every cell, by
+    its queries. Where all is kept that is 1, however long the cell."""
+    queries = np.diff(ends, axis=1)
+    part, total = np.diff(kept, axis=2), np.diff(whole, axis=2)
+    ratio = np.divide(part, total, out=np.zeros_like(part), where=queries > 0)
+    return np.asarray((np.tensordot(w, ratio, axes=1) * queries).sum(axis=1) / ends[:, -1])
+
+
+def _windows(
+    a: Floats, w: Floats, seq: Ints, size: Ints, window: Ints, shared: Ints, sinks: int, causal: bool
+) -> tuple[Floats, Floats]:
+    """(mass of the exponentials, share of the permitted sinks kept) of local_window and global_local."""
+    n, b = seq[:, None], size[:, None]
+    blocks = -(-n // b)
+    reach = np.minimum(window[:, None] // (b if causal else 2 * b), blocks)
+    head = np.minimum(-(-shared[:, None] // b), blocks)
+    if (seq == seq[0]).all():
+        n = n[:1]  # what all have in common is computed once
+    ends = cells(n[:, 0], causal)
+    kept = windows(a, ends, n, b, reach, head, causal)
+
+    def seen(k: int, begin: int) -> Floats:
+        """Queries from `begin` on that keep key k."""
+        at = k // b
+        low = np.maximum(np.maximum(k if causal else 0, (at - reach) * b), begin)
+        high = np.minimum((at + reach + 1) * b, n)
+        near = np.maximum(high - low, 0)
+        if not causal:
+            near = near + np.maximum(np.minimum(head * b, np.minimum(low, n)) - begin, 0)
+        everyone = np.maximum(n - max(begin, k if causal else 0), 0)
+        return np.asarray(np.where(at < head, everyone, near)[:, 0] * (k < seq))
+
+    return _mean(w, kept, permitted(a, ends, n, causal), ends), _sinks(seen, seq, sinks, causal)
+
+
+def _sinks(seen: Seen, seq: Ints, sinks: int, causal: bool) -> Floats:
+    """[N], share of the permitted sinks that a query keeps, from counts of the queries that keep each."""
+    total = np.zeros(seq.shape)
+    for k in range(sinks):
+        if not causal:
+            total += seen(k, 0) / np.minimum(sinks, seq)
+            continue
+        total += seen(k, k) / (k + 1)
+        for q in range(k + 1, sinks):  # later queries share their sink mass among more
+            total += seen(k, q) * (1 / (q + 1) - 1 / q)
+    return total / seq
+
+
+def _dilated(
+    a: Floats, w: Floats, seq: Ints, lengths: Sequence[Ints], rates: Sequence[Ints], sinks: int,
+    workload: Workload,
+) -> tuple[Floats, Floats]:  # fmt: skip
+    """(mass of the exponentials, share of the permitted sinks kept)."""
+    regular = _regular(seq, lengths, rates)
+    kept, first = np.zeros(seq.shape), np.zeros(seq.shape)
+    for rule, which in ((_nested, np.flatnonzero(regular)), (points, np.flatnonzero(~regular))):
+        if which.size:
+            kept[which], first[which] = rule(
+                a, w, seq[which], [s[which] for s in lengths], [r[which] for r in rates], sinks,
+                workload.heads, workload.causal,
+            )  # fmt: skip
+    return kept, first
+
+
+def _regular(seq: Ints, lengths: Sequence[Ints], rates: Sequence[Ints]) -> Ints:
+    """Whether segments nest in each other and are whole numbers of steps, and steps are short of the
+    sequence: then of the queries in any stretch one in lcm(rates) is in all branches."""
+    steps = common(rates)
+    holds = seq >= 64 * steps
+    for s, r in zip(lengths, rates, strict=True):
+        holds &= (s % r == 0) | (s >= seq)
+        for other in lengths:
+            holds &= (s % other == 0) | (other % s == 0) | (s >= seq) | (other >= seq)
+    return np.asarray(holds)
+
+
+def _nested(
+    a: Floats, w: Floats, seq: Ints, lengths: Sequence[Ints], rates: Sequence[Ints], sinks: int, heads: int,
+    causal: bool,
+) -> tuple[Floats, Floats]:  # fmt: skip
+    """`_dilated` of regular branches, by inclusion and exclusion over the branches that hold a query.
+
+    What several share are the multiples of all their rates in the shortest of their segments.
+    """
+    joint = [
+        (sign, members, reduce(np.minimum, (lengths[t] for t in members)), common(rates[t] for t in members))
+        for sign, members in subsets(len(lengths))
+    ]  # fmt: skip
+    # Few of these are distinct, over all candidates.
+    table = np.concatenate([np.stack([seq, np.minimum(s, seq), r], axis=1) for _, _, s, r in joint])
+    distinct, back = np.unique(table, axis=0, return_inverse=True)
+    n, s, r = (column[:, None] for column in distinct.T)
+    ends = cells(distinct[:, 0], causal)
+    each = _mean(w, segments(a, ends, n, s, r, causal), permitted(a, ends, n, causal), ends)
+    signs = np.array([sign for sign, *_ in joint])
+    kept = signs @ each[back.ravel()].reshape(len(joint), -1)
+
+    def seen(k: int, begin: int) -> Floats:
+        total = np.zeros(seq.shape)
+        h = np.arange(heads)
+        for sign, members, s, r in joint:
+            # The heads that take k in all of these branches; then the queries a multiple of r away.
+            takes = np.logical_and.reduce(
+                [(k % lengths[t] % rates[t])[:, None] == h % rates[t][:, None] for t in members]
+            ).mean(axis=1)
+            low = np.maximum(k // s * s, max(begin, k if causal else 0))
+            high = np.minimum(k // s * s + s, seq)
+            total += sign * takes * np.maximum((high - 1 - k) // r - (low - 1 - k) // r, 0)
+        return total * (k < seq)
+
+    return kept, _sinks(seen, seq, sinks, causal)

@@ -1,0 +1,210 @@
+"""Reach: after how many layers the last token can be influenced by every token that causality permits.
+
+`layers(config, workload)` goes back from the last token: after one layer it has seen the keys that any head
+lets it see, after two the keys of those, and so on. Heads are mixed between layers, and a token keeps what
+it has (the residual). None: never. `reaches` asks it of many candidates, up to a number of layers.
+
+Letters: `B` blocks, `i` a query block, `T` branches, `n` tokens. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import itertools
+from functools import lru_cache
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from attention.config import AttentionConfig
+from attention.rows import row_blocks
+from planner.columns import Columns, columns_of
+from planner.quality.mass import distinct
+from planner.quality.rows import Patterns
+from planner.workload import Workload
+
+Bools: TypeAlias = NDArray[np.bool_]
+Ints: TypeAlias = NDArray[np.int64]
+
+NEVER = 1 << 62
+
+
+def layers(config: AttentionConfig, workload: Workload) -> int | None:
+    """Layers until the last of `workload.seq` tokens can be influenced by every permitted one; None if that
+    never happens.
+
+    Adaptive: the blocks are chosen from what they hold, so no graph is fixed. Taken is the best of choices:
+    each of `heads` chooses blocks of its own beside the row's, so that one layer multiplies what is seen by
+    1 + heads x (kept - 1), and the least number of layers that can cover all blocks at once is given.
+    """
+    found = int(_layers(columns_of(config, workload.seq), workload, NEVER)[0])
+    return None if found == NEVER else found
+
+
+def reaches(columns: Columns, workload: Workload, within: int) -> Bools:
+    """[len(columns)]: whether `layers` of each candidate is at most `within`. Of `workload`, `causal` and
+    `heads` are read; the length is `columns.seq`."""
+    return _layers(columns, workload, within) <= within
+
+
+def keyless(config: AttentionConfig) -> bool:
+    """Whether some (query, head) has no key: only where a dilated config allows it, by uncovered="zero" and
+    no branch of rate 1. In all others every query keeps itself, and so its own block."""
+    return config.variant == "dilated" and 1 not in config.dilation_rates
+
+
+def _layers(columns: Columns, workload: Workload, within: int) -> Ints:
+    """[len(columns)], layers; NEVER, or any number beyond `within`, where there are more."""
+    if columns.variant == "dense":
+        return np.ones(len(columns), np.int64)
+    table, back = distinct(columns)
+    whole = [column.astype(np.int64) for column in table.T]
+    count, causal = len(columns.lengths), workload.causal
+    if columns.variant == "adaptive":
+        found = _chosen(whole[0], whole[1], table[:, 2], workload.heads)
+    elif columns.variant == "dilated":
+        found = np.array(
+            [
+                _dilated(row[0], tuple(zip(row[1 : 1 + count], row[1 + count :], strict=True)), causal,
+                         workload.heads, within)
+                for row in np.stack(whole, axis=1).tolist()
+            ]
+        )  # fmt: skip
+    elif columns.pattern_type == "dilated_sparse":
+        branches = np.stack(whole[3:], axis=1).tolist() if count else []
+        found = np.array(
+            [
+                _dilated_sparse(
+                    -(-n // size), int(row_blocks(ratio, -(-n // size))),
+                    tuple((s // size, r) for s, r in zip(row[:count], row[count:], strict=True)),
+                    causal, within,
+                )
+                for n, size, ratio, row in zip(
+                    whole[0].tolist(), whole[1].tolist(), table[:, 2].tolist(), branches, strict=True
+                )
+            ]
+        )  # fmt: skip
+    else:
+        seq, size, window, shared = whole
+        found = _windows(seq, size, window, shared, causal)
+    return found[back]
+
+
+def _chosen(seq: Ints, size: Ints, ratio: NDArray[np.float64], heads: int) -> Ints:
+    blocks = -(-seq // size)
+    kept = np.asarray(row_blocks(ratio, blocks))  # type: ignore[arg-type]
+    wider = 1 + heads * (np.minimum(kept, blocks) - 1)
+    found, seen = np.ones_like(blocks), wider.copy()
+    for _ in range(64):
+        found += (seen < blocks) & (kept < blocks)
+        seen = np.minimum(seen * wider, 1 << 31)
+    return np.where((kept == 1) & (blocks > 1), NEVER, np.where(kept >= blocks, 1, found))
+
+
+def _windows(seq: Ints, size: Ints, window: Ints, shared: Ints, causal: bool) -> Ints:
+    """local_window and global_local.
+
+    Causal, global tokens are seen by all but see only each other, so that the window has to walk back to
+    them. Otherwise the last token sees a global one and that sees all. A block that is reached is reached by
+    its last token too, which sees all of the block: counting blocks is counting tokens.
+    """
+    blocks = -(-seq // size)
+    reach = np.minimum(window // (size if causal else 2 * size), blocks)
+    head = np.minimum(-(-shared // size), blocks)
+    gap = np.maximum(blocks - 1 - head, 0)  # blocks to walk over
+    steps = np.where(reach > 0, -(-gap // np.maximum(reach, 1)), np.where(gap > 0, NEVER, 0))
+    steps = np.maximum(steps, 1)
+    return steps if causal else np.where(head > 0, np.minimum(steps, 2), steps)
+
+
+def _apart(branches: tuple[tuple[int, int], ...], n: int) -> bool:
+    """Whether segments nest in each other and all end before n: then nothing crosses the end of one."""
+    lengths = sorted(s for s, _ in branches)
+    return lengths[-1] < n and all(b % a == 0 for a, b in itertools.pairwise(lengths))
+
+
+@lru_cache(maxsize=4096)
+def _dilated_sparse(
+    blocks: int, budget: int, branches: tuple[tuple[int, int], ...], causal: bool, within: int
+) -> int:
+    """By a search over blocks; `branches` in blocks. A block that is reached is reached whole, as in
+    `_windows`: rows are those of blocks, and the own block is among them."""
+    if blocks == 1:
+        return 1
+    if budget == 1 or _apart(branches, blocks):
+        return NEVER
+    unique = dict.fromkeys((min(s, blocks), min(r, blocks)) for s, r in branches)
+    pairs = np.array(list(unique), np.int64)
+    chains = all(fine <= coarse and coarse % fine == 0 for fine, coarse in itertools.pairwise(pairs[:, 1]))
+    rows = Patterns(lengths=pairs[:, :1], rates=pairs[:, 1:], blocks=blocks, causal=causal, chains=chains)
+    seen = np.zeros(blocks, np.bool_)
+    fresh = np.array([blocks - 1])
+    seen[fresh] = True
+    for layer in range(1, min(within, blocks) + 1):
+        now = seen.copy()
+        for rate, left, right in zip(pairs[:, 1].tolist(), *rows.select(fresh, budget), strict=True):
+            _mark(now, fresh, left, right, rate)
+        fresh = np.flatnonzero(now & ~seen)
+        seen = now
+        if seen.all():
+            return layer
+        if not fresh.size:
+            return NEVER
+    return NEVER
+
+
+def _mark(seen: Bools, at: Ints, left: Ints, right: Ints, rate: int) -> None:
+    """Mark at - left, ..., at, ..., at + right in steps of `rate`: intervals of the places' classes by
+    rest, laid one class after another and counted by what begins and ends."""
+    size = -(-seen.size // rate) + 1
+    place = at % rate * size + at // rate
+    edges = np.bincount(place - left // rate, minlength=rate * size)
+    edges -= np.bincount(place + right // rate + 1, minlength=rate * size)
+    inside = (np.cumsum(edges) > 0).reshape(rate, size).T.ravel()
+    seen |= inside[: seen.size]
+
+
+@lru_cache(maxsize=4096)
+def _dilated(n: int, branches: tuple[tuple[int, int], ...], causal: bool, heads: int, within: int) -> int:
+    """By a search over tokens: of each branch, segment and rest modulo the rate, all that is reached lies
+    before the last token of it (causal), or is all of it. A rest that no head takes reaches nothing."""
+    branches = tuple(dict.fromkeys((min(s, n), r) for s, r in branches))
+    if _apart(branches, n):
+        return NEVER
+    seen = np.zeros(n, np.bool_)
+    seen[-1] = True
+    count = 1
+    for layer in range(1, min(within, n) + 1):
+        now = seen.copy()
+        for length, rate in branches:
+            whole = n // length * length
+            _spread(now[:whole].reshape(-1, length), seen[:whole].reshape(-1, length), rate, heads, causal)
+            if whole < n:
+                _spread(now[None, whole:], seen[None, whole:], rate, heads, causal)
+        seen, before, count = now, count, int(np.count_nonzero(now))
+        if count == n:
+            return layer
+        if count == before:
+            return NEVER
+    return NEVER
+
+
+def _spread(now: Bools, seen: Bools, rate: int, heads: int, causal: bool) -> None:
+    """One branch's layer, in place in `now`; both [segments, length], `seen` what was reached before."""
+    segments, length = seen.shape
+    even = length // rate * rate
+    taken = min(heads, rate)  # rests that some head takes
+    if even == length and taken == rate:
+        _column(now.reshape(segments, -1, rate), seen.reshape(segments, -1, rate), causal)
+        return
+    for rest in range(min(taken, length)):
+        _column(now[:, rest::rate, None], seen[:, rest::rate, None], causal)
+
+
+def _column(now: Bools, seen: Bools, causal: bool) -> None:
+    """[segments, steps, rests]: mark every step up to the last one seen, or all if any is."""
+    if not causal:
+        now |= seen.any(axis=1, keepdims=True)
+        return
+    last = np.where(seen.any(axis=1), seen.shape[1] - seen[:, ::-1].argmax(axis=1), 0)
+    now |= np.arange(seen.shape[1])[None, :, None] < last[:, None]

@@ -1,0 +1,291 @@
+"""A recommendation: the value, and how a question becomes one. Imports no torch."""
+
+from __future__ import annotations
+
+import hashlib
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NamedTuple, Unpack, get_args
+
+import numpy as np
+from pydantic import BeforeValidator
+
+from attention.config import AttentionConfig, Value
+from attention.errors import ConfigError
+from planner import gpus
+from planner.memory.estimate import MemoryEstimate, calibration_for, machine_of
+from planner.quality.profiles import Profile
+from planner.recommend import Asked
+from planner.search.explain import LOOKED_AT, Why, explain, gain
+from planner.search.grid import Found, enumerate_grid, order, pareto, passing
+from planner.search.picks import Pick, Quality, pick, three
+from planner.search.refine import STARTS, TRIALS, Refined, Storage, refine
+from planner.search.relax import NothingFitsError, relaxations
+from planner.search.scenario import LAYERS, MIN_MASS, Gates, Objective, Point, Scenario, failed, point
+from planner.search.space import Space, grid
+from planner.speed.rates import Rates, default_rates
+from planner.units import parse_bytes, parse_count
+from planner.workload import Workload
+
+if TYPE_CHECKING:
+    import torch
+
+SCHEMA_VERSION: Final = 1
+SHOWN: Final = 24
+"""Points of the Pareto set that an answer has."""
+MOST_TOKENS: Final = 1 << 36
+"""Nobody asks for a longer sequence."""
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+Picks = Annotated[tuple[Pick, ...], BeforeValidator(_as_tuple)]
+
+
+class Search(Value):
+    """What was looked at."""
+
+    grid: int
+    """Candidates of the grid, all evaluated."""
+    fit: int
+    """Of those what fits the budget."""
+    passed: int
+    """Of those what passes the gates of mass and time."""
+    trials: int
+    """Of Optuna, over the full space."""
+    gain: float
+    """By how much of the objective the answer is better than the grid's exact optimum: 0 where it is it."""
+
+
+class Recommendation(Value):
+    """The answer."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    versions: dict[str, str | None]
+    """Of this package and those that the answer depends on."""
+    calibration: str
+    """What memory and seconds rest on."""
+    seed: int
+    objective: Objective
+    config: AttentionConfig
+    workload: Workload
+    on: str
+    """The device."""
+    budget: int
+    """Bytes."""
+    reserve: int
+    """Bytes of it kept for others."""
+    memory: MemoryEstimate
+    seconds: float
+    """Of one call, in training with its backward; predicted."""
+    quality: Quality
+    why: Why
+    alternatives: Picks
+    """Three to choose from: fastest, balanced, widest."""
+    pareto: Picks
+    """What nothing surpasses in memory, time and mass together, fastest first."""
+    search: Search
+
+    def build(self, device: str | torch.device | None = None) -> torch.nn.Module:
+        """The attention as a module. Imports torch."""
+        from attention.factories import build
+
+        return build(self.config, device)
+
+
+class Question(NamedTuple):
+    """What was asked, ready to be answered, and the answer."""
+
+    scenario: Scenario
+    space: Space
+    name: str
+    """The same for the same question."""
+    answer: Recommendation
+
+
+_SIZES: Final = ("batch", "heads", "kv_heads", "head_dim", "dtype", "mode", "causal")
+_PLACE: Final = ("calibration", "allocator", "display", "others_bytes", "context_bytes", "threads")
+
+
+def question(vram: str | int | None = None, seq: str | int | None = None, **asked: Unpack[Asked]) -> Question:
+    """The same, with what the answer was found from."""
+    wrong = set(asked) - set(Asked.__annotations__)
+    if wrong:
+        raise TypeError(f"recommend() got unexpected arguments: {', '.join(sorted(wrong))}")
+    scenario, reserved = scenario_of(vram, seq, asked)
+    space, seed, trials = asked.get("space") or Space(), asked.get("seed", 0), asked.get("trials", TRIALS)
+    name = fingerprint(scenario, space)
+    found = enumerate_grid(scenario, grid(space, scenario.workload, flex=scenario.flex))
+    refined = None
+    if trials:
+        storage = asked.get("storage")
+        kept = Storage(storage, asked.get("study") or f"recommend-{name[:12]}", name) if storage else None
+        refined = refine(
+            scenario, space, _starts(scenario, found), trials=trials, sampler=asked.get("sampler", "tpe"),
+            seed=seed, storage=kept, progress=asked.get("progress"),
+        )  # fmt: skip
+    best = better(scenario, found.best, refined.best if refined else None)
+    if best is None:
+        raise NothingFitsError(scenario, relaxations(scenario, space, found), len(found.table))
+    answer = _answer(scenario, found, refined, best, reserved, seed)
+    return Question(scenario, space, name, answer)
+
+
+def scenario_of(vram: str | int | None, seq: str | int | None, asked: Asked) -> tuple[Scenario, int]:
+    """(the question, bytes reserved), from what a caller writes."""
+    from planner.quality import profiles
+
+    gpu = asked.get("gpu")
+    card: Any = gpus.find(gpu) if isinstance(gpu, str) and gpu != "cpu" else gpu
+    if vram is None:
+        if card is None or card == "cpu":
+            raise ConfigError("vram must be given, e.g. vram='8GB', or a card, e.g. gpu='gtx1080'")
+        budget = card.usable_bytes
+    else:
+        budget = parse_bytes(vram, "vram")
+    card = card if card is not None else gpus.generic(budget)
+    reserve = asked.get("reserve", 0)
+    reserved = parse_bytes(reserve, "reserve") if str(reserve) != "0" else 0
+    if reserved >= budget:
+        raise ConfigError(f"reserve must be below the budget of {budget:,} bytes, got {reserved:,}")
+    aim = asked.get("objective") or ("seq" if seq is None else "speed")
+    if aim not in get_args(Objective):
+        raise ConfigError(f"objective must be one of {', '.join(get_args(Objective))}, got {aim!r}")
+    if aim == "seq" and seq is not None:
+        raise ConfigError("objective 'seq' finds the length; leave out seq, or choose 'speed' or 'quality'")
+    if aim != "seq" and seq is None:
+        raise ConfigError(f"objective {aim!r} needs seq, e.g. seq=131072")
+    gates = Gates(
+        layers=asked.get("layers", LAYERS), min_mass=asked.get("min_mass", MIN_MASS),
+        max_seconds=asked.get("max_seconds"),
+    )  # fmt: skip
+    check_gates(gates)
+    sizes: dict[str, Any] = {name: asked[name] for name in _SIZES if name in asked}
+    if seq is None:
+        floor = Workload(seq=1, **sizes).floor
+        tokens = min(max((budget - reserved) // floor, 1), MOST_TOKENS)
+    else:
+        tokens = parse_count(seq, "seq")
+    workload = Workload(seq=tokens, **sizes)
+    profile = asked.get("profile")
+    known = profile if isinstance(profile, Profile) else profiles.preset(profile or profiles.DEFAULT)
+    options: dict[str, Any] = {name: asked[name] for name in _PLACE if name in asked}
+    if card != "cpu" and options.get("threads") is not None:
+        raise ConfigError("threads is for gpu='cpu' only; leave it out")
+    rates = speed_rates_of(card, workload, options)
+    return Scenario(workload, card, budget - reserved, aim, known, rates, gates, options), reserved
+
+
+def speed_rates_of(card: Any, workload: Workload, options: dict[str, Any]) -> Rates:
+    """Measured rates of the device, where a calibration has them for the dtype; else documented defaults."""
+    machine = machine_of(card, workload.dtype, options.get("threads"))
+    known = options.get("calibration") or calibration_for(card, machine, workload.dtype)
+    if known is not None and known.speed is not None and workload.dtype in known.speed.rates.forward:
+        return known.speed.rates
+    return default_rates(card if isinstance(card, gpus.Gpu) else machine)
+
+
+def check_gates(gates: Gates) -> None:
+    """ConfigError for gates that cannot be meant."""
+    if gates.layers is not None and (type(gates.layers) is not int or gates.layers < 1):
+        raise ConfigError(f"layers must be a whole number of at least 1, got {gates.layers!r}")
+    if gates.min_mass is not None and not 0 <= gates.min_mass <= 1:
+        raise ConfigError(f"min_mass must be from 0 to 1, got {gates.min_mass!r}")
+    if gates.max_seconds is not None and not gates.max_seconds > 0:
+        raise ConfigError(f"max_seconds must be above 0, got {gates.max_seconds!r}")
+
+
+def better(scenario: Scenario, old: Point | None, new: Point | None) -> Point | None:
+    """The better of two."""
+    if old is None or new is None:
+        return old or new
+    return new if gain(scenario, old, new) > 0 else old
+
+
+def _starts(scenario: Scenario, found: Found) -> list[AttentionConfig]:
+    """What the search begins with: the grid's optimum, then its best of each shape."""
+    _, good = passing(scenario, found.table)
+    ordered = order(scenario, found.table, np.flatnonzero(good))
+    chosen: dict[tuple[object, ...], AttentionConfig] = {}
+    if found.best is not None:
+        chosen[kind_of(found.best.config)] = found.best.config
+    for at in ordered[:LOOKED_AT].tolist():
+        config = found.table.config(at, scenario)
+        chosen.setdefault(kind_of(config), config)
+        if len(chosen) == STARTS:
+            break
+    return list(chosen.values())
+
+
+def kind_of(config: AttentionConfig) -> tuple[object, ...]:
+    """Variant, pattern and block size: what makes configs different in kind."""
+    pattern = config.pattern
+    return config.variant, len(config.branches), pattern and (pattern.pattern_type, pattern.block_size)
+
+
+def _answer(
+    scenario: Scenario, found: Found, refined: Refined | None, best: Point, reserved: int, seed: int
+) -> Recommendation:  # fmt: skip
+    table = found.table
+    points = [
+        point(scenario, table.config(at, scenario), int(table.seq[at]))
+        for at in pareto(scenario, found, SHOWN)
+    ]
+    points = [p for p in points if not failed(scenario, p)]
+    if best.config not in {p.config for p in points}:
+        points = sorted([*points, best], key=lambda p: p.seconds)
+    grid_best = found.best
+    return Recommendation(
+        versions=versions(),
+        calibration=_rests_on(scenario),
+        seed=seed,
+        objective=scenario.objective,
+        config=best.config,
+        workload=scenario.at(best.seq),
+        on="cpu" if isinstance(scenario.card, str) else scenario.card.name,
+        budget=scenario.budget + reserved,
+        reserve=reserved,
+        memory=best.memory,
+        seconds=best.seconds,
+        quality=Quality(profile=scenario.profile.name, mass=best.mass, layers=best.layers),
+        why=explain(scenario, found, best),
+        alternatives=three(points),
+        pareto=tuple(pick(p) for p in points),
+        search=Search(
+            grid=len(table), fit=found.fit, passed=found.passed, trials=refined.trials if refined else 0,
+            gain=gain(scenario, grid_best, best) if grid_best else 0.0,
+        ),
+    )  # fmt: skip
+
+
+def versions() -> dict[str, str | None]:
+    """Of what an answer depends on; torch's, though it is not loaded, because memory is its own."""
+    found: dict[str, str | None] = {}
+    for name in ("attention-planner", "torch", "numpy", "optuna"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def _rests_on(scenario: Scenario) -> str:
+    known = scenario.calibration
+    memory = (
+        f"memory: {known.device} calibrated with torch {known.torch} on {known.date[:10]}"
+        if known
+        else "memory: not measured on this device"
+    )
+    return f"{memory}; seconds: {scenario.rates.source}"
+
+
+def fingerprint(scenario: Scenario, space: Space) -> str:
+    """Of the question: a stored study belongs to one."""
+    card = scenario.card if isinstance(scenario.card, str) else scenario.card.key
+    text = "\n".join(
+        [scenario.workload.to_json(), card, str(scenario.budget), scenario.objective,
+         scenario.profile.to_json(), repr(scenario.gates), space.to_json(),
+         repr(sorted(scenario.options.items()))]
+    )  # fmt: skip
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,1 @@
+"""What commands show: tables, plain text, data, pictures, programs. No torch."""

@@ -1,0 +1,61 @@
+"""A recommendation as a program that runs as pasted. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from attention.config import AdaptiveConfig, AttentionConfig, MultiheadConfig, SparsePatternConfig, Value
+from planner.workload import Workload
+
+_PARTS = (SparsePatternConfig, AdaptiveConfig, MultiheadConfig)
+
+
+def snippet(config: AttentionConfig, workload: Workload) -> str:
+    """Python that builds the attention and calls it once on random q, k, v of the workload."""
+    parts = [type(part).__name__ for part in (config.pattern, config.adaptive, config.multihead) if part]
+    names = ", ".join(sorted(["AttentionConfig", *parts]))
+    causal = ", is_causal=True" if workload.causal else ""
+    training = workload.mode == "training"
+    grad = ", requires_grad=True" if training else ""
+    sizes = f"{workload.batch}, {workload.seq}"
+    lines = [
+        "import torch",
+        "",
+        f"from attention import {names}, build",
+        "",
+        *_assignment(config),
+        'device = "cuda" if torch.cuda.is_available() else "cpu"',
+        "attend = build(config, device)",
+        "",
+        f'options = {{"dtype": torch.{workload.dtype}, "device": device}}',
+        f"q = torch.randn({sizes}, {workload.heads}, {workload.head_dim}, **options{grad})",
+        f"k = torch.randn({sizes}, {workload.groups}, {workload.head_dim}, **options{grad})",
+        f"v = torch.randn({sizes}, {workload.groups}, {workload.head_dim}, **options{grad})",
+    ]
+    if training:
+        lines += [f"out = attend(q, k, v{causal})", "out.backward(torch.ones_like(out))"]
+    else:
+        lines += ["with torch.no_grad():", f"    out = attend(q, k, v{causal})"]
+    return "\n".join([*lines, "print(tuple(out.shape), out.dtype, device)"])
+
+
+def _assignment(config: AttentionConfig) -> list[str]:
+    return ["config = AttentionConfig(", *(f"    {field}," for field in _fields(config)), ")"]
+
+
+def _fields(value: Value) -> list[str]:
+    """What differs from the defaults, as keyword arguments."""
+    found = []
+    for name, field in type(value).model_fields.items():
+        given = getattr(value, name)
+        if given != field.default:
+            found.append(f"{name}={_literal(given)}")
+    return found
+
+
+def _literal(value: Any) -> str:
+    if isinstance(value, _PARTS):
+        return f"{type(value).__name__}({', '.join(_fields(value))})"
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(repr, value))}]"
+    return '"' + value + '"' if isinstance(value, str) else repr(value)

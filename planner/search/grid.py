@@ -1,0 +1,324 @@
+"""The search: the grid's exact optimum and Pareto set, then Optuna over the full space from there.
+
+The grid is evaluated whole, as arrays. What arrays cannot say (what the caching allocator rounds up, how far
+a pattern reaches) is asked of candidates in the order of the objective until one passes, so that the
+first to pass is the optimum of the grid. Imports no torch; Optuna only where trials are asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from attention.config import AttentionConfig
+from planner.columns import Columns, Ints
+from planner.search import scenario as asked
+from planner.search.scenario import Figures, Floats, Point, Scenario
+from planner.search.space import Candidate
+
+UNIT: Final = 64
+"""Tokens that lengths are found to where there are no blocks."""
+FIRST_LOOK: Final = 16
+"""Candidates whose reach is asked for at once, to begin with."""
+SAME: Final = 0.001
+"""Lengths that differ by less are taken as equal, and the faster config wins."""
+
+
+class Table(NamedTuple):
+    """Candidates of all kinds in one row of arrays."""
+
+    parts: tuple[Columns, ...]
+    starts: Ints
+    """Where each part begins."""
+    seq: Ints
+    figures: Figures
+
+    def __len__(self) -> int:
+        return int(self.seq.size)
+
+    def candidate(self, index: int) -> Candidate:
+        part = int(np.searchsorted(self.starts, index, side="right")) - 1
+        return Candidate(self.parts[part], int(index - self.starts[part]))
+
+    def config(self, index: int, scenario: Scenario) -> AttentionConfig:
+        return self.candidate(index).config(scenario.at(int(self.seq[index])))
+
+    def reaching(self, scenario: Scenario, which: Ints) -> NDArray[np.bool_]:
+        """Of some candidates, which pass the gate of reach."""
+        found = np.empty(which.size, bool)
+        home = np.searchsorted(self.starts, which, side="right") - 1
+        for part in np.unique(home):
+            mine = home == part
+            columns = self.parts[part].take(which[mine] - self.starts[part])
+            found[mine] = asked.reaching(scenario, columns)
+        return found
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the grid has."""
+
+    table: Table
+    best: Point | None
+    """The optimum; None if nothing passes."""
+    index: int | None
+    """Where it is."""
+    fit: int
+    """Candidates that fit by memory, as arrays tell."""
+    passed: int
+    """Of those the ones that pass the gates of mass and time."""
+
+
+def tabulate(scenario: Scenario, parts: Sequence[Columns]) -> Table:
+    """All figures of all candidates; with the length free, each at the longest that fits."""
+    if scenario.free_length:
+        parts = [part for part in (_at_longest(scenario, part) for part in parts) if len(part)]
+    if not parts:
+        nothing = np.zeros(0)
+        return Table((), np.zeros(1, np.int64), nothing.astype(np.int64), Figures(nothing, nothing, nothing))
+    figures = [asked.figures(scenario, part) for part in parts]
+    return Table(
+        tuple(parts),
+        np.cumsum([0, *map(len, parts[:-1])]),
+        np.concatenate([np.broadcast_to(np.asarray(part.seq, np.int64), len(part)) for part in parts]),
+        Figures(*(np.concatenate(column) for column in zip(*figures, strict=True))),
+    )
+
+
+def passing(scenario: Scenario, table: Table) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """(which fit, which of those pass the gates of mass and time too), as far as arrays tell."""
+    gates, (memory, seconds, mass) = scenario.gates, table.figures
+    fit = memory <= scenario.budget
+    good = fit.copy()
+    if gates.min_mass is not None:
+        good &= mass >= gates.min_mass
+    if gates.max_seconds is not None:
+        good &= seconds <= gates.max_seconds
+    return fit, good
+
+
+def order(scenario: Scenario, table: Table, which: Ints) -> Ints:
+    """Candidates, the best first."""
+    memory, seconds, mass = (column[which] for column in table.figures)
+    if scenario.objective == "speed":
+        keys: tuple[Any, ...] = (-mass, memory, seconds)
+    elif scenario.objective == "quality":
+        keys = (memory, seconds, -np.round(mass, 9))
+    else:
+        longest = table.seq[which].max(initial=1)
+        lost = np.floor(np.log(longest / np.maximum(table.seq[which], 1)) / np.log1p(SAME))
+        keys = (-table.seq[which], seconds, lost)
+    return which[np.lexsort(keys)]
+
+
+def enumerate_grid(scenario: Scenario, parts: Sequence[Columns]) -> Found:
+    """The grid's optimum."""
+    table = tabulate(scenario, parts)
+    fit, good = passing(scenario, table)
+    counts = int(fit.sum()), int(good.sum())
+    if scenario.free_length:
+        table = _shortened(scenario, table)
+        fit, good = passing(scenario, table)
+        counts = max(counts[0], int(fit.sum())), int(good.sum())
+    index, best = first(scenario, table, order(scenario, table, np.flatnonzero(good)))
+    return Found(table, best, index, *counts)
+
+
+def first(scenario: Scenario, table: Table, ordered: Ints) -> tuple[int | None, Point | None]:
+    """The first of candidates that passes everything, and its figures."""
+    for index in _reaching_in_order(scenario, table, ordered):
+        found = _exact(scenario, table, index)
+        if found is not None:
+            return index, found
+    return None, None
+
+
+def _exact(scenario: Scenario, table: Table, index: int) -> Point | None:
+    """A candidate's figures, if it passes; where the length is free, at the longest at which it does."""
+    seq, config = int(table.seq[index]), table.config(index, scenario)
+    if not scenario.free_length:
+        if asked.memory_of(scenario, config, seq).upper > scenario.budget:
+            return None
+    else:
+        seq = _longest_exactly(scenario, config, seq)
+        if seq == 0:
+            return None
+    found = asked.point(scenario, config, seq)
+    return None if asked.failed(scenario, found) else found
+
+
+def _longest_exactly(scenario: Scenario, config: AttentionConfig, most: int) -> int:
+    """The longest sequence of at most `most` tokens, to the block, that fits exactly; 0 for none."""
+    unit = config.pattern.block_size if config.pattern else UNIT
+
+    def fits(blocks: int) -> bool:
+        return asked.memory_of(scenario, config, blocks * unit).upper <= scenario.budget
+
+    high = most // unit
+    if fits(high):
+        return high * unit
+    # What arrays said is near: step back from it, further each time.
+    low, step = high - 1, 1
+    while low > 0 and not fits(low):
+        high, low, step = low, max(low - 2 * step, 0), 2 * step
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low * unit
+
+
+def _reaching_in_order(scenario: Scenario, table: Table, ordered: Ints) -> Iterator[int]:
+    """Those that pass the gate of reach, in the order given, asked for in growing chunks."""
+    start, size = 0, FIRST_LOOK
+    while start < ordered.size:
+        chunk = ordered[start : start + size]
+        yield from chunk[table.reaching(scenario, chunk)].tolist()
+        start, size = start + size, min(2 * size, 1024)
+
+
+# Lengths.
+
+
+def _units(columns: Columns) -> Any:
+    return columns.block_size if columns.variant in ("block_sparse", "adaptive") else UNIT
+
+
+def _at_longest(scenario: Scenario, columns: Columns) -> Columns:
+    """The candidates that fit at all, each at the longest sequence that does, up to the workload's.
+
+    Memory is nearly linear in the length, so that interpolation between a length that fits and one that does
+    not finds the boundary in a few steps; every third step halves, for what is not linear.
+    """
+    unit = np.broadcast_to(np.asarray(_units(columns), np.int64), len(columns))
+
+    def bytes_at(which: Ints, blocks: Ints) -> Floats:
+        longer = replace(columns.take(which), seq=blocks * unit[which])
+        return asked.least_memory(scenario, longer)
+
+    everything = np.arange(len(columns))
+    low, high = np.zeros_like(unit), np.maximum(scenario.workload.seq // unit, 1) + 1
+    below, above = np.zeros(len(columns)), np.full(len(columns), np.inf)
+    budget, step = float(scenario.budget), 0
+    active, guess = everything, high - 1
+    while active.size:
+        found = bytes_at(active, guess)
+        fits = found <= budget
+        low[active[fits]], below[active[fits]] = guess[fits], found[fits]
+        high[active[~fits]], above[active[~fits]] = guess[~fits], found[~fits]
+        active = everything[high - low > 1]
+        step += 1
+        bottom, width = low[active], (high - low)[active]
+        share = np.where(
+            np.isfinite(above[active]) & (step % 3 != 0),
+            (budget - below[active]) / np.maximum(above[active] - below[active], 1),
+            0.5,
+        )
+        guess = bottom + np.clip((share * width).astype(np.int64), 1, width - 1)
+    some = np.flatnonzero(low > 0)
+    return replace(columns, seq=low * unit).take(some)
+
+
+def _shortened(scenario: Scenario, table: Table) -> Table:
+    """The table with the lengths of candidates that fail the gates of mass and time there cut to where they
+    pass, as far as that could make them the longest; the others of them get length 0 and fail."""
+    _, good = passing(scenario, table)
+    gates = scenario.gates
+    known = int(table.seq[good].max(initial=0))
+    low = np.where(good, table.seq, 0)
+    high = np.where(good, table.seq, table.seq)
+    bad = ~good
+    while True:
+        active = np.flatnonzero(
+            bad & (high > max(known, 1) * (1 + SAME)) & (high - low > _table_units(table))
+        )
+        if not active.size:
+            break
+        middle = (np.maximum(low[active], known) + high[active]) // 2
+        middle = middle // _table_units(table)[active] * _table_units(table)[active]
+        stuck = middle <= low[active]
+        passed = np.zeros(active.size, bool)
+        for part, mine in _by_part(table, active):
+            columns = replace(
+                table.parts[part].take(active[mine] - table.starts[part]), seq=np.maximum(middle[mine], 1)
+            )
+            fine = np.ones(mine.sum(), bool)
+            if gates.min_mass is not None:
+                fine &= asked.masses(scenario, columns) >= gates.min_mass
+            if gates.max_seconds is not None:
+                fine &= asked.times(scenario, columns) <= gates.max_seconds
+            passed[mine] = fine
+        low[active] = np.where(passed, middle, low[active])
+        high[active] = np.where(passed & ~stuck, high[active], middle)
+        high[active[stuck]] = low[active[stuck]]
+        known = max(known, int(low[active].max(initial=0)))
+    chosen = np.flatnonzero(low > 0)
+    if not bad[chosen].any():
+        return table
+    parts = [
+        replace(table.parts[part].take(chosen[mine] - table.starts[part]), seq=low[chosen[mine]])
+        for part, mine in _by_part(table, chosen)
+    ]
+    return tabulate(replace(scenario, objective="speed"), parts)
+
+
+def _table_units(table: Table) -> Ints:
+    """Tokens that each candidate's length is a multiple of."""
+    return np.concatenate([np.broadcast_to(np.asarray(_units(p), np.int64), len(p)) for p in table.parts])
+
+
+def _by_part(table: Table, which: Ints) -> Iterator[tuple[int, NDArray[np.bool_]]]:
+    home = np.searchsorted(table.starts, which, side="right") - 1
+    for part in np.unique(home):
+        yield int(part), home == part
+
+
+# The Pareto set.
+
+
+def pareto(scenario: Scenario, found: Found, limit: int) -> list[int]:
+    """Candidates that pass everything and that none surpasses in memory, time and mass (and length, where it
+    is free) together: at most `limit`, fastest first, the ends kept.
+
+    Costs that differ by less than half a percent count as equal, or the set is mostly of twins.
+    """
+    table = found.table
+    _, good = passing(scenario, table)
+    left = np.flatnonzero(good)
+    memory, seconds, mass = (column[left] for column in table.figures)
+    costs = np.stack(
+        [
+            np.round(np.log(np.maximum(seconds, 1e-12)) * 200),
+            np.round(np.log(memory) * 200),
+            np.round((1 - mass) * 500),
+            -np.round(np.log(np.maximum(table.seq[left], 1)) * 200),
+        ],
+        axis=1,
+    )
+    # What costs least altogether is surpassed by nothing: take it, drop what it surpasses, go on.
+    ordered = np.lexsort((seconds, costs.sum(axis=1)))
+    left, costs = left[ordered], costs[ordered]
+    front: list[int] = []
+    known: dict[int, bool] = {}
+    while left.size:
+        here = int(left[0])
+        if here not in known:
+            asked_for = left[: FIRST_LOOK * 2]
+            known |= dict(zip(asked_for.tolist(), table.reaching(scenario, asked_for).tolist(), strict=True))
+        keep = np.ones(left.size, bool)
+        keep[0] = False
+        if known[here]:
+            front.append(here)
+            keep = (costs < costs[0]).any(axis=1)
+        left, costs = left[keep], costs[keep]
+    front.sort(key=lambda at: float(table.figures.seconds[at]))
+    if len(front) > limit:
+        kept = np.unique(np.linspace(0, len(front) - 1, limit).round().astype(int))
+        front = [front[at] for at in kept]
+    return front
+
+
+__all__ = ["Figures", "Floats", "Found", "Table", "enumerate_grid", "first", "order", "pareto", "tabulate"]

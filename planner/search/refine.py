@@ -1,0 +1,219 @@
+"""Optuna over the full space, from the grid's best candidates on. Imports Optuna, no torch.
+
+Each trial is one config by the analytic models. What it exceeds is told to the sampler as constraints.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final, Literal, get_args
+
+import numpy as np
+import optuna
+
+from attention.config import AttentionConfig
+from attention.errors import ConfigError
+from planner.columns import Columns
+from planner.search import scenario as asked
+from planner.search.grid import Found, Table, first, order, tabulate
+from planner.search.scenario import Point, Scenario
+from planner.search.space import Space, chosen, parameters
+
+Sampler = Literal["tpe", "random", "nsga2", "nsga3", "cmaes", "qmc", "gp", "brute"]
+TRIALS: Final = 40
+STARTS: Final = 8
+"""Grid candidates that the search begins with."""
+IMPOSSIBLE: Final = 1e9
+"""Value of a config that fits at no length."""
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Refined:
+    """What the trials found."""
+
+    best: Point | None
+    """The best that passes everything; None if none does."""
+    trials: int
+    """Finished, those of an earlier run included."""
+    evaluated: int
+    """Different configs among this run's."""
+    passed: int
+    """Of those the ones that pass all gates, as arrays tell."""
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Where trials are kept."""
+
+    url: str
+    """A URL as Optuna takes it, or a journal file."""
+    study: str
+    """Name in it."""
+    question: str
+    """What the study is about; one of another question is refused."""
+
+
+def refine(
+    scenario: Scenario,
+    space: Space,
+    starts: Sequence[AttentionConfig],
+    *,
+    trials: int = TRIALS,
+    sampler: Sampler = "tpe",
+    seed: int = 0,
+    storage: Storage | None = None,
+    progress: Progress | None = None,
+) -> Refined:
+    """The best config that `trials` trials find; `starts` are tried first.
+
+    With a storage, trials that are there already count: the same call goes on where it stopped.
+    """
+    if trials < 0:
+        raise ConfigError(f"trials must be at least 0, got {trials}")
+    study = open_study(storage, sampler, seed)
+    done = len(study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,)))
+    if done:
+        study.sampler = _sampler(sampler, seed + done)  # not the same suggestions again
+    else:
+        for config in starts:
+            known = parameters(config, space, scenario.workload)
+            if known is not None:
+                study.enqueue_trial(known, skip_if_exists=True)
+    seen: dict[AttentionConfig, Answer] = {}
+    for number in range(done, trials):
+        if progress:
+            progress(number, trials)
+        trial = study.ask()
+        columns = chosen(trial, space, scenario.workload, flex=scenario.flex)
+        config = columns.config(0, scenario.workload)
+        if config not in seen:
+            seen[config] = answer(scenario, columns)
+        found = seen[config]
+        for name, excess in found.excess.items():
+            trial.set_constraint(name, excess)
+        trial.set_user_attr("config", config.model_dump(mode="json", exclude_defaults=True))
+        study.tell(trial, found.value)
+    good = [found for found in seen.values() if all(excess <= 0 for excess in found.excess.values())]
+    best = None
+    if good:
+        table = _together(scenario, [found.columns for found in good])
+        best = first(scenario, table, order(scenario, table, np.arange(len(table))))[1]
+    return Refined(best, max(trials, done), len(seen), len(good))
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One candidate of a trial."""
+
+    columns: Columns
+    value: float
+    """To be minimised."""
+    excess: dict[str, float]
+    """How far each constraint is exceeded; 0 or less where it is met."""
+
+
+def answer(scenario: Scenario, columns: Columns) -> Answer:
+    """What the models have for one candidate; with the length free, at the longest that fits."""
+    gates = scenario.gates
+    if scenario.free_length:
+        table = tabulate(scenario, [columns])
+        if not len(table):
+            return Answer(columns, IMPOSSIBLE, {"memory": 1.0})
+        columns = replace(columns, seq=int(table.seq[0]))
+        found = table.figures
+    else:
+        found = asked.figures(scenario, columns)
+    memory, seconds, mass = (float(column[0]) for column in found)
+    excess = {"memory": memory / scenario.budget - 1}
+    if gates.min_mass is not None:
+        excess["mass"] = gates.min_mass - mass
+    if gates.max_seconds is not None:
+        excess["seconds"] = seconds / gates.max_seconds - 1
+    if gates.layers is not None:
+        # Asked only of those that pass the rest: it takes longest.
+        met = max(excess.values()) <= 0 and bool(asked.reaching(scenario, columns)[0])
+        excess["reach"] = 0.0 if met else 1.0
+    value = {
+        "speed": math.log(max(seconds, 1e-12)),
+        "quality": -mass + 1e-6 * math.log(max(seconds, 1e-12)),
+        "seq": -math.log(max(int(np.max(columns.seq)), 1)) + 1e-6 * math.log(max(seconds, 1e-12)),
+    }[scenario.objective]
+    return Answer(columns, value, excess)
+
+
+def _together(scenario: Scenario, parts: Sequence[Columns]) -> Table:
+    """A table of candidates whose lengths are known."""
+    return tabulate(replace(scenario, objective="speed"), parts)
+
+
+# Studies.
+
+
+def open_study(storage: Storage | None, sampler: Sampler, seed: int) -> optuna.Study:
+    """A new study, or the one that the storage has under this name; ConfigError where it cannot be had."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        chosen_sampler = _sampler(sampler, seed)
+        if storage is None:
+            return optuna.create_study(sampler=chosen_sampler)
+        try:
+            study = optuna.create_study(
+                storage=_open(storage.url), study_name=storage.study, sampler=chosen_sampler,
+                load_if_exists=True,
+            )  # fmt: skip
+            known = study.user_attrs.get("question")
+            if known is None:
+                study.set_user_attr("question", storage.question)
+        except Exception as error:  # noqa: BLE001 -- whatever a database driver raises
+            said = " ".join(str(error).split()) or type(error).__name__
+            raise ConfigError(
+                f"storage {storage.url!r} cannot be used: {said[:200]}; write e.g. studies.journal or "
+                "sqlite:///studies.db"
+            ) from None
+    if known not in (None, storage.question):
+        raise ConfigError(
+            f"study {storage.study!r} in {storage.url} answers another question; choose another --study"
+        )
+    return study
+
+
+def _open(url: str) -> Any:
+    """A URL is Optuna's to read; anything else is a journal file."""
+    if "://" in url:
+        return url
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    return JournalStorage(JournalFileBackend(url))
+
+
+def _sampler(name: Sampler, seed: int) -> optuna.samplers.BaseSampler:
+    samplers = optuna.samplers
+    makers: dict[str, Callable[[], optuna.samplers.BaseSampler]] = {
+        "tpe": lambda: samplers.TPESampler(seed=seed),
+        "random": lambda: samplers.RandomSampler(seed=seed),
+        "nsga2": lambda: samplers.NSGAIISampler(seed=seed),
+        "nsga3": lambda: samplers.NSGAIIISampler(seed=seed),
+        "cmaes": lambda: samplers.CmaEsSampler(seed=seed),
+        "qmc": lambda: samplers.QMCSampler(seed=seed),
+        "gp": lambda: samplers.GPSampler(seed=seed),
+        "brute": lambda: samplers.BruteForceSampler(seed=seed),
+    }
+    if name not in makers:
+        raise ConfigError(f"sampler must be one of {', '.join(get_args(Sampler))}, got {name!r}")
+    try:
+        return makers[name]()
+    except ImportError as error:
+        missing = error.name or "a package"
+        raise ConfigError(
+            f"sampler {name!r} needs {missing}, which is not installed: pip install {missing}, or choose tpe"
+        ) from None
+
+
+__all__ = ["Found", "Refined", "Sampler", "Storage", "answer", "open_study", "refine"]

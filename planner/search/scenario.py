@@ -1,0 +1,200 @@
+"""What is asked of a recommendation, and what one candidate answers: memory, seconds, quality. No torch.
+
+`figures` has many candidates at once, from the models over arrays. `point` has one config exactly: its
+memory estimate with the allocator replayed, its reach by search. What `figures` says of memory is never
+above what `point` does, so that candidates may be passed over by it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Final, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from attention.config import AttentionConfig
+from planner.calibration import Calibration, least_upper
+from planner.columns import Columns
+from planner.gpus import Gpu
+from planner.memory import device as device_share
+from planner.memory.configured import goes_flex
+from planner.memory.estimate import MemoryEstimate, calibration_for, estimate, machine_of
+from planner.memory.kernels import Machine
+from planner.memory.many import peaks
+from planner.quality import mass as quality
+from planner.quality import reach
+from planner.quality.profiles import Profile
+from planner.speed import seconds as speed
+from planner.workload import Workload
+
+Objective = Literal["speed", "seq", "quality"]
+Floats = NDArray[np.float64]
+
+LAYERS: Final = 12
+MIN_MASS: Final = 0.8
+
+
+@dataclass(frozen=True)
+class Gates:
+    """What a config has to do besides fitting; None turns a gate off."""
+
+    layers: int | None = LAYERS
+    """Of the model: within so many the last token hears of all that causality permits."""
+    min_mass: float | None = MIN_MASS
+    """Least share of dense attention's mass, under the profile."""
+    max_seconds: float | None = None
+    """Of one call."""
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One question."""
+
+    workload: Workload
+    """Its `seq` is the longest of interest where the objective is `seq`."""
+    card: Literal["cpu"] | Gpu
+    budget: int
+    """Bytes for this attention, what is reserved for others taken off."""
+    objective: Objective
+    profile: Profile
+    rates: speed.Rates
+    gates: Gates = field(default_factory=Gates)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """As `planner.estimate` takes them: calibration, allocator, display, ..."""
+
+    @cached_property
+    def known_masses(self) -> dict[tuple[object, ...], dict[tuple[float, ...], float]]:
+        """Mass of what was asked for before, by kind and what it depends on."""
+        return {}
+
+    @property
+    def free_length(self) -> bool:
+        """Whether the length is to be found."""
+        return self.objective == "seq"
+
+    @cached_property
+    def machine(self) -> Machine:
+        return machine_of(self.card, self.workload.dtype, self.options.get("threads"))
+
+    @property
+    def flex(self) -> bool:
+        """Whether compiled FlexAttention runs here."""
+        return bool(goes_flex("auto", 128, self.workload, self.machine))
+
+    @cached_property
+    def calibration(self) -> Calibration | None:
+        return self.options.get("calibration") or calibration_for(
+            self.card, self.machine, self.workload.dtype
+        )
+
+    @cached_property
+    def outside(self) -> int:
+        """Bytes of a GPU beside what plans list."""
+        if isinstance(self.card, str):
+            return 0
+        context = self.options.get("context_bytes")
+        if context is None and self.calibration is not None:
+            context = self.calibration.terms.context
+        lines = device_share.device_lines(
+            self.card.architecture, display=self.options.get("display", "headless"),
+            others_bytes=self.options.get("others_bytes", 0), context_bytes=context,
+        )  # fmt: skip
+        return int(device_share.total(lines)) + int(device_share.library_lines(self.card.capability)[0].bytes)
+
+    def at(self, seq: int) -> Workload:
+        """The workload at another length."""
+        return self.workload if seq == self.workload.seq else self.workload.model_copy(update={"seq": seq})
+
+
+class Figures(NamedTuple):
+    """Of many candidates, an entry each."""
+
+    memory: Floats
+    """Bytes: at most what the upper bound is."""
+    seconds: Floats
+    mass: Floats
+
+
+def figures(scenario: Scenario, columns: Columns) -> Figures:
+    """What the models have for candidates."""
+    return Figures(least_memory(scenario, columns), times(scenario, columns), masses(scenario, columns))
+
+
+def least_memory(scenario: Scenario, columns: Columns) -> Floats:
+    """Bytes of the upper bound, or fewer: what the caching allocator rounds up is not among it."""
+    found = peaks(columns, scenario.workload, scenario.machine) + scenario.outside
+    return np.asarray(least_upper(scenario.calibration, found), np.float64)
+
+
+def times(scenario: Scenario, columns: Columns) -> Floats:
+    return speed.seconds(columns, scenario.workload, scenario.machine, scenario.rates)
+
+
+def masses(scenario: Scenario, columns: Columns) -> Floats:
+    """Of candidates that differ in backend or workspace alone it is the same, and computed once."""
+    table, back = quality.distinct(columns)
+    known = scenario.known_masses.setdefault((columns.variant, columns.pattern_type), {})
+    rows = [tuple(row) for row in table.tolist()]
+    new = np.array([at for at, row in enumerate(rows) if row not in known], np.int64)
+    if new.size:
+        first = np.zeros(len(table), np.int64)
+        first[back[::-1]] = np.arange(len(columns))[::-1]
+        found = quality.mass(columns.take(first[new]), scenario.workload, scenario.profile)
+        known.update(zip((rows[at] for at in new), found.tolist(), strict=True))
+    return np.array([known[row] for row in rows])[back]
+
+
+def reaching(scenario: Scenario, columns: Columns) -> NDArray[np.bool_]:
+    """Which candidates pass the gate of reach."""
+    if scenario.gates.layers is None:
+        return np.ones(len(columns), bool)
+    return reach.reaches(columns, scenario.workload, scenario.gates.layers)
+
+
+class Point(NamedTuple):
+    """One config on one length, exactly."""
+
+    config: AttentionConfig
+    memory: MemoryEstimate
+    seconds: float
+    mass: float
+    layers: int | None
+    """Until the last token hears of all; None for never."""
+
+    @property
+    def seq(self) -> int:
+        return self.memory.workload.seq
+
+
+def memory_of(scenario: Scenario, config: AttentionConfig, seq: int) -> MemoryEstimate:
+    return estimate(config, scenario.at(seq), scenario.card, **scenario.options)
+
+
+def point(scenario: Scenario, config: AttentionConfig, seq: int) -> Point:
+    """All figures of one config."""
+    workload = scenario.at(seq)
+    return Point(
+        config,
+        memory_of(scenario, config, seq),
+        speed.seconds_of(config, workload, scenario.machine, scenario.rates),
+        quality.mass_of(config, workload, scenario.profile),
+        reach.layers(config, workload),
+    )
+
+
+def failed(scenario: Scenario, found: Point) -> tuple[str, ...]:
+    """The constraints that a config does not meet: `memory`, `mass`, `reach`, `seconds`."""
+    gates = scenario.gates
+    wrong = []
+    if found.memory.upper > scenario.budget:
+        wrong.append("memory")
+    if gates.min_mass is not None and found.mass < gates.min_mass:
+        wrong.append("mass")
+    if gates.layers is not None and (found.layers is None or found.layers > gates.layers):
+        wrong.append("reach")
+    if gates.max_seconds is not None and found.seconds > gates.max_seconds:
+        wrong.append("seconds")
+    return tuple(wrong)

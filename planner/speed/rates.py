@@ -1,0 +1,219 @@
+"""What a unit of work costs on a device: fitted to measurements, or documented defaults. Imports no torch.
+
+Defaults are not measured on the device they are for, and say so. Where they come from:
+
+- FlashAttention-2 on an A100 reaches 50 to 73% of peak forward (arXiv 2307.08691, abstract): here 61% at 64
+  channels a head and 72% at 128 for long calls, backward 53% and 60%.
+- The same kernel on Hopper, in torch's SDPA: 287 to 304 TFLOP/s forward at 128 channels on an H100
+  (pytorch/benchmark#2296), 30% of its peak; data centre Blackwell is assumed to be no faster than that H100
+  for each FLOP/s more, half as much again.
+- The efficient kernel is assumed to be as FlashAttention-1 was: 25 to 40% of peak (the same abstract).
+- float32 runs on CUDA cores at half their peak: assumption. Below compute capability 7.0, float16 runs at
+  float32's rate / 2.3 where its own is lower still (deepspeech.pytorch#55, a Titan X Pascal).
+- Compiled FlexAttention: 90% of FlashAttention-2 forward, 85% backward (PyTorch's blog, A100).
+- A PyTorch operator takes 5 to 25 microseconds of the host's time, a launch among it a few: 5 here, times the
+  operators that a call, a tile and a gather consist of. The host's time hides behind the device's, or the
+  other way round: the longer of both counts.
+- CPUs: what one thread of an AMD EPYC took, fitted to 250 runs on a busy machine; see `default_cpu_rates`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Final, Literal
+
+from pydantic import BeforeValidator, Field
+
+from attention.config import Value
+from attention.errors import ConfigError
+from planner.gpus import Gpu
+from planner.memory.kernels import Cpu, Machine
+from planner.workload import ITEMSIZE
+
+NOT_MEASURED: Final = "documented defaults: not measured"
+Floats = Annotated[tuple[float, ...], BeforeValidator(lambda x: tuple(x) if isinstance(x, list) else x)]
+Costs = dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]]
+"""Seconds for each unit of a total; names as in `planner.speed.work.NAMES`, those left out cost nothing."""
+
+HOST: Final = ("launches", "gathers", "gates", "tiles", "passes")
+"""What a GPU's host does."""
+OPERATOR: Final = 5e-6
+"""Seconds of the host's time an operator."""
+
+
+class Rates(Value):
+    """Seconds for each unit of work on a device, by pass and dtype."""
+
+    device: str
+    """`cpu`, or a GPU's key."""
+    source: str
+    """Where they come from: `measured ...`, or `NOT_MEASURED` and of what."""
+    workers: Annotated[int, Field(ge=1)] = 1
+    """Threads or multiprocessors that share a kernel call; 1 if not known."""
+    forward: dict[str, Costs]
+    """By dtype."""
+    backward: dict[str, Costs]
+    peak: dict[str, Annotated[float, Field(gt=0)]]
+    """FLOP/s by dtype, to which utilisation is relative."""
+    bandwidth: Annotated[float, Field(gt=0)]
+    """Bytes a second of the device's memory."""
+
+    def costs(self, step: Literal["forward", "backward"], dtype: str) -> Costs:
+        """Of a pass in a dtype; ConfigError if there are none."""
+        found: dict[str, Costs] = getattr(self, step)
+        if dtype not in found:
+            raise ConfigError(
+                f"no speed of {dtype} is known on {self.device}, only of {', '.join(sorted(found))}; use one "
+                "of these" + (" or calibrate" if self.device == "cpu" else "")
+            )
+        return found[dtype]
+
+
+class SpeedFit(Value):
+    """Rates fitted to a device's runs, and how far they are off on runs that they were not fitted to."""
+
+    rates: Rates
+    fitted: Annotated[int, Field(ge=1)]
+    """Runs fitted to."""
+    held_out: Annotated[int, Field(ge=0)]
+    errors: Floats = ()
+    """(predicted - measured) / measured of the held-out runs, ascending."""
+    median_error: Annotated[float, Field(ge=0)] = 0.0
+    """Median of their sizes."""
+    rank_correlation: Annotated[float, Field(ge=-1, le=1)] = 0.0
+    """Spearman's, of predicted and measured seconds of the held-out runs."""
+    noise: Annotated[float, Field(ge=0)] = 0.0
+    """Median spread of a held-out run's repetitions, relative: below it nothing can be told."""
+
+    def summary(self) -> str:
+        """In a sentence."""
+        return (
+            f"seconds: fitted to {self.fitted} timed runs; on {self.held_out} held-out ones off by "
+            f"{self.median_error:.1%} (median), rank correlation {self.rank_correlation:.3f}, where repeated "
+            f"calls spread by {self.noise:.1%}"
+        )
+
+
+def default_rates(device: Gpu | Machine) -> Rates:
+    """Rates by what is documented above: of a card by its peaks, dtypes without a known one left out; or of
+    a CPU. ConfigError for a GPU of which nothing is known."""
+    if isinstance(device, Cpu):
+        return default_cpu_rates(device)
+    if not isinstance(device, Gpu):
+        raise ConfigError(f"the speed of {device} is not known; name a card, e.g. rtx4090")
+    gpu = device
+    ahead, behind, peaks = {}, {}, {}
+    bandwidth = gpu.bandwidth or 0.0
+    for dtype in ITEMSIZE:
+        peak = gpu.rates.get(dtype)
+        if dtype == "float16" and gpu.capability < (7, 0) and gpu.rates.get("float32"):
+            peak = max(peak or 0.0, (gpu.rates["float32"] or 0.0) / 2.3)
+        if not peak or not bandwidth:
+            continue
+        peaks[dtype] = peak
+        ahead[dtype], behind[dtype] = _gpu_costs(gpu, dtype, peak, bandwidth)
+    if not peaks:
+        raise ConfigError(
+            f"no peak rate of {gpu.name} is known, so that its speed cannot be predicted; calibrate"
+        )
+    return Rates(
+        device=gpu.key, source=f"{NOT_MEASURED}; {gpu.name}", workers=gpu.sm_count or 1, forward=ahead,
+        backward=behind, peak=peaks, bandwidth=bandwidth,
+    )  # fmt: skip
+
+
+def _gpu_costs(gpu: Gpu, dtype: str, peak: float, bandwidth: float) -> tuple[Costs, Costs]:
+    size = ITEMSIZE[dtype]
+    single = gpu.rates.get("float32") or peak
+    modern = gpu.capability >= (8, 0)
+    if dtype in ("float16", "bfloat16") and modern:
+        # 1 / utilisation = a + p / D: softmax costs as much for few channels as for many.
+        (a, p), (back_a, back_p) = (1.14, 32.0), (1.45, 28.0)
+        share = {9: 0.42, 10: 0.21}.get(gpu.capability[0], 1.0)
+    elif dtype in ("float16", "bfloat16"):
+        (a, p), (back_a, back_p), share = (2.5, 32.0), (3.3, 32.0), 1.0
+    else:
+        (a, p), (back_a, back_p), share = (2.0, 0.0), (2.5, 0.0), 1.0
+    unit = 1 / (peak * share)
+    beside = {
+        "gathered": 4 * size / bandwidth,
+        "merged": (3 * size + 7 * 4) / bandwidth,
+        "summed": 2 * (size + 2 * max(size, 4)) / bandwidth,
+        "tokens": 3 * size / bandwidth,
+        "matmul": 2 / (0.7 * peak),
+        "scored": 2 / (0.5 * single),
+        "ranked": 160 / bandwidth,
+        "gated": 40 / bandwidth,
+    }
+    if dtype == "float64":  # scores in memory, some eight times over
+        beside["pairs"] = 8 * size / bandwidth
+        p = back_p = 0.0
+    ahead = beside | {
+        "work": 4 * a * unit, "flex": 4 * a * unit / 0.9, "pairs": beside.get("pairs", 4 * p * unit),
+        "launches": 8 * OPERATOR, "gathers": 15 * OPERATOR, "tiles": 4 * OPERATOR, "passes": 20 * OPERATOR,
+    }  # fmt: skip
+    behind = beside | {
+        "work": 10 * back_a * unit, "flex": 10 * back_a * unit / 0.85,
+        "pairs": 2 * beside.get("pairs", 5 * back_p * unit), "launches": 16 * OPERATOR,
+        "gathers": 25 * OPERATOR, "gates": 25 * OPERATOR, "tiles": 4 * OPERATOR, "passes": 30 * OPERATOR,
+    }  # fmt: skip
+    return ahead, behind
+
+
+CPU_BANDWIDTH: Final = 8e9
+"""Bytes a second and thread: assumption."""
+CPU_MATRIX_UNIT: Final = 8.0
+"""Times as fast with a matrix unit for the type (docs/speed.md, AMX)."""
+CPU_PEAK: Final = {"float32": 80e9, "bfloat16": 75e9, "float16": 45e9, "float64": 40e9}
+"""FLOP/s of a thread in large calls."""
+_FORWARD: Final[dict[str, Costs]] = {
+    "float32": {"work": 4.4e-11, "pairs": 8e-10, "keys": 8e-10, "queries": 1e-9, "merged": 1e-8},
+    "bfloat16": {"work": 4.6e-11, "pairs": 1.1e-9, "keys": 9e-10, "queries": 1e-9, "merged": 1.2e-8},
+    "float16": {"work": 3.2e-11, "pairs": 2.2e-9, "keys": 4.8e-9, "queries": 8e-9, "merged": 2.8e-8},
+}
+_BACKWARD: Final[Costs] = {
+    "work": 9e-11, "pairs": 2.5e-9, "keys": 1e-9, "queries": 1.2e-8, "summed": 1e-9, "gathered": 7e-9,
+    "widened": 1e-9, "tokens": 1e-9, "gated": 3e-9, "launches": 1e-4, "gathers": 4e-4, "tiles": 1e-4,
+    "passes": 1e-3, "scored": 1.2e-10, "ranked": 1e-6, "gates": 5e-4,
+}  # fmt: skip
+_FORWARD_BESIDE: Final[Costs] = {
+    "gathered": 7e-10, "tokens": 5e-10, "launches": 5e-5, "gathers": 9e-5, "tiles": 5e-5, "passes": 3e-4,
+    "scored": 1e-10, "ranked": 5e-8,
+}  # fmt: skip
+_MATMUL: Final = {
+    "float32": (2.8e-11, 2.5e-11),
+    "bfloat16": (2.7e-10, 8.1e-10),
+    "float16": (1.8e-10, 9.2e-10),
+}
+"""Seconds a multiply-add, forward and backward."""
+
+
+def default_cpu_rates(cpu: Cpu) -> Rates:
+    """Rates of a CPU that nobody has calibrated: those of one thread of an AMD EPYC (AVX2, torch 2.13),
+    shared by its threads; float64 takes twice as long as float32."""
+    ahead, behind = {}, {}
+    for dtype, kernel in _FORWARD.items():
+        fast = CPU_MATRIX_UNIT if dtype in cpu.units else 1.0
+        products = {"matmul": _MATMUL[dtype][0]}
+        ahead[dtype] = {name: cost / fast for name, cost in (kernel | products).items()} | _FORWARD_BESIDE
+        behind[dtype] = _BACKWARD | {"matmul": _MATMUL[dtype][1] / fast}
+    with_double(ahead)
+    with_double(behind)
+    for costs in (*ahead.values(), *behind.values()):
+        for name in costs.keys() - set(HOST):
+            costs[name] /= cpu.threads
+    peaks = {
+        dtype: peak * cpu.threads * (CPU_MATRIX_UNIT if dtype in cpu.units else 1)
+        for dtype, peak in CPU_PEAK.items()
+    }
+    return Rates(
+        device="cpu", source=f"{NOT_MEASURED}; a CPU of {cpu.threads} threads", workers=cpu.threads,
+        forward=ahead, backward=behind, peak=peaks, bandwidth=CPU_BANDWIDTH * cpu.threads,
+    )  # fmt: skip
+
+
+def with_double(costs: dict[str, Costs]) -> None:
+    """Adds float64 of a CPU, which is not timed: half as many numbers to a register, twice the time of
+    float32, the host's part apart."""
+    if "float32" in costs and "float64" not in costs:
+        single = costs["float32"]
+        costs["float64"] = {name: cost * (1 if name in HOST else 2) for name, cost in single.items()}

@@ -1,0 +1,304 @@
+"""What a call has to do, in figures that seconds are made of: closed forms of the programs that
+`attention/block_sparse.py`, `attention/dilated.py` and `attention/adaptive.py` write. Imports no torch.
+
+Totals are of one pass (forward or backward); numbers for one candidate, arrays for many. A program of
+thousands of calls is a few kinds of call here, each with how often it occurs and its mean sizes, so totals
+agree with the real program's to within a few percent (`tests/planner/test_work.py`).
+
+Letters: N views, H heads, T queries and K keys of a call, D channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, Final, NamedTuple
+
+from attention.counts import ceil_div, choose, least, most, somewhere
+from attention.ops.adaptive_sizes import gate_rows
+from attention.ops.program import Shape
+from attention.rows import chosen_rows, pattern_rows, row_blocks
+from planner.columns import Columns
+from planner.memory.configured import UNBOUNDED, goes_flex, sized
+from planner.memory.kernels import Machine
+from planner.speed import calls as work_calls
+from planner.speed.calls import Calls, Program
+from planner.speed.rows import Amount, Run, rounded_down, rounded_up, runs_of
+from planner.workload import Workload
+
+NAMES: Final = (
+    "work", "pairs", "keys", "queries", "merged", "summed", "gathered", "widened", "launches", "gathers",
+    "tiles", "tokens", "matmul", "scored", "ranked", "gated", "gates", "flex", "passes",
+)  # fmt: skip
+"""Of the totals. Numbers are of the tensors' type unless it says otherwise.
+
+`work`: N H T K D, a multiply-add forward for q k^T and one for the weighted sum, what idle workers could
+have done included. `pairs`: N H T K, likewise. `keys`: N H K D for each block of queries that reads them.
+`queries`: N H T D for each block of keys that updates them. `merged`: numbers of out that are merged into
+earlier parts. `summed`: numbers of dk, and as many of dv, added to what is there. `gathered`: numbers of k,
+and as many of v, copied by list. `widened`: numbers converted to single precision. `launches`: kernel calls.
+`gathers`: calls over lists. `tiles`. `tokens`: numbers of q, k, v and out. `matmul`: multiply-adds of the
+projections around it. Of adaptive: `scored`, multiply-adds beside the attention, in single precision;
+`ranked`, pairs of blocks; `gated`, pairs of tokens in the gate's backward; `gates`, its steps. `flex`: `work`
+of compiled FlexAttention, which is not in `work`. `passes`: 1."""
+
+Totals = dict[str, Amount]
+
+
+class Kernel(NamedTuple):
+    """How a device cuts a call."""
+
+    workers: int
+    """Threads, or multiprocessors, that share a call's blocks; 1 if not known."""
+    query_blocks: tuple[tuple[int, int], ...]
+    """(from so many queries, queries a block), descending."""
+    key_block: int
+    """Keys that are computed at a time."""
+    shares_keys: bool = False
+    """Whether the workers share the blocks of keys of a backward call too, beside its views and heads."""
+
+    def query_block(self, queries: Amount) -> Amount:
+        """Queries a block in a call of `queries`."""
+        size: Amount = self.query_blocks[-1][1]
+        for least_queries, block in reversed(self.query_blocks[:-1]):
+            size = choose(queries >= least_queries, block, size)
+        return size
+
+
+def cpu_kernel(threads: int) -> Kernel:
+    """ATen/native/cpu/FlashAttentionKernel.cpp, `flash_attention_kernel_impl` and its backward."""
+    return Kernel(threads, ((768, 256), (192, 64), (0, 32)), 512)
+
+
+def gpu_kernel(multiprocessors: int) -> Kernel:
+    """flash and efficient kernels: 64 or 128 queries a thread block, as many keys at a time."""
+    return Kernel(multiprocessors, ((0, 128),), 128, shares_keys=True)
+
+
+def forward(calls: Iterable[Calls], tiles: Amount, shape: Shape, kernel: Kernel) -> Totals:
+    """Totals of a forward pass over one batch item."""
+    total = _empty(shape, tiles)
+    dim = shape.head_dim
+    for call in _present(calls):
+        lanes = call.views * call.heads
+        blocks = rounded_up(call.queries, kernel.query_block(call.queries))
+        launches = call.number * call.spans
+        _add_kernel(
+            total,
+            call,
+            launches,
+            lanes,
+            most(call.views // 1, 1) * call.heads * blocks,
+            call.keys,
+            kernel,
+            dim,
+        )
+        total["merged"] = total["merged"] + launches * call.later * lanes * call.queries * dim
+        if somewhere(call.unit > 0):
+            total["gathers"] = total["gathers"] + call.number
+            total["gathered"] = total["gathered"] + call.number * lanes * call.keys * dim
+    return total
+
+
+def backward(
+    calls: Iterable[Calls], tiles: Amount, shape: Shape, kernel: Kernel, whole: bool = False
+) -> Totals:
+    """Totals of a backward pass over one batch item; `shape` is `Shape.backward()`, and the calls are its.
+    `whole`: the kernel gets each call as it is, and its dk and dv are the result."""
+    total = _empty(shape, tiles)
+    dim = shape.head_dim
+    for call in _present(calls):
+        if whole:
+            lanes = call.views * call.heads
+            items = lanes * (rounded_up(call.keys, kernel.key_block) if kernel.shares_keys else 1)
+            _add_kernel(total, call, call.number, lanes, items, call.keys, kernel, dim)
+            continue
+        overlaps = (call.views > 1) * (call.step > 0) * (call.keys > call.step)
+        gathers = somewhere(call.unit > 0)
+        if gathers:
+            held, listed = call.largest
+            width = shape.gather_width(call.heads * held, call.unit)
+            column = least(call.keys, width)
+            views, keys = shape.piece(call.heads, held, call.unit, least(listed, width), call.unit)
+        else:
+            column = choose(overlaps, least(call.keys, shape.overlap_width), call.keys)
+            views, keys = shape.piece(call.heads, call.views, call.queries, column)
+            keys = choose(call.causal, column, keys)  # what the kernel masks is not cut
+        columns = rounded_up(call.keys, column)
+        cuts = rounded_up(column, keys) * columns
+        keys = call.keys / cuts
+        groups = most(rounded_up(call.views, views), 1)
+        together = call.views / groups
+        lanes = call.heads * together
+        launches = call.number * call.spans * groups * cuts
+        items = most(together // 1, 1) * call.heads
+        if kernel.shares_keys:
+            items = items * rounded_up(keys, kernel.key_block)
+        _add_kernel(total, call, launches, lanes, items, keys, kernel, dim)
+        every = call.number * call.heads * call.views
+        total["summed"] = total["summed"] + every * call.spans * call.keys * dim
+        if gathers:
+            total["gathers"] = total["gathers"] + call.number * columns
+            total["gathered"] = total["gathered"] + every * call.keys * dim
+        if shape.widens:
+            own = every * call.keys
+            shared = call.number * call.heads * ((call.views - 1) * call.step + call.keys)
+            total["widened"] = total["widened"] + dim * (
+                call.spans * 3 * every * call.queries * columns
+                + 2 * choose(overlaps, shared, call.spans * own)
+            )
+    return total
+
+
+def _present(calls: Iterable[Calls]) -> Iterator[Calls]:
+    """Those that occur for some candidate, with sizes that can be divided by."""
+    for call in calls:
+        if somewhere(call.number > 0):
+            yield call._replace(
+                views=most(call.views, 1), queries=most(call.queries, 1), keys=most(call.keys, 1)
+            )
+
+
+def _add_kernel(
+    total: Totals, call: Calls, launches: Amount, lanes: Amount, items: Amount, keys: Amount, kernel: Kernel,
+    dim: Amount,
+) -> None:  # fmt: skip
+    """Adds what the kernel does in `launches` calls of `lanes` views and heads over `keys` keys, of which
+    the workers share `items`."""
+    block = kernel.query_block(call.queries)
+    blocks = rounded_up(call.queries, block)
+    seen = keys
+    if somewhere(call.causal):
+        # Under its own causal mask it computes whole blocks of keys, those that lie ahead left out.
+        full = rounded_down(keys / kernel.key_block)
+        halves = full * (full + 1) / 2 * kernel.key_block**2 + (keys - full * kernel.key_block) * keys
+        seen = choose(call.causal, halves / keys, keys)
+    idle = rounded_up(items, kernel.workers) * kernel.workers / items
+    pairs = launches * lanes * call.queries * seen * idle
+    total["work"] = total["work"] + pairs * dim
+    total["pairs"] = total["pairs"] + pairs
+    total["keys"] = total["keys"] + launches * lanes * blocks * seen * dim
+    total["queries"] = (
+        total["queries"] + launches * lanes * call.queries * rounded_up(keys, kernel.key_block) * dim
+    )
+    total["launches"] = total["launches"] + launches
+
+
+def _empty(shape: Shape, tiles: Amount) -> Totals:
+    total: Totals = dict.fromkeys(NAMES, 0)
+    total["tiles"] = tiles
+    total["tokens"] = 2 * shape.seq * (shape.heads + shape.kv_heads) * shape.head_dim
+    return total
+
+
+class Work(NamedTuple):
+    """Totals of a call of each candidate, all batch items together."""
+
+    forward: Totals
+    backward: Totals | None
+    """None in inference."""
+
+
+def goes_apart(columns: Columns, workload: Workload, machine: Machine) -> Any:
+    """Whether a candidate is a single kernel call (dense attention, compiled FlexAttention) and no program
+    of tiles; an array if it differs among candidates."""
+    if columns.variant == "adaptive":
+        return False
+    if columns.variant == "block_sparse":
+        return goes_flex(columns.backend, columns.block_size, workload, machine)  # type: ignore[arg-type]
+    if workload.heads != workload.groups:
+        return False
+    if columns.variant == "dense":
+        return True
+    if len(columns.lengths) > 1:
+        return False
+    return (columns.lengths[0] >= columns.seq) & (columns.rates[0] == 1)
+
+
+def work_of(columns: Columns, workload: Workload, machine: Machine, kernel: Kernel, *, apart: bool) -> Work:
+    """Of candidates of which `goes_apart` holds for all or for none; `workload.seq` is not read."""
+    given: Any = columns
+    shape = sized(workload, machine, given.seq, given.workspace, 0, UNBOUNDED).shape
+    outer, trains = columns.multihead, workload.mode == "training"
+    program, once = _program(columns, shape, apart, workload.batch)
+    total = forward(program.calls, program.tiles, shape, kernel)
+    _beside(total, columns, shape, 1, apart)
+    again = trains and outer is not None and outer.checkpoint  # the forward runs once more
+    ahead = _all_items(total, workload.batch, once, 2 if again else 1)
+    if not trains:
+        return Work(ahead, None)
+    back = shape.backward()
+    program, once = _program(columns, back, apart and not shape.widens, workload.batch)
+    total = backward(program.calls, program.tiles, back, kernel, whole=once)
+    _beside(total, columns, shape, 2, apart)
+    if columns.variant == "adaptive":
+        kept, size = _kept(columns), given.block_size
+        total["gated"] = shape.heads * shape.seq * kept * size
+        total["gates"] = shape.heads * kept * rounded_up(ceil_div(shape.seq, size), gate_rows(shape, size))
+        total["scored"] = total["scored"] + 2 * total["gated"] * shape.head_dim
+    return Work(ahead, _all_items(total, workload.batch, once, 1))
+
+
+def _program(columns: Columns, shape: Shape, apart: bool, batch: int) -> tuple[Program, bool]:
+    """The program of a pass, and whether it takes the whole batch at once."""
+    given: Any = columns
+    if columns.variant == "adaptive":
+        rows = chosen_rows(given.block_size, _kept(columns))
+        return work_calls.block_sparse(_chosen(rows.lists, shape, given.block_size), rows, shape), False
+    if columns.variant == "block_sparse":
+        fields: dict[str, Any] = {
+            "window": given.window, "global_tokens": given.global_tokens, "ratio": given.sparsity_ratio,
+            "lengths": given.lengths, "rates": given.rates,
+        }  # fmt: skip
+        rows = pattern_rows(columns.pattern_type, given.block_size, shape.seq, shape.causal, **fields)
+        runs = runs_of(columns.pattern_type, rows, shape.seq, shape.causal, **fields)
+        if apart:
+            return work_calls.flex(runs, rows, shape, batch), True
+        return work_calls.block_sparse(runs, rows, shape), False
+    if apart:
+        return work_calls.whole(shape, batch), True
+    if columns.variant == "dense":
+        return work_calls.dilated([(shape.seq, 1)], shape), False
+    limit = most(shape.seq, shape.heads)
+    pairs = zip(given.lengths, given.rates, strict=True)
+    branches = [(least(length, shape.seq), least(rate, limit)) for length, rate in pairs]
+    return work_calls.dilated(branches, shape), False
+
+
+def _kept(columns: Columns) -> Amount:
+    """Blocks that a row of an adaptive attention keeps."""
+    given: Any = columns
+    return row_blocks(given.sparsity_ratio, ceil_div(given.seq, given.block_size))
+
+
+def _chosen(kept: Amount, shape: Shape, size: Amount) -> list[Run]:
+    """The rows of an adaptive attention; see `attention.adaptive._tiles`."""
+    blocks = ceil_div(shape.seq, size)
+    growing = least(kept - 1, blocks) * int(shape.causal)
+    return [
+        Run("list", growing, (growing + 1) / 2, growing),
+        Run("list", blocks - growing, kept),
+    ]
+
+
+def _beside(total: Totals, columns: Columns, shape: Shape, times: int, apart: bool) -> None:
+    """Adds the matrix products beside an attention, which backward has twice: a scorer's, and those of
+    the projections around it. Work of FlexAttention gets a name of its own."""
+    given: Any = columns
+    if apart and columns.variant == "block_sparse":
+        total["flex"], total["work"] = total["work"], 0
+    if columns.variant == "adaptive":
+        rows = chosen_rows(given.block_size, _kept(columns))
+        products, ranked = work_calls.scoring(rows, shape, columns.score_dim or shape.head_dim)
+        total["scored"], total["ranked"] = products * times, ranked
+    if columns.multihead is not None:
+        wide = shape.heads * shape.head_dim
+        products = 2 * shape.seq * wide * (wide + shape.kv_heads * shape.head_dim)
+        total["matmul"] = total["matmul"] + products * times
+
+
+def _all_items(total: Totals, batch: int, once: bool, times: int) -> Totals:
+    """Of all batch items, where the kernel's figures are of one (`once`: of all), and of `times` passes."""
+    kernels = ("tokens", "matmul", "scored", "ranked", "gated", "gates") if once else NAMES[:-1]
+    every = {name: count * (batch if name in kernels else 1) for name, count in total.items()}
+    every["passes"] = 1
+    return {name: count * times for name, count in every.items()}

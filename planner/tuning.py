@@ -1,0 +1,271 @@
+"""Tuning: measured trials, from the analytic Pareto set on. Imports Optuna, no torch.
+
+What the models recommend is measured first, then what Optuna suggests from there. Every trial runs in a
+process of its own; memory that runs out, a crash and a hang are results. Trials are kept as they end, so
+that the same call goes on where an interrupted or killed one stopped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, NamedTuple
+
+import optuna
+from optuna.trial import TrialState
+from pydantic import BeforeValidator
+
+from attention.config import AttentionConfig, Value
+from attention.errors import AttentionPlannerError, ConfigError
+from planner.calibration import own_path
+from planner.measure import Device, Measurement
+from planner.recommendation import Recommendation, question
+from planner.search.refine import Answer, Sampler, Storage, answer, open_study
+from planner.search.scenario import Scenario, point
+from planner.search.space import Space, chosen, parameters
+from planner.workload import Workload
+
+ASKS: Final = 8
+"""Suggestions for each trial: those that fail the gates or were tried before are not measured."""
+WORST: Final = 50.0
+"""Value of what did not run: e^50 seconds."""
+
+Measure = Callable[[AttentionConfig, Workload], Measurement]
+
+
+class Trial(Value):
+    """One config that was measured."""
+
+    number: int
+    config: AttentionConfig
+    kind: str
+    """As `Measurement.kind`; `over`, if it ran and took more memory than the budget."""
+    message: str | None = None
+    seconds: float | None = None
+    predicted: float
+    """Seconds."""
+    allocated: int | None = None
+    upper: int
+    """Bytes predicted not to be exceeded."""
+
+    @property
+    def good(self) -> bool:
+        """Whether it ran within the budget."""
+        return self.kind == "ok"
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+class Tuned(Value):
+    """What tuning found."""
+
+    schema_version: Literal[1] = 1
+    config: AttentionConfig
+    workload: Workload
+    on: str
+    best: Trial
+    analytic: Trial
+    """What the models alone recommend, measured."""
+    trials: Annotated[tuple[Trial, ...], BeforeValidator(_as_tuple)]
+    """All that were measured, in order."""
+    kept: int
+    """Of them those of an earlier run."""
+    storage: str
+    study: str
+    interrupted: bool = False
+
+    @property
+    def speedup(self) -> float:
+        """How many times as fast as the analytic pick."""
+        if self.analytic.seconds is None or self.best.seconds is None:
+            return math.inf
+        return self.analytic.seconds / self.best.seconds
+
+
+class Progress(NamedTuple):
+    """How far it is."""
+
+    measured: int
+    wanted: int
+    last: Trial | None
+    best: Trial | None
+
+
+def tuned(
+    vram: str | int, seq: str | int, *, device: Device, trials: int, timeout: float, runs: int,
+    sampler: Sampler, seed: int, storage: str | None, study: str | None, measure: Measure | None,
+    progress: Callable[[Progress], None] | None, asked: dict[str, Any],
+) -> Tuned:  # fmt: skip
+    """What `planner.tune` returns."""
+    if trials < 1:
+        raise ConfigError(f"trials must be at least 1, got {trials}")
+    card = "cpu" if device == "cpu" else present_gpu()
+    first = question(vram, seq, **{**asked, "gpu": card, "objective": "speed"})
+    kept = Storage(storage or default_storage(first.name), study or f"tune-{first.name[:12]}", first.name)
+    if storage is None:
+        _make_folder(Path(kept.url))
+    with _measuring(measure, device, timeout, runs) as run:
+        tuning = _Tuning(first.answer, first.scenario, first.space, kept, run, progress)
+        return tuning.go(trials, sampler, seed)
+
+
+class _Tuning:
+    """One call of `tune`: the study, and what has been measured."""
+
+    def __init__(
+        self, analytic: Recommendation, scenario: Scenario, space: Space, storage: Storage, measure: Measure,
+        progress: Callable[[Progress], None] | None,
+    ) -> None:  # fmt: skip
+        self.analytic, self.scenario, self.space = analytic, scenario, space
+        self.storage, self.measure, self.progress = storage, measure, progress
+        self.trials: dict[AttentionConfig, Trial] = {}
+
+    def go(self, wanted: int, sampler: Sampler, seed: int) -> Tuned:
+        study = open_study(self.storage, sampler, seed)
+        self._take_up(study)
+        kept = len(self.trials)
+        if kept:
+            study.sampler = open_study(None, sampler, seed + kept).sampler
+        self._start(study)
+        interrupted = False
+        try:
+            for _ in range(wanted * ASKS):
+                if len(self.trials) >= wanted and self.analytic.config in self.trials:
+                    break
+                self._one(study, wanted)
+            self._confirm(study)
+        except KeyboardInterrupt:
+            if not any(trial.good for trial in self.trials.values()):
+                raise
+            interrupted = True
+        return self._result(kept, interrupted)
+
+    def _take_up(self, study: optuna.Study) -> None:
+        """Trials of an earlier run; those that it was in the midst of are begun again."""
+        for old in study.get_trials(deepcopy=False):
+            if old.state == TrialState.RUNNING:
+                study.tell(old.number, state=TrialState.FAIL)
+                study.enqueue_trial(old.params)
+            elif "trial" in old.user_attrs:
+                trial = Trial(**old.user_attrs["trial"])
+                self.trials[trial.config] = trial
+
+    def _start(self, study: optuna.Study) -> None:
+        """The analytic pick comes first, then the rest of the Pareto set, fastest first."""
+        configs = [self.analytic.config, *(pick.config for pick in self.analytic.pareto)]
+        for config in dict.fromkeys(configs):
+            known = parameters(config, self.space, self.scenario.workload)
+            if known is not None and config not in self.trials:
+                study.enqueue_trial(known, skip_if_exists=True)
+
+    def _one(self, study: optuna.Study, wanted: int) -> None:
+        """One suggestion: measured, if it passes the gates and is new."""
+        if self.analytic.config not in self.trials and not self._waiting(study):
+            # A config that no trial can suggest (an explicit --config value) is still measured.
+            self._measured(self.analytic.config)
+        if self.progress:
+            self.progress(Progress(len(self.trials), wanted, None, self._best()))
+        trial = study.ask()
+        columns = chosen(trial, self.space, self.scenario.workload, flex=self.scenario.flex)
+        config = columns.config(0, self.scenario.workload)
+        judged = answer(self.scenario, columns)
+        good = all(excess <= 0 for excess in judged.excess.values())
+        for name, excess in judged.excess.items():
+            trial.set_constraint(name, excess)
+        if not good and config != self.analytic.config:
+            study.tell(trial, judged.value)
+            return
+        if config not in self.trials:
+            found = self._measured(config, judged)
+            trial.set_user_attr("trial", found.model_dump(mode="json"))
+            if self.progress:
+                self.progress(Progress(len(self.trials), wanted, found, self._best()))
+        found = self.trials[config]
+        trial.set_constraint("runs", 0.0 if found.good else 1.0)
+        study.tell(trial, math.log(found.seconds) if found.good and found.seconds else WORST)
+
+    def _waiting(self, study: optuna.Study) -> bool:
+        return bool(study.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
+
+    def _measured(self, config: AttentionConfig, judged: Answer | None = None) -> Trial:
+        """Runs a config and keeps what came of it."""
+        found = self.measure(config, self.scenario.workload)
+        expected = point(self.scenario, config, self.scenario.workload.seq)
+        over = found.kind == "ok" and (found.allocated or 0) > self.scenario.budget
+        said = f"it took {found.allocated:,} bytes of {self.scenario.budget:,}" if over else found.message
+        self.trials[config] = Trial(
+            number=len(self.trials), config=config, kind="over" if over else found.kind, message=said,
+            seconds=found.seconds, predicted=expected.seconds, allocated=found.allocated,
+            upper=expected.memory.upper,
+        )  # fmt: skip
+        return self.trials[config]
+
+    def _best(self) -> Trial | None:
+        good = [trial for trial in self.trials.values() if trial.good and trial.seconds]
+        return min(good, key=lambda trial: trial.seconds or math.inf, default=None)
+
+    def _confirm(self, study: optuna.Study) -> None:
+        """Measures the best and the analytic pick once more, side by side: the least of many noisy figures
+        is too good. Each gets the slower of its two."""
+        best = self._best()
+        analytic = self.trials.get(self.analytic.config)
+        if best is None or analytic is None or best.config == analytic.config or not analytic.good:
+            return
+        for old in (analytic, best):
+            again = self.measure(old.config, self.scenario.workload)
+            if again.kind == "ok" and again.seconds and old.seconds:
+                seconds = max(again.seconds, old.seconds)
+                self.trials[old.config] = old.model_copy(update={"seconds": seconds})
+
+    def _result(self, kept: int, interrupted: bool) -> Tuned:
+        analytic = self.trials.get(self.analytic.config)
+        best = self._best()
+        if best is None or analytic is None:
+            why = next((t.message for t in self.trials.values() if t.message), "nothing was measured")
+            raise AttentionPlannerError(f"no config ran within the budget on this device: {why}")
+        return Tuned(
+            config=best.config, workload=self.scenario.workload, on=self.analytic.on, best=best,
+            analytic=analytic, trials=tuple(self.trials.values()), kept=kept, storage=self.storage.url,
+            study=self.storage.study, interrupted=interrupted,
+        )  # fmt: skip
+
+
+@contextmanager
+def _measuring(measure: Measure | None, device: Device, timeout: float, runs: int) -> Iterator[Measure]:
+    if measure is not None:
+        yield measure
+        return
+    from planner.batch import Batch
+
+    with Batch(device, timeout=timeout, runs=runs) as batch:
+        yield batch.measure
+
+
+def present_gpu() -> str:
+    """Key of the GPU that is here; UnavailableError if there is none."""
+    from planner import gpus
+    from planner.measure import measure
+
+    found = measure(AttentionConfig(variant="dense"), Workload(seq=64), "cuda", memory=False)
+    return gpus.find(found.environment.device or "").key
+
+
+def default_storage(name: str) -> str:
+    """The journal file of a question, in the user's data folder."""
+    return str(own_path("x").parents[1] / "tunings" / f"{name[:16]}.journal")
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise AttentionPlannerError(
+            f"trials cannot be kept: {path.parent} cannot be made ({error.strerror}); pass --storage"
+        ) from error
+
+
+__all__ = ["Measure", "Progress", "Trial", "Tuned", "tuned"]

@@ -1,0 +1,141 @@
+"""The grid and the full space: what is generated is possible, allowed, and the one holds the other."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+
+from attention.errors import ConfigError
+from planner.search.space import KINDS, Space, chosen, full_size, grid, parameters
+from planner.workload import Workload
+
+WORKLOADS = [Workload(seq=131072), Workload(seq=5000, causal=True), Workload(seq=17), Workload(seq=1)]
+
+
+def configs(space, workload, flex=False, every=1):
+    for columns in grid(space, workload, flex=flex):
+        for at in range(0, len(columns), every):
+            yield columns.config(at, workload)
+
+
+class Random:
+    """Suggests anything within bounds."""
+
+    def __init__(self, seed):
+        self.random = random.Random(seed)
+
+    def suggest_categorical(self, name, choices):
+        return self.random.choice(choices)
+
+    def suggest_int(self, name, low, high, *, step=1, log=False):
+        assert low <= high, name
+        return round(low * (high / low) ** self.random.random()) if log else self.random.randint(low, high)
+
+    def suggest_float(self, name, low, high, *, step=None, log=False):
+        return low * (high / low) ** self.random.random()
+
+
+@pytest.mark.parametrize("flex", [False, True])
+@pytest.mark.parametrize("workload", WORKLOADS)
+def test_every_candidate_of_the_grid_is_a_config_that_a_trial_can_suggest(workload, flex):
+    space, seen = Space(variants=("dense", "dilated", "block_sparse", "adaptive")), 0
+    for config in configs(space, workload, flex, every=7):
+        assert parameters(config, space, workload) is not None, config
+        seen += 1
+    assert seen > 10
+
+
+def test_no_candidate_of_the_grid_is_there_twice():
+    found = list(configs(Space(), Workload(seq=131072), flex=True))
+    assert len(found) == len(set(found)) > 4000
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_whatever_a_trial_suggests_is_a_config(seed):
+    rng = random.Random(seed)
+    workload = rng.choice([*WORKLOADS, Workload(seq=1 << 20), Workload(seq=1000)])
+    columns = chosen(Random(seed), Space(), workload, flex=rng.random() < 0.5)
+    config = columns.config(0, workload)
+    assert len(columns) == 1
+    assert list(config.dilation_rates) == sorted(config.dilation_rates)
+    assert list(config.segment_lengths) == sorted(config.segment_lengths)
+
+
+@pytest.mark.parametrize(
+    "given, allowed",
+    [
+        ({"variants": ("dense",)}, lambda c: c.variant == "dense"),
+        ({"patterns": ("local_window",), "variants": ("block_sparse",)},
+         lambda c: c.pattern.pattern_type == "local_window"),
+        ({"block_sizes": (48, 64), "variants": ("block_sparse",)},
+         lambda c: c.pattern.block_size in (48, 64)),
+        ({"windows": (1000,), "patterns": ("local_window", "global_local"), "variants": ("block_sparse",)},
+         lambda c: c.pattern.local_window_size == 1000),
+        ({"ratios": (0.03,), "patterns": ("dilated_sparse",), "variants": ("block_sparse",)},
+         lambda c: c.pattern.sparsity_ratio == 0.03),
+        ({"branches": (2,), "variants": ("dilated",)}, lambda c: len(c.branches) == 2),
+        ({"segments": (2048, 8192), "rates": (1, 3), "variants": ("dilated",)},
+         lambda c: c.branches == ((2048, 1), (8192, 3))),
+        ({"workspaces": (1 << 21,)}, lambda c: c.workspace_bytes == 1 << 21),
+        ({"backend": "sdpa"}, lambda c: c.backend == "sdpa"),
+        ({"pool": "off"}, lambda c: c.pool == "off"),
+        ({"global_tokens": (100,), "patterns": ("global_local",), "variants": ("block_sparse",)},
+         lambda c: c.pattern.global_tokens == 100),
+    ],
+)  # fmt: skip
+def test_restrictions_hold_in_the_grid_and_in_trials(given, allowed):
+    space, workload = Space(**given), Workload(seq=131072)
+    found = list(configs(space, workload, every=5))
+    found += [chosen(Random(seed), space, workload).config(0, workload) for seed in range(40)]
+    assert len(found) > 40
+    assert all(map(allowed, found))
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        ({"segments": (100,), "rates": (1, 2)}, "pair up"),
+        ({"segments": (200, 100)}, "must not fall"),
+        ({"rates": (2, 1)}, "must not fall"),
+        ({"branches": (5,)}, "at most 4"),
+        ({"segments": (1, 2, 3, 4, 5)}, "at most 4 branches"),
+        ({"branches": (2,), "segments": (64,)}, "contradict"),
+        ({"block_sizes": ()}, "allows nothing"),
+        ({"variants": ()}, "variants"),
+        ({"variants": ("sparse",)}, "variants"),
+        ({"ratios": (1.5,)}, "ratios"),
+        ({"rates": (2, 4), "variants": ("dilated",)}, "first must be 1"),
+    ],
+)
+def test_contradictions_are_refused(given, said):
+    with pytest.raises(ConfigError, match=said):
+        Space(**given)
+
+
+def test_restrictions_that_leave_nothing_are_refused():
+    space = Space(
+        variants=("block_sparse",), patterns=("dilated_sparse",), segments=(100,), block_sizes=(64,)
+    )
+    with pytest.raises(ConfigError, match="leave no candidate"):
+        grid(space, Workload(seq=4096))
+    with pytest.raises(ConfigError, match="leave no candidate"):
+        grid(Space(backend="flex"), Workload(seq=4096), flex=False)
+
+
+def test_adaptive_has_to_be_asked_for():
+    assert "adaptive" not in Space().kinds
+    assert set(Space(variants=("dense", "dilated", "block_sparse", "adaptive")).kinds) == set(KINDS)
+
+
+def test_the_last_branch_may_cover_everything():
+    lengths = [
+        max(config.segment_lengths) for config in configs(Space(variants=("dilated",)), Workload(seq=100_000))
+    ]
+    assert min(lengths) < 100_000 <= max(lengths)
+    assert np.mean([length >= 100_000 for length in lengths]) > 0.3
+
+
+def test_the_full_space_grows_with_the_sequence():
+    assert 1e9 < full_size(4096) < full_size(131072)

@@ -1,0 +1,172 @@
+"""Work in closed form against the programs that the library runs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import islice
+
+import numpy as np
+import pytest
+
+from attention import AttentionConfig, MultiheadConfig, block_sparse, dilated
+from attention.adaptive import _tiles
+from attention.layout import build_layout
+from attention.ops.program import Gather, Shape
+from attention.rows import chosen_rows, row_blocks, rows_of
+from planner.columns import Columns, columns_of
+from planner.memory.configured import case_of
+from planner.memory.kernels import Cpu
+from planner.speed.calls import Calls
+from planner.speed.rates import default_cpu_rates
+from planner.speed.runs import timing_samples
+from planner.speed.work import NAMES, backward, cpu_kernel, forward, goes_apart, work_of
+from planner.workload import Workload
+
+KERNEL = cpu_kernel(2)
+MACHINE = Cpu(2, dtype="float32")
+KINDS = ("dilated", "local_window", "global_local", "dilated_sparse", "adaptive")
+
+
+def chosen(config, shape: Shape, causal: bool) -> list:
+    """Tiles of an adaptive attention with some choice of blocks."""
+    size = config.pattern.block_size
+    blocks = -(-shape.seq // size)
+    kept = min(row_blocks(config.pattern.sparsity_ratio, blocks), blocks)
+    lists = np.full((shape.heads, blocks, kept), -1, np.int64)
+    for row in range(blocks):
+        count = min(row + 1, kept) if causal else kept
+        lists[:, row, :count] = np.arange(row + 1)[-count:] if causal else np.arange(count)
+    return list(_tiles(lists, chosen_rows(size, kept), shape))
+
+
+def real(config, workload, shape: Shape) -> tuple[list[Calls], int]:
+    """The calls of the program that runs, one by one, and its tiles."""
+    if config.variant == "adaptive":
+        tiles = chosen(config, shape, workload.causal)
+    elif config.variant == "block_sparse":
+        layout = build_layout(config, workload.seq, workload.causal)
+        tiles = list(block_sparse.tiles(layout, rows_of(config, workload.seq, workload.causal), shape))
+    else:
+        tiles = list(dilated.tiles(shape.within(config.branches), shape))
+    calls = []
+    for tile in tiles:
+        for call in tile.calls:
+            span, keys = call.queries[0], call.keys
+            gathers = isinstance(keys, Gather)
+            calls.append(
+                Calls(
+                    1, span.batch, span.heads, span.length, keys.length, len(call.queries),
+                    causal=int(call.mask == "causal"), later=int(tile.merge and not call.first),
+                    step=0 if gathers or not keys.overlaps else keys.batch_step,
+                    unit=keys.size if gathers else 0, largest=keys.largest if gathers else (1, 1),
+                )
+            )  # fmt: skip
+    return calls, len(tiles)
+
+
+def samples(kind: str, count: int, seed: int = 7):
+    return islice(timing_samples("cpu", seed, [kind]), count)
+
+
+def both(config, workload):
+    """[(exact, closed form)] of the forward and the backward of one batch item."""
+    workload = workload.model_copy(update={"mode": "training", "batch": 1})
+    machine = replace(MACHINE, dtype=workload.dtype)
+    shape = case_of(config, workload, machine).shape
+    columns = columns_of(config, workload.seq)
+    if goes_apart(columns, workload, machine):
+        return []
+    work = work_of(columns, workload, machine, KERNEL, apart=False)
+    assert work.backward is not None
+    return [
+        (forward(*real(config, workload, shape), shape, KERNEL), work.forward),
+        (backward(*real(config, workload, shape.backward()), shape.backward(), KERNEL), work.backward),
+    ]
+
+
+EXACT = ("work", "pairs", "gathered", "summed", "widened")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_closed_forms_are_what_the_programs_do(kind):
+    errors: dict[str, list[float]] = {}
+    rates = default_cpu_rates(MACHINE)
+    for sample in samples(kind, 40):
+        for step, (exact, close) in zip(("forward", "backward"), both(*sample), strict=False):
+            for name in EXACT:
+                if exact[name]:
+                    errors.setdefault(name, []).append(abs(close[name] / exact[name] - 1))
+                else:
+                    assert close[name] < 0.05 * exact["work"], name
+            # What a last, short block or segment changes by a call matters by the time that it takes.
+            costs = rates.costs(step, sample.workload.dtype)
+            seconds = [
+                sum(cost * total[name] for name, cost in costs.items() if exact[name])
+                for total in (close, exact)
+            ]
+            errors.setdefault("seconds", []).append(abs(seconds[0] / seconds[1] - 1))
+    assert {"work", "pairs", "seconds"} <= errors.keys()
+    for name, found in errors.items():
+        assert np.median(found) <= 0.005, name
+        assert np.quantile(found, 0.9) <= 0.1, name
+
+
+def test_dense_attention_with_shared_heads_is_a_program_too():
+    config, workload = (
+        AttentionConfig(variant="dense"),
+        Workload(seq=3000, heads=8, kv_heads=2, dtype="float32"),
+    )
+    columns = columns_of(config, workload.seq)
+    assert not goes_apart(columns, workload, MACHINE)
+    work = work_of(columns, workload, MACHINE, KERNEL, apart=False)
+    alone = workload.model_copy(update={"kv_heads": None})
+    assert goes_apart(columns, alone, MACHINE)
+    whole = work_of(columns, alone, MACHINE, KERNEL, apart=True)
+    assert work.forward["work"] == pytest.approx(whole.forward["work"], rel=0.01)
+    assert work.forward["launches"] > whole.forward["launches"] == 1
+
+
+def test_a_causal_kernel_computes_whole_blocks_of_keys():
+    config = AttentionConfig(variant="dense")
+    for seq, share in ((512, 1.0), (1024, 0.75), (5120, 0.55)):
+        pairs = [
+            work_of(
+                columns_of(config, seq), Workload(seq=seq, dtype="float32", causal=causal), MACHINE, KERNEL,
+                apart=True,
+            ).forward["pairs"]
+            for causal in (True, False)
+        ]  # fmt: skip
+        assert pairs[0] / pairs[1] == pytest.approx(share)
+
+
+def test_idle_workers_count():
+    config, workload = AttentionConfig(variant="dense"), Workload(seq=16, heads=3, dtype="float32")
+    columns = columns_of(config, 16)
+    two, one = (
+        work_of(columns, workload, MACHINE, cpu_kernel(threads), apart=True).forward["work"]
+        for threads in (2, 1)
+    )
+    assert two / one == pytest.approx(4 / 3)
+
+
+def test_a_batch_is_as_many_programs():
+    columns = Columns("block_sparse", "local_window", seq=4096, block_size=64, window=512)
+    once, thrice = (
+        work_of(columns, Workload(seq=1, batch=batch, dtype="float32"), MACHINE, KERNEL, apart=False).forward
+        for batch in (1, 3)
+    )
+    for name in NAMES:
+        assert thrice[name] == pytest.approx((1 if name == "passes" else 3) * once[name]), name
+
+
+def test_a_checkpoint_runs_the_forward_twice():
+    totals = []
+    for checkpoint in (False, True):
+        config = AttentionConfig(
+            variant="dense", multihead=MultiheadConfig(embed_dim=512, num_heads=8, checkpoint=checkpoint)
+        )
+        workload = Workload(seq=256, mode="training", dtype="float32")
+        totals.append(work_of(columns_of(config, 256), workload, MACHINE, KERNEL, apart=True))
+    assert totals[1].forward["work"] == 2 * totals[0].forward["work"]
+    assert totals[1].backward == totals[0].backward
+    assert totals[0].forward["matmul"] == 256 * 512 * 512 * 4
