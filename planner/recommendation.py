@@ -16,11 +16,11 @@ from planner.memory.estimate import MemoryEstimate, calibration_for, machine_of
 from planner.quality.profiles import Profile
 from planner.recommend import Asked
 from planner.search.explain import LOOKED_AT, Why, explain, gain
-from planner.search.grid import Found, enumerate_grid, order, pareto, passing
-from planner.search.picks import Pick, Quality, pick, three
+from planner.search.grid import Found, enumerate_grid, exact, order, pareto, passing
+from planner.search.picks import Pick, Quality, Role, pick, three
 from planner.search.refine import STARTS, TRIALS, Refined, Storage, refine
 from planner.search.relax import NothingFitsError, relaxations
-from planner.search.scenario import LAYERS, MIN_MASS, Gates, Objective, Point, Scenario, failed, point
+from planner.search.scenario import LAYERS, MIN_MASS, Gates, Objective, Point, Scenario
 from planner.search.space import Space, grid
 from planner.speed.rates import Rates, default_rates
 from planner.units import parse_bytes, parse_count
@@ -227,14 +227,9 @@ def kind_of(config: AttentionConfig) -> tuple[object, ...]:
 def _answer(
     scenario: Scenario, found: Found, refined: Refined | None, best: Point, reserved: int, seed: int
 ) -> Recommendation:  # fmt: skip
-    table = found.table
-    points = [
-        point(scenario, table.config(at, scenario), int(table.seq[at]))
-        for at in pareto(scenario, found, SHOWN)
-    ]
-    points = [p for p in points if not failed(scenario, p)]
-    if best.config not in {p.config for p in points}:
-        points = sorted([*points, best], key=lambda p: p.seconds)
+    picks, front = _front(scenario, found)
+    if best.config not in {pick.config for pick in front}:
+        front = tuple(sorted((*front, pick(best)), key=lambda pick: pick.seconds))
     grid_best = found.best
     return Recommendation(
         versions=versions(),
@@ -250,13 +245,42 @@ def _answer(
         seconds=best.seconds,
         quality=Quality(profile=scenario.profile.name, mass=best.mass, layers=best.layers),
         why=explain(scenario, found, best),
-        alternatives=three(points),
-        pareto=tuple(pick(p) for p in points),
+        alternatives=picks,
+        pareto=front,
         search=Search(
-            grid=len(table), fit=found.fit, passed=found.passed, trials=refined.trials if refined else 0,
+            grid=len(found.table), fit=found.fit, passed=found.passed,
+            trials=refined.trials if refined else 0,
             gain=gain(scenario, grid_best, best) if grid_best else 0.0,
         ),
     )  # fmt: skip
+
+
+def _front(scenario: Scenario, found: Found) -> tuple[tuple[Pick, ...], tuple[Pick, ...]]:
+    """(the three picks, at most SHOWN of the Pareto set), exactly."""
+    table, which = found.table, pareto(scenario, found)
+    points: dict[int, Point | None] = {}
+
+    def known(index: int) -> Point | None:
+        if index not in points:
+            points[index] = exact(scenario, table, index)
+        return points[index]
+
+    while which.size:
+        chosen = three(table.figures.seconds[which], table.figures.mass[which], table.seq[which])
+        wrong = [int(which[at]) for at in chosen if known(int(which[at])) is None]
+        if not wrong:
+            break
+        which = which[~np.isin(which, wrong)]
+    else:
+        return (), ()
+    spread = np.linspace(0, which.size - 1, min(SHOWN, which.size)).round().astype(int)
+    shown = [known(int(at)) for at in which[np.unique([*spread, *chosen])]]
+    roles: tuple[Role, ...] = ("fastest", "balanced", "widest")
+    picked = [known(int(which[at])) for at in chosen]
+    return (
+        tuple(pick(found, role) for found, role in zip(picked, roles, strict=True) if found),
+        tuple(pick(found) for found in shown if found),
+    )
 
 
 def versions() -> dict[str, str | None]:

@@ -7,6 +7,8 @@ from typing import Any
 from attention.config import AdaptiveConfig, AttentionConfig, MultiheadConfig, SparsePatternConfig, Value
 from planner.workload import Workload
 
+WIDTH = 74
+"""Characters of a field, beyond which its parts have lines of their own."""
 _PARTS = (SparsePatternConfig, AdaptiveConfig, MultiheadConfig)
 
 
@@ -40,7 +42,15 @@ def snippet(config: AttentionConfig, workload: Workload) -> str:
 
 
 def _assignment(config: AttentionConfig) -> list[str]:
-    return ["config = AttentionConfig(", *(f"    {field}," for field in _fields(config)), ")"]
+    lines = []
+    for field in _fields(config):
+        if len(field) > WIDTH and field.endswith(")"):
+            head = field.partition("(")[0]
+            parts = _fields(getattr(config, head.partition("=")[0]))
+            lines += [f"    {head}(", *(f"        {part}," for part in parts), "    ),"]
+        else:
+            lines.append(f"    {field},")
+    return ["config = AttentionConfig(", *lines, ")"]
 
 
 def _fields(value: Value) -> list[str]:

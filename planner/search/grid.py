@@ -24,8 +24,9 @@ UNIT: Final = 64
 """Tokens that lengths are found to where there are no blocks."""
 FIRST_LOOK: Final = 16
 """Candidates whose reach is asked for at once, to begin with."""
-SAME: Final = 0.001
-"""Lengths that differ by less are taken as equal, and the faster config wins."""
+SAME: Final = 0.005
+"""Lengths that are shorter than the longest by less are taken as equal to it, and the faster config wins:
+nobody waits ten times as long for one token in two hundred."""
 
 
 class Table(NamedTuple):
@@ -131,13 +132,13 @@ def enumerate_grid(scenario: Scenario, parts: Sequence[Columns]) -> Found:
 def first(scenario: Scenario, table: Table, ordered: Ints) -> tuple[int | None, Point | None]:
     """The first of candidates that passes everything, and its figures."""
     for index in _reaching_in_order(scenario, table, ordered):
-        found = _exact(scenario, table, index)
+        found = exact(scenario, table, index)
         if found is not None:
             return index, found
     return None, None
 
 
-def _exact(scenario: Scenario, table: Table, index: int) -> Point | None:
+def exact(scenario: Scenario, table: Table, index: int) -> Point | None:
     """A candidate's figures, if it passes; where the length is free, at the longest at which it does."""
     seq, config = int(table.seq[index]), table.config(index, scenario)
     if not scenario.free_length:
@@ -279,9 +280,9 @@ def _by_part(table: Table, which: Ints) -> Iterator[tuple[int, NDArray[np.bool_]
 # The Pareto set.
 
 
-def pareto(scenario: Scenario, found: Found, limit: int) -> list[int]:
+def pareto(scenario: Scenario, found: Found) -> Ints:
     """Candidates that pass everything and that none surpasses in memory, time and mass (and length, where it
-    is free) together: at most `limit`, fastest first, the ends kept.
+    is free) together, fastest first.
 
     Costs that differ by less than half a percent count as equal, or the set is mostly of twins.
     """
@@ -314,11 +315,7 @@ def pareto(scenario: Scenario, found: Found, limit: int) -> list[int]:
             front.append(here)
             keep = (costs < costs[0]).any(axis=1)
         left, costs = left[keep], costs[keep]
-    front.sort(key=lambda at: float(table.figures.seconds[at]))
-    if len(front) > limit:
-        kept = np.unique(np.linspace(0, len(front) - 1, limit).round().astype(int))
-        front = [front[at] for at in kept]
-    return front
+    return np.array(sorted(front, key=lambda at: float(table.figures.seconds[at])), np.int64)
 
 
-__all__ = ["Figures", "Floats", "Found", "Table", "enumerate_grid", "first", "order", "pareto", "tabulate"]
+__all__ = ["Found", "Table", "enumerate_grid", "exact", "first", "order", "pareto", "passing", "tabulate"]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
+
 from attention.config import AttentionConfig, Value
-from planner.search.scenario import Point
+from planner.columns import Ints
+from planner.search.scenario import Floats, Point
 
 Role = Literal["fastest", "balanced", "widest", ""]
 
@@ -44,23 +45,15 @@ def pick(found: Point, role: Role = "") -> Pick:
     )  # fmt: skip
 
 
-def three(points: Sequence[Point]) -> tuple[Pick, ...]:
-    """Fastest, balanced and widest of a Pareto set; one config may be several.
+def three(seconds: Floats, mass: Floats, seq: Ints) -> tuple[int, int, int]:
+    """Which of a Pareto set are fastest, balanced and widest; one may be several.
 
-    Balanced is the point nearest to having both the least time and the most mass, log time and mass lost each
-    scaled to their ranges in the set.
+    Balanced is the nearest to having the least time, the most mass and the most tokens at once: log time,
+    mass lost and log tokens lost, each scaled to its range in the set.
     """
-    if not points:
-        return ()
-    fastest = min(points, key=lambda p: (p.seconds, -p.mass))
-    widest = max(points, key=lambda p: (p.mass, -p.seconds))
-    times = [math.log(max(p.seconds, 1e-12)) for p in points]
-    least, spread = min(times), max(times) - min(times) or 1.0
-    lost = widest.mass - min(p.mass for p in points) or 1.0
-
-    def distance(p: Point) -> float:
-        time = (math.log(max(p.seconds, 1e-12)) - least) / spread
-        return math.hypot(time, (widest.mass - p.mass) / lost)
-
-    balanced = min(points, key=distance)
-    return pick(fastest, "fastest"), pick(balanced, "balanced"), pick(widest, "widest")
+    costs = [np.log(np.maximum(seconds, 1e-12)), -mass, -np.log(seq)]
+    scaled = [(cost - cost.min()) / (np.ptp(cost) or 1.0) for cost in costs]
+    balanced = np.linalg.norm(scaled, axis=0)
+    # Masses that agree to three digits are the same for anyone who chooses.
+    widest = np.lexsort((seconds, -np.round(mass, 3)))[0]
+    return int(np.argmin(seconds)), int(np.argmin(balanced)), int(widest)
