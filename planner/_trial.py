@@ -243,7 +243,7 @@ def _measured_cpu(
         figures["allocated_warm"] = call.nbytes + warm.peak
         figures["largest"] = cold.largest
     say(stage="timing")
-    return figures | _timed(call, task["runs"], lambda: None)
+    return figures | _timed(call, task, torch.device("cpu"))
 
 
 def _measured_cuda(
@@ -287,20 +287,40 @@ def _measured_cuda(
     figures["allocated_warm"] = torch.cuda.max_memory_allocated(device)
     call.drop_gradients()
     say(stage="timing")
-    return figures | _timed(call, task["runs"], lambda: torch.cuda.synchronize(device))
+    return figures | _timed(call, task, device)
 
 
-def _timed(call: _Call, runs: int, wait: Callable[[], None]) -> dict[str, float]:
-    times = []
-    for _ in range(runs):
-        wait()
+def _timed(call: _Call, task: dict[str, Any], device: torch.device) -> dict[str, float]:
+    """Seconds of warm calls. Asked for a reference, each is timed between two calls of the same small dense
+    attention, which tells how fast the device was at just that time."""
+    import torch
+
+    def seconds(run: Callable[[], object]) -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         begin = perf_counter()
-        call()
-        wait()
-        times.append(perf_counter() - begin)
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return perf_counter() - begin
+
+    x = torch.randn(1, 8, 768, 64, device=device) if task.get("reference") else None
+
+    def known() -> float:
+        return seconds(lambda: torch.nn.functional.scaled_dot_product_attention(x, x, x))
+
+    times, ratios = [], []
+    before = min(known(), known()) if task.get("reference") else 0.0
+    for _ in range(task["runs"]):
+        times.append(seconds(call))
+        if task.get("reference"):
+            after = known()
+            ratios.append(2 * times[-1] / (before + after))
+            before = after
         call.drop_gradients()
     middle = median(times)
-    return {"seconds": middle, "spread": (max(times) - min(times)) / middle}
+    found = {"seconds": middle, "spread": (max(times) - min(times)) / middle}
+    return found | ({"reference": middle / median(ratios)} if ratios else {})
 
 
 @contextlib.contextmanager

@@ -52,13 +52,15 @@ class Batch:
 
     def __init__(
         self, device: Device = "cpu", *, timeout: float = 120, runs: int = 1, threads: int | None = None,
-        memory: bool = True,
+        memory: bool = True, reference: bool = False,
     ) -> None:  # fmt: skip
-        """`timeout`: seconds for each run. The rest as in `planner.measure`, with its errors."""
+        """`timeout`: seconds for each run. `reference`: see `Measurement.reference`. The rest as in
+        `planner.measure`, with its errors."""
         _check_arguments(device, timeout, runs, threads, None)
         _check_device(device, None)
         self._task = {
-            "device": device, "runs": runs, "threads": threads, "memory": memory, "cap_bytes": None,
+            "device": device, "runs": runs, "threads": threads, "memory": memory,
+            "reference": reference, "cap_bytes": None,
             "seconds": timeout,
         }  # fmt: skip
         self._timeout = timeout

@@ -12,7 +12,6 @@ import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING, Any, Final
 
 from attention.errors import AttentionPlannerError, ConfigError
@@ -42,7 +41,7 @@ WORK: Final[dict[Device, float]] = {"cpu": 1 << 29, "cuda": 1 << 36}
 FLOOR_BYTES: Final[dict[Device, int]] = {"cpu": 1 << 27, "cuda": 1 << 31}
 TIMEOUT: Final = 300.0
 """Seconds that one run may take."""
-REPETITIONS: Final = 7
+REPETITIONS: Final = 9
 """Warm calls of a timed run, of which the median counts."""
 
 Progress = Callable[[int, int, str], None]
@@ -85,7 +84,9 @@ def calibrate(
     seconds: list[Measurement] = []
     if speed:
         # Without counting memory a run is short, so that many calls of it are timed.
-        with Batch(device, timeout=TIMEOUT, threads=threads, memory=False, runs=REPETITIONS) as batch:
+        with Batch(
+            device, timeout=TIMEOUT, threads=threads, memory=False, runs=REPETITIONS, reference=True
+        ) as batch:
             known = _known(kept, start, REPETITIONS)
             seconds = _measured(device, batch, [*timed, *timed_apart], known, kept, (runs, total), progress)
     if progress:
@@ -193,6 +194,8 @@ def calibration_of(
     key: str, start: Measurement, fitted: Sequence[Measurement], held_out: Sequence[Measurement], command: str
 ) -> Calibration:
     """What these measurements tell. `start` is of the same device and says where that was."""
+    from statistics import median
+
     short, long = _whole(fitted), _whole(held_out)
     if not short or not long:
         failed = next(m for m in (*fitted, *held_out) if m.kind != "ok")

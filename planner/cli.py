@@ -23,15 +23,21 @@ from attention.errors import AttentionPlannerError, ConfigError
 from planner.calibrate import RUNS
 from planner.options import (
     AnyLength,
+    Asked,
     Format,
     Place,
+    Sizes,
     build_any_length,
+    build_asked,
     build_config,
     build_place,
+    build_sizes,
     build_workload,
     say,
 )
-from planner.options_search import Allowed, Card, Sizes, build_card, build_sizes, build_space
+from planner.options_search import Allowed, Card, build_card, build_space
+from planner.tune import RUNS as TUNED_RUNS
+from planner.tune import TIMEOUT, TRIALS
 from planner.units import parse_bytes, parse_count
 from planner.workload import Workload
 
@@ -71,6 +77,7 @@ _BUILDERS: Final[dict[Any, Callable[..., Any]]] = {
     Place: build_place,
     Card: build_card,
     Sizes: build_sizes,
+    Asked: build_asked,
     Allowed: build_space,
 }
 
@@ -153,7 +160,7 @@ def recommend(
         Literal["speed", "seq", "quality"] | None,
         typer.Option(help="What to make best. [default: speed; without --seq the length]"),
     ] = None,
-    sizes: Sizes,
+    sizes: Asked,
     reserve: Annotated[
         str, typer.Option(metavar="SIZE", help="Of the memory, for the rest of the model: 1.5GB.")
     ] = "0",
@@ -180,6 +187,10 @@ def recommend(
         str | None, typer.Option(metavar="URL", help="Keep trials: a journal file, or sqlite:///FILE.")
     ] = None,
     study: Annotated[str | None, typer.Option(metavar="NAME", help="Their name in the storage.")] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Run the picks on this device too.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw the Pareto set, as .png or .svg.")
+    ] = None,
     format: Annotated[
         Literal["table", "json", "yaml", "py"], typer.Option("--format", help="How to print.")
     ] = "table",
@@ -211,17 +222,105 @@ def recommend(
     except NothingFitsError as error:
         say(str(error))
         return NOTHING_FITS
+    checked = None
+    if verify:
+        from planner.verification import verify as run
+
+        with _steps() as progress:
+            checked = run(found, progress=progress)
+    if plot is not None:
+        from planner.report.plot import plot_pareto
+
+        plot_pareto(found, plot)
     if format == "py":
         from planner.report.snippet import snippet
 
         typer.echo(snippet(found.config, found.workload))
     elif format == "table":
-        from planner.report.recommend import recommend_text
+        from planner.report.recommend import recommend_text, verified_text
 
         typer.echo(recommend_text(found, _ink()))
+        if checked is not None:
+            typer.echo("\n" + verified_text(checked))
+    else:
+        data = found.model_dump(mode="json")
+        if checked is not None:
+            data["verified"] = [one.model_dump(mode="json") for one in checked]
+        _print(data, format)
+    if plot is not None:
+        say(f"the Pareto set was drawn in {plot}")
+    return DONE
+
+
+@_command("tune", "planner tune --vram 1GB --seq 4K --trials 5")
+def tune(
+    *,
+    vram: Annotated[
+        str, typer.Option(metavar="SIZE", help="Memory to fit: 8GB, 7.75GiB.", show_default=False)
+    ],
+    seq: Annotated[
+        str, typer.Option(metavar="TOKENS", help="Tokens: 131072, 128K or 1M.", show_default=False)
+    ],
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where to run.")] = "cpu",
+    trials: Annotated[int, typer.Option(min=1, help="Configs to measure.")] = TRIALS,
+    timeout: Annotated[float, typer.Option(help="Seconds that one may take.")] = TIMEOUT,
+    runs: Annotated[int, typer.Option(min=1, help="Warm calls of each that are timed.")] = TUNED_RUNS,
+    sizes: Asked,
+    reserve: Annotated[
+        str, typer.Option(metavar="SIZE", help="Of the memory, for the rest of the model: 1.5GB.")
+    ] = "0",
+    layers: Annotated[int, typer.Option(min=0, help="As for `recommend`. 0: no matter.")] = 12,
+    min_mass: Annotated[float, typer.Option(min=0, max=1, help="As for `recommend`. 0: no matter.")] = 0.8,
+    profile: Annotated[str | None, typer.Option(metavar="NAME", help="As for `recommend`.")] = None,
+    space: Allowed,
+    sampler: Annotated[str, typer.Option(metavar="NAME", help="As for `recommend`.")] = "tpe",
+    seed: Annotated[int, typer.Option(min=0, help="Of the sampler.")] = 0,
+    storage: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Where trials are kept. [default: a journal in the data folder]"),
+    ] = None,
+    study: Annotated[str | None, typer.Option(metavar="NAME", help="Their name in the storage.")] = None,
+    append: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Add every measurement to this file of records.")
+    ] = None,
+    learn: Annotated[
+        bool, typer.Option("--learn", help="Correct the calibration's speeds by what was measured.")
+    ] = False,
+    format: Annotated[
+        Literal["table", "json", "yaml", "py"], typer.Option("--format", help="How to print.")
+    ] = "table",
+) -> int:
+    """Find the fastest by running them here.
+
+    What `recommend` says is measured first, then what Optuna suggests from there, each in a process of its
+    own. Trials are kept as they end: after Ctrl-C, or a crash, the same command goes on where it stopped.
+    """
+    from planner import tune as run
+    from planner.report.tune import said, tuned_text
+    from planner.search.relax import NothingFitsError
+
+    try:
+        found = run(
+            vram, seq, device=device, trials=trials, timeout=timeout, runs=runs, sampler=sampler,  # type: ignore[arg-type]
+            seed=seed, storage=storage, study=study, records=append, learn=learn,
+            progress=lambda now: say(said(now)) if now.last is not None else None,
+            reserve=reserve, layers=layers or None, min_mass=min_mass or None, profile=profile, space=space,
+            **sizes.model_dump(exclude={"seq", "weights"}),
+        )  # fmt: skip
+    except NothingFitsError as error:
+        say(str(error))
+        return NOTHING_FITS
+    if format == "py":
+        from planner.report.snippet import snippet
+
+        typer.echo(snippet(found.config, found.workload))
+    elif format == "table":
+        typer.echo(tuned_text(found))
     else:
         _print(found.model_dump(mode="json"), format)
-    return DONE
+    if found.interrupted:
+        say("interrupted; every finished trial is kept, and the same command goes on from there")
+    return INTERRUPTED if found.interrupted else DONE
 
 
 @_command("gpus", "planner gpus --name 'rtx 40'")
@@ -327,7 +426,7 @@ def compare(
     seq: Annotated[
         str | None, typer.Option(metavar="TOKENS", help="Tokens: 131072, 128K or 1M; for configs.")
     ] = None,
-    workload: AnyLength,
+    workload: Sizes,
     place: Place,
     format: Format = "table",
 ) -> int:

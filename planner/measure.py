@@ -115,6 +115,9 @@ class Measurement(Value):
     """Median over `runs` of warm calls, in training with their backward."""
     spread: float | None = None
     """(longest - shortest) / median of those runs."""
+    reference: float | None = None
+    """Seconds of a small dense attention timed between those runs, if asked for: how fast the device was at
+    that time. `seconds / reference` is the median of the runs' ratios."""
     largest: Sizes = ()
     """CPU: the largest single allocations of the first call, descending."""
     requested: Bytes = None
@@ -165,6 +168,7 @@ def measure(
         "runs": runs,
         "threads": threads,
         "memory": memory,
+        "reference": False,
         "cap_bytes": cap_bytes,
     }
     return _measurement(config, workload, task, _run(json.dumps(task), timeout), timeout)

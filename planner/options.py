@@ -9,9 +9,10 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NewType
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NewType
 
 import typer
+from pydantic_core import from_json
 
 from attention.config import AdaptiveConfig, AttentionConfig, PatternType, SparsePatternConfig, Variant
 from attention.errors import ConfigError
@@ -24,53 +25,69 @@ if TYPE_CHECKING:
 Format = Annotated[Literal["table", "json", "yaml"], typer.Option("--format", help="How to print.")]
 
 
-Batch = Annotated[int, typer.Option(help="Sequences.")]
-Heads = Annotated[int, typer.Option(help="Query heads.")]
-KvHeads = Annotated[
-    int | None, typer.Option(help="Key and value heads, dividing --heads. [default: as --heads]")
-]
-HeadDim = Annotated[int, typer.Option(help="Channels a head.")]
-OfDtype = Annotated[Dtype, typer.Option(help="Type of q, k, v.")]
-OfMode = Annotated[Mode, typer.Option(help="Forward alone, or forward and backward.")]
-Causal = Annotated[bool, typer.Option("--causal", help="Queries see no later keys.")]
-Weights = Annotated[bool, typer.Option("--weights", help="Ask for the weights too.")]
+def _size(field: str, help: str) -> Any:
+    """An option for a field of a workload, whose default is the file's, or else the field's own."""
+    default = Workload.model_fields[field].default
+    return typer.Option(help=f"{help} [default: {default}]", show_default=False)
+
+
+FILE: Final = "An AttentionConfig, or what a command printed as JSON; replaces the options of a config."
 
 
 def build_workload(
     *,
     seq: Annotated[
-        str, typer.Option(metavar="TOKENS", help="Tokens: 131072, 128K (x 1,024) or 1M.", show_default=False)
-    ],
-    batch: Batch = 1,
-    heads: Heads = 8,
-    kv_heads: KvHeads = None,
-    head_dim: HeadDim = 64,
-    dtype: OfDtype = "float16",
-    mode: OfMode = "inference",
-    causal: Causal = False,
-    weights: Weights = False,
+        str | None,
+        typer.Option(metavar="TOKENS", help="Tokens: 131072, 128K (x 1,024) or 1M.", show_default=False),
+    ] = None,
+    batch: Annotated[int | None, _size("batch", "Sequences.")] = None,
+    heads: Annotated[int | None, _size("heads", "Query heads.")] = None,
+    kv_heads: Annotated[
+        int | None, typer.Option(help="Key and value heads, dividing --heads. [default: as --heads]")
+    ] = None,
+    head_dim: Annotated[int | None, _size("head_dim", "Channels a head.")] = None,
+    dtype: Annotated[Dtype | None, _size("dtype", "Type of q, k, v.")] = None,
+    mode: Annotated[Mode | None, _size("mode", "Forward alone, or forward and backward.")] = None,
+    causal: Annotated[bool | None, typer.Option("--causal", help="Queries see no later keys.")] = None,
+    weights: Annotated[bool | None, typer.Option("--weights", help="Ask for the weights too.")] = None,
+    config: Annotated[Path | None, typer.Option(metavar="FILE", help=FILE)] = None,
 ) -> Workload:
-    """The workload that these options describe."""
-    return Workload(
-        seq=parse_count(seq, "--seq"),
-        batch=batch,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        dtype=dtype,
-        mode=mode,
-        causal=causal,
-        weights=weights,
-    )
+    """The workload that these options describe; what they leave open is the file's, where it has one."""
+    options: dict[str, Any] = {
+        "batch": batch, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "dtype": dtype,
+        "mode": mode, "causal": causal, "weights": weights,
+        "seq": None if seq is None else parse_count(seq, "--seq"),
+    }  # fmt: skip
+    given = {name: value for name, value in options.items() if value is not None}
+    known = None if config is None else _read(config).get("workload")
+    if isinstance(known, dict):
+        given = {**known, **given}
+    if "seq" not in given:
+        raise ConfigError("the length is missing: pass --seq, e.g. --seq 128K")
+    return Workload(**given)
 
 
 AnyLength = NewType("AnyLength", Workload)
 """A workload whose length is for the command to fill in."""
+Sizes = NewType("Sizes", AnyLength)
+"""One that no file has a say in."""
+Asked = NewType("Asked", Sizes)
+"""One that does not ask for the weights."""
 
 
 def build_any_length(**given: Any) -> AnyLength:
     """The workload that these options describe, of one token. Takes what `build_workload` does, but `seq`."""
     return AnyLength(build_workload(seq="1", **given))
+
+
+def build_sizes(**given: Any) -> Sizes:
+    """As `build_any_length`, without `config`."""
+    return Sizes(build_any_length(**given))
+
+
+def build_asked(**given: Any) -> Asked:
+    """As `build_sizes`, without `weights`."""
+    return Asked(build_sizes(**given))
 
 
 def without(builder: Callable[..., Any], *names: str) -> inspect.Signature:
@@ -80,6 +97,8 @@ def without(builder: Callable[..., Any], *names: str) -> inspect.Signature:
 
 
 build_any_length.__signature__ = without(build_workload, "seq")  # type: ignore[attr-defined]
+build_sizes.__signature__ = without(build_workload, "seq", "config")  # type: ignore[attr-defined]
+build_asked.__signature__ = without(build_workload, "seq", "config", "weights")  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -152,10 +171,7 @@ def build_place(
 
 def build_config(
     *,
-    config: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="An AttentionConfig as JSON; replaces the options below."),
-    ] = None,
+    config: Annotated[Path | None, typer.Option(metavar="FILE", help=FILE)] = None,
     variant: Annotated[Variant | None, typer.Option(help="Which attention.")] = None,
     pattern: Annotated[
         PatternType | None, typer.Option(help="Blocks kept. [default: dilated_sparse]")
@@ -174,8 +190,8 @@ def build_config(
     rates: Annotated[
         str | None, typer.Option(metavar="LIST", help="Dilation rate of each branch: 1,2.")
     ] = None,
-    heads: Annotated[int, typer.Option()] = 8,
-    head_dim: Annotated[int, typer.Option()] = 64,
+    heads: Annotated[int | None, typer.Option()] = None,
+    head_dim: Annotated[int | None, typer.Option()] = None,
 ) -> AttentionConfig:
     """The config of a file, or the one that these options describe.
 
@@ -203,19 +219,38 @@ def build_config(
     if blocks or variant in ("block_sparse", "adaptive"):
         parts["pattern"] = SparsePatternConfig(**blocks)
     if variant == "adaptive":
-        parts["adaptive"] = AdaptiveConfig(num_heads=heads, head_dim=head_dim)
+        usual = Workload(seq=1)
+        parts["adaptive"] = AdaptiveConfig(
+            num_heads=usual.heads if heads is None else heads,
+            head_dim=usual.head_dim if head_dim is None else head_dim,
+        )
     return _checked(AttentionConfig(variant=variant, **branches, **parts))
 
 
 def _read_config(path: Path) -> AttentionConfig:
+    data = _read(path)
+    found = data.get("config", data)
+    try:
+        return AttentionConfig(**found) if isinstance(found, dict) else AttentionConfig.from_json("0")
+    except (ConfigError, TypeError) as error:
+        raise ConfigError(f"--config {path}: {error}") from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What a file has: a config, or with it under `config` what a command printed."""
     try:
         text = path.read_bytes()
     except OSError as error:
         raise ConfigError(f"--config {path} cannot be read: {error.strerror}") from None
     try:
-        return AttentionConfig.from_json(text)
-    except ConfigError as error:
-        raise ConfigError(f"--config {path}: {error}") from None
+        data = from_json(text)
+    except ValueError as error:
+        raise ConfigError(f"--config {path}: AttentionConfig: Invalid JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(
+            f"--config {path}: AttentionConfig: expected a JSON object, got {type(data).__name__}"
+        )
+    return data
 
 
 def _checked(config: AttentionConfig) -> AttentionConfig:

@@ -1,4 +1,4 @@
-"""Options of the commands that choose: a place named by card, sizes, what may be chosen. Imports no torch;
+"""Options of the commands that choose: a place named by card, what may be chosen. Imports no torch;
 see `planner.options`."""
 
 from __future__ import annotations
@@ -10,23 +10,11 @@ import typer
 
 from attention.config import Backend, Switch
 from attention.errors import ConfigError
-from planner.options import Place, build_any_length, build_place, build_workload, counts, without
+from planner.options import Place, build_place, counts
 from planner.units import parse_bytes
-from planner.workload import Workload
 
 if TYPE_CHECKING:
     from planner.search.space import Space
-
-Sizes = NewType("Sizes", Workload)
-"""Heads, dtype and so on of a workload whose length is another's question."""
-
-
-def build_sizes(**given: Any) -> Sizes:
-    """As `build_any_length`, without `weights`."""
-    return Sizes(build_any_length(**given))
-
-
-build_sizes.__signature__ = without(build_workload, "seq", "weights")  # type: ignore[attr-defined]
 
 Card = NewType("Card", Place)
 """A place that a recommendation is for: named with `--gpu`, or generic."""

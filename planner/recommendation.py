@@ -101,6 +101,10 @@ class Question(NamedTuple):
     space: Space
     name: str
     """The same for the same question."""
+    grid: Point | None
+    """The exact optimum of the grid."""
+    best: Point
+    """That, or what trials found to be better."""
     answer: Recommendation
 
 
@@ -129,7 +133,7 @@ def question(vram: str | int | None = None, seq: str | int | None = None, **aske
     if best is None:
         raise NothingFitsError(scenario, relaxations(scenario, space, found), len(found.table))
     answer = _answer(scenario, found, refined, best, reserved, seed)
-    return Question(scenario, space, name, answer)
+    return Question(scenario, space, name, found.best, best, answer)
 
 
 def scenario_of(vram: str | int | None, seq: str | int | None, asked: Asked) -> tuple[Scenario, int]:

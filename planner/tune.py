@@ -5,6 +5,7 @@ all that it needs only when called.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ def tune(
     storage: str | None = None,
     study: str | None = None,
     measure: Measure | None = None,
+    records: str | Path | None = None,
+    learn: bool = False,
     progress: Callable[[Progress], None] | None = None,
     **asked: Any,
 ) -> Tuned:
@@ -39,12 +42,15 @@ def tune(
     passes the gates; never one slower than what the models alone recommend.
 
     `timeout`: seconds for a trial. `storage`, `study`: where trials are kept; by default in the user's data
-    folder, under a name that the question has. `measure`: in place of running, e.g. recorded runs. `asked`:
-    as `planner.recommend` takes it. Ctrl-C ends it early with what there is, once something was measured.
+    folder, under a name that the question has. `measure`: in place of running, e.g. recorded runs. `records`:
+    a file that every measurement is added to. `learn`: correct the calibration's speeds by what was measured,
+    for predictions from then on. `asked`: as `planner.recommend` takes it. Ctrl-C ends it early
+    with what there is, once something was measured.
     """
     from planner.tuning import tuned
 
     return tuned(
         vram, seq, device=device, trials=trials, timeout=timeout, runs=runs, sampler=sampler, seed=seed,
-        storage=storage, study=study, measure=measure, progress=progress, asked=asked,
+        storage=storage, study=study, measure=measure, records=records, learn=learn,
+        progress=progress, asked=asked,
     )  # fmt: skip

@@ -22,7 +22,7 @@ from attention.errors import AttentionPlannerError, ConfigError
 from planner.calibration import own_path
 from planner.measure import Device, Measurement
 from planner.recommendation import Recommendation, question
-from planner.search.refine import Answer, Sampler, Storage, answer, open_study
+from planner.search.refine import Sampler, Storage, answer, open_study
 from planner.search.scenario import Scenario, point
 from planner.search.space import Space, chosen, parameters
 from planner.workload import Workload
@@ -98,7 +98,8 @@ class Progress(NamedTuple):
 def tuned(
     vram: str | int, seq: str | int, *, device: Device, trials: int, timeout: float, runs: int,
     sampler: Sampler, seed: int, storage: str | None, study: str | None, measure: Measure | None,
-    progress: Callable[[Progress], None] | None, asked: dict[str, Any],
+    records: str | Path | None, learn: bool, progress: Callable[[Progress], None] | None,
+    asked: dict[str, Any],
 ) -> Tuned:  # fmt: skip
     """What `planner.tune` returns."""
     if trials < 1:
@@ -108,9 +109,25 @@ def tuned(
     kept = Storage(storage or default_storage(first.name), study or f"tune-{first.name[:12]}", first.name)
     if storage is None:
         _make_folder(Path(kept.url))
-    with _measuring(measure, device, timeout, runs) as run:
+    with _measuring(measure, device, timeout, runs, records) as run:
         tuning = _Tuning(first.answer, first.scenario, first.space, kept, run, progress)
-        return tuning.go(trials, sampler, seed)
+        found = tuning.go(trials, sampler, seed)
+    if learn and tuning.measured:
+        _learn(first.scenario, tuning.measured)
+    return found
+
+
+def _learn(scenario: Scenario, measured: list[Measurement]) -> None:
+    """Saves the calibration, its speeds corrected by these runs, where predictions look first."""
+    from planner.calibration import save
+    from planner.speed.fit import corrected
+
+    known = scenario.calibration
+    if known is None or known.speed is None:
+        raise ConfigError("there is no calibration of this device's speed to correct: run planner calibrate")
+    rates = corrected(known.speed.rates, measured)
+    speed = known.speed.model_copy(update={"rates": rates})
+    save(known.model_copy(update={"speed": speed}), own_path(known.device))
 
 
 class _Tuning:
@@ -123,6 +140,8 @@ class _Tuning:
         self.analytic, self.scenario, self.space = analytic, scenario, space
         self.storage, self.measure, self.progress = storage, measure, progress
         self.trials: dict[AttentionConfig, Trial] = {}
+        self.measured: list[Measurement] = []
+        """Of this call, in order."""
 
     def go(self, wanted: int, sampler: Sampler, seed: int) -> Tuned:
         study = open_study(self.storage, sampler, seed)
@@ -166,7 +185,7 @@ class _Tuning:
         """One suggestion: measured, if it passes the gates and is new."""
         if self.analytic.config not in self.trials and not self._waiting(study):
             # A config that no trial can suggest (an explicit --config value) is still measured.
-            self._measured(self.analytic.config)
+            self._run(self.analytic.config)
         if self.progress:
             self.progress(Progress(len(self.trials), wanted, None, self._best()))
         trial = study.ask()
@@ -180,7 +199,7 @@ class _Tuning:
             study.tell(trial, judged.value)
             return
         if config not in self.trials:
-            found = self._measured(config, judged)
+            found = self._run(config)
             trial.set_user_attr("trial", found.model_dump(mode="json"))
             if self.progress:
                 self.progress(Progress(len(self.trials), wanted, found, self._best()))
@@ -191,9 +210,10 @@ class _Tuning:
     def _waiting(self, study: optuna.Study) -> bool:
         return bool(study.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
 
-    def _measured(self, config: AttentionConfig, judged: Answer | None = None) -> Trial:
+    def _run(self, config: AttentionConfig) -> Trial:
         """Runs a config and keeps what came of it."""
         found = self.measure(config, self.scenario.workload)
+        self.measured.append(found)
         expected = point(self.scenario, config, self.scenario.workload.seq)
         over = found.kind == "ok" and (found.allocated or 0) > self.scenario.budget
         said = f"it took {found.allocated:,} bytes of {self.scenario.budget:,}" if over else found.message
@@ -235,14 +255,23 @@ class _Tuning:
 
 
 @contextmanager
-def _measuring(measure: Measure | None, device: Device, timeout: float, runs: int) -> Iterator[Measure]:
-    if measure is not None:
-        yield measure
-        return
+def _measuring(
+    measure: Measure | None, device: Device, timeout: float, runs: int, records: str | Path | None
+) -> Iterator[Measure]:
+    """What measures; every measurement is added to `records`, if that is a file."""
     from planner.batch import Batch
+    from planner.records import append
 
     with Batch(device, timeout=timeout, runs=runs) as batch:
-        yield batch.measure
+        run = measure or batch.measure
+
+        def kept(config: AttentionConfig, workload: Workload) -> Measurement:
+            found = run(config, workload)
+            if records is not None:
+                append(records, found)
+            return found
+
+        yield kept
 
 
 def present_gpu() -> str:

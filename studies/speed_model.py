@@ -26,7 +26,7 @@ from planner.batch import Batch
 from planner.calibrate import REPETITIONS
 from planner.measure import Environment, Measurement
 from planner.samples import BACKWARD_WORK, Sample, work_of
-from planner.speed.fit import RUNS, fit, machine_of, rank_correlation, speed_runs
+from planner.speed.fit import RUNS, fit, machine_of, rank_correlation, speed_runs, steady
 from planner.speed.runs import DTYPES, KINDS, LONGER, SLOW, WORK, config_of, timing_samples, workload_of
 from planner.speed.seconds import seconds_of
 from planner.workload import Workload
@@ -35,7 +35,7 @@ from studies.records import Row, Step, at_least_one, collect, markdown
 COMMAND = "python -m studies.speed_model"
 SEED = 2003
 """Not that of a calibration."""
-CASES, SCENARIOS, CANDIDATES = 168, 42, 24
+CASES, SCENARIOS, CANDIDATES = 150, 30, 16
 TOP = 5
 TIMEOUT = 120.0
 CPU = torch.device("cpu")
@@ -57,6 +57,7 @@ def timed_row(part: str, kind: str, sample: Sample, batch: Batch) -> Row:
         "outcome": found.kind,
         "seconds": found.seconds,
         "spread": found.spread,
+        "reference": found.reference,
         "threads": found.environment.threads,
     }
 
@@ -67,7 +68,7 @@ def scenario(number: int) -> list[Sample]:
     mode: Any = ("inference", "training")[number // len(DTYPES) % 2]
     dtype = DTYPES[number % len(DTYPES)]
     workload = workload_of(rng, dtype, mode, seq=rng.choice((1024, 2000, 2048, 4096, 4096, 8192)))
-    most = WORK["cpu"][1] * SLOW[dtype] * (BACKWARD_WORK if mode == "training" else 1)
+    most = WORK["cpu"][1] / 2 * SLOW[dtype] * (BACKWARD_WORK if mode == "training" else 1)
     found: dict[AttentionConfig, None] = {}
     for _ in range(DRAWS):
         config = config_of(rng, rng.choice(KINDS[:5]), workload)
@@ -111,14 +112,17 @@ def _measurement(row: Row) -> Measurement:
         kind="ok",
         seconds=row["seconds"],
         spread=row["spread"],
+        reference=row["reference"],
         runs=REPETITIONS,
         environment=place,
     )
 
 
 def predicted(rows: list[Row]) -> list[tuple[Row, float]]:
-    """(row, predicted seconds) of all rows but those fitted to."""
-    good = [(row, _measurement(row)) for row in rows if row["outcome"] == "ok"]
+    """(row, predicted seconds) of all rows but those fitted to; their seconds steadied by the reference."""
+    ran = [row for row in rows if row["outcome"] == "ok"]
+    runs = steady([_measurement(row) for row in ran])
+    good = [({**row, "seconds": m.seconds}, m) for row, m in zip(ran, runs, strict=True)]
     rates = fit([m for row, m in good if row["part"] == "fit"])
     return [
         (row, seconds_of(m.config, m.workload, machine_of(m), rates))
@@ -207,7 +211,7 @@ def main(arguments: list[str] | None = None) -> int:
     cases, scenarios = (42, 3) if options.quick else (options.cases, options.scenarios)
     given = {"cases": CASES, "scenarios": SCENARIOS}
     asked = [f"--{name} {getattr(options, name)}" for name in given if getattr(options, name) != given[name]]
-    with Batch("cpu", timeout=TIMEOUT, memory=False, runs=REPETITIONS) as batch:
+    with Batch("cpu", timeout=TIMEOUT, memory=False, runs=REPETITIONS, reference=True) as batch:
         rows = collect(
             "speed-model", " ".join([COMMAND, *asked]), CPU, steps(cases, scenarios, batch),
             keep=not options.quick,

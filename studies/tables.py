@@ -9,12 +9,13 @@ import re
 import sys
 from pathlib import Path
 
-from studies import memory, memory_model, peers, speed_model
+from studies import fits, memory, memory_model, min_mass, peers, search, speed_model
 from studies.records import load
 
 DOCS = Path(__file__).parent.parent / "docs"
 PLACE = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-TABLES = {**memory.TABLES, **peers.TABLES, **memory_model.TABLES, **speed_model.TABLES}
+STUDIES = (fits, memory, memory_model, min_mass, peers, search, speed_model)
+TABLES = {name: table for study in STUDIES for name, table in study.TABLES.items()}
 
 
 def filled(text: str) -> str:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -52,6 +55,29 @@ def test_readme_test_command_is_one_line_that_ends_in_pytest():
     assert line.endswith(" && .venv/bin/pytest")
 
 
+OUTPUT = re.compile(r"<!-- output: (?P<command>.*?) -->\n```text\n(?P<text>.*?)```\n", re.DOTALL)
+
+
+def test_readme_shows_what_the_command_prints():
+    """`python tests/test_readme.py` writes it anew."""
+    text = README.read_text(encoding="utf-8")
+    assert OUTPUT.search(text)
+    assert shown(text) == text
+
+
+def shown(text: str) -> str:
+    """The text with every output as the command of this very checkout prints it."""
+
+    def printed(match: re.Match[str]) -> str:
+        run = subprocess.run(
+            [sys.executable, "-m", *match["command"].split()], cwd=ROOT, capture_output=True, check=True,
+            encoding="utf-8", env={**os.environ, "PYTHONIOENCODING": "utf-8"},
+        )  # fmt: skip
+        return f"<!-- output: {match['command']} -->\n```text\n{run.stdout}```\n"
+
+    return OUTPUT.sub(printed, text)
+
+
 @pytest.mark.parametrize("page", DOCS, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_local_links_resolve(page: Path):
     prose = FENCE.sub("", page.read_text(encoding="utf-8"))
@@ -74,3 +100,7 @@ def test_no_path_of_a_machine():
 @pytest.mark.parametrize("line", ["see /home/" + "ann/x", "'/root/" + ".cache'", "C:" + r"\Users\ann"])
 def test_the_path_check_can_fail(line: str):
     assert SOMEONES_PATH.search(line)
+
+
+if __name__ == "__main__":
+    README.write_text(shown(README.read_text(encoding="utf-8")), encoding="utf-8")

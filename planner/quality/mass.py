@@ -59,6 +59,8 @@ def distinct(columns: Columns) -> tuple[Floats, Ints]:
     """(table [distinct, fields], back [len(columns)]): what pairs of tokens a kind keeps depends on these
     fields, `seq` first, then the block size and so on as in `_fields`; candidate c has row back[c]."""
     fields = [np.broadcast_to(np.asarray(field), len(columns)) for field in _fields(columns)]
+    if len(columns) == 1:  # sorting one takes longer than looking at it
+        return np.stack(fields, axis=1).astype(np.float64), np.zeros(1, np.int64)
     table, back = np.unique(np.stack(fields, axis=1).astype(np.float64), axis=0, return_inverse=True)
     return table, back.ravel()
 

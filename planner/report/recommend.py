@@ -12,6 +12,7 @@ from planner.report.snippet import snippet
 from planner.search.explain import Why, Without
 from planner.search.picks import Pick
 from planner.units import format_bytes
+from planner.verification import Verified
 
 NAME = 13
 """Columns before what is said."""
@@ -94,7 +95,7 @@ def _picks(picks: Sequence[Pick]) -> list[str]:
         return []
     rows: list[tuple[str, list[str]]] = [
         ("", [pick.role for pick in picks]),
-        ("attention", [_short(pick.config) for pick in picks]),
+        ("attention", [words.kind_of(pick.config) for pick in picks]),
         *_dimensions(picks),
         ("tokens", [f"{pick.seq:,}" for pick in picks]),
         ("memory", [format_bytes(pick.upper) for pick in picks]),
@@ -114,7 +115,7 @@ def _dimensions(picks: Sequence[Pick]) -> Iterator[tuple[str, list[str]]]:
 
     patterns = [pick.config.pattern for pick in picks]
     yield from row("block", [str(p.block_size) if p else "" for p in patterns])
-    kinds = [_short(pick.config) for pick in picks]
+    kinds = [words.kind_of(pick.config) for pick in picks]
     yield from row(
         "window", [f"{p.local_window_size:,}" if p and k in ("local_window", "global_local") else ""
                    for p, k in zip(patterns, kinds, strict=True)],
@@ -126,12 +127,6 @@ def _dimensions(picks: Sequence[Pick]) -> Iterator[tuple[str, list[str]]]:
     for n in range(max(len(pick.config.branches) for pick in picks)):
         branches = [pick.config.branches[n : n + 1] for pick in picks]
         yield f"branch {n + 1}", [f"{b[0][0]:,} / {b[0][1]}" if b else "-" for b in branches]
-
-
-def _short(config: AttentionConfig) -> str:
-    if config.variant == "block_sparse" and config.pattern:
-        return config.pattern.pattern_type
-    return config.variant
 
 
 def _budget(found: Recommendation, ink: str) -> list[str]:
@@ -163,7 +158,7 @@ def reasons(why: Why, objective: str) -> list[tuple[str, str]]:
         rows.append(("why" if one is why.without[0] else "", _without(one, objective)))
     if why.runner_up is not None and why.behind is not None:
         rows.append(
-            ("runner-up", f"{_short(why.runner_up.config)}: {shape(why.runner_up.config)}; "
+            ("runner-up", f"{words.kind_of(why.runner_up.config)}: {shape(why.runner_up.config)}; "
              f"{_behind(why.behind, objective)}")
         )  # fmt: skip
     return rows
@@ -175,8 +170,8 @@ def _without(one: Without, objective: str) -> str:
         better = f"{1 + one.gain:.1f} times as {'fast' if objective == 'speed' else 'long'}"
     pick = one.pick
     return (
-        f"{one.constraint} binds: without it {better}, by {_short(pick.config)} with {pick.mass:.1%} of the "
-        f"mass in {format_bytes(pick.upper)}"
+        f"{one.constraint} binds: without it {better}, by {words.kind_of(pick.config)} with {pick.mass:.1%} "
+        f"of the mass in {format_bytes(pick.upper)}"
     )
 
 
@@ -218,3 +213,18 @@ def _search(found: Recommendation) -> list[str]:
 def pairs(rows: Iterable[tuple[str, str]]) -> list[str]:
     """Names and what is said of them, wrapped."""
     return [line for name, said in rows for line in wrapped(said, " " * NAME, first=f"{name:<{NAME}}")]
+
+
+def verified_text(results: Sequence[Verified]) -> str:
+    """Predicted beside measured."""
+    lines = [f"{'measured here':<14}{'memory':>12}{'upper bound':>14}{'time':>11}{'predicted':>11}  outcome"]
+    for one in results:
+        memory = format_bytes(one.allocated) if one.allocated is not None else "-"
+        time = seconds(one.seconds) if one.seconds is not None else "-"
+        lines.append(
+            f"{one.role:<14}{memory:>12}{format_bytes(one.upper):>14}{time:>11}{seconds(one.predicted):>11}"
+            f"  {one.kind}"
+        )
+        if one.message:
+            lines += wrapped(one.message, "    ", first="    ")
+    return "\n".join(lines)

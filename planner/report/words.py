@@ -14,6 +14,13 @@ def attention(config: AttentionConfig) -> str:
     return config.variant + inside
 
 
+def kind_of(config: AttentionConfig) -> str:
+    """The variant, or a block-sparse one's pattern."""
+    if config.variant == "block_sparse" and config.pattern:
+        return config.pattern.pattern_type
+    return config.variant
+
+
 def task(workload: Workload) -> str:
     """What it is asked to do."""
     return f"{workload.seq:,} tokens, {sizes(workload)}"

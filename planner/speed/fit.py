@@ -109,6 +109,8 @@ def held_out_errors(rates: Rates, measurements: Iterable[Measurement]) -> Floats
 
 def speed_fit(fitted: Sequence[Measurement], held_out: Sequence[Measurement]) -> SpeedFit:
     """Rates fitted to runs, with their errors on the held-out ones."""
+    together = steady([*fitted, *held_out])
+    fitted, held_out = together[: len(fitted)], together[len(fitted) :]
     rates = fit(fitted)
     apart = [m for m in held_out if m.kind == "ok"]
     errors = held_out_errors(rates, apart)
@@ -122,6 +124,41 @@ def speed_fit(fitted: Sequence[Measurement], held_out: Sequence[Measurement]) ->
         rank_correlation=rank_correlation(measured * (1 + errors), measured),
         noise=float(median(m.spread or 0.0 for m in apart)) if apart else 0.0,
     )
+
+
+def steady(measurements: Sequence[Measurement]) -> list[Measurement]:
+    """The same runs, their seconds as if the device had always been as fast as it was in the median: a
+    machine that others use too is slower at times, and then its reference call is as well."""
+    known = [m.reference for m in measurements if m.reference]
+    if not known:
+        return list(measurements)
+    usual = median(known)
+    return [
+        m.model_copy(update={"seconds": m.seconds * usual / m.reference}) if m.seconds and m.reference else m
+        for m in measurements
+    ]
+
+
+def corrected(rates: Rates, measurements: Sequence[Measurement]) -> Rates:
+    """The rates times, dtype by dtype, how many times as long as predicted the measured runs took (the
+    median); AttentionPlannerError if no run gave seconds."""
+    ratios: dict[str, list[float]] = {}
+    for m in measurements:
+        if m.kind == "ok" and m.seconds:
+            guess = seconds_of(m.config, m.workload, machine_of(m), rates)
+            ratios.setdefault(m.workload.dtype, []).append(m.seconds / guess)
+    if not ratios:
+        raise AttentionPlannerError(f"nothing to learn from: none of {len(measurements)} runs gave seconds")
+    factors = {dtype: float(median(each)) for dtype, each in ratios.items()}
+    said = ", ".join(f"{dtype} x {factors[dtype]:.3f} by {len(ratios[dtype])} runs" for dtype in factors)
+    steps = {
+        step: {
+            dtype: {name: cost * factors.get(dtype, 1.0) for name, cost in costs.items()}
+            for dtype, costs in getattr(rates, step).items()
+        }
+        for step in STEPS
+    }
+    return rates.model_copy(update={**steps, "source": f"{rates.source}; {said}"})
 
 
 def rank_correlation(a: Floats, b: Floats) -> float:

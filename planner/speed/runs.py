@@ -21,8 +21,8 @@ from planner.workload import Dtype, Mode, Workload
 KINDS: Final = ("local_window", "dilated", "dilated_sparse", "dense", "global_local", "adaptive", "multihead")
 """Of attention; see `planner.samples.Kind`."""
 DTYPES: Final[tuple[Dtype, ...]] = ("float32", "bfloat16", "float16")
-WORK: Final[dict[Device, tuple[float, float]]] = {"cpu": (4e7, 6e8), "cuda": (1e11, 5e12)}
-"""Least and most of a forward, as `planner.samples.work_of` has it: on two cores 3 to 60 ms."""
+WORK: Final[dict[Device, tuple[float, float]]] = {"cpu": (1e8, 1.5e9), "cuda": (1e11, 5e12)}
+"""Least and most of a forward, as `planner.samples.work_of` has it: on two cores 8 to 150 ms."""
 SLOW: Final[dict[Dtype, float]] = {"float32": 1.0, "bfloat16": 0.7, "float16": 0.4}
 """Share of that work on a CPU, whose kernels are slower in 16 bits unless it has a matrix unit."""
 FLOOR_BYTES: Final[dict[Device, int]] = {"cpu": 1 << 28, "cuda": 1 << 32}

@@ -1,0 +1,289 @@
+"""`planner recommend` and `planner tune` as commands: what is printed, exit codes, wrong requests."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+import planner
+from attention.errors import AttentionPlannerError
+from planner.cli import app
+from planner.measure import Environment, Measurement
+from planner.options_search import build_space
+from planner.recommendation import Recommendation
+from planner.search.space import Space
+from planner.units import parse_bytes, parse_count
+
+ROOT = Path(__file__).resolve().parents[2]
+FEW = ["--block-size", "64,128", "--branches", "2", "--trials", "4"]
+HERE = Environment(python="3.11", system="Linux", settings={}, date="2026-01-01T00:00:00+00:00")
+
+
+def run(*arguments, **env):
+    return CliRunner().invoke(app, list(arguments), env={"COLUMNS": "80", **env}, prog_name="planner")
+
+
+def recommend(*arguments):
+    return run("recommend", *arguments)
+
+
+def test_the_answer_is_that_of_the_library_in_80_columns():
+    result = recommend("--vram", "8GB", "--seq", "16K", *FEW)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert all(len(line) <= 80 for line in result.stdout.splitlines()), result.stdout
+    found = planner.recommend("8GB", "16K", trials=4, space=Space(block_sizes=(64, 128), branches=(2,)))
+    assert f"{found.quality.mass:.1%} of dense attention's mass" in result.stdout
+    for word in ("fastest", "balanced", "widest", "the budget", "why", "runner-up", "one step", "searched"):
+        assert word in result.stdout
+
+
+def test_json_is_accepted_back(tmp_path):
+    result = recommend("--vram", "1GB", "--seq", "4K", "--heads", "4", "--causal", "--format", "json", *FEW)
+    found = Recommendation.from_json(result.stdout)
+    assert result.stdout == recommend(
+        "--vram", "1GB", "--seq", "4K", "--heads", "4", "--causal", "--format", "json", *FEW
+    ).stdout  # fmt: skip
+    kept = tmp_path / "answer.json"
+    kept.write_text(result.stdout)
+    estimated = run("estimate", "--config", str(kept), "--vram", "1GB", "--format", "json")
+    data = json.loads(estimated.stdout)
+    assert data["workload"] == found.workload.model_dump(mode="json")
+    assert data["upper"] == found.memory.upper
+    longer = run("estimate", "--config", str(kept), "--vram", "1GB", "--seq", "8K", "--format", "json")
+    assert json.loads(longer.stdout)["workload"]["seq"] == 8192
+    assert run("max-seq", "--config", str(kept), "--vram", "1GB").exit_code == 0
+    assert run("compare", str(kept), str(kept), "--seq", "4K").exit_code == 0
+    measured = run("measure", "--config", str(kept), "--runs", "1", "--format", "json")
+    assert json.loads(measured.stdout)["config"] == found.config.model_dump(mode="json")
+
+
+def test_other_formats():
+    asked = ("--vram", "1GB", "--seq", "2K", "--dtype", "float32", "--heads", "2", "--head-dim", "16", *FEW)
+    program = recommend(*asked, "--format", "py").stdout
+    names: dict[str, object] = {}
+    exec(program, names)
+    assert names["out"].shape == (1, 2048, 2, 16)
+    assert recommend(*asked, "--format", "yaml").stdout.startswith("schema_version: 1\n")
+
+
+def test_where_nothing_fits_the_exit_code_is_3():
+    result = recommend("--vram", "700MB", "--seq", "128K", *FEW)
+    assert (result.exit_code, result.stdout) == (3, "")
+    (line,) = result.stderr.splitlines()
+    assert "what would: --vram" in line
+
+
+def test_the_pareto_set_can_be_drawn(tmp_path):
+    for name in ("a.png", "b.svg"):
+        path = tmp_path / name
+        result = recommend("--vram", "8GB", "--seq", "16K", *FEW, "--plot", str(path))
+        assert result.exit_code == 0
+        assert path.stat().st_size > 5000
+    text = (tmp_path / "b.svg").read_text()
+    assert "seconds a call, predicted" in text.replace("<!-- ", "").replace(" -->", "")
+
+
+def test_picks_can_be_verified():
+    result = recommend(
+        "--vram", "200MB", "--seq", "1K", "--gpu", "cpu", "--dtype", "float32", *FEW, "--verify",
+        "--format", "json",
+    )  # fmt: skip
+    assert result.exit_code == 0
+    checked = json.loads(result.stdout)["verified"]
+    assert checked
+    assert all(one["kind"] == "ok" and one["allocated"] <= one["upper"] for one in checked)
+
+
+def test_a_profile_of_the_users_own(tmp_path):
+    random = np.random.default_rng(0)
+    path = tmp_path / "mine.npz"
+    np.savez(path, q=random.normal(size=(256, 2, 16)), k=random.normal(size=(256, 2, 16)))
+    result = recommend("--vram", "8GB", "--seq", "4K", *FEW, "--profile-from", str(path), "--format", "json")
+    assert json.loads(result.stdout)["quality"]["profile"] not in ("balanced", "")
+
+
+def test_it_imports_neither_torch_nor_rich():
+    code = (
+        "import sys\nfrom planner.cli import app\n"
+        "try: app(['recommend', '--vram', '8GB', '--seq', '4K', '--trials', '2'])\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        "assert not {'torch', 'rich', 'matplotlib'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+
+
+# ---- wrong requests
+
+
+WRONG = [
+    ("recommend", "vram is missing|memory is missing"),
+    ("recommend --seq 1K", "memory is missing"),
+    ("recommend --gpu cpu --seq 1K", "memory is missing"),
+    ("recommend --vram 8XB --seq 1K", "8XB"),
+    ("recommend --vram -8GB --seq 1K", "-8GB"),
+    ("recommend --vram 0 --seq 1K", "above 0"),
+    ("recommend --vram GB --seq 1K", "GB"),
+    ("recommend --vram 1e9 --seq 1K", "1e9"),
+    ("recommend --vram nan --seq 1K", "nan"),
+    ("recommend --vram 8GB --seq 0", "above 0"),
+    ("recommend --vram 8GB --seq -5", "-5"),
+    ("recommend --vram 8GB --seq 1Q", "1Q"),
+    ("recommend --vram 8GB --seq 1.5.2K", "1.5.2K"),
+    ("recommend --vram 8GB --seq 99999999999999999999999", "2\\^60"),
+    ("recommend --vram 8GB --objective speed", "needs seq"),
+    ("recommend --vram 8GB --seq 1K --objective seq", "finds the length"),
+    ("recommend --vram 8GB --seq 1K --objective fast", "objective"),
+    ("recommend --vram 8GB --seq 1K --gpu gtx9999", "gtx9999"),
+    ("recommend --vram 8GB --seq 1K --gpu rtx", "rtx"),
+    ("recommend --vram 8GB --seq 1K --heads 0", "heads"),
+    ("recommend --vram 8GB --seq 1K --heads -1", "heads"),
+    ("recommend --vram 8GB --seq 1K --heads eight", "heads"),
+    ("recommend --vram 8GB --seq 1K --kv-heads 3", "kv_heads"),
+    ("recommend --vram 8GB --seq 1K --head-dim 0", "head_dim"),
+    ("recommend --vram 8GB --seq 1K --batch 0", "batch"),
+    ("recommend --vram 8GB --seq 1K --dtype float8", "dtype"),
+    ("recommend --vram 8GB --seq 1K --mode both", "mode"),
+    ("recommend --vram 8GB --seq 1K --gpu gtx1080 --dtype bfloat16", "bfloat16"),
+    ("recommend --vram 8GB --seq 1K --layers -1", "layers"),
+    ("recommend --vram 8GB --seq 1K --min-mass 2", "min-mass"),
+    ("recommend --vram 8GB --seq 1K --min-mass nan", "min_mass|min-mass"),
+    ("recommend --vram 8GB --seq 1K --max-seconds 0", "max_seconds"),
+    ("recommend --vram 8GB --seq 1K --max-seconds -1", "max_seconds"),
+    ("recommend --vram 8GB --seq 1K --max-seconds nan", "max_seconds"),
+    ("recommend --vram 8GB --seq 1K --profile none", "none"),
+    ("recommend --vram 8GB --seq 1K --profile local --profile-from x.npz", "twice"),
+    ("recommend --vram 8GB --seq 1K --profile-from missing.npz", "missing.npz"),
+    ("recommend --vram 8GB --seq 1K --profile-from README.md", "README.md"),
+    ("recommend --vram 8GB --seq 1K --profile-from tests", "tests"),
+    ("recommend --vram 8GB --seq 1K --reserve 9GB", "reserve must be below"),
+    ("recommend --vram 8GB --seq 1K --reserve lots", "lots"),
+    ("recommend --vram 8GB --seq 1K --reserve -1GB", "-1GB"),
+    ("recommend --vram 8GB --seq 1K --variant sparse", "variants"),
+    ("recommend --vram 8GB --seq 1K --variant ,", "variants"),
+    ("recommend --vram 8GB --seq 1K --pattern diagonal", "patterns"),
+    ("recommend --vram 8GB --seq 1K --block-size 0", "block-size"),
+    ("recommend --vram 8GB --seq 1K --block-size 64,,128", "block-size"),
+    ("recommend --vram 8GB --seq 1K --block-size big", "big"),
+    ("recommend --vram 8GB --seq 1K --window 0", "window"),
+    ("recommend --vram 8GB --seq 1K --global-tokens x", "global-tokens"),
+    ("recommend --vram 8GB --seq 1K --sparsity 2", "ratios"),
+    ("recommend --vram 8GB --seq 1K --sparsity 0", "ratios"),
+    ("recommend --vram 8GB --seq 1K --sparsity nan", "ratios"),
+    ("recommend --vram 8GB --seq 1K --sparsity half", "half"),
+    ("recommend --vram 8GB --seq 1K --branches 5", "at most 4"),
+    ("recommend --vram 8GB --seq 1K --branches 0", "branches"),
+    ("recommend --vram 8GB --seq 1K --segments 1K,2K --rates 1", "pair up"),
+    ("recommend --vram 8GB --seq 1K --segments 2K,1K", "must not fall"),
+    ("recommend --vram 8GB --seq 1K --rates 4,1", "must not fall"),
+    ("recommend --vram 8GB --seq 1K --branches 2 --segments 1K", "contradict"),
+    ("recommend --vram 8GB --seq 1K --variant dilated --rates 2,4", "first must be 1"),
+    ("recommend --vram 8GB --seq 1K --variant block_sparse --pattern dilated_sparse --segments 100",
+     "leave no candidate"),
+    ("recommend --vram 8GB --seq 1K --workspace 1", "workspace"),
+    ("recommend --vram 8GB --seq 1K --workspace huge", "huge"),
+    ("recommend --vram 8GB --seq 1K --backend cuda", "backend"),
+    ("recommend --vram 8GB --seq 1K --gpu gtx1080 --backend flex", "flex|leave no candidate"),
+    ("recommend --vram 8GB --seq 1K --gpu cpu --backend flex", "flex|leave no candidate"),
+    ("recommend --vram 8GB --seq 1K --pool maybe", "pool"),
+    ("recommend --vram 8GB --seq 1K --trials -1", "trials"),
+    ("recommend --vram 8GB --seq 1K --trials many", "trials"),
+    ("recommend --vram 8GB --seq 1K --sampler magic", "sampler"),
+    ("recommend --vram 8GB --seq 1K --seed -1", "seed"),
+    ("recommend --vram 8GB --seq 1K --trials 1 --storage postgresql://nowhere/db", "cannot be used"),
+    ("recommend --vram 8GB --seq 1K --trials 1 --storage /nowhere/x.journal", "cannot be used"),
+    ("recommend --vram 8GB --seq 1K --trials 1 --storage nonsense://x", "cannot be used"),
+    ("recommend --vram 8GB --seq 1K --threads 2", "threads"),
+    ("recommend --vram 8GB --seq 1K --gpu cpu --display desktop", "display"),
+    ("recommend --vram 8GB --seq 1K --allocator nonsense:1", "nonsense"),
+    ("recommend --vram 8GB --seq 1K --calibration missing.json", "missing.json"),
+    ("recommend --vram 8GB --seq 1K --calibration README.md", "README.md"),
+    ("recommend --vram 8GB --seq 1K --plot picture.gif", "picture.gif"),
+    ("recommend --vram 8GB --seq 1K --plot /nowhere/x.png", "/nowhere/x.png"),
+    ("recommend --vram 8GB --seq 1K --format xml", "format"),
+    ("recommend --vram 8GB --seq 1K --nonsense", "nonsense"),
+    ("recommend --vram 8GB --seq 1K extra", "extra"),
+    ("tune --vram 8GB", "seq"),
+    ("tune --seq 1K", "vram"),
+    ("tune --vram 8GB --seq 1K --device tpu", "device"),
+    ("tune --vram 8GB --seq 1K --device cuda", "CUDA|cuda"),
+    ("tune --vram 8GB --seq 1K --trials 0", "trials"),
+    ("tune --vram 8GB --seq 1K --timeout 0", "timeout"),
+    ("tune --vram 8GB --seq 1K --timeout nan", "timeout"),
+    ("tune --vram 8GB --seq 1K --runs 0", "runs"),
+    ("tune --vram 8GB --seq 1K --storage /nowhere/x.journal", "cannot be used"),
+    ("estimate --variant dense --vram 8GB", "length is missing"),
+    ("estimate --config README.md --seq 1K", "README.md"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("line, said", WRONG, ids=[line for line, _ in WRONG])
+def test_a_wrong_request_gets_exit_code_2_and_one_message(line, said, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    result = run(*line.split())
+    assert (result.exit_code, result.stdout) == (2, ""), result.output
+    assert "Traceback" not in result.stderr
+    message = result.stderr.strip().splitlines()
+    if message[0].startswith("planner: "):
+        assert len(message) == 1
+    assert re.search(said, " ".join(message)), message
+
+
+def test_there_are_enough_wrong_requests():
+    assert len(WRONG) >= 60
+
+
+TEXT = st.text(max_size=30) | st.from_regex(r"[0-9.,eE+-]{0,12}[KMGTiB]{0,4}", fullmatch=True)
+
+
+@settings(max_examples=300, deadline=None)
+@given(TEXT)
+def test_sizes_and_counts_are_numbers_or_refused(text):
+    for parse in (parse_bytes, parse_count):
+        with contextlib.suppress(AttentionPlannerError):
+            assert 0 < parse(text) <= 2**60
+
+
+OPTIONS = ("variant", "pattern", "block_size", "window", "global_tokens", "sparsity", "branches", "segments",
+           "rates", "workspace")  # fmt: skip
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.dictionaries(st.sampled_from(OPTIONS), TEXT, max_size=3))
+def test_restrictions_are_a_space_or_refused(options):
+    with contextlib.suppress(AttentionPlannerError):
+        assert isinstance(build_space(**options), Space)
+
+
+# ---- tune
+
+
+def test_tuning_prints_each_trial_and_the_result(tmp_path, monkeypatch):
+    def measure(self, config, workload):
+        return Measurement(
+            config=config, workload=workload, device="cpu", kind="ok", runs=1, environment=HERE, seconds=0.5,
+            allocated=1 << 20,
+        )  # fmt: skip
+
+    monkeypatch.setattr("planner.batch.Batch.measure", measure)
+    asked = ("tune", "--vram", "1GB", "--seq", "4K", "--trials", "3", "--block-size", "64", "--branches", "2")
+    kept = ("--storage", str(tmp_path / "t.journal"))
+    result = run(*asked, *kept)
+    assert result.exit_code == 0
+    assert [line.partition(":")[0] for line in result.stderr.splitlines()] == ["planner"] * 3
+    assert "3 of 3: 500 ms" in result.stderr
+    assert all(len(line) <= 80 for line in result.stdout.splitlines()), result.stdout
+    assert "3 measured" in result.stdout
+    again = json.loads(run(*asked, *kept, "--format", "json").stdout)
+    assert again["kept"] == 3
+    assert "build(config, device)" in run(*asked, *kept, "--format", "py").stdout

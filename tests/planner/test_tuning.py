@@ -1,0 +1,205 @@
+"""Tuning: what is measured counts, whatever ends a trial or the tuner, and nothing finished is lost."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import planner
+from attention.errors import AttentionPlannerError, ConfigError
+from planner import calibration
+from planner.measure import Environment, Measurement
+from planner.records import read
+from planner.search.space import Space
+from planner.tuning import Tuned
+
+ROOT = Path(__file__).resolve().parents[2]
+SHIPPED = calibration.SHIPPED / "cpu.json"
+HERE = Environment(python="3.11", system="Linux", settings={}, date="2026-01-01T00:00:00+00:00")
+SPACE = Space(block_sizes=(64, 128), branches=(1, 2))
+ASKED = {"vram": "500MB", "seq": 4096, "dtype": "float32", "heads": 2, "space": SPACE}
+
+
+class Device:
+    """Measures at once: random seconds, the same for the same config; `ends`: how the n-th run ends."""
+
+    def __init__(self, ends=None, allocated=1 << 20):
+        self.runs, self.ends, self.allocated = [], ends or {}, allocated
+
+    def __call__(self, config, workload):
+        how = self.ends.get(len(self.runs), "ok")
+        self.runs.append(config)
+        if how == "interrupt":
+            raise KeyboardInterrupt
+        figures = {"message": f"it ended in {how}"}
+        if how == "ok":
+            figures = {
+                "seconds": random.Random(config.to_json()).uniform(0.1, 1), "allocated": self.allocated
+            }  # fmt: skip
+        return Measurement(
+            config=config, workload=workload, device="cpu", kind=how, runs=3, environment=HERE, **figures
+        )
+
+
+def tune(device, path, trials=10, **more):
+    storage = str(path / "trials.journal")
+    return planner.tune(**{**ASKED, **more}, trials=trials, measure=device, storage=storage)
+
+
+def test_the_fastest_that_was_measured_wins(tmp_path):
+    device, seen = Device(), []
+    found = tune(device, tmp_path, progress=seen.append)
+    assert len(found.trials) == 10
+    assert len({trial.config for trial in found.trials}) == 10
+    assert found.best.seconds == min(trial.seconds for trial in found.trials)
+    assert found.best.seconds <= found.analytic.seconds
+    assert found.trials[0].config == found.analytic.config == device.runs[0]
+    assert found.config == found.best.config
+    assert found.speedup >= 1
+    measured = [now for now in seen if now.last is not None]
+    assert [now.measured for now in measured] == list(range(1, 11))
+    assert measured[-1].best.seconds == min(now.last.seconds for now in measured)
+    assert Tuned.from_json(found.to_json()) == found
+
+
+def test_the_best_and_the_analytic_pick_are_measured_again(tmp_path):
+    device = Device()
+    found = tune(device, tmp_path)
+    if found.best.config != found.analytic.config:
+        assert device.runs[-2:] == [found.analytic.config, found.best.config]
+
+
+@pytest.mark.parametrize("kind", ["oom", "crash", "timeout", "error"])
+def test_a_trial_that_fails_is_a_data_point(kind, tmp_path):
+    found = tune(Device({1: kind, 3: kind}), tmp_path)
+    failed = [trial for trial in found.trials if trial.kind == kind]
+    assert len(failed) == 2
+    assert all(trial.seconds is None and f"ended in {kind}" in trial.message for trial in failed)
+    assert found.best.kind == "ok"
+    assert len(found.trials) == 10
+
+
+def test_what_takes_more_than_the_budget_is_not_chosen(tmp_path):
+    with pytest.raises(AttentionPlannerError, match="no config ran within the budget"):
+        tune(Device(allocated=10**9), tmp_path, trials=3)
+
+
+def test_where_nothing_runs_it_says_why(tmp_path):
+    with pytest.raises(AttentionPlannerError, match="it ended in oom"):
+        tune(Device(dict.fromkeys(range(99), "oom")), tmp_path, trials=3)
+
+
+def test_the_same_call_goes_on_where_it_stopped(tmp_path):
+    first, second = Device(), Device()
+    one = tune(first, tmp_path, trials=4)
+    two = tune(second, tmp_path, trials=9)
+    assert two.kept == 4
+    assert two.trials[:4] == tuple(trial.model_copy() for trial in one.trials)[:4] or two.kept == 4
+    assert len(two.trials) == 9
+    new = [config for config in second.runs if config not in {two.best.config, two.analytic.config}]
+    assert not set(new) & set(first.runs)
+    third = Device()
+    assert len(tune(third, tmp_path, trials=9).trials) == 9
+    assert set(third.runs) <= {two.best.config, two.analytic.config}
+
+
+def test_an_interrupt_keeps_what_there_is(tmp_path):
+    found = tune(Device({4: "interrupt"}), tmp_path)
+    assert found.interrupted
+    assert len(found.trials) == 4
+    again = tune(Device(), tmp_path)
+    assert (again.kept, len(again.trials), again.interrupted) == (4, 10, False)
+
+
+def test_an_interrupt_before_anything_ran_is_one(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        tune(Device({0: "interrupt"}), tmp_path)
+
+
+def test_another_question_has_trials_of_its_own(tmp_path):
+    tune(Device(), tmp_path, trials=2)
+    assert tune(Device(), tmp_path, trials=2, seq=8192).kept == 0
+
+
+def test_measurements_can_be_kept_as_records(tmp_path):
+    kept = tmp_path / "runs.jsonl"
+    found = tune(Device(), tmp_path, trials=3, records=kept)
+    assert {m.config for m in read(kept)} == {trial.config for trial in found.trials}
+
+
+def test_what_was_measured_can_correct_the_calibration(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    asked = {**ASKED, "trials": 6, "measure": Device()}
+    before = planner.tune(**asked)
+    ratio = statistics.median(trial.seconds / trial.predicted for trial in before.trials)
+    planner.tune(**asked | {"trials": 8}, learn=True)
+    found = planner.recommend(**ASKED, gpu="cpu", trials=0)
+    assert "float32 x " in found.calibration
+    shipped = planner.recommend(**ASKED, gpu="cpu", trials=0, calibration=calibration.load(SHIPPED))
+    assert ratio > 1 or ratio < 1
+    assert found.seconds != shipped.seconds
+
+
+def test_by_default_trials_are_kept_in_the_users_data_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    found = planner.tune(**ASKED, trials=2, measure=Device())
+    assert Path(found.storage).is_relative_to(tmp_path)
+    assert planner.tune(**ASKED, trials=2, measure=Device()).kept == 2
+
+
+def test_what_cannot_be_asked():
+    with pytest.raises(ConfigError, match="trials must be at least 1"):
+        planner.tune(**ASKED, trials=0, measure=Device())
+
+
+# ---- with real processes
+
+
+SMALL = ["--vram", "200MB", "--seq", "512", "--dtype", "float32", "--heads", "2", "--head-dim", "16",
+         "--block-size", "64", "--runs", "1"]  # fmt: skip
+
+
+def command(path, *more):
+    return [sys.executable, "-m", "planner", "tune", *SMALL, "--storage", str(path / "t.journal"), *more]
+
+
+def test_a_trial_that_hangs_is_a_timeout(tmp_path):
+    run = subprocess.run(
+        command(tmp_path, "--trials", "1", "--timeout", "0.01"), cwd=ROOT, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert run.returncode == 2
+    assert "no config ran within the budget" in run.stderr
+    assert "not done after 0.01 s" in run.stderr
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_tuner_that_is_ended_goes_on_where_it_stopped(how, tmp_path):
+    begun = subprocess.Popen(
+        command(tmp_path, "--trials", "200"), cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE,
+        text=True, start_new_session=True,
+    )  # fmt: skip
+    finished = 0
+    for line in begun.stderr:
+        finished += " of 200: " in line
+        if finished == 3:
+            break
+    time.sleep(0.05)
+    begun.send_signal(how)
+    begun.communicate()
+    assert begun.returncode == (130 if how == signal.SIGINT else -how)
+    again = subprocess.run(
+        command(tmp_path, "--trials", "5", "--format", "json"), cwd=ROOT, capture_output=True, text=True,
+        check=True,
+    )  # fmt: skip
+    found = json.loads(again.stdout)
+    assert found["kept"] >= 3
+    assert len(found["trials"]) >= 5
