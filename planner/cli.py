@@ -36,6 +36,8 @@ from planner.options import (
     say,
 )
 from planner.options_search import Allowed, Card, build_card, build_space
+from planner.recommend import LAYERS, MIN_MASS
+from planner.recommend import TRIALS as SEARCHED
 from planner.tune import RUNS as TUNED_RUNS
 from planner.tune import TIMEOUT, TRIALS
 from planner.units import parse_bytes, parse_count
@@ -166,10 +168,10 @@ def recommend(
     ] = "0",
     layers: Annotated[
         int, typer.Option(min=0, help="Of the model: in so many each token must hear of all. 0: no matter.")
-    ] = 12,
+    ] = LAYERS,
     min_mass: Annotated[
         float, typer.Option(min=0, max=1, help="Least share of dense attention's mass. 0: no matter.")
-    ] = 0.8,
+    ] = MIN_MASS,
     max_seconds: Annotated[float | None, typer.Option(help="Most seconds of a call.")] = None,
     profile: Annotated[
         str | None, typer.Option(metavar="NAME", help="Where attention's mass lies. [default: balanced]")
@@ -178,7 +180,7 @@ def recommend(
         Path | None, typer.Option(metavar="FILE", help="The same, measured: q and k in .npz or .safetensors.")
     ] = None,
     space: Allowed,
-    trials: Annotated[int, typer.Option(min=0, help="Of Optuna, after the grid.")] = 40,
+    trials: Annotated[int, typer.Option(min=0, help="Of Optuna, after the grid.")] = SEARCHED,
     sampler: Annotated[
         str, typer.Option(metavar="NAME", help="tpe, random, nsga2, nsga3, cmaes, ...")
     ] = "tpe",
@@ -269,8 +271,10 @@ def tune(
     reserve: Annotated[
         str, typer.Option(metavar="SIZE", help="Of the memory, for the rest of the model: 1.5GB.")
     ] = "0",
-    layers: Annotated[int, typer.Option(min=0, help="As for `recommend`. 0: no matter.")] = 12,
-    min_mass: Annotated[float, typer.Option(min=0, max=1, help="As for `recommend`. 0: no matter.")] = 0.8,
+    layers: Annotated[int, typer.Option(min=0, help="As for `recommend`. 0: no matter.")] = LAYERS,
+    min_mass: Annotated[
+        float, typer.Option(min=0, max=1, help="As for `recommend`. 0: no matter.")
+    ] = MIN_MASS,
     profile: Annotated[str | None, typer.Option(metavar="NAME", help="As for `recommend`.")] = None,
     space: Allowed,
     sampler: Annotated[str, typer.Option(metavar="NAME", help="As for `recommend`.")] = "tpe",

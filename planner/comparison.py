@@ -58,6 +58,9 @@ def side(path: Path, estimated: Callable[[AttentionConfig], MemoryEstimate]) -> 
         data = json.loads(text)
     except ValueError:
         data = None
+    if isinstance(data, dict) and "environment" not in data and "components" not in data:
+        # A recommendation has an estimate of its answer; what tuning found is a config.
+        data = data.get("memory", data.get("config", data))
     if not isinstance(data, dict) or not data.keys() & {"variant", "components", "environment"}:
         raise ConfigError(
             f"{path} is no JSON of an AttentionConfig, an estimate or a measurement; "
@@ -65,9 +68,9 @@ def side(path: Path, estimated: Callable[[AttentionConfig], MemoryEstimate]) -> 
         )
     try:
         if "components" in data:
-            return Side(MemoryEstimate.from_json(text))
+            return Side(MemoryEstimate(**data))
         if "environment" not in data:
-            config = AttentionConfig.from_json(text)
+            config = AttentionConfig(**data)
         else:
             return _measured(Measurement.from_json(text))
     except ConfigError as error:

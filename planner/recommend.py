@@ -6,7 +6,7 @@ recommend(vram="8GB", seq=131072).build()
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, TypedDict, Unpack
+from typing import TYPE_CHECKING, Final, Literal, TypedDict, Unpack
 
 if TYPE_CHECKING:
     from planner.calibration import Calibration
@@ -17,6 +17,14 @@ if TYPE_CHECKING:
     from planner.search.refine import Progress, Sampler
     from planner.search.space import Space
     from planner.workload import Dtype, Mode
+
+
+LAYERS: Final = 12
+"""Of a model, in which each token must hear of all."""
+MIN_MASS: Final = 0.8
+"""Least share of dense attention's mass; docs/quality.md says why."""
+TRIALS: Final = 24
+"""Of Optuna, after the grid."""
 
 
 class Asked(TypedDict, total=False):

@@ -14,13 +14,13 @@ from attention.errors import ConfigError
 from planner import gpus
 from planner.memory.estimate import MemoryEstimate, calibration_for, machine_of
 from planner.quality.profiles import Profile
-from planner.recommend import Asked
+from planner.recommend import LAYERS, MIN_MASS, TRIALS, Asked
 from planner.search.explain import LOOKED_AT, Why, explain, gain
 from planner.search.grid import Found, enumerate_grid, exact, order, pareto, passing
 from planner.search.picks import Pick, Quality, Role, pick, three
-from planner.search.refine import STARTS, TRIALS, Refined, Storage, refine
+from planner.search.refine import STARTS, Refined, Storage, refine
 from planner.search.relax import NothingFitsError, relaxations
-from planner.search.scenario import LAYERS, MIN_MASS, Gates, Objective, Point, Scenario
+from planner.search.scenario import Gates, Objective, Point, Scenario
 from planner.search.space import Space, grid
 from planner.speed.rates import Rates, default_rates
 from planner.units import parse_bytes, parse_count
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import torch
 
 SCHEMA_VERSION: Final = 1
-SHOWN: Final = 24
+SHOWN: Final = 16
 """Points of the Pareto set that an answer has."""
 MOST_TOKENS: Final = 1 << 36
 """Nobody asks for a longer sequence."""

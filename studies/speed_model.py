@@ -23,7 +23,7 @@ import torch
 
 from attention.config import AttentionConfig
 from planner.batch import Batch
-from planner.calibrate import REPETITIONS
+from planner.calibrating import REPETITIONS
 from planner.measure import Environment, Measurement
 from planner.samples import BACKWARD_WORK, Sample, work_of
 from planner.speed.fit import RUNS, fit, machine_of, rank_correlation, speed_runs, steady

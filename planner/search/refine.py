@@ -23,7 +23,6 @@ from planner.search.scenario import Point, Scenario
 from planner.search.space import Space, chosen, parameters
 
 Sampler = Literal["tpe", "random", "nsga2", "nsga3", "cmaes", "qmc", "gp", "brute"]
-TRIALS: Final = 40
 STARTS: Final = 8
 """Grid candidates that the search begins with."""
 IMPOSSIBLE: Final = 1e9
@@ -63,7 +62,7 @@ def refine(
     space: Space,
     starts: Sequence[AttentionConfig],
     *,
-    trials: int = TRIALS,
+    trials: int,
     sampler: Sampler = "tpe",
     seed: int = 0,
     storage: Storage | None = None,

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,14 +27,12 @@ from planner.memory.many import peaks
 from planner.quality import mass as quality
 from planner.quality import reach
 from planner.quality.profiles import Profile
+from planner.recommend import LAYERS, MIN_MASS
 from planner.speed import seconds as speed
 from planner.workload import Workload
 
 Objective = Literal["speed", "seq", "quality"]
 Floats = NDArray[np.float64]
-
-LAYERS: Final = 12
-MIN_MASS: Final = 0.8
 
 
 @dataclass(frozen=True)

@@ -151,7 +151,7 @@ def corrected(rates: Rates, measurements: Sequence[Measurement]) -> Rates:
         raise AttentionPlannerError(f"nothing to learn from: none of {len(measurements)} runs gave seconds")
     factors = {dtype: float(median(each)) for dtype, each in ratios.items()}
     said = ", ".join(f"{dtype} x {factors[dtype]:.3f} by {len(ratios[dtype])} runs" for dtype in factors)
-    steps = {
+    steps: dict[str, Any] = {
         step: {
             dtype: {name: cost * factors.get(dtype, 1.0) for name, cost in costs.items()}
             for dtype, costs in getattr(rates, step).items()

@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 
 from attention import AttentionConfig, AttentionPlannerError, ConfigError
 from planner import batch, gpus, records
-from planner.calibrate import calibrate, calibration_of, most_informative, plan_runs, predicted
+from planner.calibrate import calibrate
+from planner.calibrating import calibration_of, most_informative, plan_runs, predicted
 from planner.calibration import SMALL, Calibration, load, own_path, shipped
 from planner.cli import app
 from planner.measure import Environment, Measurement
@@ -24,7 +25,7 @@ from planner.speed import fit as speed_fit
 from planner.workload import Workload
 
 # The module; the attribute of the package is the function.
-calibrating = importlib.import_module("planner.calibrate")
+calibrating = importlib.import_module("planner.calibrating")
 ROOT = Path(__file__).resolve().parents[2]
 PLACE = Environment(
     device="a processor", capability="AVX2", torch="2.9", threads=2, python="3", system="Linux", settings={},

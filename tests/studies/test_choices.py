@@ -92,5 +92,7 @@ def test_known_layouts_keep_some_mass(name):
 
 def test_prices_are_shares_of_dense_time():
     seconds = {str(level): level for level in (*min_mass.LEVELS, 1.0)}
-    rows = [{"profile": profile, "card": "h100", "seq": 1, "seconds": seconds} for profile in min_mass.PRESETS]
+    rows = [
+        {"profile": profile, "card": "h100", "seq": 1, "seconds": seconds} for profile in min_mass.PRESETS
+    ]
     assert cells(min_mass.prices_table(rows), 2)[1:3] == ["50.0%", "60.0%"]
