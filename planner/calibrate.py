@@ -1,4 +1,4 @@
-"""`planner.calibrate`: this device's own figures. Imports no torch, and all that it needs only when called."""
+"""`planner.calibrate`: this device's own figures. Imports no torch, and all it needs only when called."""
 
 from __future__ import annotations
 

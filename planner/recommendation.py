@@ -15,12 +15,13 @@ from planner import gpus
 from planner.memory.estimate import MemoryEstimate, calibration_for, machine_of
 from planner.quality.profiles import Profile
 from planner.recommend import LAYERS, MIN_MASS, TRIALS, Asked
-from planner.search.explain import LOOKED_AT, Why, explain, gain
+from planner.search.climb import climbed
+from planner.search.explain import LOOKED_AT, Why, explain
 from planner.search.grid import Found, enumerate_grid, exact, order, pareto, passing
 from planner.search.picks import Pick, Quality, Role, pick, three
 from planner.search.refine import STARTS, Refined, Storage, refine
 from planner.search.relax import NothingFitsError, relaxations
-from planner.search.scenario import Gates, Objective, Point, Scenario
+from planner.search.scenario import Gates, Objective, Point, Scenario, gain
 from planner.search.space import Space, grid
 from planner.speed.rates import Rates, default_rates
 from planner.units import parse_bytes, parse_count
@@ -132,6 +133,8 @@ def question(vram: str | int | None = None, seq: str | int | None = None, **aske
     best = better(scenario, found.best, refined.best if refined else None)
     if best is None:
         raise NothingFitsError(scenario, relaxations(scenario, space, found), len(found.table))
+    if trials:
+        best = climbed(scenario, space, best)
     answer = _answer(scenario, found, refined, best, reserved, seed)
     return Question(scenario, space, name, found.best, best, answer)
 

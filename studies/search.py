@@ -19,9 +19,10 @@ import torch
 
 from planner.gpus import known
 from planner.recommendation import better, question
-from planner.search.explain import gain
 from planner.search.refine import refine
 from planner.search.relax import NothingFitsError
+from planner.search.scenario import gain
+from planner.workload import Workload
 from studies.records import Row, Step, at_least_one, collect, markdown
 
 COMMAND = "python -m studies.search"
@@ -36,7 +37,7 @@ def scenario(number: int) -> dict[str, Any]:
     objective = ("speed", "seq", "quality")[number % 3]
     gpu = rng.choice([card for card in known() if card.rates.get("float16")])
     dtypes = ["float16", "float32"] + ["bfloat16"] * (gpu.capability >= (8, 0))
-    budget = min(np.exp(rng.uniform(np.log(1e9), np.log(80e9))), gpu.usable_bytes)
+    budget = min(np.exp(rng.uniform(np.log(1e9), np.log(80e9))), float(gpu.usable_bytes))
     heads = rng.choice((1, 4, 8, 16, 32))
     asked: dict[str, Any] = {
         "vram": int(budget), "gpu": gpu.key, "heads": heads, "head_dim": rng.choice((32, 64, 128)),
@@ -44,7 +45,10 @@ def scenario(number: int) -> dict[str, Any]:
         "mode": rng.choice(("inference", "training")), "causal": rng.random() < 0.5, "objective": objective,
     }  # fmt: skip
     if objective != "seq":
-        asked["seq"] = round(np.exp(rng.uniform(np.log(1024), np.log(2 << 20))))
+        sizes = {name: asked[name] for name in ("heads", "head_dim", "kv_heads", "dtype")}
+        token = Workload(seq=1, **sizes).floor * (2 if asked["mode"] == "training" else 1)
+        most = max(min(2 << 20, (budget - 1e9) * 0.9 / token), 1025)
+        asked["seq"] = round(np.exp(rng.uniform(np.log(1024), np.log(most))))
     if objective == "quality":
         asked["max_seconds"] = float(np.exp(rng.uniform(np.log(1e-3), np.log(3))))
     return asked

@@ -3,7 +3,6 @@ Imports no torch."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Annotated, Any, Final
@@ -11,12 +10,13 @@ from typing import Annotated, Any, Final
 import numpy as np
 from pydantic import BeforeValidator
 
-from attention.config import MIB, AttentionConfig, Value
+from attention.config import AttentionConfig, Value
 from attention.errors import ConfigError
 from planner.search import scenario as asked
+from planner.search.climb import neighbours
 from planner.search.grid import Found, first, order, passing
 from planner.search.picks import Pick, pick
-from planner.search.scenario import Point, Scenario
+from planner.search.scenario import Point, Scenario, gain
 
 WITHOUT: Final = {
     "memory": "without the memory budget",
@@ -83,15 +83,6 @@ def explain(scenario: Scenario, found: Found, best: Point) -> Why:
     )
 
 
-def gain(scenario: Scenario, old: Point, new: Point) -> float:
-    """By how much of the objective `new` is better than `old`; below 0 if it is worse."""
-    if scenario.objective == "speed":
-        return old.seconds / max(new.seconds, 1e-12) - 1
-    if scenario.objective == "quality":
-        return new.mass - old.mass
-    return new.seq / old.seq - 1
-
-
 def _without(scenario: Scenario, found: Found, best: Point) -> Iterator[Without]:
     """Each constraint without which the answer would be better."""
     gates = scenario.gates
@@ -135,54 +126,3 @@ def _steps(scenario: Scenario, best: Point) -> Iterator[Step]:
             dimension=dimension, before=before, after=after, seconds=found.seconds, upper=found.memory.upper,
             mass=found.mass, layers=found.layers, failed=asked.failed(scenario, found),
         )  # fmt: skip
-
-
-def neighbours(config: AttentionConfig) -> Iterator[tuple[str, str, str, AttentionConfig]]:
-    """(dimension, value now, value then, the config) of half and double of each dimension."""
-    pattern = config.pattern
-    for factor in (0.5, 2.0):
-        if pattern is not None:
-            read = {"block_size": pattern.block_size}
-            if config.variant == "adaptive" or pattern.pattern_type == "dilated_sparse":
-                read |= {"sparsity_ratio": pattern.sparsity_ratio}  # type: ignore[dict-item]
-            else:
-                read |= {"local_window_size": pattern.local_window_size}
-            if pattern.pattern_type == "global_local" and config.variant != "adaptive":
-                read |= {"global_tokens": pattern.global_tokens}
-            for name, value in read.items():
-                after: Any = min(value * factor, 1.0) if isinstance(value, float) else round(value * factor)
-                if after != value and after > 0:
-                    yield from _changed(config, name, value, after, pattern=(name, after))
-        if config.segment_lengths:
-            lengths = tuple(round(length * factor) for length in config.segment_lengths)
-            yield from _changed(config, "segment_lengths", config.segment_lengths, lengths)
-        if len(config.dilation_rates) > 1:
-            rates = tuple(math.ceil(rate * factor) if rate > 1 else 1 for rate in config.dilation_rates)
-            if rates != config.dilation_rates:
-                yield from _changed(config, "dilation_rates", config.dilation_rates, rates)
-        after = round(config.workspace_bytes * factor)
-        yield from _changed(config, "workspace_bytes", config.workspace_bytes, after)
-
-
-def _changed(
-    config: AttentionConfig, name: str, before: Any, after: Any, pattern: tuple[str, Any] | None = None
-) -> Iterator[tuple[str, str, str, AttentionConfig]]:
-    """The config with one field changed, if there is such a config."""
-    update: dict[str, Any] = {name: after}
-    if pattern is not None and config.pattern is not None:
-        try:
-            update = {"pattern": config.pattern.model_copy(update={pattern[0]: pattern[1]})}
-        except ConfigError:
-            return
-    try:
-        yield name, _said(before), _said(after), config.model_copy(update=update)
-    except ConfigError:
-        return
-
-
-def _said(value: Any) -> str:
-    if isinstance(value, tuple):
-        return ",".join(map(str, value))
-    if isinstance(value, int) and value >= MIB and value % MIB == 0:
-        return f"{value // MIB} MiB"
-    return f"{value:g}" if isinstance(value, float) else f"{value:,}"

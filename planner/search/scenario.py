@@ -196,3 +196,12 @@ def failed(scenario: Scenario, found: Point) -> tuple[str, ...]:
     if gates.max_seconds is not None and found.seconds > gates.max_seconds:
         wrong.append("seconds")
     return tuple(wrong)
+
+
+def gain(scenario: Scenario, old: Point, new: Point) -> float:
+    """By how much of the objective `new` is better than `old`; below 0 if it is worse."""
+    if scenario.objective == "speed":
+        return old.seconds / max(new.seconds, 1e-12) - 1
+    if scenario.objective == "quality":
+        return new.mass - old.mass
+    return new.seq / old.seq - 1

@@ -17,7 +17,7 @@ from attention.rows import Rows, row_blocks
 Amount: TypeAlias = Any
 """A number, whole or a mean, or an array of many: as `attention.counts.Count`, but not always an int."""
 
-SAMPLES: Final = 8
+SAMPLES: Final = 16
 """Rows of a dilated_sparse pattern that are looked at, spread evenly over every segment length."""
 GOLDEN: Final = 0.6180339887498949
 """Multiples of it fall evenly into every interval, modulo 1 (Weyl), and so modulo every segment."""

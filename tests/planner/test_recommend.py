@@ -14,7 +14,7 @@ import planner
 from attention.errors import ConfigError
 from planner.quality.profiles import PRESETS
 from planner.recommendation import Recommendation, question
-from planner.search.explain import neighbours
+from planner.search.climb import neighbours
 from planner.search.relax import NothingFitsError
 from planner.search.scenario import failed, point
 from planner.search.space import Space, grid
@@ -182,6 +182,13 @@ def test_reasons():
     assert all(step.before != step.after for step in why.steps)
     pattern = found.answer.config.pattern
     assert pattern is None or "block_size" in {step.dimension for step in why.steps}
+
+
+def test_no_single_step_within_the_space_would_be_better():
+    answer = planner.recommend("8GB", 65_536)
+    for step in answer.why.steps:
+        if not step.failed and step.dimension != "segment_lengths":
+            assert step.seconds >= answer.seconds * (1 - 1e-9), step
 
 
 def test_a_profile_changes_what_is_recommended():
