@@ -30,10 +30,10 @@ TIMEOUT: Final = 600.0
 CPU = torch.device("cpu")
 
 
-def question(number: int, most: float = MOST) -> dict[str, Any]:
+def question(number: int, least: float = LEAST, most: float = MOST) -> dict[str, Any]:
     """The n-th budget, and what is asked of it; `speed` at a length that may fit."""
     rng = random.Random(f"{SEED} {number}")
-    budget = math.exp(rng.uniform(math.log(LEAST), math.log(most)))
+    budget = math.exp(rng.uniform(math.log(least), math.log(most)))
     asked: dict[str, Any] = {
         "vram": int(budget), "gpu": "cpu", "heads": rng.choice((2, 4, 8)),
         "head_dim": rng.choice((32, 64, 128)), "dtype": rng.choice(("float32", "bfloat16", "float16")),
@@ -87,9 +87,9 @@ def _fits(name: str, rows: Sequence[Row]) -> list[str]:
     ]  # fmt: skip
 
 
-def steps(count: int, batch: Batch, most: float = MOST) -> list[Step]:
+def steps(count: int, batch: Batch) -> list[Step]:
     """A step a budget."""
-    asked = [question(number, most) for number in range(count)]
+    asked = [question(number) for number in range(count)]
     return [(f"{n} {one['objective']}", partial(budget_row, one, batch)) for n, one in enumerate(asked)]
 
 

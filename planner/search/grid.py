@@ -226,11 +226,12 @@ def _at_longest(scenario: Scenario, columns: Columns) -> Columns:
 def _shortened(scenario: Scenario, table: Table) -> Table:
     """The table with the lengths of candidates that fail the gates of mass and time there cut to where they
     pass, as far as that could make them the longest; the others of them get length 0 and fail."""
+    if not len(table):
+        return table
     _, good = passing(scenario, table)
     gates = scenario.gates
     known = int(table.seq[good].max(initial=0))
-    low = np.where(good, table.seq, 0)
-    high = np.where(good, table.seq, table.seq)
+    low, high = np.where(good, table.seq, 0), table.seq.copy()
     bad = ~good
     while True:
         active = np.flatnonzero(

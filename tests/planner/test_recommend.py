@@ -166,6 +166,12 @@ def test_when_nothing_fits_each_relaxation_named_does_help(asked):
         assert planner.recommend(**{"space": FEW, **asked, name: changed or None}, trials=0)
 
 
+@pytest.mark.parametrize("asked", [{"seq": 4096}, {}, {"objective": "quality", "seq": 4096}])
+def test_a_budget_below_the_context_alone(asked):
+    with pytest.raises(NothingFitsError, match="what would: --vram"):
+        planner.recommend("300MB", **asked, space=FEW)
+
+
 def test_reasons():
     found = question("8GB", 65_536, trials=10)
     why = found.answer.why
