@@ -84,11 +84,12 @@ def sparse_extent(rows: Rows, shape: Shape) -> Extent:
     # The last block may be short, and under a causal mask be the one whose row is the widest.
     short = shape.seq % size
     tail_keys = _longest(rows.span, masked, shape.seq, size) if shape.causal else keys
-    wanted = (
-        most(least(rows.lists, masked), rows.lists - most(masked, 1), 1)
-        if shape.causal
-        else most(rows.lists, 1)
-    )
+    full = shape.full_blocks(size)
+    wanted, last = rows.lists, rows.lists
+    if shape.causal:
+        wanted, last = _split(least(rows.lists, full), masked), _split(rows.lists, masked)
+    # A list of the row's own block alone is, where no mask is added, that block's own call.
+    has_lists = (rows.lists > 0) * most((masked > 0) * 1, (rows.lists > 1) * 1, 1 - shape.causal)
     listed, at_once = shape.list_blocks(rows), least(together, most(rows.many, 1))
     long_queries = least(most(rows.alike * size, tile * wide), tile)
     # Of a wide tile's calls the first has all rows, the others at most half.
@@ -99,8 +100,8 @@ def sparse_extent(rows: Rows, shape: Shape) -> Extent:
     dense = (shape.heads == group) * 1
     lists = Kind(
         "lists", heads=shape.heads if rows.own else group, views=at_once, queries=queries,
-        keys=least(listed, wanted, shape.full_blocks(size)) * size, unit=size, gathers=True,
-        exists=(rows.lists > 0) * 1, dense=1 if rows.own else dense, masked=masks if shape.causal else hidden,
+        keys=least(listed, most(wanted, 1), full) * size, unit=size, gathers=True,
+        exists=has_lists, dense=1 if rows.own else dense, masked=masks if shape.causal else hidden,
         own=rows.own, moves=rows.moves,
         later=at_once * queries * most(cut, (listed < rows.lists) * 1),
     )  # fmt: skip
@@ -124,7 +125,7 @@ def sparse_extent(rows: Rows, shape: Shape) -> Extent:
         ),
         lists,
         lists._replace(
-            name="last list", views=1, queries=most(short, 1), keys=least(listed, wanted) * size,
+            name="last list", views=1, queries=most(short, 1), keys=least(listed, most(last, 1)) * size,
             exists=lists.exists * (short > 0) * shape.causal,
         ),
         Kind(
@@ -137,9 +138,14 @@ def sparse_extent(rows: Rows, shape: Shape) -> Extent:
     return Extent(least(tokens, shape.seq), kinds, merges, mask)
 
 
+def _split(blocks: Count, masked: Count) -> Count:
+    """Blocks of the larger call of a causal row of so many: those under the mask, or those before."""
+    return most(least(blocks, masked), blocks - most(masked, 1))
+
+
 def _longest(span: Count, masked: Count, seq: Count, size: Count) -> Count:
     """Most keys of a causal call of rows of `span` blocks: those under the mask, or those before."""
-    return least(most(least(span, masked), span - most(masked, 1), 1) * size, seq)
+    return least(most(_split(span, masked), 1) * size, seq)
 
 
 def dilated_extent(branches: Sequence[tuple[Count, Count]], shape: Shape) -> Extent:

@@ -73,12 +73,18 @@ def _relaxed(scenario: Scenario, space: Space, found: Found) -> Iterator[str]:
         _, good = passing(loose, table)
         best = first(loose, table, order(replace(loose, objective="speed"), table, np.flatnonzero(good)))[1]
         if best is not None:
-            yield f"--max-seconds {best.seconds * 1.001:.3g}"
+            yield f"--max-seconds {_rounded_up(best.seconds):.6g}"
     for changes in _workloads(scenario):
         for change, update in changes:
             if _passes(replace(scenario, workload=scenario.workload.model_copy(update=update)), space):
                 yield change
                 break
+
+
+def _rounded_up(value: float) -> float:
+    """To three digits, so that what it is of fits."""
+    step = 10.0 ** (math.floor(math.log10(value)) - 2)
+    return math.ceil(value / step + 1e-9) * step
 
 
 def _by_mass(table: Table, which: Ints) -> Ints:
