@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from attention.counts import Count, ceil_div, choose, floor_power_of_two, lcm, least, most, up
+from attention.counts import Count, ceil_div, choose, floor_power_of_two, lcm, least, most, somewhere, up
 from attention.ops.program import Shape
 from attention.rows import Rows
 
@@ -47,6 +47,8 @@ class Kind(NamedTuple):
     """Of a gather: whether every head has lists of its own."""
     moves: bool = False
     """Of a gather: whether the lists of consecutive views differ by one block only."""
+    uneven: Count = 0
+    """1 if some of its calls have a query and a key less a view, of which a piece may hold more views."""
     later: Count = 0
     """Most queries of a head in a call that is merged into what came before."""
 
@@ -163,7 +165,8 @@ def dilated_extent(branches: Sequence[tuple[Count, Count]], shape: Shape) -> Ext
         cut = (tile % length != 0) * (tile < shape.seq)
         kind = Kind(
             f"branch {order + 1}", ceil_div(shape.heads, period), views, queries, keys,
-            dense=(period == 1) * 1, later=views * queries * (order > 0),
+            dense=(period == 1) * 1, uneven=inside * (length % rate != 0),
+            later=views * queries * (order > 0),
         )  # fmt: skip
         if shape.causal:
             # A segment's part in a tile, and its keys before.
@@ -263,6 +266,11 @@ def backward_sizes(extent: Extent, shape: Shape) -> dict[str, Count]:
     for kind, piece in zip(extent.kinds, pieces(extent, shape), strict=True):
         rows = kind.heads * piece.views * piece.keys * kind.exists
         queries = most(queries, kind.heads * piece.views * kind.queries * kind.exists)
+        if somewhere(kind.uneven):
+            fewer, less = most(kind.queries - 1, 1), most(kind.keys - 1, 1)
+            views, width = shape.piece(kind.heads, kind.views, fewer, less, kind.unit, kind.whole)
+            applies = kind.heads * views * kind.exists * kind.uneven
+            queries, rows = most(queries, applies * fewer), most(rows, applies * width)
         overlaps: Count = 0
         if kind.step is not None:
             overlaps = (kind.views > 1) * (kind.keys > kind.step) * kind.exists

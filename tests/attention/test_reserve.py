@@ -6,11 +6,13 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import torch
 from conformance import LEAST_WORKSPACE, dilated, patterned
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_program import chosen_lists, programs, shape_of, tiles_of
 
+from attention import AttentionConfig, build
 from attention.adaptive import _tiles
 from attention.ops import reserve
 from attention.ops.execute import _piece
@@ -215,3 +217,19 @@ def test_arrays_give_what_ints_give():
         for n, single in enumerate(sizes[1:]):
             for many, one in zip(sizes[0], single, strict=True):
                 assert {name: int(np.broadcast_to(x, 4)[n]) for name, x in many.items()} == one
+
+
+def test_segments_whose_residues_differ_in_size_have_room_in_backward():
+    """Where a segment is no multiple of the rate, heads take a token more or less of it, and of the shorter
+    views a piece holds more."""
+    config = AttentionConfig(
+        variant="dilated",
+        segment_lengths=(4,),
+        dilation_rates=(3,),
+        uncovered="zero",
+        workspace_bytes=1 << 16,
+    )
+    q = torch.randn(1, 20, 8, 1, dtype=torch.bfloat16, requires_grad=True)
+    k, v = (torch.randn(1, 20, 2, 1, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+    build(config)(q, k, v).sum().backward()
+    assert q.grad is not None
