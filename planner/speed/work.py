@@ -43,7 +43,8 @@ and as many of v, copied by list. `widened`: numbers converted to single precisi
 `gathers`: calls over lists. `tiles`. `tokens`: numbers of q, k, v and out. `matmul`: multiply-adds of the
 projections around it. Of adaptive: `scored`, multiply-adds beside the attention, in single precision;
 `ranked`, pairs of blocks; `gated`, pairs of tokens in the gate's backward; `gates`, its steps. `flex`: `work`
-of compiled FlexAttention, which is not in `work`, and as much again at FLEX_TILE tokens a block. `passes`: 1."""
+of compiled FlexAttention, which is not in `work`, and as much again at FLEX_TILE tokens a block.
+`passes`: 1."""
 
 Totals = dict[str, Amount]
 
