@@ -106,7 +106,7 @@ def _draw_pareto(figure: Any, found: Recommendation) -> None:
     axes.set_xscale("log")
     axes.margins(x=0.12, y=0.14)
     axes.set_xlabel("seconds a call, predicted", fontsize=11)
-    axes.set_ylabel(f"dense attention's mass captured, %, profile {found.quality.profile!r}", fontsize=11)
+    axes.set_ylabel(f"mass of dense attention, %, profile {found.quality.profile!r}", fontsize=11)
     axes.grid(which="major", color="#e3e6e8", zorder=0)
     axes.spines[["top", "right"]].set_visible(False)
     title = f"What nothing surpasses in memory, time and mass, on {found.on}\n{words.task(found.workload)}"

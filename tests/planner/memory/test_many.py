@@ -29,7 +29,7 @@ MACHINES = {
     "pascal": lambda dtype: Cuda((6, 1)),
     "ampere": lambda dtype: Cuda((8, 0)),
 }
-AT_A_TIME = 65
+AT_A_TIME = 40
 
 
 def candidates(random, variant, pattern, branches, n=AT_A_TIME, **fields) -> Columns:

@@ -17,7 +17,7 @@ from planner.memory.kernels import Cpu, this_cpu
 from planner.samples import PLAIN, Sample, samples
 
 CPU = torch.device("cpu")
-CASES = 120
+CASES = 64
 WORK, STEPS = 3e7, 12
 """Small, so that all cases together take half a minute."""
 SLACK = 4096

@@ -20,7 +20,7 @@ from planner.memory.plan import Table
 from planner.memory.plans_multihead import multihead
 from planner.workload import Workload
 
-CASES = 24
+CASES = 14
 SLACK = 4096
 """Bytes that a plan may be off whatever the peak."""
 
