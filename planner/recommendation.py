@@ -132,7 +132,7 @@ def question(vram: str | int | None = None, seq: str | int | None = None, **aske
         )  # fmt: skip
     best = better(scenario, found.best, refined.best if refined else None)
     if best is None:
-        raise NothingFitsError(scenario, relaxations(scenario, space, found), len(found.table))
+        raise NothingFitsError(scenario, relaxations(scenario, space, found), found.seen)
     if trials:
         best = climbed(scenario, space, best)
     answer = _answer(scenario, found, refined, best, reserved, seed)
@@ -167,7 +167,6 @@ def scenario_of(vram: str | int | None, seq: str | int | None, asked: Asked) -> 
         layers=asked.get("layers", LAYERS), min_mass=asked.get("min_mass", MIN_MASS),
         max_seconds=asked.get("max_seconds"),
     )  # fmt: skip
-    check_gates(gates)
     sizes: dict[str, Any] = {name: asked[name] for name in _SIZES if name in asked}
     if seq is None:
         floor = Workload(seq=1, **sizes).floor
@@ -191,16 +190,6 @@ def speed_rates_of(card: Any, workload: Workload, options: dict[str, Any]) -> Ra
     if known is not None and known.speed is not None and workload.dtype in known.speed.rates.forward:
         return known.speed.rates
     return default_rates(card if isinstance(card, gpus.Gpu) else machine)
-
-
-def check_gates(gates: Gates) -> None:
-    """ConfigError for gates that cannot be meant."""
-    if gates.layers is not None and (type(gates.layers) is not int or gates.layers < 1):
-        raise ConfigError(f"layers must be a whole number of at least 1, got {gates.layers!r}")
-    if gates.min_mass is not None and not 0 <= gates.min_mass <= 1:
-        raise ConfigError(f"min_mass must be from 0 to 1, got {gates.min_mass!r}")
-    if gates.max_seconds is not None and not gates.max_seconds > 0:
-        raise ConfigError(f"max_seconds must be above 0, got {gates.max_seconds!r}")
 
 
 def better(scenario: Scenario, old: Point | None, new: Point | None) -> Point | None:
@@ -234,9 +223,7 @@ def kind_of(config: AttentionConfig) -> tuple[object, ...]:
 def _answer(
     scenario: Scenario, found: Found, refined: Refined | None, best: Point, reserved: int, seed: int
 ) -> Recommendation:  # fmt: skip
-    picks, front = _front(scenario, found)
-    if best.config not in {pick.config for pick in front}:
-        front = tuple(sorted((*front, pick(best)), key=lambda pick: pick.seconds))
+    picks, front = _front(scenario, found, best)
     grid_best = found.best
     return Recommendation(
         versions=versions(),
@@ -255,38 +242,43 @@ def _answer(
         alternatives=picks,
         pareto=front,
         search=Search(
-            grid=len(found.table), fit=found.fit, passed=found.passed,
+            grid=found.seen, fit=found.fit, passed=found.passed,
             trials=refined.trials if refined else 0,
             gain=gain(scenario, grid_best, best) if grid_best else 0.0,
         ),
     )  # fmt: skip
 
 
-def _front(scenario: Scenario, found: Found) -> tuple[tuple[Pick, ...], tuple[Pick, ...]]:
-    """(the three picks, at most SHOWN of the Pareto set), exactly."""
+def _front(scenario: Scenario, found: Found, best: Point) -> tuple[tuple[Pick, ...], tuple[Pick, ...]]:
+    """(the three picks, some SHOWN of the Pareto set with the picks and the answer among them), exactly."""
     table, which = found.table, pareto(scenario, found)
-    points: dict[int, Point | None] = {}
+    points: dict[int, Point | None] = {-1: best}
 
     def known(index: int) -> Point | None:
         if index not in points:
             points[index] = exact(scenario, table, index)
         return points[index]
 
-    while which.size:
-        chosen = three(table.figures.seconds[which], table.figures.mass[which], table.seq[which])
-        wrong = [int(which[at]) for at in chosen if known(int(which[at])) is None]
+    while True:
+        # The answer is among what is chosen from: trials may have found what the grid has not.
+        here = np.append(which, -1)
+        chosen = three(
+            np.append(table.figures.seconds[which], best.seconds),
+            np.append(table.figures.mass[which], best.mass),
+            np.append(table.seq[which], best.seq),
+        )
+        wrong = [int(here[at]) for at in chosen if known(int(here[at])) is None]
         if not wrong:
             break
         which = which[~np.isin(which, wrong)]
-    else:
-        return (), ()
-    spread = np.linspace(0, which.size - 1, min(SHOWN, which.size)).round().astype(int)
-    shown = [known(int(at)) for at in which[np.unique([*spread, *chosen])]]
+    spread = np.linspace(0, which.size, min(SHOWN, which.size + 1)).round().astype(int)
+    shown = [known(int(at)) for at in here[np.unique([*spread, *chosen, which.size])]]
+    different = {found.config: found for found in shown if found}
     roles: tuple[Role, ...] = ("fastest", "balanced", "widest")
-    picked = [known(int(which[at])) for at in chosen]
+    picked = [known(int(here[at])) for at in chosen]
     return (
         tuple(pick(found, role) for found, role in zip(picked, roles, strict=True) if found),
-        tuple(pick(found) for found in shown if found),
+        tuple(pick(found) for found in sorted(different.values(), key=lambda point: point.seconds)),
     )
 
 

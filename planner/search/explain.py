@@ -18,12 +18,6 @@ from planner.search.grid import Found, first, order, passing
 from planner.search.picks import Pick, pick
 from planner.search.scenario import Point, Scenario, gain
 
-WITHOUT: Final = {
-    "memory": "without the memory budget",
-    "mass": "without the gate of mass",
-    "reach": "without the gate of reach",
-    "seconds": "without the gate of time",
-}
 GAIN: Final = 0.005
 """A constraint binds if without it the answer would be better by more than this."""
 LOOKED_AT: Final = 64
@@ -96,7 +90,7 @@ def _without(scenario: Scenario, found: Found, best: Point) -> Iterator[Without]
         if other == scenario or (name == "memory" and scenario.free_length):
             continue
         _, good = passing(other, found.table)
-        new = first(other, found.table, order(other, found.table, np.flatnonzero(good)))[1]
+        new = first(other, found.table, order(other, found.table, np.flatnonzero(good)))
         if new is not None and gain(scenario, best, new) > GAIN:
             yield Without(constraint=name, gain=gain(scenario, best, new), pick=pick(new))
 
@@ -107,7 +101,7 @@ def _runner_up(scenario: Scenario, found: Found, best: Point) -> Point | None:
     ordered = order(scenario, found.table, np.flatnonzero(good))
     ordered = ordered[: LOOKED_AT * 16]
     others = [at for at in ordered if _shape(found.table.config(int(at), scenario)) != _shape(best.config)]
-    return first(scenario, found.table, np.array(others[:LOOKED_AT], np.int64))[1]
+    return first(scenario, found.table, np.array(others[:LOOKED_AT], np.int64))
 
 
 def _shape(config: AttentionConfig) -> tuple[object, ...]:

@@ -18,7 +18,6 @@ from attention.config import AttentionConfig
 from planner.columns import Columns, Ints
 from planner.search import scenario as asked
 from planner.search.scenario import Figures, Floats, Point, Scenario
-from planner.search.space import Candidate
 
 UNIT: Final = 64
 """Tokens that lengths are found to where there are no blocks."""
@@ -41,20 +40,21 @@ class Table(NamedTuple):
     def __len__(self) -> int:
         return int(self.seq.size)
 
-    def candidate(self, index: int) -> Candidate:
-        part = int(np.searchsorted(self.starts, index, side="right")) - 1
-        return Candidate(self.parts[part], int(index - self.starts[part]))
-
     def config(self, index: int, scenario: Scenario) -> AttentionConfig:
-        return self.candidate(index).config(scenario.at(int(self.seq[index])))
+        part = int(np.searchsorted(self.starts, index, side="right")) - 1
+        return self.parts[part].config(int(index - self.starts[part]), scenario.at(int(self.seq[index])))
+
+    def apart(self, which: Ints) -> Iterator[tuple[NDArray[np.bool_], Columns]]:
+        """Some candidates, part by part: (which of `which`, the candidates)."""
+        home = np.searchsorted(self.starts, which, side="right") - 1
+        for part in np.unique(home):
+            mine = home == part
+            yield mine, self.parts[part].take(which[mine] - self.starts[part])
 
     def reaching(self, scenario: Scenario, which: Ints) -> NDArray[np.bool_]:
         """Of some candidates, which pass the gate of reach."""
         found = np.empty(which.size, bool)
-        home = np.searchsorted(self.starts, which, side="right") - 1
-        for part in np.unique(home):
-            mine = home == part
-            columns = self.parts[part].take(which[mine] - self.starts[part])
+        for mine, columns in self.apart(which):
             found[mine] = asked.reaching(scenario, columns)
         return found
 
@@ -66,8 +66,8 @@ class Found:
     table: Table
     best: Point | None
     """The optimum; None if nothing passes."""
-    index: int | None
-    """Where it is."""
+    seen: int
+    """Candidates, all evaluated."""
     fit: int
     """Candidates that fit by memory, as arrays tell."""
     passed: int
@@ -92,14 +92,14 @@ def tabulate(scenario: Scenario, parts: Sequence[Columns]) -> Table:
 
 def passing(scenario: Scenario, table: Table) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """(which fit, which of those pass the gates of mass and time too), as far as arrays tell."""
-    gates, (memory, seconds, mass) = scenario.gates, table.figures
-    fit = memory <= scenario.budget
-    good = fit.copy()
-    if gates.min_mass is not None:
-        good &= mass >= gates.min_mass
-    if gates.max_seconds is not None:
-        good &= seconds <= gates.max_seconds
-    return fit, good
+    beyond = asked.excess(scenario, *table.figures)
+    return beyond["memory"] <= 0, _none(beyond)
+
+
+def _none(beyond: dict[str, Any]) -> NDArray[np.bool_]:
+    """Where no constraint is exceeded."""
+    met: NDArray[np.bool_] = np.logical_and.reduce([share <= 0 for share in beyond.values()])
+    return met
 
 
 def order(scenario: Scenario, table: Table, which: Ints) -> Ints:
@@ -119,23 +119,18 @@ def order(scenario: Scenario, table: Table, which: Ints) -> Ints:
 def enumerate_grid(scenario: Scenario, parts: Sequence[Columns]) -> Found:
     """The grid's optimum."""
     table = tabulate(scenario, parts)
-    fit, good = passing(scenario, table)
-    counts = int(fit.sum()), int(good.sum())
+    fits = int(passing(scenario, table)[0].sum())
     if scenario.free_length:
         table = _shortened(scenario, table)
-        fit, good = passing(scenario, table)
-        counts = max(counts[0], int(fit.sum())), int(good.sum())
-    index, best = first(scenario, table, order(scenario, table, np.flatnonzero(good)))
-    return Found(table, best, index, *counts)
+    good = np.flatnonzero(passing(scenario, table)[1])
+    best = first(scenario, table, order(scenario, table, good))
+    return Found(table, best, sum(map(len, parts)), fits, good.size)
 
 
-def first(scenario: Scenario, table: Table, ordered: Ints) -> tuple[int | None, Point | None]:
-    """The first of candidates that passes everything, and its figures."""
-    for index in _reaching_in_order(scenario, table, ordered):
-        found = exact(scenario, table, index)
-        if found is not None:
-            return index, found
-    return None, None
+def first(scenario: Scenario, table: Table, ordered: Ints) -> Point | None:
+    """The figures of the first of candidates that passes everything."""
+    found = (exact(scenario, table, index) for index in _reaching_in_order(scenario, table, ordered))
+    return next((point for point in found if point is not None), None)
 
 
 def exact(scenario: Scenario, table: Table, index: int) -> Point | None:
@@ -229,7 +224,6 @@ def _shortened(scenario: Scenario, table: Table) -> Table:
     if not len(table):
         return table
     _, good = passing(scenario, table)
-    gates = scenario.gates
     known = int(table.seq[good].max(initial=0))
     low, high = np.where(good, table.seq, 0), table.seq.copy()
     bad = ~good
@@ -243,16 +237,11 @@ def _shortened(scenario: Scenario, table: Table) -> Table:
         middle = middle // _table_units(table)[active] * _table_units(table)[active]
         stuck = middle <= low[active]
         passed = np.zeros(active.size, bool)
-        for part, mine in _by_part(table, active):
-            columns = replace(
-                table.parts[part].take(active[mine] - table.starts[part]), seq=np.maximum(middle[mine], 1)
-            )
-            fine = np.ones(mine.sum(), bool)
-            if gates.min_mass is not None:
-                fine &= asked.masses(scenario, columns) >= gates.min_mass
-            if gates.max_seconds is not None:
-                fine &= asked.times(scenario, columns) <= gates.max_seconds
-            passed[mine] = fine
+        for mine, part in table.apart(active):
+            columns = replace(part, seq=np.maximum(middle[mine], 1))
+            fits = np.zeros(mine.sum())  # it is shorter than what fits
+            figures = fits, asked.times(scenario, columns), asked.masses(scenario, columns)
+            passed[mine] = _none(asked.excess(scenario, *figures))
         low[active] = np.where(passed, middle, low[active])
         high[active] = np.where(passed & ~stuck, high[active], middle)
         high[active[stuck]] = low[active[stuck]]
@@ -260,22 +249,13 @@ def _shortened(scenario: Scenario, table: Table) -> Table:
     chosen = np.flatnonzero(low > 0)
     if not bad[chosen].any():
         return table
-    parts = [
-        replace(table.parts[part].take(chosen[mine] - table.starts[part]), seq=low[chosen[mine]])
-        for part, mine in _by_part(table, chosen)
-    ]
+    parts = [replace(part, seq=low[chosen[mine]]) for mine, part in table.apart(chosen)]
     return tabulate(replace(scenario, objective="speed"), parts)
 
 
 def _table_units(table: Table) -> Ints:
     """Tokens that each candidate's length is a multiple of."""
     return np.concatenate([np.broadcast_to(np.asarray(_units(p), np.int64), len(p)) for p in table.parts])
-
-
-def _by_part(table: Table, which: Ints) -> Iterator[tuple[int, NDArray[np.bool_]]]:
-    home = np.searchsorted(table.starts, which, side="right") - 1
-    for part in np.unique(home):
-        yield int(part), home == part
 
 
 # The Pareto set.

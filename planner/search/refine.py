@@ -16,9 +16,9 @@ import optuna
 
 from attention.config import AttentionConfig
 from attention.errors import ConfigError
-from planner.columns import Columns
+from planner.columns import Columns, columns_of
 from planner.search import scenario as asked
-from planner.search.grid import Found, Table, first, order, tabulate
+from planner.search.grid import first, order, tabulate
 from planner.search.scenario import Point, Scenario
 from planner.search.space import Space, chosen, parameters
 
@@ -39,10 +39,6 @@ class Refined:
     """The best that passes everything; None if none does."""
     trials: int
     """Finished, those of an earlier run included."""
-    evaluated: int
-    """Different configs among this run's."""
-    passed: int
-    """Of those the ones that pass all gates, as arrays tell."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +79,7 @@ def refine(
             known = parameters(config, space, scenario.workload)
             if known is not None:
                 study.enqueue_trial(known, skip_if_exists=True)
-    seen: dict[AttentionConfig, Answer] = {}
+    seen = {config: answer(scenario, columns_of(config, scenario.workload.seq)) for config in _tried(study)}
     for number in range(done, trials):
         if progress:
             progress(number, trials)
@@ -93,16 +89,21 @@ def refine(
         if config not in seen:
             seen[config] = answer(scenario, columns)
         found = seen[config]
-        for name, excess in found.excess.items():
-            trial.set_constraint(name, excess)
+        for name, share in found.excess.items():
+            trial.set_constraint(name, share)
         trial.set_user_attr("config", config.model_dump(mode="json", exclude_defaults=True))
         study.tell(trial, found.value)
-    good = [found for found in seen.values() if all(excess <= 0 for excess in found.excess.values())]
-    best = None
-    if good:
-        table = _together(scenario, [found.columns for found in good])
-        best = first(scenario, table, order(scenario, table, np.arange(len(table))))[1]
-    return Refined(best, max(trials, done), len(seen), len(good))
+    good = [found.columns for found in seen.values() if all(share <= 0 for share in found.excess.values())]
+    # Their lengths are known by now.
+    table = tabulate(replace(scenario, objective="speed"), good)
+    best = first(scenario, table, order(scenario, table, np.arange(len(table))))
+    return Refined(best, max(trials, done))
+
+
+def _tried(study: optuna.Study) -> dict[AttentionConfig, None]:
+    """Configs of an earlier run's trials, each once."""
+    known = (trial.user_attrs.get("config") for trial in study.get_trials(deepcopy=False))
+    return {AttentionConfig(**config): None for config in known if config is not None}
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,6 @@ class Answer:
 
 def answer(scenario: Scenario, columns: Columns) -> Answer:
     """What the models have for one candidate; with the length free, at the longest that fits."""
-    gates = scenario.gates
     if scenario.free_length:
         table = tabulate(scenario, [columns])
         if not len(table):
@@ -128,12 +128,8 @@ def answer(scenario: Scenario, columns: Columns) -> Answer:
     else:
         found = asked.figures(scenario, columns)
     memory, seconds, mass = (float(column[0]) for column in found)
-    excess = {"memory": memory / scenario.budget - 1}
-    if gates.min_mass is not None:
-        excess["mass"] = gates.min_mass - mass
-    if gates.max_seconds is not None:
-        excess["seconds"] = seconds / gates.max_seconds - 1
-    if gates.layers is not None:
+    excess = asked.excess(scenario, memory, seconds, mass)
+    if scenario.gates.layers is not None:
         # Asked only of those that pass the rest: it takes longest.
         met = max(excess.values()) <= 0 and bool(asked.reaching(scenario, columns)[0])
         excess["reach"] = 0.0 if met else 1.0
@@ -143,11 +139,6 @@ def answer(scenario: Scenario, columns: Columns) -> Answer:
         "seq": -math.log(max(int(np.max(columns.seq)), 1)) + 1e-6 * math.log(max(seconds, 1e-12)),
     }[scenario.objective]
     return Answer(columns, value, excess)
-
-
-def _together(scenario: Scenario, parts: Sequence[Columns]) -> Table:
-    """A table of candidates whose lengths are known."""
-    return tabulate(replace(scenario, objective="speed"), parts)
 
 
 # Studies.
@@ -215,4 +206,4 @@ def _sampler(name: Sampler, seed: int) -> optuna.samplers.BaseSampler:
         ) from None
 
 
-__all__ = ["Found", "Refined", "Sampler", "Storage", "answer", "open_study", "refine"]
+__all__ = ["Refined", "Sampler", "Storage", "answer", "open_study", "refine"]

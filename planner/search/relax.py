@@ -59,19 +59,19 @@ def _relaxed(scenario: Scenario, space: Space, found: Found) -> Iterator[str]:
     if gates.min_mass is not None:
         loose = replace(scenario, gates=replace(gates, min_mass=None))
         _, good = passing(loose, table)
-        best = first(loose, table, _by_mass(table, np.flatnonzero(good)))[1]
+        best = first(loose, table, _by_mass(table, np.flatnonzero(good)))
         if best is not None and best.mass < gates.min_mass:
             yield f"--min-mass {math.floor(best.mass * 1000) / 1000:g}"
     if gates.layers is not None:
         loose = replace(scenario, gates=replace(gates, layers=None))
         _, good = passing(loose, table)
-        best = first(loose, table, order(loose, table, np.flatnonzero(good)))[1]
+        best = first(loose, table, order(loose, table, np.flatnonzero(good)))
         if best is not None:
             yield f"--layers {best.layers or 0}"
     if gates.max_seconds is not None:
         loose = replace(scenario, gates=replace(gates, max_seconds=None))
         _, good = passing(loose, table)
-        best = first(loose, table, order(replace(loose, objective="speed"), table, np.flatnonzero(good)))[1]
+        best = first(loose, table, order(replace(loose, objective="speed"), table, np.flatnonzero(good)))
         if best is not None:
             yield f"--max-seconds {_rounded_up(best.seconds):.6g}"
     for changes in _workloads(scenario):

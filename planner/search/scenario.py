@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attention.config import AttentionConfig
+from attention.errors import ConfigError
 from planner.calibration import Calibration, least_upper
 from planner.columns import Columns
 from planner.gpus import Gpu
@@ -46,6 +47,14 @@ class Gates:
     max_seconds: float | None = None
     """Of one call."""
 
+    def __post_init__(self) -> None:
+        if self.layers is not None and (type(self.layers) is not int or self.layers < 1):
+            raise ConfigError(f"layers must be a whole number of at least 1, got {self.layers!r}")
+        if self.min_mass is not None and not 0 <= self.min_mass <= 1:
+            raise ConfigError(f"min_mass must be from 0 to 1, got {self.min_mass!r}")
+        if self.max_seconds is not None and not self.max_seconds > 0:
+            raise ConfigError(f"max_seconds must be above 0, got {self.max_seconds!r}")
+
 
 @dataclass(frozen=True)
 class Scenario:
@@ -66,6 +75,11 @@ class Scenario:
     @cached_property
     def known_masses(self) -> dict[tuple[object, ...], dict[tuple[float, ...], float]]:
         """Mass of what was asked for before, by kind and what it depends on."""
+        return {}
+
+    @cached_property
+    def known_points(self) -> dict[tuple[AttentionConfig, int], Point]:
+        """Figures of what was asked for before."""
         return {}
 
     @property
@@ -172,7 +186,14 @@ def memory_of(scenario: Scenario, config: AttentionConfig, seq: int) -> MemoryEs
 
 
 def point(scenario: Scenario, config: AttentionConfig, seq: int) -> Point:
-    """All figures of one config."""
+    """All figures of one config, computed once for a scenario."""
+    known = scenario.known_points
+    if (config, seq) not in known:
+        known[config, seq] = _point(scenario, config, seq)
+    return known[config, seq]
+
+
+def _point(scenario: Scenario, config: AttentionConfig, seq: int) -> Point:
     workload = scenario.at(seq)
     return Point(
         config,
@@ -183,18 +204,24 @@ def point(scenario: Scenario, config: AttentionConfig, seq: int) -> Point:
     )
 
 
-def failed(scenario: Scenario, found: Point) -> tuple[str, ...]:
-    """The constraints that a config does not meet: `memory`, `mass`, `reach`, `seconds`."""
+def excess(scenario: Scenario, memory: Any, seconds: Any, mass: Any) -> dict[str, Any]:
+    """By how much each constraint but reach is exceeded, 0 or less where it is met; floats, or arrays."""
     gates = scenario.gates
-    wrong = []
-    if found.memory.upper > scenario.budget:
-        wrong.append("memory")
-    if gates.min_mass is not None and found.mass < gates.min_mass:
-        wrong.append("mass")
-    if gates.layers is not None and (found.layers is None or found.layers > gates.layers):
+    found = {"memory": (memory - scenario.budget) / scenario.budget}
+    if gates.min_mass is not None:
+        found["mass"] = gates.min_mass - mass
+    if gates.max_seconds is not None:
+        found["seconds"] = (seconds - gates.max_seconds) / gates.max_seconds
+    return found
+
+
+def failed(scenario: Scenario, found: Point) -> tuple[str, ...]:
+    """The constraints that a config does not meet: `memory`, `mass`, `seconds`, `reach`."""
+    beyond = excess(scenario, found.memory.upper, found.seconds, found.mass)
+    wrong = [name for name, share in beyond.items() if share > 0]
+    most = scenario.gates.layers
+    if most is not None and (found.layers is None or found.layers > most):
         wrong.append("reach")
-    if gates.max_seconds is not None and found.seconds > gates.max_seconds:
-        wrong.append("seconds")
     return tuple(wrong)
 
 

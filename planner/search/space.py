@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Annotated, Any, Final, Literal, NamedTuple, Protocol, Self, get_args
+from typing import Annotated, Any, Final, Literal, Protocol, Self, get_args
 
 import numpy as np
 from pydantic import BeforeValidator, Field, model_validator
@@ -477,14 +477,4 @@ def _branchings(units: int) -> float:
     return total
 
 
-class Candidate(NamedTuple):
-    """One of many: where it is."""
-
-    columns: Columns
-    at: int
-
-    def config(self, workload: Workload) -> AttentionConfig:
-        return self.columns.config(self.at, workload)
-
-
-__all__ = ["Candidate", "Kind", "Space", "chosen", "full_size", "grid", "parameters"]
+__all__ = ["Kind", "Space", "chosen", "full_size", "grid", "parameters"]

@@ -72,6 +72,10 @@ def test_every_pick_fits_and_passes_the_gates(asked):
     fastest, balanced, widest = answer.alternatives
     assert fastest.seconds <= balanced.seconds <= widest.seconds
     assert fastest.mass <= balanced.mass <= widest.mass
+    if answer.objective == "speed":
+        assert fastest.config == answer.config
+    assert answer.config in {pick.config for pick in answer.pareto}
+    assert answer.search.grid >= answer.search.fit >= answer.search.passed
 
 
 def test_the_longest_sequence_is_the_longest():
@@ -208,10 +212,22 @@ def test_trials_are_kept_and_gone_on_with(tmp_path):
     first = planner.recommend("8GB", 16_384, trials=8, storage=kept, study="mine")
     again = planner.recommend("8GB", 16_384, trials=12, storage=kept, study="mine")
     assert (first.search.trials, again.search.trials) == (8, 12)
+    same = planner.recommend("8GB", 16_384, trials=12, storage=kept, study="mine")
+    assert same.model_copy(update={"why": again.why}) == again
     with pytest.raises(ConfigError, match="another question"):
         planner.recommend("8GB", 8192, trials=12, storage=kept, study="mine")
     sqlite = f"sqlite:///{tmp_path / 'studies.db'}"
     assert planner.recommend("8GB", 16_384, trials=3, storage=sqlite).search.trials == 3
+
+
+def test_what_an_earlier_run_found_is_not_lost(tmp_path, monkeypatch):
+    # Without the last steps the answer is what trials found.
+    monkeypatch.setattr("planner.recommendation.climbed", lambda scenario, space, best: best)
+    asked = {"vram": "8GB", "seq": 65_536, "space": FEW, "trials": 60}
+    asked |= {"storage": str(tmp_path / "a.journal")}
+    first = planner.recommend(**asked)
+    assert first.search.gain > 0, "the case must be one in which trials beat the grid"
+    assert planner.recommend(**asked).config == first.config
 
 
 @pytest.mark.parametrize("sampler", ["random", "nsga2", "qmc"])
