@@ -92,7 +92,8 @@ class Value(BaseModel):
         return self.model_dump_json(indent=indent)
 
 
-def _as_tuple(value: Any) -> Any:
+def as_tuple(value: Any) -> Any:
+    """JSON has lists only: one where a tuple is wanted is taken as such; for a `BeforeValidator`."""
     return tuple(value) if isinstance(value, list) else value
 
 
@@ -103,7 +104,7 @@ def _plain_int(value: Any) -> Any:
 
 
 Positive = Annotated[int, Field(ge=1)]
-Positives = Annotated[tuple[Positive, ...], BeforeValidator(_as_tuple)]
+Positives = Annotated[tuple[Positive, ...], BeforeValidator(as_tuple)]
 
 
 class SparsePatternConfig(Value):

@@ -7,6 +7,7 @@ Conditions are 0 or 1 and multiply: there is no `if` on a count.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 Count: TypeAlias = int
@@ -48,6 +49,21 @@ def choose(condition: Count, then: Count, otherwise: Count) -> Count:
 def somewhere(condition: Count) -> bool:
     """Whether a condition holds, or for arrays, anywhere."""
     return bool(_numpy().any(condition) if _many(condition) else condition)
+
+
+def each(
+    function: Callable[..., tuple[int, ...]], where: Count, otherwise: Sequence[Count], *given: Count
+) -> tuple[Count, ...]:
+    """What `function`, which takes ints only, has where `where` holds, one by one; elsewhere `otherwise`."""
+    if not _many(where):
+        return function(*given) if where else tuple(otherwise)
+    numpy = _numpy()
+    found = [numpy.array(numpy.broadcast_to(one, where.shape)) for one in otherwise]  # type: ignore[attr-defined]
+    taken = [numpy.broadcast_to(one, where.shape) for one in given]  # type: ignore[attr-defined]
+    for at in numpy.flatnonzero(where).tolist():
+        for column, value in zip(found, function(*(int(one[at]) for one in taken)), strict=True):
+            column[at] = value
+    return tuple(found)
 
 
 def floor_power_of_two(a: Count) -> Count:

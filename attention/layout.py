@@ -15,14 +15,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from attention.config import AttentionConfig, SparsePatternConfig
+from attention.counts import Count, floor, most
 from attention.errors import ConfigError, InputError
-from attention.rows import row_blocks
 
 Ints = NDArray[np.int64]
 Columns = NDArray[np.unsignedinteger[Any]]
@@ -118,6 +119,23 @@ def row_budget(config: AttentionConfig, seq: int) -> int:
     """Blocks that a row may keep: max(1, floor(sparsity_ratio * blocks + 0.5))."""
     pattern = _pattern(config)
     return row_blocks(pattern.sparsity_ratio, _blocks(seq, pattern.block_size))
+
+
+def row_blocks(ratio: float, blocks: Count) -> Count:
+    """Blocks that a row may keep of `blocks`: a fraction `ratio` of them, at least one."""
+    return most(floor(ratio * blocks + 0.5), 1)
+
+
+@lru_cache(maxsize=4096)
+def widest_rows(branches: tuple[tuple[int, int], ...], blocks: int, causal: bool) -> tuple[int, int]:
+    """(blocks of the widest row of a dilated_sparse layout without a budget, of the widest but the last).
+    `branches`: (length, rate) in blocks."""
+    found = Branches.over(branches, blocks, causal)
+    parts = [(found.kept(rows, blocks), repeats) for rows, repeats in found.distinct_rows() if len(rows)]
+    # Rows of a period that repeats are there again before the last.
+    last, repeats = parts[-1]
+    before = [kept for kept, _ in parts[:-1]] + [last if repeats > 1 else last[:-1]]
+    return max(int(kept.max()) for kept, _ in parts), max(int(kept.max(initial=0)) for kept in before)
 
 
 # What is asked for
@@ -242,8 +260,13 @@ class Branches:
     @classmethod
     def of(cls, config: AttentionConfig, blocks: int, causal: bool) -> Branches:
         size = _pattern(config).block_size
+        return cls.over([(length // size, rate) for length, rate in config.branches], blocks, causal)
+
+    @classmethod
+    def over(cls, branches: Iterable[tuple[int, int]], blocks: int, causal: bool) -> Branches:
+        """Of (length, rate) in blocks."""
         # A repeated branch offers nothing that its first copy has not offered just before.
-        unique = dict.fromkeys((min(s // size, blocks), min(r, blocks)) for s, r in config.branches)
+        unique = dict.fromkeys((min(length, blocks), min(rate, blocks)) for length, rate in branches)
         pairs = np.array(list(unique), np.int64)
         return cls(lengths=pairs[:, :1], rates=pairs[:, 1:], blocks=blocks, causal=causal)
 

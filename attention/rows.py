@@ -11,7 +11,8 @@ from functools import reduce
 from typing import NamedTuple
 
 from attention.config import AttentionConfig, PatternType
-from attention.counts import Count, ceil_div, choose, floor, lcm, least, most
+from attention.counts import Count, ceil_div, choose, each, lcm, least, most, somewhere
+from attention.layout import row_blocks, widest_rows
 
 
 class Rows(NamedTuple):
@@ -25,6 +26,8 @@ class Rows(NamedTuple):
     count as lists."""
     lists: Count
     """Of the other rows; 0 if there are none."""
+    full_lists: Count
+    """Of those that are whole blocks: under a causal mask the last row, which may be short, sees most."""
     alike: Count
     """Most consecutive rows that see the same adjacent blocks."""
     slides: Count
@@ -59,18 +62,14 @@ def pattern_rows(
     blocks = ceil_div(seq, size)
     if kind == "dilated_sparse":
         in_blocks = [length // size for length in lengths]
-        return dilated_sparse_rows(size, blocks, row_blocks(ratio, blocks), in_blocks, rates, causal)
+        short = seq % size > 0
+        return dilated_sparse_rows(size, blocks, row_blocks(ratio, blocks), in_blocks, rates, causal, short)
     return window_rows(size, blocks, window, global_tokens if kind == "global_local" else 0, causal)
-
-
-def row_blocks(ratio: float, blocks: Count) -> Count:
-    """Blocks that a row may keep of `blocks`: a fraction `ratio` of them, at least one."""
-    return most(floor(ratio * blocks + 0.5), 1)
 
 
 def chosen_rows(size: Count, kept: Count) -> Rows:
     """Of an adaptive attention that keeps `kept` blocks a row."""
-    return Rows(size, span=0 * kept, lists=kept, alike=0 * kept, slides=0 * kept, own=True)
+    return Rows(size, span=0 * kept, lists=kept, full_lists=kept, alike=0 * kept, slides=0 * kept, own=True)
 
 
 def window_rows(size: Count, blocks: Count, window: Count, global_tokens: Count, causal: bool) -> Rows:
@@ -83,6 +82,7 @@ def window_rows(size: Count, blocks: Count, window: Count, global_tokens: Count,
             size,
             span=least(shared + reach + 1, blocks),
             lists=(shared + reach + 1) * apart,
+            full_lists=(shared + reach + 1) * apart,
             alike=1 + 0 * blocks,
             slides=(shared == 0) * (blocks - reach >= 2),
             many=most(blocks - 1 - shared - reach, 0),
@@ -91,11 +91,13 @@ def window_rows(size: Count, blocks: Count, window: Count, global_tokens: Count,
     full = 2 * reach + 1
     apart = (shared > 0) * (blocks - 1 - reach > shared)
     # Rows that see everything: the global ones, and those whose window reaches both ends.
+    lists = (shared + least(full, blocks - shared - 1)) * apart
     everything = most(shared, most(least(reach, blocks - 1) - most(blocks - 1 - reach, 0) + 1, 0))
     return Rows(
         size,
         span=choose(shared > 0, blocks, least(full, blocks)),
-        lists=(shared + least(full, blocks - shared - 1)) * apart,
+        lists=lists,
+        full_lists=lists,
         alike=most(everything, 1),
         slides=(shared == 0) * (blocks - 2 * reach >= 2),
         many=most(blocks - 1 - shared - reach, 0),
@@ -104,23 +106,38 @@ def window_rows(size: Count, blocks: Count, window: Count, global_tokens: Count,
 
 
 def dilated_sparse_rows(
-    size: Count, blocks: Count, budget: Count, lengths: Sequence[Count], rates: Sequence[Count], causal: bool
-) -> Rows:
-    """Of dilated_sparse; `lengths` and `rates` of the branches in blocks."""
+    size: Count, blocks: Count, budget: Count, lengths: Sequence[Count], rates: Sequence[Count], causal: bool,
+    short: Count,
+) -> Rows:  # fmt: skip
+    """Of dilated_sparse; lengths and rates of the branches in blocks. `short`: whether the last block is."""
     lengths = [least(length, blocks) for length in lengths]
     longest = most(*lengths)
-    union = least(1 + _others(lengths, rates), blocks)
-    widest = least(budget, union)
     near = reduce(lambda a, b: a * b, [(rate == 1) * 1 for rate in rates])  # every row is adjacent
+    regular, others = _others(lengths, rates)
+    widest = full = least(1 + others, blocks)
+    # Where segments nest, some row is at the end of all of them: of the longest, which may be the last row.
+    last_apart = (longest == blocks) * causal * (short > 0)
+    at_least = most(*((blocks - 2) % length // rate + 1 for length, rate in zip(lengths, rates, strict=True)))
+    unknown = (1 - near) * (budget > 1) * most(1 - regular, last_apart * (budget > at_least))
+    if somewhere(unknown):
+
+        def rows_of_one(blocks: int, *sides: int) -> tuple[int, int]:
+            pairs = zip(sides[: len(lengths)], sides[len(lengths) :], strict=True)
+            return widest_rows(tuple(pairs), blocks, causal)
+
+        found = each(rows_of_one, unknown, (widest, full), blocks, *lengths, *rates)
+        widest, full = found[0], choose(short * causal > 0, found[1], found[0])
+    widest, full = least(budget, widest), least(budget, full)
     # Rows at an end of a segment see the same blocks until the window leaves that end.
     alike = 1 + 0 * widest if causal else choose(budget < longest, budget // 2 + 1, longest)
-    return Rows(size, widest * near, widest * (1 - near), alike * near, (widest < longest) * near)
+    return Rows(
+        size, widest * near, widest * (1 - near), full * (1 - near), alike * near, (widest < longest) * near
+    )
 
 
-def _others(lengths: Sequence[Count], rates: Sequence[Count]) -> Count:
-    """Most offsets, 0 apart, that the branches offer a row: what is in the first, in the second, and so
-    on, less what is in two of them, and so on; where segments nest and rates divide them, that is the
-    same for every row. Otherwise what branches share is not counted out."""
+def _others(lengths: Sequence[Count], rates: Sequence[Count]) -> tuple[Count, Count]:
+    """(1 if segments nest and rates divide them, else 0; offsets, 0 apart, that the branches then offer the
+    widest row): what is in the first, in the second, and so on, less what is in two of them, and so on."""
     order = list(zip(lengths, rates, strict=True))
     regular: Count = 1
     for length, _ in order:
@@ -128,12 +145,10 @@ def _others(lengths: Sequence[Count], rates: Sequence[Count]) -> Count:
             nested = (length % other == 0) | (other % length == 0)
             regular = regular * nested * (length % rate == 0)
     total: Count = 0
-    bound: Count = 0
     for count in range(1, len(order) + 1):
         for chosen in itertools.combinations(order, count):
             inside = least(*(length for length, _ in chosen))
             step = reduce(lcm, (rate for _, rate in chosen))
             met = (inside - 1) // step
             total = total + (met if count % 2 else -met)
-            bound = bound + (met if count == 1 else 0)
-    return choose(regular, total, bound)
+    return regular, total

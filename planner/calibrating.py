@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from attention.errors import AttentionPlannerError, ConfigError
-from planner.calibration import SMALL, Calibration, Domain, Terms, own_path, save
+from planner.calibration import SMALL, Calibration, Domain, Terms, make_folder, own_path, save
 from planner.measure import Device, Measurement
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def calibrated(
         key = _key(device, start)
         path = own_path(key) if path is None else Path(path)
         kept = Path(f"{path}.records.jsonl")
-        _make_folder(path)
+        make_folder(path, "the calibration")
         known = _known(kept, start)
         measured = _measured(device, batch, [*fitted, *held_out], known, kept, (0, total), progress)
     seconds: list[Measurement] = []
@@ -294,12 +294,3 @@ def _place(m: Measurement) -> tuple[object, ...]:
     where = m.environment
     # A run that died early may not say where it ran.
     return m.device, where.torch, where.device, where.capability, where.threads
-
-
-def _make_folder(path: Path) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise AttentionPlannerError(
-            f"the calibration cannot be kept: {path.parent} cannot be made ({error.strerror})"
-        ) from error

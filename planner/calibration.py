@@ -18,7 +18,7 @@ from typing import Annotated, Any, Final, Literal, NamedTuple
 
 from pydantic import BeforeValidator, Field
 
-from attention.config import AttentionConfig, Value
+from attention.config import AttentionConfig, Value, as_tuple
 from attention.errors import AttentionPlannerError, ConfigError
 from planner.speed.rates import SpeedFit
 from planner.workload import Workload
@@ -36,8 +36,8 @@ UNMEASURED: Final = 0.05
 OUTSIDE: Final = 2.0
 """Factor on the margin, and percent added to it, outside of what was measured: judgement."""
 
-Floats = Annotated[tuple[float, ...], BeforeValidator(lambda x: tuple(x) if isinstance(x, list) else x)]
-Names = Annotated[tuple[str, ...], BeforeValidator(lambda x: tuple(x) if isinstance(x, list) else x)]
+Floats = Annotated[tuple[float, ...], BeforeValidator(as_tuple)]
+Names = Annotated[tuple[str, ...], BeforeValidator(as_tuple)]
 
 
 class Terms(Value):
@@ -209,6 +209,16 @@ def own_path(device: str) -> Path:
     # As the XDG specification has it, a relative path is as none.
     data = Path(given) if os.path.isabs(given) else Path(os.path.expanduser("~")) / ".local" / "share"
     return data / "attention-planner" / "calibrations" / f"{device}.json"
+
+
+def make_folder(path: Path, what: str) -> None:
+    """Makes the folder that a file is to be in; AttentionPlannerError saying what cannot be kept there."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise AttentionPlannerError(
+            f"{what} cannot be kept: {path.parent} cannot be made ({error.strerror}); name another file"
+        ) from error
 
 
 def save(calibration: Calibration, path: str | Path) -> None:

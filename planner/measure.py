@@ -22,7 +22,7 @@ from typing import IO, Annotated, Any, Final, Literal, NamedTuple, Self, get_arg
 
 from pydantic import BeforeValidator, model_validator
 
-from attention.config import AttentionConfig, Value
+from attention.config import AttentionConfig, Value, as_tuple
 from attention.errors import ConfigError, UnavailableError
 from planner.workload import Workload
 
@@ -33,7 +33,7 @@ TAIL = 4000
 Kind = Literal["ok", "oom", "crash", "timeout", "error"]
 Device = Literal["cpu", "cuda"]
 Bytes = int | None
-Sizes = Annotated[tuple[int, ...], BeforeValidator(lambda x: tuple(x) if isinstance(x, list) else x)]
+Sizes = Annotated[tuple[int, ...], BeforeValidator(as_tuple)]
 
 SETTINGS = (
     "ATEN_CPU_CAPABILITY",

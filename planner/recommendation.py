@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NamedTuple, Un
 import numpy as np
 from pydantic import BeforeValidator
 
-from attention.config import AttentionConfig, Value
+from attention.config import AttentionConfig, Value, as_tuple
 from attention.errors import ConfigError
 from planner import gpus
 from planner.memory.estimate import MemoryEstimate, calibration_for, machine_of
@@ -37,11 +37,7 @@ MOST_TOKENS: Final = 1 << 36
 """Nobody asks for a longer sequence."""
 
 
-def _as_tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
-Picks = Annotated[tuple[Pick, ...], BeforeValidator(_as_tuple)]
+Picks = Annotated[tuple[Pick, ...], BeforeValidator(as_tuple)]
 
 
 class Search(Value):

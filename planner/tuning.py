@@ -17,9 +17,9 @@ import optuna
 from optuna.trial import TrialState
 from pydantic import BeforeValidator
 
-from attention.config import AttentionConfig, Value
+from attention.config import AttentionConfig, Value, as_tuple
 from attention.errors import AttentionPlannerError, ConfigError
-from planner.calibration import own_path
+from planner.calibration import make_folder, own_path
 from planner.measure import Device, Measurement
 from planner.recommendation import Recommendation, question
 from planner.search.refine import Sampler, Storage, answer, open_study
@@ -56,10 +56,6 @@ class Trial(Value):
         return self.kind == "ok"
 
 
-def _as_tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
 class Tuned(Value):
     """What tuning found."""
 
@@ -70,7 +66,7 @@ class Tuned(Value):
     best: Trial
     analytic: Trial
     """What the models alone recommend, measured."""
-    trials: Annotated[tuple[Trial, ...], BeforeValidator(_as_tuple)]
+    trials: Annotated[tuple[Trial, ...], BeforeValidator(as_tuple)]
     """All that were measured, in order."""
     kept: int
     """Of them those of an earlier run."""
@@ -108,7 +104,7 @@ def tuned(
     first = question(vram, seq, **{**asked, "gpu": card, "objective": "speed"})
     kept = Storage(storage or default_storage(first.name), study or f"tune-{first.name[:12]}", first.name)
     if storage is None:
-        _make_folder(Path(kept.url))
+        make_folder(Path(kept.url), "trials")
     with _measuring(measure, device, timeout, runs, records) as run:
         tuning = _Tuning(first.answer, first.scenario, first.space, kept, run, progress)
         found = tuning.go(trials, sampler, seed)
@@ -184,7 +180,7 @@ class _Tuning:
     def _one(self, study: optuna.Study, wanted: int) -> None:
         """One suggestion: measured, if it passes the gates and is new."""
         if self.analytic.config not in self.trials and not self._waiting(study):
-            # A config that no trial can suggest (an explicit --config value) is still measured.
+            # What no trial can suggest is measured all the same.
             self._run(self.analytic.config)
         if self.progress:
             self.progress(Progress(len(self.trials), wanted, None, self._best()))
@@ -286,15 +282,6 @@ def present_gpu() -> str:
 def default_storage(name: str) -> str:
     """The journal file of a question, in the user's data folder."""
     return str(own_path("x").parents[1] / "tunings" / f"{name[:16]}.journal")
-
-
-def _make_folder(path: Path) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise AttentionPlannerError(
-            f"trials cannot be kept: {path.parent} cannot be made ({error.strerror}); pass --storage"
-        ) from error
 
 
 __all__ = ["Measure", "Progress", "Trial", "Tuned", "tuned"]

@@ -87,9 +87,9 @@ def sparse_extent(rows: Rows, shape: Shape) -> Extent:
     short = shape.seq % size
     tail_keys = _longest(rows.span, masked, shape.seq, size) if shape.causal else keys
     full = shape.full_blocks(size)
-    wanted, last = rows.lists, rows.lists
+    wanted, last = rows.full_lists, rows.lists
     if shape.causal:
-        wanted, last = _split(least(rows.lists, full), masked), _split(rows.lists, masked)
+        wanted, last = _split(least(rows.full_lists, full), masked), _split(rows.lists, masked)
     # A list of the row's own block alone is, where no mask is added, that block's own call.
     has_lists = (rows.lists > 0) * most((masked > 0) * 1, (rows.lists > 1) * 1, 1 - shape.causal)
     listed, at_once = shape.list_blocks(rows), least(together, most(rows.many, 1))

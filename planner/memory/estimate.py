@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Final, Literal
 
 from pydantic import BeforeValidator
 
-from attention.config import AttentionConfig, Value
+from attention.config import AttentionConfig, Value, as_tuple
 from attention.errors import ConfigError
 from planner import gpus
 from planner.calibration import Bound, Calibration, bound_of, shipped
@@ -36,7 +37,7 @@ Lines = Annotated[
     tuple[Line, ...],
     BeforeValidator(lambda x: tuple(Line(**y) if isinstance(y, dict) else y for y in x)),
 ]
-Texts = Annotated[tuple[str, ...], BeforeValidator(lambda x: tuple(x) if isinstance(x, list) else x)]
+Texts = Annotated[tuple[str, ...], BeforeValidator(as_tuple)]
 
 
 class MemoryEstimate(Value):
@@ -107,7 +108,7 @@ def machine_of(device: Literal["cpu"] | gpus.Gpu, dtype: Dtype, threads: int | N
     if not isinstance(device, str):
         return Cuda(device.capability)
     here = this_cpu(dtype)
-    return here if threads is None else Cpu(threads, here.units, dtype)
+    return here if threads is None else replace(here, threads=threads)
 
 
 def calibration_for(device: Literal["cpu"] | gpus.Gpu, machine: Machine, dtype: Dtype) -> Calibration | None:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from attention.counts import Count, most, somewhere, up
-from planner.memory import cpu_kernels, device
+from attention.counts import Count, each, most, somewhere, up
+from planner.memory import cpu_kernels, cpu_products, device
 
 
 class Call(NamedTuple):
@@ -43,14 +43,21 @@ class Machine(Protocol):
         """What compiled FlexAttention leaves going forward (out, log-sum-exp), and takes going backward."""
         ...
 
+    def product(self, rows: Count, inner: Count, columns: Count, turned: bool = False) -> Count:
+        """What [rows, inner] @ [inner, columns] takes besides its result; `turned`: the first is a transposed
+        view."""
+        ...
+
 
 @dataclass(frozen=True)
 class Cpu:
-    """A CPU: the threads that an operator uses, and the 16-bit types it has a matrix unit for."""
+    """A CPU: the threads that an operator uses, the 16-bit types it has a matrix unit for, and those whose
+    products oneDNN makes without one."""
 
     threads: int
     units: frozenset[str] = frozenset()
     dtype: str = "float32"
+    products: frozenset[str] = frozenset()
 
     def forward(self, call: Call) -> Bytes:
         return Bytes(
@@ -73,6 +80,15 @@ class Cpu:
     def flex(self, call: Call) -> Bytes:
         raise AssertionError("compiled FlexAttention runs on CUDA only")
 
+    def product(self, rows: Count, inner: Count, columns: Count, turned: bool = False) -> Count:
+        if self.dtype not in self.products:
+            return 0
+
+        def one(rows: int, inner: int, columns: int) -> tuple[int]:
+            return (cpu_products.scratch_bytes(rows, inner, columns, self.threads, turned),)
+
+        return each(one, 1 + 0 * (rows + inner + columns), (0,), rows, inner, columns)[0]
+
 
 def this_cpu(dtype: str = "float32") -> Cpu:
     """The CPU at hand, as torch would use it: a thread a core that this process may run on."""
@@ -85,10 +101,13 @@ def this_cpu(dtype: str = "float32") -> Cpu:
     except OSError:
         pass  # not Linux: no matrix unit that torch would use either
     units = {name for name, flag in (("bfloat16", "amx_bf16"), ("float16", "amx_fp16")) if flag in flags}
+    products = {"bfloat16"} if "avx512_bf16" in flags and not units else set()
     given = os.environ.get("OMP_NUM_THREADS", "")
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-    return Cpu(int(given) if given.isdigit() and int(given) else cores, frozenset(units), dtype)
+    return Cpu(
+        int(given) if given.isdigit() and int(given) else cores, frozenset(units), dtype, frozenset(products)
+    )
 
 
 FLASH_CHANNELS = 256
@@ -140,6 +159,9 @@ class Cuda:
             scratch.append((device.total(lines) + _mask_copy(kernel, call)) * applies)
         result = call.views * call.heads * (call.queries + 2 * call.keys) * dim * call.itemsize
         return Bytes(result, most(*scratch))
+
+    def product(self, rows: Count, inner: Count, columns: Count, turned: bool = False) -> Count:
+        return 0  # cuBLAS works in a workspace of its own, which is a line of the device's
 
     def flex(self, call: Call) -> Bytes:
         sizes = {

@@ -1,14 +1,15 @@
 """The memory plan of an attention between projections; see `attention/multihead.py`. Imports no torch.
 
 The three streams are one tensor, as in self-attention. Letters as in `plans.py`, and E = H D channels of
-the model, R = E + 2 G D rows of the input projections.
+the model, R = E + 2 G D rows of the input projections. Products are made one after another, each with
+scratch of its own where a library takes that from torch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from attention.counts import Count
+from attention.counts import Count, most
 from planner.memory.plan import Table
 from planner.memory.plans import Case
 
@@ -39,9 +40,11 @@ def multihead(
         """The output projection, forward unless that was done before, and its gradients."""
         if not repeats:
             _result(table, case)
+        width = _width(case)
         table.phase("backward, output projection")
-        _gradients(table, case, "output projection", case.shape.heads * case.shape.head_dim, bias)
         table.add("gradient of the attention", "gradients", case.channels * e, "B S E e")
+        _product(table, case, _tokens(case), width, width)
+        _gradients(table, case, "output projection", (width,), bias)
         return True
 
     attend(table, case._replace(turn=turn))
@@ -53,18 +56,30 @@ def multihead(
     table.free("out", "log-sum-exp")
     table.phase("backward, input projections")
     table.add("gradient of the input", "gradients", case.channels * e, "B S E e")
-    _gradients(table, case, "input projections", _rows(case), bias)
+    _product(table, case, _tokens(case), _width(case), _width(case))
+    table.phase("backward, input projections, keys")
+    _product(table, case, _tokens(case), _kv_width(case), _width(case))
+    _gradients(table, case, "input projections", (_width(case), _kv_width(case), _kv_width(case)), bias)
 
 
 def parameter_bytes(case: Case, bias: bool) -> Count:
     """Bytes of all weights and biases."""
-    width = case.shape.heads * case.shape.head_dim
-    return (_rows(case) + width) * (width + bias) * case.shape.itemsize
+    width = _width(case)
+    return (width + 2 * _kv_width(case) + width) * (width + bias) * case.shape.itemsize
 
 
-def _rows(case: Case) -> Count:
-    """Rows of the input projections."""
-    return (case.shape.heads + 2 * case.shape.kv_heads) * case.shape.head_dim
+def _width(case: Case) -> Count:
+    """E: channels of the model, and rows of the projection to q."""
+    return case.shape.heads * case.shape.head_dim
+
+
+def _kv_width(case: Case) -> Count:
+    """G D: rows of the projection to k, or to v."""
+    return case.shape.kv_heads * case.shape.head_dim
+
+
+def _tokens(case: Case) -> Count:
+    return case.batch * case.shape.seq
 
 
 def _inputs(table: Table, case: Case, bias: bool) -> None:
@@ -76,23 +91,42 @@ def _inputs(table: Table, case: Case, bias: bool) -> None:
 
 
 def _project(table: Table, case: Case) -> None:
-    e = case.shape.itemsize
-    table.phase("input projections")
-    table.add("projected q", "qkv", case.channels * e, "B S H D e")
-    table.add("projected k", "qkv", case.kv_channels * e, "B S G D e")
-    table.add("projected v", "qkv", case.kv_channels * e, "B S G D e")
+    for name, heads, width in (
+        ("q", "H", _width(case)),
+        ("k", "G", _kv_width(case)),
+        ("v", "G", _kv_width(case)),
+    ):
+        table.phase(f"input projections, {name}")
+        table.add(f"projected {name}", "qkv", _tokens(case) * width * case.shape.itemsize, f"B S {heads} D e")
+        _product(table, case, _tokens(case), _width(case), width)
 
 
 def _result(table: Table, case: Case) -> None:
     table.phase("output projection")
     table.add("result", "output", case.channels * case.shape.itemsize, "B S E e")
+    _product(table, case, _tokens(case), _width(case), _width(case))
 
 
-def _gradients(table: Table, case: Case, name: str, rows: Count, bias: bool) -> None:
-    """Of the parameters of one projection to `rows` channels."""
-    width, e = case.shape.heads * case.shape.head_dim, case.shape.itemsize
+def _gradients(table: Table, case: Case, name: str, widths: tuple[Count, ...], bias: bool) -> None:
+    """Of the parameters of projections to so many channels each."""
+    width, e = _width(case), case.shape.itemsize
+    rows: Count = sum(widths)
+    table.phase(f"backward, weights of the {name}")
     table.add(f"weight gradient, {name}", "gradients", rows * width * e, "(E or R) E e")
+    scratch = [case.machine.product(each, _tokens(case), width, turned=True) for each in widths]
+    _scratch(table, most(*scratch))
+    table.phase(f"backward, biases of the {name}")
     table.add(f"bias gradient, {name}", "gradients", rows * e * bias, "(E or R) e")
+
+
+def _product(table: Table, case: Case, rows: Count, inner: Count, columns: Count) -> None:
+    """A projection's scratch, in the phase of its result."""
+    _scratch(table, case.machine.product(rows, inner, columns))
+
+
+def _scratch(table: Table, count: Count) -> None:
+    table.add("product scratch", "workspace", count, "of the library; see planner/memory/cpu_products.py")
+    table.free("product scratch")
 
 
 class _Unsaved(Table):

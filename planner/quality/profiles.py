@@ -22,15 +22,11 @@ from typing import Annotated, Final, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from attention.config import Positive, Value
+from attention.config import Positive, Value, as_tuple
 from attention.errors import ConfigError
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Scale = Annotated[float, Field(gt=0.0, le=1e9)]
-
-
-def _as_tuple(value: object) -> object:
-    return tuple(value) if isinstance(value, list) else value
 
 
 class Profile(Value):
@@ -43,9 +39,9 @@ class Profile(Value):
     """On the first tokens, whatever they say; equally on each."""
     sink_tokens: Positive = 4
     """How many first tokens are sinks; at most 64."""
-    scales: Annotated[tuple[Scale, ...], BeforeValidator(_as_tuple)] = ()
+    scales: Annotated[tuple[Scale, ...], BeforeValidator(as_tuple)] = ()
     """Tokens over which each exponential of the distance falls to 1/e."""
-    shares: Annotated[tuple[Share, ...], BeforeValidator(_as_tuple)] = ()
+    shares: Annotated[tuple[Share, ...], BeforeValidator(as_tuple)] = ()
     """Mass of each exponential."""
     far_mass: Share = 0.0
     """On planted tokens: keys anywhere in the permitted context, all equally likely."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Annotated, Any, Final
+from typing import Annotated, Final
 
 import numpy as np
 from pydantic import BeforeValidator
 
-from attention.config import AttentionConfig, Value
+from attention.config import AttentionConfig, Value, as_tuple
 from attention.errors import ConfigError
 from planner.search import scenario as asked
 from planner.search.climb import neighbours
@@ -22,10 +22,6 @@ GAIN: Final = 0.005
 """A constraint binds if without it the answer would be better by more than this."""
 LOOKED_AT: Final = 64
 """Candidates behind the best among which the runner-up is looked for."""
-
-
-def _as_tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
 
 
 class Without(Value):
@@ -47,7 +43,7 @@ class Step(Value):
     upper: int
     mass: float
     layers: int | None
-    failed: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
+    failed: Annotated[tuple[str, ...], BeforeValidator(as_tuple)]
     """Constraints that it would not meet."""
 
 
@@ -56,12 +52,12 @@ class Why(Value):
 
     binding: str | None
     """The constraint without which the answer would be better by most; None if none keeps it back."""
-    without: Annotated[tuple[Without, ...], BeforeValidator(_as_tuple)]
+    without: Annotated[tuple[Without, ...], BeforeValidator(as_tuple)]
     runner_up: Pick | None
     """The best of another shape: not the same attention with another workspace or backend."""
     behind: float | None
     """By how much of the objective it is behind."""
-    steps: Annotated[tuple[Step, ...], BeforeValidator(_as_tuple)]
+    steps: Annotated[tuple[Step, ...], BeforeValidator(as_tuple)]
 
 
 def explain(scenario: Scenario, found: Found, best: Point) -> Why:

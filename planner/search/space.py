@@ -14,7 +14,17 @@ from typing import Annotated, Any, Final, Literal, Protocol, Self, get_args
 import numpy as np
 from pydantic import BeforeValidator, Field, model_validator
 
-from attention.config import MIB, AttentionConfig, Backend, PatternType, Positives, Switch, Value, Variant
+from attention.config import (
+    MIB,
+    AttentionConfig,
+    Backend,
+    PatternType,
+    Positives,
+    Switch,
+    Value,
+    Variant,
+    as_tuple,
+)
 from attention.errors import ConfigError
 from planner.columns import Columns, Ints
 from planner.workload import Workload
@@ -45,13 +55,9 @@ Kind = Literal["dense", "dilated", "local_window", "global_local", "dilated_spar
 KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
 
 
-def _as_tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
-Ratios = Annotated[tuple[Annotated[float, Field(gt=0.0, le=1.0)], ...], BeforeValidator(_as_tuple)]
-Variants = Annotated[tuple[Variant, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
-Patterns = Annotated[tuple[PatternType, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
+Ratios = Annotated[tuple[Annotated[float, Field(gt=0.0, le=1.0)], ...], BeforeValidator(as_tuple)]
+Variants = Annotated[tuple[Variant, ...], BeforeValidator(as_tuple), Field(min_length=1)]
+Patterns = Annotated[tuple[PatternType, ...], BeforeValidator(as_tuple), Field(min_length=1)]
 
 
 class Space(Value):

@@ -12,7 +12,8 @@ import numpy as np
 
 from attention.config import PatternType
 from attention.counts import ceil_div, choose, lcm, least, most, somewhere
-from attention.rows import Rows, row_blocks
+from attention.layout import row_blocks
+from attention.rows import Rows
 
 Amount: TypeAlias = Any
 """A number, whole or a mean, or an array of many: as `attention.counts.Count`, but not always an int."""

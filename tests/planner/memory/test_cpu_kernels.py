@@ -12,6 +12,7 @@ import torch
 from attention.ops import kernels
 from planner.footprint import footprints
 from planner.memory.cpu_kernels import backward_bytes, dense, forward_bytes
+from planner.memory.kernels import this_cpu
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -87,16 +88,13 @@ def random_case(rng: random.Random, dtype: torch.dtype, threads: int):
     )
 
 
-def check(cases) -> None:
+def check(cases, backward: bool = True) -> None:
     """Every call of `cases`, counted together, leaves and reaches what is said of it."""
-    runs = [run for forward, backward, *_ in cases for run in (forward, backward)]
-    said = [
-        (call, sizes, formula(**sizes))
-        for _, _, *both in cases
-        for call, formula, sizes in zip(
-            ("forward", "backward"), (forward_bytes, backward_bytes), both, strict=True
-        )
-    ]
+    runs, said = [], []
+    for forward, back, *both in cases:
+        runs += [forward, back] if backward else [forward]
+        named = [("forward", forward_bytes), ("backward", backward_bytes)][: 1 + backward]
+        said += [(call, sizes, formula(**sizes)) for (call, formula), sizes in zip(named, both, strict=False)]
     for found, (call, sizes, (result, scratch)) in zip(footprints(runs, CPU), said, strict=True):
         assert (found.kept, found.peak) == (result, result + scratch), (call, sizes)
 
@@ -107,7 +105,9 @@ def test_the_profiler_counts_the_same(dtype, threads):
         pytest.skip("what a CPU with a matrix unit packs is not checked")
     rng = random.Random(f"{dtype} {threads}")
     torch.manual_seed(threads)
-    check([random_case(rng, dtype, threads) for _ in range(CASES)])
+    # A 16-bit backward is never called (docs/design.md), and where oneDNN makes its products, not described.
+    name = str(dtype).removeprefix("torch.")
+    check([random_case(rng, dtype, threads) for _ in range(CASES)], name not in this_cpu(name).products)
 
 
 def test_a_mask_is_copied_only_for_its_last_stride():

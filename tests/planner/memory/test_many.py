@@ -7,8 +7,7 @@ import pytest
 
 from attention.config import AttentionConfig, MultiheadConfig, SparsePatternConfig
 from attention.errors import ConfigError
-from attention.layout import row_budget
-from attention.rows import row_blocks
+from attention.layout import row_blocks, row_budget
 from planner.columns import Columns
 from planner.memory.configured import plan_of
 from planner.memory.kernels import Cpu, Cuda

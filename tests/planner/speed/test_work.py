@@ -10,9 +10,9 @@ import pytest
 
 from attention import AttentionConfig, MultiheadConfig, block_sparse, dilated
 from attention.adaptive import _tiles
-from attention.layout import build_layout
+from attention.layout import build_layout, row_blocks
 from attention.ops.program import Gather, Shape
-from attention.rows import chosen_rows, row_blocks, rows_of
+from attention.rows import chosen_rows, rows_of
 from planner.columns import Columns, columns_of
 from planner.memory.configured import case_of
 from planner.memory.kernels import Cpu
