@@ -22,8 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attention.config import AttentionConfig, SparsePatternConfig
-from attention.counts import Count, floor, most
 from attention.errors import ConfigError, InputError
+from attention.rows import row_blocks
 
 Ints = NDArray[np.int64]
 Columns = NDArray[np.unsignedinteger[Any]]
@@ -119,11 +119,6 @@ def row_budget(config: AttentionConfig, seq: int) -> int:
     """Blocks that a row may keep: max(1, floor(sparsity_ratio * blocks + 0.5))."""
     pattern = _pattern(config)
     return row_blocks(pattern.sparsity_ratio, _blocks(seq, pattern.block_size))
-
-
-def row_blocks(ratio: float, blocks: Count) -> Count:
-    """Blocks that a row may keep of `blocks`: a fraction `ratio` of them, at least one."""
-    return most(floor(ratio * blocks + 0.5), 1)
 
 
 @lru_cache(maxsize=4096)

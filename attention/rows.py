@@ -11,8 +11,7 @@ from functools import reduce
 from typing import NamedTuple
 
 from attention.config import AttentionConfig, PatternType
-from attention.counts import Count, ceil_div, choose, each, lcm, least, most, somewhere
-from attention.layout import row_blocks, widest_rows
+from attention.counts import Count, ceil_div, choose, each, floor, lcm, least, most, somewhere
 
 
 class Rows(NamedTuple):
@@ -65,6 +64,11 @@ def pattern_rows(
         short = seq % size > 0
         return dilated_sparse_rows(size, blocks, row_blocks(ratio, blocks), in_blocks, rates, causal, short)
     return window_rows(size, blocks, window, global_tokens if kind == "global_local" else 0, causal)
+
+
+def row_blocks(ratio: float, blocks: Count) -> Count:
+    """Blocks that a row may keep of `blocks`: a fraction `ratio` of them, at least one."""
+    return most(floor(ratio * blocks + 0.5), 1)
 
 
 def chosen_rows(size: Count, kept: Count) -> Rows:
@@ -120,6 +124,7 @@ def dilated_sparse_rows(
     at_least = most(*((blocks - 2) % length // rate + 1 for length, rate in zip(lengths, rates, strict=True)))
     unknown = (1 - near) * (budget > 1) * most(1 - regular, last_apart * (budget > at_least))
     if somewhere(unknown):
+        from attention.layout import widest_rows  # loads NumPy, which few configs need
 
         def rows_of_one(blocks: int, *sides: int) -> tuple[int, int]:
             pairs = zip(sides[: len(lengths)], sides[len(lengths) :], strict=True)

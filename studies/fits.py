@@ -1,33 +1,29 @@
-"""Does what is recommended fit, for real? `python -m studies.fits`
+"""Does what is recommended fit, for real? `planner study fits`
 
 Random budgets on the CPU: recommend, build, run with every allocation counted, compare with the budget.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 import random
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import groupby
 from statistics import median
 from typing import Any, Final
 
-import torch
-
 from planner import recommend
 from planner.batch import Batch
+from planner.report.figure import BLUE, ORANGE, RED, title
 from planner.search.relax import NothingFitsError
-from studies.records import Row, Step, at_least_one, collect, markdown
+from studies.records import Row, Step, markdown
+from studies.study import Rows, Said, Scope, Study
 
-COMMAND = "python -m studies.fits"
 SEED: Final = 3
 BUDGETS = 100
 LEAST, MOST = 64e6, 4e9
 TIMEOUT: Final = 600.0
-CPU = torch.device("cpu")
 
 
 def question(number: int, least: float = LEAST, most: float = MOST) -> dict[str, Any]:
@@ -87,27 +83,51 @@ def _fits(name: str, rows: Sequence[Row]) -> list[str]:
     ]  # fmt: skip
 
 
-def steps(count: int, batch: Batch) -> list[Step]:
-    """A step a budget."""
-    asked = [question(number) for number in range(count)]
+def steps(scope: Scope) -> list[Step]:
+    """A step a budget; quick, few and small ones."""
+    if scope.quick:
+        asked = [question(number, 3e6, 8e6) for number in range(6)]
+    else:
+        asked = [question(number) for number in range(BUDGETS)]
+    batch = scope.batch(timeout=TIMEOUT)
     return [(f"{n} {one['objective']}", partial(budget_row, one, batch)) for n, one in enumerate(asked)]
 
 
-TABLES: dict[str, tuple[str, Callable[[list[Row]], str]]] = {"fits": ("fits", fits_table)}
-"""The docs' tables: the study whose data they show, and what makes them from its rows."""
+def _ran(rows: Rows) -> Rows:
+    return [row for row in rows if row["outcome"] == "ok"]
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__, epilog=f"example: {COMMAND}")
-    parser.add_argument("--budgets", type=at_least_one, default=BUDGETS, help=f"how many ({BUDGETS})")
-    parser.add_argument("--quick", action="store_true", help="saves nothing")
-    options = parser.parse_args(arguments)
-    command = COMMAND if options.budgets == BUDGETS else f"{COMMAND} --budgets {options.budgets}"
-    with Batch("cpu", timeout=TIMEOUT) as batch:
-        rows = collect("fits", command, CPU, steps(options.budgets, batch), keep=not options.quick)
-    print(fits_table(rows))
-    return 0
+def draw(figure: Any, rows: Rows) -> None:
+    """Share of the budget that was taken, by budget."""
+    axes = figure.add_subplot()
+    series = (("speed", BLUE, "o", "the fastest at a length"), ("seq", ORANGE, "^", "the longest sequence"))
+    for objective, color, marker, name in series:
+        mine = [row for row in _ran(rows) if row["objective"] == objective]
+        shares = [100 * row["allocated"] / row["budget"] for row in mine]
+        axes.scatter([row["budget"] / 1e6 for row in mine], shares, c=color, marker=marker, s=26, label=name)
+    axes.axhline(100, color=RED, linewidth=1)
+    axes.annotate("the budget", (0, 100), xycoords=("axes fraction", "data"), xytext=(4, 4),
+                  textcoords="offset points", color=RED)  # fmt: skip
+    axes.set(
+        xscale="log", xlabel="budget, MB", ylabel="allocated at the peak, % of the budget", ylim=(0, 112)
+    )
+    axes.grid(axis="y")
+    axes.legend(loc="lower right")
+    title(figure, "What is recommended fits", "random budgets on the CPU, every allocation counted")
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def said(rows: Rows) -> Said:
+    good = _ran(rows)
+    above = sum(row["allocated"] > row["budget"] for row in good)
+    longest = [row["allocated"] / row["budget"] for row in good if row["objective"] == "seq"]
+    return Said(
+        f"Asked: for {len(rows)} random budgets, does what `recommend` answers stay within the budget when "
+        "it is built and run?",
+        f"Found: {len(good)} answers ran, {above} of them above the budget; where the longest sequence was "
+        f"asked for, the median answer takes {median(longest):.1%} of it.",
+        "The seeds recommend by hand and report running out of memory at 65,536 tokens with 264 MB of 8 GB "
+        "in use; here the budget is met by a bound that was checked.",
+    )
+
+
+STUDY = Study(steps, {"fits": fits_table}, draw, said, devices=("cpu",))

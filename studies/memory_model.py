@@ -1,4 +1,4 @@
-"""How far are predictions of memory from measurements? `python -m studies.memory_model`
+"""How far are predictions of memory from measurements? The half of `planner study accuracy` about bytes.
 
 Random configs and workloads that no calibration has seen, each measured in a process of its own, and
 predicted by this project and by its peers: PyTorch's `MemTracker`, which runs the call, with real tensors
@@ -7,14 +7,11 @@ and with fake ones, and the arithmetic of inputs, outputs, parameters and their 
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import groupby, islice
 from statistics import median
 from time import perf_counter
-from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -25,14 +22,16 @@ from planner._trial import _call
 from planner.batch import Batch
 from planner.memory.estimate import estimate
 from planner.samples import KINDS, Sample, samples
-from studies.records import Row, Step, at_least_one, collect, markdown
+from studies.records import Row, Step, markdown
+from studies.study import Rows, Scope
 
-COMMAND = "python -m studies.memory_model"
 SEED = 1009
 """Not that of a calibration."""
 CASES, LONGEST = 1000, 131_072
-PEERED = 200
+PEERED = 300
 """The first so many peers are asked about too: with fake tensors one may take minutes."""
+QUICK, QUICK_LONGEST = 48, 2048
+"""Cases of a quick study, and tokens of the longest."""
 TIMEOUT = 300.0
 CPU = torch.device("cpu")
 
@@ -88,6 +87,7 @@ def case_row(kind: str, sample: Sample, batch: Batch, peered: bool) -> Row:
     found = batch.measure(config, workload)
     expected = estimate(config, workload, "cpu", threads=found.environment.threads)
     row: Row = {
+        "about": "memory",
         "kind": kind,
         "config": config.model_dump(mode="json", exclude_defaults=True),
         "workload": workload.model_dump(mode="json", exclude_defaults=True),
@@ -113,6 +113,7 @@ def _asked(peer: Callable[[Sample], int], sample: Sample) -> Row:
 
 def errors_table(rows: list[Row]) -> str:
     """Prediction against measurement, by kind and mode, and together."""
+    rows = about_memory(rows)
     ordered = sorted(rows, key=lambda row: (row["kind"], row["mode"]))
     body = [
         [kind, mode, *_errors(list(group))]
@@ -146,6 +147,7 @@ def _errors(rows: Sequence[Row]) -> list[str]:
 
 def peers_table(rows: list[Row]) -> str:
     """All that predict, on the cases that were measured."""
+    rows = about_memory(rows)
     good = [row for row in rows if row["outcome"] == "ok" and row["peers"]]
     return markdown(
         ([name, *_peer(name, good)] for name in PEERS),
@@ -168,6 +170,7 @@ def _peer(name: str, rows: Iterable[Row]) -> list[str]:
 
 def reasons_table(rows: list[Row]) -> str:
     """Why a peer has no prediction, and how often."""
+    rows = about_memory(rows)
     found: dict[tuple[str, str], int] = {}
     for row in rows:
         for name, answer in row["peers"].items():
@@ -183,42 +186,18 @@ def _percent(share: float) -> str:
     return f"{share:.3%}"
 
 
-def steps(cases: int, longest: int, batch: Batch) -> list[Step]:
-    """The study's cases; `batch` measures them."""
+def steps(scope: Scope) -> list[Step]:
+    """The cases."""
+    cases, longest, peered = (QUICK, QUICK_LONGEST, 16) if scope.quick else (CASES, LONGEST, PEERED)
+    batch = scope.batch(timeout=TIMEOUT)
     found = islice(samples(SEED, longest=longest), cases)
     return [
-        (f"{n} {KINDS[n % len(KINDS)]}", partial(case_row, KINDS[n % len(KINDS)], sample, batch, n < PEERED))
+        (f"memory {n} {KINDS[n % len(KINDS)]}",
+         partial(case_row, KINDS[n % len(KINDS)], sample, batch, n < peered))
         for n, sample in enumerate(found)
-    ]
+    ]  # fmt: skip
 
 
-TABLES: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
-    "memory-model": ("memory-model", errors_table),
-    "memory-model-peers": ("memory-model", peers_table),
-}
-"""The docs' tables: the study whose data they show, and what makes them from its rows."""
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__, epilog=f"example: {COMMAND}")
-    parser.add_argument("--cases", type=at_least_one, default=CASES, help=f"random configs ({CASES})")
-    parser.add_argument(
-        "--longest", type=at_least_one, default=LONGEST, help=f"tokens of the longest ({LONGEST:,})"
-    )
-    parser.add_argument("--quick", action="store_true", help="saves nothing")
-    options = parser.parse_args(arguments)
-    given: Any = {"cases": CASES, "longest": LONGEST}
-    asked = [f"--{name} {getattr(options, name)}" for name in given if getattr(options, name) != given[name]]
-    with Batch("cpu", timeout=TIMEOUT) as batch:
-        rows = collect(
-            "memory-model", " ".join([COMMAND, *asked]), CPU, steps(options.cases, options.longest, batch),
-            keep=not options.quick,
-        )  # fmt: skip
-    print(f"{errors_table(rows)}\n\n{peers_table(rows)}")
-    if any(answer["bytes"] is None for row in rows for answer in row["peers"].values()):
-        print(f"\n{reasons_table(rows)}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def about_memory(rows: Rows) -> Rows:
+    """The rows of this half."""
+    return [row for row in rows if row["about"] == "memory"]

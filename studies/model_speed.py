@@ -1,17 +1,17 @@
-"""How fast is the memory model? `python -m studies.model_speed`
+"""How fast are the planner's own models? `planner study model-speed`
 
-100,000 candidates by arrays, one estimate, and a cold start of `planner estimate`; medians of 5.
+100,000 candidates by arrays, one estimate, and cold starts of commands; medians of 5.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import resource
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 from time import perf_counter
 from typing import Any, NamedTuple, get_args
@@ -24,13 +24,20 @@ from planner.columns import Columns, Ints
 from planner.memory.estimate import estimate
 from planner.memory.kernels import Cuda
 from planner.memory.many import peaks
+from planner.report.figure import BLUE, RED, named, title
 from planner.workload import Mode, Workload
+from studies.records import Row, Step, markdown
+from studies.study import Rows, Said, Scope, Study
 
-COMMAND = "python -m studies.model_speed"
 SEQ = 131_072
 RUNS = 5
 MODES: tuple[Mode, ...] = get_args(Mode)
-ASKED = "estimate --variant block_sparse --pattern local_window --seq 131072 --vram 8GB"
+STARTS: dict[str, float] = {
+    "--help": 0.3,
+    "estimate --variant block_sparse --pattern local_window --seq 131072 --vram 8GB": 0.5,
+    "recommend --vram 8GB --seq 131072": 1.5,
+}
+"""Commands whose cold start is timed, and the seconds that each is to stay under."""
 
 
 def candidates(count: int) -> list[Columns]:
@@ -70,9 +77,6 @@ class Seconds(NamedTuple):
     clock: float
     processor: float
 
-    def __str__(self) -> str:
-        return f"{self.clock:.4f} s ({self.processor:.4f} s of processor time)"
-
 
 def seconds(run: Callable[[], object], runs: int = RUNS) -> Seconds:
     """Medians of `runs`, after one that is not timed."""
@@ -104,7 +108,7 @@ def estimate_seconds(mode: Mode) -> Seconds:
     return seconds(lambda: estimate(config, Workload(seq=SEQ, mode=mode), card))
 
 
-def start_seconds(arguments: str = ASKED) -> Seconds:
+def start_seconds(arguments: str) -> Seconds:
     """Of a process from start to end, its compiled modules on disk, as after an installation."""
     with tempfile.TemporaryDirectory() as folder:
         settings = {**os.environ, "PYTHONPYCACHEPREFIX": folder}
@@ -113,22 +117,65 @@ def start_seconds(arguments: str = ASKED) -> Seconds:
         return seconds(lambda: subprocess.run(command, check=True, capture_output=True, env=settings))
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__, epilog=f"example: {COMMAND}")
-    parser.add_argument("--quick", action="store_true", help="1,000 candidates, no cold start")
-    quick = parser.parse_args(arguments).quick
-    count = 1000 if quick else 100_000
-    for capability, card in (((6, 1), "Pascal"), ((8, 0), "Ampere")):
+def _row(what: str, bar: float | None, taken: Callable[[], Seconds]) -> Row:
+    clock, processor = taken()
+    return {"what": what, "seconds": clock, "processor_seconds": processor, "at_most": bar}
+
+
+def steps(scope: Scope) -> list[Step]:
+    """Quick, 1,000 candidates and no cold starts."""
+    count = 1000 if scope.quick else 100_000
+    found: list[tuple[str, float | None, Callable[[], Seconds]]] = []
+    for card, capability in (("Pascal", (6, 1)), ("Ampere", (8, 0))):
         for mode in MODES:
-            taken = array_seconds(count, mode, capability)
-            print(f"{count:,} candidates, {mode}, {card}: {taken}")
-    for mode in MODES:
-        print(f"one estimate, {mode}: {estimate_seconds(mode)}")
-    if not quick:
-        print(f"python -c pass: {seconds(lambda: subprocess.run([sys.executable, '-c', 'pass']))}")
-        print(f"planner {ASKED}: {start_seconds()}")
-    return 0
+            what = f"memory of {count:,} candidates, {mode}, {card}"
+            found.append((what, 0.25, partial(array_seconds, count, mode, capability)))
+    found += [(f"one estimate, {mode}", 0.005, partial(estimate_seconds, mode)) for mode in MODES]
+    if not scope.quick:
+        nothing = [sys.executable, "-c", "pass"]
+        found.append(("python -c pass", None, lambda: seconds(lambda: subprocess.run(nothing, check=True))))
+        found += [(f"planner {asked}", bar, partial(start_seconds, asked)) for asked, bar in STARTS.items()]
+    return [(what, partial(_row, what, bar, taken)) for what, bar, taken in found]
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def table(rows: Rows) -> str:
+    """Seconds of each, beside the bar that this project sets itself."""
+    return markdown(
+        (
+            [row["what"], f"{row['seconds']:.4f}", f"{row['processor_seconds']:.4f}",
+             "" if row["at_most"] is None else f"{row['at_most']:g}"]
+            for row in rows
+        ),
+        ["what", "seconds", "of processors", "at most"],
+    )  # fmt: skip
+
+
+def draw(figure: Any, rows: Rows) -> None:
+    """Bars of seconds, with the bar that each is to stay under."""
+    figure.set_size_inches(8, 1.6 + 0.36 * len(rows))
+    axes = figure.add_subplot()
+    for place, row in enumerate(rows):
+        axes.barh(place, row["seconds"], color=BLUE, height=0.6)
+        named(axes, row["seconds"], place, f"{row['seconds']:.3g} s")
+        if row["at_most"] is not None:
+            axes.plot([row["at_most"]] * 2, [place - 0.4, place + 0.4], color=RED, linewidth=2)
+    axes.set_yticks(range(len(rows)), [row["what"].partition(" --variant")[0] for row in rows])
+    axes.set(xscale="log", xlabel="seconds, median; red: at most")
+    axes.margins(x=0.3)
+    axes.invert_yaxis()
+    title(figure, "What an answer costs")
+
+
+def said(rows: Rows) -> Said:
+    barred = [row for row in rows if row["at_most"] is not None]
+    over = [row["what"] for row in barred if row["seconds"] > row["at_most"]]
+    arrays = max(row["seconds"] for row in rows if "candidates" in row["what"])
+    kept = f"all {len(barred)} bars are kept" if not over else f"over their bar: {', '.join(over)}"
+    return Said(
+        "Asked: how long do the planner's models and commands take?",
+        f"Found: the slowest array evaluation takes {arrays:.3g} s; {kept}.",
+        "The seeds have no planner: each of their figures is a run.",
+    )
+
+
+STUDY = Study(steps, {"model-speed": table}, draw, said, devices=("cpu",))

@@ -1,4 +1,4 @@
-"""How fast is each attention against its peers? `python -m studies.peers`
+"""How fast is each attention against its peers? `planner study peers`
 
 Ratios in one process run: against compiled FlexAttention on the same layout, against dense SDPA, a
 training step against its forward, and the CPU's fused kernel backward against forward. Medians of
@@ -7,9 +7,7 @@ several runs, ours and the peer's in turn.
 
 from __future__ import annotations
 
-import argparse
 import math
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from statistics import median
@@ -27,16 +25,9 @@ from attention import (
 )
 from attention.adaptive import AdaptiveAttention
 from attention.ops import flex, kernels
-from studies.records import (
-    Row,
-    Step,
-    at_least_one,
-    collect,
-    markdown,
-    present_device,
-    timed,
-    versus,
-)
+from planner.report.figure import COLORS, RED, title
+from studies.records import Row, Step, markdown, timed, versus
+from studies.study import Rows, Said, Scope, Study
 
 HEADS, HEAD_DIM = 8, 64
 SEQ, LONG = 16_384, 65_536
@@ -44,7 +35,8 @@ LONG_HEADS = 2
 """At the longest, dense attention of more heads takes minutes a run on two cores."""
 DTYPES = (torch.float32, torch.bfloat16)
 BLOCKS, KEPT = (64, 128, 256), (3, 9)
-COMMAND = "python -m studies.peers"
+RUNS = 5
+"""Counted runs of each side."""
 BRANCHES: dict[str, Any] = {"segment_lengths": [2048, 4096, 8192], "dilation_rates": [1, 2, 4]}
 PATTERNS = ("local_window", "dilated_sparse, 1 branch", "dilated_sparse, 3 branches", "adaptive")
 
@@ -89,6 +81,7 @@ def flex_row(pattern: str, dtype: torch.dtype, block: int, kept: int, device: to
         mine, theirs, ratio = versus(ours, peer, device, runs)
     flops = 4 * active * block * block * HEADS * HEAD_DIM
     return {
+        "part": "flex",
         "pattern": pattern,
         "dtype": _name(dtype),
         "block": block,
@@ -115,6 +108,7 @@ def dense_row(dtype: torch.dtype, block: int, kept: float, device: torch.device,
         module(q, k, v)
         pairs = [(timed(lambda: module(q, k, v), device), timed(dense, device)) for _ in range(runs)]
     return {
+        "part": "dense",
         "dtype": _name(dtype),
         "heads": q.shape[2],
         "block": block,
@@ -147,7 +141,7 @@ def training_row(
 
     seconds, _, ratio = versus(forward, step, device, runs)
     return {
-        "attention": pattern, "dtype": _name(dtype), "block": block, "kept": kept,
+        "part": "training", "attention": pattern, "dtype": _name(dtype), "block": block, "kept": kept,
         "forward_seconds": seconds, "ratio": ratio,
     }  # fmt: skip
 
@@ -164,7 +158,8 @@ def kernel_row(dtype: torch.dtype, queries: int, keys: int, runs: int) -> Row:
     seconds, back_seconds, ratio = versus(forward, backward, torch.device("cpu"), runs)
     flops = 4 * views * queries * keys * HEADS * HEAD_DIM
     return {
-        "dtype": _name(dtype), "queries": queries, "keys": keys, "forward_gflops": flops / seconds / 1e9,
+        "part": "kernels", "dtype": _name(dtype), "queries": queries, "keys": keys,
+        "forward_gflops": flops / seconds / 1e9,
         "backward_gflops": 2.5 * flops / back_seconds / 1e9, "ratio": ratio,
     }  # fmt: skip
 
@@ -191,7 +186,13 @@ def _mask_of_lists(lists: Tensor, block: int, device: torch.device) -> Any:
     )
 
 
-def flex_table(rows: list[Row]) -> str:
+def of_part(rows: Rows, part: str) -> Rows:
+    """Those of one comparison: `kernels`, `flex`, `dense` or `training`."""
+    return [row for row in rows if row["part"] == part]
+
+
+def flex_table(rows: Rows) -> str:
+    rows = of_part(rows, "flex")
     return markdown(
         (
             [
@@ -209,8 +210,9 @@ def flex_table(rows: list[Row]) -> str:
     )
 
 
-def summary_table(rows: list[Row]) -> str:
+def summary_table(rows: Rows) -> str:
     """Worst cell and geometric mean of each pattern."""
+    rows = of_part(rows, "flex")
 
     def line(pattern: str, dtype: str) -> list[str]:
         ratios = [r["ratio"] for r in rows if r["pattern"] == pattern and r["dtype"] == dtype]
@@ -221,7 +223,8 @@ def summary_table(rows: list[Row]) -> str:
     return markdown((line(*pair) for pair in pairs), ["pattern", "dtype", "worst cell", "geometric mean"])
 
 
-def dense_table(rows: list[Row]) -> str:
+def dense_table(rows: Rows) -> str:
+    rows = of_part(rows, "dense")
     return markdown(
         (
             [
@@ -239,14 +242,16 @@ def dense_table(rows: list[Row]) -> str:
     )
 
 
-def training_table(rows: list[Row]) -> str:
+def training_table(rows: Rows) -> str:
+    rows = of_part(rows, "training")
     return markdown(
         ([r["attention"], r["dtype"], r["block"], r["kept"], f"{r['ratio']:.2f}"] for r in rows),
         ["attention", "dtype", "block", "blocks a row", "step / forward"],
     )
 
 
-def kernels_table(rows: list[Row]) -> str:
+def kernels_table(rows: Rows) -> str:
+    rows = of_part(rows, "kernels")
     return markdown(
         (
             [r["dtype"], r["queries"], r["keys"], f"{r['forward_gflops']:.0f}",
@@ -255,16 +260,6 @@ def kernels_table(rows: list[Row]) -> str:
         ),
         ["dtype", "queries", "keys", "forward GFLOP/s", "backward GFLOP/s", "backward / forward time"],
     )  # fmt: skip
-
-
-TABLES = {
-    "peers-kernels": ("peers-kernels", kernels_table),
-    "peers-flex": ("peers-flex", flex_table),
-    "peers-flex-summary": ("peers-flex", summary_table),
-    "peers-dense": ("peers-dense", dense_table),
-    "peers-training": ("peers-training", training_table),
-}
-"""The docs' tables: the study whose data they show, and what makes them from its rows."""
 
 
 def _flex_steps(device: torch.device, runs: int, quick: bool) -> Iterator[Step]:
@@ -299,37 +294,51 @@ def _training_steps(device: torch.device, runs: int, quick: bool) -> Iterator[St
                 yield label, partial(training_row, pattern, dtype, block, KEPT[1], device, runs)
 
 
-PARTS = {
-    "kernels": (_kernel_steps, kernels_table),
-    "flex": (_flex_steps, flex_table),
-    "dense": (_dense_steps, dense_table),
-    "training": (_training_steps, training_table),
-}
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__, epilog=f"example: {COMMAND}")
-    parser.add_argument("--device", type=present_device, default="cpu", help="cpu or cuda (default cpu)")
-    parser.add_argument("--runs", type=at_least_one, default=5, help="counted runs of each (default 5)")
-    parser.add_argument("--quick", action="store_true", help="one cell a pattern; saves nothing")
-    parser.add_argument("--only", choices=list(PARTS), help="one of the parts")
-    options = parser.parse_args(arguments)
+def steps(scope: Scope) -> list[Step]:
     # Every layout is compiled for itself.
     torch._dynamo.config.cache_size_limit = torch._dynamo.config.accumulated_cache_size_limit = 256
-    device = options.device
-    for name, (steps_of, table) in PARTS.items():
-        if options.only not in (None, name):
-            continue
-        steps = list(steps_of(device, options.runs, options.quick))
-        command = f"{COMMAND} --only {name}" + (f" --device {device}" if device.type != "cpu" else "")
-        rows = collect(f"peers-{name}", command, device, steps, keep=not options.quick)
-        if not rows:
-            continue
-        print(table(rows), end="\n\n")
-        if name == "flex":
-            print(summary_table(rows), end="\n\n")
-    return 0
+    parts = (_kernel_steps, _flex_steps, _dense_steps, _training_steps)
+    return [step for part in parts for step in part(scope.device, RUNS, scope.quick)]
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def draw(figure: Any, rows: Rows) -> None:
+    """Ours against FlexAttention, cell by cell."""
+    flex_rows = of_part(rows, "flex")
+    axes = figure.add_subplot()
+    for place, pattern in enumerate(PATTERNS):
+        for shift, color, dtype in ((-0.15, COLORS[0], "float32"), (0.15, COLORS[1], "bfloat16")):
+            mine = [row for row in flex_rows if row["pattern"] == pattern and row["dtype"] == dtype]
+            axes.scatter([row["ratio"] for row in mine], [place + shift] * len(mine), color=color, s=24,
+                         label=dtype if place == 0 else None)  # fmt: skip
+    axes.axvline(1, color=RED, linewidth=1)
+    axes.set_yticks(range(len(PATTERNS)), PATTERNS)
+    axes.invert_yaxis()
+    axes.set(xlabel="FlexAttention's time / ours: right of 1, ours is faster", xlim=(0, None))
+    axes.grid(axis="x")
+    axes.legend(loc="lower right")
+    title(figure, "Against compiled FlexAttention over the same blocks", f"{SEQ:,} tokens, 8 heads x 64")
+
+
+def said(rows: Rows) -> Said:
+    ratios = [row["ratio"] for row in of_part(rows, "flex")]
+    mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+    return Said(
+        "Asked: how fast is each attention against compiled FlexAttention and against dense SDPA?",
+        f"Found: {mean:.2f} times FlexAttention's speed in the geometric mean over {len(ratios)} layouts, "
+        f"{min(ratios):.2f} in the worst.",
+        "The seeds compare implementations with each other, one Python step a block pair, never with a peer.",
+    )
+
+
+STUDY = Study(
+    steps,
+    {
+        "peers-kernels": kernels_table,
+        "peers-flex": flex_table,
+        "peers-flex-summary": summary_table,
+        "peers-dense": dense_table,
+        "peers-training": training_table,
+    },
+    draw,
+    said,
+)

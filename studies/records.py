@@ -1,13 +1,12 @@
 """What studies share: where a figure was measured, data on disk, and the tables made from it.
 
-Data is JSON beside the studies, one file a study and kind of machine (`peers-flex.cpu-avx2.json`).
-Tables in docs/ stand between `<!-- table: NAME -->` and `<!-- end -->` and are written by
-`python -m studies.tables`, never by hand.
+Data is JSON beside the studies, one file a study and kind of machine (`peers.cpu-avx2.json`). Tables in
+docs/ stand between `<!-- table: NAME -->` and `<!-- end -->` and are written by `python -m studies.tables`,
+never by hand.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
@@ -29,6 +28,7 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
+from attention.errors import AttentionPlannerError
 from attention.ops.kernels import matrix_unit
 
 DATA = Path(__file__).parent / "data"
@@ -71,72 +71,65 @@ Step = tuple[str, Callable[[], Row]]
 
 
 def collect(
-    name: str, command: str, device: torch.device, steps: Sequence[Step], *, keep: bool, folder: Path = DATA
+    name: str, command: str, device: torch.device, steps: Sequence[Step], folder: Path = DATA
 ) -> list[Row]:
-    """The rows of a study, step by step, with a progress bar. With `keep` they become the data of this
-    kind of machine when all are there; a study that was interrupted goes on where it stopped."""
+    """The rows of a study, step by step, with a progress bar. They become the data of this kind of machine
+    when all are there; a study that was interrupted goes on where it stopped."""
     final = folder / f"{name}.{machine(device)}.json"
     part = final.with_suffix(".part")
     head = {"command": command, "environment": environment(device)}
-    done = _resumed(part, head) if keep else {}
+    done = _resumed(part, head)
     with progress() as bar:
         task = bar.add_task(name, total=len(steps), completed=sum(label in done for label, _ in steps))
         for label, run in steps:
             if label in done:
                 continue
-            bar.update(task, description=label)
+            bar.update(task, description=f"{name}: {label}")
             done[label] = run()
-            if keep:
-                _write(part, {**head, "rows": done})
+            write(part, as_json({**head, "rows": done}))
             bar.advance(task)
     rows = [done[label] for label, _ in steps]
-    if keep:
-        _write(final, {**head, "rows": rows})
-        part.unlink(missing_ok=True)
+    write(final, as_json({**head, "rows": rows}))
+    part.unlink(missing_ok=True)
     return rows
 
 
 def _resumed(part: Path, head: Row) -> dict[str, Row]:
-    """What an interrupted run of the same command on the same machine and day left."""
+    """What an interrupted run of the same command on the same machine left, of whatever day."""
     try:
         content = json.loads(part.read_text())
-    except (OSError, ValueError):
+        content["environment"]["date"] = head["environment"]["date"]
+    except (OSError, ValueError, LookupError, TypeError):
         return {}
     rows: dict[str, Row] = content.pop("rows", {})
     return rows if content == head else {}
 
 
-def _write(path: Path, content: Row) -> None:
+def as_json(content: Row) -> str:
+    """Data as JSON, a row a line."""
+    rows = content["rows"]
+    if isinstance(rows, dict):
+        lines = [f"{json.dumps(name)}: {json.dumps(row)}" for name, row in rows.items()]
+        body = "{\n" + ",\n".join(lines) + "\n}"
+    else:
+        body = "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]"
+    head = json.dumps({name: value for name, value in content.items() if name != "rows"}, indent=1)
+    return f'{head[:-2]},\n "rows": {body}\n}}\n'
+
+
+def write(path: Path, text: str) -> None:
     """Whole or not at all: an interrupted write leaves the file that was there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_suffix(".new")
-    fresh.write_text(json.dumps(content, indent=1) + "\n")
-    fresh.replace(path)
+    fresh = path.with_name(f"{path.name}.new")
+    try:
+        fresh.write_text(text, encoding="utf-8")
+        fresh.replace(path)
+    except OSError as error:
+        raise AttentionPlannerError(f"{path} cannot be written: {error.strerror}") from None
 
 
 def load(name: str, folder: Path = DATA) -> list[dict[str, Any]]:
     """The committed data of a study: one {command, environment, rows} for each kind of machine."""
     return [json.loads(path.read_text()) for path in sorted(folder.glob(f"{name}.*.json"))]
-
-
-def at_least_one(text: str) -> int:
-    """An argparse type."""
-    if not (text.isascii() and text.isdigit()) or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
-    return int(text)
-
-
-def present_device(text: str) -> torch.device:
-    """An argparse type: `cpu`, or `cuda` where there is one."""
-    if text == "cpu":
-        return torch.device("cpu")
-    if text not in ("cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))):
-        raise argparse.ArgumentTypeError(f"must be cpu or cuda, got {text!r}")
-    if not torch.cuda.is_available():
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not here: torch {torch.__version__} sees no GPU; use cpu"
-        )
-    return torch.device(text)
 
 
 def timed(run: Callable[[], object], device: torch.device) -> float:

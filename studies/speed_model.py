@@ -1,4 +1,4 @@
-"""How far are predictions of seconds from measurements? `python -m studies.speed_model`
+"""How far are predictions of seconds from measurements? The half of `planner study accuracy` about time.
 
 Rates are fitted to timed runs of this machine, then held against runs of other draws: single configs of all
 kinds, and scenarios, a workload each with many candidates, of which the fastest in truth should be among the
@@ -8,10 +8,8 @@ does nothing else.
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
-import sys
 from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import groupby, islice
@@ -19,7 +17,6 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-import torch
 
 from attention.config import AttentionConfig
 from planner.batch import Batch
@@ -30,15 +27,14 @@ from planner.speed.fit import RUNS, fit, machine_of, rank_correlation, speed_run
 from planner.speed.runs import DTYPES, KINDS, LONGER, SLOW, WORK, config_of, timing_samples, workload_of
 from planner.speed.seconds import seconds_of
 from planner.workload import Workload
-from studies.records import Row, Step, at_least_one, collect, markdown
+from studies.records import Row, Step, markdown
+from studies.study import Scope
 
-COMMAND = "python -m studies.speed_model"
 SEED = 2003
 """Not that of a calibration."""
 CASES, SCENARIOS, CANDIDATES = 150, 30, 16
 TOP = 5
 TIMEOUT = 120.0
-CPU = torch.device("cpu")
 DRAWS = 200
 """Configs that are drawn for a scenario before it goes with fewer candidates."""
 
@@ -48,6 +44,7 @@ def timed_row(part: str, kind: str, sample: Sample, batch: Batch) -> Row:
     config, workload = sample
     found = batch.measure(config, workload)
     return {
+        "about": "seconds",
         "part": part,
         "kind": kind,
         "config": config.model_dump(mode="json", exclude_defaults=True),
@@ -79,16 +76,18 @@ def scenario(number: int) -> list[Sample]:
     return [Sample(config, workload) for config in found]
 
 
-def steps(cases: int, scenarios: int, batch: Batch) -> list[Step]:
+def steps(scope: Scope) -> list[Step]:
     """Runs to fit to, held-out runs, and the scenarios' candidates."""
+    fitted, cases, scenarios = (42, 21, 1) if scope.quick else (RUNS * 3 // 4, CASES, SCENARIOS)
+    batch = scope.batch(timeout=TIMEOUT, memory=False, runs=REPETITIONS, reference=True)
     found: list[Step] = []
 
     def add(part: str, samples: Iterable[Sample]) -> None:
         for n, sample in enumerate(samples):
             kind = _kind(sample.config)
-            found.append((f"{part} {n} {kind}", partial(timed_row, part, kind, sample, batch)))
+            found.append((f"time, {part} {n} {kind}", partial(timed_row, part, kind, sample, batch)))
 
-    add("fit", speed_runs("cpu", SEED, RUNS * 3 // 4))
+    add("fit", speed_runs("cpu", SEED, fitted))
     add("held out", islice(timing_samples("cpu", SEED + 1, longer=LONGER), cases))
     for number in range(scenarios):
         add(f"scenario {number}", scenario(number))
@@ -120,7 +119,7 @@ def _measurement(row: Row) -> Measurement:
 
 def predicted(rows: list[Row]) -> list[tuple[Row, float]]:
     """(row, predicted seconds) of all rows but those fitted to; their seconds steadied by the reference."""
-    ran = [row for row in rows if row["outcome"] == "ok"]
+    ran = [row for row in rows if row["about"] == "seconds" and row["outcome"] == "ok"]
     runs = steady([_measurement(row) for row in ran])
     good = [({**row, "seconds": m.seconds}, m) for row, m in zip(ran, runs, strict=True)]
     rates = fit([m for row, m in good if row["part"] == "fit"])
@@ -191,34 +190,3 @@ def choices_table(rows: list[Row]) -> str:
     return markdown([cells], ["scenarios", "candidates each", f"fastest among predicted {TOP}",
                             "lost by taking the first, median", f"lost by the best of {TOP}, worst",
                             "rank correlation within, median"])  # fmt: skip
-
-
-TABLES: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
-    "speed-model": ("speed-model", errors_table),
-    "speed-model-choices": ("speed-model", choices_table),
-}
-"""The docs' tables: the study whose data they show, and what makes them from its rows."""
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__, epilog=f"example: {COMMAND}")
-    parser.add_argument("--cases", type=at_least_one, default=CASES, help=f"held-out runs ({CASES})")
-    parser.add_argument(
-        "--scenarios", type=at_least_one, default=SCENARIOS, help=f"of {CANDIDATES} candidates ({SCENARIOS})"
-    )
-    parser.add_argument("--quick", action="store_true", help="few of both, saves nothing")
-    options = parser.parse_args(arguments)
-    cases, scenarios = (42, 3) if options.quick else (options.cases, options.scenarios)
-    given = {"cases": CASES, "scenarios": SCENARIOS}
-    asked = [f"--{name} {getattr(options, name)}" for name in given if getattr(options, name) != given[name]]
-    with Batch("cpu", timeout=TIMEOUT, memory=False, runs=REPETITIONS, reference=True) as batch:
-        rows = collect(
-            "speed-model", " ".join([COMMAND, *asked]), CPU, steps(cases, scenarios, batch),
-            keep=not options.quick,
-        )  # fmt: skip
-    print(f"{errors_table(rows)}\n\n{choices_table(rows)}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

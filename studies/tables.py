@@ -9,13 +9,13 @@ import re
 import sys
 from pathlib import Path
 
-from studies import fits, memory, memory_model, min_mass, peers, search, speed_model
+from studies.catalogue import QUESTIONS, study
 from studies.records import load
 
 DOCS = Path(__file__).parent.parent / "docs"
 PLACE = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-STUDIES = (fits, memory, memory_model, min_mass, peers, search, speed_model)
-TABLES = {name: table for study in STUDIES for name, table in study.TABLES.items()}
+TABLES = {table: (name, make) for name in QUESTIONS for table, make in study(name).tables.items()}
+"""By name: the study whose data a table shows, and what makes it from the rows."""
 
 
 def filled(text: str) -> str:

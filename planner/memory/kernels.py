@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from attention.counts import Count, each, most, somewhere, up
-from planner.memory import cpu_kernels, cpu_products, device
+from planner.memory import cpu_kernels, device
 
 
 class Call(NamedTuple):
@@ -83,6 +83,7 @@ class Cpu:
     def product(self, rows: Count, inner: Count, columns: Count, turned: bool = False) -> Count:
         if self.dtype not in self.products:
             return 0
+        from planner.memory import cpu_products  # loads NumPy, which no other estimate needs
 
         def one(rows: int, inner: int, columns: int) -> tuple[int]:
             return (cpu_products.scratch_bytes(rows, inner, columns, self.threads, turned),)

@@ -14,8 +14,7 @@ import numpy as np
 
 from attention.counts import Count, ceil_div, least, most
 from attention.errors import ConfigError
-from attention.layout import row_blocks
-from attention.rows import Rows, pattern_rows
+from attention.rows import Rows, pattern_rows, row_blocks
 from planner.columns import Columns, Ints
 from planner.memory import plans, plans_adaptive, plans_multihead
 from planner.memory.configured import UNBOUNDED, goes_flex, sized

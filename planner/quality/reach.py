@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attention.config import AttentionConfig
-from attention.layout import row_blocks
+from attention.rows import row_blocks
 from planner.columns import Columns, columns_of
 from planner.quality.mass import distinct
 from planner.quality.rows import Patterns

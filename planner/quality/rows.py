@@ -13,7 +13,8 @@ from functools import reduce
 
 import numpy as np
 
-from attention.layout import Branches, row_blocks
+from attention.layout import Branches
+from attention.rows import row_blocks
 from planner.quality.sums import Floats, Ints, Number, series, triangle
 
 ROWS = 128

@@ -12,8 +12,7 @@ import numpy as np
 
 from attention.config import PatternType
 from attention.counts import ceil_div, choose, lcm, least, most, somewhere
-from attention.layout import row_blocks
-from attention.rows import Rows
+from attention.rows import Rows, row_blocks
 
 Amount: TypeAlias = Any
 """A number, whole or a mean, or an array of many: as `attention.counts.Count`, but not always an int."""

@@ -14,10 +14,9 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Final, NamedTuple
 
 from attention.counts import ceil_div, choose, least, most, somewhere
-from attention.layout import row_blocks
 from attention.ops.adaptive_sizes import gate_rows
 from attention.ops.program import Shape
-from attention.rows import chosen_rows, pattern_rows
+from attention.rows import chosen_rows, pattern_rows, row_blocks
 from planner.columns import Columns
 from planner.memory.configured import UNBOUNDED, goes_flex, sized
 from planner.memory.kernels import Machine

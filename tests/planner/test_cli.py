@@ -84,7 +84,8 @@ def test_help_has_an_example_that_works(command, flag, calls):
     assert example[: len(command) + 1] == ["planner", *command]
     # A calibration takes minutes; tests/planner/test_calibrate.py runs a small one.
     # Tuning runs five configs; tests/planner/test_tuning.py runs them small.
-    asks = ["--help"] if command in (["calibrate"], ["tune"]) else []
+    # A study takes seconds; tests/studies runs them small.
+    asks = ["--help"] if command in (["calibrate"], ["tune"], ["study"]) else []
     assert planner(*example[1:], *asks).exit_code == 0
 
 

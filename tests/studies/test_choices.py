@@ -40,6 +40,7 @@ def test_gaps_are_counted():
         {"objective": "seq", "outcome": "ok", "answer": -0.02, "cold": None},
         {"objective": "seq", "outcome": "nothing fits"},
     ]
+    rows = [{"part": "answer", **row} for row in rows]
     table = search.gaps_table(rows)
     assert cells(table, -1) == ["all", "4", "1", "1", "0.00%", "20.00%", "66.7%", "33.3%", "1", "33.3%"]
     assert cells(table, 2)[:4] == ["seq", "2", "1", "1"]
@@ -69,7 +70,7 @@ def test_budgets_are_compared_with_what_was_taken():
 
 
 def test_what_is_recommended_fits_for_real():
-    """A sample of `python -m studies.fits`, with small budgets."""
+    """A sample of `planner study fits`, with small budgets."""
     from planner.batch import Batch as Real
 
     with Real("cpu", timeout=120) as batch:

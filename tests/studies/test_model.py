@@ -4,12 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from attention.config import AttentionConfig
 from planner.memory.kernels import Cuda
 from planner.memory.many import peaks
 from planner.workload import Workload
 from studies import model_speed, seeds_configurations
+from studies.study import Scope
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
@@ -44,11 +46,16 @@ def test_the_candidates_that_are_timed_are_all_there():
     assert all(peaks(group, Workload(seq=1), Cuda((8, 0))).min() > 0 for group in groups)
 
 
-def test_times_are_printed(capsys):
-    assert model_speed.main(["--quick"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert sum("1,000 candidates" in line for line in lines) == 4
-    assert sum("one estimate" in line for line in lines) == 2
+def test_a_quick_run_times_arrays_and_estimates():
+    labels = [label for label, _ in model_speed.steps(Scope(torch.device("cpu"), quick=True))]
+    assert sum("1,000 candidates" in label for label in labels) == 4
+    assert sum("one estimate" in label for label in labels) == 2
+
+
+def test_what_is_over_its_bar_is_said():
+    row = {"what": "1,000 candidates", "seconds": 0.3, "processor_seconds": 0.3, "at_most": 0.25}
+    assert "over their bar: 1,000 candidates" in model_speed.said([row]).found
+    assert "all 1 bars are kept" in model_speed.said([{**row, "seconds": 0.1}]).found
 
 
 @pytest.mark.parametrize("path", sorted((DOCS / "examples").glob("*.json")), ids=lambda path: path.name)

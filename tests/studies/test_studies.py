@@ -1,24 +1,24 @@
 """The studies' data functions at small sizes, their tables, and docs that equal the committed data."""
 
-import argparse
 import json
-import sys
 from functools import partial
 
 import pytest
 import torch
 
 from attention import AttentionConfig, build
+from attention.errors import AttentionPlannerError, ConfigError, UnavailableError
 from planner.footprint import footprint
-from studies import memory, peers, records, run, tables
+from planner.report import figure
+from studies import catalogue, floors, peers, records, study, tables
 
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("name", list(memory.configs()))
+@pytest.mark.parametrize("name", list(floors.configs()))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_no_attention_goes_above_its_floor_by_more_than_the_bar(name: str, dtype: torch.dtype):
-    row = memory.floor_row(name, memory.configs()[name], dtype, seq=4096)
+    row = floors.floor_row(name, floors.configs()[name], dtype, seq=4096)
     assert row["floor"] <= row["forward"] <= row["forward_limit"]
     assert 2 * row["floor"] <= row["training"] <= row["training_limit"]
 
@@ -26,7 +26,7 @@ def test_no_attention_goes_above_its_floor_by_more_than_the_bar(name: str, dtype
 @pytest.mark.parametrize("causal", [False, True])
 def test_dilated_memory_does_not_depend_on_the_number_of_branches(causal: bool):
     def peak(branches: int) -> int:
-        module = build(memory.configs()[f"dilated, {branches} branches"])
+        module = build(floors.configs()[f"dilated, {branches} branches"])
         q, k, v = torch.randn(3, 1, 4096, 8, 64)
         with torch.no_grad():
             module(q, k, v, is_causal=causal)
@@ -37,10 +37,10 @@ def test_dilated_memory_does_not_depend_on_the_number_of_branches(causal: bool):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", list(memory.configs()))
+@pytest.mark.parametrize("name", list(floors.configs()))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_the_bar_holds_at_131072_tokens(name: str, dtype: torch.dtype):
-    row = memory.floor_row(name, memory.configs()[name], dtype)
+    row = floors.floor_row(name, floors.configs()[name], dtype)
     assert row["forward"] <= row["forward_limit"]
     assert row["training"] <= row["training_limit"]
 
@@ -73,24 +73,24 @@ def steps(log: list[str], fails_at: str | None = None) -> list[records.Step]:
 
 
 def test_saved_data_names_its_command_and_where_it_was_measured(tmp_path):
-    rows = records.collect("x", "python -m x", CPU, steps([]), keep=True, folder=tmp_path)
+    rows = records.collect("x", "planner study x", CPU, steps([]), folder=tmp_path)
     assert rows == [{"a": "one"}, {"a": "two"}, {"a": "three"}]
     path = tmp_path / f"x.{records.machine(CPU)}.json"
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
     [content] = records.load("x", tmp_path)
     assert content == json.loads(path.read_text())
     assert content["rows"] == rows
-    assert content["command"] == "python -m x"
+    assert content["command"] == "planner study x"
     assert {"device", "torch", "date", "threads"} <= set(content["environment"])
 
 
 def test_an_interrupted_study_goes_on_where_it_stopped_and_keeps_the_data_that_was_there(tmp_path):
-    records.collect("x", "old", CPU, steps([]), keep=True, folder=tmp_path)
+    records.collect("x", "old", CPU, steps([]), folder=tmp_path)
     log: list[str] = []
     with pytest.raises(KeyboardInterrupt):
-        records.collect("x", "new", CPU, steps(log, fails_at="three"), keep=True, folder=tmp_path)
+        records.collect("x", "new", CPU, steps(log, fails_at="three"), folder=tmp_path)
     assert records.load("x", tmp_path)[0]["command"] == "old"
-    records.collect("x", "new", CPU, steps(log), keep=True, folder=tmp_path)
+    records.collect("x", "new", CPU, steps(log), folder=tmp_path)
     assert log == ["one", "two", "three"]
     assert records.load("x", tmp_path)[0]["command"] == "new"
     assert len(list(tmp_path.iterdir())) == 1
@@ -98,15 +98,10 @@ def test_an_interrupted_study_goes_on_where_it_stopped_and_keeps_the_data_that_w
 
 def test_what_another_command_left_is_not_gone_on_with(tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        records.collect("x", "one", CPU, steps([], fails_at="two"), keep=True, folder=tmp_path)
+        records.collect("x", "one", CPU, steps([], fails_at="two"), folder=tmp_path)
     log: list[str] = []
-    records.collect("x", "another", CPU, steps(log), keep=True, folder=tmp_path)
+    records.collect("x", "another", CPU, steps(log), folder=tmp_path)
     assert log == ["one", "two", "three"]
-
-
-def test_a_study_that_keeps_nothing_writes_nothing(tmp_path):
-    records.collect("x", "c", CPU, steps([]), keep=False, folder=tmp_path)
-    assert not list(tmp_path.iterdir())
 
 
 def test_a_markdown_table_puts_numbers_to_the_right():
@@ -119,45 +114,82 @@ def test_the_docs_tables_are_those_of_the_committed_data(page):
     assert tables.filled(page.read_text()) == page.read_text()
 
 
-@pytest.mark.parametrize(
-    "module, arguments",
-    [
-        (run, ["--seq", "0"]),
-        (run, ["--seq", "many"]),
-        (run, ["--dtype", "int8"]),
-        (run, ["--config", "nowhere.json"]),
-        (run, ["--config", sys.executable]),
-        (run, ["--device", "moon"]),
-        (run, ["--device", "cuda:999"]),
-        (peers, ["--runs", "0"]),
-        (peers, ["--runs", "-1"]),
-        (peers, ["--device", "moon"]),
-        (peers, ["--only", "everything"]),
-        (memory, ["--seq", "8"]),
-    ],
-)
-def test_a_wrong_request_is_exit_code_2_and_one_line(module, arguments: list[str], capsys):
-    try:
-        code = module.main(arguments)
-    except SystemExit as stop:
-        code = stop.code
-    said = capsys.readouterr()
-    assert code == 2
-    assert said.out == ""
-    assert "Traceback" not in said.err
-    assert "error" in said.err.splitlines()[-1]
+# Studies as a whole.
 
 
-def test_a_gpu_that_is_not_there_is_said_to_be_missing():
-    if torch.cuda.is_available():
-        pytest.skip("there is one")
-    with pytest.raises(argparse.ArgumentTypeError, match="sees no GPU"):
-        records.present_device("cuda")
+@pytest.mark.parametrize("name", catalogue.QUESTIONS)
+def test_a_study_has_what_a_study_has(name):
+    found = catalogue.study(name)
+    assert catalogue.QUESTIONS[name].endswith("?")
+    assert found.tables
+    assert set(found.devices) <= {"cpu", "cuda"}
 
 
-def test_a_run_prints_time_and_peak(capsys):
-    assert run.main(["--seq", "512", "--heads", "2", "--head-dim", "16", "--dtype", "float32"]) == 0
-    out = capsys.readouterr().out
-    assert "peak allocated" in out
-    assert "512 tokens" in out
-    assert max(map(len, out.splitlines())) <= 80
+def test_names_of_tables_are_of_one_study_each():
+    every = [table for name in catalogue.QUESTIONS for table in catalogue.study(name).tables]
+    assert len(every) == len(set(every))
+
+
+def test_all_is_all_and_a_name_counts_once():
+    assert catalogue.names(("all",)) == tuple(catalogue.QUESTIONS)
+    assert catalogue.names(("fits", "fits")) == ("fits",)
+
+
+def test_an_unknown_study_is_named_with_what_was_meant():
+    with pytest.raises(ConfigError, match="did you mean min-mass"):
+        catalogue.names(("min-mas",))
+
+
+@pytest.fixture
+def two_rows(monkeypatch):
+    """A study of two rows under the name of another; the steps that ran."""
+    ran: list[str] = []
+
+    def step(label: str) -> records.Row:
+        ran.append(label)
+        return {"what": label, "of": {"bytes": 7}}
+
+    def draw(drawn, rows):
+        axes = drawn.add_subplot()
+        axes.bar([row["what"] for row in rows], [row["of"]["bytes"] for row in rows])
+        axes.set_ylabel("bytes")
+
+    small = study.Study(
+        lambda scope: [(name, partial(step, name)) for name in ("a", "b")],
+        {"small": lambda rows: records.markdown([[row["what"]] for row in rows], ["what"])},
+        draw,
+        lambda rows: study.Said("Asked: x?", f"Found: {len(rows)}.", "The seeds say so too."),
+    )
+    monkeypatch.setattr(study, "study", lambda name: small)
+    return ran
+
+
+def test_a_study_becomes_five_files(two_rows, tmp_path):
+    answer = study.run("fits", device=CPU, quick=True, out=tmp_path / "new")
+    assert {path.suffix for path in answer.files} == {".json", ".csv", ".md", ".png", ".svg"}
+    assert sorted(answer.files) == sorted((tmp_path / "new").iterdir())
+    content = {path.suffix: path.read_bytes() for path in answer.files}
+    assert json.loads(content[".json"])["command"] == "planner study fits --quick"
+    assert content[".csv"].decode().splitlines() == ["what,of.bytes", "a,7", "b,7"]
+    assert content[".png"].startswith(b"\x89PNG")
+    assert b"<svg" in content[".svg"]
+    assert "Found: 2." in content[".md"].decode()
+
+
+def test_the_same_rows_give_the_same_files(two_rows, tmp_path):
+    twice = [study.run("fits", device=CPU, quick=False, out=tmp_path / name).files for name in "ab"]
+    assert all(a.read_bytes() == b.read_bytes() for a, b in zip(*twice, strict=True))
+
+
+def test_a_missing_font_is_said_and_costs_no_rows(two_rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(figure, "FONT", "No Such Font")
+    with pytest.raises(UnavailableError, match="No Such Font"):
+        study.run("fits", device=CPU, quick=False, out=tmp_path)
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".csv", ".md"}
+
+
+def test_a_folder_that_cannot_be_written_is_said_before_anything_runs(two_rows, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(AttentionPlannerError, match="choose another folder"):
+        study.run("fits", device=CPU, quick=False, out=tmp_path / "file" / "folder")
+    assert two_rows == []

@@ -151,14 +151,14 @@ def test_a_crowded_card_can_be_emptied():
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.svg"])
-def test_a_picture_is_drawn_800_pixels_wide(name, tmp_path):
+def test_a_picture_is_drawn_960_pixels_wide(name, tmp_path):
     pytest.importorskip("matplotlib")
     path = tmp_path / name
     plot(CARD, path, budget=8 * 10**9)
     content = path.read_bytes()
     if name.endswith("png"):
         assert content[:8] == b"\x89PNG\r\n\x1a\n"
-        assert int.from_bytes(content[16:20], "big") == 800
+        assert int.from_bytes(content[16:20], "big") == 960
     else:
         assert b"<svg" in content
 

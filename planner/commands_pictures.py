@@ -1,0 +1,66 @@
+"""Commands that show: studies, reports, layouts."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+import typer
+
+from attention.errors import ConfigError
+from planner.command import DONE, command, print_data
+
+OUT: Final = "study-results"
+
+
+@command("study", "planner study min-mass --quick")
+def study(
+    *,
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME...]", help="Studies, or `all`.", show_default=False)
+    ] = None,
+    list_: Annotated[bool, typer.Option("--list", help="List the studies and what each asks.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Few and small cases: all in minutes.")] = False,
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where to measure.")] = "cpu",
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for what it writes.")] = Path(OUT),
+    format: Annotated[
+        Literal["table", "json", "yaml"], typer.Option("--format", help="How to print.")
+    ] = "table",
+) -> int:
+    """Answer a question by running it: data, a picture, three sentences.
+
+    Every row is kept as it ends: after an interruption the same command goes on where it stopped.
+    """
+    # Studies are built on the planner, not the other way round: this is the one door up, by name.
+    catalogue: Any = import_module("studies.catalogue")
+    if list_:
+        if format == "table":
+            for name, question in catalogue.QUESTIONS.items():
+                typer.echo(f"{name:<18} {question}")
+        else:
+            print_data(dict(catalogue.QUESTIONS), format)
+        return DONE
+    if not names:
+        raise ConfigError("no study was named; `planner study --list` has them, `planner study all` runs all")
+    asked = catalogue.names(tuple(names))
+    if device == "cuda" and not import_module("torch").cuda.is_available():
+        raise ConfigError("--device cuda: torch sees no GPU here; use --device cpu")
+    run = import_module("studies.study").run
+    place = import_module("torch").device(device)
+    answers = []
+    for name in asked:
+        answer = run(name, device=place, quick=quick, out=out)
+        answers.append(answer)
+        if format == "table":
+            typer.echo(f"{name}: {catalogue.QUESTIONS[name]}")
+            for sentence in answer.said:
+                typer.echo(f"  {sentence}")
+            for path in answer.files:
+                typer.echo(f"  {path}")
+    if format != "table":
+        print_data(
+            [{"study": a.name, "said": list(a.said), "files": list(map(str, a.files))} for a in answers],
+            format,
+        )
+    return DONE

@@ -1,0 +1,43 @@
+"""The studies: their names, and the question that each answers. Imports no torch; the module of a study,
+`studies/<name, with _ for ->.py`, is loaded when it runs."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from importlib import import_module
+from typing import TYPE_CHECKING, Final
+
+from attention.errors import ConfigError
+
+if TYPE_CHECKING:
+    from studies.study import Study
+
+QUESTIONS: Final[dict[str, str]] = {
+    "floors": "How far above q, k, v and out does each attention go?",
+    "million-tokens": "What do one and ten million tokens need?",
+    "accuracy": "How far are predictions of memory and time from measurements?",
+    "model-speed": "How fast are the planner's own models?",
+    "fits": "Does what is recommended fit, for real?",
+    "search": "How near does the search come to the exact optimum?",
+    "min-mass": "What does attention mass cost, and why is the gate at 0.8?",
+    "peers": "How fast is each attention against FlexAttention and dense SDPA?",
+}
+"""In the order in which `all` runs them and lists show them."""
+
+
+def names(asked: tuple[str, ...]) -> tuple[str, ...]:
+    """The studies asked for, each once, `all` for all of them; ConfigError for an unknown name."""
+    found: dict[str, None] = {}
+    for name in asked:
+        if name != "all" and name not in QUESTIONS:
+            near = get_close_matches(name, QUESTIONS, 1)
+            meant = f"did you mean {near[0]}? " if near else ""
+            raise ConfigError(f"there is no study {name[:60]!r}; {meant}`planner study --list` has them all")
+        found |= dict.fromkeys(QUESTIONS if name == "all" else (name,))
+    return tuple(found)
+
+
+def study(name: str) -> Study:
+    """The study of a name. Imports torch."""
+    found: Study = import_module(f"studies.{name.replace('-', '_')}").STUDY
+    return found

@@ -1,0 +1,142 @@
+"""How far above q, k, v and out does each attention go? `planner study floors`
+
+Forward and training step at 131,072 tokens, every allocation counted.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+
+from attention import AttentionConfig, SparsePatternConfig, build
+from attention.config import PatternType
+from attention.pool import buffers_for
+from planner.footprint import footprint
+from planner.report.figure import BLUE, ORANGE, RED, title
+from studies.records import Row, Step, markdown
+from studies.study import Rows, Said, Scope, Study
+
+MIB = 1 << 20
+HEADS, HEAD_DIM = 8, 64
+SEQ, QUICK = 131_072, 8192
+
+
+def configs() -> dict[str, AttentionConfig]:
+    """The attentions of the table, by name."""
+    lengths, rates = (2048, 4096, 8192, 16384), (1, 2, 4, 8)
+
+    def sparse(kind: PatternType, **fields: Any) -> AttentionConfig:
+        branches: dict[str, Any] = {}
+        if kind == "dilated_sparse":
+            branches = {"segment_lengths": lengths[:3], "dilation_rates": rates[:3]}
+        pattern = SparsePatternConfig(pattern_type=kind, block_size=128, **fields)
+        return AttentionConfig(variant="block_sparse", pattern=pattern, **branches)
+
+    return {
+        "local_window": sparse("local_window", local_window_size=1024),
+        "global_local": sparse("global_local", local_window_size=1024, global_tokens=128),
+        "dilated_sparse": sparse("dilated_sparse", sparsity_ratio=0.01),
+        **{
+            f"dilated, {n} branch{'es' if n > 1 else ''}": AttentionConfig(
+                variant="dilated", segment_lengths=lengths[:n], dilation_rates=rates[:n]
+            )
+            for n in (1, 2, 3, 4)
+        },
+    }
+
+
+def floor_row(name: str, config: AttentionConfig, dtype: torch.dtype, seq: int = SEQ) -> Row:
+    """Peaks of a forward and of a training step, in bytes, inputs included, beside their floors."""
+    device = torch.device("cpu")
+    module = build(config)
+    q, k, v, grad = (torch.randn(1, seq, HEADS, HEAD_DIM, dtype=dtype) for _ in range(4))
+    buffers_for(config).release()  # a cold start, so that the pool's growth counts
+    with torch.no_grad():
+        forward = footprint(lambda: module(q, k, v), device)
+    buffers_for(config).release()  # a cold start, so that the pool's growth counts
+    for x in (q, k, v):
+        x.requires_grad_()
+    training = footprint(lambda: module(q, k, v).backward(grad), device)
+    floor = 4 * q.numel() * q.element_size()
+    lse = q.numel() // HEAD_DIM * 4
+    return {
+        "attention": name,
+        "dtype": str(dtype).removeprefix("torch."),
+        "seq": seq,
+        "floor": floor,
+        "forward": 3 * floor // 4 + forward.peak,
+        "forward_limit": int(floor * 1.02) + 16 * MIB,
+        "training": floor + training.peak,
+        "training_limit": 2 * floor + lse + 32 * MIB,
+    }
+
+
+def floors_table(rows: list[Row]) -> str:
+    def above(row: Row, what: str, floor: int) -> str:
+        return f"{(row[what] - floor) / MIB:.1f}"
+
+    return markdown(
+        (
+            [
+                row["attention"],
+                row["dtype"],
+                f"{row['floor'] / MIB:,.0f}",
+                above(row, "forward", row["floor"]),
+                above(row, "forward_limit", row["floor"]),
+                above(row, "training", 2 * row["floor"]),
+                above(row, "training_limit", 2 * row["floor"]),
+            ]
+            for row in rows
+        ),
+        ["attention", "dtype", "floor MiB", "forward above", "at most", "training above 2 floors", "at most"],
+    )
+
+
+def steps(scope: Scope) -> list[Step]:
+    seq = QUICK if scope.quick else SEQ
+    return [
+        (f"{name} {dtype}", partial(floor_row, name, config, dtype, seq))
+        for dtype in (torch.bfloat16, torch.float32)
+        for name, config in configs().items()
+    ]
+
+
+def over(row: Row, what: str) -> int:
+    """Bytes above the floor of `forward` or `training`."""
+    return int(row[what] - row["floor"] * (2 if what == "training" else 1))
+
+
+def draw(figure: Any, rows: Rows) -> None:
+    """MiB above the floor, forward and training, with the bars that they are to stay under."""
+    for axes, dtype in zip(figure.subplots(1, 2, sharey=True), ("bfloat16", "float32"), strict=True):
+        mine = [row for row in rows if row["dtype"] == dtype]
+        for shift, color, what in ((-0.2, BLUE, "forward"), (0.2, ORANGE, "training")):
+            places = [place + shift for place in range(len(mine))]
+            axes.barh(places, [over(row, what) / MIB for row in mine], height=0.36, color=color, label=what)
+            for place, row in zip(places, mine, strict=True):
+                bar = (row[f"{what}_limit"] - row[what] + over(row, what)) / MIB
+                axes.plot([bar, bar], [place - 0.18, place + 0.18], color=RED, linewidth=2)
+        axes.set_yticks(range(len(mine)), [row["attention"] for row in mine])
+        axes.set(title=dtype, xlabel="above the floor, MiB; red: at most")
+        axes.grid(axis="x")
+    axes.invert_yaxis()
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower right", ncols=2)
+    title(
+        figure, "What an attention holds beside q, k, v and out", f"{rows[0]['seq']:,} tokens, 8 heads x 64"
+    )
+
+
+def said(rows: Rows) -> Said:
+    met = sum(row[what] <= row[f"{what}_limit"] for row in rows for what in ("forward", "training"))
+    most = max(over(row, "forward") for row in rows) / MIB
+    return Said(
+        "Asked: how much does each attention allocate beyond its inputs and its output?",
+        f"Found: at most {most:.1f} MiB forward at {rows[0]['seq']:,} tokens; {met} of {2 * len(rows)} bars "
+        "are kept, and the number of branches makes no difference.",
+        "The seeds count 128 to 408 MB of buffers for one call; kernels over views need none of them.",
+    )
+
+
+STUDY = Study(steps, {"floors": floors_table}, draw, said, devices=("cpu",))

@@ -1,0 +1,149 @@
+"""What a study is, and how one becomes files: data first, then the picture and three sentences.
+
+`planner study NAME` writes NAME.MACHINE.json (the rows, with the command that repeats them and where they
+were measured), .csv (the same rows), .png, .svg and .md. A study that is interrupted goes on where it
+stopped when the same command runs again.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from attention.errors import AttentionPlannerError, ConfigError
+from planner.batch import Batch
+from planner.report.figure import written
+from studies.catalogue import QUESTIONS, study
+from studies.records import Row, Step, collect, machine, write
+
+Rows = list[Row]
+
+
+class Said(NamedTuple):
+    """What a study has to say, a sentence each."""
+
+    asked: str
+    found: str
+    seeds: str
+    """Where the reports that this project began with say otherwise, and why; or that they do not."""
+
+
+@dataclass
+class Scope:
+    """How much of a study to run, and where."""
+
+    device: torch.device
+    quick: bool
+    _open: ExitStack = field(default_factory=ExitStack)
+
+    def batch(self, **options: Any) -> Batch:
+        """What measures runs in processes of their own, on the study's device; ended with the study. Options
+        as `planner.batch.Batch` takes them."""
+        kind: Any = self.device.type
+        return self._open.enter_context(Batch(kind, **options))
+
+    def close(self) -> None:
+        self._open.close()
+
+
+class Study(NamedTuple):
+    """One question. Rows are plain data; everything else is computed from them."""
+
+    steps: Callable[[Scope], list[Step]]
+    """What makes the rows, step by step; `quick` asks for so few that all studies take minutes."""
+    tables: Mapping[str, Callable[[Rows], str]]
+    """Markdown tables by name; docs show them by it."""
+    draw: Callable[[Any, Rows], None]
+    """Draws into an empty matplotlib Figure; see `planner.report.figure`."""
+    said: Callable[[Rows], Said]
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    """Those on which it can run."""
+
+
+class Answer(NamedTuple):
+    """A study that has run."""
+
+    name: str
+    said: Said
+    files: tuple[Path, ...]
+
+
+def command(name: str, device: torch.device, quick: bool) -> str:
+    """What a reader runs to repeat it."""
+    return f"planner study {name}" + " --quick" * quick + f" --device {device.type}" * (device.type != "cpu")
+
+
+def run(name: str, *, device: torch.device, quick: bool, out: Path) -> Answer:
+    """Runs a study and writes its files into `out`, which is made if it is not there."""
+    writable(out)
+    found = study(name)
+    if device.type not in found.devices:
+        raise ConfigError(f"study {name} runs on {' or '.join(found.devices)}, not on {device.type}")
+    asked = command(name, device, quick)
+    stem = name + "-quick" * quick
+    with _scope(device, quick) as scope:
+        rows = collect(stem, asked, device, found.steps(scope), folder=out)
+    base = out / f"{stem}.{machine(device)}"
+    files = [base.with_name(f"{base.name}.{kind}") for kind in ("json", "csv", "md", "png", "svg")]
+    # The rows are on disk by now: whatever goes wrong from here on loses none of them.
+    said = found.said(rows)
+    write(files[1], as_csv(rows))
+    write(files[2], as_markdown(name, asked, rows))
+    written(files[3:], lambda figure: found.draw(figure, rows), f"study {name}:")
+    return Answer(name, said, tuple(files))
+
+
+@contextmanager
+def _scope(device: torch.device, quick: bool) -> Iterator[Scope]:
+    scope = Scope(device, quick)
+    try:
+        yield scope
+    finally:
+        scope.close()
+
+
+def writable(out: Path) -> None:
+    """Makes the folder; AttentionPlannerError where nothing can be written into it."""
+    probe = out / ".probe"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise AttentionPlannerError(
+            f"--out {out} cannot be written ({error.strerror}); choose another folder"
+        ) from None
+
+
+def as_csv(rows: Rows) -> str:
+    """The rows as CSV, what is nested under dotted names; a cell that a row lacks is empty."""
+    flat = [dict(_flat(row)) for row in rows]
+    names = list(dict.fromkeys(name for row in flat for name in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(flat)
+    return text.getvalue()
+
+
+def _flat(row: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in row.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, " ".join(map(str, value)) if isinstance(value, list | tuple) else value
+
+
+def as_markdown(name: str, asked: str, rows: Rows) -> str:
+    """The question, the three sentences, the tables, the command."""
+    found = study(name)
+    said = found.said(rows)
+    tables = "\n\n".join(table(rows) for table in found.tables.values())
+    return f"# {QUESTIONS[name]}\n\n{said.asked}\n{said.found}\n{said.seeds}\n\n{tables}\n\n`{asked}`\n"
