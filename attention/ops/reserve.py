@@ -8,9 +8,22 @@ Sizes are ints, or NumPy arrays for many configs at once (`attention/counts.py`)
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from math import gcd
 from typing import NamedTuple
 
-from attention.counts import Count, ceil_div, choose, floor_power_of_two, lcm, least, most, somewhere, up
+from attention.counts import (
+    Count,
+    ceil_div,
+    choose,
+    each,
+    floor_power_of_two,
+    lcm,
+    least,
+    most,
+    somewhere,
+    up,
+)
 from attention.ops.program import Shape
 from attention.rows import Rows
 
@@ -51,6 +64,8 @@ class Kind(NamedTuple):
     """1 if some of its calls have a query and a key less a view, of which a piece may hold more views."""
     later: Count = 0
     """Most queries of a head in a call that is merged into what came before."""
+    largest: tuple[Count, Count] = (1, 1)
+    """Of a gather: (views, keys of a view) of the program's largest, by which backward cuts all of them."""
 
 
 class Extent(NamedTuple):
@@ -104,7 +119,7 @@ def sparse_extent(rows: Rows, shape: Shape) -> Extent:
         "lists", heads=shape.heads if rows.own else group, views=at_once, queries=queries,
         keys=least(listed, most(wanted, 1), full) * size, unit=size, gathers=True,
         exists=has_lists, dense=1 if rows.own else dense, masked=masks if shape.causal else hidden,
-        own=rows.own, moves=rows.moves,
+        own=rows.own, moves=rows.moves, largest=(together, least(listed, full) * size),
         later=at_once * queries * most(cut, (listed < rows.lists) * 1),
     )  # fmt: skip
     single = Kind(
@@ -175,9 +190,13 @@ def dilated_extent(branches: Sequence[tuple[Count, Count]], shape: Shape) -> Ext
             # Where tiles begin at multiples of a tile in every segment, the last of them may be short.
             even = (length % tile == 0) | (length >= shape.seq)
             tiles, last = least(length, shape.seq) // tile, shape.seq // tile * tile % length
-            behind = choose(even, ceil_div((tiles - 1) * tile, rate), keys - 1)
+            before, inner = (tiles - 1) * tile, tile
+            uneven = cut * (1 - even)
+            if somewhere(uneven):
+                before, inner = each(_before, uneven, (before, inner), length, tile, shape.seq)
+            behind, part = ceil_div(before, rate), least(queries, most(ceil_div(inner, rate), 1))
             kind = kind._replace(
-                name=f"branch {order + 1}, before", views=1, keys=most(behind, 1), later=queries,
+                name=f"branch {order + 1}, before", views=1, queries=part, keys=most(behind, 1), later=part,
                 exists=cut * choose(even, (tiles > 1) * 1, 1),
             )  # fmt: skip
             tail = kind._replace(
@@ -188,6 +207,16 @@ def dilated_extent(branches: Sequence[tuple[Count, Count]], shape: Shape) -> Ext
         merges = most(merges, (shape.pack_tokens(1) < kind.keys) * (1 - inside) * kind.exists)
         kinds.append(_cut(kind, shape, inside))
     return Extent(tile, tuple(kinds), merges, (0, 0))
+
+
+@lru_cache(maxsize=4096)
+def _before(length: int, tile: int, seq: int) -> tuple[int, int]:
+    """(most tokens of a segment before a tile that goes on with it, most that such a tile has of it)."""
+    places = length // gcd(length, tile)  # where in a segment tiles can begin
+    starts = range(tile, min(seq, (places + 1) * tile), tile)
+    found = [(start % length, min(tile, length - start % length, seq - start)) for start in starts]
+    found = [both for both in found if both[0]] or [(0, 0)]
+    return max(before for before, _ in found), max(inner for _, inner in found)
 
 
 def _cut(kind: Kind, shape: Shape, inside: Count) -> Kind:
@@ -230,9 +259,15 @@ def pieces(extent: Extent, shape: Shape) -> tuple[Piece, ...]:
     for kind in extent.kinds:
         width, column = kind.keys, kind.views * kind.keys
         if kind.gathers:
-            width = least(width, shape.gather_width(kind.heads * kind.views, kind.unit))
-            column = kind.views * width
-        elif kind.step is not None:
+            most_views, most_keys = kind.largest
+            cut = shape.gather_width(kind.heads * most_views, kind.unit)
+            width = least(width, cut)
+            views, keys = shape.piece(
+                kind.heads, most_views, kind.unit, least(most_keys, cut), kind.unit
+            )  # fmt: skip
+            found.append(Piece(least(views, kind.views), least(keys, width), kind.views * width))
+            continue
+        if kind.step is not None:
             overlaps = (kind.views > 1) * (kind.keys > kind.step)
             width = choose(overlaps, least(width, shape.overlap_width), width)
             column = choose(overlaps, (kind.views - 1) * kind.step + width, column)
