@@ -21,10 +21,13 @@ from planner.search import scenario as asked
 from planner.search.grid import first, order, tabulate
 from planner.search.scenario import Point, Scenario
 from planner.search.space import Space, chosen, parameters
+from planner.search.turns import Rank, Turns
 
 Sampler = Literal["tpe", "random", "nsga2", "nsga3", "cmaes", "qmc", "gp", "brute"]
 STARTS: Final = 8
 """Grid candidates that the search begins with."""
+STARTUP, COLD_STARTUP = 10, 40
+"""Trials that TPE wants before it models what is good, and from a cold start."""
 IMPOSSIBLE: Final = 1e9
 """Value of a config that fits at no length."""
 
@@ -80,9 +83,14 @@ def refine(
             if known is not None:
                 study.enqueue_trial(known, skip_if_exists=True)
     seen = {config: answer(scenario, columns_of(config, scenario.workload.seq)) for config in _tried(study)}
+    turns = None if starts else Turns(space.kinds, trials)
+    if turns is not None:
+        study.sampler = _sampler(sampler, seed + done, COLD_STARTUP)
     for number in range(done, trials):
         if progress:
             progress(number, trials)
+        if turns is not None:
+            study.enqueue_trial(turns.fixed(number))
         trial = study.ask()
         columns = chosen(trial, space, scenario.workload, flex=scenario.flex)
         config = columns.config(0, scenario.workload)
@@ -93,6 +101,10 @@ def refine(
             trial.set_constraint(name, share)
         trial.set_user_attr("config", config.model_dump(mode="json", exclude_defaults=True))
         study.tell(trial, found.value)
+        if turns is not None:
+            # As the config has them: what was suggested may have been rounded far.
+            known = parameters(config, space, scenario.workload) or trial.params
+            turns.told(found.rank, known, trial.distributions)
     good = [found.columns for found in seen.values() if all(share <= 0 for share in found.excess.values())]
     # Their lengths are known by now.
     table = tabulate(replace(scenario, objective="speed"), good)
@@ -115,6 +127,11 @@ class Answer:
     """To be minimised."""
     excess: dict[str, float]
     """How far each constraint is exceeded; 0 or less where it is met."""
+
+    @property
+    def rank(self) -> Rank:
+        """The smaller the better: how far constraints are exceeded, then the value."""
+        return sum(max(share, 0.0) for share in self.excess.values()), self.value
 
 
 def answer(scenario: Scenario, columns: Columns) -> Answer:
@@ -147,25 +164,23 @@ def answer(scenario: Scenario, columns: Columns) -> Answer:
 def open_study(storage: Storage | None, sampler: Sampler, seed: int) -> optuna.Study:
     """A new study, or the one that the storage has under this name; ConfigError where it cannot be had."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        chosen_sampler = _sampler(sampler, seed)
-        if storage is None:
-            return optuna.create_study(sampler=chosen_sampler)
-        try:
-            study = optuna.create_study(
-                storage=_open(storage.url), study_name=storage.study, sampler=chosen_sampler,
-                load_if_exists=True,
-            )  # fmt: skip
-            known = study.user_attrs.get("question")
-            if known is None:
-                study.set_user_attr("question", storage.question)
-        except Exception as error:  # noqa: BLE001 -- whatever a database driver raises
-            said = " ".join(str(error).split()) or type(error).__name__
-            raise ConfigError(
-                f"storage {storage.url!r} cannot be used: {said[:200]}; write e.g. studies.journal or "
-                "sqlite:///studies.db"
-            ) from None
+    chosen_sampler = _sampler(sampler, seed)
+    if storage is None:
+        return optuna.create_study(sampler=chosen_sampler)
+    try:
+        study = optuna.create_study(
+            storage=_open(storage.url), study_name=storage.study, sampler=chosen_sampler,
+            load_if_exists=True,
+        )  # fmt: skip
+        known = study.user_attrs.get("question")
+        if known is None:
+            study.set_user_attr("question", storage.question)
+    except Exception as error:  # noqa: BLE001 -- whatever a database driver raises
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(
+            f"storage {storage.url!r} cannot be used: {said[:200]}; write e.g. studies.journal or "
+            "sqlite:///studies.db"
+        ) from None
     if known not in (None, storage.question):
         raise ConfigError(
             f"study {storage.study!r} in {storage.url} answers another question; choose another --study"
@@ -183,10 +198,11 @@ def _open(url: str) -> Any:
     return JournalStorage(JournalFileBackend(url))
 
 
-def _sampler(name: Sampler, seed: int) -> optuna.samplers.BaseSampler:
+def _sampler(name: Sampler, seed: int, startup: int = STARTUP) -> optuna.samplers.BaseSampler:
     samplers = optuna.samplers
     makers: dict[str, Callable[[], optuna.samplers.BaseSampler]] = {
-        "tpe": lambda: samplers.TPESampler(seed=seed),
+        # Dimension by dimension: kinds have dimensions of their own, and Optuna's joint model takes longer.
+        "tpe": lambda: samplers.TPESampler(seed=seed, multivariate=False, n_startup_trials=startup),
         "random": lambda: samplers.RandomSampler(seed=seed),
         "nsga2": lambda: samplers.NSGAIISampler(seed=seed),
         "nsga3": lambda: samplers.NSGAIIISampler(seed=seed),
@@ -198,7 +214,9 @@ def _sampler(name: Sampler, seed: int) -> optuna.samplers.BaseSampler:
     if name not in makers:
         raise ConfigError(f"sampler must be one of {', '.join(get_args(Sampler))}, got {name!r}")
     try:
-        return makers[name]()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            return makers[name]()
     except ImportError as error:
         missing = error.name or "a package"
         raise ConfigError(

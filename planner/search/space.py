@@ -46,9 +46,10 @@ WORKSPACES: Final = (MIB, 4 * MIB, 16 * MIB)
 FREE_BLOCK_SIZES: Final = (16, 32, 48, 64, 80, 96, 128, 160, 192, 256, 320, 384, 512)
 MOST_GROWTH: Final = 1 << 16
 MOST_RATE_GROWTH: Final = 16
-MOST_GLOBAL: Final = 64
-"""Blocks."""
-FREE_WORKSPACES: Final = tuple(1 << power for power in range(16, 27))
+MOST_GLOBAL: Final = 8192
+"""Tokens."""
+FREE_WORKSPACES: Final = (16, 26)
+"""Least and most as powers of two."""
 LEAST_RATIO: Final = 1e-4
 
 Kind = Literal["dense", "dilated", "local_window", "global_local", "dilated_sparse", "adaptive"]
@@ -345,10 +346,14 @@ def chosen(trial: Trial, space: Space, workload: Workload, *, flex: bool = False
     fitting = tuple(size for size in sizes if _divides(size, space.segments))
     kinds = tuple(kind for kind in space.kinds if kind != "dilated_sparse" or fitting)
     kind: Kind = kinds[0] if len(kinds) == 1 else trial.suggest_categorical("kind", kinds)
-    fields: dict[str, Any] = {"workspace": _one(trial, "workspace", space.workspaces or FREE_WORKSPACES)}
+    fields: dict[str, Any] = {
+        "workspace": 1 << trial.suggest_int("workspace_log2", *FREE_WORKSPACES)
+        if space.workspaces is None
+        else _one(trial, "workspace", space.workspaces)
+    }
     unit = UNIT
     if kind not in ("dense", "dilated"):
-        unit = fields["block_size"] = _one(
+        unit = fields["block_size"] = _nearest(
             trial, "block_size", fitting if kind == "dilated_sparse" else sizes
         )
     if kind in ("dilated_sparse", "adaptive"):
@@ -360,14 +365,14 @@ def chosen(trial: Trial, space: Space, workload: Workload, *, flex: bool = False
         fields["sparsity_ratio"] = float(f"{ratio:.3g}")
     if kind in ("local_window", "global_local"):
         fields["window"] = (
-            unit * trial.suggest_int("window_blocks", 1, max(most_window(UNIT // 4, workload), 2), log=True)
+            _tokens(trial, "window", unit, FREE_BLOCK_SIZES[0] * most_window(FREE_BLOCK_SIZES[0], workload))
             if space.windows is None
             else _one(trial, "window", space.windows)
         )
         fields["window"] = min(fields["window"], unit * most_window(unit, workload))
     if kind == "global_local":
         fields["global_tokens"] = (
-            unit * trial.suggest_int("global_blocks", 1, MOST_GLOBAL, log=True)
+            _tokens(trial, "global_tokens", unit, MOST_GLOBAL)
             if space.global_tokens is None
             else _one(trial, "global_tokens", space.global_tokens)
         )
@@ -378,6 +383,19 @@ def chosen(trial: Trial, space: Space, workload: Workload, *, flex: bool = False
         variant_of(kind), pattern_of(kind), seq=workload.seq, pool=space.pool,
         backend=_one(trial, "backend", backends), **fields,
     )  # fmt: skip
+
+
+def _nearest(trial: Trial, name: str, values: Sequence[int]) -> int:
+    """One of ascending values: the nearest to a number, so that a sampler knows which are alike."""
+    if len(values) == 1:
+        return values[0]
+    wanted = trial.suggest_int(name, min(values), max(values), log=True)
+    return min(values, key=lambda value: abs(math.log(value / wanted)))
+
+
+def _tokens(trial: Trial, name: str, unit: int, most: int) -> int:
+    """A number of tokens that is a multiple of `unit`."""
+    return max(round(trial.suggest_int(name, 1, max(most, 2), log=True) / unit), 1) * unit
 
 
 def _one(trial: Trial, name: str, values: Sequence[Any]) -> Any:
@@ -393,8 +411,8 @@ def _suggested(trial: Trial, space: Space, seq: int, unit: int) -> Lists:
     length, rate = 0, 1
     for n in range(count):
         if n == 0:
-            first = trial.suggest_int("first_segment", 1, 1 << 20, log=True) if not space.segments else 0
-            length = min(first, whole)
+            if not space.segments:
+                length = min(_tokens(trial, "first_segment", unit, whole * unit) // unit, whole)
         else:
             if not space.segments:
                 growth = trial.suggest_int(f"growth_{n}", 1, MOST_GROWTH, log=True)
@@ -410,20 +428,19 @@ def parameters(config: AttentionConfig, space: Space, workload: Workload) -> dic
     """What a trial has to suggest to arrive at a config; None if the full space has no such config."""
     pattern = config.pattern
     kind = pattern.pattern_type if pattern and config.variant == "block_sparse" else config.variant
-    found: dict[str, Any] = {"kind": kind, "workspace": config.workspace_bytes, "backend": config.backend}
-    unit = UNIT
+    workspace = config.workspace_bytes
+    found: dict[str, Any] = {"kind": kind, "workspace": workspace, "backend": config.backend}
+    found["workspace_log2"] = workspace.bit_length() - 1
     if pattern:
-        unit = found["block_size"] = pattern.block_size
+        found["block_size"] = pattern.block_size
         if kind in ("dilated_sparse", "adaptive"):
             found["sparsity_ratio"] = pattern.sparsity_ratio
         else:
             found["window"] = pattern.local_window_size
-            found["window_blocks"] = pattern.local_window_size // unit
             found["global_tokens"] = pattern.global_tokens
-            found["global_blocks"] = max(pattern.global_tokens // unit, 1)
     lengths, rates = config.segment_lengths, config.dilation_rates
     if lengths:
-        found |= {"branches": len(lengths), "first_segment": lengths[0] // unit}
+        found |= {"branches": len(lengths), "first_segment": lengths[0]}
         for n in range(1, len(lengths)):
             found[f"growth_{n}"] = lengths[n] // lengths[n - 1]
             found[f"rate_growth_{n}"] = rates[n] // rates[n - 1]
@@ -465,11 +482,11 @@ class _Told:
 def full_size(seq: int) -> float:
     """Configs in the full space for a sequence, about: the product over what each kind chooses, distinct
     windows, kept blocks and segment lengths counted in blocks."""
-    workspaces = len(FREE_WORKSPACES)
+    workspaces = FREE_WORKSPACES[1] - FREE_WORKSPACES[0] + 1
     total = float(workspaces)  # dense
     for block in FREE_BLOCK_SIZES:
         blocks = math.ceil(seq / block)
-        total += workspaces * 2 * blocks * (1 + MOST_GLOBAL)  # windows, with and without global tokens
+        total += workspaces * 2 * blocks * (1 + MOST_GLOBAL // block)  # with global tokens, and without
         total += workspaces * blocks * _branchings(blocks)
     return total + workspaces * _branchings(math.ceil(seq / UNIT))
 
