@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from studies.study import Study
 
 QUESTIONS: Final[dict[str, str]] = {
+    "config-impact": "Does configuration B need twice the memory of configuration A?",
     "floors": "How far above q, k, v and out does each attention go?",
     "million-tokens": "What do one and ten million tokens need?",
     "accuracy": "How far are predictions of memory and time from measurements?",
