@@ -22,7 +22,7 @@ from studies.memory_rows import mib
 from studies.records import Row, Step, markdown, timed
 from studies.study import Rows, Said, Scope, Study
 
-LENGTHS, QUICK = (16_384, 32_768, 65_536, 131_072), (2048, 4096)
+LENGTHS, QUICK = (16_384, 32_768, 65_536, 131_072), (1024, 2048)
 HEADS, HEAD_DIM = 4, 64
 RUNS, QUICK_RUNS = 7, 5
 """Pairs of calls whose times are compared."""
