@@ -182,7 +182,7 @@ def draw(figure: Any, rows: Rows) -> None:
     axes.tick_params(axis="y", length=0)
     axes.invert_yaxis()
     axes.set(xlabel="memory, bytes a token")
-    axes.margins(x=0.24)
+    axes.margins(x=0.3)
     axes.set_xlim(left=0)
     handles = [axes.barh(0, 0, color=color, label=text) for color, text in PARTS.values()]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))

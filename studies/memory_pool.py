@@ -157,7 +157,7 @@ def verdict(row: Row, state: str) -> str:
         return "faster"
     if min(found) > 1 and median(found) > 1 + LEAST:
         return "slower"
-    return "no difference"
+    return "no clear difference"
 
 
 def memory_ratio(row: Row, state: str) -> float:
@@ -237,7 +237,7 @@ def draw(figure: Any, rows: Rows) -> None:
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=5)
     title(
         figure,
-        f"In time a pool makes no difference in {len(_alike(rows))} of {len(_cases(rows))} cases",
+        f"In time a pool makes no clear difference in {len(_alike(rows))} of {len(_cases(rows))} cases",
         f"{HEADS} heads x {HEAD_DIM}, {rows[0]['dtype']}; below 1 the pool is faster or leaner",
     )
 
@@ -250,8 +250,8 @@ def _cases(rows: Rows) -> list[Case]:
 
 
 def _alike(rows: Rows) -> list[Case]:
-    """The cases in which a pool makes no difference."""
-    return [case for case in _cases(rows) if verdict(*case) == "no difference"]
+    """The cases in which a pool makes no clear difference."""
+    return [case for case in _cases(rows) if verdict(*case) == "no clear difference"]
 
 
 def said(rows: Rows) -> Said:
@@ -266,7 +266,7 @@ def said(rows: Rows) -> Said:
     return Said(
         f"Asked: where between {rows[0]['seq']:,} and {rows[-1]['seq']:,} tokens does keeping buffers "
         "between calls save time or memory?",
-        f"Found: in time it makes no difference in {len(alike)} of {len(cases)} cases"
+        f"Found: in time it makes no clear difference in {len(alike)} of {len(cases)} cases"
         f"{' and is ' * bool(clear)}{'; '.join(clear)}; median times are "
         f"{_range([median(ratios(*case)) for case in cases])} times those without, peaks "
         f"{_range([memory_ratio(*case) for case in cases], 3)} times, and the pool holds up to "
