@@ -13,6 +13,11 @@ if TYPE_CHECKING:
     from studies.study import Study
 
 QUESTIONS: Final[dict[str, str]] = {
+    "config-impact": "Does configuration B need twice the memory of configuration A?",
+    "memory-breakdown": "What do ring-style buffers cost, and what do four optimisations give back?",
+    "weights-storage": "What do attention weights take, dense and as active blocks?",
+    "memory-pool": "Where does a memory pool help, and where not?",
+    "memory-per-token": "How many bytes does a token take, from 2K to 1M tokens?",
     "floors": "How far above q, k, v and out does each attention go?",
     "million-tokens": "What do one and ten million tokens need?",
     "accuracy": "How far are predictions of memory and time from measurements?",

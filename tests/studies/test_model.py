@@ -1,4 +1,4 @@
-"""Studies of the memory model: they print what they say, and the docs show it."""
+"""The study of the models' speed, and the docs' examples."""
 
 import json
 from pathlib import Path
@@ -10,34 +10,10 @@ from attention.config import AttentionConfig
 from planner.memory.kernels import Cuda
 from planner.memory.many import peaks
 from planner.workload import Workload
-from studies import model_speed, seeds_configurations
+from studies import model_speed
 from studies.study import Scope
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
-
-
-def test_the_docs_show_what_the_study_of_settings_prints(capsys):
-    assert seeds_configurations.main([]) == 0
-    printed = capsys.readouterr().out.strip()
-    assert printed in (DOCS / "memory.md").read_text()
-
-
-def test_the_settings_are_those_of_the_seeds():
-    small, large = (
-        AttentionConfig.from_json((DOCS / "examples" / f"{name}.json").read_bytes())
-        for name in ("small", "large")
-    )
-    assert small.branches == ((2048, 1),)
-    assert large.branches == ((65536, 1), (131072, 2))
-    assert (small.pattern.block_size, small.pattern.sparsity_ratio) == (64, 0.01)
-    assert (large.pattern.block_size, large.pattern.sparsity_ratio) == (256, 0.02)
-
-
-def test_both_settings_stay_near_the_floor():
-    found = seeds_configurations.comparison()
-    floor = found.a.estimate.workload.floor
-    assert floor == 4 * 131_072 * 8 * 64 * 2
-    assert all(floor < side.estimate.allocated < 1.03 * floor for side in (found.a, found.b))
 
 
 def test_the_candidates_that_are_timed_are_all_there():
