@@ -1,0 +1,106 @@
+"""What does the block size change? `planner study block-size`
+
+Blocks of 16 to 512 tokens with as many tokens kept a row, causal: there a window ends at any block, so that
+every size keeps just as many.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from attention.config import AttentionConfig
+from planner import gpus
+from planner.report.figure import KINDS, title, token_axis
+from studies.panels import curves
+from studies.records import Step
+from studies.study import Rows, Said, Scope, Study
+from studies.trade_offs import (
+    FLEX_CARD,
+    Case,
+    Plan,
+    adaptive,
+    asked,
+    case_steps,
+    five,
+    held,
+    here,
+    seconds,
+    slower,
+    sparse,
+    spread,
+    table,
+    task,
+)
+
+SEQ, QUICK = 16_384, 4096
+SIZES, QUICK_SIZES = (16, 32, 64, 128, 256, 512), (64, 512)
+KEPT: Final = 1536
+"""Tokens of a row: three of the largest blocks."""
+GLOBAL: Final = 512
+"""Of those in global_local."""
+SERIES: Final = ("local_window", "global_local", "dilated_sparse", "adaptive")
+
+
+def config_of(kind: str, size: int, seq: int) -> AttentionConfig:
+    """A config of a kind that keeps KEPT tokens a row where causality permits them, in blocks of a size. A
+    causal window keeps its own block beside what it looks back to."""
+    if kind == "local_window":
+        return sparse(kind="local_window", block=size, local_window_size=KEPT - size)
+    if kind == "global_local":
+        window = KEPT - GLOBAL - size
+        return sparse(kind="global_local", block=size, local_window_size=window, global_tokens=GLOBAL)
+    if kind == "adaptive":
+        return adaptive(size, KEPT / seq)
+    return sparse((seq // 8, seq // 2, seq), (1, 4, 16), block=size, sparsity_ratio=KEPT / seq)
+
+
+def cases(seq: int, sizes: tuple[int, ...]) -> list[Case]:
+    return [
+        Case(f"{kind}, blocks of {size}", config_of(kind, size, seq), kind, size)
+        for kind in SERIES
+        for size in sizes
+    ]
+
+
+def steps(scope: Scope) -> list[Step]:
+    seq, sizes = (QUICK, QUICK_SIZES) if scope.quick else (SEQ, SIZES)
+    plan = Plan(task(seq, causal=True), gpus.find(FLEX_CARD))
+    return case_steps(cases(seq, sizes), plan, here(scope, seq, causal=True))
+
+
+def draw(figure: Any, rows: Rows) -> None:
+    """Five panels over the block size."""
+    sizes = [row["x"] for row in rows if row["series"] == rows[0]["series"]]
+
+    def along(axes: Any) -> None:
+        token_axis(axes.xaxis, sizes)
+        axes.set_xlabel("block, tokens")
+
+    curves(figure, rows, five(rows), along, {kind: KINDS[kind] for kind in SERIES})
+    title(
+        figure,
+        f"Block sizes, {KEPT:,} tokens kept a row",
+        f"{asked(rows[0]['here'])}; {asked(rows[0]['planned'])}; 8 heads x 64",
+    )
+
+
+def said(rows: Rows) -> Said:
+    memory = spread(held(row["here"]) for row in rows)
+    found = []
+    for kind in SERIES:
+        mine = [row for row in rows if row["series"] == kind and seconds(row)]
+        small, large = mine[0], mine[-1]
+        ratio = slower(large, small)
+        lost = small["quality"]["mass"] - large["quality"]["mass"]
+        found.append(f"{kind} {ratio:.2f} times the time and {-100 * lost:+.1f} points of mass")
+    small, large = rows[0]["x"], max(row["x"] for row in rows)
+    return Said(
+        f"Asked: what does the block size change where every row keeps {KEPT:,} tokens?",
+        f"Found: blocks of {large} instead of {small} take, {asked(rows[0]['here'])}: {'; '.join(found)}; "
+        f"memory stays at {memory[0]:.2f} to {memory[1]:.2f} times q, k, v and out.",
+        "The seeds too call large blocks faster and less flexible, but count them among what doubles memory: "
+        "here a call is cut to the workspace, whatever the block.",
+    )
+
+
+STUDY = Study(steps, {"block-size": table}, draw, said)
