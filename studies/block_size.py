@@ -32,31 +32,29 @@ from studies.trade_offs import (
     task,
 )
 
-SEQ, QUICK = 16_384, 4096
-SIZES, QUICK_SIZES = (16, 32, 64, 128, 256, 512), (64, 512)
-KEPT: Final = 1536
-"""Tokens of a row: three of the largest blocks."""
-GLOBAL: Final = 512
-"""Of those in global_local."""
+SEQ, QUICK = 16_384, 2048
+SIZES, QUICK_SIZES = (16, 32, 64, 128, 256, 512), (16, 128)
 SERIES: Final = ("local_window", "global_local", "dilated_sparse", "adaptive")
 
 
-def config_of(kind: str, size: int, seq: int) -> AttentionConfig:
-    """A config of a kind that keeps KEPT tokens a row where causality permits them, in blocks of a size. A
-    causal window keeps its own block beside what it looks back to."""
+def config_of(kind: str, size: int, seq: int, kept: int) -> AttentionConfig:
+    """A config of a kind that keeps `kept` tokens a row where causality permits them, in blocks of a size. A
+    causal window keeps its own block beside what it looks back to; of global_local a third is global."""
     if kind == "local_window":
-        return sparse(kind="local_window", block=size, local_window_size=KEPT - size)
+        return sparse(kind="local_window", block=size, local_window_size=kept - size)
     if kind == "global_local":
-        window = KEPT - GLOBAL - size
-        return sparse(kind="global_local", block=size, local_window_size=window, global_tokens=GLOBAL)
+        window = 2 * kept // 3 - size
+        return sparse(kind="global_local", block=size, local_window_size=window, global_tokens=kept // 3)
     if kind == "adaptive":
-        return adaptive(size, KEPT / seq)
-    return sparse((seq // 8, seq // 2, seq), (1, 4, 16), block=size, sparsity_ratio=KEPT / seq)
+        return adaptive(size, kept / seq)
+    return sparse((seq // 8, seq // 2, seq), (1, 4, 16), block=size, sparsity_ratio=kept / seq)
 
 
 def cases(seq: int, sizes: tuple[int, ...]) -> list[Case]:
+    """As many tokens as three of the largest blocks."""
+    kept = 3 * sizes[-1]
     return [
-        Case(f"{kind}, blocks of {size}", config_of(kind, size, seq), kind, size)
+        Case(f"{kind}, blocks of {size}", config_of(kind, size, seq, kept), kind, size, {"kept": kept})
         for kind in SERIES
         for size in sizes
     ]
@@ -79,7 +77,7 @@ def draw(figure: Any, rows: Rows) -> None:
     curves(figure, rows, five(rows), along, {kind: KINDS[kind] for kind in SERIES})
     title(
         figure,
-        f"Block sizes, {KEPT:,} tokens kept a row",
+        f"Block sizes, {rows[0]['kept']:,} tokens kept a row",
         f"{asked(rows[0]['here'])}; {asked(rows[0]['planned'])}; 8 heads x 64",
     )
 
@@ -95,7 +93,7 @@ def said(rows: Rows) -> Said:
         found.append(f"{kind} {ratio:.2f} times the time and {-100 * lost:+.1f} points of mass")
     small, large = rows[0]["x"], max(row["x"] for row in rows)
     return Said(
-        f"Asked: what does the block size change where every row keeps {KEPT:,} tokens?",
+        f"Asked: what does the block size change where every row keeps {rows[0]['kept']:,} tokens?",
         f"Found: blocks of {large} instead of {small} take, {asked(rows[0]['here'])}: {'; '.join(found)}; "
         f"memory stays at {memory[0]:.2f} to {memory[1]:.2f} times q, k, v and out.",
         "The seeds too call large blocks faster and less flexible, but count them among what doubles memory: "

@@ -35,7 +35,7 @@ from studies.trade_offs import (
     task,
 )
 
-SEQ, QUICK = 16_384, 2048
+SEQ, QUICK = 16_384, 1024
 BLOCK: Final = 64
 LONGEST: Final = 10.0
 """Seconds: dense attention takes several."""

@@ -31,7 +31,7 @@ from studies.trade_offs import (
 
 SEQ: Final = 65_536
 """Of what is predicted."""
-HERE, QUICK = 16_384, 2048
+HERE, QUICK = 16_384, 1024
 """Of what is measured: segments beyond it are all of it."""
 FIRST: Final = tuple(256 << power for power in range(9))
 QUICK_FIRST: Final = (256, 1024, 65_536)

@@ -35,7 +35,7 @@ from studies.trade_offs import (
 
 SEQ: Final = 131_072
 """Of what is predicted."""
-HERE, QUICK = 8192, 2048
+HERE, QUICK = 8192, 1024
 """Of what is measured: dense attention too."""
 BLOCK: Final = 64
 FRACTIONS: Final = (0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)

@@ -47,7 +47,7 @@ def test_times_are_multiples_of_dense(rows):
 
 def test_the_table_has_a_line_a_series(rows):
     head, _, *lines = sparsity.even_table(rows).splitlines()
-    assert "measured (CPU, 2,048 tokens, float32)" in head
+    assert "measured (CPU, 1,024 tokens, float32)" in head
     assert [line.split("|")[1].strip() for line in lines] == list(sparsity.SERIES)
     assert lines[0].split("|")[2].strip() == "0.0%"  # the stand-in has everything slower than dense
 
