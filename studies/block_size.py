@@ -6,6 +6,7 @@ every size keeps just as many.
 
 from __future__ import annotations
 
+import math
 from typing import Any, Final
 
 from attention.config import AttentionConfig
@@ -24,7 +25,6 @@ from studies.trade_offs import (
     five,
     held,
     here,
-    seconds,
     slower,
     sparse,
     spread,
@@ -86,15 +86,15 @@ def said(rows: Rows) -> Said:
     memory = spread(held(row["here"]) for row in rows)
     found = []
     for kind in SERIES:
-        mine = [row for row in rows if row["series"] == kind and seconds(row)]
+        mine = [row for row in rows if row["series"] == kind]
         small, large = mine[0], mine[-1]
-        ratio = slower(large, small)
+        ratio = slower(large, small) or math.nan
         lost = small["quality"]["mass"] - large["quality"]["mass"]
         found.append(f"{kind} {ratio:.2f} times the time and {-100 * lost:+.1f} points of mass")
-    small, large = rows[0]["x"], max(row["x"] for row in rows)
+    sizes = [row["x"] for row in rows]
     return Said(
         f"Asked: what does the block size change where every row keeps {rows[0]['kept']:,} tokens?",
-        f"Found: blocks of {large} instead of {small} take, {asked(rows[0]['here'])}: {'; '.join(found)}; "
+        f"Found: blocks of {max(sizes)} instead of {min(sizes)} take, {asked(rows[0]['here'])}: {'; '.join(found)}; "
         f"memory stays at {memory[0]:.2f} to {memory[1]:.2f} times q, k, v and out.",
         "The seeds too call large blocks faster and less flexible, but count them among what doubles memory: "
         "here a call is cut to the workspace, whatever the block.",

@@ -122,23 +122,27 @@ def _measured_ms(row: Row) -> float | None:
     return None if found is None else 1e3 * found
 
 
+def _kind(row: Row) -> str:
+    return "multihead" if "multihead" in row["config"] else str(row["kind"])
+
+
 def said(rows: Rows) -> Said:
-    rows = ordered(rows)
     mine = rows[0]["here"]
-    by_memory = sorted((row for row in rows if held(row["here"])), key=lambda row: held(row["here"]) or 0)
-    fast, slow, lean, fat = rows[0], rows[-1], by_memory[0], by_memory[-1]
+    ran = [row for row in ordered(rows) if seconds(row)]
+    by_memory = sorted(ran, key=lambda row: row["here"]["allocated"])
+    fast, slow, lean, fat = ran[0], ran[-1], by_memory[0], by_memory[-1]
     seeds = [row for row in rows if "seeds_ms" in row]
     first, last = (pick(seeds, key=lambda row: float(row["seeds_ms"])) for pick in (min, max))
-    ours = {row["name"]: f"{1e3 * row['planned']['seconds']:.1f} ms" for row in (first, last)}
+    ours = [f"{1e3 * row['planned']['seconds']:.1f} ms" for row in (first, last)]
     return Said(
         f"Asked: which attention is fastest and which takes least memory at {mine['seq']:,} tokens?",
         f"Found: {asked(mine)}: the fastest is {fast['name']} with {_measured_ms(fast):,.0f} ms, the slowest "
         f"{slow['name']} with {_measured_ms(slow):,.0f} ms; the leanest is {lean['name']} with "
         f"{held(lean['here']):.2f} times q, k, v and out, the largest {fat['name']} with "
         f"{held(fat['here']):.2f}.",
-        f"The seeds have {first['name']}, fastest with {first['seeds_ms']:,} ms and {last['name']}, slowest "
-        f"with {last['seeds_ms']:,} ms; predicted for their card are {ours[first['name']]} and "
-        f"{ours[last['name']]}: theirs step through pairs of blocks in Python, and some are not attention.",
+        f"The seeds have {_kind(first)} as the fastest ({first['seeds_ms']:,} ms) and {_kind(last)} as the "
+        f"slowest ({last['seeds_ms']:,} ms); predicted for their card are {' and '.join(ours)}: theirs step "
+        "through pairs of blocks in Python, and some are not attention.",
     )
 
 

@@ -10,15 +10,15 @@ from planner.report.figure import GRID, INK, LABEL, MUTED, TEXT
 from studies.records import Row
 from studies.study import Rows
 
-Figure = Callable[[Row], float | None]
-"""A number of a row; None for none."""
+Number = Callable[[Row], float | None]
+"""What is shown of a row; None for nothing."""
 
 
 class Mark(NamedTuple):
     """One of the numbers that a row shows in a panel."""
 
     name: str
-    of: Figure
+    of: Number
     color: str
     marker: str = "o"
     hollow: bool = False
@@ -83,7 +83,11 @@ def plain(axis: Any) -> None:
     """Ticks of a logarithmic axis as 0.1, 1, 1,000, not as powers, and enough of them."""
     ticker = import_module("matplotlib.ticker")
     low, high = axis.get_view_interval()
-    axis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0) if high < 50 * low else (1.0,)))
+    if high < 10 * low:
+        subs: tuple[float, ...] = (1.0, 2.0, 3.0, 5.0, 7.0)
+    else:
+        subs = (1.0, 2.0, 5.0) if high < 50 * low else (1.0,)
+    axis.set_major_locator(ticker.LogLocator(subs=subs))
     axis.set_major_formatter(ticker.FuncFormatter(lambda x, _: f"{x:,.12g}"))
     axis.set_minor_formatter(ticker.NullFormatter())
 
@@ -92,9 +96,9 @@ class Curves(NamedTuple):
     """One quantity over a setting, a curve a series."""
 
     label: str
-    lines: Figure
+    lines: Number
     """Predicted or computed."""
-    dots: Figure | None = None
+    dots: Number | None = None
     """Measured."""
     log: bool = False
     none: str = ""

@@ -37,6 +37,8 @@ SEQ: Final = 131_072
 """Of what is predicted."""
 HERE, QUICK = 8192, 1024
 """Of what is measured: dense attention too."""
+LONGEST: Final = 10.0
+"""Seconds: without dense attention there is nothing to compare with."""
 BLOCK: Final = 64
 FRACTIONS: Final = (0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 QUICK_FRACTIONS: Final = (0.01, 0.1, 1.0)
@@ -63,7 +65,9 @@ def cases(fractions: Sequence[float]) -> list[Case]:
 
 def steps(scope: Scope) -> list[Step]:
     fractions, seq = (QUICK_FRACTIONS, QUICK) if scope.quick else (FRACTIONS, HERE)
-    return case_steps(cases(fractions), Plan(task(SEQ), gpus.find(FLEX_CARD)), here(scope, seq))
+    return case_steps(
+        cases(fractions), Plan(task(SEQ), gpus.find(FLEX_CARD)), here(scope, seq, longest=LONGEST)
+    )
 
 
 def against(rows: Rows) -> dict[str, Callable[[Row], float | None]]:
@@ -79,7 +83,10 @@ def against(rows: Rows) -> dict[str, Callable[[Row], float | None]]:
 
 def break_even(points: Sequence[tuple[float, float]]) -> float:
     """Up to which fraction dense attention is slower, from (fraction, multiple of its time), ascending: where
-    the multiple first comes to 1, by a line over the logarithms of both. 0 for none, 1 for all."""
+    the multiple first comes to 1, by a line over the logarithms of both. 0 for none, 1 for all; not a
+    number where nothing is known."""
+    if not points:
+        return math.nan
     below: tuple[float, float] | None = None
     for x, y in points:
         if y >= 1:

@@ -7,6 +7,7 @@ A row is {"name", "series", "kind", "x", "config", "quality", "planned", "here"}
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Final, Literal, NamedTuple
@@ -25,7 +26,7 @@ from planner.report.figure import BLUE, GREEN, ORANGE, RED
 from planner.report.words import kind_of
 from planner.speed.seconds import seconds_of
 from planner.workload import Dtype, Workload
-from studies.panels import Curves, Figure, Mark, Panel
+from studies.panels import Curves, Mark, Number, Panel
 from studies.records import Row, Step, markdown
 from studies.study import Rows, Scope
 
@@ -190,9 +191,9 @@ def held(part: Row) -> float | None:
 
 
 def spread(figures: Iterable[float | None]) -> tuple[float, float]:
-    """(least, most) of those that are there."""
+    """(least, most) of those that are there; not numbers if none is."""
     known = [figure for figure in figures if figure is not None]
-    return min(known), max(known)
+    return min(known, default=math.nan), max(known, default=math.nan)
 
 
 def seeds_kb(part: Row) -> float:
@@ -234,10 +235,10 @@ def _cells(row: Row, ratio: float | None) -> list[str]:
     ]  # fmt: skip
 
 
-def _ms(seconds: float | None) -> str:
-    if seconds is None:
+def _ms(taken: float | None) -> str:
+    if taken is None:
         return ""
-    return f"{seconds * 1e3:,.0f}" if seconds >= 0.1 else f"{seconds * 1e3:.3g}"
+    return f"{taken * 1e3:,.0f}" if taken >= 0.1 else f"{taken * 1e3:.3g}"
 
 
 def _mb(nbytes: int | None) -> str:
@@ -252,7 +253,7 @@ def _of_floor(part: Row) -> str:
 # The panels.
 
 
-def memory_panel(first: Row, reported: Figure) -> Panel:
+def memory_panel(first: Row, reported: Number) -> Panel:
     """Of rows beside each other: measured, predicted for the card, and what the reports say (a token, in
     their unit)."""
     mine, card = first["here"], first["planned"]

@@ -45,3 +45,5 @@ def test_what_is_said_is_computed(rows):
     assert "multihead" in said.found.partition("the largest")[2]
     assert "112.5 ms" in said.seeds
     assert "3,011.9 ms" in said.seeds
+    rows[0]["here"]["seconds"] = rows[0]["here"]["allocated"] = None
+    assert "the fastest is dilated" in implementations.said(rows).found

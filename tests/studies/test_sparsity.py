@@ -29,6 +29,11 @@ def test_the_break_even_is_where_the_time_of_dense_is_first_reached(points, even
     assert sparsity.break_even(points) == pytest.approx(even)
 
 
+def test_without_dense_there_is_no_break_even(rows):
+    rows[0]["here"]["seconds"] = None
+    assert all(math.isnan(ways["measured"]) for ways in sparsity.evens(rows).values())
+
+
 def test_dense_comes_first_and_every_series_has_every_fraction():
     cases = sparsity.cases(sparsity.FRACTIONS)
     assert cases[0].config.variant == "dense"
