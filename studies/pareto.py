@@ -149,7 +149,9 @@ def _cloud(axes: Any, row: Row, name: str) -> None:
     """Candidates faint, the front by kind, the best of two as a line, the picks by name; `name` over time."""
     label, scale = SHOWN[name]
     every, front = row["candidates"], row["front"]
-    axes.scatter(_ms(every["seconds"]), [scale * y for y in every[name]], color=FAINT, s=3, zorder=1)
+    # As pixels: thousands of shapes would make a vector picture of megabytes.
+    axes.scatter(_ms(every["seconds"]), [scale * y for y in every[name]], color=FAINT, s=3, zorder=1,
+                 rasterized=True)  # fmt: skip
     best = itertools.accumulate((scale * point[name] for point in front), max if name == "mass" else min)
     axes.plot(_ms(point["seconds"] for point in front), list(best), color=INK, linewidth=0.9,
               drawstyle="steps-post", zorder=2)  # fmt: skip
