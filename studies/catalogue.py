@@ -19,12 +19,18 @@ QUESTIONS: Final[dict[str, str]] = {
     "memory-pool": "Where does a memory pool help, and where not?",
     "memory-per-token": "How many bytes does a token take, from 2K to 1M tokens?",
     "floors": "How far above q, k, v and out does each attention go?",
+    "dilation": "What does dilation change in memory, time, mass and reach?",
+    "segments": "What does the segment length change?",
+    "block-size": "What does the block size change?",
+    "sparsity": "What does the fraction of blocks kept change?",
+    "implementations": "Which attention is fastest and which leanest at 16K tokens?",
     "million-tokens": "What do one and ten million tokens need?",
     "accuracy": "How far are predictions of memory and time from measurements?",
     "model-speed": "How fast are the planner's own models?",
     "fits": "Does what is recommended fit, for real?",
     "search": "How near does the search come to the exact optimum?",
     "min-mass": "What does attention mass cost, and why is the gate at 0.8?",
+    "pareto": "What can be had for less memory, less time or less mass?",
     "peers": "How fast is each attention against FlexAttention and dense SDPA?",
 }
 """In the order in which `all` runs them and lists show them."""

@@ -1,0 +1,104 @@
+"""What does the block size change? `planner study block-size`
+
+Blocks of 16 to 512 tokens with as many tokens kept a row, causal: there a window ends at any block, so that
+every size keeps just as many.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Final
+
+from attention.config import AttentionConfig
+from planner import gpus
+from planner.report.figure import KINDS, title, token_axis
+from studies.panels import curves
+from studies.records import Step
+from studies.study import Rows, Said, Scope, Study
+from studies.trade_offs import (
+    FLEX_CARD,
+    Case,
+    Plan,
+    adaptive,
+    asked,
+    case_steps,
+    five,
+    held,
+    here,
+    slower,
+    sparse,
+    spread,
+    table,
+    task,
+)
+
+SEQ, QUICK = 16_384, 2048
+SIZES, QUICK_SIZES = (16, 32, 64, 128, 256, 512), (16, 128)
+SERIES: Final = ("local_window", "global_local", "dilated_sparse", "adaptive")
+
+
+def config_of(kind: str, size: int, seq: int, kept: int) -> AttentionConfig:
+    """A config of a kind that keeps `kept` tokens a row where causality permits them, in blocks of a size. A
+    causal window keeps its own block beside what it looks back to; of global_local a third is global."""
+    if kind == "local_window":
+        return sparse(kind="local_window", block=size, local_window_size=kept - size)
+    if kind == "global_local":
+        window = 2 * kept // 3 - size
+        return sparse(kind="global_local", block=size, local_window_size=window, global_tokens=kept // 3)
+    if kind == "adaptive":
+        return adaptive(size, kept / seq)
+    return sparse((seq // 8, seq // 2, seq), (1, 4, 16), block=size, sparsity_ratio=kept / seq)
+
+
+def cases(seq: int, sizes: tuple[int, ...]) -> list[Case]:
+    """As many tokens as three of the largest blocks."""
+    kept = 3 * sizes[-1]
+    return [
+        Case(f"{kind}, blocks of {size}", config_of(kind, size, seq, kept), kind, size, {"kept": kept})
+        for kind in SERIES
+        for size in sizes
+    ]
+
+
+def steps(scope: Scope) -> list[Step]:
+    seq, sizes = (QUICK, QUICK_SIZES) if scope.quick else (SEQ, SIZES)
+    plan = Plan(task(seq, causal=True), gpus.find(FLEX_CARD))
+    return case_steps(cases(seq, sizes), plan, here(scope, seq, causal=True))
+
+
+def draw(figure: Any, rows: Rows) -> None:
+    """Five panels over the block size."""
+    sizes = [row["x"] for row in rows if row["series"] == rows[0]["series"]]
+
+    def along(axes: Any) -> None:
+        token_axis(axes.xaxis, sizes)
+        axes.set_xlabel("block, tokens")
+
+    curves(figure, rows, five(rows), along, {kind: KINDS[kind] for kind in SERIES})
+    title(
+        figure,
+        f"Block sizes, {rows[0]['kept']:,} tokens kept a row",
+        f"{asked(rows[0]['here'])}; {asked(rows[0]['planned'])}; 8 heads x 64",
+    )
+
+
+def said(rows: Rows) -> Said:
+    memory = spread(held(row["here"]) for row in rows)
+    found = []
+    for kind in SERIES:
+        mine = [row for row in rows if row["series"] == kind]
+        small, large = mine[0], mine[-1]
+        ratio = slower(large, small) or math.nan
+        lost = small["quality"]["mass"] - large["quality"]["mass"]
+        found.append(f"{kind} {ratio:.2f} times the time and {-100 * lost:+.1f} points of mass")
+    sizes = [row["x"] for row in rows]
+    return Said(
+        f"Asked: what does the block size change where every row keeps {rows[0]['kept']:,} tokens?",
+        f"Found: blocks of {max(sizes)} instead of {min(sizes)} take, {asked(rows[0]['here'])}: "
+        f"{'; '.join(found)}; memory stays at {memory[0]:.2f} to {memory[1]:.2f} times q, k, v and out.",
+        "The seeds too call large blocks faster and less flexible, but count them among what doubles memory: "
+        "here a call is cut to the workspace, whatever the block.",
+    )
+
+
+STUDY = Study(steps, {"block-size": table}, draw, said)

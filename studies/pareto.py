@@ -1,0 +1,198 @@
+"""What can be had for less memory, less time or less mass? `planner study pareto`
+
+All candidates of the grid that `recommend` enumerates, the front that none surpasses, and the three picks
+from it, for two questions. Nothing is measured: memory and time are predicted.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping
+from functools import partial
+from itertools import groupby
+from typing import Any, Final
+
+import numpy as np
+
+from planner.recommend import MIN_MASS, TRIALS
+from planner.recommendation import Question, question
+from planner.report import words
+from planner.report.figure import INK, KINDS, MUTED, RED, TEXT, title
+from planner.report.words import kind_of
+from planner.search.grid import Table, enumerate_grid, exact, pareto
+from planner.search.picks import Pick, pick
+from planner.search.space import grid
+from studies.panels import plain
+from studies.records import Row, Step, markdown
+from studies.study import Rows, Said, Scope, Study
+
+QUESTIONS: Final[Mapping[str, dict[str, Any]]] = {
+    "8 GB, inference": {"vram": "8GB", "seq": 131_072},
+    "H100, causal training": {
+        "gpu": "h100-sxm", "seq": 131_072, "causal": True, "mode": "training", "dtype": "bfloat16",
+    },
+}  # fmt: skip
+"""As `recommend` takes them."""
+SHOWN: Final = {
+    "seconds": ("predicted ms", 1e3), "mb": ("memory, upper bound, MB", 1.0),
+    "mass": ("mass of dense attention, %", 100.0),
+}  # fmt: skip
+"""What is shown of a config: its label, and what it is multiplied by."""
+FAINT: Final = "#c3c9ce"
+NAME: Final = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5}
+"""Behind the name of a pick, so that it can be read over candidates."""
+
+
+def front_row(name: str, asked: Mapping[str, Any], trials: int) -> Row:
+    """One question: all candidates of the grid, what none surpasses, what is picked."""
+    found = question(**asked, trials=trials)
+    answer = found.answer
+    return {
+        "name": name, "asked": dict(asked), "on": answer.on, "task": words.task(answer.workload),
+        "budget": answer.budget, "profile": answer.quality.profile, "grid": answer.search.grid,
+        "passed": answer.search.passed,
+        **_enumerated(found),
+        "picks": [_point(one) for one in answer.alternatives],
+    }  # fmt: skip
+
+
+def _enumerated(found: Question) -> Row:
+    """`candidates`, column by column, and `front`, the fastest first."""
+    scenario = found.scenario
+    every = enumerate_grid(scenario, grid(found.space, scenario.workload, flex=scenario.flex))
+    points = (exact(scenario, every.table, int(index)) for index in pareto(scenario, every))
+    front = [_point(pick(point)) for point in points if point is not None]
+    return {"candidates": distinct(every.table), "front": front}
+
+
+def _point(one: Pick) -> Row:
+    return {
+        "role": one.role, "kind": kind_of(one.config), "seconds": one.seconds, "mb": one.upper / 1e6,
+        "mass": one.mass, "layers": one.layers,
+        "config": one.config.model_dump(mode="json", exclude_defaults=True),
+    }  # fmt: skip
+
+
+def distinct(table: Table) -> dict[str, list[float]]:
+    """Seconds to 2%, MB to 0.1%, mass to half a percent of all candidates, each combination once: what a
+    picture can tell apart."""
+    memory, seconds, mass = table.figures
+    rounded = np.stack(
+        [np.round(np.log(seconds) * 50), np.round(np.log(memory) * 1000), np.round(mass * 200)], axis=1
+    )
+    _, first = np.unique(rounded, axis=0, return_index=True)
+    columns = {"seconds": seconds[first], "mb": memory[first] / 1e6, "mass": mass[first]}
+    return {name: [float(f"{number:.4g}") for number in column] for name, column in columns.items()}
+
+
+def steps(scope: Scope) -> list[Step]:
+    """A step a question; quick, without trials."""
+    trials = 0 if scope.quick else TRIALS
+    return [(name, partial(front_row, name, asked, trials)) for name, asked in QUESTIONS.items()]
+
+
+def picks_table(rows: Rows) -> str:
+    """The three picks of each question."""
+    return markdown(
+        (
+            [row["name"], one["role"], one["kind"], *(_number(one[name], name) for name in SHOWN),
+             one["layers"]]
+            for row in rows
+            for one in row["picks"]
+        ),
+        ["question", "pick", "attention", *(label for label, _ in SHOWN.values()), "layers"],
+    )  # fmt: skip
+
+
+def front_table(rows: Rows) -> str:
+    """The front by kind of attention."""
+    body = []
+    for row in rows:
+        ordered = sorted(row["front"], key=lambda point: str(point["kind"]))
+        for kind, group in groupby(ordered, key=lambda point: str(point["kind"])):
+            points = list(group)
+            ranges = [
+                " to ".join(_number(end(point[name] for point in points), name) for end in (min, max))
+                for name in SHOWN
+            ]
+            body.append([row["name"], kind, len(points), *ranges])
+    return markdown(body, ["question", "attention", "on the front", *(label for label, _ in SHOWN.values())])
+
+
+def _number(number: float, name: str) -> str:
+    return f"{number * SHOWN[name][1]:,.1f}"
+
+
+def draw(figure: Any, rows: Rows) -> None:
+    """A line a question: mass and memory over time."""
+    figure.set_size_inches(11, 1.2 + 3.7 * len(rows))
+    for (mass, memory), row in zip(figure.subplots(len(rows), 2, squeeze=False), rows, strict=True):
+        _cloud(mass, row, "mass")
+        _cloud(memory, row, "mb")
+        memory.set_ylabel(f"{SHOWN['mb'][0]} of {row['budget'] / 1e6:,.0f}")
+        mass.axhline(100 * MIN_MASS, color=MUTED, linewidth=1, linestyle=":")
+        mass.annotate("the gate", (0.02, 100 * MIN_MASS), xycoords=("axes fraction", "data"), xytext=(0, 3),
+                      textcoords="offset points", fontsize=TEXT, color=MUTED)  # fmt: skip
+        mass.set_title(f"{row['on']}, {row['task']}", loc="left")
+    kinds = {point["kind"]: KINDS[point["kind"]] for row in rows for point in row["front"]}
+    empty = figure.axes[0]
+    handles = [
+        empty.scatter([], [], color=color, marker=marker, s=30, label=f"on the front: {kind}")
+        for kind, (color, marker) in kinds.items()
+    ]
+    handles.append(empty.scatter([], [], color=FAINT, s=12, label="other candidates"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+    title(figure, "What nothing surpasses in memory, time and mass together", "predicted; the picks in red")
+
+
+def _cloud(axes: Any, row: Row, name: str) -> None:
+    """Candidates faint, the front by kind, the best of two as a line, the picks by name; `name` over time."""
+    label, scale = SHOWN[name]
+    every, front = row["candidates"], row["front"]
+    # As pixels: thousands of shapes would make a vector picture of megabytes.
+    axes.scatter(_ms(every["seconds"]), [scale * y for y in every[name]], color=FAINT, s=3, zorder=1,
+                 rasterized=True)  # fmt: skip
+    best = itertools.accumulate((scale * point[name] for point in front), max if name == "mass" else min)
+    axes.plot(_ms(point["seconds"] for point in front), list(best), color=INK, linewidth=0.9,
+              drawstyle="steps-post", zorder=2)  # fmt: skip
+    for point in front:
+        color, marker = KINDS[point["kind"]]
+        axes.scatter(1e3 * point["seconds"], scale * point[name], color=color, marker=marker, s=30, zorder=3)
+    places: dict[tuple[float, float], list[str]] = {}
+    for one in row["picks"]:
+        places.setdefault((1e3 * one["seconds"], scale * one[name]), []).append(one["role"])
+    for place, roles in places.items():
+        axes.scatter(*place, s=150, facecolors="none", edgecolors=RED, linewidths=1.5, zorder=4)
+        axes.annotate(", ".join(roles), place, xytext=(-6, 8), textcoords="offset points", ha="right",
+                      color=RED, fontsize=TEXT, zorder=4, bbox=NAME)  # fmt: skip
+    axes.set(xscale="log", xlabel="predicted ms a call", ylabel=label)
+    axes.margins(y=0.1)
+    plain(axes.xaxis)
+    axes.grid(axis="y")
+
+
+def _ms(seconds: Iterable[float]) -> list[float]:
+    return [1e3 * each for each in seconds]
+
+
+def said(rows: Rows) -> Said:
+    found = []
+    for row in rows:
+        picks = "; ".join(
+            f"{one['role']} {one['kind']}, {1e3 * one['seconds']:,.0f} ms, {one['mass']:.0%} of the mass"
+            for one in row["picks"]
+        )
+        memory = [point["mb"] for point in row["front"]]
+        found.append(
+            f"{row['name']}: of {row['grid']:,} candidates {row['passed']:,} pass and {len(row['front'])} "
+            f"are unsurpassed ({picks}), within {max(memory) / min(memory) - 1:.0%} of each other in memory"
+        )
+    return Said(
+        "Asked: what can be had for less memory, less time or less of dense attention's mass?",
+        f"Found (predicted): {'. '.join(found)}.",
+        "The seeds weigh memory against speed, where the sparsest config always wins; with mass as a third "
+        "aim the choice is open.",
+    )
+
+
+STUDY = Study(steps, {"pareto": picks_table, "pareto-front": front_table}, draw, said, devices=("cpu",))

@@ -1,0 +1,103 @@
+"""What does the segment length change? `planner study segments`
+
+The first segment from 256 tokens to all of them, alone and with two dilated branches up to the whole
+sequence; of tokens (dilated) and of blocks (dilated_sparse).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from planner import gpus
+from planner.report.figure import BLUE, GREEN, ORANGE, RED, title, token_axis
+from studies.panels import curves
+from studies.records import Step
+from studies.study import Rows, Said, Scope, Study
+from studies.trade_offs import (
+    SEEDS_CARD,
+    Case,
+    Plan,
+    asked,
+    case_steps,
+    dilated,
+    five,
+    held,
+    here,
+    sparse,
+    spread,
+    table,
+    task,
+)
+
+SEQ: Final = 65_536
+"""Of what is predicted."""
+HERE, QUICK = 16_384, 1024
+"""Of what is measured: segments beyond it are all of it."""
+FIRST: Final = tuple(256 << power for power in range(9))
+QUICK_FIRST: Final = (256, 1024, 65_536)
+KEPT, BLOCK = 0.05, 128
+SERIES: Final = {
+    "dilated, one branch": (ORANGE, "^"), "dilated, three branches": (RED, "s"),
+    "dilated_sparse, one branch": (GREEN, "v"), "dilated_sparse, three branches": (BLUE, "o"),
+}  # fmt: skip
+"""Colour and marker of each."""
+
+
+def cases(quick: bool = False) -> list[Case]:
+    """By series, then by the first segment."""
+    found = []
+    for series in SERIES:
+        for first in QUICK_FIRST if quick else FIRST:
+            count = 3 if "three" in series else 1
+            lengths, rates = (first, min(4 * first, SEQ), SEQ)[:count], (1, 4, 16)[:count]
+            if "sparse" in series:
+                config = sparse(lengths, rates, block=BLOCK, sparsity_ratio=KEPT)
+            else:
+                config = dilated(lengths, rates)
+            found.append(Case(f"{series}, first {first:,}", config, series, first))
+    return found
+
+
+def steps(scope: Scope) -> list[Step]:
+    plan = Plan(task(SEQ), gpus.find(SEEDS_CARD))
+    return case_steps(cases(scope.quick), plan, here(scope, QUICK if scope.quick else HERE))
+
+
+def draw(figure: Any, rows: Rows) -> None:
+    """Five panels over the first segment."""
+    ticks = [row["x"] for row in rows if row["series"] == rows[0]["series"]]
+    shown = ticks[:: 2 if len(ticks) > 5 else 1]
+
+    def along(axes: Any) -> None:
+        token_axis(axes.xaxis, shown)
+        axes.set_xlabel("first segment, tokens")
+
+    curves(figure, rows, five(rows), along, SERIES)
+    title(
+        figure,
+        f"Segment lengths; dilated_sparse with {KEPT:.0%} of the blocks of {BLOCK}",
+        f"{asked(rows[0]['here'])}; {asked(rows[0]['planned'])}; 8 heads x 64",
+    )
+
+
+def said(rows: Rows) -> Said:
+    memory = spread(held(row[part]) for row in rows for part in ("here", "planned"))
+    alone = [row for row in rows if row["series"] == "dilated, one branch"]
+    blocks = [row for row in rows if row["series"] == "dilated_sparse, three branches"]
+    first, last = alone[0], alone[-1]
+    longer = last["planned"]["seconds"] / first["planned"]["seconds"]
+    time = spread(row["planned"]["seconds"] for row in blocks)
+    kept = spread(row["quality"]["mass"] for row in blocks)
+    return Said(
+        "Asked: what does the length of the first segment change in memory, time, mass and reach?",
+        f"Found: memory stays at {memory[0]:.2f} to {memory[1]:.2f} times q, k, v and out; dilated with "
+        f"{last['x']:,} instead of {first['x']:,} tokens takes {longer:.0f} times the time (predicted, "
+        f"{asked(first['planned'])}) and keeps {last['quality']['mass']:.0%} instead of "
+        f"{first['quality']['mass']:.0%} of the mass; with {KEPT:.0%} of the blocks kept, time changes by "
+        f"{time[1] / time[0] - 1:.0%} and mass from {kept[0]:.0%} to {kept[1]:.0%}.",
+        "The seeds count a buffer as long as the segment, 2 to 128 MB, and call 4,096 tokens the fastest: "
+        "segments here are views and have no buffer, and a token's work grows with its segment.",
+    )
+
+
+STUDY = Study(steps, {"segments": table}, draw, said)
