@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-from studies import catalogue, pages, reader
+import attention
+import planner
+from studies import catalogue, pages, reader, reference
 
 ROOT = pages.ROOT
 README = ROOT / "README.md"
@@ -141,6 +144,38 @@ def test_a_block_is_left_out_for_a_known_reason_only():
 def test_what_a_page_draws_comes_back():
     found = reader.follow("<!-- drawn: echo x > docs/pictures/a.svg -->\n", "page")
     assert found.pictures == {"a.svg": b"x\n"}
+
+
+# The reference.
+
+
+@pytest.mark.parametrize("module", [attention, planner])
+def test_the_reference_has_every_public_name(module: ModuleType):
+    page = reference.library()
+    assert not [name for name in module.__all__ if f"\n### {name}\n" not in page]
+
+
+def test_the_reference_has_every_command_with_its_example():
+    page = reference.command_line()
+    for name in ("recommend", "tune", "estimate", "study"):
+        assert f"\n## planner {name}\n" in page
+        assert f"Usage: planner {name} " in page
+    assert "Exit codes: 0 done, 1 " in page
+    assert "planner tune --vram 1GB --seq 4K --trials 5" in page
+
+
+def test_types_and_defaults_are_shown_as_a_reader_knows_them():
+    page = reference.library()
+    assert "- `segment_lengths`: `tuple[int, ...]`, default `()`. Tokens a segment" in page
+    assert "- `sparsity_ratio`: `float`, default `0.1`. Fraction of blocks" in page
+    assert "    trials: int = 30,\n" in page
+
+
+@pytest.mark.parametrize("name", reference.TABLES)
+def test_tables_of_constants_are_tables(name: str):
+    head, rule, *rows = reference.TABLES[name]().splitlines()
+    assert rows
+    assert len({line.count("|") for line in (head, rule, *rows)}) == 1
 
 
 # Pictures.
