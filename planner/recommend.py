@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 LAYERS: Final = 12
 """Of a model, in which each token must hear of all."""
 MIN_MASS: Final = 0.8
-"""Least share of dense attention's mass; docs/quality.md says why."""
+"""Least share of dense attention's mass; docs/explanation/quality.md says why."""
 TRIALS: Final = 24
 """Of Optuna, after the grid."""
 

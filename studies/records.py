@@ -1,7 +1,7 @@
 """What studies share: where a figure was measured, data on disk, and the tables made from it.
 
 Data is JSON beside the studies, one file a study and kind of machine (`peers.cpu-avx2.json`). Tables in
-docs/ stand between `<!-- table: NAME -->` and `<!-- end -->` and are written by `python -m studies.tables`,
+docs/ stand between `<!-- table: NAME -->` and `<!-- end -->` and are written by `python -m studies.pages`,
 never by hand.
 """
 

@@ -255,7 +255,7 @@ def _add_gradients(
     grad: Tensor, q: Tensor, out: Tensor, lse: Tensor, begun: _Pass, wide: torch.dtype,
 ) -> None:  # fmt: skip
     """Gradients of one part of a call's keys by the fused backward, in pieces: in single precision on a
-    CPU, whose 16-bit backward takes many times its forward (docs/speed.md)."""
+    CPU, whose 16-bit backward takes many times its forward (docs/explanation/speed.md)."""
     scratch = begun.scratch
 
     def in_wide(name: str, x: Tensor) -> Tensor:

@@ -35,9 +35,9 @@ ALIGNED = ("flash", "efficient")
 @cache
 def steady_heap() -> None:
     """Lets glibc keep freed blocks of up to 32 MiB for the next call instead of handing them back to
-    the system, whose fresh pages cost more than the kernels that fill them (docs/speed.md). Freeing one
-    block of that size is the documented way (mallopt(3), dynamic mmap threshold); it is never touched,
-    so it takes no memory. Elsewhere this does nothing."""
+    the system, whose fresh pages cost more than the kernels that fill them (docs/explanation/speed.md).
+    Freeing one block of that size is the documented way (mallopt(3), dynamic mmap threshold); it is never
+    touched, so it takes no memory. Elsewhere this does nothing."""
     torch.empty((32 << 20) - (64 << 10), dtype=torch.uint8)
 
 

@@ -316,8 +316,8 @@ def chunk_tokens(
     """Query tokens of a block-sparse call: as many as make the kernel fast, within a share of the
     workspace, and never more than a small share of the floor, so that short sequences stay lean too.
 
-    CPU: 1,024 tokens (docs/speed.md), 1/128 of the floor. CUDA, where a call has to fill the device: a
-    quarter of the workspace, 1/32 of the floor.
+    CPU: 1,024 tokens (docs/explanation/speed.md), 1/128 of the floor. CUDA, where a call has to fill the
+    device: a quarter of the workspace, 1/32 of the floor.
     """
     floor = seq * (heads + kv_heads)
     if cpu:

@@ -69,10 +69,11 @@ class Profile(Value):
         return self
 
 
-_SHAPE = (
+ASSUMED = (
     " The shares and scales themselves are this project's assumption, chosen to have that shape; measure "
     "your model's q and k for figures of its own."
 )
+"""What holds of every preset after a publication."""
 
 PRESETS: Final[Mapping[str, Profile]] = MappingProxyType(
     {
@@ -82,7 +83,7 @@ PRESETS: Final[Mapping[str, Profile]] = MappingProxyType(
                 name="balanced",
                 source="Sinks on four first tokens (StreamingLLM, arXiv 2309.17453), most of the rest near, "
                 "a tenth anywhere: few heads retrieve (under 5%, arXiv 2404.15574), but those decide what "
-                "can be found." + _SHAPE,
+                "can be found." + ASSUMED,
                 sink_mass=0.2, scales=(16.0, 256.0, 4096.0), shares=(0.35, 0.25, 0.1), far_mass=0.1,
             ),
             Profile(
@@ -95,13 +96,13 @@ PRESETS: Final[Mapping[str, Profile]] = MappingProxyType(
                 name="streaming",
                 source="Half on the first four tokens and most of the rest recent, the A-shape of heads that "
                 "MInference (arXiv 2407.02490) describes and StreamingLLM (arXiv 2309.17453) relies on."
-                + _SHAPE,
+                + ASSUMED,
                 sink_mass=0.5, scales=(16.0, 256.0), shares=(0.3, 0.17), far_mass=0.03,
             ),
             Profile(
                 name="retrieval",
                 source="Heads that copy from anywhere in the context (retrieval heads, arXiv 2404.15574; the "
-                "vertical lines of MInference, arXiv 2407.02490): a quarter is planted far tokens." + _SHAPE,
+                "vertical lines of MInference, arXiv 2407.02490): a quarter is planted far tokens." + ASSUMED,
                 sink_mass=0.2, scales=(16.0, 1024.0, 16384.0), shares=(0.2, 0.2, 0.15), far_mass=0.25,
             ),
         )

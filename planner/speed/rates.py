@@ -162,7 +162,7 @@ def _gpu_costs(gpu: Gpu, dtype: str, peak: float, bandwidth: float) -> tuple[Cos
 CPU_BANDWIDTH: Final = 8e9
 """Bytes a second and thread: assumption."""
 CPU_MATRIX_UNIT: Final = 8.0
-"""Times as fast with a matrix unit for the type (docs/speed.md, AMX)."""
+"""Times as fast with a matrix unit for the type (docs/explanation/speed.md, AMX)."""
 CPU_PEAK: Final = {"float32": 80e9, "bfloat16": 75e9, "float16": 45e9, "float64": 40e9}
 """FLOP/s of a thread in large calls."""
 _FORWARD: Final[dict[str, Costs]] = {

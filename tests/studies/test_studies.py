@@ -1,4 +1,4 @@
-"""The studies' data functions at small sizes, their tables, and docs that equal the committed data."""
+"""The studies' data functions at small sizes, their tables, and what a study is."""
 
 import json
 from functools import partial
@@ -10,7 +10,7 @@ from attention import AttentionConfig, build
 from attention.errors import AttentionPlannerError, ConfigError, UnavailableError
 from planner.footprint import footprint
 from planner.report import figure
-from studies import catalogue, floors, peers, records, study, tables
+from studies import catalogue, floors, peers, records, study
 
 CPU = torch.device("cpu")
 
@@ -107,11 +107,6 @@ def test_what_another_command_left_is_not_gone_on_with(tmp_path):
 def test_a_markdown_table_puts_numbers_to_the_right():
     text = records.markdown([["a", "1.5"], ["b", "-2"]], ["what", "figure"])
     assert text.splitlines() == ["| what | figure |", "| --- | ---: |", "| a | 1.5 |", "| b | -2 |"]
-
-
-@pytest.mark.parametrize("page", sorted(tables.DOCS.glob("*.md")), ids=lambda path: path.name)
-def test_the_docs_tables_are_those_of_the_committed_data(page):
-    assert tables.filled(page.read_text()) == page.read_text()
 
 
 # Studies as a whole.
