@@ -252,18 +252,26 @@ def grid_table() -> str:
     def mebibytes(values: Sequence[int]) -> list[float]:
         return [value / (1 << 20) for value in values]
 
+    def powers(exponents: tuple[int, int]) -> str:
+        low, high = mebibytes([1 << power for power in exponents])
+        return f"powers of two from {low:g} to {high:g}"
+
     rows = [
         ("attention", ", ".join(space.Space().kinds), "the same"),
         ("block size", each(space.BLOCK_SIZES), ends(space.FREE_BLOCK_SIZES)),
         ("window", "powers of two blocks and three times those, until all is seen", "any number of blocks"),
-        ("global tokens", each(space.GLOBAL_TOKENS), f"1 to {space.MOST_GLOBAL} blocks"),
+        (
+            "global tokens",
+            each(space.GLOBAL_TOKENS),
+            f"any blocks, to {space.MOST_GLOBAL:,} tokens",
+        ),
         ("fraction of blocks kept", each(space.RATIOS), f"{space.LEAST_RATIO:g} to 1"),
         ("branches", f"1 to {space.MAX_BRANCHES}", "the same"),
         ("first segment, dilated", each(space.SEGMENTS), "any"),
         ("first segment, dilated_sparse", each(space.SPARSE_SEGMENTS), "any"),
         ("growth of segments from branch to branch", each(space.GROWTHS), f"any to {space.MOST_GROWTH:,}"),
         ("growth of rates", each(space.GROWTHS), f"any to {space.MOST_RATE_GROWTH}"),
-        ("workspace, MiB", each(mebibytes(space.WORKSPACES)), ends(mebibytes(space.FREE_WORKSPACES))),
+        ("workspace, MiB", each(mebibytes(space.WORKSPACES)), powers(space.FREE_WORKSPACES)),
         ("backend", "`auto`; where that is FlexAttention, `sdpa` too", "the same"),
     ]
     return markdown(rows, ["dimension", "the grid", "the full space"])

@@ -67,5 +67,5 @@ def _points(
             away = q - k
             sees = (away % step == 0) & (away <= left) & (away >= (0 if causal else -right)) & (k < n)
             kept += covered * sees
-    number = np.minimum(np.minimum(sinks, n), q + 1 if causal else n)
+    number = np.maximum(np.minimum(np.minimum(sinks, n), q + 1 if causal else n), 1)  # profiles may have none
     return (mass * weights).sum(axis=1), (kept / number * weights).sum(axis=1)

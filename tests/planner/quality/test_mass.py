@@ -215,3 +215,10 @@ def test_mass_is_that_of_softmax_over_sampled_q_and_k(config, name):
     mask = (multiplicity(config, n, 4, True).numpy() > 0).mean(axis=0)
     captured = np.mean([(mask * drawn(rng, n, profile, True)).sum(axis=1).mean() for _ in range(12)])
     assert mass_of(config, workload, profile) == pytest.approx(captured, abs=0.01)
+
+
+def test_a_profile_without_sinks_has_a_mass_for_branches_that_do_not_nest():
+    profile = preset("balanced").model_copy(update={"sink_mass": 0.0, "far_mass": 0.3})
+    config = AttentionConfig(variant="dilated", segment_lengths=(100, 270), dilation_rates=(1, 3))
+    workload = Workload(seq=300, heads=2, causal=True)
+    assert mass_of(config, workload, profile) == pytest.approx(brute(config, workload, profile), abs=1e-3)
