@@ -9,7 +9,9 @@ from typing import Annotated, Any, Final, Literal
 import typer
 
 from attention.errors import ConfigError
-from planner.command import DONE, command, print_data
+from planner.command import DONE, command, ink, print_data
+from planner.options import Format, say
+from planner.options_pictures import Pictured, View
 
 OUT: Final = "study-results"
 
@@ -63,4 +65,41 @@ def study(
             [{"study": a.name, "said": list(a.said), "files": list(map(str, a.files))} for a in answers],
             format,
         )
+    return DONE
+
+
+@command("show", "planner show docs/examples/large.json --seq 128K --causal")
+def show(
+    *,
+    view: View,
+    config: Pictured,
+    profile: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Where attention's mass lies. [default: balanced]")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw the layout, as .png or .svg.")
+    ] = None,
+    format: Format = "table",
+) -> int:
+    """Picture which tokens an attention lets see which.
+
+    Of a dilated attention what its first head sees is drawn, and which positions the others take. What an
+    adaptive one sees is chosen at run time: of it only the budget is known.
+    """
+    from planner.quality.profiles import DEFAULT, preset
+    from planner.report.layout import seen, seen_data
+
+    found = seen(config, view, preset(profile or DEFAULT))
+    if plot is not None:
+        from planner.report.plot_layout import plot_layout
+
+        plot_layout(found, plot)
+    if format == "table":
+        from planner.report.layout_text import seen_text
+
+        typer.echo(seen_text(found, ink()))
+    else:
+        print_data(seen_data(found), format)
+    if plot is not None:
+        say(f"the layout was drawn in {plot}")
     return DONE

@@ -101,7 +101,7 @@ def tokens(count: float) -> str:
     """A number of tokens on an axis: 512, 64K, 1M."""
     for size, unit in ((1 << 20, "M"), (1 << 10, "K")):
         if count >= size:
-            return f"{count / size:g}{unit}"
+            return f"{count / size:.4g}{unit}"
     return f"{count:g}"
 
 
