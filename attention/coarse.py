@@ -44,7 +44,7 @@ def shares(
     config: AttentionConfig, seq: int, causal: bool, rows: int, columns: int, *, head: int = 0
 ) -> Floats:
     """[rows, columns], no more than there are units: the share of each cell's pairs of units that is kept, of
-    a dilated config by `head`. Cells of more rows than SAMPLED are judged by so many, the first among them."""
+    a dilated config by `head`. Cells of more rows than SAMPLED are judged by so many, the first with them."""
     count = units(config, seq).number
     edges = _edges(columns, count)
     at = _edges(rows, count)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
-from typing import Annotated, Any, Final, NewType
+from typing import Annotated, Any, Final, NewType, TypeAlias
 
 import typer
 
@@ -22,7 +22,7 @@ Pictured = NewType("Pictured", AttentionConfig)
 View = NewType("View", Workload)
 """Over what a config is pictured."""
 
-_FILE: Final = Annotated[
+_File: TypeAlias = Annotated[
     Path | None,
     typer.Argument(metavar="FILE", help="A config, or what a command printed as JSON.", show_default=False),
 ]
@@ -36,7 +36,7 @@ def build_pictured(**given: Any) -> Pictured:
 _of_config = inspect.signature(build_config, eval_str=True)
 build_pictured.__signature__ = _of_config.replace(  # type: ignore[attr-defined]
     parameters=[
-        option.replace(annotation=_FILE) if name == "config" else option
+        option.replace(annotation=_File) if name == "config" else option
         for name, option in _of_config.parameters.items()
     ]
 )
@@ -44,7 +44,7 @@ build_pictured.__signature__ = _of_config.replace(  # type: ignore[attr-defined]
 
 def build_view(
     *,
-    config: _FILE = None,
+    config: _File = None,
     seq: Annotated[
         str | None,
         typer.Option(metavar="TOKENS", help=f"Tokens: 4096, 128K or 1M. [default: the file's, or {SEQ}]"),
@@ -54,7 +54,7 @@ def build_view(
 ) -> View:
     """The workload that these options describe; what they leave open is the file's, where it has one."""
     known = known_workload(config, named="")
-    given = {
+    given: dict[str, Any] = {
         "seq": known.get("seq", SEQ) if seq is None else parse_count(seq, "--seq"),
         "causal": known.get("causal", False) if causal is None else causal,
         "heads": known.get("heads", Workload.model_fields["heads"].default) if heads is None else heads,

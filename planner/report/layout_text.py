@@ -23,7 +23,7 @@ PLAIN: Final = " .:+#"
 
 
 def seen_text(found: Seen, ink: str) -> str:
-    """What it is, the picture, the figures. `ink`: what bars are drawn with; "#" where there is only ASCII."""
+    """What it is, its picture, its figures. `ink`: what bars are drawn with, "#" where all is ASCII."""
     workload = found.workload
     head = [
         f"{words.attention(found.config)}, over {workload.seq:,} tokens" + ", causal" * workload.causal,
@@ -103,7 +103,8 @@ def figures(found: Seen) -> list[tuple[str, str]]:
             ("blocks", f"{found.units:,} of {found.size:,} tokens"),
             ("chosen", "at run time, for each head by its trained scorer: which they are, and what mass and "
              "reach they have, is not known before"),
-            ("budget", f"{_some(found.most, 'block')} a row, {percent(found.most / found.units)} of all, its own among them"),
+            ("budget", f"{_some(found.most, 'block')} a row, {percent(found.most / found.units)} of all, "
+             "the row's own among them"),
         ]  # fmt: skip
     about = "" if found.exact else "about "
     even = found.least == found.most

@@ -77,7 +77,9 @@ def shape(config: AttentionConfig) -> str:
 
 
 def seconds(value: float) -> str:
-    """1.23 s, 45.6 ms or 789 us."""
+    """4,560 s, 1.23 s, 45.6 ms or 789 us."""
+    if 999.5 <= value < 1e9:
+        return f"{value:,.0f} s"
     for factor, unit in ((1, "s"), (1e3, "ms"), (1e6, "us")):
         if value * factor >= 1 or unit == "us":
             return f"{value * factor:.3g} {unit}"
