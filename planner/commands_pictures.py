@@ -103,3 +103,33 @@ def show(
     if plot is not None:
         say(f"the layout was drawn in {plot}")
     return DONE
+
+
+@command("report", "planner report answer.json --out report.html")
+def report(
+    *,
+    file: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="FILE", help="What `recommend` or `tune` printed as JSON.", show_default=False
+        ),
+    ] = None,
+    storage: Annotated[
+        str | None, typer.Option(metavar="URL", help="In place of a file, where `tune` keeps trials.")
+    ] = None,
+    study: Annotated[str | None, typer.Option(metavar="NAME", help="Their name in the storage.")] = None,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The page.")] = Path("report.html"),
+) -> int:
+    """Make an answer a page to read, print and send.
+
+    One file of HTML that needs nothing else: the answer, where the budget goes, why, what else there is, who
+    sees whom, the program, and where the figures are from. A file that is there is replaced.
+    """
+    if (file is None) == (storage is None) or (storage is None) != (study is None):
+        raise ConfigError("name one answer: either a file, or --storage URL and --study NAME")
+    from planner.report.files import write_whole
+    from planner.report.page import answer_page
+
+    write_whole(out, answer_page(file, storage, study).encode(), "--out")
+    say(f"the report was written to {out}")
+    return DONE

@@ -10,6 +10,7 @@ import shlex
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
+from planner import gpus
 from planner.recommend import LAYERS, MIN_MASS, TRIALS
 from planner.units import parse_bytes, parse_count
 from planner.workload import Workload
@@ -32,11 +33,14 @@ _SPACE: Final = {
 
 def recommend_command(vram: str | int | None, seq: str | int | None, asked: Mapping[str, Any]) -> str:
     """As `planner recommend` takes it; `asked` as `planner.recommend.Asked` has it."""
-    parts = ["planner", "recommend", *_budget(vram, seq)]
     gpu = asked.get("gpu")
-    key = gpu if isinstance(gpu, str) or gpu is None else gpu.key
-    if key is not None and not key.startswith("generic-"):
-        parts += ["--gpu", key]
+    card = gpus.find(gpu) if isinstance(gpu, str) and gpu != "cpu" else gpu
+    named = [] if card is None else ["--gpu", "cpu" if card == "cpu" else card.key]
+    if isinstance(card, gpus.Gpu):
+        named = named if card in gpus.known() else []
+        whole = vram is not None and parse_bytes(vram, "vram") == card.usable_bytes
+        vram = None if named and whole else vram
+    parts = ["planner", "recommend", *_budget(vram, seq), *named]
     usual = "seq" if seq is None else "speed"
     if asked.get("objective") not in (None, usual):
         parts += ["--objective", asked["objective"]]

@@ -94,7 +94,7 @@ class Tuned(Value):
     @property
     def speedup(self) -> float:
         """How many times as fast as the analytic pick."""
-        if self.analytic.seconds is None or self.best.seconds is None:
+        if not self.analytic.seconds or not self.best.seconds:
             return math.inf
         return self.analytic.seconds / self.best.seconds
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -11,6 +10,7 @@ from planner.report import words
 from planner.report.estimate import label, waterfall
 from planner.report.figure import BLUE, GRID, INK, KINDS, MUTED, RED, TEXT, title, written
 from planner.report.places import Box, Name, placed
+from planner.report.ticks import log_ticks
 from planner.report.words import kind_of
 from planner.units import format_bytes
 
@@ -122,26 +122,6 @@ def _time_axis(axes: Any, said: Any) -> None:
     axes.set_xticks(ticks, [said(at) for at in ticks])
     axes.set_xticks([], minor=True)
     axes.set_xlim(low, high)
-
-
-def log_ticks(low: float, high: float, most: int) -> list[float]:
-    """Round numbers from `low` to `high`, some of each power of ten, `most` at most."""
-    ticks: list[float] = []
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    for parts, every in (
-        ((1, 1.5, 2, 3, 5, 7), 1),
-        ((1, 2, 5), 1),
-        ((1, 3), 1),
-        ((1,), 1),
-        ((1,), 2),
-        ((1,), 4),
-        ((1,), 8),
-    ):
-        steps = (float(f"{part}e{power}") for power in powers if power % every == 0 for part in parts)
-        ticks = [at for at in steps if low <= at <= high]
-        if len(ticks) <= most:
-            break
-    return ticks
 
 
 def _name_picks(figure: Any, axes: Any, found: Recommendation, said: Any) -> None:
