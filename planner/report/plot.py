@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -10,7 +11,7 @@ from planner.report import words
 from planner.report.estimate import label, waterfall
 from planner.report.figure import BLUE, GRID, INK, KINDS, MUTED, RED, TEXT, title, written
 from planner.report.places import Box, Name, placed
-from planner.report.ticks import log_ticks
+from planner.report.ticks import linear_ticks, log_ticks
 from planner.report.words import kind_of
 from planner.units import format_bytes
 
@@ -97,7 +98,7 @@ def draw_pareto(figure: Any, found: Recommendation) -> None:
         )  # fmt: skip
     axes.set_xscale("log")
     axes.margins(x=0.1, y=0.14)
-    _time_axis(axes, seconds)
+    _round_ticks(axes, seconds)
     axes.set_xlabel("time of a call, predicted")
     axes.set_ylabel(f"mass of dense attention, %, profile {found.quality.profile!r}")
     axes.grid(which="major", color=GRID, zorder=0)
@@ -115,13 +116,14 @@ def draw_pareto(figure: Any, found: Recommendation) -> None:
     _name_picks(figure, axes, found, seconds)
 
 
-def _time_axis(axes: Any, said: Any) -> None:
-    """Ticks at round numbers of seconds, in words."""
-    low, high = axes.get_xlim()
-    ticks = log_ticks(low, high, 8)
+def _round_ticks(axes: Any, said: Callable[[float], str]) -> None:
+    """Ticks at round numbers of seconds, in words, and of mass."""
+    (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
+    ticks = log_ticks(left, right, 8)
     axes.set_xticks(ticks, [said(at) for at in ticks])
     axes.set_xticks([], minor=True)
-    axes.set_xlim(low, high)
+    axes.set_yticks(linear_ticks(low, high, 7))
+    axes.set(xlim=(left, right), ylim=(low, high))
 
 
 def _name_picks(figure: Any, axes: Any, found: Recommendation, said: Any) -> None:

@@ -7,6 +7,7 @@ two pipes, with the standard library alone, and started once.
 from __future__ import annotations
 
 import base64
+import fcntl
 import json
 import os
 import shutil
@@ -43,10 +44,11 @@ class Browser:
     def __init__(self, path: str, profile: Path) -> None:
         ours_in, theirs_out = os.pipe()
         theirs_in, ours_out = os.pipe()
-        options = ["--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe",
-                   "--no-first-run", "--disable-extensions", f"--user-data-dir={profile}"]  # fmt: skip
+        options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
+                   "--remote-debugging-pipe", "--no-first-run", "--disable-extensions",
+                   f"--user-data-dir={profile}"]  # fmt: skip
         # Chromium reads from 3 and writes to 4; copies beyond them, so that neither is written over.
-        read, write = (os.dup2(end, 60 + at) for at, end in enumerate((theirs_in, theirs_out)))
+        read, write = (fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in (theirs_in, theirs_out))
         quiet = os.open(os.devnull, os.O_WRONLY)
         self.process = os.posix_spawn(
             path, [path, *options], os.environ,
@@ -302,10 +304,9 @@ def test_the_program_can_be_copied(clipboard, browser, pages, recommended):
     found = "copied = text" if clipboard else "throw new Error('no clipboard here')"
     browser.run(f"navigator.clipboard.writeText = async (text) => {{ {found}; }}")
     browser.run("document.querySelector('.copy').click()")
-    status = browser.run(
-        "new Promise((done) => { const look = () => { const said = document.querySelector('.copied').textContent;"
-        " said ? done(said) : setTimeout(look, 5); }; look(); })"
-    )
+    said = "document.querySelector('.copied').textContent"
+    look = f"const look = () => {{ {said} ? done({said}) : setTimeout(look, 5); }}; look();"
+    status = browser.run(f"new Promise((done) => {{ {look} }})")
     assert status in ("Copied", "Selected: copy it with your keyboard")
     copied = browser.run("copied" if clipboard else "getSelection().toString()")
     assert copied.strip() == snippet(recommended.config, recommended.workload)
