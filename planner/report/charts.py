@@ -29,7 +29,7 @@ SHAPES: Final = {
 SHADES: Final = 5
 LARGE, SMALL = 7.0, 3.0
 """Half the size of a mark of what takes most memory, and the smallest, in pixels."""
-LETTER, BOLD, LINE = 6.4, 7.6, 15.0
+LETTER, BOLD, LINE = 7.2, 8.0, 15.0
 """Width of a letter of a chart, of a bold one, and the height of a line, at most."""
 
 

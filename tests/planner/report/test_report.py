@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -24,6 +27,7 @@ from planner.units import format_bytes
 from planner.verification import Verified
 from planner.workload import Workload
 
+ROOT = Path(__file__).resolve().parents[3]
 EVIL = "</script></style><img src=x onerror=hacked=1>\"'&<b>\u202e"
 
 
@@ -360,3 +364,16 @@ def test_where_no_file_can_be_none_is_left_in_part(recommended, tmp_path):
         with pytest.raises(AttentionPlannerError, match=f"--out .* cannot be written: {why}"):
             write_whole(path, b"data", "--out")
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_it_imports_neither_torch_nor_rich_nor_matplotlib(recommended, tmp_path):
+    kept = tmp_path / "answer.json"
+    kept.write_text(recommended.to_json())
+    code = (
+        "import sys; sys.modules['torch'] = sys.modules['rich'] = sys.modules['matplotlib'] = None\n"
+        "from planner.cli import app\n"
+        "try: app(['report', sys.argv[1], '--out', sys.argv[2]])\n"
+        "except SystemExit as end: assert end.code == 0\n"
+    )
+    command = [sys.executable, "-c", code, str(kept), str(tmp_path / "a.html")]
+    subprocess.run(command, cwd=ROOT, check=True, stderr=subprocess.DEVNULL)
