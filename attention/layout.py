@@ -96,20 +96,20 @@ def build_layout(config: AttentionConfig, seq: int, causal: bool, *, block_size:
     it may only repeat the pattern's. Raises `InputError` for seq < 1, and `ConfigError` for adaptive,
     whose blocks are chosen at run time.
     """
-    size, blocks = _grid(config, seq, block_size)
-    if _is_dilated_sparse(config):
+    size, blocks = grid_of(config, seq, block_size)
+    if is_dilated_sparse(config):
         counts, cols = _dilated_sparse(config, seq, blocks, causal)
     else:
-        start, stop = _spans(config, seq, size, blocks, causal)
+        start, stop = spans(config, seq, size, np.arange(blocks, dtype=np.int64), blocks, causal)
         counts, cols = (stop - start).sum(axis=1), _ranges(start.ravel(), stop.ravel(), blocks)
     return Layout(seq=seq, block_size=size, row_ptr=_pointers(counts), cols=cols)
 
 
 def count_active(config: AttentionConfig, seq: int, causal: bool, *, block_size: int | None = None) -> int:
     """`build_layout(config, seq, causal, block_size=block_size).active`, in O(blocks) memory."""
-    size, blocks = _grid(config, seq, block_size)
-    if not _is_dilated_sparse(config):
-        start, stop = _spans(config, seq, size, blocks, causal)
+    size, blocks = grid_of(config, seq, block_size)
+    if not is_dilated_sparse(config):
+        start, stop = spans(config, seq, size, np.arange(blocks, dtype=np.int64), blocks, causal)
         return int((stop - start).sum())
     branches, budget = Branches.of(config, blocks, causal), row_budget(config, seq)
     return sum(repeats * int(branches.kept(rows, budget).sum()) for rows, repeats in branches.distinct_rows())
@@ -145,7 +145,7 @@ def _pattern(config: AttentionConfig) -> SparsePatternConfig:
     return config.pattern
 
 
-def _is_dilated_sparse(config: AttentionConfig) -> bool:
+def is_dilated_sparse(config: AttentionConfig) -> bool:
     return config.variant == "block_sparse" and _pattern(config).pattern_type == "dilated_sparse"
 
 
@@ -155,7 +155,7 @@ def _blocks(seq: int, block_size: int) -> int:
     return -(-seq // block_size)
 
 
-def _grid(config: AttentionConfig, seq: int, block_size: int | None) -> tuple[int, int]:
+def grid_of(config: AttentionConfig, seq: int, block_size: int | None) -> tuple[int, int]:
     """(tokens a block, blocks) of the layout asked for."""
     if config.variant == "adaptive":
         raise ConfigError(
@@ -184,20 +184,21 @@ def _pointers(counts: Ints) -> Ints:
 # Rows that are spans of consecutive blocks
 
 
-def _spans(config: AttentionConfig, seq: int, size: int, blocks: int, causal: bool) -> tuple[Ints, Ints]:
-    """(start, stop), each [blocks, 2]: row i keeps start <= c < stop of both, ascending and disjoint.
+def spans(
+    config: AttentionConfig, seq: int, size: int, i: Ints, blocks: int, causal: bool
+) -> tuple[Ints, Ints]:
+    """(start, stop), each [rows, 2]: row i[n] keeps start <= c < stop of both, ascending and disjoint.
 
     The second span holds the row's own block; the first, often empty, what lies apart from it.
     """
-    i = np.arange(blocks, dtype=np.int64)
     shared = 0  # first blocks that every row keeps
     if config.variant == "dense":
         start, stop = np.zeros_like(i), np.full_like(i, blocks)
     elif config.variant == "dilated":
         # Every branch's span holds i, so their union is one span.
-        spans = [_segment_span(i, min(length, seq), size, seq) for length in config.segment_lengths]
-        start = np.minimum.reduce([first for first, _ in spans])
-        stop = np.maximum.reduce([last for _, last in spans])
+        ends = [_segment_span(i, min(length, seq), size, seq) for length in config.segment_lengths]
+        start = np.minimum.reduce([first for first, _ in ends])
+        stop = np.maximum.reduce([last for _, last in ends])
     else:
         pattern = _pattern(config)
         reach = min(pattern.local_window_size // (size if causal else 2 * size), blocks)
@@ -312,10 +313,10 @@ class Branches:
 
     def _offsets(self, reach: tuple[Ints, Ints]) -> Ints:
         rates = self.rates.ravel().tolist()
-        return _union_size(zip(rates, reach[0], reach[1], strict=True), reach[0].shape[1])
+        return union_size(zip(rates, reach[0], reach[1], strict=True), reach[0].shape[1])
 
 
-def _union_size(sets: Iterable[tuple[int, Ints, Ints]], rows: int) -> Ints:
+def union_size(sets: Iterable[tuple[int, Ints, Ints]], rows: int) -> Ints:
     """[rows], offsets in the union of the sets {d != 0 : step | d, -left <= d <= right}.
 
     Each set (step, left [rows], right [rows]) counts what no earlier one holds. Its meets with those
@@ -333,7 +334,7 @@ def _union_size(sets: Iterable[tuple[int, Ints, Ints]], rows: int) -> Ints:
         meets = (
             (math.lcm(step, s), np.minimum(left, le), np.minimum(right, ri)) for s, le, ri in ascending[:t]
         )
-        total += left // step + right // step - _union_size(meets, rows)
+        total += left // step + right // step - union_size(meets, rows)
     return total
 
 

@@ -32,6 +32,7 @@ from planner.options import (
     build_workload,
     say,
 )
+from planner.options_pictures import Pictured, View, build_pictured, build_view
 from planner.options_search import Allowed, Card, build_card, build_space
 from planner.workload import Workload
 
@@ -67,6 +68,8 @@ _BUILDERS: Final[dict[Any, Callable[..., Any]]] = {
     Sizes: build_sizes,
     Asked: build_asked,
     Allowed: build_space,
+    Pictured: build_pictured,
+    View: build_view,
 }
 
 

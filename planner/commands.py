@@ -322,6 +322,9 @@ def compare(
     ] = None,
     workload: Sizes,
     place: Place,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw both side by side, as .png or .svg.")
+    ] = None,
     format: Format = "table",
 ) -> int:
     """Show what one attention takes more than another, and why.
@@ -340,10 +343,16 @@ def compare(
         return predict(config, asked, place.device, **place.options)
 
     found = differences(side(a, estimated), side(b, estimated))
+    if plot is not None:
+        from planner.report.plot_compare import plot_comparison
+
+        plot_comparison(found, (a.name, b.name), plot)
     if format == "table":
         typer.echo(comparison_text(found, (a.name, b.name)))
     else:
         print_data(comparison_data(found), format)
+    if plot is not None:
+        say(f"the comparison was drawn in {plot}")
     return DONE
 
 

@@ -9,7 +9,9 @@ from typing import Annotated, Any, Final, Literal
 import typer
 
 from attention.errors import ConfigError
-from planner.command import DONE, command, print_data
+from planner.command import DONE, command, ink, print_data
+from planner.options import Format, say
+from planner.options_pictures import Pictured, View
 
 OUT: Final = "study-results"
 
@@ -63,4 +65,71 @@ def study(
             [{"study": a.name, "said": list(a.said), "files": list(map(str, a.files))} for a in answers],
             format,
         )
+    return DONE
+
+
+@command("show", "planner show docs/examples/large.json --seq 128K --causal")
+def show(
+    *,
+    view: View,
+    config: Pictured,
+    profile: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Where attention's mass lies. [default: balanced]")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw the layout, as .png or .svg.")
+    ] = None,
+    format: Format = "table",
+) -> int:
+    """Picture which tokens an attention lets see which.
+
+    Of a dilated attention what its first head sees is drawn, and which positions the others take. What an
+    adaptive one sees is chosen at run time: of it only the budget is known.
+    """
+    from planner.quality.profiles import DEFAULT, preset
+    from planner.report.layout import seen, seen_data
+
+    found = seen(config, view, preset(profile or DEFAULT))
+    if plot is not None:
+        from planner.report.plot_layout import plot_layout
+
+        plot_layout(found, plot)
+    if format == "table":
+        from planner.report.layout_text import seen_text
+
+        typer.echo(seen_text(found, ink()))
+    else:
+        print_data(seen_data(found), format)
+    if plot is not None:
+        say(f"the layout was drawn in {plot}")
+    return DONE
+
+
+@command("report", "planner report answer.json --out report.html")
+def report(
+    *,
+    file: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="FILE", help="What `recommend` or `tune` printed as JSON.", show_default=False
+        ),
+    ] = None,
+    storage: Annotated[
+        str | None, typer.Option(metavar="URL", help="In place of a file, where `tune` keeps trials.")
+    ] = None,
+    study: Annotated[str | None, typer.Option(metavar="NAME", help="Their name in the storage.")] = None,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The page.")] = Path("report.html"),
+) -> int:
+    """Make an answer a page to read, print and send.
+
+    One file of HTML that needs nothing else: the answer, where the budget goes, why, what else there is, who
+    sees whom, the program, and where the figures are from. A file that is there is replaced.
+    """
+    if (file is None) == (storage is None) or (storage is None) != (study is None):
+        raise ConfigError("name one answer: either a file, or --storage URL and --study NAME")
+    from planner.report.files import write_whole
+    from planner.report.page import answer_page
+
+    write_whole(out, answer_page(file, storage, study).encode(), "--out")
+    say(f"the report was written to {out}")
     return DONE

@@ -59,12 +59,16 @@ def build_workload(
         "seq": None if seq is None else parse_count(seq, "--seq"),
     }  # fmt: skip
     given = {name: value for name, value in options.items() if value is not None}
-    known = None if config is None else _read(config).get("workload")
-    if isinstance(known, dict):
-        given = {**known, **given}
+    given = {**known_workload(config), **given}
     if "seq" not in given:
         raise ConfigError("the length is missing: pass --seq, e.g. --seq 128K")
     return Workload(**given)
+
+
+def known_workload(path: Path | None, named: str = "--config ") -> dict[str, Any]:
+    """The workload that a file has beside its config; nothing without a file, or where it has none."""
+    known = None if path is None else _read(path, named).get("workload")
+    return known if isinstance(known, dict) else {}
 
 
 AnyLength = NewType("AnyLength", Workload)
@@ -171,6 +175,7 @@ def build_place(
 
 def build_config(
     *,
+    named: str = "--config ",
     config: Annotated[Path | None, typer.Option(metavar="FILE", help=FILE)] = None,
     variant: Annotated[Variant | None, typer.Option(help="Which attention.")] = None,
     pattern: Annotated[
@@ -195,7 +200,8 @@ def build_config(
 ) -> AttentionConfig:
     """The config of a file, or the one that these options describe.
 
-    Heads and their size are the workload's; an adaptive config's scorer takes them over.
+    Heads and their size are the workload's; an adaptive config's scorer takes them over. `named`: how errors
+    call the file.
     """
     blocks: dict[str, Any] = {
         "pattern_type": pattern,
@@ -211,10 +217,11 @@ def build_config(
     }
     if config is not None:
         if variant is not None or blocks or any(branches.values()):
-            raise ConfigError("--config has the whole config; remove --variant and its options, or --config")
-        return _checked(_read_config(config))
+            what = named.strip() or "the file"
+            raise ConfigError(f"{what} has the whole config; remove --variant and its options, or {what}")
+        return _checked(_read_config(config, named))
     if variant is None:
-        raise ConfigError("no attention was chosen; pass e.g. --variant dense, or --config FILE")
+        raise ConfigError(f"no attention was chosen; pass e.g. --variant dense, or {named}FILE")
     parts: dict[str, Any] = {}
     if blocks or variant in ("block_sparse", "adaptive"):
         parts["pattern"] = SparsePatternConfig(**blocks)
@@ -227,28 +234,31 @@ def build_config(
     return _checked(AttentionConfig(variant=variant, **branches, **parts))
 
 
-def _read_config(path: Path) -> AttentionConfig:
-    data = _read(path)
+build_config.__signature__ = without(build_config, "named")  # type: ignore[attr-defined]
+
+
+def _read_config(path: Path, named: str) -> AttentionConfig:
+    data = _read(path, named)
     found = data.get("config", data)
     try:
         return AttentionConfig(**found) if isinstance(found, dict) else AttentionConfig.from_json("0")
     except (ConfigError, TypeError) as error:
-        raise ConfigError(f"--config {path}: {error}") from None
+        raise ConfigError(f"{named}{path}: {error}") from None
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, named: str) -> dict[str, Any]:
     """What a file has: a config, or with it under `config` what a command printed."""
     try:
         text = path.read_bytes()
     except OSError as error:
-        raise ConfigError(f"--config {path} cannot be read: {error.strerror}") from None
+        raise ConfigError(f"{named}{path} cannot be read: {error.strerror}") from None
     try:
         data = from_json(text)
     except ValueError as error:
-        raise ConfigError(f"--config {path}: AttentionConfig: Invalid JSON: {error}") from None
+        raise ConfigError(f"{named}{path}: AttentionConfig: Invalid JSON: {error}") from None
     if not isinstance(data, dict):
         raise ConfigError(
-            f"--config {path}: AttentionConfig: expected a JSON object, got {type(data).__name__}"
+            f"{named}{path}: AttentionConfig: expected a JSON object, got {type(data).__name__}"
         )
     return data
 

@@ -15,6 +15,7 @@ from planner import gpus
 from planner.memory.estimate import MemoryEstimate, calibration_for, machine_of
 from planner.quality.profiles import Profile
 from planner.recommend import LAYERS, MIN_MASS, TRIALS, Asked
+from planner.repeating import recommend_command
 from planner.search.climb import climbed
 from planner.search.explain import LOOKED_AT, Why, explain
 from planner.search.grid import Found, enumerate_grid, exact, order, pareto, passing
@@ -64,6 +65,8 @@ class Recommendation(Value):
     calibration: str
     """What memory and seconds rest on."""
     seed: int
+    command: str = ""
+    """What repeats it."""
     objective: Objective
     config: AttentionConfig
     workload: Workload
@@ -131,7 +134,7 @@ def question(vram: str | int | None = None, seq: str | int | None = None, **aske
         raise NothingFitsError(scenario, relaxations(scenario, space, found), found.seen)
     if trials:
         best = climbed(scenario, space, best)
-    answer = _answer(scenario, found, refined, best, reserved, seed)
+    answer = _answer(scenario, found, refined, best, reserved, seed, recommend_command(vram, seq, asked))
     return Question(scenario, space, name, found.best, best, answer)
 
 
@@ -217,14 +220,16 @@ def kind_of(config: AttentionConfig) -> tuple[object, ...]:
 
 
 def _answer(
-    scenario: Scenario, found: Found, refined: Refined | None, best: Point, reserved: int, seed: int
+    scenario: Scenario, found: Found, refined: Refined | None, best: Point, reserved: int, seed: int,
+    command: str,
 ) -> Recommendation:  # fmt: skip
     picks, front = _front(scenario, found, best)
     grid_best = found.best
     return Recommendation(
         versions=versions(),
-        calibration=_rests_on(scenario),
+        calibration=rests_on(scenario),
         seed=seed,
+        command=command,
         objective=scenario.objective,
         config=best.config,
         workload=scenario.at(best.seq),
@@ -289,7 +294,8 @@ def versions() -> dict[str, str | None]:
     return found
 
 
-def _rests_on(scenario: Scenario) -> str:
+def rests_on(scenario: Scenario) -> str:
+    """What memory and seconds rest on."""
     known = scenario.calibration
     memory = (
         f"memory: {known.device} calibrated with torch {known.torch} on {known.date[:10]}"

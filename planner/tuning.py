@@ -8,9 +8,12 @@ that the same call goes on where an interrupted or killed one stopped.
 from __future__ import annotations
 
 import math
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any, Final, Literal, NamedTuple
 
 import optuna
@@ -21,10 +24,14 @@ from attention.config import AttentionConfig, Value, as_tuple
 from attention.errors import AttentionPlannerError, ConfigError
 from planner.calibration import make_folder, own_path
 from planner.measure import Device, Measurement
+from planner.memory.estimate import MemoryEstimate
 from planner.recommendation import Recommendation, question
-from planner.search.refine import Sampler, Storage, answer, open_study
+from planner.repeating import tune_command
+from planner.search.picks import Quality
+from planner.search.refine import Sampler, Storage, answer, open_study, stored_study
 from planner.search.scenario import Scenario, point
 from planner.search.space import Space, chosen, parameters
+from planner.tune import RUNS, TIMEOUT, TRIALS
 from planner.workload import Workload
 
 ASKS: Final = 8
@@ -60,9 +67,19 @@ class Tuned(Value):
     """What tuning found."""
 
     schema_version: Literal[1] = 1
+    versions: dict[str, str | None]
+    """As a recommendation has them, and so with what follows."""
+    calibration: str
+    seed: int
+    command: str
     config: AttentionConfig
     workload: Workload
     on: str
+    budget: int
+    reserve: int
+    memory: MemoryEstimate
+    """Predicted for the best."""
+    quality: Quality
     best: Trial
     analytic: Trial
     """What the models alone recommend, measured."""
@@ -77,7 +94,7 @@ class Tuned(Value):
     @property
     def speedup(self) -> float:
         """How many times as fast as the analytic pick."""
-        if self.analytic.seconds is None or self.best.seconds is None:
+        if not self.analytic.seconds or not self.best.seconds:
             return math.inf
         return self.analytic.seconds / self.best.seconds
 
@@ -106,11 +123,49 @@ def tuned(
     if storage is None:
         make_folder(Path(kept.url), "trials")
     with _measuring(measure, device, timeout, runs, records) as run:
-        tuning = _Tuning(first.answer, first.scenario, first.space, kept, run, progress)
+        command = tune_command(
+            vram, seq, device,
+            {"--trials": (trials, TRIALS), "--timeout": (timeout, TIMEOUT), "--runs": (runs, RUNS),
+             "--sampler": (sampler, "tpe"), "--seed": (seed, 0)},
+            asked,
+        )  # fmt: skip
+        analytic = first.answer.model_copy(update={"command": command, "seed": seed})
+        tuning = _Tuning(analytic, first.scenario, first.space, kept, run, progress)
         found = tuning.go(trials, sampler, seed)
     if learn and tuning.measured:
         _learn(first.scenario, tuning.measured)
     return found
+
+
+def stored(url: str, name: str) -> Tuned:
+    """What a study that tuning keeps has found so far; ConfigError where there is no such study."""
+    study = stored_study(url, name)
+    found = study.user_attrs.get(_FOUND)
+    if found is None:
+        raise ConfigError(
+            f"study {name!r} in {url} has no measured config that ran within the budget; "
+            "`planner tune` makes such studies"
+        )
+    trials = {trial.config: trial for trial in _trials(study)}
+    # These two were perhaps measured again, or were not the sampler's to suggest.
+    for which in ("best", "analytic"):
+        trial = Trial(**found[which])
+        trials[trial.config] = trial
+    ordered = tuple(sorted(trials.values(), key=lambda trial: trial.number))
+    return Tuned(**found, trials=ordered, kept=len(ordered), storage=url, study=name)
+
+
+_FOUND: Final = "found"
+"""The attribute of a study that has what is known of it but its trials."""
+
+
+def _trials(study: optuna.Study) -> list[Trial]:
+    """Those that were measured."""
+    return [
+        Trial(**old.user_attrs["trial"])
+        for old in study.get_trials(deepcopy=False)
+        if "trial" in old.user_attrs
+    ]
 
 
 def _learn(scenario: Scenario, measured: list[Measurement]) -> None:
@@ -138,6 +193,8 @@ class _Tuning:
         self.trials: dict[AttentionConfig, Trial] = {}
         self.measured: list[Measurement] = []
         """Of this call, in order."""
+        self.kept: tuple[Trial | None, Trial | None] = (None, None)
+        """The best and the analytic pick as the study has them."""
 
     def go(self, wanted: int, sampler: Sampler, seed: int) -> Tuned:
         study = open_study(self.storage, sampler, seed)
@@ -153,6 +210,8 @@ class _Tuning:
                     break
                 self._one(study, wanted)
             self._confirm(study)
+            with whole():
+                self._keep(study)
         except KeyboardInterrupt:
             if not any(trial.good for trial in self.trials.values()):
                 raise
@@ -165,9 +224,7 @@ class _Tuning:
             if old.state == TrialState.RUNNING:
                 study.tell(old.number, state=TrialState.FAIL)
                 study.enqueue_trial(old.params)
-            elif "trial" in old.user_attrs:
-                trial = Trial(**old.user_attrs["trial"])
-                self.trials[trial.config] = trial
+        self.trials = {trial.config: trial for trial in _trials(study)}
 
     def _start(self, study: optuna.Study) -> None:
         """The analytic pick comes first, then the rest of the Pareto set, fastest first."""
@@ -184,24 +241,27 @@ class _Tuning:
             self._run(self.analytic.config)
         if self.progress:
             self.progress(Progress(len(self.trials), wanted, None, self._best()))
-        trial = study.ask()
-        columns = chosen(trial, self.space, self.scenario.workload, flex=self.scenario.flex)
-        config = columns.config(0, self.scenario.workload)
-        judged = answer(self.scenario, columns)
-        good = all(excess <= 0 for excess in judged.excess.values())
-        for name, excess in judged.excess.items():
-            trial.set_constraint(name, excess)
-        if not good and config != self.analytic.config:
-            study.tell(trial, judged.value)
-            return
-        if config not in self.trials:
-            found = self._run(config)
-            trial.set_user_attr("trial", found.model_dump(mode="json"))
-            if self.progress:
-                self.progress(Progress(len(self.trials), wanted, found, self._best()))
-        found = self.trials[config]
-        trial.set_constraint("runs", 0.0 if found.good else 1.0)
-        study.tell(trial, math.log(found.seconds) if found.good and found.seconds else WORST)
+        with whole():
+            trial = study.ask()
+            columns = chosen(trial, self.space, self.scenario.workload, flex=self.scenario.flex)
+            config = columns.config(0, self.scenario.workload)
+            judged = answer(self.scenario, columns)
+            good = all(excess <= 0 for excess in judged.excess.values())
+            for name, excess in judged.excess.items():
+                trial.set_constraint(name, excess)
+            if not good and config != self.analytic.config:
+                study.tell(trial, judged.value)
+                return
+        new = config not in self.trials
+        found = self._run(config) if new else self.trials[config]
+        with whole():
+            if new:
+                trial.set_user_attr("trial", found.model_dump(mode="json"))
+                self._keep(study)
+            trial.set_constraint("runs", 0.0 if found.good else 1.0)
+            study.tell(trial, math.log(found.seconds) if found.good and found.seconds else WORST)
+        if new and self.progress:
+            self.progress(Progress(len(self.trials), wanted, found, self._best()))
 
     def _waiting(self, study: optuna.Study) -> bool:
         return bool(study.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
@@ -237,17 +297,47 @@ class _Tuning:
                 seconds = max(again.seconds, old.seconds)
                 self.trials[old.config] = old.model_copy(update={"seconds": seconds})
 
+    def _keep(self, study: optuna.Study) -> None:
+        """Writes into the study what was found so far, for whoever looks at it, now or after a crash."""
+        best, analytic = self._best(), self.trials.get(self.analytic.config)
+        if best is not None and analytic is not None and (best, analytic) != self.kept:
+            self.kept = best, analytic
+            found = self._result(0, False)
+            without = {"trials", "kept", "storage", "study", "interrupted"}
+            study.set_user_attr(_FOUND, found.model_dump(mode="json", exclude=without))
+
     def _result(self, kept: int, interrupted: bool) -> Tuned:
         analytic = self.trials.get(self.analytic.config)
         best = self._best()
         if best is None or analytic is None:
             why = next((t.message for t in self.trials.values() if t.message), "nothing was measured")
             raise AttentionPlannerError(f"no config ran within the budget on this device: {why}")
+        of, predicted = self.analytic, point(self.scenario, best.config, self.scenario.workload.seq)
         return Tuned(
-            config=best.config, workload=self.scenario.workload, on=self.analytic.on, best=best,
-            analytic=analytic, trials=tuple(self.trials.values()), kept=kept, storage=self.storage.url,
-            study=self.storage.study, interrupted=interrupted,
+            versions=of.versions, calibration=of.calibration, seed=of.seed, command=of.command,
+            config=best.config, workload=of.workload, on=of.on, budget=of.budget, reserve=of.reserve,
+            memory=predicted.memory,
+            quality=Quality(profile=of.quality.profile, mass=predicted.mass, layers=predicted.layers),
+            best=best, analytic=analytic, trials=tuple(self.trials.values()), kept=kept,
+            storage=self.storage.url, study=self.storage.study, interrupted=interrupted,
         )  # fmt: skip
+
+
+@contextmanager
+def whole() -> Iterator[None]:
+    """Holds Ctrl-C back until what is written is written: a journal's lock that is interrupted raises
+    something else, or stays behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pressed: list[tuple[int, FrameType | None]] = []
+    usual = signal.signal(signal.SIGINT, lambda *event: pressed.append(event))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
+    if pressed and callable(usual):
+        usual(*pressed[0])
 
 
 @contextmanager
@@ -284,4 +374,4 @@ def default_storage(name: str) -> str:
     return str(own_path("x").parents[1] / "tunings" / f"{name[:16]}.journal")
 
 
-__all__ = ["Measure", "Progress", "Trial", "Tuned", "tuned"]
+__all__ = ["Measure", "Progress", "Trial", "Tuned", "stored", "tuned"]

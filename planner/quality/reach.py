@@ -29,16 +29,16 @@ Ints: TypeAlias = NDArray[np.int64]
 NEVER = 1 << 62
 
 
-def layers(config: AttentionConfig, workload: Workload) -> int | None:
+def layers(config: AttentionConfig, workload: Workload, within: int = NEVER) -> int | None:
     """Layers until the last of `workload.seq` tokens can be influenced by every permitted one; None if that
-    never happens.
+    does not happen within so many, by default if it never does.
 
     Adaptive: the blocks are chosen from what they hold, so no graph is fixed. Taken is the best of choices:
     each of `heads` chooses blocks of its own beside the row's, so that one layer multiplies what is seen by
     1 + heads x (kept - 1), and the least number of layers that can cover all blocks at once is given.
     """
-    found = int(_layers(columns_of(config, workload.seq), workload, NEVER)[0])
-    return None if found == NEVER else found
+    found = int(_layers(columns_of(config, workload.seq), workload, within)[0])
+    return None if found > min(within, NEVER - 1) else found
 
 
 def reaches(columns: Columns, workload: Workload, within: int) -> Bools:

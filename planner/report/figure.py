@@ -14,7 +14,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Final
 
-from attention.errors import AttentionPlannerError, ConfigError, UnavailableError
+from attention.errors import ConfigError, UnavailableError
+from planner.report.files import write_whole
 
 SUFFIXES: Final = (".png", ".svg")
 FONT: Final = "DejaVu Sans"
@@ -49,12 +50,7 @@ def written(paths: Sequence[Path], draw: Callable[[Any], None], what: str = "--p
         if path.suffix not in SUFFIXES:
             raise ConfigError(f"{what} {path} must end in {' or '.join(SUFFIXES)}")
     for path, data in zip(paths, drawn([path.suffix[1:] for path in paths], draw, what), strict=True):
-        fresh = path.with_name(f"{path.name}.new")
-        try:
-            fresh.write_bytes(data)
-            fresh.replace(path)
-        except OSError as error:
-            raise AttentionPlannerError(f"{what} {path} cannot be written: {error.strerror}") from None
+        write_whole(path, data, what)
 
 
 def drawn(formats: Sequence[str], draw: Callable[[Any], None], what: str = "--plot") -> list[bytes]:
@@ -101,7 +97,7 @@ def tokens(count: float) -> str:
     """A number of tokens on an axis: 512, 64K, 1M."""
     for size, unit in ((1 << 20, "M"), (1 << 10, "K")):
         if count >= size:
-            return f"{count / size:g}{unit}"
+            return f"{count / size:.4g}{unit}"
     return f"{count:g}"
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 from attention.config import MIB, AttentionConfig
 from planner.recommendation import Recommendation
 from planner.report import words
 from planner.report.estimate import WIDTH, label, waterfall, wrapped
 from planner.report.snippet import snippet
-from planner.search.explain import Why, Without
+from planner.search.explain import Step, Why, Without
 from planner.search.picks import Pick
 from planner.units import format_bytes
 from planner.verification import Verified
@@ -77,7 +78,9 @@ def shape(config: AttentionConfig) -> str:
 
 
 def seconds(value: float) -> str:
-    """1.23 s, 45.6 ms or 789 us."""
+    """4,560 s, 1.23 s, 45.6 ms or 789 us."""
+    if 999.5 <= value < 1e9:
+        return f"{value:,.0f} s"
     for factor, unit in ((1, "s"), (1e3, "ms"), (1e6, "us")):
         if value * factor >= 1 or unit == "us":
             return f"{value * factor:.3g} {unit}"
@@ -188,17 +191,42 @@ def _steps(found: Recommendation) -> list[str]:
         return []
     lines = [f"{'one step':<34}{'time':>9}{'memory':>11}{'mass':>8}{'layers':>8}  fails"]
     for step in found.why.steps:
-        what = f"{step.dimension.removesuffix('_bytes').removesuffix('_size')} to {step.after}"
-        time = f"{step.seconds / found.seconds - 1:+.1%}"
-        memory = step.upper - found.memory.upper
-        shown = ("+" if memory >= 0 else "-") + format_bytes(abs(memory), 1)
-        mass = f"{(step.mass - found.quality.mass) * 100:+.1f}"
-        figures = f"{what:<33.33} {time:>9}{shown:>11}{mass:>8}{step.layers or 'never':>8}"
+        change = changed(found, step)
+        figures = f"{f'{dimension(step)} to {step.after}':<33.33} {change.time:>9}{change.memory:>11}"
+        figures += f"{change.mass:>8}{step.layers or 'never':>8}"
         lines.append(f"{figures}  {','.join(step.failed)}".rstrip())
     return lines
 
 
+class Change(NamedTuple):
+    """What a step changes, in words."""
+
+    time: str
+    memory: str
+    mass: str
+    """Points of a hundred."""
+
+
+def changed(found: Recommendation, step: Step) -> Change:
+    memory = step.upper - found.memory.upper
+    return Change(
+        f"{step.seconds / found.seconds - 1:+.1%}" if found.seconds > 0 else "-",
+        ("+" if memory >= 0 else "-") + format_bytes(abs(memory), 1),
+        f"{(step.mass - found.quality.mass) * 100:+.1f}",
+    )
+
+
+def dimension(step: Step) -> str:
+    """What is changed, as options call it."""
+    return step.dimension.removesuffix("_bytes").removesuffix("_size")
+
+
 def _search(found: Recommendation) -> list[str]:
+    return pairs([("searched", searched(found))])
+
+
+def searched(found: Recommendation) -> str:
+    """What was looked at, and how much that helped."""
     search = found.search
     said = (
         f"{search.grid:,} candidates of the grid, all evaluated: {search.fit:,} fit, {search.passed:,} of "
@@ -207,7 +235,7 @@ def _search(found: Recommendation) -> list[str]:
     if search.trials:
         gap = f"{search.gain:.2%} {_MEASURE[found.objective]} than" if search.gain > 0 else "no better than"
         said += f"; {search.trials:,} trials over the full space: {gap} the grid's exact optimum"
-    return pairs([("searched", said)])
+    return said
 
 
 def pairs(rows: Iterable[tuple[str, str]]) -> list[str]:

@@ -12,7 +12,7 @@ def said(now: Progress) -> str:
     """One trial that ended, and the best so far."""
     assert now.last is not None
     best = f"best {seconds(now.best.seconds)}" if now.best and now.best.seconds else "none has run yet"
-    return f"{now.measured} of {now.wanted}: {_outcome(now.last)}, {_named(now.last)}; {best}"
+    return f"{now.measured} of {now.wanted}: {outcome(now.last)}, {named(now.last)}; {best}"
 
 
 def tuned_text(found: Tuned) -> str:
@@ -20,9 +20,9 @@ def tuned_text(found: Tuned) -> str:
     best, analytic = found.best, found.analytic
     rows = [
         ("config", shape(best.config)),
-        ("time", f"{_outcome(best)} a call, measured; {seconds(best.predicted)} were predicted"),
+        ("time", f"{outcome(best)} a call, measured; {seconds(best.predicted)} were predicted"),
         ("memory", _memory(best)),
-        ("analytic", f"{_outcome(analytic)}, {_named(analytic)}: the fastest takes {_ratio(found)} of it"),
+        ("analytic", f"{outcome(analytic)}, {named(analytic)}: the fastest takes {_ratio(found)} of it"),
         ("trials", _counts(found)),
         ("kept in", f"{found.storage}, study {found.study}"),
     ]
@@ -31,16 +31,18 @@ def tuned_text(found: Tuned) -> str:
     table = [f"{'trial':>5}  {'time':>9} {'predicted':>10} {'memory':>11}  config"]
     for trial in ordered[:15]:
         memory = format_bytes(trial.allocated) if trial.allocated else "-"
-        line = f"{trial.number:>5}  {_outcome(trial):>9} {seconds(trial.predicted):>10} {memory:>11}  "
-        table.append(line + _named(trial)[: 80 - len(line)])
+        line = f"{trial.number:>5}  {outcome(trial):>9} {seconds(trial.predicted):>10} {memory:>11}  "
+        table.append(line + named(trial)[: 80 - len(line)])
     return "\n\n".join("\n".join(part) for part in (head, pairs(rows), table))
 
 
-def _outcome(trial: Trial) -> str:
+def outcome(trial: Trial) -> str:
+    """Its time, or how else it ended."""
     return seconds(trial.seconds) if trial.good and trial.seconds else trial.kind
 
 
-def _named(trial: Trial) -> str:
+def named(trial: Trial) -> str:
+    """Its config in words."""
     return f"{words.kind_of(trial.config)}: {shape(trial.config)}"
 
 

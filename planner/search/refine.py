@@ -9,6 +9,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
 import numpy as np
@@ -186,6 +187,33 @@ def open_study(storage: Storage | None, sampler: Sampler, seed: int) -> optuna.S
             f"study {storage.study!r} in {storage.url} answers another question; choose another --study"
         )
     return study
+
+
+def stored_study(url: str, name: str) -> optuna.Study:
+    """A study that is there already; ConfigError where it is not. Makes no file."""
+    path = url.partition("sqlite:///")[2] if url.startswith("sqlite:///") else url
+    if "://" not in path and not Path(path).is_file():
+        raise ConfigError(f"storage {url!r} cannot be used: there is no such file")
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            storage = _open(url)
+            known = optuna.get_all_study_names(storage)
+            study = optuna.load_study(study_name=name, storage=storage) if name in known else None
+    except Exception as error:  # noqa: BLE001 -- whatever a database driver raises
+        raise _unusable(url, error) from None
+    if study is None:
+        there = f"it has {', '.join(map(repr, known[:5]))}" if known else "it has none"
+        raise ConfigError(f"no study is called {name!r} in {url}; {there}")
+    return study
+
+
+def _unusable(url: str, error: Exception) -> ConfigError:
+    said = " ".join(str(error).split()) or type(error).__name__
+    return ConfigError(
+        f"storage {url!r} cannot be used: {said[:200]}; write e.g. studies.journal or sqlite:///studies.db"
+    )
 
 
 def _open(url: str) -> Any:

@@ -325,6 +325,11 @@ def most_window(block: int, workload: Workload) -> int:
     return max(blocks - 1, 1) * (1 if workload.causal else 2)
 
 
+def widest_window(workload: Workload) -> int:
+    """Tokens of the widest window that blocks of any size need to see everything."""
+    return max(size * most_window(size, workload) for size in (*FREE_BLOCK_SIZES, *BLOCK_SIZES))
+
+
 # The full space.
 
 
@@ -365,7 +370,7 @@ def chosen(trial: Trial, space: Space, workload: Workload, *, flex: bool = False
         fields["sparsity_ratio"] = float(f"{ratio:.3g}")
     if kind in ("local_window", "global_local"):
         fields["window"] = (
-            _tokens(trial, "window", unit, FREE_BLOCK_SIZES[0] * most_window(FREE_BLOCK_SIZES[0], workload))
+            _tokens(trial, "window", unit, widest_window(workload))
             if space.windows is None
             else _one(trial, "window", space.windows)
         )

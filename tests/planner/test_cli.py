@@ -85,7 +85,8 @@ def test_help_has_an_example_that_works(command, flag, calls):
     # A calibration takes minutes; tests/planner/test_calibrate.py runs a small one.
     # Tuning runs five configs; tests/planner/test_tuning.py runs them small.
     # A study takes seconds; tests/studies runs them small.
-    asks = ["--help"] if command in (["calibrate"], ["tune"], ["study"]) else []
+    # A report needs a file; tests/planner/report/test_report.py has some.
+    asks = ["--help"] if command in (["calibrate"], ["tune"], ["study"], ["report"]) else []
     assert planner(*example[1:], *asks).exit_code == 0
 
 

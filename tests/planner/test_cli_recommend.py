@@ -90,7 +90,7 @@ def test_the_pareto_set_can_be_drawn(tmp_path):
         assert result.exit_code == 0
         assert path.stat().st_size > 5000
     text = (tmp_path / "b.svg").read_text()
-    assert "seconds a call, predicted" in text.replace("<!-- ", "").replace(" -->", "")
+    assert "time of a call, predicted" in text.replace("<!-- ", "").replace(" -->", "")
 
 
 def test_picks_can_be_verified():

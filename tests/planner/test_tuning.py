@@ -19,7 +19,7 @@ from planner import calibration
 from planner.measure import Environment, Measurement
 from planner.records import read
 from planner.search.space import Space
-from planner.tuning import Tuned
+from planner.tuning import Tuned, stored, whole
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = calibration.SHIPPED / "cpu.json"
@@ -201,3 +201,59 @@ def test_a_tuner_that_is_ended_goes_on_where_it_stopped(how, tmp_path):
     found = json.loads(again.stdout)
     assert found["kept"] >= 3
     assert len(found["trials"]) >= 5
+
+
+def test_an_interrupt_waits_until_what_is_written_is(monkeypatch):
+    done = []
+    with pytest.raises(KeyboardInterrupt):  # noqa: PT012 -- where it is raised is the point
+        with whole():
+            signal.raise_signal(signal.SIGINT)
+            done.append("written")
+        done.append("never")
+    assert done == ["written"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+# ---- what a study has kept
+
+
+def test_a_study_says_what_was_found_though_its_tuner_is_gone(tmp_path):
+    found = tune(Device(), tmp_path, trials=5)
+    assert stored(found.storage, found.study) == found.model_copy(update={"kept": 5})
+    more = tune(Device({2: "interrupt"}), tmp_path, trials=9)
+    again = stored(more.storage, more.study)
+    assert again.trials[:5] == found.trials[:5]
+    assert {trial.config for trial in again.trials} == {trial.config for trial in more.trials}
+    assert again.best.seconds == min(trial.seconds for trial in again.trials)
+
+
+def test_a_study_that_is_not_there_is_refused_and_no_file_is_made(tmp_path):
+    missing = tmp_path / "no.db"
+    for url in (str(missing), f"sqlite:///{missing}"):
+        with pytest.raises(ConfigError, match="there is no such file"):
+            stored(url, "tune")
+    assert not missing.exists()
+    with pytest.raises(ConfigError, match="cannot be used"):
+        stored("nonsense://x", "tune")
+    found = tune(Device(), tmp_path, trials=2)
+    with pytest.raises(ConfigError, match=r"no study is called 'other' in .*; it has 'tune-"):
+        stored(found.storage, "other")
+
+
+def test_a_study_without_a_measurement_is_refused(tmp_path):
+    storage = str(tmp_path / "s.journal")
+    planner.recommend("8GB", 4096, trials=1, space=SPACE, storage=storage, study="mine")
+    with pytest.raises(ConfigError, match="no measured config"):
+        stored(storage, "mine")
+
+
+def test_what_was_found_says_what_repeats_it_and_what_it_takes(tmp_path):
+    found = tune(Device(), tmp_path, trials=3, layers=None, reserve="100MB")
+    assert found.command == (
+        "planner tune --vram 500MB --seq 4K --trials 3 --heads 2 --dtype float32 --reserve 100MB --layers 0 "
+        "--block-size 64,128 --branches 1,2"
+    )
+    assert (found.budget, found.reserve) == (500 * 10**6, 100 * 10**6)
+    assert found.memory.config == found.config
+    assert found.memory.upper == found.best.upper
+    assert found.quality.mass >= 0.8
