@@ -75,48 +75,49 @@ def refine(
     if trials < 0:
         raise ConfigError(f"trials must be at least 0, got {trials}")
     study = open_study(storage, sampler, seed)
-    done = len(study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,)))
-    if done:
-        study.sampler = _sampler(sampler, seed + done)  # not the same suggestions again
-    else:
+    old = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
+    done = len(old)
+    # With trials of an earlier run, not the same suggestions again.
+    study.sampler = _sampler(sampler, seed + done, STARTUP if starts else COLD_STARTUP)
+    if not done:
         for config in starts:
             known = parameters(config, space, scenario.workload)
             if known is not None:
                 study.enqueue_trial(known, skip_if_exists=True)
-    seen = {config: answer(scenario, columns_of(config, scenario.workload.seq)) for config in _tried(study)}
-    turns = None if starts else Turns(space.kinds, trials)
-    if turns is not None:
-        study.sampler = _sampler(sampler, seed + done, COLD_STARTUP)
+    queued = done + len(study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.WAITING,)))
+    seen: dict[AttentionConfig, Answer] = {}
+    turns = Turns(space.kinds, trials, explores=not starts)
+
+    def judged(trial: Any, config: AttentionConfig, columns: Columns) -> Answer:
+        if config not in seen:
+            seen[config] = answer(scenario, columns)
+        # As the config has them: what was suggested may have been rounded far.
+        known = parameters(config, space, scenario.workload) or trial.params
+        turns.told(seen[config].rank, known, trial.distributions)
+        return seen[config]
+
+    for earlier in old:
+        if "config" in earlier.user_attrs:
+            config = AttentionConfig(**earlier.user_attrs["config"])
+            judged(earlier, config, columns_of(config, scenario.workload.seq))
     for number in range(done, trials):
         if progress:
             progress(number, trials)
-        if turns is not None:
+        if number >= queued:
             study.enqueue_trial(turns.fixed(number))
         trial = study.ask()
         columns = chosen(trial, space, scenario.workload, flex=scenario.flex)
         config = columns.config(0, scenario.workload)
-        if config not in seen:
-            seen[config] = answer(scenario, columns)
-        found = seen[config]
+        found = judged(trial, config, columns)
         for name, share in found.excess.items():
             trial.set_constraint(name, share)
         trial.set_user_attr("config", config.model_dump(mode="json", exclude_defaults=True))
         study.tell(trial, found.value)
-        if turns is not None:
-            # As the config has them: what was suggested may have been rounded far.
-            known = parameters(config, space, scenario.workload) or trial.params
-            turns.told(found.rank, known, trial.distributions)
     good = [found.columns for found in seen.values() if all(share <= 0 for share in found.excess.values())]
     # Their lengths are known by now.
     table = tabulate(replace(scenario, objective="speed"), good)
     best = first(scenario, table, order(scenario, table, np.arange(len(table))))
     return Refined(best, max(trials, done))
-
-
-def _tried(study: optuna.Study) -> dict[AttentionConfig, None]:
-    """Configs of an earlier run's trials, each once."""
-    known = (trial.user_attrs.get("config") for trial in study.get_trials(deepcopy=False))
-    return {AttentionConfig(**config): None for config in known if config is not None}
 
 
 @dataclass(frozen=True)

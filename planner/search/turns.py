@@ -1,8 +1,9 @@
-"""Where the next trial from a cold start looks. Imports no torch.
+"""Where the next trial looks. Imports no torch.
 
-Left to itself a sampler settles for the first kind of attention in which it finds something that passes,
-and every kind has dimensions of its own. So at first kinds take turns; then the most promising do, mostly by
-steps from their best trial so far: one dimension made larger or smaller, coarse steps before fine ones.
+From a cold start a sampler left to itself settles for the first kind of attention in which it finds something
+that passes, and every kind has dimensions of its own. So at first kinds take turns; then the most promising
+do, mostly by steps from their best trial so far: one dimension or two made larger or smaller, coarse steps
+before fine ones.
 """
 
 from __future__ import annotations
@@ -38,10 +39,11 @@ class Leader(NamedTuple):
 
 
 class Turns:
-    """Says what the next of `trials` trials is to fix, having been told of those before."""
+    """Says what the next of `trials` trials is to fix, told of those before. `explores`: nothing is
+    known to be good yet."""
 
-    def __init__(self, kinds: Sequence[Kind], trials: int) -> None:
-        self.kinds, self.trials = kinds, trials
+    def __init__(self, kinds: Sequence[Kind], trials: int, *, explores: bool) -> None:
+        self.kinds, self.exploring = kinds, trials * EXPLORED * explores
         self.leaders: dict[Kind, Leader] = {}
         self.stepped: set[frozenset[tuple[str, Any]]] = set()
 
@@ -58,7 +60,7 @@ class Turns:
         """What trial `number` is to have; the rest is for the sampler to suggest."""
         # Dense has nothing to choose and gets one turn.
         kinds = [kind for kind in self.kinds if kind != "dense" or kind not in self.leaders]
-        if number >= self.trials * EXPLORED:
+        if number >= self.exploring:
             kinds = sorted(self.leaders, key=lambda kind: self.leaders[kind].rank)[:PROMISING] or kinds
             step = None if number % SUGGESTED == 0 else self._step(kinds[number // SUGGESTED % len(kinds)])
             if step is not None:

@@ -223,7 +223,7 @@ def test_trials_are_kept_and_gone_on_with(tmp_path):
 def test_what_an_earlier_run_found_is_not_lost(tmp_path, monkeypatch):
     # Without the last steps the answer is what trials found.
     monkeypatch.setattr("planner.recommendation.climbed", lambda scenario, space, best: best)
-    asked = {"vram": "8GB", "seq": 65_536, "space": FEW, "trials": 60}
+    asked = {"vram": "8GB", "seq": 131_072, "space": FEW, "trials": 60}
     asked |= {"storage": str(tmp_path / "a.journal")}
     first = planner.recommend(**asked)
     assert first.search.gain > 0, "the case must be one in which trials beat the grid"
