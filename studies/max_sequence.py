@@ -246,9 +246,9 @@ def said(rows: Rows) -> Said:
         f"process held to the budget{took}, and one block more is above the bound for {over} of them.",
         f"The seeds stop at {min(row['said'] for row in beside):,} to {max(row['said'] for row in beside):,} "
         f"tokens on 8 GB, where {times[0]:.0f} to {times[-1]:.0f} times as many are predicted to fit; memory "
-        "was not what stopped them: by their own count at most 2.3 GB of the 8 were in use, they give figures "
-        "without a pool for lengths beyond their limit without one, and what they name is a kernel's launch "
-        "limit.",
+        "was not what stopped them: they count at most 2.3 of 8 GB in use there, give figures without a pool "
+        "for lengths beyond their limit without one, and name a limit of kernel launches as what they met "
+        "beyond.",
     )
 
 
