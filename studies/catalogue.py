@@ -16,6 +16,7 @@ QUESTIONS: Final[dict[str, str]] = {
     "floors": "How far above q, k, v and out does each attention go?",
     "max-sequence": "How long a sequence fits 1 to 80 GB, by attention?",
     "million-tokens": "What do one and ten million tokens need?",
+    "practical-limits": "Which attention for which length on cards of 8 to 80 GB?",
     "accuracy": "How far are predictions of memory and time from measurements?",
     "model-speed": "How fast are the planner's own models?",
     "fits": "Does what is recommended fit, for real?",

@@ -77,7 +77,9 @@ def shape(config: AttentionConfig) -> str:
 
 
 def seconds(value: float) -> str:
-    """1.23 s, 45.6 ms or 789 us."""
+    """1,750 s, 1.23 s, 45.6 ms or 789 us."""
+    if value >= 1000:
+        return f"{value:,.0f} s"
     for factor, unit in ((1, "s"), (1e3, "ms"), (1e6, "us")):
         if value * factor >= 1 or unit == "us":
             return f"{value * factor:.3g} {unit}"
