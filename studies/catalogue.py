@@ -21,6 +21,7 @@ QUESTIONS: Final[dict[str, str]] = {
     "model-speed": "How fast are the planner's own models?",
     "fits": "Does what is recommended fit, for real?",
     "search": "How near does the search come to the exact optimum?",
+    "tuning": "Does tuning find something as fast as the models' pick, or faster?",
     "min-mass": "What does attention mass cost, and why is the gate at 0.8?",
     "peers": "How fast is each attention against FlexAttention and dense SDPA?",
 }
