@@ -23,7 +23,7 @@ QUESTIONS: Final[dict[str, str]] = {
     "search": "How near does the search come to the exact optimum?",
     "tuning": "Does tuning find something as fast as the models' pick, or faster?",
     "min-mass": "What does attention mass cost, and why is the gate at 0.8?",
-    "peers": "How fast is each attention against FlexAttention and dense SDPA?",
+    "peers": "How fast and how lean is each attention against FlexAttention and dense SDPA?",
 }
 """In the order in which `all` runs them and lists show them."""
 

@@ -23,7 +23,7 @@ from planner.workload import Mode
 from studies.records import Row, Step, markdown
 from studies.study import Rows, Said, Scope, Study
 
-CARDS: Final = ("gtx1080", "rtx3060", "rtx4060ti-16gb", "rtx4090", "h100-sxm")
+CARDS: Final[tuple[str, ...]] = ("gtx1080", "rtx3060", "rtx4060ti-16gb", "rtx4090", "h100-sxm")
 """Of 8, 12, 16, 24 and 80 GB."""
 LENGTHS: Final = tuple(1 << power for power in range(12, 23, 2))
 MODES: Final[tuple[Mode, ...]] = ("inference", "training")
