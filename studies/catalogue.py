@@ -24,14 +24,17 @@ QUESTIONS: Final[dict[str, str]] = {
     "block-size": "What does the block size change?",
     "sparsity": "What does the fraction of blocks kept change?",
     "implementations": "Which attention is fastest and which leanest at 16K tokens?",
+    "max-sequence": "How long a sequence fits 1 to 80 GB, by attention?",
     "million-tokens": "What do one and ten million tokens need?",
+    "practical-limits": "Which attention for which length on cards of 8 to 80 GB?",
     "accuracy": "How far are predictions of memory and time from measurements?",
     "model-speed": "How fast are the planner's own models?",
     "fits": "Does what is recommended fit, for real?",
     "search": "How near does the search come to the exact optimum?",
+    "tuning": "Does tuning find something as fast as the models' pick, or faster?",
     "min-mass": "What does attention mass cost, and why is the gate at 0.8?",
     "pareto": "What can be had for less memory, less time or less mass?",
-    "peers": "How fast is each attention against FlexAttention and dense SDPA?",
+    "peers": "How fast and how lean is each attention against FlexAttention and dense SDPA?",
 }
 """In the order in which `all` runs them and lists show them."""
 

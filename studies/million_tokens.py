@@ -1,53 +1,87 @@
 """What do one and ten million tokens need? `planner study million-tokens`
 
-One million tokens in one process on the CPU, resident memory and time per token against 131,072 tokens in the
-same run; and what predictions say of GPUs.
+One million tokens in one process on the CPU: resident memory, and time a token against 131,072 tokens in the
+same run. What GPUs need for one and ten million, predicted. How many cards that takes with the sequence
+sharded over a ring of them, by arithmetic: ring attention is not here yet.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Final, NamedTuple
 
 import torch
 
-from attention import build
-from planner.report.figure import BLUE, title
+from attention import AttentionConfig, build
+from planner.gpus import Gpu, find
+from planner.memory.estimate import MemoryEstimate, estimate
+from planner.report.figure import BLUE, INK, MUTED, ORANGE, RED, named, title, tokens
+from planner.workload import ITEMSIZE, Dtype, Mode, Workload
+from studies.attentions import one_of_each
 from studies.floors import HEAD_DIM, HEADS, SEQ, configs
 from studies.records import Row, Step, markdown, timed
 from studies.study import Rows, Said, Scope, Study
 
 MILLION = 1_048_576
+COUNTS: Final = (MILLION, 10 * MILLION)
+DTYPES: Final[tuple[Dtype, ...]] = ("float16", "bfloat16", "float32")
+MODES: Final[tuple[Mode, ...]] = ("inference", "training")
+CARD: Final = "h100-sxm"
+"""Whose kernels and context predictions are of, however large they get."""
+RING: Final = ("gtx1080", "rtx4090", "h100-sxm")
+"""Cards of 8, 24 and 80 GB."""
+MEASURED: Final = ("local_window", "dilated_sparse")
 
 
-def million_row(name: str, runs: int = 3) -> Row:
-    """One million tokens in bfloat16 in this process: resident peak, and time per token against
-    131,072 tokens."""
+class Claim(NamedTuple):
+    """What the seeds say a million tokens need, in GB, and the attention here of that kind."""
+
+    what: str
+    gigabytes: float
+    kind: str
+
+
+CLAIMS: Final = (
+    Claim("block-sparse, base", 4.06, "dilated_sparse"),
+    Claim("block-sparse, adaptive", 4.09, "adaptive"),
+    Claim("block-sparse, multihead", 33.68, "multihead"),
+    Claim("standard attention", 1000.0, "dense"),
+)
+CLAIMED_ON: Final = "gtx1080"
+
+
+def million_row(name: str, runs: int = 3, seq: int = MILLION, short: int = SEQ, heads: int = HEADS) -> Row:
+    """`seq` tokens in bfloat16 in this process: resident peak, and time per token against `short`."""
     module = build(configs()[name])
-    q, k, v = (torch.empty(1, MILLION, HEADS, HEAD_DIM, dtype=torch.bfloat16).normal_() for _ in range(3))
+    q, k, v = (torch.empty(1, seq, heads, HEAD_DIM, dtype=torch.bfloat16).normal_() for _ in range(3))
     device = torch.device("cpu")
     before = _resident("VmRSS")
     with torch.inference_mode():
-        short = [x[:, :SEQ] for x in (q, k, v)]
-        module(*short)
+        part = [x[:, :short] for x in (q, k, v)]
+        module(*part)
         module(q, k, v)
-        seconds: dict[int, list[float]] = {SEQ: [], MILLION: []}
+        seconds: dict[int, list[float]] = {short: [], seq: []}
         for _ in range(runs):
-            seconds[SEQ].append(timed(lambda: module(*short), device))
-            seconds[MILLION].append(timed(lambda: module(q, k, v), device))
-    a_token = {seq: median(times) / seq for seq, times in seconds.items()}
+            seconds[short].append(timed(lambda: module(*part), device))
+            seconds[seq].append(timed(lambda: module(q, k, v), device))
+    a_token = {count: median(times) / count for count, times in seconds.items()}
     return {
+        "part": "measured",
         "attention": name,
+        "seq": seq,
+        "short": short,
+        "heads": heads,
         "floor": 4 * q.numel() * 2,
         "resident": _resident("VmHWM"),
         "before": before,
-        "seconds": median(seconds[MILLION]),
-        "per_token_ratio": a_token[MILLION] / a_token[SEQ],
+        "seconds": median(seconds[seq]),
+        "per_token_ratio": a_token[seq] / a_token[short],
     }
 
 
@@ -59,27 +93,12 @@ def _resident(key: str) -> int:
     raise OSError(f"/proc/self/status has no {key}")
 
 
-def million_table(rows: list[Row]) -> str:
-    return markdown(
-        (
-            [
-                row["attention"],
-                f"{row['resident'] / 2**30:.2f}",
-                f"{row['floor'] / 2**30:.2f}",
-                f"{row['seconds']:.1f}",
-                f"{row['per_token_ratio']:.2f}",
-            ]
-            for row in rows
-        ),
-        ["attention", "resident GiB", "floor GiB", "seconds", "time a token against 131,072"],
-    )
-
-
-def _million_in_a_process(name: str) -> Row:
+def _in_a_process(name: str, **sizes: int) -> Row:
     """`million_row` in a process of its own, whose resident peak is its alone."""
-    import json
-
-    code = f"import json; from studies import million_tokens as m; print(json.dumps(m.million_row({name!r})))"
+    code = (
+        "import json; from studies import million_tokens as m; "
+        f"print(json.dumps(m.million_row({name!r}, **{sizes!r})))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], check=True, capture_output=True, text=True, env=dict(os.environ)
     )
@@ -87,19 +106,260 @@ def _million_in_a_process(name: str) -> Row:
     return row
 
 
+def predicted_row(kind: str, config: AttentionConfig, seq: int) -> Row:
+    """What a GPU needs by dtype and mode: bytes allocated, and the bound of what the card loses."""
+    found = {
+        f"{dtype} {mode}": estimate(config, Workload(seq=seq, dtype=dtype, mode=mode), CARD)
+        for dtype in DTYPES
+        for mode in MODES
+    }
+    return {
+        "part": "predicted", "attention": kind, "seq": seq,
+        "allocated": {name: one.allocated for name, one in found.items()},
+        "upper": {name: one.upper for name, one in found.items()},
+    }  # fmt: skip
+
+
+def ring_bytes(tokens_a_rank: int, dtype: Dtype, mode: Mode) -> int:
+    """Bytes of a rank of a ring, by arithmetic: no such attention is here to be measured.
+
+    With L tokens a rank, H heads and D channels a head, six blocks of L H D numbers forward (q, k, v, the
+    incoming k and v, out), an accumulator of 4 L H D bytes and 4 L H of log-sum-exp. Training has the
+    gradient of each block besides.
+    """
+    numbers = tokens_a_rank * HEADS * HEAD_DIM
+    blocks = 6 if mode == "inference" else 12
+    return blocks * numbers * ITEMSIZE[dtype] + 4 * numbers + 4 * tokens_a_rank * HEADS
+
+
+def cards_needed(seq: int, dtype: Dtype, mode: Mode, gpu: Gpu) -> int:
+    """The fewest of a card: 1 if dilated attention is predicted to fit it, else the smallest ring whose ranks
+    have room for their blocks beside the context."""
+    alone: MemoryEstimate = estimate(one_of_each()["dilated"], Workload(seq=seq, dtype=dtype, mode=mode), gpu)
+    if alone.upper <= gpu.usable_bytes:
+        return 1
+    room = gpu.usable_bytes - alone.components["context"]
+    return max(-(-seq // (room // ring_bytes(1, dtype, mode))), 2)
+
+
+def ring_row(seq: int, dtype: Dtype, mode: Mode) -> Row:
+    """How many cards of each size."""
+    cards = {name: find(name) for name in RING}
+    return {
+        "part": "ring", "seq": seq, "dtype": dtype, "mode": mode, "a_token": ring_bytes(1, dtype, mode),
+        "cards": {card.name: cards_needed(seq, dtype, mode, card) for card in cards.values()},
+    }  # fmt: skip
+
+
+def claim_row(claim: Claim) -> Row:
+    """What the seeds say of a million tokens beside what is predicted for their card, float16, inference."""
+    found = estimate(one_of_each()[claim.kind], Workload(seq=MILLION), CLAIMED_ON)
+    return {
+        "part": "seeds", "what": claim.what, "said": claim.gigabytes, "attention": claim.kind,
+        "allocated": found.allocated, "upper": found.upper, "usable": find(CLAIMED_ON).usable_bytes,
+        "on": found.on,
+    }  # fmt: skip
+
+
 def steps(scope: Scope) -> list[Step]:
-    return [(name, partial(_million_in_a_process, name)) for name in ("local_window", "dilated_sparse")]
+    """Quick, 131,072 tokens of one head are measured in place of a million."""
+    small = {"runs": 1, "seq": SEQ, "short": SEQ // 8, "heads": 1}
+    measured: list[Step] = [
+        (f"{name}, measured", partial(_in_a_process, name, **(small if scope.quick else {})))
+        for name in (MEASURED[:1] if scope.quick else MEASURED)
+    ]
+    predicted: list[Step] = [
+        (f"{kind}, {tokens(seq)}", partial(predicted_row, kind, config, seq))
+        for kind, config in one_of_each().items()
+        for seq in COUNTS
+    ]
+    ring: list[Step] = [
+        (f"ring, {tokens(seq)} {dtype} {mode}", partial(ring_row, seq, dtype, mode))
+        for seq in COUNTS
+        for dtype in ("float16", "float32")
+        for mode in MODES
+    ]
+    return [*measured, *predicted, *ring, *((claim.what, partial(claim_row, claim)) for claim in CLAIMS)]
+
+
+def of_part(rows: Rows, part: str) -> Rows:
+    """Those of `measured`, `predicted`, `ring` or `seeds`."""
+    return [row for row in rows if row["part"] == part]
+
+
+def million_table(rows: Rows) -> str:
+    """What one process held, and how time grew."""
+    return markdown(
+        (
+            [
+                row["attention"],
+                f"{row['seq']:,}",
+                f"{row['resident'] / 2**30:.2f}",
+                f"{row['floor'] / 2**30:.2f}",
+                f"{row['seconds']:.1f}",
+                f"{row['per_token_ratio']:.2f} x that at {row['short']:,}",
+            ]
+            for row in of_part(rows, "measured")
+        ),
+        ["attention", "tokens", "resident GiB", "floor GiB", "seconds", "time a token"],
+    )
+
+
+def columns(rows: Rows) -> dict[str, list[str]]:
+    """Dtypes and modes in a column each, those of equal bounds in one: what it is called, and of which."""
+    found: dict[tuple[int, ...], list[str]] = {}
+    for name in rows[0]["upper"]:
+        found.setdefault(tuple(row["upper"][name] for row in rows), []).append(name)
+    return {
+        f"{names[0].split()[1]}, {' or '.join(name.split()[0] for name in names)}": names
+        for names in found.values()
+    }
+
+
+def predicted_table(rows: Rows) -> str:
+    """GB that an 80 GB card's kernels need, bound and context included."""
+    rows = of_part(rows, "predicted")
+    named_columns = columns(rows)
+    body = [
+        [
+            row["attention"],
+            tokens(row["seq"]),
+            *(f"{row['upper'][n[0]] / 1e9:.1f}" for n in named_columns.values()),
+        ]
+        for row in sorted(rows, key=lambda row: row["seq"])
+    ]
+    return markdown(body, ["attention", "tokens", *(f"{name}, GB" for name in named_columns)])
+
+
+def ring_table(rows: Rows) -> str:
+    """Cards by arithmetic."""
+    rows = of_part(rows, "ring")
+    names = list(rows[0]["cards"])
+    return markdown(
+        (
+            [tokens(row["seq"]), row["dtype"], row["mode"], f"{row['a_token']:,}",
+             *(str(row["cards"][name]) for name in names)]
+            for row in rows
+        ),
+        ["tokens", "dtype", "mode", "ring's bytes a token, arithmetic", *names],
+    )  # fmt: skip
+
+
+def seeds_table(rows: Rows) -> str:
+    """The seeds' GB for a million tokens beside the predicted."""
+    return markdown(
+        (
+            [row["what"], f"{row['said']:,g}", row["attention"], f"{row['allocated'] / 1e9:.2f}",
+             f"{row['upper'] / 1e9:.2f}", "yes" if row["upper"] <= row["usable"] else "no"]
+            for row in of_part(rows, "seeds")
+        ),
+        ["the seeds", "their GB", "here", "GB allocated, predicted", "GB of the card, at most",
+         "fits the GTX 1080"],
+    )  # fmt: skip
 
 
 def draw(figure: Any, rows: Rows) -> None:
-    axes = figure.add_subplot()
-    axes.bar([row["attention"] for row in rows], [row["resident"] / 2**30 for row in rows], color=BLUE)
-    axes.set_ylabel("resident, GiB")
-    title(figure, "One million tokens")
+    """Above, GB by attention for one and ten million; below, what was measured, and how many cards."""
+    figure.set_size_inches(9.5, 7.6)
+    above, below = figure.subfigures(2, 1, height_ratios=(3, 2))
+    panels = above.subplots(1, len(COUNTS), sharey=True)
+    for axes, seq in zip(panels, COUNTS, strict=True):
+        _draw_predicted(axes, [row for row in of_part(rows, "predicted") if row["seq"] == seq], seq)
+    panels[0].invert_yaxis()
+    above.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    left, right = below.subplots(1, 2)
+    _draw_measured(left, of_part(rows, "measured"))
+    _draw_ring(right, of_part(rows, "ring"))
+    title(figure, "A million tokens need little more than q, k, v and out",
+          f"predicted for {HEADS} heads x {HEAD_DIM} on the kernels of an H100; measured on the CPU in "
+          "bfloat16")  # fmt: skip
+
+
+SERIES: Final = (
+    ("float16 inference", "inference, 16 bits", BLUE, "o", -0.17),
+    ("float16 training", "training, 16 bits", BLUE, "^", -0.17),
+    ("float32 inference", "inference, 32 bits", ORANGE, "o", 0.17),
+    ("float32 training", "training, 32 bits", ORANGE, "^", 0.17),
+)
+
+
+def _draw_predicted(axes: Any, rows: Rows, seq: int) -> None:
+    for name, label, color, marker, shift in SERIES:
+        places = [place + shift for place in range(len(rows))]
+        needed = [row["upper"][name] / 1e9 for row in rows]
+        axes.scatter(needed, places, color=color, marker=marker, s=30, label=label)
+    most = max(max(row["upper"].values()) for row in rows) / 1e9
+    for gb in (8, 24, 80):
+        if most / 12 < gb < most:
+            axes.axvline(gb, color=RED, linewidth=1)
+            named(axes, gb, len(rows) - 0.3, f"{gb} GB", RED, xytext=(3, 0), va="bottom")
+    axes.set_yticks(range(len(rows)), [row["attention"] for row in rows])
+    axes.set(title=f"{seq:,} tokens", xlabel="needed, GB, predicted", xlim=(0, most * 1.08),
+             ylim=(-0.6, len(rows) - 0.2))  # fmt: skip
+    axes.grid(axis="x")
+
+
+def _draw_measured(axes: Any, rows: Rows) -> None:
+    for place, row in enumerate(rows):
+        axes.barh(place, row["resident"] / 1e9, color=BLUE, height=0.4)
+        axes.plot([row["floor"] / 1e9] * 2, [place - 0.25, place + 0.25], color=RED, linewidth=2)
+        grown = f"{row['per_token_ratio']:.2f} times as long a token as {tokens(row['short'])}"
+        named(axes, 0, place - 0.36, f"{row['seconds']:.1f} s, {grown}", xytext=(4, 0))
+    axes.set_yticks(range(len(rows)), [row["attention"] for row in rows])
+    axes.set(xlabel="resident, GB; red: q, k, v and out", ylim=(len(rows) - 0.4, -0.7),
+             title=f"{rows[0]['seq']:,} tokens, measured")  # fmt: skip
+
+
+def _draw_ring(axes: Any, rows: Rows) -> None:
+    """A table: it is a few whole numbers."""
+    names = list(rows[0]["cards"])
+    lines = list(dict.fromkeys((row["seq"], row["mode"]) for row in rows))
+    for at, name in enumerate(names):
+        axes.text(at, -0.9, name.removeprefix("NVIDIA ").replace("GeForce ", ""), ha="center", color=MUTED)
+        for place, line in enumerate(lines):
+            pair = [row["cards"][name] for row in rows if (row["seq"], row["mode"]) == line]
+            axes.text(at, place, " | ".join(map(str, pair)), ha="center", va="center", color=INK)
+    axes.set_yticks(range(len(lines)), [f"{tokens(seq)}, {mode}" for seq, mode in lines])
+    axes.set(xticks=[], xlim=(-0.6, len(names) - 0.4), ylim=(len(lines) - 0.5, -1.2),
+             title="cards of a ring, 16 | 32 bits, by arithmetic")  # fmt: skip
+    axes.spines[["left", "bottom"]].set_visible(False)
+    axes.tick_params(left=False)
 
 
 def said(rows: Rows) -> Said:
-    return Said("", "", "")
+    measured = of_part(rows, "measured")
+    most = max(measured, key=lambda row: row["resident"] / row["floor"])
+    million = [row for row in of_part(rows, "predicted") if row["seq"] == MILLION]
+    needs = sorted(row["upper"]["float16 inference"] / 1e9 for row in million)
+    ten = [row for row in of_part(rows, "ring") if row["seq"] == COUNTS[-1] and row["dtype"] == "float16"]
+    forward = next(row["cards"] for row in ten if row["mode"] == "inference")
+    beside = {row["attention"]: row for row in of_part(rows, "seeds")}
+    base, multihead = beside["dilated_sparse"], beside["multihead"]
+    square = MILLION**2 * ITEMSIZE["float16"] * HEADS / 1e12
+    return Said(
+        "Asked: what do one and ten million tokens need, by attention, dtype and mode, and how many cards?",
+        f"Found: {measured[0]['seq']:,} tokens ran in one process with {most['resident'] / 1e9:.2f} GB "
+        f"resident at most, q, k, v and out alone being {most['floor'] / 1e9:.2f}, in "
+        f"{most['per_token_ratio']:.2f} times the time a token that {most['short']:,} take; a million in "
+        f"float16 is predicted to need {needs[0]:.1f} to {needs[-1]:.1f} GB of a GPU, ten million by "
+        f"arithmetic {' or '.join(f'{count} {name}' for name, count in forward.items())}.",
+        f"The seeds' {base['said']:g} GB a million for block-sparse attention holds "
+        f"({base['allocated'] / 1e9:.2f} predicted); their {multihead['said']:g} for multihead does not "
+        f"({multihead['allocated'] / 1e9:.2f}: projections add q, k and v and a little, not seven times as "
+        f"much), nor does their 1,000 for standard attention: all its weights would be {square:.0f} TB, and "
+        f"a fused kernel, which never holds them, needs {beside['dense']['allocated'] / 1e9:.2f} GB.",
+    )
 
 
-STUDY = Study(steps, {"million": million_table}, draw, said, devices=("cpu",))
+STUDY = Study(
+    steps,
+    {
+        "million": million_table,
+        "million-predicted": predicted_table,
+        "million-ring": ring_table,
+        "million-seeds": seeds_table,
+    },
+    draw,
+    said,
+    devices=("cpu",),
+)

@@ -1,0 +1,261 @@
+"""How long a sequence fits 1 to 80 GB, by attention? `planner study max-sequence`
+
+Predicted for cards of that memory. On the CPU the predicted longest is run with the process held to the
+budget; one block more is above the bound.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from statistics import median
+from typing import Any, Final, NamedTuple
+
+from attention import AttentionConfig
+from planner.gpus import find, generic
+from planner.longest import longest
+from planner.measure import measure
+from planner.report.figure import KINDS, MUTED, RED, named, title, token_axis
+from planner.units import format_bytes
+from planner.workload import Mode, Workload
+from studies.attentions import one_of_each
+from studies.records import Row, Step, markdown
+from studies.study import Rows, Said, Scope, Study
+
+GB: Final = 10**9
+CARDS: Final[Mapping[int, str | None]] = {
+    1: None, 2: None, 4: None, 8: "gtx1080", 12: "rtx3060", 16: "rtx4060ti-16gb", 24: "rtx4090",
+    40: "a100-sxm4-40gb", 80: "h100-sxm",
+}  # fmt: skip
+"""By GB; None for the generic card."""
+MODES: Final[tuple[Mode, ...]] = ("inference", "training")
+CAPS: Final = (64_000_000, 256_000_000, GB)
+"""Budgets that runs on the CPU are held to."""
+QUICK: Final = (8_000_000,)
+DENSE_MOST: Final = CAPS[0]
+"""With more, the longest dense attention takes minutes a run on two cores."""
+BESIDE: Final[Mapping[Mode, int]] = {"inference": 48 << 20, "training": 192 << 20}
+"""Bytes that a capped process may have besides what torch allocates, which is what bounds are of: the block
+of 32 MiB that keeps the heap steady, buffers of threads, and for training the code that torch loads at the
+first backward and holes in the heap, where blocks below 32 MiB lie."""
+
+
+class Claim(NamedTuple):
+    """A limit on 8 GB as the seeds report it, the memory that they count there, and a config of that kind."""
+
+    what: str
+    seq: int
+    counted: str
+    config: AttentionConfig
+
+
+def claims() -> list[Claim]:
+    """The seeds' limits, all of one card of 8 GB."""
+    here = one_of_each()
+    pool, none = (here["dilated"].model_copy(update={"pool": switch}) for switch in ("on", "off"))
+    return [
+        Claim("block-sparse, base", 65_536, "264.2 MB", here["dilated_sparse"]),
+        Claim("block-sparse, configuration A", 131_072, "128 MB", here["dilated_sparse"]),
+        Claim("block-sparse, multihead", 65_536, "2,250.3 MB", here["multihead"]),
+        Claim("block-sparse, adaptive", 32_768, "137.2 MB", here["adaptive"]),
+        Claim("improved dilated, with a pool", 65_536, "0.59 GB", pool),
+        Claim("improved dilated, without a pool", 24_576, "no figure, but 0.72 GB at 65,536", none),
+    ]
+
+
+def card_row(kind: str, config: AttentionConfig, mode: Mode, budget: int) -> Row:
+    """The longest on the card of so many GB, float16."""
+    name = CARDS[budget]
+    card = find(name) if name else generic(budget * GB)
+    found = longest(config, Workload(seq=1, mode=mode), budget * GB, card, {})
+    return {
+        "part": "cards", "attention": kind, "mode": mode, "gb": budget, "card": card.name,
+        "seq": found.fits.workload.seq if found.fits else 0,
+        "upper": found.fits.upper if found.fits else None, "beyond": found.beyond.upper,
+    }  # fmt: skip
+
+
+def seeds_row(claim: Claim) -> Row:
+    """The longest of that kind on the seeds' card, beside what they say."""
+    row = card_row(claim.what, claim.config, "inference", 8)
+    return row | {"part": "seeds", "said": claim.seq, "counted": claim.counted, "pool": claim.config.pool}
+
+
+def capped_row(kind: str, config: AttentionConfig, mode: Mode, budget: int) -> Row:
+    """The longest in float32 on the CPU, run in a process held to `budget` bytes and what it has besides."""
+    found = longest(config, Workload(seq=1, mode=mode, dtype="float32"), budget, "cpu", {})
+    row: Row = {
+        "part": "capped", "attention": kind, "mode": mode, "budget": budget, "beyond": found.beyond.upper,
+        "outcome": "nothing fits",
+    }  # fmt: skip
+    if found.fits is None:
+        return row
+    workload = found.fits.workload
+    ran = measure(config, workload, "cpu", runs=1, timeout=600, cap_bytes=budget + BESIDE[mode])
+    return row | {
+        "seq": workload.seq, "upper": found.fits.upper, "outcome": ran.kind, "message": ran.message,
+        "allocated": ran.allocated,
+    }  # fmt: skip
+
+
+def steps(scope: Scope) -> list[Step]:
+    """A step a card, mode and attention, one a limit of the seeds, one a capped run; quick, few budgets."""
+    every = one_of_each()
+    few = {kind: every[kind] for kind in ("local_window", "dilated_sparse")}
+    cards: list[Step] = [
+        (f"{kind}, {mode}, {budget} GB", partial(card_row, kind, config, mode, budget))
+        for kind, config in every.items()
+        for mode in MODES
+        for budget in (1, 8, 80) * scope.quick or CARDS
+    ]
+    seeds: list[Step] = [(claim.what, partial(seeds_row, claim)) for claim in claims()]
+    capped: list[Step] = [
+        (f"{kind}, {mode}, {format_bytes(budget)}", partial(capped_row, kind, config, mode, budget))
+        for budget in (QUICK if scope.quick else CAPS)
+        for kind, config in (few if scope.quick else every).items()
+        for mode in (MODES[:1] if scope.quick else MODES)
+        if kind != "dense" or budget <= DENSE_MOST
+    ]
+    return [*cards, *seeds, *capped]
+
+
+def of_part(rows: Rows, part: str) -> Rows:
+    """Those of `cards`, `seeds` or `capped`."""
+    return [row for row in rows if row["part"] == part]
+
+
+def cards_table(rows: Rows) -> str:
+    """Longest sequence by attention, mode and GB."""
+    rows = of_part(rows, "cards")
+    budgets = list(dict.fromkeys(row["gb"] for row in rows))
+    lines: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        lines.setdefault((row["attention"], row["mode"]), []).append(f"{row['seq']:,}")
+    names = [f"{gb} GB, {next(row['card'] for row in rows if row['gb'] == gb)}" for gb in budgets]
+    return markdown(([*line, *found] for line, found in lines.items()), ["attention", "mode", *names])
+
+
+def capped_table(rows: Rows) -> str:
+    """What was predicted to fit, run under a cap."""
+    return markdown(
+        (
+            [row["attention"], row["mode"], format_bytes(row["budget"]), f"{row.get('seq', 0):,}",
+             row["outcome"], f"{used(row):.1%}" if row["outcome"] == "ok" else "",
+             f"{row['beyond'] / row['budget']:.2%}"]
+            for row in of_part(rows, "capped")
+        ),
+        ["attention", "mode", "budget", "longest predicted", "ran", "of the budget allocated",
+         "bound of one block more"],
+    )  # fmt: skip
+
+
+def seeds_table(rows: Rows) -> str:
+    """The seeds' limits on 8 GB beside the predicted ones."""
+    return markdown(
+        (
+            [row["attention"], f"{row['said']:,}", row["counted"], f"{row['seq']:,}",
+             f"{row['seq'] / row['said']:.0f}"]
+            for row in of_part(rows, "seeds")
+        ),
+        ["the seeds, 8 GB", "their longest", "memory they count there", "predicted here", "times as long"],
+    )  # fmt: skip
+
+
+def used(row: Row) -> float:
+    """Share of the budget that was allocated."""
+    return float(row["allocated"] / row["budget"])
+
+
+def _ran(rows: Rows) -> Rows:
+    return [row for row in of_part(rows, "capped") if row["outcome"] == "ok"]
+
+
+def draw(figure: Any, rows: Rows) -> None:
+    """Above, the longest by attention and GB, for inference and training; below, what was allocated of the
+    budgets that runs were held to."""
+    figure.set_size_inches(9.5, 7)
+    above, below = figure.subfigures(2, 1, height_ratios=(3, 2))
+    panels = above.subplots(1, 2, sharey=True, sharex=True)
+    for axes, mode in zip(panels, MODES, strict=True):
+        _draw_longest(axes, [row for row in of_part(rows, "cards") if row["mode"] == mode], mode)
+    reported = [row["said"] for row in of_part(rows, "seeds")]
+    for axes in panels:
+        axes.axvspan(min(reported), max(reported), color=RED, alpha=0.12, linewidth=0, zorder=0)
+    lowest = panels[0].get_ylim()[1]
+    named(panels[0], max(reported), lowest, "where the first reports stop on 8 GB", RED, va="bottom")
+    panels[0].invert_yaxis()
+    _draw_used(below.subplots(), _ran(rows))
+    title(figure, "Length follows memory; which attention it is matters less",
+          "above: predicted, GB above the marks, 8 heads x 64, float16; below: run on the CPU, float32, "
+          "held to the budget")  # fmt: skip
+
+
+def _draw_longest(axes: Any, rows: Rows, mode: str) -> None:
+    kinds = list(dict.fromkeys(row["attention"] for row in rows))
+    for place, kind in enumerate(kinds):
+        color, marker = KINDS[kind]
+        mine = [row for row in rows if row["attention"] == kind and row["seq"]]
+        axes.plot([row["seq"] for row in mine], [place] * len(mine), color=color, linewidth=1, alpha=0.5)
+        axes.scatter([row["seq"] for row in mine], [place] * len(mine), color=color, marker=marker, s=30)
+    for row in rows:
+        if row["attention"] == kinds[0] and row["seq"]:
+            unit = " GB" if row["gb"] == 1 else ""
+            named(axes, row["seq"], 0, f"{row['gb']}{unit}", MUTED, xytext=(0, 12), ha="center")
+    axes.set_yticks(range(len(kinds)), kinds)
+    token_axis(axes.xaxis, [1 << power for power in range(12, 26, 2)])
+    axes.set(title=mode, xlabel="longest sequence, tokens", ylim=(-0.9, len(kinds)))
+    axes.grid(axis="x")
+
+
+def _draw_used(axes: Any, rows: Rows) -> None:
+    """Each budget and mode its dots, an attention each; a dash for the bound of one block more."""
+    groups = list(dict.fromkeys((row["budget"], row["mode"]) for row in rows))
+    kinds = list(dict.fromkeys(row["attention"] for row in rows))
+    for row in rows:
+        color, marker = KINDS[row["attention"]]
+        place = groups.index((row["budget"], row["mode"])) + 0.1 * (
+            kinds.index(row["attention"]) - (len(kinds) - 1) / 2
+        )
+        axes.scatter(place, 100 * used(row), color=color, marker=marker, s=30)
+        axes.scatter(place, 100 * row["beyond"] / row["budget"], color=RED, marker="_", s=40)
+    axes.axhline(100, color=RED, linewidth=1)
+    axes.set_xticks(range(len(groups)), [f"{format_bytes(budget, 0)}\n{mode}" for budget, mode in groups])
+    axes.set(ylabel="allocated at the peak,\n% of the budget", xlim=(-0.5, len(groups) - 0.5))
+    axes.grid(axis="y")
+    named(axes, 0, 1, "dashes: the bound of one block more", RED, xycoords="axes fraction", va="top")
+
+
+def _span(rows: Rows, budget: int, mode: str) -> str:
+    """From the shortest to the longest of a budget."""
+    found = [row["seq"] for row in of_part(rows, "cards") if (row["gb"], row["mode"]) == (budget, mode)]
+    return f"{min(found):,} to {max(found):,}"
+
+
+def said(rows: Rows) -> Said:
+    capped = [row for row in of_part(rows, "capped") if row["outcome"] != "nothing fits"]
+    ran = _ran(rows)
+    over = sum(row["beyond"] > row["budget"] for row in capped)
+    took = f" and took {median(map(used, ran)):.1%} of it in the median" if ran else ""
+    beside = of_part(rows, "seeds")
+    times = sorted(row["seq"] / row["said"] for row in beside)
+    return Said(
+        "Asked: how long a sequence fits 1 to 80 GB, by attention, and does what is predicted to fit run?",
+        f"Found: on 8 GB {_span(rows, 8, 'inference')} tokens are predicted for inference and "
+        f"{_span(rows, 8, 'training')} for training, on 80 GB {_span(rows, 80, 'inference')} and "
+        f"{_span(rows, 80, 'training')}; {len(ran)} of {len(capped)} lengths predicted for the CPU ran in a "
+        f"process held to the budget{took}, and one block more is above the bound for {over} of them.",
+        f"The seeds stop at {min(row['said'] for row in beside):,} to {max(row['said'] for row in beside):,} "
+        f"tokens on 8 GB, where {times[0]:.0f} to {times[-1]:.0f} times as many are predicted to fit; memory "
+        "was not what stopped them: they count at most 2.3 of 8 GB in use there, give figures without a pool "
+        "for lengths beyond their limit without one, and name a limit of kernel launches as what they met "
+        "beyond.",
+    )
+
+
+STUDY = Study(
+    steps,
+    {"max-sequence": cards_table, "max-sequence-capped": capped_table, "max-sequence-seeds": seeds_table},
+    draw,
+    said,
+    devices=("cpu",),
+)

@@ -1,0 +1,217 @@
+"""Which attention for which length on cards of 8 to 80 GB? `planner study practical-limits`
+
+What `recommend` answers for each card and length, predicted: attention, memory, time, mass; or that nothing
+fits, and what would help. No GPU is needed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, Final, NamedTuple
+
+from planner import recommend
+from planner.gpus import find
+from planner.recommend import MIN_MASS
+from planner.report.figure import KINDS, MUTED, title, tokens
+from planner.report.recommend import seconds
+from planner.report.words import kind_of
+from planner.search.picks import Pick
+from planner.search.relax import NothingFitsError
+from planner.workload import Mode
+from studies.records import Row, Step, markdown
+from studies.study import Rows, Said, Scope, Study
+
+CARDS: Final[tuple[str, ...]] = ("gtx1080", "rtx3060", "rtx4060ti-16gb", "rtx4090", "h100-sxm")
+"""Of 8, 12, 16, 24 and 80 GB."""
+LENGTHS: Final = tuple(1 << power for power in range(12, 23, 2))
+MODES: Final[tuple[Mode, ...]] = ("inference", "training")
+
+
+class Claim(NamedTuple):
+    """A line of the seeds' table of practical limits on 8 GB, as it is written there."""
+
+    range: str
+    most: int
+    """The longest here that is of this range."""
+    advice: str
+
+
+CLAIMS: Final = (
+    Claim("< 16K", 4096, "ImprovedDilatedAttention (no pool)"),
+    Claim("16K - 64K", 65_536, "ImprovedDilatedAttention (with pool)"),
+    Claim("64K - 256K", 262_144, "Ring Attention; requires better GPU"),
+    Claim("256K - 1M", 1_048_576, "Block Sparse Ring; 95% sparsity needed"),
+    Claim("> 1M", 4_194_304, "Distributed Block Sparse; multi-GPU required"),
+)
+
+
+def cell_row(card: str, seq: int, mode: Mode) -> Row:
+    """The recommendation for a length on all of a card's memory, float16, 8 heads of 64 channels."""
+    gpu = find(card)
+    row: Row = {"card": gpu.name, "gb": gpu.nominal_bytes >> 30, "seq": seq, "mode": mode}
+    try:
+        found = recommend(seq=seq, gpu=gpu, mode=mode, trials=0)
+    except NothingFitsError as error:
+        return row | {"outcome": "nothing fits", "relaxations": list(error.relaxations)}
+    widest = next(one for one in found.alternatives if one.role == "widest")
+    return row | {
+        "outcome": "ok",
+        "attention": kind_of(found.config),
+        "config": found.config.model_dump(mode="json", exclude_defaults=True),
+        "upper": found.memory.upper,
+        "seconds": found.seconds,
+        "mass": found.quality.mass,
+        "widest": _figures(widest),
+    }
+
+
+def _figures(found: Pick) -> Row:
+    return {"attention": kind_of(found.config), "seconds": found.seconds, "mass": found.mass}
+
+
+def steps(scope: Scope) -> list[Step]:
+    """A step a card, length and mode; quick, two cards and three lengths."""
+    cards, lengths, modes = CARDS, LENGTHS, MODES
+    if scope.quick:
+        cards, lengths, modes = CARDS[:1] + CARDS[3:4], LENGTHS[::2], MODES[:1]
+    return [
+        (f"{card}, {tokens(seq)}, {mode}", partial(cell_row, card, seq, mode))
+        for mode in modes
+        for card in cards
+        for seq in lengths
+    ]
+
+
+def still_fits(row: Row) -> int | None:
+    """The longest that fits where this length does not, by the relaxations."""
+    matches = (re.fullmatch(r"--seq (\d+)", change) for change in row["relaxations"])
+    return next((int(found[1]) for found in matches if found), None)
+
+
+def limits_table(rows: Rows) -> str:
+    """Each card and length: the fastest that passes the gates, and the one that attends to most."""
+    return markdown(
+        (_cells(row) for row in rows),
+        [
+            "card",
+            "mode",
+            "tokens",
+            "recommended",
+            "memory, GB",
+            "time",
+            "mass",
+            "widest that fits",
+            "its time",
+        ],
+    )
+
+
+def _cells(row: Row) -> list[str]:
+    head = [f"{row['gb']} GB, {_short(row['card'])}", row["mode"], tokens(row["seq"])]
+    if row["outcome"] != "ok":
+        return [*head, f"nothing fits; {', or '.join(row['relaxations'])}", "", "", "", "", ""]
+    widest = row["widest"]
+    return [
+        *head, row["attention"], f"{row['upper'] / 1e9:.2f}", seconds(row["seconds"]), f"{row['mass']:.0%}",
+        f"{widest['attention']}, {widest['mass']:.0%}", seconds(widest["seconds"]),
+    ]  # fmt: skip
+
+
+def _short(card: str) -> str:
+    return re.sub(r"NVIDIA |GeForce | \d+GB.*", "", card)
+
+
+def on_8_gb(rows: Rows) -> Mapping[int, Row]:
+    """Inference on the card of 8 GB, which is the seeds', by length."""
+    return {row["seq"]: row for row in rows if row["gb"] == 8 and row["mode"] == "inference"}
+
+
+def seeds_table(rows: Rows) -> str:
+    """The seeds' practical limits on 8 GB beside what is recommended for the longest of each range."""
+    here = on_8_gb(rows)
+    return markdown(
+        (
+            [claim.range, claim.advice, tokens(claim.most), _answer(here[claim.most])]
+            for claim in CLAIMS
+            if claim.most in here
+        ),
+        ["range", "the seeds, 8 GB", "tokens here", "recommended, predicted"],
+    )
+
+
+def _answer(row: Row) -> str:
+    if row["outcome"] == "ok":
+        return f"{row['attention']}, {row['upper'] / 1e9:.2f} GB, {seconds(row['seconds'])}"
+    most = still_fits(row)
+    return "nothing fits" + (f"; {most:,} tokens would" if most else "")
+
+
+def draw(figure: Any, rows: Rows) -> None:
+    """A grid of cards and lengths for each mode: kind of attention by colour and name, time, memory."""
+    modes = list(dict.fromkeys(row["mode"] for row in rows))
+    figure.set_size_inches(10, 1 + 3.7 * len(modes))
+    for axes, mode in zip(figure.subplots(len(modes), squeeze=False)[:, 0], modes, strict=True):
+        _draw_grid(axes, [row for row in rows if row["mode"] == mode], mode)
+    axes.set_xlabel("tokens")
+    title(figure, f"The fastest attention that fits the card and keeps {MIN_MASS:.0%} of the mass",
+          "predicted time of a call and memory at most, float16, 8 heads x 64; grey: what keeps most, "
+          "and its time")  # fmt: skip
+
+
+def _draw_grid(axes: Any, rows: Rows, mode: str) -> None:
+    cards = list(dict.fromkeys((row["gb"], _short(row["card"])) for row in rows))
+    lengths = list(dict.fromkeys(row["seq"] for row in rows))
+    for row in rows:
+        x, y = lengths.index(row["seq"]), cards.index((row["gb"], _short(row["card"])))
+        fits = row["outcome"] == "ok"
+        color = KINDS[row["attention"]][0] if fits else "none"
+        axes.bar(x, 0.94, width=0.96, bottom=y - 0.47, color=color, alpha=0.2)
+        if fits:
+            text = f"{row['attention']}\n{seconds(row['seconds'])}, {row['upper'] / 1e9:.1f} GB"
+            widest = f"{row['widest']['attention']} {seconds(row['widest']['seconds'])}"
+            axes.text(x, y - 0.13, text, ha="center", va="center")
+            axes.text(x, y + 0.29, widest, ha="center", va="center", color=MUTED)
+        else:
+            axes.text(x, y, _no(row), ha="center", va="center", color=MUTED)
+    axes.set_xticks(range(len(lengths)), [tokens(seq) for seq in lengths])
+    axes.set_yticks(range(len(cards)), [f"{gb} GB\n{name}" for gb, name in cards])
+    axes.set(title=mode, xlim=(-0.5, len(lengths) - 0.5), ylim=(len(cards) - 0.5, -0.5))
+    axes.spines[["left", "bottom"]].set_visible(False)
+    axes.tick_params(length=0)
+
+
+def _no(row: Row) -> str:
+    most = still_fits(row)
+    return "nothing fits" + (f"\nup to {most / (1 << 20):.2f}M" if most else "")
+
+
+def said(rows: Rows) -> Said:
+    good = [row for row in rows if row["outcome"] == "ok"]
+    kinds = sorted({row["attention"] for row in good})
+    here = on_8_gb(rows)
+    most = max(seq for seq, row in here.items() if row["outcome"] == "ok")
+    longest = here[most]
+    limits = [still_fits(row) for row in here.values() if row["outcome"] != "ok"]
+    beyond = f", and {max(filter(None, limits)):,} tokens still fit there" if any(limits) else ""
+    widest = longest["widest"]
+    return Said(
+        "Asked: which attention is recommended for 4K to 4M tokens on cards of 8 to 80 GB, and where does "
+        "nothing fit?",
+        f"Found: something fits in {len(good)} of {len(rows)} cells, where {' or '.join(kinds)} is the "
+        f"fastest; on 8 GB {most:,} tokens take {longest['upper'] / 1e9:.1f} GB and "
+        f"{seconds(longest['seconds'])} in inference{beyond}.",
+        "The seeds want a better GPU from 64K tokens on, 95% sparsity from 256K and several cards beyond 1M; "
+        f"for {most:,} tokens on 8 GB even {widest['attention']} attention with {widest['mass']:.0%} of the "
+        f"mass fits ({seconds(widest['seconds'])}): what sparsity saves there is time, not memory.",
+    )
+
+
+STUDY = Study(
+    steps,
+    {"practical-limits": limits_table, "practical-limits-seeds": seeds_table},
+    draw,
+    said,
+    devices=("cpu",),
+)
