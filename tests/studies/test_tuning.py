@@ -27,9 +27,11 @@ def trial(number, seconds, kind="ok"):
 def tuned(pick, *others):
     trials = (pick, *others)
     best = min((one for one in trials if one.good), key=lambda one: one.seconds)
+    workload = Workload(seq=512)
     return Tuned(
-        config=best.config, workload=Workload(seq=512), on="cpu", best=best, analytic=pick, trials=trials,
-        kept=0, storage="x", study="x",
+        config=best.config, workload=workload, on="cpu", best=best, analytic=pick, trials=trials, kept=0,
+        storage="x", study="x", versions={}, calibration="none", seed=0, command="", budget=1, reserve=0,
+        memory=estimate(best.config, workload), quality=Quality(profile="balanced", mass=1.0, layers=1),
     )  # fmt: skip
 
 
