@@ -6,6 +6,8 @@ from matplotlib.figure import Figure
 
 from attention import AttentionConfig
 from planner import Workload
+from planner.memory.estimate import estimate
+from planner.search.picks import Quality
 from planner.tuning import Trial, Tuned
 from studies import tuning
 from studies.study import Scope
