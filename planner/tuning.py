@@ -8,7 +8,9 @@ that the same call goes on where an interrupted or killed one stopped.
 from __future__ import annotations
 
 import math
+import os
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -159,6 +161,29 @@ _FOUND: Final = "found"
 """The attribute of a study that has what is known of it but its trials."""
 
 
+_OWNER: Final = "owner"
+"""The attribute of a trial that says which process measures it."""
+
+
+def _myself() -> str:
+    return f"{socket.gethostname()} {os.getpid()}"
+
+
+def _at_work(owner: str | None) -> bool:
+    """Whether the process that began a trial is still there; of another machine's nobody can tell, and it is
+    left alone."""
+    host, _, process = (owner or "").rpartition(" ")
+    if not host or host != socket.gethostname():
+        return bool(host)
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True  # somebody else's
+    return int(process) != os.getpid()
+
+
 def _trials(study: optuna.Study) -> list[Trial]:
     """Those that were measured."""
     return [
@@ -209,6 +234,7 @@ class _Tuning:
                 if len(self.trials) >= wanted and self.analytic.config in self.trials:
                     break
                 self._one(study, wanted)
+                self._hear(study)
             self._confirm(study)
             with whole():
                 self._keep(study)
@@ -219,12 +245,17 @@ class _Tuning:
         return self._result(kept, interrupted)
 
     def _take_up(self, study: optuna.Study) -> None:
-        """Trials of an earlier run; those that it was in the midst of are begun again."""
-        for old in study.get_trials(deepcopy=False):
-            if old.state == TrialState.RUNNING:
+        """Trials of an earlier run; those that it was in the midst of are begun again, unless it still is."""
+        for old in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            if not _at_work(old.user_attrs.get(_OWNER)):
                 study.tell(old.number, state=TrialState.FAIL)
                 study.enqueue_trial(old.params)
-        self.trials = {trial.config: trial for trial in _trials(study)}
+        self._hear(study)
+
+    def _hear(self, study: optuna.Study) -> None:
+        """Trials that others measured for the same study meanwhile count like one's own."""
+        for trial in _trials(study):
+            self.trials.setdefault(trial.config, trial)
 
     def _start(self, study: optuna.Study) -> None:
         """The analytic pick comes first, then the rest of the Pareto set, fastest first."""
@@ -243,6 +274,7 @@ class _Tuning:
             self.progress(Progress(len(self.trials), wanted, None, self._best()))
         with whole():
             trial = study.ask()
+            trial.set_user_attr(_OWNER, _myself())
             columns = chosen(trial, self.space, self.scenario.workload, flex=self.scenario.flex)
             config = columns.config(0, self.scenario.workload)
             judged = answer(self.scenario, columns)

@@ -316,12 +316,12 @@ def chunk_tokens(
     """Query tokens of a block-sparse call: as many as make the kernel fast, within a share of the
     workspace, and never more than a small share of the floor, so that short sequences stay lean too.
 
-    CPU: 1,024 tokens (docs/explanation/speed.md), 1/128 of the floor. CUDA, where a call has to fill the
-    device: a quarter of the workspace, 1/32 of the floor.
+    CPU: 1,024 tokens (docs/explanation/speed.md), 1/128 of the floor. CUDA: a quarter of the workspace,
+    1/256 of the floor.
     """
     floor = seq * (heads + kv_heads)
     if cpu:
         tokens = least(1024, workspace // (32 * heads * head_dim), floor // (64 * heads))
     else:
-        tokens = least(workspace // (4 * heads * head_dim * itemsize), floor // (16 * heads))
+        tokens = least(workspace // (4 * heads * head_dim * itemsize), floor // (128 * heads))
     return most(tokens, 1)

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
+import socket
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import optuna
 import pytest
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
 
 import planner
 from attention.errors import AttentionPlannerError, ConfigError
@@ -122,6 +128,47 @@ def test_an_interrupt_keeps_what_there_is(tmp_path):
 def test_an_interrupt_before_anything_ran_is_one(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         tune(Device({0: "interrupt"}), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "owner, begun_again",
+    [
+        (f"{socket.gethostname()} {os.getppid()}", False),
+        (f"{socket.gethostname()} {1 << 30}", True),
+        ("another-machine 1", False),
+        (None, True),
+    ],
+)
+def test_a_trial_of_a_worker_that_is_at_work_is_left_to_it(owner, begun_again, tmp_path):
+    tune(Device(), tmp_path, trials=2)
+    storage = JournalStorage(JournalFileBackend(str(tmp_path / "trials.journal")))
+    [name] = optuna.get_all_study_names(storage)
+    study = optuna.load_study(study_name=name, storage=storage)
+    trial = study.ask()
+    if owner:
+        trial.set_user_attr("owner", owner)
+    tune(Device(), tmp_path, trials=3)
+    study = optuna.load_study(study_name=name, storage=storage)
+    state = study.get_trials()[trial.number].state
+    assert (state == TrialState.FAIL) == begun_again
+    assert (state == TrialState.RUNNING) != begun_again
+
+
+def test_two_workers_on_one_study_hear_of_each_other(tmp_path):
+    class Other(Device):
+        """Lets another worker measure two configs in the midst of its second run."""
+
+        def __call__(self, config, workload):
+            if len(self.runs) == 1:
+                self.runs.append(config)
+                other = tune(Device(), tmp_path, trials=4)
+                self.found = {trial.config for trial in other.trials}
+            return super().__call__(config, workload)
+
+    device = Other()
+    found = tune(device, tmp_path, trials=6)
+    assert len(found.trials) == 6
+    assert len({trial.config for trial in found.trials} & device.found) >= 3
 
 
 def test_another_question_has_trials_of_its_own(tmp_path):

@@ -18,6 +18,13 @@ WINDOW = AttentionConfig(
     pattern=SparsePatternConfig(pattern_type="local_window", block_size=64, local_window_size=128),
     workspace_bytes=65536,
 )
+BASE = AttentionConfig(
+    variant="block_sparse",
+    segment_lengths=(2048,),
+    dilation_rates=(1,),
+    pattern=SparsePatternConfig(sparsity_ratio=0.01, block_size=64),
+)
+"""The setting that the seeds recommend and measured."""
 BRANCHES = {"segment_lengths": (2048, 4096), "dilation_rates": (1, 2)}
 CONFIGS = {
     "dense": AttentionConfig(variant="dense"),
@@ -43,16 +50,17 @@ CONFIGS = {
     "tokens, kilobytes",
     [(2048, 7.88), (4096, 5.89), (8192, 4.90), (16384, 4.40), (32768, 4.16), (65536, 4.03)],
 )
-def test_the_seeds_memory_per_token_on_a_gtx_1080(tokens, kilobytes):
+@pytest.mark.parametrize("config", [BASE, WINDOW], ids=["base", "window"])
+def test_the_seeds_memory_per_token_on_a_gtx_1080(config, tokens, kilobytes):
     """The table "Memory Scaling Verification" of the Block-Sparse Comprehensive Benchmark Report of
     2025-07-07 (BlockSparseBase, 8 heads x 64, float16, GTX 1080). Its unit is MiB x 1000 / tokens."""
-    found = planner.estimate(WINDOW, Workload(seq=tokens), "gtx1080")
+    found = planner.estimate(config, Workload(seq=tokens), "gtx1080")
     assert found.allocated / MIB * 1000 / tokens == pytest.approx(kilobytes, rel=0.005)
 
 
 def test_the_seeds_memory_at_65536_tokens_on_a_gtx_1080():
     """264.2 MB (MiB) for BlockSparseBase: "Maximum Sequence Length Analysis" of the same report."""
-    found = planner.estimate(WINDOW, Workload(seq=65536), "gtx1080")
+    found = planner.estimate(BASE, Workload(seq=65536), "gtx1080")
     assert found.allocated / MIB == pytest.approx(264.2, rel=0.005)
 
 
