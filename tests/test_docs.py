@@ -99,7 +99,6 @@ def test_the_site_has_every_page():
     assert sorted(listed) == sorted(there)
 
 
-@pytest.mark.xfail(reason="studies that pages name are still to come", strict=True)
 def test_pages_name_studies_that_there_are():
     places = re.compile(r"<!-- (?:said|picture): ([\w-]+) -->")
     named = {name for page in pages.pages() for name in places.findall(page.read_text(encoding="utf-8"))}

@@ -417,7 +417,9 @@ def _suggested(trial: Trial, space: Space, seq: int, unit: int) -> Lists:
     for n in range(count):
         if n == 0:
             if not space.segments:
-                length = min(_tokens(trial, "first_segment", unit, whole * unit) // unit, whole)
+                # One range for all block sizes: the longest is what covers everything, whatever the unit.
+                longest = 2 * max(seq, *FREE_BLOCK_SIZES, *(space.block_sizes or ()))
+                length = min(_tokens(trial, "first_segment", unit, longest) // unit, whole)
         else:
             if not space.segments:
                 growth = trial.suggest_int(f"growth_{n}", 1, MOST_GROWTH, log=True)
