@@ -128,7 +128,7 @@ def memory_row(
     pattern: str, dtype: torch.dtype, block: int, kept: int, device: torch.device, seq: int = SEQ
 ) -> Row:
     """Most bytes allocated beside q, k and v in a forward: ours with its lists, FlexAttention with its
-    BlockMask, dense SDPA."""
+    BlockMask, whose CPU kernel packs all keys and values anew, and dense SDPA."""
     both = sides(pattern, dtype, block, kept, device, seq)
     q, k, v = both.inputs
     dense = lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v)  # noqa: E731
