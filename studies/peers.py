@@ -371,12 +371,13 @@ def _kernel_steps(device: torch.device, runs: int, quick: bool) -> Iterator[Step
 
 
 def _training_steps(device: torch.device, runs: int, quick: bool) -> Iterator[Step]:
-    seq = QUICK if quick else SEQ
+    seq = QUICK // 4 if quick else SEQ
     for dtype in DTYPES:
-        for pattern in TRAINED[::2] if quick else TRAINED:
+        for pattern in TRAINED[:1] if quick else TRAINED:
             for block in BLOCKS[1:2] if quick or pattern.startswith("dilated,") else BLOCKS:
                 label = f"training {pattern} {_name(dtype)} {block}"
-                yield label, partial(training_row, pattern, dtype, block, KEPT[1], device, runs, seq)
+                kept = KEPT[0] if quick else KEPT[1]
+                yield label, partial(training_row, pattern, dtype, block, kept, device, runs, seq)
 
 
 def steps(scope: Scope) -> list[Step]:
