@@ -400,7 +400,8 @@ def draw(figure: Any, rows: Rows) -> None:
     _dots(flexed, of_part(rows, "flex"), "pattern")
     flexed.axvline(1, color=RED, linewidth=1)
     flexed.set(title=f"against compiled FlexAttention, {_tokens(rows, 'flex')}",
-               xlabel="its time / ours: right of 1, ours is faster")  # fmt: skip
+               xlabel="its time / ours: right of 1, ours is faster",
+               xlim=(0, max(1.1, flexed.get_xlim()[1])))  # fmt: skip
     _draw_dense(densed, of_part(rows, "dense"))
     _dots(trained, of_part(rows, "training"), "attention")
     trained.set(title=f"training, {_tokens(rows, 'training')}", xlabel="time of a step / time of its forward")
@@ -444,7 +445,8 @@ def _draw_dense(axes: Any, rows: Rows) -> None:
     most = max(1.0, *(row["ratio"] for row in rows))
     axes.set(title=f"against dense SDPA, {seq:,} tokens, {heads} heads", xscale="log",
              xlabel="our time / its time; grey: share of blocks kept", xlim=(0.03, 2.5 * most))  # fmt: skip
-    axes.set_xticks([0.05, 0.1, 0.2, 0.5, 1], ["0.05", "0.1", "0.2", "0.5", "1"])
+    ticks = [tick for tick in (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10) if tick < 2.5 * most]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.set_xticks([], minor=True)
 
 
