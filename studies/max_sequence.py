@@ -186,8 +186,8 @@ def draw(figure: Any, rows: Rows) -> None:
     panels[0].invert_yaxis()
     _draw_used(below.subplots(), _ran(rows))
     title(figure, "Length follows memory; which attention it is matters less",
-          "above: predicted, GB above the marks, 8 heads x 64, float16; below: run on the CPU, float32, "
-          "held to the budget")  # fmt: skip
+          "above: predicted, GB above marks, 8 heads x 64, float16; below: run on the CPU in "
+          "float32")  # fmt: skip
 
 
 def _draw_longest(axes: Any, rows: Rows, mode: str) -> None:
@@ -222,13 +222,15 @@ def _draw_used(axes: Any, rows: Rows) -> None:
     axes.set_xticks(range(len(groups)), [f"{format_bytes(budget, 0)}\n{mode}" for budget, mode in groups])
     axes.set(ylabel="allocated at the peak,\n% of the budget", xlim=(-0.5, len(groups) - 0.5))
     axes.grid(axis="y")
-    named(axes, 0, 1, "dashes: the bound of one block more", RED, xycoords="axes fraction", va="top")
+    named(axes, 1, 1, "dashes: the bound of one block more", RED, xycoords="axes fraction", va="top",
+          ha="right")  # fmt: skip
 
 
 def _span(rows: Rows, budget: int, mode: str) -> str:
-    """From the shortest to the longest of a budget."""
-    found = [row["seq"] for row in of_part(rows, "cards") if (row["gb"], row["mode"]) == (budget, mode)]
-    return f"{min(found):,} to {max(found):,}"
+    """From the shortest to the longest of a budget, by name."""
+    found = [row for row in of_part(rows, "cards") if (row["gb"], row["mode"]) == (budget, mode)]
+    ends = (pick(found, key=lambda row: row["seq"]) for pick in (min, max))
+    return " to ".join(f"{row['seq']:,} ({row['attention']})" for row in ends)
 
 
 def said(rows: Rows) -> Said:

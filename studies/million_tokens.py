@@ -162,8 +162,8 @@ def claim_row(claim: Claim) -> Row:
 
 
 def steps(scope: Scope) -> list[Step]:
-    """Quick, 131,072 tokens of one head are measured in place of a million."""
-    small = {"runs": 1, "seq": SEQ, "short": SEQ // 8, "heads": 1}
+    """Quick, 32,768 tokens of one head are measured in place of a million."""
+    small = {"runs": 1, "seq": SEQ // 4, "short": SEQ // 32, "heads": 1}
     measured: list[Step] = [
         (f"{name}, measured", partial(_in_a_process, name, **(small if scope.quick else {})))
         for name in (MEASURED[:1] if scope.quick else MEASURED)

@@ -42,6 +42,8 @@ def scenario_row(asked: Asked, trials: int) -> Row:
     """One question, tuned from a cold start: all trials, and how the analytic pick does among them."""
     with TemporaryDirectory() as folder:
         found = tune(**asked, trials=trials, storage=str(Path(folder) / "trials.journal"))
+    if found.interrupted:  # an answer to whoever asked for one, but no row: the study stops and goes on later
+        raise KeyboardInterrupt
     good = [trial.seconds for trial in found.trials if trial.good and trial.seconds]
     pick = found.analytic
     return {

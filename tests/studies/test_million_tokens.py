@@ -80,7 +80,7 @@ def test_one_card_where_one_is_enough_and_two_where_a_ring_of_one_would_be():
 def test_a_quick_run_measures_no_million():
     quick, whole = (million.steps(Scope(torch.device("cpu"), quick)) for quick in (True, False))
     measured = [[run for label, run in some if "measured" in label] for some in (quick, whole)]
-    assert [run.keywords.get("seq", million.MILLION) for run in measured[0]] == [131_072]
+    assert [run.keywords.get("seq", million.MILLION) for run in measured[0]] == [32_768]
     assert len(measured[1]) == 2
     assert len({label for label, _ in whole}) == len(whole)
 

@@ -73,6 +73,12 @@ def test_trials_are_kept_in_a_folder_that_goes_away(monkeypatch):
     assert not seen[0].exists()
 
 
+def test_a_tuning_that_was_interrupted_is_no_row(monkeypatch):
+    found = tuned(trial(0, 0.3)).model_copy(update={"interrupted": True})
+    with pytest.raises(KeyboardInterrupt):
+        row_of(monkeypatch, found)
+
+
 def test_a_quick_run_is_one_question():
     quick, whole = (tuning.steps(Scope(torch.device("cpu"), quick)) for quick in (True, False))
     assert (len(quick), len(whole)) == (1, 5)
