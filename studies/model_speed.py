@@ -156,7 +156,7 @@ def draw(figure: Any, rows: Rows) -> None:
     axes = figure.add_subplot()
     for place, row in enumerate(rows):
         axes.barh(place, row["seconds"], color=BLUE, height=0.6)
-        named(axes, row["seconds"], place, f"{row['seconds']:.3g} s")
+        named(axes, row["seconds"], place, f"{row['seconds']:.3g} s", "white", xytext=(-6, 0), ha="right")
         if row["at_most"] is not None:
             axes.plot([row["at_most"]] * 2, [place - 0.4, place + 0.4], color=RED, linewidth=2)
     axes.set_yticks(range(len(rows)), [row["what"].partition(" --variant")[0] for row in rows])
