@@ -393,7 +393,9 @@ def _environment(device: torch.device) -> dict[str, Any]:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     flags = next((line.split() for line in lines if line.startswith("flags")), [])
-    matrices = ", AMX" if "amx_tile" in flags else ""
+    matrices = ", AMX" if "amx_bf16" in flags else ""
+    if "amx_fp16" in flags:
+        matrices += " with float16"
     known["device"] = models[0] if models else platform.processor() or platform.machine()
     known["capability"] = torch.backends.cpu.get_cpu_capability() + matrices
     with contextlib.suppress(OSError, ValueError, AttributeError):

@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic_core import from_json
-
 from attention.errors import ConfigError
+from planner.json_files import read_json
 from planner.recommendation import Recommendation
 from planner.tuning import Tuned
 from planner.verification import Verified
@@ -23,14 +22,7 @@ class Answer(NamedTuple):
 
 def read_answer(path: Path) -> Answer:
     """What `planner recommend` or `planner tune` printed; ConfigError for anything else."""
-    try:
-        text = path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
-    try:
-        data = from_json(text)
-    except ValueError as error:
-        raise ConfigError(f"{path} is no JSON: {error}") from None
+    data = read_json(path)
     try:
         return _answer(data, path)
     except ConfigError as error:

@@ -3,13 +3,13 @@ and buffer by buffer. Imports no torch."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from attention.config import AttentionConfig
 from attention.errors import ConfigError
+from planner.json_files import read_json
 from planner.measure import Measurement
 from planner.memory.estimate import MemoryEstimate, estimate
 from planner.memory.plan import COMPONENTS
@@ -50,14 +50,7 @@ class Comparison(NamedTuple):
 def side(path: Path, estimated: Callable[[AttentionConfig], MemoryEstimate]) -> Side:
     """What a file holds: an estimate as it is, a config as `estimated` has it, a measurement beside what is
     predicted where it was made."""
-    try:
-        text = path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
-    try:
-        data = json.loads(text)
-    except ValueError:
-        data = None
+    data = read_json(path)
     if isinstance(data, dict) and "environment" not in data and "components" not in data:
         # A recommendation has an estimate of its answer; what tuning found is a config.
         data = data.get("memory", data.get("config", data))
@@ -72,7 +65,7 @@ def side(path: Path, estimated: Callable[[AttentionConfig], MemoryEstimate]) -> 
         if "environment" not in data:
             config = AttentionConfig(**data)
         else:
-            return _measured(Measurement.from_json(text))
+            return _measured(Measurement(**data))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     return Side(estimated(config))

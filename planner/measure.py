@@ -65,7 +65,7 @@ class Environment(Value):
     cuda: str | None = None
     """CUDA that torch was built for."""
     capability: str | None = None
-    """Instructions that the kernels use (`AVX2`, `AVX512`, with `AMX`), or a GPU's compute capability."""
+    """Instructions that the kernels use (`AVX2`, `AVX512`, `AVX512, AMX`), or a GPU's compute capability."""
     torch: str | None = None
     python: str
     system: str

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NewType
 
 import typer
-from pydantic_core import from_json
 
 from attention.config import AdaptiveConfig, AttentionConfig, PatternType, SparsePatternConfig, Variant
 from attention.errors import ConfigError
+from planner.json_files import read_json
 from planner.units import parse_bytes, parse_count
 from planner.workload import Dtype, Mode, Workload
 
@@ -248,14 +248,7 @@ def _read_config(path: Path, named: str) -> AttentionConfig:
 
 def _read(path: Path, named: str) -> dict[str, Any]:
     """What a file has: a config, or with it under `config` what a command printed."""
-    try:
-        text = path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{named}{path} cannot be read: {error.strerror}") from None
-    try:
-        data = from_json(text)
-    except ValueError as error:
-        raise ConfigError(f"{named}{path}: AttentionConfig: Invalid JSON: {error}") from None
+    data = read_json(path, named)
     if not isinstance(data, dict):
         raise ConfigError(
             f"{named}{path}: AttentionConfig: expected a JSON object, got {type(data).__name__}"

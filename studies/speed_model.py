@@ -56,6 +56,7 @@ def timed_row(part: str, kind: str, sample: Sample, batch: Batch) -> Row:
         "spread": found.spread,
         "reference": found.reference,
         "threads": found.environment.threads,
+        "capability": found.environment.capability,
     }
 
 
@@ -103,7 +104,11 @@ def _kind(config: AttentionConfig) -> str:
 
 
 def _measurement(row: Row) -> Measurement:
-    place = Environment(threads=row["threads"], python="", system="", settings={}, date="")
+    # Rows that do not say it are older, of a CPU without a matrix unit.
+    capability = row.get("capability", "")
+    place = Environment(
+        threads=row["threads"], capability=capability, python="", system="", settings={}, date=""
+    )
     return Measurement(
         config=AttentionConfig.from_json(json.dumps(row["config"])),
         workload=Workload.from_json(json.dumps(row["workload"])),

@@ -15,7 +15,7 @@ from planner.memory import device as device_share
 from planner.memory.allocator import replay, smallest_cap
 from planner.memory.allocator_settings import AllocatorSettings
 from planner.memory.configured import plan_of
-from planner.memory.kernels import Cpu, Cuda, Machine, this_cpu
+from planner.memory.kernels import Cpu, Cuda, Machine, this_cpu, units_of
 from planner.memory.plan import COMPONENTS, Plan
 from planner.workload import Dtype, Workload
 
@@ -118,7 +118,7 @@ def calibration_for(device: Literal["cpu"] | gpus.Gpu, machine: Machine, dtype: 
     found = shipped("cpu")
     if found is not None and isinstance(machine, Cpu) and dtype in machine.units:
         # This dtype runs in a unit that the calibrated CPU may not have: its kernel copies keys and values.
-        return found if "AMX" in (found.capability or "") else None
+        return found if dtype in units_of(found.capability or "") else None
     return found
 
 

@@ -111,6 +111,12 @@ def this_cpu(dtype: str = "float32") -> Cpu:
     )
 
 
+def units_of(capability: str) -> frozenset[str]:
+    """The 16-bit types that a CPU has a matrix unit for, of a measurement's `capability`."""
+    float16 = "AMX with float16" in capability
+    return frozenset(["bfloat16"] * ("AMX" in capability) + ["float16"] * float16)
+
+
 FLASH_CHANNELS = 256
 """The most that flash attention takes."""
 

@@ -1,5 +1,6 @@
-"""The last steps: from the best candidate on to a neighbour that is better, as long as there is one, so that
-no single step of those that an answer lists would improve it. Imports no torch."""
+"""The last steps: from the best candidate on to a neighbour that is better, as long as there is one, coarse
+steps before fine ones, so that no single step of those that an answer lists would improve it. The grid and
+the trials find which attention it is, these how wide exactly. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,36 +13,55 @@ from attention.errors import ConfigError
 from planner.search.scenario import Point, Scenario, failed, gain, point
 from planner.search.space import Space, parameters
 
-MOVES: Final = 6
+MOVES: Final = 24
 """At most."""
+STEPS: Final = ((0.5, 2.0), (0.7, 1.4), (0.85, 1.18), (0.93, 1.08))
+"""Factors of a step down and of one up, coarse before fine. An answer lists the first."""
+UNIT: Final = 64
+"""Tokens that segment lengths without blocks are multiples of."""
 
 
 def climbed(scenario: Scenario, space: Space, best: Point) -> Point:
     """The best point that single steps lead to, each to the best neighbour in the space that passes."""
     if scenario.free_length:
         return best  # there a neighbour has another length, and is found by the grid
+    known: dict[AttentionConfig, Point | None] = {best.config: best}
     for _ in range(MOVES):
-        found = best
-        for *_, config in neighbours(best.config):
-            if parameters(config, space, scenario.workload) is None:
-                continue
-            try:
-                other = point(scenario, config, best.seq)
-            except ConfigError:
-                continue
-            if gain(scenario, found, other) > 0 and not failed(scenario, other):
-                found = other
-        if found is best:
+        for factors in STEPS:
+            found = best
+            for *_, config in neighbours(best.config, factors):
+                if config not in known:
+                    known[config] = _passing(scenario, space, config, best.seq)
+                other = known[config]
+                if other is not None and gain(scenario, found, other) > 0:
+                    found = other
+            if found is not best:
+                break
+        else:
             break
         best = found
     return best
 
 
-def neighbours(config: AttentionConfig) -> Iterator[tuple[str, str, str, AttentionConfig]]:
-    """(dimension, value now, value then, the config) of half and double of each dimension."""
-    for factor in (0.5, 2.0):
+def _passing(scenario: Scenario, space: Space, config: AttentionConfig, seq: int) -> Point | None:
+    """A config's figures, if it is in the space and passes everything."""
+    if parameters(config, space, scenario.workload) is None:
+        return None
+    try:
+        found = point(scenario, config, seq)
+    except ConfigError:
+        return None
+    return None if failed(scenario, found) else found
+
+
+def neighbours(
+    config: AttentionConfig, factors: tuple[float, ...] = STEPS[0]
+) -> Iterator[tuple[str, str, str, AttentionConfig]]:
+    """(dimension, value now, value then, the config) of each dimension times each factor."""
+    unit = config.pattern.block_size if config.pattern else UNIT
+    for factor in factors:
         for name, value in _dimensions(config).items():
-            after = _times(name, value, factor)
+            after = _times(name, value, factor, unit)
             if after == value:
                 continue
             try:
@@ -69,12 +89,22 @@ def _dimensions(config: AttentionConfig) -> dict[str, Any]:
     return found | {"workspace_bytes": config.workspace_bytes}
 
 
-def _times(name: str, value: Any, factor: float) -> Any:
+def _times(name: str, value: Any, factor: float, unit: int) -> Any:
+    """A dimension's value times a factor: windows, global tokens and segments in whole blocks of `unit`,
+    what is a power of two by powers of two."""
     if name == "dilation_rates":
         return tuple(math.ceil(rate * factor) if rate > 1 else 1 for rate in value)
     if isinstance(value, tuple):
-        return tuple(max(round(length * factor), 1) for length in value)
-    return min(value * factor, 1.0) if isinstance(value, float) else max(round(value * factor), 1)
+        return tuple(_whole(length * factor, unit) for length in value)
+    if isinstance(value, float):
+        return min(float(f"{value * factor:.3g}"), 1.0)
+    if name in ("local_window_size", "global_tokens"):
+        return _whole(value * factor, unit)
+    return max(round(value * factor), 1) if factor in STEPS[0] else value
+
+
+def _whole(tokens: float, unit: int) -> int:
+    return max(round(tokens / unit), 1) * unit
 
 
 def _changed(config: AttentionConfig, name: str, after: Any) -> AttentionConfig:

@@ -21,7 +21,7 @@ from attention.errors import AttentionPlannerError
 from planner import gpus
 from planner.columns import columns_of
 from planner.measure import Device, Measurement
-from planner.memory.kernels import Cpu, Cuda, Machine, this_cpu
+from planner.memory.kernels import Cpu, Cuda, Machine, this_cpu, units_of
 from planner.samples import Sample
 from planner.speed.rates import HOST, Costs, Rates, SpeedFit, default_cpu_rates, default_rates, with_double
 from planner.speed.runs import LONGER, timing_samples
@@ -55,11 +55,12 @@ def speed_runs(device: Device, seed: int, runs: int) -> list[Sample]:
 
 
 def machine_of(measurement: Measurement) -> Machine:
-    """The machine that a measurement is of; a CPU's is taken to be this one."""
+    """The machine that a measurement is of; a CPU's, as far as it does not say, is taken to be this one."""
     where = measurement.environment
     if measurement.device == "cpu":
         here = this_cpu(measurement.workload.dtype)
-        return replace(here, threads=where.threads or here.threads)
+        units = here.units if where.capability is None else units_of(where.capability)
+        return replace(here, threads=where.threads or here.threads, units=units)
     return Cuda(gpus.find(where.device or "").capability)
 
 

@@ -113,7 +113,7 @@ def test_a_measurement_stands_beside_what_is_predicted_for_it(tmp_path):
 def test_a_file_of_something_else_is_refused(tmp_path, text):
     path = tmp_path / "a.json"
     path.write_text(text, encoding="latin-1")
-    with pytest.raises(ConfigError, match=r"a\.json is no JSON of an AttentionConfig"):
+    with pytest.raises(ConfigError, match=r"a\.json is no JSON"):
         side(path, refuse)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -24,14 +23,6 @@ KEYS = [1, 2, 3, 31, 64, 200, 511, 512, 513, 700, 1025]
 DIMS = [1, 3, 5, 8, 12, 16, 24, 33]
 CASES = 30
 """Of each dtype and number of threads."""
-
-
-@pytest.fixture(params=[1, 2, 3])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 def tensor(layout: str, views: int, heads: int, length: int, dim: int, dtype: torch.dtype) -> torch.Tensor:

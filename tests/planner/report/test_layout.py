@@ -232,8 +232,8 @@ def test_options_describe_a_config_as_they_do_elsewhere(tmp_path):
     [
         ("", "pass e.g. --variant dense, or FILE"),
         ("none.json", "none.json cannot be read: No such file"),
-        ("README.md", "README.md: AttentionConfig: Invalid JSON"),
-        ("pyproject.toml --seq 1K", "pyproject.toml: AttentionConfig: Invalid JSON"),
+        ("README.md", "README.md is no JSON"),
+        ("pyproject.toml --seq 1K", "pyproject.toml is no JSON"),
         ("docs/examples/small.json --variant dense", "the file has the whole config"),
         ("--variant dense --seq 0", "--seq must be above 0"),
         ("--variant dense --seq 1G", "--seq '1G' is not understood"),

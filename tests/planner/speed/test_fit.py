@@ -147,3 +147,20 @@ def test_rank_correlation():
     assert rank_correlation(values, values**3) == pytest.approx(1)
     assert rank_correlation(values, -values) == pytest.approx(-1)
     assert rank_correlation(values[:1], values[:1]) == 0
+
+
+def test_a_cpu_is_the_one_that_was_measured_wherever_it_is_fitted(monkeypatch, runs):
+    here = Cpu(3, frozenset({"bfloat16", "float16"}))
+    monkeypatch.setattr("planner.speed.fit.this_cpu", lambda dtype: here)
+    run = measured(runs[0][:1], default_cpu_rates(Cpu(2)))[0]
+
+    def units(capability: str | None) -> frozenset[str]:
+        place = PLACE.model_copy(update={"capability": capability})
+        machine = machine_of(run.model_copy(update={"environment": place}))
+        assert isinstance(machine, Cpu)
+        return machine.units
+
+    assert units("AVX2") == units("AVX512") == units("") == frozenset()
+    assert units("AVX512, AMX") == {"bfloat16"}
+    assert units("AVX512, AMX with float16") == {"bfloat16", "float16"}
+    assert units(None) == here.units
