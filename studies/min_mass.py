@@ -1,7 +1,8 @@
 """What does mass cost? `planner study min-mass`
 
-For each attention profile and card the fastest config of the grid that keeps at least so much of dense
-attention's mass, as a share of dense attention's time; and what layouts that models are served with keep.
+For each attention profile and card the fastest config that keeps at least so much of dense attention's mass,
+as `recommend` finds it, as a share of dense attention's time; and what layouts keep that models are served
+with.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ KNOWN: Final[dict[str, AttentionConfig]] = {
 
 def price_row(profile: str, card: str, seq: int) -> Row:
     """Seconds of the fastest at each level, and of dense."""
-    asked: dict[str, Any] = {"seq": seq, "gpu": card, "causal": True, "profile": profile, "trials": 0}
+    asked: dict[str, Any] = {"seq": seq, "gpu": card, "causal": True, "profile": profile}
     row: Row = {"profile": profile, "card": card, "seq": seq, "seconds": {}}
     for level in (*LEVELS, 1.0):
         try:

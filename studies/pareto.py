@@ -131,7 +131,7 @@ def draw(figure: Any, rows: Rows) -> None:
         _cloud(memory, row, "mb")
         memory.set_ylabel(f"{SHOWN['mb'][0]} of {row['budget'] / 1e6:,.0f}")
         mass.axhline(100 * MIN_MASS, color=MUTED, linewidth=1, linestyle=":")
-        mass.annotate("the gate", (0.02, 100 * MIN_MASS), xycoords=("axes fraction", "data"), xytext=(0, 3),
+        mass.annotate("the gate", (0.02, 100 * MIN_MASS), xycoords=("axes fraction", "data"), xytext=(0, -11),
                       textcoords="offset points", fontsize=TEXT, color=MUTED)  # fmt: skip
         mass.set_title(f"{row['on']}, {row['task']}", loc="left")
     kinds = {point["kind"]: KINDS[point["kind"]] for row in rows for point in row["front"]}

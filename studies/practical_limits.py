@@ -13,7 +13,7 @@ from typing import Any, Final, NamedTuple
 
 from planner import recommend
 from planner.gpus import find
-from planner.recommend import MIN_MASS
+from planner.recommend import MIN_MASS, TRIALS
 from planner.report.figure import KINDS, MUTED, title, tokens
 from planner.report.recommend import seconds
 from planner.report.words import kind_of
@@ -47,12 +47,12 @@ CLAIMS: Final = (
 )
 
 
-def cell_row(card: str, seq: int, mode: Mode) -> Row:
+def cell_row(card: str, seq: int, mode: Mode, trials: int = TRIALS) -> Row:
     """The recommendation for a length on all of a card's memory, float16, 8 heads of 64 channels."""
     gpu = find(card)
     row: Row = {"card": gpu.name, "gb": gpu.nominal_bytes >> 30, "seq": seq, "mode": mode}
     try:
-        found = recommend(seq=seq, gpu=gpu, mode=mode, trials=0)
+        found = recommend(seq=seq, gpu=gpu, mode=mode, trials=trials)
     except NothingFitsError as error:
         return row | {"outcome": "nothing fits", "relaxations": list(error.relaxations)}
     widest = next(one for one in found.alternatives if one.role == "widest")
@@ -72,12 +72,12 @@ def _figures(found: Pick) -> Row:
 
 
 def steps(scope: Scope) -> list[Step]:
-    """A step a card, length and mode; quick, two cards and three lengths."""
-    cards, lengths, modes = CARDS, LENGTHS, MODES
+    """A step a card, length and mode; quick, two cards and three lengths, without trials."""
+    cards, lengths, modes, trials = CARDS, LENGTHS, MODES, TRIALS
     if scope.quick:
-        cards, lengths, modes = CARDS[:1] + CARDS[3:4], LENGTHS[::2], MODES[:1]
+        cards, lengths, modes, trials = CARDS[:1] + CARDS[3:4], LENGTHS[::2], MODES[:1], 0
     return [
-        (f"{card}, {tokens(seq)}, {mode}", partial(cell_row, card, seq, mode))
+        (f"{card}, {tokens(seq)}, {mode}", partial(cell_row, card, seq, mode, trials))
         for mode in modes
         for card in cards
         for seq in lengths
