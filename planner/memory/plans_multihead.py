@@ -41,10 +41,13 @@ def multihead(
         if not repeats:
             _result(table, case)
         width = _width(case)
+        if not bias:  # autograd's order: of a product, the second matrix is first
+            _gradients(table, case, "output projection", (width,), bias)
         table.phase("backward, output projection")
         table.add("gradient of the attention", "gradients", case.channels * e, "B S E e")
         _product(table, case, _tokens(case), width, width)
-        _gradients(table, case, "output projection", (width,), bias)
+        if bias:
+            _gradients(table, case, "output projection", (width,), bias)
         return True
 
     attend(table, case._replace(turn=turn))
