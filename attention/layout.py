@@ -126,11 +126,9 @@ def widest_rows(branches: tuple[tuple[int, int], ...], blocks: int, causal: bool
     """(blocks of the widest row of a dilated_sparse layout without a budget, of the widest but the last).
     `branches`: (length, rate) in blocks."""
     found = Branches.over(branches, blocks, causal)
-    parts = [(found.kept(rows, blocks), repeats) for rows, repeats in found.distinct_rows() if len(rows)]
-    # Rows of a period that repeats are there again before the last.
-    last, repeats = parts[-1]
-    before = [kept for kept, _ in parts[:-1]] + [last if repeats > 1 else last[:-1]]
-    return max(int(kept.max()) for kept, _ in parts), max(int(kept.max(initial=0)) for kept in before)
+    rows = found.telling_rows()
+    kept = found.kept(rows, blocks)
+    return int(kept.max()), int(kept[rows < blocks - 1].max(initial=0))
 
 
 # What is asked for
@@ -275,6 +273,22 @@ class Branches:
         repeats = self.blocks // period
         body = [(np.arange(period, dtype=np.int64), repeats)] if repeats else []
         return [*body, (np.arange(repeats * period, self.blocks, dtype=np.int64), 1)]
+
+    def telling_rows(self) -> Ints:
+        """Rows among which is a widest one, without a budget, and a widest but for the last row.
+
+        Where a segment of some branch begins or ends, rows change; from there to the next such place a row
+        sees, if causal, what the one before sees and more, so that the last tells, and otherwise as many
+        blocks as the row that is the rates' common multiple before.
+        """
+        lengths = self.lengths.ravel().tolist()
+        starts = np.unique(np.concatenate([np.arange(0, self.blocks, length) for length in lengths]))
+        if self.causal:
+            return np.unique(np.append(starts[1:] - 1, np.arange(max(self.blocks - 2, 0), self.blocks)))
+        ends = np.append(starts[1:], self.blocks)
+        inside = np.arange(min(math.lcm(*self.rates.ravel().tolist()), int((ends - starts).max())))
+        rows = starts[:, None] + inside
+        return rows[rows < ends[:, None]]
 
     def rooms(self, rows: Ints) -> tuple[Ints, Ints]:
         """Candidates on the left and on the right, each [T, rows]."""

@@ -118,11 +118,12 @@ def dilated_sparse_rows(
     longest = most(*lengths)
     near = reduce(lambda a, b: a * b, [(rate == 1) * 1 for rate in rates])  # every row is adjacent
     regular, others = _others(lengths, rates)
-    widest = full = least(1 + others, blocks)
     # Where segments nest, some row is at the end of all of them: of the longest, which may be the last row.
     last_apart = (longest == blocks) * causal * (short > 0)
-    at_least = most(*((blocks - 2) % length // rate + 1 for length, rate in zip(lengths, rates, strict=True)))
-    unknown = (1 - near) * (budget > 1) * most(1 - regular, last_apart * (budget > at_least))
+    # What one branch alone offers a row that is at the end of its segment, or else the last but one.
+    at_least = most(*(_alone(length, rate, blocks) for length, rate in zip(lengths, rates, strict=True)))
+    widest = full = least(most(1 + others, at_least), blocks)
+    unknown = (1 - near) * (budget > at_least) * most(1 - regular, last_apart)
     if somewhere(unknown):
         from attention.layout import widest_rows  # loads NumPy, which few configs need
 
@@ -138,6 +139,11 @@ def dilated_sparse_rows(
     return Rows(
         size, widest * near, widest * (1 - near), full * (1 - near), alike * near, (widest < longest) * near
     )
+
+
+def _alone(length: Count, rate: Count, blocks: Count) -> Count:
+    """Blocks of the widest row but the last that a single branch makes."""
+    return choose(length < blocks, length - 1, most(blocks - 2, 0)) // rate + 1
 
 
 def _others(lengths: Sequence[Count], rates: Sequence[Count]) -> tuple[Count, Count]:

@@ -3,6 +3,7 @@ on stderr."""
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -104,13 +105,16 @@ def recommend(
 
         known = measured(profile_from, sizes.causal)
     given = sizes.model_dump(exclude={"seq", "weights"})
+    # With the length free every candidate's longest sequence is looked for, which takes seconds.
+    waits = progress_line("looking for the longest sequence") if seq is None else contextlib.nullcontext()
     try:
-        found = choose(
-            card.budget, seq, objective=objective, gpu=card.device, layers=layers or None,
-            min_mass=min_mass or None, max_seconds=max_seconds, profile=known, reserve=reserve, space=space,
-            trials=trials, sampler=sampler, seed=seed, storage=storage, study=study,  # type: ignore[arg-type]
-            **given, **card.options,
-        )  # fmt: skip
+        with waits:
+            found = choose(
+                card.budget, seq, objective=objective, gpu=card.device, layers=layers or None,
+                min_mass=min_mass or None, max_seconds=max_seconds, profile=known, reserve=reserve,
+                space=space, trials=trials, sampler=sampler, seed=seed,  # type: ignore[arg-type]
+                storage=storage, study=study, **given, **card.options,
+            )  # fmt: skip
     except NothingFitsError as error:
         say(str(error))
         return NOTHING_FITS

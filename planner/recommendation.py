@@ -18,7 +18,7 @@ from planner.recommend import LAYERS, MIN_MASS, TRIALS, Asked
 from planner.repeating import recommend_command
 from planner.search.climb import climbed
 from planner.search.explain import LOOKED_AT, Why, explain
-from planner.search.grid import Found, enumerate_grid, exact, order, pareto, passing
+from planner.search.grid import SAME, Found, enumerate_grid, exact, order, pareto, passing
 from planner.search.picks import Pick, Quality, Role, pick, three
 from planner.search.refine import STARTS, Refined, Storage, refine
 from planner.search.relax import NothingFitsError, relaxations
@@ -192,10 +192,13 @@ def speed_rates_of(card: Any, workload: Workload, options: dict[str, Any]) -> Ra
 
 
 def better(scenario: Scenario, old: Point | None, new: Point | None) -> Point | None:
-    """The better of two."""
+    """The better of two; of lengths that count as equal, the longer only if it is faster too."""
     if old is None or new is None:
         return old or new
-    return new if gain(scenario, old, new) > 0 else old
+    by = gain(scenario, old, new)
+    if scenario.free_length and by <= SAME:
+        return new if by >= 0 and new.seconds < old.seconds else old
+    return new if by > 0 else old
 
 
 def _starts(scenario: Scenario, found: Found) -> list[AttentionConfig]:

@@ -47,7 +47,7 @@ def budget_row(asked: dict[str, Any], batch: Batch) -> Row:
     """One budget: what was recommended, and what it took."""
     row: Row = {"asked": asked, "objective": asked["objective"], "budget": asked["vram"]}
     try:
-        found = recommend(**asked, trials=0)
+        found = recommend(**asked)
     except NothingFitsError as error:
         return row | {"outcome": "nothing fits", "relaxations": list(error.relaxations)}
     measured = batch.measure(found.config, found.workload)

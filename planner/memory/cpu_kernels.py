@@ -9,11 +9,13 @@ out, nor on D being a multiple of anything.
 
 Counted is what torch's CPU allocator gives the calling thread, as `planner.footprint` sees it, for sizes of
 at least 1 and as many heads for keys as for queries. Not counted: what MKL and oneDNN allocate for products
-of 16-bit matrices, and each further thread's row sums in backward, `accumulated` x min(T, 256) bytes.
+of 16-bit matrices (in backward oneDNN takes some of it from torch, where it makes them), and each further
+thread's row sums in backward, `accumulated` x min(T, 256) bytes.
 
 Follows aten/src/ATen/native/cpu/FlashAttentionKernel.cpp of PyTorch, whose names and lines (at 27a4844d)
 stand beside the terms, and aten/src/ATen/native/transformers/attention.cpp, which allocates the results.
-Checked against torch 2.13.0 on a CPU without a matrix unit; what `packs` adds is from the source only.
+Checked against torch 2.13.0 on an AMD EPYC without a matrix unit and on an Intel Xeon with one for bfloat16;
+what `packs` adds in float16 is from the source only.
 
 Letters: N views, H heads, T queries, K keys, D head_dim. Sizes may be ints or NumPy int64 arrays that
 broadcast, so there is no branch on a size. Imports no torch.
@@ -55,8 +57,7 @@ def forward_bytes(
     `packs` says that the CPU has a matrix unit for this 16-bit dtype (torch.cpu._is_amx_tile_supported()
     for bfloat16, _is_amx_fp16_supported() for float16): the kernel may then copy keys and values into that
     unit's order. The rule differs for `float16` and is the only thing that `causal` matters to; without
-    `packs` neither of the two changes anything. What `packs` adds is written from the source and was not
-    checked by a measurement.
+    `packs` neither of the two changes anything.
     """
     accumulated, rows = _accumulated(itemsize), views * heads * queries
     tall, wide = _blocks(queries, keys)

@@ -5,10 +5,18 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, TypeAlias
 
 from attention.counts import Count, each, most, somewhere, up
 from planner.memory import cpu_kernels, device
+
+Unit: TypeAlias = Literal["avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16"]
+"""Instructions by which oneDNN makes products of 16-bit matrices; named as Linux names them."""
+UNITS: dict[str, tuple[Unit, ...]] = {
+    "bfloat16": ("amx_bf16", "avx512_bf16"),
+    "float16": ("amx_fp16", "avx512_fp16"),
+}
+"""For each type, those it would take before others."""
 
 
 class Call(NamedTuple):
@@ -43,21 +51,23 @@ class Machine(Protocol):
         """What compiled FlexAttention leaves going forward (out, log-sum-exp), and takes going backward."""
         ...
 
-    def product(self, rows: Count, inner: Count, columns: Count, turned: bool = False) -> Count:
+    def product(
+        self, rows: Count, inner: Count, columns: Count, turned: bool = False, second_turned: bool = False
+    ) -> Count:
         """What [rows, inner] @ [inner, columns] takes besides its result; `turned`: the first is a transposed
-        view."""
+        view, `second_turned`: the second is."""
         ...
 
 
 @dataclass(frozen=True)
 class Cpu:
-    """A CPU: the threads that an operator uses, the 16-bit types it has a matrix unit for, and those whose
-    products oneDNN makes without one."""
+    """A CPU: the threads that an operator uses, the 16-bit types it has a matrix unit for, and the unit by
+    which oneDNN makes products of `dtype`, None where it makes none."""
 
     threads: int
     units: frozenset[str] = frozenset()
     dtype: str = "float32"
-    products: frozenset[str] = frozenset()
+    products: Unit | None = None
 
     def forward(self, call: Call) -> Bytes:
         return Bytes(
@@ -80,13 +90,18 @@ class Cpu:
     def flex(self, call: Call) -> Bytes:
         raise AssertionError("compiled FlexAttention runs on CUDA only")
 
-    def product(self, rows: Count, inner: Count, columns: Count, turned: bool = False) -> Count:
-        if self.dtype not in self.products:
+    def product(
+        self, rows: Count, inner: Count, columns: Count, turned: bool = False, second_turned: bool = False
+    ) -> Count:
+        unit = self.products
+        if unit is None:
             return 0
         from planner.memory import cpu_products  # loads NumPy, which no other estimate needs
 
         def one(rows: int, inner: int, columns: int) -> tuple[int]:
-            return (cpu_products.scratch_bytes(rows, inner, columns, self.threads, turned),)
+            return (
+                cpu_products.scratch_bytes(unit, rows, inner, columns, self.threads, turned, second_turned),
+            )
 
         return each(one, 1 + 0 * (rows + inner + columns), (0,), rows, inner, columns)[0]
 
@@ -102,12 +117,12 @@ def this_cpu(dtype: str = "float32") -> Cpu:
     except OSError:
         pass  # not Linux: no matrix unit that torch would use either
     units = {name for name, flag in (("bfloat16", "amx_bf16"), ("float16", "amx_fp16")) if flag in flags}
-    products = {"bfloat16"} if "avx512_bf16" in flags and not units else set()
+    here = (unit for unit in UNITS.get(dtype, ()) if unit in flags)
     given = os.environ.get("OMP_NUM_THREADS", "")
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     return Cpu(
-        int(given) if given.isdigit() and int(given) else cores, frozenset(units), dtype, frozenset(products)
+        int(given) if given.isdigit() and int(given) else cores, frozenset(units), dtype, next(here, None)
     )
 
 
@@ -167,7 +182,9 @@ class Cuda:
         result = call.views * call.heads * (call.queries + 2 * call.keys) * dim * call.itemsize
         return Bytes(result, most(*scratch))
 
-    def product(self, rows: Count, inner: Count, columns: Count, turned: bool = False) -> Count:
+    def product(
+        self, rows: Count, inner: Count, columns: Count, turned: bool = False, second_turned: bool = False
+    ) -> Count:
         return 0  # cuBLAS works in a workspace of its own, which is a line of the device's
 
     def flex(self, call: Call) -> Bytes:

@@ -41,10 +41,13 @@ def multihead(
         if not repeats:
             _result(table, case)
         width = _width(case)
+        if not bias:  # autograd's order: of a product, the second matrix is first
+            _gradients(table, case, "output projection", (width,), bias)
         table.phase("backward, output projection")
         table.add("gradient of the attention", "gradients", case.channels * e, "B S E e")
         _product(table, case, _tokens(case), width, width)
-        _gradients(table, case, "output projection", (width,), bias)
+        if bias:
+            _gradients(table, case, "output projection", (width,), bias)
         return True
 
     attend(table, case._replace(turn=turn))
@@ -98,13 +101,13 @@ def _project(table: Table, case: Case) -> None:
     ):
         table.phase(f"input projections, {name}")
         table.add(f"projected {name}", "qkv", _tokens(case) * width * case.shape.itemsize, f"B S {heads} D e")
-        _product(table, case, _tokens(case), _width(case), width)
+        _product(table, case, _tokens(case), _width(case), width, forward=True)
 
 
 def _result(table: Table, case: Case) -> None:
     table.phase("output projection")
     table.add("result", "output", case.channels * case.shape.itemsize, "B S E e")
-    _product(table, case, _tokens(case), _width(case), _width(case))
+    _product(table, case, _tokens(case), _width(case), _width(case), forward=True)
 
 
 def _gradients(table: Table, case: Case, name: str, widths: tuple[Count, ...], bias: bool) -> None:
@@ -119,9 +122,11 @@ def _gradients(table: Table, case: Case, name: str, widths: tuple[Count, ...], b
     table.add(f"bias gradient, {name}", "gradients", rows * e * bias, "(E or R) e")
 
 
-def _product(table: Table, case: Case, rows: Count, inner: Count, columns: Count) -> None:
-    """A projection's scratch, in the phase of its result."""
-    _scratch(table, case.machine.product(rows, inner, columns))
+def _product(
+    table: Table, case: Case, rows: Count, inner: Count, columns: Count, forward: bool = False
+) -> None:
+    """A projection's scratch, in the phase of its result. Going `forward`, weights are a transposed view."""
+    _scratch(table, case.machine.product(rows, inner, columns, second_turned=forward))
 
 
 def _scratch(table: Table, count: Count) -> None:

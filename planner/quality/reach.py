@@ -192,19 +192,22 @@ def _dilated(n: int, branches: tuple[tuple[int, int], ...], causal: bool, heads:
 def _spread(now: Bools, seen: Bools, rate: int, heads: int, causal: bool) -> None:
     """One branch's layer, in place in `now`; both [segments, length], `seen` what was reached before."""
     segments, length = seen.shape
-    even = length // rate * rate
     taken = min(heads, rate)  # rests that some head takes
-    if even == length and taken == rate:
-        _column(now.reshape(segments, -1, rate), seen.reshape(segments, -1, rate), causal)
+    if length % rate == 0:
+        by_rest = (segments, -1, rate)
+        _column(now.reshape(by_rest)[..., :taken], seen.reshape(by_rest)[..., :taken], causal)
         return
     for rest in range(min(taken, length)):
         _column(now[:, rest::rate, None], seen[:, rest::rate, None], causal)
 
 
 def _column(now: Bools, seen: Bools, causal: bool) -> None:
-    """[segments, steps, rests]: mark every step up to the last one seen, or all if any is."""
-    if not causal:
-        now |= seen.any(axis=1, keepdims=True)
-        return
-    last = np.where(seen.any(axis=1), seen.shape[1] - seen[:, ::-1].argmax(axis=1), 0)
-    now |= np.arange(seen.shape[1])[None, :, None] < last[:, None]
+    """[segments, steps, rests]: mark every step up to the last one seen, or all if any is. Most segments are
+    not reached yet or seen whole, and are passed over."""
+    partly = np.flatnonzero(seen.any(axis=(1, 2)) & ~now.all(axis=(1, 2)))
+    seen = seen[partly]
+    if causal:
+        last = np.where(seen.any(axis=1), seen.shape[1] - seen[:, ::-1].argmax(axis=1), 0)
+        now[partly] |= np.arange(seen.shape[1])[None, :, None] < last[:, None]
+    else:
+        now[partly] |= seen.any(axis=1, keepdims=True)

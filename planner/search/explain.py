@@ -16,7 +16,7 @@ from planner.search import scenario as asked
 from planner.search.climb import neighbours
 from planner.search.grid import Found, first, order, passing
 from planner.search.picks import Pick, pick
-from planner.search.scenario import Point, Scenario, gain
+from planner.search.scenario import Point, Scenario, gain, gains
 
 GAIN: Final = 0.005
 """A constraint binds if without it the answer would be better by more than this."""
@@ -86,6 +86,7 @@ def _without(scenario: Scenario, found: Found, best: Point) -> Iterator[Without]
         if other == scenario or (name == "memory" and scenario.free_length):
             continue
         _, good = passing(other, found.table)
+        good &= gains(other, best, found.table.seq, found.table.figures) > GAIN
         new = first(other, found.table, order(other, found.table, np.flatnonzero(good)))
         if new is not None and gain(scenario, best, new) > GAIN:
             yield Without(constraint=name, gain=gain(scenario, best, new), pick=pick(new))

@@ -7,6 +7,7 @@ first to pass is the optimum of the grid. Imports no torch; Optuna only where tr
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, NamedTuple
@@ -23,6 +24,8 @@ UNIT: Final = 64
 """Tokens that lengths are found to where there are no blocks."""
 FIRST_LOOK: Final = 16
 """Candidates whose reach is asked for at once, to begin with."""
+CLOSE: Final = 8
+"""Candidates whose exact lengths are compared."""
 SAME: Final = 0.005
 """Lengths that are shorter than the longest by less are taken as equal to it, and the faster config wins:
 nobody waits ten times as long for one token in two hundred."""
@@ -111,9 +114,13 @@ def order(scenario: Scenario, table: Table, which: Ints) -> Ints:
         keys = (memory, seconds, -np.round(mass, 9))
     else:
         longest = table.seq[which].max(initial=1)
-        lost = np.floor(np.log(longest / np.maximum(table.seq[which], 1)) / np.log1p(SAME))
-        keys = (-table.seq[which], seconds, lost)
+        keys = (-table.seq[which], seconds, _lost(longest, np.maximum(table.seq[which], 1)))
     return which[np.lexsort(keys)]
+
+
+def _lost(longest: int, seq: Any) -> Any:
+    """How often a length is `SAME` below the longest: those of one number count as equal."""
+    return np.floor(np.log(longest / seq) / np.log1p(SAME))
 
 
 def enumerate_grid(scenario: Scenario, parts: Sequence[Columns]) -> Found:
@@ -128,9 +135,13 @@ def enumerate_grid(scenario: Scenario, parts: Sequence[Columns]) -> Found:
 
 
 def first(scenario: Scenario, table: Table, ordered: Ints) -> Point | None:
-    """The figures of the first of candidates that passes everything."""
+    """The figures of the first of candidates that passes everything. Where the length is free, arrays say a
+    little too much of it, and the best of the first few is taken."""
     found = (exact(scenario, table, index) for index in _reaching_in_order(scenario, table, ordered))
-    return next((point for point in found if point is not None), None)
+    passed = (point for point in found if point is not None)
+    points = list(itertools.islice(passed, CLOSE if scenario.free_length else 1))
+    longest = max((point.seq for point in points), default=1)
+    return min(points, key=lambda one: (_lost(longest, one.seq), one.seconds), default=None)
 
 
 def exact(scenario: Scenario, table: Table, index: int) -> Point | None:
@@ -168,11 +179,18 @@ def _longest_exactly(scenario: Scenario, config: AttentionConfig, most: int) -> 
 
 
 def _reaching_in_order(scenario: Scenario, table: Table, ordered: Ints) -> Iterator[int]:
-    """Those that pass the gate of reach, in the order given, asked for in growing chunks."""
+    """Those that pass the gate of reach, in the order given: asked of growing chunks where a formula has it,
+    and one by one where it takes a search."""
     start, size = 0, FIRST_LOOK
     while start < ordered.size:
         chunk = ordered[start : start + size]
-        yield from chunk[table.reaching(scenario, chunk)].tolist()
+        known = np.full(chunk.size, None, object)
+        for mine, columns in table.apart(chunk):
+            if not asked.searches_reach(columns):
+                known[mine] = asked.reaching(scenario, columns)
+        for at, passes in enumerate(known):
+            if table.reaching(scenario, chunk[at : at + 1])[0] if passes is None else passes:
+                yield int(chunk[at])
         start, size = start + size, min(2 * size, 1024)
 
 

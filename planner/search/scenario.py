@@ -166,6 +166,11 @@ def reaching(scenario: Scenario, columns: Columns) -> NDArray[np.bool_]:
     return reach.reaches(columns, scenario.workload, scenario.gates.layers)
 
 
+def searches_reach(columns: Columns) -> bool:
+    """Whether reach of these candidates is found by a search over their blocks or tokens."""
+    return columns.variant == "dilated" or columns.pattern_type == "dilated_sparse"
+
+
 class Point(NamedTuple):
     """One config on one length, exactly."""
 
@@ -232,3 +237,12 @@ def gain(scenario: Scenario, old: Point, new: Point) -> float:
     if scenario.objective == "quality":
         return new.mass - old.mass
     return new.seq / old.seq - 1
+
+
+def gains(scenario: Scenario, old: Point, seq: NDArray[np.int64], new: Figures) -> Floats:
+    """`gain` of many candidates, as arrays tell."""
+    if scenario.objective == "speed":
+        return old.seconds / np.maximum(new.seconds, 1e-12) - 1
+    if scenario.objective == "quality":
+        return new.mass - old.mass
+    return np.asarray(seq / old.seq - 1, np.float64)

@@ -48,7 +48,7 @@ MOST_GROWTH: Final = 1 << 16
 MOST_RATE_GROWTH: Final = 16
 MOST_GLOBAL: Final = 8192
 """Tokens."""
-FREE_WORKSPACES: Final = (16, 26)
+FREE_WORKSPACES: Final = (20, 26)
 """Least and most as powers of two."""
 LEAST_RATIO: Final = 1e-4
 

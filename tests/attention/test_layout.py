@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import subprocess
 import sys
 import tracemalloc
@@ -13,7 +14,15 @@ from hypothesis import strategies as st
 
 from attention.config import AdaptiveConfig, AttentionConfig, SparsePatternConfig
 from attention.errors import ConfigError, InputError
-from attention.layout import Layout, build_layout, column_dtype, count_active, row_budget
+from attention.layout import (
+    Branches,
+    Layout,
+    build_layout,
+    column_dtype,
+    count_active,
+    row_budget,
+    widest_rows,
+)
 
 MILLION = 1 << 20
 
@@ -122,6 +131,17 @@ def test_long_layouts_equal_brute_force(branches, blocks, ratio, causal):
     assert count_active(config, 4 * blocks - 3, causal) == layout.active
     for i in [*range(0, blocks, 37), *range(blocks - 20, blocks)]:
         assert layout.row(i).tolist() == brute_force_row(config, i, blocks, causal)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_widest_rows_are_found_without_looking_at_all(causal):
+    rng = random.Random(causal)
+    for _ in range(600):
+        blocks = rng.randint(1, 150)
+        branches = tuple((rng.randint(1, blocks + 5), rng.randint(1, 9)) for _ in range(rng.randint(1, 4)))
+        kept = Branches.over(branches, blocks, causal).kept(np.arange(blocks), blocks)
+        expected = int(kept.max()), int(kept[:-1].max(initial=0))
+        assert widest_rows(branches, blocks, causal) == expected, (branches, blocks)
 
 
 def test_slabs_do_not_show(monkeypatch):

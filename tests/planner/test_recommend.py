@@ -15,6 +15,7 @@ from attention.errors import ConfigError
 from planner.quality.profiles import PRESETS
 from planner.recommendation import Recommendation, question
 from planner.search.climb import neighbours
+from planner.search.grid import SAME
 from planner.search.relax import NothingFitsError
 from planner.search.scenario import failed, point
 from planner.search.space import Space, grid
@@ -199,6 +200,18 @@ def test_no_single_step_within_the_space_would_be_better():
     for step in answer.why.steps:
         if not step.failed and step.dimension != "segment_lengths":
             assert step.seconds >= answer.seconds * (1 - 1e-9), step
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [{"vram": "24GB", "gpu": "rtx4090", "mode": "training", "causal": True},
+     {"vram": "8GB", "causal": True}, {"vram": "8GB"}, {"vram": "1GB", "gpu": "cpu", "threads": 2}],
+)  # fmt: skip
+def test_nothing_beside_the_longest_is_as_long_and_faster(asked):
+    answer = planner.recommend(**asked)
+    for pick in answer.alternatives:
+        assert pick.seq <= answer.workload.seq * (1 + SAME)
+        assert pick.seq < answer.workload.seq or pick.seconds >= answer.seconds
 
 
 def test_a_profile_changes_what_is_recommended():

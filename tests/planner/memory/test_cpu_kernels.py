@@ -74,7 +74,7 @@ def random_case(rng: random.Random, dtype: torch.dtype, threads: int):
     return (
         lambda: kernels.forward(q, k, v, **options),
         lambda: kernels.backward(grad, q, k, v, out, lse, **options),
-        {**sizes, "causal": causal},
+        {**sizes, "causal": causal, "packs": kernels.matrix_unit(dtype), "float16": dtype == torch.float16},
         {**sizes, "dense_grad": dense(grad.shape, grad.stride())},
     )
 
@@ -92,13 +92,11 @@ def check(cases, backward: bool = True) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_profiler_counts_the_same(dtype, threads):
-    if kernels.matrix_unit(dtype):
-        pytest.skip("what a CPU with a matrix unit packs is not checked")
     rng = random.Random(f"{dtype} {threads}")
     torch.manual_seed(threads)
     # A 16-bit backward is never called (docs/design.md), and where oneDNN makes its products, not described.
     name = str(dtype).removeprefix("torch.")
-    check([random_case(rng, dtype, threads) for _ in range(CASES)], name not in this_cpu(name).products)
+    check([random_case(rng, dtype, threads) for _ in range(CASES)], this_cpu(name).products is None)
 
 
 def test_a_mask_is_copied_only_for_its_last_stride():
@@ -155,7 +153,7 @@ def test_arrays_broadcast():
     assert dense((2, 4, queries, 16), (64 * queries, 16, 64, 1)).tolist() == [[True]] * 3
 
 
-# What a matrix unit packs, worked out from the source by hand: not measured.
+# What a matrix unit packs, worked out from the source by hand.
 
 
 def packing(**sizes: int) -> int:
