@@ -24,10 +24,13 @@ SEED: Final = 3
 BUDGETS = 100
 LEAST, MOST = 64e6, 4e9
 TIMEOUT: Final = 600.0
+PATIENCE: Final = 20.0
+"""Predicted seconds of a call for the longest sequence."""
 
 
 def question(number: int, least: float = LEAST, most: float = MOST) -> dict[str, Any]:
-    """The n-th budget, and what is asked of it; `speed` at a length that may fit."""
+    """The n-th budget, and what is asked of it: `speed` at a length that may fit; `seq` of windows as narrow
+    as can run in a while, or few would fill their budgets."""
     rng = random.Random(f"{SEED} {number}")
     budget = math.exp(rng.uniform(math.log(least), math.log(most)))
     asked: dict[str, Any] = {
@@ -40,6 +43,8 @@ def question(number: int, least: float = LEAST, most: float = MOST) -> dict[str,
         size = 4 if asked["dtype"] == "float32" else 2
         token = 4 * asked["heads"] * asked["head_dim"] * size * (2 if asked["mode"] == "training" else 1)
         asked["seq"] = max(int(budget / token * rng.uniform(0.3, 0.97)), 1)
+    else:
+        asked |= {"layers": None, "min_mass": rng.choice((0.3, 0.5, 0.8)), "max_seconds": PATIENCE}
     return asked
 
 

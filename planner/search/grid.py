@@ -237,12 +237,15 @@ def _at_longest(scenario: Scenario, columns: Columns) -> Columns:
 
 
 def _shortened(scenario: Scenario, table: Table) -> Table:
-    """The table with the lengths of candidates that fail the gates of mass and time there cut to where they
-    pass, as far as that could make them the longest; the others of them get length 0 and fail."""
+    """The table with the lengths of candidates that fail a gate there cut to where they pass, as far as that
+    could make them the longest; the others of them go. Whose reach takes a search is not cut for it."""
     if not len(table):
         return table
-    _, good = passing(scenario, table)
-    known = int(table.seq[good].max(initial=0))
+    good = passing(scenario, table)[1]
+    for mine, columns in table.apart(np.arange(len(table))):
+        good[mine] &= _quick_reach(scenario, columns)
+    longest = _reaching_in_order(scenario, table, order(scenario, table, np.flatnonzero(good)))
+    known = next((int(table.seq[at]) for at in longest), 0)
     low, high = np.where(good, table.seq, 0), table.seq.copy()
     bad = ~good
     while True:
@@ -259,7 +262,7 @@ def _shortened(scenario: Scenario, table: Table) -> Table:
             columns = replace(part, seq=np.maximum(middle[mine], 1))
             fits = np.zeros(mine.sum())  # it is shorter than what fits
             figures = fits, asked.times(scenario, columns), asked.masses(scenario, columns)
-            passed[mine] = _none(asked.excess(scenario, *figures))
+            passed[mine] = _none(asked.excess(scenario, *figures)) & _quick_reach(scenario, columns)
         low[active] = np.where(passed, middle, low[active])
         high[active] = np.where(passed & ~stuck, high[active], middle)
         high[active[stuck]] = low[active[stuck]]
@@ -269,6 +272,13 @@ def _shortened(scenario: Scenario, table: Table) -> Table:
         return table
     parts = [replace(part, seq=low[chosen[mine]]) for mine, part in table.apart(chosen)]
     return tabulate(replace(scenario, objective="speed"), parts)
+
+
+def _quick_reach(scenario: Scenario, columns: Columns) -> NDArray[np.bool_]:
+    """Which candidates pass the gate of reach; those pass for which it takes a search."""
+    if asked.searches_reach(columns):
+        return np.ones(len(columns), bool)
+    return asked.reaching(scenario, columns)
 
 
 def _table_units(table: Table) -> Ints:

@@ -66,13 +66,13 @@ def _relaxed(scenario: Scenario, space: Space, found: Found) -> Iterator[str]:
         loose = replace(scenario, gates=replace(gates, layers=None))
         _, good = passing(loose, table)
         best = first(loose, table, order(loose, table, np.flatnonzero(good)))
-        if best is not None:
+        if best is not None and (best.layers is None or best.layers > gates.layers):
             yield f"--layers {best.layers or 0}"
     if gates.max_seconds is not None:
         loose = replace(scenario, gates=replace(gates, max_seconds=None))
         _, good = passing(loose, table)
         best = first(loose, table, order(replace(loose, objective="speed"), table, np.flatnonzero(good)))
-        if best is not None:
+        if best is not None and best.seconds > gates.max_seconds:
             yield f"--max-seconds {_rounded_up(best.seconds):.6g}"
     for changes in _workloads(scenario):
         for change, update in changes:

@@ -214,6 +214,27 @@ def test_nothing_beside_the_longest_is_as_long_and_faster(asked):
         assert pick.seq < answer.workload.seq or pick.seconds >= answer.seconds
 
 
+@pytest.mark.parametrize("limit", [0.5, 5.0])
+def test_the_longest_within_a_time_and_a_reach_is_found_where_memory_is_not_what_binds(limit):
+    # At the longest that fits, windows that are fast enough do not reach far enough.
+    asked = {
+        "vram": "700MB",
+        "gpu": "cpu",
+        "threads": 2,
+        "dtype": "float32",
+        "causal": True,
+        "max_seconds": limit,
+    }
+    answer = planner.recommend(**asked)
+    assert answer.seconds <= limit
+    assert answer.quality.layers <= 12
+    assert answer.memory.upper < 0.9 * 700e6
+    # There is nothing that is much longer: neither of the grid nor around it.
+    longer = int(answer.workload.seq * 1.02)
+    with pytest.raises(NothingFitsError):
+        planner.recommend(**asked, seq=longer, trials=0)
+
+
 def test_a_profile_changes_what_is_recommended():
     picks = {name: planner.recommend("8GB", 131072, profile=name, trials=0) for name in PRESETS}
     assert len({pick.config for pick in picks.values()}) > 1
