@@ -24,7 +24,7 @@ from pydantic import BeforeValidator
 
 from attention.config import AttentionConfig, Value, as_tuple
 from attention.errors import AttentionPlannerError, ConfigError
-from planner.calibration import make_folder, own_path
+from planner.calibration import Calibration, make_folder, own_path
 from planner.measure import Device, Measurement
 from planner.memory.estimate import MemoryEstimate
 from planner.recommendation import Recommendation, question
@@ -33,6 +33,7 @@ from planner.search.picks import Quality
 from planner.search.refine import Sampler, Storage, answer, open_study, stored_study
 from planner.search.scenario import Scenario, point
 from planner.search.space import Space, chosen, parameters
+from planner.speed.rates import SpeedFit
 from planner.tune import RUNS, TIMEOUT, TRIALS
 from planner.workload import Workload
 
@@ -121,6 +122,8 @@ def tuned(
         raise ConfigError(f"trials must be at least 1, got {trials}")
     card = "cpu" if device == "cpu" else present_gpu()
     first = question(vram, seq, **{**asked, "gpu": card, "objective": "speed"})
+    if learn:
+        _known_speed(first.scenario)
     kept = Storage(storage or default_storage(first.name), study or f"tune-{first.name[:12]}", first.name)
     if storage is None:
         make_folder(Path(kept.url), "trials")
@@ -198,12 +201,18 @@ def _learn(scenario: Scenario, measured: list[Measurement]) -> None:
     from planner.calibration import save
     from planner.speed.fit import corrected
 
+    known, speed = _known_speed(scenario)
+    rates = corrected(speed.rates, measured)
+    speed = speed.model_copy(update={"rates": rates})
+    save(known.model_copy(update={"speed": speed}), own_path(known.device))
+
+
+def _known_speed(scenario: Scenario) -> tuple[Calibration, SpeedFit]:
+    """The calibration that predictions of seconds rest on; ConfigError if there is none."""
     known = scenario.calibration
     if known is None or known.speed is None:
         raise ConfigError("there is no calibration of this device's speed to correct: run planner calibrate")
-    rates = corrected(known.speed.rates, measured)
-    speed = known.speed.model_copy(update={"rates": rates})
-    save(known.model_copy(update={"speed": speed}), own_path(known.device))
+    return known, known.speed
 
 
 class _Tuning:

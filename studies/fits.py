@@ -29,22 +29,22 @@ PATIENCE: Final = 20.0
 
 
 def question(number: int, least: float = LEAST, most: float = MOST) -> dict[str, Any]:
-    """The n-th budget, and what is asked of it: `speed` at a length that may fit; `seq` of windows as narrow
-    as can run in a while, or few would fill their budgets."""
+    """The n-th budget, and what is asked of it: `speed` at a length that may fit, `seq` for what ends in a
+    while. Gates are looser than usual, or the largest budgets would be for calls of minutes."""
     rng = random.Random(f"{SEED} {number}")
     budget = math.exp(rng.uniform(math.log(least), math.log(most)))
     asked: dict[str, Any] = {
         "vram": int(budget), "gpu": "cpu", "heads": rng.choice((2, 4, 8)),
         "head_dim": rng.choice((32, 64, 128)), "dtype": rng.choice(("float32", "bfloat16", "float16")),
         "mode": rng.choice(("inference", "training")), "causal": rng.random() < 0.5,
-        "objective": ("speed", "seq")[number % 2],
+        "objective": ("speed", "seq")[number % 2], "layers": None, "min_mass": rng.choice((0.3, 0.5, 0.8)),
     }  # fmt: skip
     if asked["objective"] == "speed":
         size = 4 if asked["dtype"] == "float32" else 2
         token = 4 * asked["heads"] * asked["head_dim"] * size * (2 if asked["mode"] == "training" else 1)
         asked["seq"] = max(int(budget / token * rng.uniform(0.3, 0.97)), 1)
     else:
-        asked |= {"layers": None, "min_mass": rng.choice((0.3, 0.5, 0.8)), "max_seconds": PATIENCE}
+        asked["max_seconds"] = PATIENCE
     return asked
 
 

@@ -258,7 +258,11 @@ def grid_table() -> str:
 
     rows = [
         ("attention", ", ".join(space.Space().kinds), "the same"),
-        ("block size", each(space.BLOCK_SIZES), ends(space.FREE_BLOCK_SIZES)),
+        (
+            "block size",
+            f"{each(space.BLOCK_SIZES)}; dilated_sparse not the last",
+            ends(space.FREE_BLOCK_SIZES),
+        ),
         ("window", "powers of two blocks and three times those, until all is seen", "any number of blocks"),
         (
             "global tokens",
@@ -266,10 +270,14 @@ def grid_table() -> str:
             f"any blocks, to {space.MOST_GLOBAL:,} tokens",
         ),
         ("fraction of blocks kept", each(space.RATIOS), f"{space.LEAST_RATIO:g} to 1"),
-        ("branches", f"1 to {space.MAX_BRANCHES}", "the same"),
+        ("branches", f"1 to {space.MAX_BRANCHES}, dilated_sparse to 3", f"1 to {space.MAX_BRANCHES}"),
         ("first segment, dilated", each(space.SEGMENTS), "any"),
         ("first segment, dilated_sparse", each(space.SPARSE_SEGMENTS), "any"),
-        ("growth of segments from branch to branch", each(space.GROWTHS), f"any to {space.MOST_GROWTH:,}"),
+        (
+            "growth of segments from branch to branch",
+            f"{each(space.GROWTHS)}; dilated_sparse {space.GROWTHS[-1]}",
+            f"any to {space.MOST_GROWTH:,}",
+        ),
         ("growth of rates", each(space.GROWTHS), f"any to {space.MOST_RATE_GROWTH}"),
         ("workspace, MiB", each(mebibytes(space.WORKSPACES)), powers(space.FREE_WORKSPACES)),
         ("backend", "`auto`; where that is FlexAttention, `sdpa` too", "the same"),

@@ -54,6 +54,18 @@ LEAST_RATIO: Final = 1e-4
 
 Kind = Literal["dense", "dilated", "local_window", "global_local", "dilated_sparse", "adaptive"]
 KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
+_BRANCHED: Final = ("dilated", "dilated_sparse")
+DIMENSIONS: Final[dict[str, tuple[str, ...]]] = {
+    "patterns": get_args(PatternType),
+    "block_sizes": (*get_args(PatternType), "adaptive"),
+    "windows": ("local_window", "global_local"),
+    "global_tokens": ("global_local",),
+    "ratios": ("dilated_sparse", "adaptive"),
+    "branches": _BRANCHED,
+    "segments": _BRANCHED,
+    "rates": _BRANCHED,
+}
+"""Which attentions have each dimension that not all have."""
 
 
 Ratios = Annotated[tuple[Annotated[float, Field(gt=0.0, le=1.0)], ...], BeforeValidator(as_tuple)]
@@ -64,12 +76,13 @@ Patterns = Annotated[tuple[PatternType, ...], BeforeValidator(as_tuple), Field(m
 class Space(Value):
     """Which values of each dimension are allowed; None leaves a dimension free.
 
+    Without `variants`, attentions that have none of the dimensions that are restricted are left out.
     Adaptive attention is tried only where `variants` names it: its scorer has to be trained before it
     attends to what the quality model says.
     """
 
-    variants: Variants = ("dense", "dilated", "block_sparse")
-    patterns: Patterns = get_args(PatternType)
+    variants: Variants | None = None
+    patterns: Patterns | None = None
     """Of block_sparse."""
     block_sizes: Positives | None = None
     windows: Positives | None = None
@@ -117,17 +130,28 @@ class Space(Value):
             raise ValueError(
                 f"rates={list(self.rates)} leave positions without output; the first must be 1 for dilated"
             )
+        for name, having in DIMENSIONS.items():
+            if getattr(self, name) is not None and not set(having) & set(self.kinds):
+                raise ValueError(
+                    f"{name} are of {' and '.join(having)}, and none of those is allowed; "
+                    f"leave {name} out, or allow one"
+                )
         return self
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
         """Attentions that are allowed, block-sparse ones by their pattern."""
+        variants, patterns = self.variants, self.patterns or get_args(PatternType)
+        restricted = {name for name in DIMENSIONS if getattr(self, name) is not None}
         found: list[Kind] = []
         for kind in KINDS:
-            if kind in ("dense", "dilated", "adaptive"):
-                allowed = kind in self.variants
+            if variants is not None:
+                allowed = variant_of(kind) in variants
             else:
-                allowed = "block_sparse" in self.variants and kind in self.patterns
+                has = not restricted or any(kind in DIMENSIONS[name] for name in restricted)
+                allowed = has and kind != "adaptive"
+            if is_sparse(kind) and kind not in patterns:
+                allowed = False
             if kind == "dilated" and self.rates and self.rates[0] != 1:
                 allowed = False
             if allowed:

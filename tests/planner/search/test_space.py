@@ -107,6 +107,8 @@ def test_restrictions_hold_in_the_grid_and_in_trials(given, allowed):
         ({"variants": ("sparse",)}, "variants"),
         ({"ratios": (1.5,)}, "ratios"),
         ({"rates": (2, 4), "variants": ("dilated",)}, "first must be 1"),
+        ({"patterns": ("local_window",), "variants": ("dilated",)}, "none of those is allowed"),
+        ({"block_sizes": (64,), "variants": ("dense", "dilated")}, "none of those is allowed"),
     ],
 )
 def test_contradictions_are_refused(given, said):
@@ -127,6 +129,25 @@ def test_restrictions_that_leave_nothing_are_refused():
 def test_adaptive_has_to_be_asked_for():
     assert "adaptive" not in Space().kinds
     assert set(Space(variants=("dense", "dilated", "block_sparse", "adaptive")).kinds) == set(KINDS)
+    assert set(Space().kinds) == set(KINDS) - {"adaptive"}
+
+
+@pytest.mark.parametrize(
+    "given, kinds",
+    [
+        ({"patterns": ("local_window",)}, {"local_window"}),
+        ({"block_sizes": (64,)}, {"local_window", "global_local", "dilated_sparse"}),
+        ({"windows": (512,)}, {"local_window", "global_local"}),
+        ({"segments": (2048, 8192), "rates": (1, 8)}, {"dilated", "dilated_sparse"}),
+        ({"rates": (2, 8)}, {"dilated_sparse"}),
+        ({"ratios": (0.1,), "global_tokens": (64,)}, {"dilated_sparse", "global_local"}),
+        ({"workspaces": (1 << 20,)}, set(KINDS) - {"adaptive"}),
+        ({"windows": (512,), "variants": ("dense", "block_sparse")}, {"dense", "local_window", "global_local",
+                                                                      "dilated_sparse"}),
+    ],
+)  # fmt: skip
+def test_a_restricted_dimension_leaves_attentions_that_have_it(given, kinds):
+    assert set(Space(**given).kinds) == kinds
 
 
 def test_the_last_branch_may_cover_everything():
