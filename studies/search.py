@@ -27,7 +27,7 @@ from studies.study import Rows, Said, Scope, Study
 
 SEED: Final = 7
 SCENARIOS, TRIALS = 200, 300
-SAMPLERS: Final[tuple[Sampler, ...]] = ("tpe", "random", "nsga2", "qmc")
+SAMPLERS: Final[tuple[Sampler, ...]] = ("tpe", "random", "nsga2")
 COUNTS: Final = (10, 30, 100, 300)
 COMPARED: Final = 24
 """Questions that samplers are compared on."""

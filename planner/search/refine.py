@@ -9,6 +9,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
@@ -25,6 +26,10 @@ from planner.search.space import Space, chosen, parameters
 from planner.search.turns import Rank, Turns
 
 Sampler = Literal["tpe", "random", "nsga2", "nsga3", "cmaes", "qmc", "gp", "brute"]
+NEEDED: Final[dict[str, tuple[str, ...]]] = {
+    "cmaes": ("cmaes",), "qmc": ("scipy",), "gp": ("scipy", "torch")
+}  # fmt: skip
+"""Packages of samplers that Optuna does not bring."""
 STARTS: Final = 8
 """Grid candidates that the search begins with."""
 STARTUP, COLD_STARTUP = 10, 40
@@ -242,15 +247,16 @@ def _sampler(name: Sampler, seed: int, startup: int = STARTUP) -> optuna.sampler
     }
     if name not in makers:
         raise ConfigError(f"sampler must be one of {', '.join(get_args(Sampler))}, got {name!r}")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            return makers[name]()
-    except ImportError as error:
-        missing = error.name or "a package"
+    # Optuna imports these when the first value is suggested.
+    missing = [package for package in NEEDED.get(name, ()) if find_spec(package) is None]
+    if missing:
+        needed = " ".join(missing)
         raise ConfigError(
-            f"sampler {name!r} needs {missing}, which is not installed: pip install {missing}, or choose tpe"
-        ) from None
+            f"sampler {name!r} needs {needed}, which is not installed: pip install {needed}, or choose tpe"
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        return makers[name]()
 
 
 __all__ = ["Refined", "Sampler", "Storage", "answer", "open_study", "refine"]

@@ -6,6 +6,8 @@ import json
 import shlex
 import subprocess
 import sys
+from importlib.util import find_spec
+from typing import get_args
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from planner.quality.profiles import PRESETS
 from planner.recommendation import Recommendation, question
 from planner.search.climb import neighbours
 from planner.search.grid import SAME
+from planner.search.refine import NEEDED, Sampler
 from planner.search.relax import NothingFitsError
 from planner.search.scenario import failed, point
 from planner.search.space import Space, grid
@@ -264,9 +267,13 @@ def test_what_an_earlier_run_found_is_not_lost(tmp_path, monkeypatch):
     assert planner.recommend(**asked).config == first.config
 
 
-@pytest.mark.parametrize("sampler", ["random", "nsga2", "qmc"])
-def test_samplers_are_to_be_chosen(sampler):
-    pytest.importorskip("scipy") if sampler == "qmc" else None
+@pytest.mark.parametrize("sampler", get_args(Sampler))
+def test_samplers_are_to_be_chosen_or_say_what_they_need(sampler):
+    missing = [package for package in NEEDED.get(sampler, ()) if find_spec(package) is None]
+    if missing:
+        with pytest.raises(ConfigError, match=f"needs {missing[0]}.*pip install"):
+            planner.recommend("8GB", 8192, trials=6, sampler=sampler)
+        return
     assert planner.recommend("8GB", 8192, trials=6, sampler=sampler).search.trials == 6
 
 
