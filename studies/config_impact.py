@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from attention.config import AttentionConfig
+from attention.config import AttentionConfig, SparsePatternConfig
 from attention.layout import build_layout
 from planner.batch import Batch
 from planner.memory.plan import COMPONENTS
@@ -23,15 +22,20 @@ from studies.memory_rows import MIB, mib, place
 from studies.records import Row, Step, markdown
 from studies.study import Rows, Said, Scope, Study
 
-EXAMPLES: Final = Path(__file__).parent.parent / "docs" / "examples"
 SEQ, QUICK = 131_072, 4096
 TIMEOUT: Final = 600.0
 
 
 def configs() -> dict[str, AttentionConfig]:
-    """A and B, as docs/examples has them."""
-    files = {"A": "small.json", "B": "large.json"}
-    return {name: AttentionConfig.from_json((EXAMPLES / file).read_bytes()) for name, file in files.items()}
+    """A and B, as small.json and large.json of docs/examples have them, which no package brings."""
+
+    def sparse(ratio: float, block: int, lengths: tuple[int, ...], rates: tuple[int, ...]) -> AttentionConfig:
+        pattern = SparsePatternConfig(sparsity_ratio=ratio, block_size=block)
+        return AttentionConfig(
+            variant="block_sparse", pattern=pattern, segment_lengths=lengths, dilation_rates=rates
+        )
+
+    return {"A": sparse(0.01, 64, (2048,), (1,)), "B": sparse(0.02, 256, (65_536, 131_072), (1, 2))}
 
 
 class Claim(NamedTuple):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from attention.config import AttentionConfig
@@ -105,3 +107,10 @@ def test_what_it_says_has_its_figures_from_the_rows(rows):
     assert "305.0 against 128.0 MiB, 2.4 times" in said.seeds
     lost = [*rows[:3], {**rows[3], "cold": None, "outcome": "out of memory"}]
     assert "out of memory" in config_impact.said(lost).found
+
+
+def test_a_and_b_are_the_docs_examples():
+    examples = Path(__file__).parents[2] / "docs" / "examples"
+    names = ("small.json", "large.json")
+    found = [AttentionConfig.from_json((examples / name).read_bytes()) for name in names]
+    assert found == list(config_impact.configs().values())
