@@ -123,7 +123,8 @@ class SparsePatternConfig(Value):
     local_window_size: Positive = 512
     """Tokens the window spans, centred (causal: looking back). Read by local_window, global_local."""
     global_tokens: Positive = 64
-    """First tokens that see all and are seen by all, rounded up to blocks. Read by global_local."""
+    """First tokens, which are seen by all and, if not causal, see all; rounded up to blocks. Read by
+    global_local."""
 
 
 class AdaptiveConfig(Value):

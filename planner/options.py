@@ -184,7 +184,7 @@ def build_config(
     block_size: Annotated[int | None, typer.Option(help="Tokens a block. [default: 128]")] = None,
     window: Annotated[int | None, typer.Option(help="Tokens of a local window. [default: 512]")] = None,
     global_tokens: Annotated[
-        int | None, typer.Option(help="First tokens that see all and are seen. [default: 64]")
+        int | None, typer.Option(help="First tokens, which all see. [default: 64]")
     ] = None,
     sparsity: Annotated[
         float | None, typer.Option(help="Fraction of blocks kept, 0.01 to keep 1%. [default: 0.1]")

@@ -232,23 +232,28 @@ def _draw_used(axes: Any, rows: Rows) -> None:
 def _span(rows: Rows, budget: int, mode: str) -> str:
     """From the shortest to the longest of a budget, by name."""
     found = [row for row in of_part(rows, "cards") if (row["gb"], row["mode"]) == (budget, mode)]
-    ends = (pick(found, key=lambda row: row["seq"]) for pick in (min, max))
-    return " to ".join(f"{row['seq']:,} ({row['attention']})" for row in ends)
+    ends = []
+    for seq in (pick(row["seq"] for row in found) for pick in (min, max)):
+        first, *others = (row["attention"] for row in found if row["seq"] == seq)
+        ends.append(f"{seq:,} ({first}{f' and {len(others)} more' if others else ''})")
+    return " to ".join(ends)
 
 
 def said(rows: Rows) -> Said:
     capped = [row for row in of_part(rows, "capped") if row["outcome"] != "nothing fits"]
     ran = _ran(rows)
     over = sum(row["beyond"] > row["budget"] for row in capped)
-    took = f" and took {median(map(used, ran)):.1%} of it in the median" if ran else ""
+    took = f" and allocated {median(map(used, ran)):.1%} of the budget in the median" if ran else ""
     beside = of_part(rows, "seeds")
     times = sorted(row["seq"] / row["said"] for row in beside)
     return Said(
         "Asked: how long a sequence fits 1 to 80 GB, by attention, and does what is predicted to fit run?",
-        f"Found: on 8 GB {_span(rows, 8, 'inference')} tokens are predicted for inference and "
-        f"{_span(rows, 8, 'training')} for training, on 80 GB {_span(rows, 80, 'inference')} and "
-        f"{_span(rows, 80, 'training')}; {len(ran)} of {len(capped)} lengths predicted for the CPU ran in a "
-        f"process held to the budget{took}, and one block more is above the bound for {over} of them.",
+        f"Found: of one config an attention, on 8 GB {_span(rows, 8, 'inference')} tokens are predicted for "
+        f"inference and {_span(rows, 8, 'training')} for training, on 80 GB {_span(rows, 80, 'inference')} "
+        f"and {_span(rows, 80, 'training')}; {len(ran)} of {len(capped)} lengths predicted for the CPU "
+        f"ran{took}, in a process held to the budget and {min(BESIDE.values()) >> 20} MiB (training: "
+        f"{max(BESIDE.values()) >> 20}) for what torch does not allocate, and for {over} of them one block "
+        "more is above the bound.",
         f"The seeds stop at {min(row['said'] for row in beside):,} to {max(row['said'] for row in beside):,} "
         f"tokens on 8 GB, where {times[0]:.0f} to {times[-1]:.0f} times as many are predicted to fit; memory "
         "was not what stopped them: they count at most 2.3 of 8 GB in use there, give figures without a pool "

@@ -348,15 +348,17 @@ def said(rows: Rows) -> Said:
     return Said(
         "Asked: what do one and ten million tokens need, by attention, dtype and mode, and how many cards?",
         f"Found: {measured[0]['seq']:,} tokens ran in one process with {most['resident'] / 1e9:.2f} GB "
-        f"resident at most, q, k, v and out alone being {most['floor'] / 1e9:.2f}, in "
-        f"{slowest:.2f} times the time a token that {most['short']:,} take, or less; a million in "
-        f"float16 is predicted to need {needs[0]:.1f} to {needs[-1]:.1f} GB of a GPU, ten million by "
-        f"arithmetic {' or '.join(f'{count} {name}' for name, count in forward.items())}.",
-        f"The seeds' {base['said']:g} GB a million for block-sparse attention holds "
-        f"({base['allocated'] / 1e9:.2f} predicted); their {multihead['said']:g} for multihead does not "
-        f"({multihead['allocated'] / 1e9:.2f}: projections add q, k and v and a little, not seven times as "
-        f"much), nor does their 1,000 for standard attention: all its weights would be {square:.0f} TB, and "
-        f"a fused kernel, which never holds them, needs {beside['dense']['allocated'] / 1e9:.2f} GB.",
+        f"resident at most, q, k, v and out alone being {most['floor'] / 1e9:.2f}, in {slowest:.2f} times "
+        f"the time a token that {most['short']:,} take, or less; a million in float16 is predicted to need "
+        f"{needs[0]:.1f} to {needs[-1]:.1f} GB of a GPU; if ring attention, which is not here yet, shared "
+        f"ten million for inference, they would take by arithmetic "
+        f"{' or '.join(f'{count} {name}' for name, count in forward.items())}.",
+        f"The seeds' {base['said']:g} GB a million for block-sparse attention holds if they are GiB "
+        f"({base['said'] * 2**30 / 1e9:.2f} GB; {base['allocated'] / 1e9:.2f} predicted); their "
+        f"{multihead['said']:g} for multihead does not ({multihead['allocated'] / 1e9:.2f}: projections hold "
+        f"their input, as large as q, beside, not seven times as much), nor does their 1,000 for standard "
+        f"attention: all its weights would be {square:.0f} TB, and a fused kernel, which never holds them, "
+        f"needs {beside['dense']['allocated'] / 1e9:.2f} GB.",
     )
 
 

@@ -475,14 +475,22 @@ def said(rows: Rows) -> Said:
     dense = of_part(rows, "dense")
     sparse = [row["ratio"] for row in dense if row["sparsity"] > 0.5]
     held = of_part(rows, "memory")
-    most = {who: max(row[who] / row["out"] for row in held) for who, *_ in WHO}
+
+    def most(who: str, dtype: str) -> str:
+        return f"{max(row[who] / row['out'] for row in held if row['dtype'] == dtype):.2f}"
+
+    dtypes = list(dict.fromkeys(row["dtype"] for row in held))
+    leanness = "; ".join(
+        f"in {dtype} {most('ours', dtype)}, dense SDPA {most('dense', dtype)}, FlexAttention with its mask "
+        f"{most('flex', dtype)}"
+        for dtype in dtypes
+    )
     return Said(
         "Asked: how fast and how lean is each attention against compiled FlexAttention and dense SDPA?",
         f"Found: {mean:.2f} times FlexAttention's speed in the geometric mean over {len(ratios)} layouts, "
         f"{min(ratios):.2f} in the worst; a tenth of the blocks takes {min(sparse):.1%} to "
         f"{max(sparse):.1%} of dense SDPA's time at {dense[0]['seq']:,} tokens; beside q, k and v ours "
-        f"allocates at most {most['ours']:.2f} times the output, dense SDPA {most['dense']:.2f} and "
-        f"FlexAttention with its mask {most['flex']:.2f}.",
+        f"allocates at most so many times the output: {leanness}.",
         "The seeds compare implementations with each other, one Python step a block pair, never with a peer.",
     )
 

@@ -109,5 +109,5 @@ def test_the_sentences_have_the_rows_figures():
     assert "in 1.50 times the time a token that 256 take" in said.found
     assert "by arithmetic 11 NVIDIA GeForce GTX 1080" in said.found
     base = next(row for row in ROWS if row.get("what") == "block-sparse, base")
-    assert f"({base['allocated'] / 1e9:.2f} predicted)" in said.seeds
+    assert f" GB; {base['allocated'] / 1e9:.2f} predicted)" in said.seeds
     assert "18 TB" in said.seeds
