@@ -59,7 +59,7 @@ class AdaptiveAttention(Attention):
         self, q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False, return_attention_weights: bool = False
     ) -> Tensor | tuple[Tensor, AttentionWeights]:
         check(q, k, v, self.config)
-        flex.resolve(self.config, q)
+        flex.resolve(self.config, q, k, is_causal)
         q, k, v = (x.contiguous() for x in (q, k, v))
         shape = shape_of(q, k, self.config, is_causal)
         if return_attention_weights:

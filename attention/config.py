@@ -194,7 +194,8 @@ class AttentionConfig(Value):
     """Factor on q k^T; None for 1 / sqrt(head_dim)."""
     backend: Backend = "auto"
     """`sdpa` (fused SDPA over views and gathers), `flex` (compiled FlexAttention, CUDA 8.0 and up)
-    or `auto` (the better of those the device has). Never silently replaced."""
+    or `auto` (`flex` where it runs and its lists of blocks take at most a sixteenth of q, k, v and
+    out, else `sdpa`). Never silently replaced."""
     workspace_bytes: int = Field(default=16 * MIB, ge=64 * 1024)
     """Scratch that one call may hold at a time; chunk sizes follow from it."""
     pool: Switch = "auto"

@@ -42,7 +42,7 @@ class Attention(nn.Module):
         self, q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False, return_attention_weights: bool = False
     ) -> Tensor | tuple[Tensor, AttentionWeights]:
         check(q, k, v, self.config)
-        backend = flex.resolve(self.config, q)
+        backend = flex.resolve(self.config, q, k, is_causal)
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         shape = shape_of(q, k, self.config, is_causal)
         if return_attention_weights:

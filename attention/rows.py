@@ -37,6 +37,8 @@ class Rows(NamedTuple):
     """Whether every head has lists of its own."""
     moves: bool = False
     """Whether the lists of consecutive rows differ by one block only."""
+    seen: Count = 1 << 62
+    """Most rows that see one block. A bound; exact for windows."""
 
 
 def rows_of(config: AttentionConfig, seq: int, causal: bool) -> Rows:
@@ -91,21 +93,24 @@ def window_rows(size: Count, blocks: Count, window: Count, global_tokens: Count,
             slides=(shared == 0) * (blocks - reach >= 2),
             many=most(blocks - 1 - shared - reach, 0),
             moves=True,
+            seen=choose(shared > 0, blocks, least(reach + 1, blocks)),
         )
     full = 2 * reach + 1
     apart = (shared > 0) * (blocks - 1 - reach > shared)
     # Rows that see everything: the global ones, and those whose window reaches both ends.
     lists = (shared + least(full, blocks - shared - 1)) * apart
     everything = most(shared, most(least(reach, blocks - 1) - most(blocks - 1 - reach, 0) + 1, 0))
+    span = choose(shared > 0, blocks, least(full, blocks))
     return Rows(
         size,
-        span=choose(shared > 0, blocks, least(full, blocks)),
+        span=span,
         lists=lists,
         full_lists=lists,
         alike=most(everything, 1),
         slides=(shared == 0) * (blocks - 2 * reach >= 2),
         many=most(blocks - 1 - shared - reach, 0),
         moves=True,
+        seen=span,
     )
 
 
@@ -136,9 +141,13 @@ def dilated_sparse_rows(
     widest, full = least(budget, widest), least(budget, full)
     # Rows at an end of a segment see the same blocks until the window leaves that end.
     alike = 1 + 0 * widest if causal else choose(budget < longest, budget // 2 + 1, longest)
+    # A row goes at most `widest` - 1 steps along a branch, at a segment's end all of them to one side.
+    steps = (widest - 1) * (1 if causal else 2)
+    along = (least(steps, (length - 1) // rate) for length, rate in zip(lengths, rates, strict=True))
     return Rows(
-        size, widest * near, widest * (1 - near), full * (1 - near), alike * near, (widest < longest) * near
-    )
+        size, widest * near, widest * (1 - near), full * (1 - near), alike * near, (widest < longest) * near,
+        seen=least(sum(along, 1), blocks),
+    )  # fmt: skip
 
 
 def _alone(length: Count, rate: Count, blocks: Count) -> Count:

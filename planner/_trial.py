@@ -409,7 +409,11 @@ def _how(config: AttentionConfig, workload: Workload, call: _Call) -> dict[str, 
 
     from attention.ops import flex, kernels
 
-    like = call.inputs[0].detach().new_empty((0, 1, 1, workload.head_dim))
-    if not workload.weights and flex.resolve(config, like) == "flex":
+    # As large as q and k, and at one number that is there.
+    q, k = (
+        call.inputs[0].detach().as_strided((workload.batch, workload.seq, heads, workload.head_dim), (0,) * 4)
+        for heads in (workload.heads, workload.groups)
+    )
+    if not workload.weights and flex.resolve(config, q, k, workload.causal) == "flex":
         return {"backend": "flex", "kernel": f"flex_attention, compiled by torch {torch.__version__}"}
-    return {"backend": "sdpa", "kernel": kernels.choose(like, False)}
+    return {"backend": "sdpa", "kernel": kernels.choose(q, False)}

@@ -8,7 +8,7 @@ columns.config(7, workload)
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -26,6 +26,7 @@ from attention.config import (
     Variant,
 )
 from attention.errors import ConfigError
+from attention.rows import Rows, pattern_rows
 from planner.workload import Workload
 
 Ints = NDArray[np.int64]
@@ -65,6 +66,7 @@ class Columns:
     """Its heads and channels are the workload's."""
     cache_entries: int = 100
     cache_bytes: int = 64 * MIB
+    _rows: dict[bool, Rows] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         sizes = {column.size for column in self._arrays()}
@@ -85,11 +87,26 @@ class Columns:
                 return tuple(map(some, value))
             return value[which] if isinstance(value, np.ndarray) else value
 
-        return replace(self, **{field.name: some(getattr(self, field.name)) for field in fields(self)})
+        given = (one.name for one in fields(self) if one.init)
+        taken = replace(self, **{name: some(getattr(self, name)) for name in given})
+        taken._rows.update({causal: Rows(*map(some, rows)) for causal, rows in self._rows.items()})
+        return taken
+
+    def rows(self, causal: bool) -> Rows:
+        """The widest rows of block_sparse candidates; found once, which may take longer than all that builds
+        on them."""
+        if causal not in self._rows:
+            given: Any = self
+            self._rows[causal] = pattern_rows(
+                self.pattern_type, given.block_size, given.seq, causal, window=given.window,
+                global_tokens=given.global_tokens, ratio=given.sparsity_ratio, lengths=given.lengths,
+                rates=given.rates,
+            )  # fmt: skip
+        return self._rows[causal]
 
     def _arrays(self) -> Iterator[NDArray[Any]]:
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for one in fields(self):
+            value = getattr(self, one.name)
             for column in value if isinstance(value, tuple) else (value,):
                 if isinstance(column, np.ndarray):
                     yield column

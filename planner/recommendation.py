@@ -120,7 +120,8 @@ def question(vram: str | int | None = None, seq: str | int | None = None, **aske
     scenario, reserved = scenario_of(vram, seq, asked)
     space, seed, trials = asked.get("space") or Space(), asked.get("seed", 0), asked.get("trials", TRIALS)
     name = fingerprint(scenario, space)
-    found = enumerate_grid(scenario, grid(space, scenario.workload, flex=scenario.flex))
+    parts = grid(space, scenario.workload, flex=scenario.flex, free_length=scenario.free_length)
+    found = enumerate_grid(scenario, parts)
     refined = None
     if trials:
         storage = asked.get("storage")

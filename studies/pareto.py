@@ -59,7 +59,8 @@ def front_row(name: str, asked: Mapping[str, Any], trials: int) -> Row:
 def _enumerated(found: Question) -> Row:
     """`candidates`, column by column, and `front`, the fastest first."""
     scenario = found.scenario
-    every = enumerate_grid(scenario, grid(found.space, scenario.workload, flex=scenario.flex))
+    parts = grid(found.space, scenario.workload, flex=scenario.flex, free_length=scenario.free_length)
+    every = enumerate_grid(scenario, parts)
     points = (exact(scenario, every.table, int(index)) for index in pareto(scenario, every))
     front = [_point(pick(point)) for point in points if point is not None]
     return {"candidates": distinct(every.table), "front": front}

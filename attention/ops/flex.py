@@ -17,24 +17,27 @@ from torch import Tensor
 from attention.config import AttentionConfig
 from attention.errors import UnavailableError
 from attention.layout import Layout
+from attention.ops.reserve import flex_is_lean
+from attention.rows import rows_of
 
 CAPABILITY = (8, 0)
 
 
-def resolve(config: AttentionConfig, q: Tensor) -> str:
-    """'sdpa' or 'flex' for these tensors. A backend that was asked for is given or refused."""
+def resolve(config: AttentionConfig, q: Tensor, k: Tensor, is_causal: bool) -> str:
+    """'sdpa' or 'flex' for these tensors. A backend that was asked for is given or refused; `auto` takes
+    FlexAttention where it can serve and its lists are short beside q, k, v and out."""
     if config.backend == "sdpa":
         return "sdpa"
     why = unfit(config, q)
     if config.backend == "auto":
-        return "sdpa" if why else "flex"
+        return "sdpa" if why or not _lean(config, q, k, is_causal) else "flex"
     if why:
         raise UnavailableError(f"backend='flex' cannot serve this: {why}; use backend='auto' or 'sdpa'")
     return "flex"
 
 
 def unfit(config: AttentionConfig, q: Tensor) -> str | None:
-    """Why FlexAttention cannot or should not run this; None if it can."""
+    """Why FlexAttention cannot run this; None if it can."""
     if config.variant != "block_sparse":
         return f"variant {config.variant!r} is computed by views or lists of its own"
     if q.device.type != "cuda":
@@ -49,6 +52,11 @@ def unfit(config: AttentionConfig, q: Tensor) -> str | None:
     if block < 16 or block & (block - 1):
         return f"block_size must be a power of two from 16, got {block}"
     return None
+
+
+def _lean(config: AttentionConfig, q: Tensor, k: Tensor, is_causal: bool) -> bool:
+    seq, floor = q.shape[1], 2 * (q.nbytes + k.nbytes)
+    return bool(flex_is_lean(rows_of(config, seq, is_causal), seq, floor))
 
 
 @cache

@@ -34,6 +34,8 @@ POOL_FROM_TOKENS = 4096
 SMALLEST_BUCKET = 4096
 SUM_BYTES = 4 << 20
 """Largest sum of dk or of dv that 16-bit types are given in single precision over all tiles."""
+FLEX_SHARE = 16
+"""`backend="auto"` takes FlexAttention where its lists are at most one such part of q, k, v and out."""
 
 
 class Kind(NamedTuple):
@@ -342,6 +344,20 @@ def backward_sizes(extent: Extent, shape: Shape) -> dict[str, Count]:
         "slab": slab * choose(full, wide, shape.itemsize),
         "wide slab": slab * wide * apart,
     }
+
+
+def flex_list_bytes(rows: Rows, seq: Count) -> Count:
+    """Bytes of FlexAttention's lists of blocks, at most: int32, by query rows and by key rows, of partial and
+    of full blocks, each a count and a row as wide as the widest; see `attention.ops.flex.block_lists`. All
+    batch items share them. With a global block, which all rows see, they grow with the square of `seq`."""
+    # The counts are four, and of a row's blocks one at most is partial, by queries and by keys.
+    return 4 * ceil_div(seq, rows.size) * (6 + most(rows.span, rows.lists) + rows.seen)
+
+
+def flex_is_lean(rows: Rows, seq: Count, floor: Count) -> Count:
+    """1 if FlexAttention's lists are at most their share of `floor`, the bytes of q, k, v and out of the
+    whole batch, else 0."""
+    return (FLEX_SHARE * flex_list_bytes(rows, seq) <= floor) * 1
 
 
 def bucket_bytes(nbytes: Count) -> Count:

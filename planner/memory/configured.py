@@ -6,7 +6,8 @@ from attention.config import AttentionConfig, Backend
 from attention.counts import Count
 from attention.ops.adaptive_sizes import active_of_choice
 from attention.ops.program import Shape, chunk_tokens
-from attention.rows import rows_of
+from attention.ops.reserve import flex_is_lean
+from attention.rows import Rows, rows_of
 from planner.memory import plans, plans_adaptive, plans_multihead, plans_weights
 from planner.memory.kernels import Cpu, Cuda, Machine
 from planner.memory.plan import Plan, Table
@@ -52,8 +53,8 @@ def _attention(table: Table, case: plans.Case, config: AttentionConfig, workload
         plans_adaptive.adaptive(table, case, scorer)
     elif config.variant == "block_sparse":
         rows = rows_of(config, workload.seq, workload.causal)
-        if goes_flex(config.backend, rows.size, workload, machine):
-            plans.flex(table, case, rows, -(-workload.seq // rows.size))
+        if has_flex(workload, machine) and goes_flex(config.backend, rows, workload.seq, workload):
+            plans.flex(table, case, rows)
         else:
             plans.block_sparse(table, case, rows)
     elif everything and shape.heads == shape.kv_heads:
@@ -76,16 +77,22 @@ def asked_of(config: AttentionConfig, workload: Workload) -> plans_weights.Asked
     return plans_weights.Asked(size, active, branches, own=False)
 
 
-def goes_flex(backend: Backend, block: Count, workload: Workload, machine: Machine) -> Count:
-    """1 if compiled FlexAttention runs blocks of this size, else 0; see `attention.ops.flex.unfit`."""
-    runs = (
-        backend != "sdpa"
-        and isinstance(machine, Cuda)
+def has_flex(workload: Workload, machine: Machine) -> bool:
+    """Whether compiled FlexAttention runs such workloads there; see `attention.ops.flex.unfit`."""
+    return (
+        isinstance(machine, Cuda)
         and machine.capability >= (8, 0)
         and workload.dtype != "float64"
         and not workload.weights
     )
-    return runs * (block >= 16) * (block & (block - 1) == 0)
+
+
+def goes_flex(backend: Backend, rows: Rows, seq: Count, workload: Workload) -> Count:
+    """1 if compiled FlexAttention runs a block_sparse pattern where `has_flex`, else 0; `workload.seq` is not
+    read. See `attention.ops.flex.resolve`."""
+    block, floor = rows.size, workload.floor // workload.seq * seq
+    runs = (backend != "sdpa") * (block >= 16) * (block & (block - 1) == 0)
+    return runs * flex_is_lean(rows, seq, floor) if backend == "auto" else runs
 
 
 def case_of(config: AttentionConfig, workload: Workload, machine: Machine) -> plans.Case:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Annotated, Final, Literal
 
 from pydantic import BeforeValidator
@@ -235,10 +237,20 @@ def max_sequence(
     on = device or gpus.generic(budget)
     unit = config.pattern.block_size if config.pattern else 64
 
-    def fits(blocks: int) -> bool:
+    def fits(config: AttentionConfig, blocks: int) -> bool:
         asked = workload.model_copy(update={"seq": blocks * unit})
         return estimate(config, asked, on, **options).upper <= budget  # type: ignore[arg-type]
 
+    found = _longest(partial(fits, config))
+    if config.variant == "block_sparse" and config.backend == "auto" and on != "cpu":
+        # From where `auto` leaves FlexAttention it takes less, its lists: a longer one may fit again.
+        longer = _longest(partial(fits, config.model_copy(update={"backend": "sdpa"})))
+        found = longer if longer > found and fits(config, longer) else found
+    return found * unit
+
+
+def _longest(fits: Callable[[int], bool]) -> int:
+    """The largest number that fits, where smaller ones fit too; 0 if not even 1 does."""
     if not fits(1):
         return 0
     low = 1
@@ -248,7 +260,7 @@ def max_sequence(
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
-    return low * unit
+    return low
 
 
 __all__ = ["Bound", "Line", "MemoryEstimate", "estimate", "max_sequence"]

@@ -14,10 +14,10 @@ import numpy as np
 
 from attention.counts import Count, ceil_div, least, most
 from attention.errors import ConfigError
-from attention.rows import Rows, pattern_rows, row_blocks
+from attention.rows import row_blocks
 from planner.columns import Columns, Ints
 from planner.memory import plans, plans_adaptive, plans_multihead
-from planner.memory.configured import UNBOUNDED, goes_flex, sized
+from planner.memory.configured import UNBOUNDED, goes_flex, has_flex, sized
 from planner.memory.kernels import Machine
 from planner.memory.plan import Table
 from planner.workload import Workload
@@ -45,8 +45,10 @@ def _alike(columns: Columns, workload: Workload, machine: Machine) -> Ints:
     if columns.variant == "adaptive":
         return _planned(columns, workload, machine, _adaptive)
     if columns.variant == "block_sparse":
-        block: Any = columns.block_size
-        apart = goes_flex(columns.backend, block, workload, machine)
+        seq: Any = columns.seq
+        apart = has_flex(workload, machine) and goes_flex(
+            columns.backend, columns.rows(workload.causal), seq, workload
+        )
         return _split(columns, apart, workload, machine, _flex, _block_sparse)
     if columns.variant == "dense":
         columns = replace(columns, lengths=(columns.seq,), rates=(1,))
@@ -108,11 +110,11 @@ def _adaptive(table: Table, case: plans.Case, columns: Columns) -> None:
 
 
 def _block_sparse(table: Table, case: plans.Case, columns: Columns) -> None:
-    plans.block_sparse(table, case, _rows(case, columns))
+    plans.block_sparse(table, case, columns.rows(case.shape.causal))
 
 
 def _flex(table: Table, case: plans.Case, columns: Columns) -> None:
-    plans.flex(table, case, _rows(case, columns), -(-case.shape.seq // columns.block_size))  # type: ignore[arg-type]
+    plans.flex(table, case, columns.rows(case.shape.causal))
 
 
 def _within(case: plans.Case, columns: Columns) -> list[tuple[Count, Count]]:
@@ -121,12 +123,3 @@ def _within(case: plans.Case, columns: Columns) -> list[tuple[Count, Count]]:
     limit = most(seq, case.shape.heads)
     pairs: Any = zip(columns.lengths, columns.rates, strict=True)
     return [(least(length, seq), least(rate, limit)) for length, rate in pairs]
-
-
-def _rows(case: plans.Case, columns: Columns) -> Rows:
-    given: Any = columns
-    return pattern_rows(
-        columns.pattern_type, given.block_size, case.shape.seq, case.shape.causal, window=given.window,
-        global_tokens=given.global_tokens, ratio=given.sparsity_ratio, lengths=given.lengths,
-        rates=given.rates,
-    )  # fmt: skip

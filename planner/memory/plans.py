@@ -23,6 +23,7 @@ from attention.ops.reserve import (
     backward_sizes,
     bucket_bytes,
     dilated_extent,
+    flex_list_bytes,
     forward_sizes,
     pieces,
     sparse_extent,
@@ -290,18 +291,15 @@ def _taken(kernel: Callable[[Call], Bytes], call: Call, kind: Kind) -> Bytes:
     return kernel(call) if somewhere(kind.exists) else Bytes(0, 0)
 
 
-def flex(table: Table, case: Case, rows: Rows, blocks: Count) -> None:
-    """Block-sparse attention by compiled FlexAttention: its lists of blocks by query rows and by key rows,
-    partial and full, a row as wide as the widest; see `attention/ops/flex.py`."""
+def flex(table: Table, case: Case, rows: Rows) -> None:
+    """Block-sparse attention by compiled FlexAttention; see `attention/ops/flex.py`."""
     shape, e = case.shape, case.shape.itemsize
-    widest = most(rows.span, rows.lists)
-    by_keys = choose(rows.moves * (rows.lists > 0), blocks, widest)  # everyone attends to a global block
-    lists = 4 * blocks * (6 + widest + by_keys)  # partial blocks: one a row
     call = Call(case.batch, shape.heads, shape.seq, shape.seq, shape.head_dim, e)
     found = case.machine.flex(call)
     table.phase("forward")
     table.add("out", "output", case.channels * e, "B S H D e")
-    table.add("block lists", "sparse_indices", lists, "int32: 4 counts and 4 widths a row")
+    table.add("block lists", "sparse_indices", flex_list_bytes(rows, shape.seq),
+              "attention/ops/reserve.py flex_list_bytes")  # fmt: skip
     table.add("log-sum-exp", "saved_for_backward" if case.trains else "temp_buffers",
               found.result - case.channels * e, "float32 B H S")  # fmt: skip
     if not case.trains:

@@ -38,7 +38,7 @@ def relaxations(scenario: Scenario, space: Space, found: Found) -> tuple[str, ..
 
 
 def _passes(scenario: Scenario, space: Space) -> bool:
-    parts = grid(space, scenario.workload, flex=scenario.flex)
+    parts = grid(space, scenario.workload, flex=scenario.flex, free_length=scenario.free_length)
     return enumerate_grid(scenario, parts).best is not None
 
 
@@ -109,7 +109,7 @@ def _least_memory(scenario: Scenario, table: Table, which: Ints) -> int | None:
 def _shorter(scenario: Scenario, space: Space) -> Iterator[str]:
     """The longest sequence at which something passes."""
     free = replace(scenario, objective="seq")
-    best = enumerate_grid(free, grid(space, scenario.workload, flex=scenario.flex)).best
+    best = enumerate_grid(free, grid(space, free.workload, flex=free.flex, free_length=True)).best
     if best is not None and best.seq < scenario.workload.seq:
         yield f"--seq {best.seq}"
 

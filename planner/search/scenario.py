@@ -21,7 +21,7 @@ from planner.calibration import Calibration, least_upper
 from planner.columns import Columns
 from planner.gpus import Gpu
 from planner.memory import device as device_share
-from planner.memory.configured import goes_flex
+from planner.memory.configured import has_flex
 from planner.memory.estimate import MemoryEstimate, calibration_for, estimate, machine_of
 from planner.memory.kernels import Machine
 from planner.memory.many import peaks
@@ -94,7 +94,7 @@ class Scenario:
     @property
     def flex(self) -> bool:
         """Whether compiled FlexAttention runs here."""
-        return bool(goes_flex("auto", 128, self.workload, self.machine))
+        return has_flex(self.workload, self.machine)
 
     @cached_property
     def calibration(self) -> Calibration | None:

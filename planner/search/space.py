@@ -27,6 +27,7 @@ from attention.config import (
 )
 from attention.errors import ConfigError
 from planner.columns import Columns, Ints
+from planner.memory.configured import goes_flex
 from planner.workload import Workload
 
 MAX_BRANCHES: Final = 4
@@ -168,10 +169,11 @@ class Space(Value):
 # The grid.
 
 
-def grid(space: Space, workload: Workload, *, flex: bool = False) -> list[Columns]:
+def grid(space: Space, workload: Workload, *, flex: bool = False, free_length: bool = False) -> list[Columns]:
     """All candidates of the grid, kind by kind; ConfigError if the restrictions leave none.
 
-    `workload.seq` says how far segments and windows are worth trying.
+    `workload.seq` says how far segments and windows are worth trying; `free_length`: shorter sequences are of
+    interest too.
     """
     found = []
     for kind in space.kinds:
@@ -181,12 +183,16 @@ def grid(space: Space, workload: Workload, *, flex: bool = False) -> list[Column
                 "lengths": tuple(lists.pop(name) for name in list(lists) if name.startswith("length")),
                 "rates": tuple(lists.pop(name) for name in list(lists) if name.startswith("rate")),
             }
-            for backend in space.backends(flex and is_sparse(kind)):
+            backends = space.backends(flex and is_sparse(kind))
+            for backend in backends:
                 columns = Columns(
                     variant_of(kind), pattern_of(kind), seq=workload.seq, backend=backend, pool=space.pool,
                     **branches, **lists,
                 )  # fmt: skip
-                found.append(columns.take(_differing(columns, flex)))
+                which = _differing(
+                    columns, workload, flex=flex, free_length=free_length, alone=len(backends) == 1
+                )
+                found.append(columns.take(which))
     found = [columns for columns in found if len(columns)]
     if not found:
         raise ConfigError(
@@ -196,16 +202,20 @@ def grid(space: Space, workload: Workload, *, flex: bool = False) -> list[Column
     return found
 
 
-def _differing(columns: Columns, flex: bool) -> Ints:
-    """Which candidates are possible and not another's twin. FlexAttention takes blocks of a power of two,
-    and no workspace: those that differ in it alone are one."""
-    block, workspace = (np.broadcast_to(x, len(columns)) for x in (columns.block_size, columns.workspace))
-    fits = (block >= 16) & (block & (block - 1) == 0) & flex & (columns.variant == "block_sparse")
-    if columns.backend == "flex":
-        return np.flatnonzero(fits & (workspace == workspace.max()))
-    if columns.backend == "auto":
-        return np.flatnonzero(~fits | (workspace == workspace.max()))
-    return np.arange(len(columns))
+def _differing(columns: Columns, workload: Workload, *, flex: bool, free_length: bool, alone: bool) -> Ints:
+    """Which candidates are possible and not another's twin. FlexAttention takes no workspace: those that it
+    runs and that differ in it alone are one. Where it does not run `auto`, that is `sdpa`, which is then left
+    out unless it is the backend `alone`. With the length free it may run at another length what it does not
+    at this, so that both stay."""
+    backend: Backend = "flex" if columns.backend == "flex" or (free_length and not alone) else "auto"
+    runs = np.zeros(len(columns), bool)
+    if flex and columns.variant == "block_sparse":
+        runs |= goes_flex(backend, columns.rows(workload.causal), workload.seq, workload) > 0
+    if columns.backend == "sdpa":
+        return np.flatnonzero(runs | alone)
+    workspace = np.broadcast_to(columns.workspace, len(columns))
+    possible = runs | (columns.backend == "auto")
+    return np.flatnonzero(possible & (~runs | (workspace == workspace.max())))
 
 
 def variant_of(kind: Kind) -> Variant:
@@ -477,7 +487,8 @@ def parameters(config: AttentionConfig, space: Space, workload: Workload) -> dic
             found[f"rate_growth_{n}"] = rates[n] // rates[n - 1]
     told = _Told(found)
     try:
-        made = chosen(told, space, workload, flex=config.backend == "sdpa").config(0, workload)
+        # As on a device where a trial chooses the backend too.
+        made = chosen(told, space, workload, flex=True).config(0, workload)
     except KeyError:
         return None
     return {name: found[name] for name in told.asked} if made == config else None

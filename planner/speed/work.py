@@ -16,9 +16,9 @@ from typing import Any, Final, NamedTuple
 from attention.counts import ceil_div, choose, least, most, somewhere
 from attention.ops.adaptive_sizes import gate_rows
 from attention.ops.program import Shape
-from attention.rows import chosen_rows, pattern_rows, row_blocks
+from attention.rows import chosen_rows, row_blocks
 from planner.columns import Columns
-from planner.memory.configured import UNBOUNDED, goes_flex, sized
+from planner.memory.configured import UNBOUNDED, goes_flex, has_flex, sized
 from planner.memory.kernels import Machine
 from planner.speed import calls as work_calls
 from planner.speed.calls import Calls, Program
@@ -209,7 +209,10 @@ def goes_apart(columns: Columns, workload: Workload, machine: Machine) -> Any:
     if columns.variant == "adaptive":
         return False
     if columns.variant == "block_sparse":
-        return goes_flex(columns.backend, columns.block_size, workload, machine)  # type: ignore[arg-type]
+        seq: Any = columns.seq
+        return has_flex(workload, machine) and goes_flex(
+            columns.backend, columns.rows(workload.causal), seq, workload
+        )
     if workload.heads != workload.groups:
         return False
     if columns.variant == "dense":
@@ -254,7 +257,7 @@ def _program(columns: Columns, shape: Shape, apart: bool, batch: int) -> tuple[P
             "window": given.window, "global_tokens": given.global_tokens, "ratio": given.sparsity_ratio,
             "lengths": given.lengths, "rates": given.rates,
         }  # fmt: skip
-        rows = pattern_rows(columns.pattern_type, given.block_size, shape.seq, shape.causal, **fields)
+        rows = columns.rows(shape.causal)
         runs = runs_of(columns.pattern_type, rows, shape.seq, shape.causal, **fields)
         if apart:
             return work_calls.flex(runs, rows, shape, batch), True

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 from conformance import HEADS, adaptive, changed, dilated, oracle, qkv
@@ -11,6 +13,8 @@ from hypothesis import strategies as st
 from attention import AttentionConfig, SparsePatternConfig, UnavailableError, build
 from attention.layout import build_layout
 from attention.ops import flex
+from attention.ops.reserve import FLEX_SHARE, flex_list_bytes
+from attention.rows import rows_of
 
 CPU = torch.device("cpu")
 
@@ -110,23 +114,60 @@ def test_lists_grow_with_the_longest_row_and_never_with_blocks_times_blocks(caus
     assert all(x.shape[-1] <= longest for x in lists[1::2])
 
 
+@st.composite
+def layouts(draw):
+    """(config, seq, causal) of a few hundred blocks at most, of sizes that FlexAttention takes."""
+    block = draw(st.sampled_from([16, 32, 64]))
+    branch = st.tuples(st.integers(1, 200), st.integers(1, 12))
+    pattern = draw(st.sampled_from(sorted(PATTERNS)))
+    config = patterned(
+        pattern, draw(st.lists(branch, min_size=1, max_size=5)) if pattern == "dilated_sparse" else (),
+        block=block, local_window_size=draw(st.integers(1, 5000)), global_tokens=draw(st.integers(1, 500)),
+        sparsity_ratio=draw(st.sampled_from([0.01, 0.02, 0.1, 0.3, 0.5, 1.0])),
+    )  # fmt: skip
+    return config, draw(st.integers(1, 200 * block)), draw(st.booleans())
+
+
+def list_bytes(config, seq, causal):
+    """Bytes of the lists on a GPU."""
+    lists = flex.block_lists(build_layout(config, seq, causal), causal, torch.device("meta"))
+    return sum(x.nbytes for x in lists)
+
+
+@settings(max_examples=200)
+@given(case=layouts())
+def test_the_closed_form_of_the_lists_is_enough_and_exact_for_windows(case):
+    config, seq, causal = case
+    most, real = flex_list_bytes(rows_of(config, seq, causal), seq), list_bytes(*case)
+    assert real <= most
+    if config.pattern.pattern_type != "dilated_sparse":
+        # Under a causal mask a row's own block is in another list.
+        assert most <= real + 8 * causal * -(-seq // config.pattern.block_size)
+
+
 # The choice
+
+
+class Fake:
+    """A CUDA tensor as far as the rules look."""
+
+    device = torch.device("cuda", 0)
+
+    def __init__(self, dtype, size):
+        self.dtype, self.shape = dtype, torch.Size(size)
+        self.nbytes = self.shape.numel() * dtype.itemsize
 
 
 @pytest.fixture
 def capable(monkeypatch):
-    """A CUDA tensor as far as the rules look, and a way to set the capability."""
+    """q and k of a GPU of a capability, 8 heads of 64 channels unless it says otherwise."""
 
-    def tensor(capability, dtype=torch.float16):
+    def tensors(capability=(8, 0), dtype=torch.float16, size=(1, 4096, 8, 64), kv_heads=8):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+        batch, seq, _, head_dim = size
+        return Fake(dtype, size), Fake(dtype, (batch, seq, kv_heads, head_dim))
 
-        class Fake:
-            device = torch.device("cuda", 0)
-
-        Fake.dtype = dtype
-        return Fake()
-
-    return tensor
+    return tensors
 
 
 def asked(backend, config=PATTERNS["local_window"]):
@@ -134,15 +175,15 @@ def asked(backend, config=PATTERNS["local_window"]):
 
 
 def test_auto_takes_flex_where_it_serves_and_sdpa_elsewhere(capable):
-    assert flex.resolve(asked("auto"), capable((8, 0))) == "flex"
-    assert flex.resolve(asked("auto"), capable((9, 0), torch.float32)) == "flex"
-    assert flex.resolve(asked("auto"), capable((7, 5))) == "sdpa"
-    assert flex.resolve(asked("auto"), torch.zeros(1)) == "sdpa"
+    assert flex.resolve(asked("auto"), *capable((8, 0)), False) == "flex"
+    assert flex.resolve(asked("auto"), *capable((9, 0), torch.float32), True) == "flex"
+    assert flex.resolve(asked("auto"), *capable((7, 5)), False) == "sdpa"
+    assert flex.resolve(asked("auto"), torch.zeros(1), torch.zeros(1), False) == "sdpa"
 
 
 @pytest.mark.parametrize("capability", [(6, 1), (8, 0), (9, 0)])
 def test_sdpa_is_given_whenever_it_is_asked_for(capable, capability):
-    assert flex.resolve(asked("sdpa"), capable(capability)) == "sdpa"
+    assert flex.resolve(asked("sdpa"), *capable(capability), False) == "sdpa"
 
 
 @pytest.mark.parametrize(
@@ -158,16 +199,57 @@ def test_sdpa_is_given_whenever_it_is_asked_for(capable, capability):
     ],
 )
 def test_flex_is_refused_with_the_reason_and_auto_falls_back(capable, config, capability, dtype, why):
-    q = capable(capability, dtype)
+    q, k = capable(capability, dtype)
     assert why in flex.unfit(config, q)
-    assert flex.resolve(asked("auto", config), q) == "sdpa"
+    assert flex.resolve(asked("auto", config), q, k, False) == "sdpa"
     with pytest.raises(UnavailableError, match="use backend='auto' or 'sdpa'") as caught:
-        flex.resolve(asked("flex", config), q)
+        flex.resolve(asked("flex", config), q, k, False)
     assert why in str(caught.value)
 
 
 def test_flex_serves_what_the_rules_allow(capable):
-    assert flex.unfit(patterned("local_window", block=128), capable((8, 0), torch.bfloat16)) is None
+    assert flex.unfit(patterned("local_window", block=128), capable((8, 0), torch.bfloat16)[0]) is None
+
+
+GLOBAL = patterned("global_local", block=128, local_window_size=1024, global_tokens=64)
+
+
+@pytest.mark.parametrize(
+    "size, kv_heads, causal, backend",
+    [
+        ((1, 1 << 19, 8, 64), 8, False, "sdpa"),  # 134.3 MB of lists, and 134.2 are a sixteenth
+        ((1, (1 << 19) - 1024, 8, 64), 8, False, "flex"),
+        ((1, 1 << 19, 8, 64), 8, True, "flex"),  # rows before the global block's are short
+        ((1, 1 << 20, 8, 64), 8, False, "sdpa"),
+        ((3, 1 << 20, 8, 64), 8, False, "flex"),  # the batch shares them
+        ((1, 1 << 20, 32, 64), 32, False, "flex"),
+        ((1, 1 << 20, 32, 64), 1, False, "flex"),
+        ((1, 1 << 20, 8, 64), 1, True, "sdpa"),
+    ],
+)
+def test_auto_leaves_flex_where_its_lists_are_long_and_who_asks_for_it_gets_it(
+    capable, size, kv_heads, causal, backend
+):
+    q, k = capable(size=size, kv_heads=kv_heads)
+    assert flex.unfit(GLOBAL, q) is None
+    assert flex.resolve(asked("auto", GLOBAL), q, k, causal) == backend
+    assert flex.resolve(asked("flex", GLOBAL), q, k, causal) == "flex"
+
+
+@settings(max_examples=100)
+@given(
+    case=layouts(), batch=st.integers(1, 2), kv_heads=st.sampled_from([1, 2]), dim=st.sampled_from([8, 32]),
+)  # fmt: skip
+def test_lists_under_auto_are_never_more_than_a_sixteenth_of_q_k_v_and_out(case, batch, kv_heads, dim):
+    config, seq, causal = case
+    q, k = (Fake(torch.float16, (batch, seq, heads, dim)) for heads in (2, kv_heads))
+    with mock.patch.object(torch.cuda, "get_device_capability", return_value=(8, 0)):
+        chosen = flex.resolve(asked("auto", config), q, k, causal)
+    floor = 2 * (q.nbytes + k.nbytes)
+    if chosen == "flex":
+        assert FLEX_SHARE * list_bytes(*case) <= floor
+    else:
+        assert FLEX_SHARE * flex_list_bytes(rows_of(config, seq, causal), seq) > floor
 
 
 # The kernel, compiled for the CPU: forward alone, which is all it has there

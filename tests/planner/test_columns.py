@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from itertools import islice
+from unittest import mock
 
 import numpy as np
 import pytest
 
+import planner.columns
 from attention.errors import ConfigError
 from planner.columns import Columns, columns_of
 from planner.samples import samples
@@ -28,6 +30,23 @@ def test_one_of_many():
     assert (pattern.block_size, pattern.local_window_size) == (16, 7)
     assert len(columns) == 2
     assert columns.take(np.array([1])).config(0, Workload(seq=64)).pattern == pattern
+
+
+def test_rows_are_found_once_and_are_those_of_the_candidates_taken():
+    columns = Columns(
+        "block_sparse", "dilated_sparse", seq=np.array([4096, 5000, 900]), block_size=64,
+        sparsity_ratio=np.array([0.1, 0.5, 1.0]), lengths=(512, 4096), rates=(1, np.array([1, 2, 3])),
+    )  # fmt: skip
+    some = np.array([2, 0])
+    fresh = columns.take(some)
+    assert columns.rows(True) is columns.rows(True)
+    taken = columns.take(some)
+    with mock.patch.object(planner.columns, "pattern_rows", side_effect=AssertionError):
+        known = taken.rows(True)
+        with pytest.raises(AssertionError):
+            taken.rows(False)
+    for mine, theirs in zip(known, fresh.rows(True), strict=True):
+        assert np.array_equal(mine, theirs)
 
 
 def test_columns_are_equally_long():

@@ -45,7 +45,7 @@ FEW = Space(block_sizes=(64, 128), ratios=(0.01, 0.1), branches=(1, 2), workspac
 
 def brute_force(scenario, space):
     """Every config of the grid by itself."""
-    for columns in grid(space, scenario.workload, flex=scenario.flex):
+    for columns in grid(space, scenario.workload, flex=scenario.flex, free_length=scenario.free_length):
         for at in range(len(columns)):
             yield columns.config(at, scenario.workload)
 
@@ -74,8 +74,10 @@ def test_every_pick_fits_and_passes_the_gates(asked):
         assert not failed(scenario, again)
         assert (again.memory.upper, again.seconds, again.mass) == (pick.upper, pick.seconds, pick.mass)
     fastest, balanced, widest = answer.alternatives
-    assert fastest.seconds <= balanced.seconds <= widest.seconds
+    assert fastest.seconds <= min(balanced.seconds, widest.seconds)
     assert fastest.mass <= balanced.mass <= widest.mass
+    # With the length free a balanced one may be longer than the widest, and slower.
+    assert balanced.seconds <= widest.seconds or scenario.free_length
     if answer.objective == "speed":
         assert fastest.config == answer.config
     assert answer.config in {pick.config for pick in answer.pareto}
@@ -260,7 +262,7 @@ def test_trials_are_kept_and_gone_on_with(tmp_path):
 def test_what_an_earlier_run_found_is_not_lost(tmp_path, monkeypatch):
     # Without the last steps the answer is what trials found.
     monkeypatch.setattr("planner.recommendation.climbed", lambda scenario, space, best: best)
-    asked = {"vram": "8GB", "seq": 131_072, "space": FEW, "trials": 60}
+    asked = {"vram": "8GB", "seq": 131_072, "space": FEW, "trials": 90}
     asked |= {"storage": str(tmp_path / "a.journal")}
     first = planner.recommend(**asked)
     assert first.search.gain > 0, "the case must be one in which trials beat the grid"

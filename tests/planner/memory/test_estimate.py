@@ -137,6 +137,21 @@ def test_more_memory_is_never_a_shorter_sequence(name):
     assert found[0] < found[-1]
 
 
+def test_a_longer_one_that_fits_without_flex_lists_is_found():
+    """From 442,112 tokens on they are more than a sixteenth of q, k, v and out."""
+    config = WINDOW.model_copy(
+        update={"pattern": SparsePatternConfig(pattern_type="global_local", local_window_size=1024)}
+    )
+    workload, budget = Workload(seq=1, heads=11, kv_heads=1, head_dim=72), 2_320_000_000
+    auto, sdpa, lists = (
+        max_sequence(config.model_copy(update={"backend": backend}), workload, budget, "rtxa5000")
+        for backend in ("auto", "sdpa", "flex")
+    )
+    assert lists < 442_112 < sdpa == auto
+    between = workload.model_copy(update={"seq": 441_984})
+    assert estimate(config, between, "rtxa5000").upper > budget
+
+
 def test_a_budget_below_one_block_is_no_sequence_at_all():
     assert max_sequence(WINDOW, Workload(seq=1), 1000, "cpu") == 0
     assert max_sequence(WINDOW, Workload(seq=1), "1MB") == 0  # the context alone is more

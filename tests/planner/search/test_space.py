@@ -8,14 +8,16 @@ import numpy as np
 import pytest
 
 from attention.errors import ConfigError
-from planner.search.space import KINDS, Space, chosen, full_size, grid, parameters
+from planner.memory.configured import plan_of
+from planner.memory.kernels import Cuda
+from planner.search.space import KINDS, WORKSPACES, Space, chosen, full_size, grid, parameters
 from planner.workload import Workload
 
 WORKLOADS = [Workload(seq=131072), Workload(seq=5000, causal=True), Workload(seq=17), Workload(seq=1)]
 
 
-def configs(space, workload, flex=False, every=1):
-    for columns in grid(space, workload, flex=flex):
+def configs(space, workload, flex=False, every=1, free_length=False):
+    for columns in grid(space, workload, flex=flex, free_length=free_length):
         for at in range(0, len(columns), every):
             yield columns.config(at, workload)
 
@@ -47,9 +49,60 @@ def test_every_candidate_of_the_grid_is_a_config_that_a_trial_can_suggest(worklo
     assert seen > 10
 
 
+def test_a_trial_is_told_the_backend_too():
+    """Where there is a choice, a start of backend `auto` would else be tried as `sdpa`."""
+    for backend in ("auto", "sdpa"):
+        config = next(configs(Space(patterns=("local_window",), backend=backend), Workload(seq=4096)))
+        found = parameters(config, Space(), Workload(seq=4096))
+        assert found is not None
+        assert found["backend"] == backend
+
+
 def test_no_candidate_of_the_grid_is_there_twice():
     found = list(configs(Space(), Workload(seq=131072), flex=True))
     assert len(found) == len(set(found)) > 4000
+
+
+TWINS = Space(variants=("dense", "block_sparse"), block_sizes=(32, 48, 128))
+"""FlexAttention takes two of three sizes of blocks."""
+
+
+@pytest.mark.parametrize("seq", [4096, 1 << 20])
+@pytest.mark.parametrize("free_length", [False, True])
+def test_twins_are_one_and_none_is_lost(seq, free_length):
+    workload, flexible = Workload(seq=seq), Cuda((8, 0))
+    found = set(configs(TWINS, workload, flex=True, free_length=free_length))
+
+    def by(config, backend):
+        return config.model_copy(update={"backend": backend})
+
+    def runs(config, workload):
+        plan = plan_of(by(config, "auto"), workload, flexible)
+        return any(buffer.name == "block lists" for buffer in plan.buffers)
+
+    some = 0
+    for config in configs(TWINS, workload):  # of all workspaces
+        auto, sdpa = by(config, "auto") in found, by(config, "sdpa") in found
+        at_once = runs(config, workload)
+        ever = runs(config, workload.model_copy(update={"seq": 128})) if free_length else at_once
+        if not ever:
+            assert (auto, sdpa) == (True, False), config
+        else:
+            assert (auto, sdpa) == (config.workspace_bytes == max(WORKSPACES), True), config
+        some += at_once
+    assert some > 10
+
+
+@pytest.mark.parametrize("backend", ["auto", "sdpa", "flex"])
+@pytest.mark.parametrize("free_length", [False, True])
+def test_one_backend_has_all_that_differ(backend, free_length):
+    workload = Workload(seq=1 << 20)
+    space = TWINS.model_copy(update={"backend": backend, "patterns": ("global_local",)})
+    found = list(configs(space, workload, flex=True, free_length=free_length))
+    kept = {config.workspace_bytes for config in found if config.pattern and config.pattern.block_size == 32}
+    assert {config.backend for config in found} == {backend}
+    assert kept == ({max(WORKSPACES)} if backend == "flex" else set(WORKSPACES))
+    assert any(config.pattern and config.pattern.block_size == 48 for config in found) == (backend != "flex")
 
 
 @pytest.mark.parametrize("seed", range(200))

@@ -15,11 +15,11 @@ from attention.ops.program import Gather, Shape
 from attention.rows import chosen_rows, rows_of
 from planner.columns import Columns, columns_of
 from planner.memory.configured import case_of
-from planner.memory.kernels import Cpu
+from planner.memory.kernels import Cpu, Cuda
 from planner.speed.calls import Calls
 from planner.speed.rates import default_cpu_rates
 from planner.speed.runs import timing_samples
-from planner.speed.work import NAMES, backward, cpu_kernel, forward, goes_apart, work_of
+from planner.speed.work import NAMES, backward, cpu_kernel, forward, goes_apart, gpu_kernel, work_of
 from planner.workload import Workload
 
 KERNEL = cpu_kernel(2)
@@ -126,6 +126,21 @@ def test_dense_attention_with_shared_heads_is_a_program_too():
     whole = work_of(columns, alone, MACHINE, KERNEL, apart=True)
     assert work.forward["work"] == pytest.approx(whole.forward["work"], rel=0.01)
     assert work.forward["launches"] > whole.forward["launches"] == 1
+
+
+def test_flex_is_one_call_where_its_lists_are_short_beside_the_floor():
+    seq = np.array([1 << 18, 1 << 20])
+    columns = Columns("block_sparse", "global_local", seq=seq, block_size=128, window=1024, global_tokens=64)
+    workload, ampere = Workload(seq=1), Cuda((8, 0))
+    assert goes_apart(columns, workload, ampere).tolist() == [True, False]
+    assert np.all(goes_apart(replace(columns, backend="flex"), workload, ampere))
+    for machine, backend in ((ampere, "sdpa"), (Cuda((7, 5)), "auto"), (MACHINE, "auto")):
+        assert not np.any(goes_apart(replace(columns, backend=backend), workload, machine))
+    for at, apart in enumerate((True, False)):
+        one = columns_of(columns.config(at, workload), int(seq[at]))
+        assert bool(goes_apart(one, workload, ampere)) == apart
+        work = work_of(one, workload, ampere, gpu_kernel(100), apart=apart)
+        assert (work.forward["flex"] > 0, work.forward["work"] > 0) == (apart, not apart)
 
 
 def test_a_causal_kernel_computes_whole_blocks_of_keys():
