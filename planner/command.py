@@ -33,7 +33,7 @@ from planner.options import (
     say,
 )
 from planner.options_pictures import Pictured, View, build_pictured, build_view
-from planner.options_search import Allowed, Card, build_card, build_space
+from planner.options_search import Allowed, Card, Gates, build_card, build_gates, build_space
 from planner.workload import Workload
 
 DONE: Final = 0
@@ -67,6 +67,7 @@ _BUILDERS: Final[dict[Any, Callable[..., Any]]] = {
     Card: build_card,
     Sizes: build_sizes,
     Asked: build_asked,
+    Gates: build_gates,
     Allowed: build_space,
     Pictured: build_pictured,
     View: build_view,

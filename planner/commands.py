@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -32,8 +32,7 @@ from planner.options import (
     Sizes,
     say,
 )
-from planner.options_search import Allowed, Card
-from planner.recommend import LAYERS, MIN_MASS
+from planner.options_search import Allowed, Card, Gates
 from planner.recommend import TRIALS as SEARCHED
 from planner.tune import RUNS as TUNED_RUNS
 from planner.tune import TIMEOUT, TRIALS
@@ -54,22 +53,7 @@ def recommend(
         typer.Option(help="What to make best. [default: speed; without --seq the length]"),
     ] = None,
     sizes: Asked,
-    reserve: Annotated[
-        str, typer.Option(metavar="SIZE", help="Of the memory, for the rest of the model: 1.5GB.")
-    ] = "0",
-    layers: Annotated[
-        int, typer.Option(min=0, help="Of the model: in so many each token must hear of all. 0: no matter.")
-    ] = LAYERS,
-    min_mass: Annotated[
-        float, typer.Option(min=0, max=1, help="Least share of dense attention's mass. 0: no matter.")
-    ] = MIN_MASS,
-    max_seconds: Annotated[float | None, typer.Option(help="Most seconds of a call.")] = None,
-    profile: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Where attention's mass lies. [default: balanced]")
-    ] = None,
-    profile_from: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="The same, measured: q and k in .npz or .safetensors.")
-    ] = None,
+    gates: Gates,
     space: Allowed,
     trials: Annotated[int, typer.Option(min=0, help="Of Optuna, after the grid.")] = SEARCHED,
     sampler: Annotated[
@@ -97,23 +81,15 @@ def recommend(
     from planner import recommend as choose
     from planner.search.relax import NothingFitsError
 
-    if profile is not None and profile_from is not None:
-        raise ConfigError("--profile and --profile-from say the same thing twice; remove one")
-    known: Any = profile
-    if profile_from is not None:
-        from planner.quality.profiles import profile_from as measured
-
-        known = measured(profile_from, sizes.causal)
     given = sizes.model_dump(exclude={"seq", "weights"})
     # With the length free every candidate's longest sequence is looked for, which takes seconds.
     waits = progress_line("looking for the longest sequence") if seq is None else contextlib.nullcontext()
     try:
         with waits:
             found = choose(
-                card.budget, seq, objective=objective, gpu=card.device, layers=layers or None,
-                min_mass=min_mass or None, max_seconds=max_seconds, profile=known, reserve=reserve,
-                space=space, trials=trials, sampler=sampler, seed=seed,  # type: ignore[arg-type]
-                storage=storage, study=study, **given, **card.options,
+                card.budget, seq, objective=objective, gpu=card.device, space=space, trials=trials,
+                sampler=sampler, seed=seed, storage=storage, study=study,  # type: ignore[arg-type]
+                **gates, **given, **card.options,
             )  # fmt: skip
     except NothingFitsError as error:
         say(str(error))
@@ -162,14 +138,7 @@ def tune(
     timeout: Annotated[float, typer.Option(help="Seconds that one may take.")] = TIMEOUT,
     runs: Annotated[int, typer.Option(min=1, help="Warm calls of each that are timed.")] = TUNED_RUNS,
     sizes: Asked,
-    reserve: Annotated[
-        str, typer.Option(metavar="SIZE", help="Of the memory, for the rest of the model: 1.5GB.")
-    ] = "0",
-    layers: Annotated[int, typer.Option(min=0, help="As for `recommend`. 0: no matter.")] = LAYERS,
-    min_mass: Annotated[
-        float, typer.Option(min=0, max=1, help="As for `recommend`. 0: no matter.")
-    ] = MIN_MASS,
-    profile: Annotated[str | None, typer.Option(metavar="NAME", help="As for `recommend`.")] = None,
+    gates: Gates,
     space: Allowed,
     sampler: Annotated[str, typer.Option(metavar="NAME", help="As for `recommend`.")] = "tpe",
     seed: Annotated[int, typer.Option(min=0, help="Of the sampler.")] = 0,
@@ -202,8 +171,7 @@ def tune(
             vram, seq, device=device, trials=trials, timeout=timeout, runs=runs, sampler=sampler,  # type: ignore[arg-type]
             seed=seed, storage=storage, study=study, records=append, learn=learn,
             progress=lambda now: say(said(now)) if now.last is not None else None,
-            reserve=reserve, layers=layers or None, min_mass=min_mass or None, profile=profile, space=space,
-            **sizes.model_dump(exclude={"seq", "weights"}),
+            space=space, **gates, **sizes.model_dump(exclude={"seq", "weights"}),
         )  # fmt: skip
     except NothingFitsError as error:
         say(str(error))
@@ -216,6 +184,10 @@ def tune(
         typer.echo(tuned_text(found))
     else:
         print_data(found.model_dump(mode="json"), format)
+    best, most = found.best.seconds, gates["max_seconds"]
+    if best is not None and most is not None and best > most:
+        # The gate is of what is predicted: it says what is worth measuring.
+        say(f"note: the fastest takes {best:.3g} s, more than the {most:g} s of --max-seconds")
     if found.interrupted:
         say("interrupted; every finished trial is kept, and the same command goes on from there")
     return INTERRUPTED if found.interrupted else DONE

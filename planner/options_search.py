@@ -4,6 +4,7 @@ see `planner.options`."""
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NewType
 
 import typer
@@ -11,6 +12,7 @@ import typer
 from attention.config import Backend, Switch
 from attention.errors import ConfigError
 from planner.options import Place, build_place, counts
+from planner.recommend import LAYERS, MIN_MASS
 from planner.units import parse_bytes
 
 if TYPE_CHECKING:
@@ -46,6 +48,44 @@ build_card.__signature__ = _of_place.replace(  # type: ignore[attr-defined]
         for name, option in _of_place.parameters.items()
     ]
 )
+
+
+Gates = NewType("Gates", dict[str, Any])
+"""What an answer has to keep to beside the memory, as `planner.recommend` and `planner.tune` take it."""
+
+
+def build_gates(
+    *,
+    reserve: Annotated[
+        str, typer.Option(metavar="SIZE", help="Of the memory, for the rest of the model: 1.5GB.")
+    ] = "0",
+    layers: Annotated[
+        int, typer.Option(min=0, help="Of the model: in so many each token must hear of all. 0: no matter.")
+    ] = LAYERS,
+    min_mass: Annotated[
+        float, typer.Option(min=0, max=1, help="Least share of dense attention's mass. 0: no matter.")
+    ] = MIN_MASS,
+    max_seconds: Annotated[float | None, typer.Option(help="Most seconds of a call, predicted.")] = None,
+    profile: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Where attention's mass lies. [default: balanced]")
+    ] = None,
+    profile_from: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The same, measured: q and k in .npz or .safetensors.")
+    ] = None,
+    causal: Annotated[bool | None, typer.Option()] = None,
+) -> Gates:
+    """What these options ask for; the profile of a file is measured, causally or not."""
+    if profile is not None and profile_from is not None:
+        raise ConfigError("--profile and --profile-from say the same thing twice; remove one")
+    known: Any = profile
+    if profile_from is not None:
+        from planner.quality.profiles import profile_from as measured
+
+        known = measured(profile_from, bool(causal))
+    return Gates(
+        {"reserve": reserve, "layers": layers or None, "min_mass": min_mass or None,
+         "max_seconds": max_seconds, "profile": known}
+    )  # fmt: skip
 
 
 Allowed = NewType("Allowed", "Space")

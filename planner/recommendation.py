@@ -132,7 +132,7 @@ def question(vram: str | int | None = None, seq: str | int | None = None, **aske
         )  # fmt: skip
     best = better(scenario, found.best, refined.best if refined else None)
     if best is None:
-        raise NothingFitsError(scenario, relaxations(scenario, space, found), found.seen)
+        raise NothingFitsError(scenario, relaxations(scenario, space, found, reserved), found.seen)
     if trials:
         best = climbed(scenario, space, best)
     answer = _answer(scenario, found, refined, best, reserved, seed, recommend_command(vram, seq, asked))
@@ -310,11 +310,12 @@ def rests_on(scenario: Scenario) -> str:
 
 
 def fingerprint(scenario: Scenario, space: Space) -> str:
-    """Of the question: a stored study belongs to one."""
+    """Of the question: a stored study belongs to one. A measured profile counts by its name and shares, so
+    that its file may lie elsewhere."""
     card = scenario.card if isinstance(scenario.card, str) else scenario.card.key
     text = "\n".join(
         [scenario.workload.to_json(), card, str(scenario.budget), scenario.objective,
-         scenario.profile.to_json(), repr(scenario.gates), space.to_json(),
+         scenario.profile.model_dump_json(exclude={"source"}), repr(scenario.gates), space.to_json(),
          repr(sorted(scenario.options.items()))]
     )  # fmt: skip
     return hashlib.sha256(text.encode()).hexdigest()

@@ -38,8 +38,8 @@ def tune(
     progress: Callable[[Progress], None] | None = None,
     **asked: Any,
 ) -> Tuned:
-    """Measures up to `trials` configs on this device and returns the fastest that runs within `vram` and
-    passes the gates; never one slower than what the models alone recommend.
+    """Measures up to `trials` configs on this device and returns the fastest that runs within `vram` and, as
+    predicted, passes the gates; never one slower than what the models alone recommend.
 
     `timeout`: seconds for a trial. `storage`, `study`: where trials are kept; by default in the user's data
     folder, under a name that the question has. `measure`: in place of running, e.g. recorded runs. `records`:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from fractions import Fraction
 
 from attention.errors import ConfigError
 
@@ -36,8 +37,8 @@ def _parse(text: str | int, units: dict[str, int], what: str, example: str) -> i
         raise ConfigError(f"{what} {str(text)[:60]!r} is not understood; write {example}")
     if len(match[1]) > 30:
         raise ConfigError(f"{what} {str(text)[:60]!r} is too large; write {example}")
-    unit = units[match[2].upper()]
-    value = int(match[1]) * unit if match[1].isdigit() else math.floor(float(match[1]) * unit)
+    # In floats 2.01GB were a byte less.
+    value = math.floor(Fraction(match[1]) * units[match[2].upper()])
     if not 0 < value <= LARGEST:
         raise ConfigError(f"{what} must be above 0 and at most 2^60, got {str(text)[:60]!r}; write {example}")
     return value
@@ -49,3 +50,11 @@ def format_bytes(count: float, digits: int = 2) -> str:
         if abs(count) >= _BYTES[unit]:
             return f"{count / _BYTES[unit]:,.{digits}f} {unit}"
     return f"{count:,.0f} B"
+
+
+def bytes_option(count: int) -> str:
+    """Bytes as an option takes them, 5.22GB: with two digits, and never less than `count`."""
+    for unit in ("TB", "GB", "MB", "KB"):
+        if count >= _BYTES[unit]:
+            return f"{-(-100 * count // _BYTES[unit]) / 100:.2f}{unit}"
+    return str(count)

@@ -125,9 +125,12 @@ def profile_from(path: str | Path, causal: bool) -> Profile:
     """The profile of the attention of the q and k in a file: `.npz` or `.safetensors`, tensors `q` and `k`
     [seq, heads, head_dim] or [batch, seq, heads, head_dim], k perhaps of fewer heads, dividing q's.
 
-    A fixed sample of queries is measured. ConfigError for whatever cannot be read or used.
+    A fixed sample of queries is measured. The profile is called as the file, with its ending where a preset
+    has the name. ConfigError for whatever cannot be read or used.
     """
     from planner.quality.profile_file import measured, read_tensors
 
-    q, k = read_tensors(Path(path))
-    return measured(q, k, causal, name=Path(path).stem or "measured", source=str(path))
+    file = Path(path)
+    q, k = read_tensors(file)
+    name = file.name if file.stem in PRESETS else file.stem
+    return measured(q, k, causal, name=name or "measured", source=str(path))

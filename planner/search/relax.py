@@ -14,7 +14,7 @@ from planner.columns import Ints
 from planner.search.grid import Found, Table, enumerate_grid, first, order, passing, tabulate
 from planner.search.scenario import Scenario, memory_of
 from planner.search.space import Space, grid
-from planner.units import format_bytes
+from planner.units import bytes_option, format_bytes
 
 TRIED: Final = 32
 """Candidates whose exact memory is looked at for the least."""
@@ -32,9 +32,10 @@ class NothingFitsError(AttentionPlannerError):
         )
 
 
-def relaxations(scenario: Scenario, space: Space, found: Found) -> tuple[str, ...]:
-    """The smallest change of one thing each with which something passes."""
-    return tuple(_relaxed(scenario, space, found))
+def relaxations(scenario: Scenario, space: Space, found: Found, reserved: int) -> tuple[str, ...]:
+    """The smallest change of one thing each with which something passes, as options; `reserved`: bytes that
+    the budget of the scenario is without."""
+    return tuple(_relaxed(scenario, space, found, reserved))
 
 
 def _passes(scenario: Scenario, space: Space) -> bool:
@@ -42,7 +43,7 @@ def _passes(scenario: Scenario, space: Space) -> bool:
     return enumerate_grid(scenario, parts).best is not None
 
 
-def _relaxed(scenario: Scenario, space: Space, found: Found) -> Iterator[str]:
+def _relaxed(scenario: Scenario, space: Space, found: Found, reserved: int) -> Iterator[str]:
     table, gates = found.table, scenario.gates
     if scenario.free_length:
         # Nothing passes at any length: see what a short sequence needs.
@@ -53,8 +54,8 @@ def _relaxed(scenario: Scenario, space: Space, found: Found) -> Iterator[str]:
     if good.any():
         needed = _least_memory(roomy, table, np.flatnonzero(good))
         if needed is not None and needed > scenario.budget:
-            rounded = math.ceil(needed / 1e7) * 1e7
-            yield f"--vram {format_bytes(rounded)} (needs {format_bytes(needed)})"
+            whole = needed + reserved
+            yield f"--vram {bytes_option(whole)} (needs {format_bytes(whole)})"
     yield from _shorter(scenario, space)
     if gates.min_mass is not None:
         loose = replace(scenario, gates=replace(gates, min_mass=None))

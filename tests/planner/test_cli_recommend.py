@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import html
 import json
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -80,7 +83,9 @@ def test_where_nothing_fits_the_exit_code_is_3():
     result = recommend("--vram", "700MB", "--seq", "128K", *FEW)
     assert (result.exit_code, result.stdout) == (3, "")
     (line,) = result.stderr.splitlines()
-    assert "what would: --vram" in line
+    suggested = line.partition("what would: ")[2].split()[:2]
+    assert suggested[0] == "--vram"
+    assert recommend("--seq", "128K", *FEW, *suggested).exit_code == 0
 
 
 def test_the_pareto_set_can_be_drawn(tmp_path):
@@ -104,10 +109,15 @@ def test_picks_can_be_verified():
     assert all(one["kind"] == "ok" and one["allocated"] <= one["upper"] for one in checked)
 
 
-def test_a_profile_of_the_users_own(tmp_path):
-    random = np.random.default_rng(0)
-    path = tmp_path / "mine.npz"
+def saved(path, seed=0):
+    """A file of q and k."""
+    random = np.random.default_rng(seed)
     np.savez(path, q=random.normal(size=(256, 2, 16)), k=random.normal(size=(256, 2, 16)))
+    return path
+
+
+def test_a_profile_of_the_users_own(tmp_path):
+    path = saved(tmp_path / "mine.npz")
     result = recommend("--vram", "8GB", "--seq", "4K", *FEW, "--profile-from", str(path), "--format", "json")
     assert json.loads(result.stdout)["quality"]["profile"] not in ("balanced", "")
 
@@ -220,6 +230,11 @@ WRONG = [
     ("tune --vram 8GB --seq 1K --timeout 0", "timeout"),
     ("tune --vram 8GB --seq 1K --timeout nan", "timeout"),
     ("tune --vram 8GB --seq 1K --runs 0", "runs"),
+    ("tune --vram 8GB --seq 1K --layers -1", "layers"),
+    ("tune --vram 8GB --seq 1K --max-seconds 0", "max_seconds"),
+    ("tune --vram 8GB --seq 1K --profile none", "none"),
+    ("tune --vram 8GB --seq 1K --profile local --profile-from x.npz", "twice"),
+    ("tune --vram 8GB --seq 1K --profile-from missing.npz", "missing.npz"),
     ("tune --vram 8GB --seq 1K --storage /nowhere/x.journal", "cannot be used"),
     ("estimate --variant dense --vram 8GB", "length is missing"),
     ("estimate --config README.md --seq 1K", "README.md"),
@@ -268,22 +283,71 @@ def test_restrictions_are_a_space_or_refused(options):
 # ---- tune
 
 
-def test_tuning_prints_each_trial_and_the_result(tmp_path, monkeypatch):
+@pytest.fixture
+def tune(tmp_path, monkeypatch):
+    """Tunes three trials of half a second each, and keeps them in one place."""
+
     def measure(self, config, workload):
         return Measurement(
             config=config, workload=workload, device="cpu", kind="ok", runs=1, environment=HERE, seconds=0.5,
             allocated=1 << 20,
         )  # fmt: skip
 
+    def tuned(*more):
+        asked = ("--vram", "1GB", "--seq", "4K", "--trials", "3", "--block-size", "64", "--branches", "2")
+        return run("tune", *asked, "--storage", str(tmp_path / "t.journal"), *more)
+
     monkeypatch.setattr("planner.batch.Batch.measure", measure)
-    asked = ("tune", "--vram", "1GB", "--seq", "4K", "--trials", "3", "--block-size", "64", "--branches", "2")
-    kept = ("--storage", str(tmp_path / "t.journal"))
-    result = run(*asked, *kept)
+    return tuned
+
+
+def test_tuning_prints_each_trial_and_the_result(tune):
+    result = tune()
     assert result.exit_code == 0
     assert [line.partition(":")[0] for line in result.stderr.splitlines()] == ["planner"] * 3
     assert "3 of 3: 500 ms" in result.stderr
     assert all(len(line) <= 80 for line in result.stdout.splitlines()), result.stdout
     assert "3 measured" in result.stdout
-    again = json.loads(run(*asked, *kept, "--format", "json").stdout)
+    again = json.loads(tune("--format", "json").stdout)
     assert again["kept"] == 3
-    assert "build(config, device)" in run(*asked, *kept, "--format", "py").stdout
+    assert "build(config, device)" in tune("--format", "py").stdout
+
+
+def test_a_measured_profile_has_a_study_of_its_own_that_goes_on(tune, tmp_path):
+    def found(*more):
+        result = tune("--format", "json", *more)
+        assert result.exit_code == 0, result.output
+        return json.loads(result.stdout)
+
+    path, other = saved(tmp_path / "balanced.npz"), tmp_path / "other"
+    other.mkdir()
+    preset, mine = found(), found("--profile-from", str(path))
+    assert (mine["kept"], mine["quality"]["profile"]) == (0, "balanced.npz")
+    assert " --profile-from FILE " in mine["command"]
+    repeated = shlex.split(mine["command"].replace("FILE", str(path)))[2:]
+    assert found(*repeated)["study"] == mine["study"] != preset["study"]
+    moved = shutil.copy(path, other)
+    assert found("--profile-from", moved)["kept"] == 3
+    saved(path, seed=1)
+    assert found("--profile-from", str(path))["study"] not in (mine["study"], preset["study"])
+    refused = tune("--study", mine["study"], "--profile-from", str(path))
+    assert (refused.exit_code, refused.stdout) == (2, "")
+    assert "answers another question" in refused.stderr
+    page = tmp_path / "page.html"
+    kept = ("--storage", mine["storage"], "--study", mine["study"], "--out", str(page))
+    assert run("report", *kept).exit_code == 0
+    text = html.unescape(page.read_text())
+    assert mine["command"] in text
+    assert "profile 'balanced.npz'" in text
+
+
+def test_tuning_within_a_limit_of_time(tune):
+    result = tune("--max-seconds", "0.4")
+    assert result.exit_code == 0
+    *_, note = result.stderr.splitlines()
+    assert note == "planner: note: the fastest takes 0.5 s, more than the 0.4 s of --max-seconds"
+    assert "note" not in tune("--max-seconds", "0.6").stderr
+    nothing = tune("--max-seconds", "1e-9")
+    assert (nothing.exit_code, nothing.stdout) == (3, "")
+    option, value = re.search(r"(--max-seconds) ([^,\s]+)", nothing.stderr).groups()
+    assert tune(option, value).exit_code == 0

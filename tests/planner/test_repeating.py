@@ -47,6 +47,9 @@ def test_what_has_no_text_is_a_file_and_a_storage_is_left_out():
     said = recommend_command("8GB", "1M", asked)
     assert said == "planner recommend --vram 8GB --seq 1M --calibration FILE --profile-from FILE"
     assert "--profile local" in recommend_command(1 << 33, 5, {"profile": PRESETS["local"]})
+    assert tune_command("8GB", "1M", "cpu", {}, {"profile": own, "max_seconds": 0.5}) == (
+        "planner tune --vram 8GB --seq 1M --max-seconds 0.5 --profile-from FILE"
+    )
 
 
 def test_usual_values_are_not_said():

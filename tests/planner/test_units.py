@@ -7,13 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from attention import ConfigError
-from planner.units import format_bytes, parse_bytes, parse_count
+from planner.units import bytes_option, format_bytes, parse_bytes, parse_count
 
 
 @pytest.mark.parametrize(
     "text, value",
     [("8GB", 8 * 10**9), ("8 gb", 8 * 10**9), ("7.75GiB", int(7.75 * 2**30)), ("512MiB", 2**29),
-     ("1000", 1000), (4096, 4096), ("1.5kb", 1500), (".5MB", 500_000), ("80GB", 80 * 10**9)],
+     ("1000", 1000), (4096, 4096), ("1.5kb", 1500), (".5MB", 500_000), ("80GB", 80 * 10**9),
+     ("2.01GB", 2_010_000_000), ("8.GB", 8 * 10**9)],
 )  # fmt: skip
 def test_bytes(text, value):
     assert parse_bytes(text) == value
@@ -46,3 +47,17 @@ def test_any_text_is_read_or_refused(text):
 )
 def test_format(count, text):
     assert format_bytes(count) == text
+
+
+@pytest.mark.parametrize(
+    "count, text",
+    [(5_211_000_000, "5.22GB"), (8 * 10**9, "8.00GB"), (16_800_000, "16.80MB"), (1_234_567_890_123, "1.24TB"),
+     (512, "512")],
+)  # fmt: skip
+def test_an_option_is_rounded_up(count, text):
+    assert bytes_option(count) == text
+
+
+@given(st.integers(1, 2**59))
+def test_an_option_is_read_back_as_no_less_and_hardly_more(count):
+    assert count <= parse_bytes(bytes_option(count)) <= count * 1.01

@@ -16,7 +16,7 @@ def cell(gb, seq, mode="inference", **more):
     return {"card": "NVIDIA GeForce X", "gb": gb, "seq": seq, "mode": mode} | (more or found)
 
 
-NOTHING = {"outcome": "nothing fits", "relaxations": ["--vram 9.76 GB (needs 9.76 GB)", "--seq 524288"]}
+NOTHING = {"outcome": "nothing fits", "relaxations": ["--vram 9.76GB (needs 9.76 GB)", "--seq 524288"]}
 ROWS = [
     *(cell(gb, seq, mode) for mode in limits.MODES for gb in (8, 24) for seq in (4096, 65_536)),
     cell(8, 1 << 20, **NOTHING),
@@ -41,7 +41,7 @@ def test_cards_are_of_the_memory_that_is_asked_for():
 def test_where_nothing_fits_it_is_said_what_would(monkeypatch):
     class Nothing(limits.NothingFitsError):
         def __init__(self):
-            self.relaxations = ("--vram 9.76 GB (needs 9.76 GB)", "--seq 524288")
+            self.relaxations = ("--vram 9.76GB (needs 9.76 GB)", "--seq 524288")
 
     def recommended(**asked):
         raise Nothing
@@ -62,7 +62,7 @@ def test_there_is_a_step_a_cell(quick, cells):
 def test_tables_name_what_fits_and_what_would():
     table = limits.limits_table(ROWS)
     assert "| 8 GB, X | training | 64K | dilated | 2.50 | 250 ms | 81% | dense, 100% | 2,000 s |" in table
-    assert "nothing fits; --vram 9.76 GB (needs 9.76 GB), or --seq 524288" in table
+    assert "nothing fits; --vram 9.76GB (needs 9.76 GB), or --seq 524288" in table
     seeds = limits.seeds_table(ROWS)
     assert "| 16K - 64K | ImprovedDilatedAttention (with pool) | 64K | dilated, 2.50 GB, 250 ms |" in seeds
     assert "nothing fits; 524,288 tokens would" in seeds

@@ -73,6 +73,13 @@ def test_an_exponential_is_measured_as_itself(tmp_path, scale, batch):
     assert profile.local_mass == pytest.approx(1, abs=0.02)
 
 
+@pytest.mark.parametrize("file, name", [("mine.npz", "mine"), ("local.npz", "local.npz")])
+def test_a_measured_profile_is_called_as_its_file_and_never_as_a_preset(tmp_path, file, name):
+    q, k = linear(64, 2.0)
+    np.savez(tmp_path / file, q=q, k=k)
+    assert profile_from(tmp_path / file, causal=True).name == name
+
+
 def test_no_preference_is_measured_as_far_mass(tmp_path):
     q, k = np.zeros((300, 1, 4), np.float16), np.zeros((300, 1, 4), np.float16)
     profile = profile_from(tensors(tmp_path / "x.safetensors", q, k, "F16"), causal=False)
