@@ -48,11 +48,12 @@ def study(
     asked = catalogue.names(tuple(names))
     if device == "cuda" and not import_module("torch").cuda.is_available():
         raise ConfigError("--device cuda: torch sees no GPU here; use --device cpu")
-    run = import_module("studies.study").run
+    studies: Any = import_module("studies.study")
+    asked = studies.able(asked, device, "all" in names)
     place = import_module("torch").device(device)
     answers = []
     for name in asked:
-        answer = run(name, device=place, quick=quick, out=out)
+        answer = studies.run(name, device=place, quick=quick, out=out)
         answers.append(answer)
         if format == "table":
             typer.echo(f"{name}: {catalogue.QUESTIONS[name]}")
@@ -60,6 +61,8 @@ def study(
                 typer.echo(f"  {sentence}")
             for path in answer.files:
                 typer.echo(f"  {path}")
+    for answer in answers:
+        import_module("studies.records").settle(answer.files[0])
     if format != "table":
         print_data(
             [{"study": a.name, "said": list(a.said), "files": list(map(str, a.files))} for a in answers],

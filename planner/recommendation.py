@@ -19,7 +19,7 @@ from planner.repeating import recommend_command
 from planner.search.climb import climbed
 from planner.search.explain import LOOKED_AT, Why, explain
 from planner.search.grid import SAME, Found, enumerate_grid, exact, order, pareto, passing
-from planner.search.picks import Pick, Quality, Role, pick, three
+from planner.search.picks import Pick, Quality, Role, pick, three, unsurpassed
 from planner.search.refine import STARTS, Refined, Storage, refine
 from planner.search.relax import NothingFitsError, relaxations
 from planner.search.scenario import Gates, Objective, Point, Scenario, gain
@@ -281,10 +281,12 @@ def _front(scenario: Scenario, found: Found, best: Point) -> tuple[tuple[Pick, .
     different = {found.config: found for found in shown if found}
     roles: tuple[Role, ...] = ("fastest", "balanced", "widest")
     picked = [known(int(here[at])) for at in chosen]
-    return (
-        tuple(pick(found, role) for found, role in zip(picked, roles, strict=True) if found),
-        tuple(pick(found) for found in sorted(different.values(), key=lambda point: point.seconds)),
-    )
+    picks = [pick(found, role) for found, role in zip(picked, roles, strict=True) if found]
+    front = [pick(found) for found in sorted(different.values(), key=lambda point: point.seconds)]
+    # Arrays know memory a little less exactly than `exact`, by which some are surpassed after all.
+    named = {one.config for one in picks} | {best.config}
+    kept = named | {one.config for one in unsurpassed(front)}
+    return tuple(picks), tuple(one for one in front if one.config in kept)
 
 
 def versions() -> dict[str, str | None]:

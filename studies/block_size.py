@@ -95,7 +95,8 @@ def said(rows: Rows) -> Said:
     return Said(
         f"Asked: what does the block size change where every row keeps {rows[0]['kept']:,} tokens?",
         f"Found: blocks of {max(sizes)} instead of {min(sizes)} take, {asked(rows[0]['here'])}: "
-        f"{'; '.join(found)}; memory stays at {memory[0]:.2f} to {memory[1]:.2f} times q, k, v and out.",
+        f"{'; '.join(found)}; memory there stays at {memory[0]:.2f} to {memory[1]:.2f} times q, k, v and "
+        "out.",
         "The seeds too call large blocks faster and less flexible, but count them among what doubles memory: "
         "here a call is cut to the workspace, whatever the block.",
     )

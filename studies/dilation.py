@@ -138,7 +138,8 @@ def said(rows: Rows) -> Said:
     rates = slower(by["kept"][-1], first)
     return Said(
         "Asked: what do segment lengths and dilation rates change in memory, time, mass and reach?",
-        f"Found: memory stays at {memory[0]:.2f} to {memory[1]:.2f} times q, k, v and out; at {NAMED:.0%} of "
+        f"Found: on the CPU memory stays at {memory[0]:.2f} to {memory[1]:.2f} times q, k, v and out; at "
+        f"{NAMED:.0%} of "
         f"the blocks the five settings take {time[0]:.2f} to {time[1]:.2f} times the first's time "
         f"({asked(first['here'])}) and keep {mass[0]:.0%} to {mass[1]:.0%} of the mass; dilation of tokens "
         f"keeps {tokens[0]:.0%} to {tokens[1]:.0%}.",

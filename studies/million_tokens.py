@@ -18,7 +18,7 @@ from typing import Any, Final, NamedTuple
 
 import torch
 
-from attention import AttentionConfig, build
+from attention import AttentionConfig, AttentionPlannerError, build
 from planner.gpus import Gpu, find
 from planner.memory.estimate import MemoryEstimate, estimate
 from planner.report.figure import BLUE, INK, MUTED, ORANGE, RED, named, title, tokens
@@ -107,9 +107,12 @@ def _in_a_process(name: str, **sizes: int) -> Row:
         "import json; from studies import million_tokens as m; "
         f"print(json.dumps(m.million_row({name!r}, **{sizes!r})))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], check=True, capture_output=True, text=True, env=dict(os.environ)
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ))
+    if done.returncode:
+        why = (done.stderr.splitlines() or [f"exit code {done.returncode}: memory may have run out"])[-1]
+        raise AttentionPlannerError(
+            f"{name} with a million tokens, which takes 5 GB of memory, did not run: {why}"
+        )
     row: Row = json.loads(done.stdout.splitlines()[-1])
     return row
 
@@ -350,8 +353,8 @@ def said(rows: Rows) -> Said:
         f"Found: {measured[0]['seq']:,} tokens ran in one process with {most['resident'] / 1e9:.2f} GB "
         f"resident at most, q, k, v and out alone being {most['floor'] / 1e9:.2f}, in {slowest:.2f} times "
         f"the time a token that {most['short']:,} take, or less; a million in float16 is predicted to need "
-        f"{needs[0]:.1f} to {needs[-1]:.1f} GB of a GPU; if ring attention, which is not here yet, shared "
-        f"ten million for inference, they would take by arithmetic "
+        f"{needs[0]:.1f} to {needs[-1]:.1f} GB of a GPU for inference; if ring attention, which is not here "
+        f"yet, shared ten million for that, they would take by arithmetic "
         f"{' or '.join(f'{count} {name}' for name, count in forward.items())}.",
         f"The seeds' {base['said']:g} GB a million for block-sparse attention holds if they are GiB "
         f"({base['said'] * 2**30 / 1e9:.2f} GB; {base['allocated'] / 1e9:.2f} predicted); their "

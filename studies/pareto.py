@@ -20,7 +20,7 @@ from planner.report import words
 from planner.report.figure import INK, KINDS, MUTED, RED, TEXT, title
 from planner.report.words import kind_of
 from planner.search.grid import Table, enumerate_grid, exact, pareto
-from planner.search.picks import Pick, pick
+from planner.search.picks import Pick, pick, unsurpassed
 from planner.search.space import grid
 from studies.panels import plain
 from studies.records import Row, Step, markdown
@@ -62,8 +62,10 @@ def _enumerated(found: Question) -> Row:
     parts = grid(found.space, scenario.workload, flex=scenario.flex, free_length=scenario.free_length)
     every = enumerate_grid(scenario, parts)
     points = (exact(scenario, every.table, int(index)) for index in pareto(scenario, every))
-    front = [_point(pick(point)) for point in points if point is not None]
-    return {"candidates": distinct(every.table), "front": front}
+    # Trials may have found what the grid has not.
+    here = [*found.answer.alternatives, *(pick(point) for point in points if point is not None)]
+    front = sorted(unsurpassed(here), key=lambda one: one.seconds)
+    return {"candidates": distinct(every.table), "front": [_point(one) for one in front]}
 
 
 def _point(one: Pick) -> Row:

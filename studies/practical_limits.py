@@ -199,8 +199,8 @@ def said(rows: Rows) -> Said:
     return Said(
         "Asked: which attention is recommended for 4K to 4M tokens on cards of 8 to 80 GB, and where does "
         "nothing fit?",
-        f"Found: something fits in {len(good)} of {len(rows)} cells, where {' or '.join(kinds)} is the "
-        f"fastest; on the {longest['card']} {most:,} tokens take {longest['upper'] / 1e9:.1f} GB and "
+        f"Found (predicted): something fits in {len(good)} of {len(rows)} cells, where {' or '.join(kinds)} "
+        f"is the fastest; on the {longest['card']} {most:,} tokens take {longest['upper'] / 1e9:.1f} GB and "
         f"{seconds(longest['seconds'])} in inference{beyond}.",
         "The seeds want a better GPU from 64K tokens on, 95% sparsity from 256K and several cards beyond 1M; "
         f"for {most:,} tokens on 8 GB even {widest['attention']} attention with {widest['mass']:.0%} of the "

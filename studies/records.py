@@ -28,8 +28,8 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from attention.errors import AttentionPlannerError
 from attention.ops.kernels import matrix_unit
+from planner.report.files import write_whole
 
 DATA = Path(__file__).parent / "data"
 Row = dict[str, Any]
@@ -74,9 +74,10 @@ def collect(
     name: str, command: str, device: torch.device, steps: Sequence[Step], folder: Path = DATA
 ) -> list[Row]:
     """The rows of a study, step by step, with a progress bar. They become the data of this kind of machine
-    when all are there; a study that was interrupted goes on where it stopped."""
+    when all are there; a study that was interrupted goes on where it stopped. What it goes on from stays
+    beside the data until `settle`, so that whatever goes wrong after the last row costs none."""
     final = folder / f"{name}.{machine(device)}.json"
-    part = final.with_suffix(".part")
+    part = _part(final)
     head = {"command": command, "environment": environment(device)}
     done = _resumed(part, head)
     with progress() as bar:
@@ -90,8 +91,16 @@ def collect(
             bar.advance(task)
     rows = [done[label] for label, _ in steps]
     write(final, as_json({**head, "rows": rows}))
-    part.unlink(missing_ok=True)
     return rows
+
+
+def settle(final: Path) -> None:
+    """The data is all that was asked for: the next run of its command begins anew."""
+    _part(final).unlink(missing_ok=True)
+
+
+def _part(final: Path) -> Path:
+    return final.with_suffix(".part")
 
 
 def _resumed(part: Path, head: Row) -> dict[str, Row]:
@@ -119,12 +128,7 @@ def as_json(content: Row) -> str:
 
 def write(path: Path, text: str) -> None:
     """Whole or not at all: an interrupted write leaves the file that was there."""
-    fresh = path.with_name(f"{path.name}.new")
-    try:
-        fresh.write_text(text, encoding="utf-8")
-        fresh.replace(path)
-    except OSError as error:
-        raise AttentionPlannerError(f"{path} cannot be written: {error.strerror}") from None
+    write_whole(path, text.encode(), "")
 
 
 def load(name: str, folder: Path = DATA) -> list[dict[str, Any]]:

@@ -93,8 +93,9 @@ def said(rows: Rows) -> Said:
         f"Found: memory stays at {memory[0]:.2f} to {memory[1]:.2f} times q, k, v and out; dilated with "
         f"{last['x']:,} instead of {first['x']:,} tokens takes {longer:.0f} times the time (predicted, "
         f"{asked(first['planned'])}) and keeps {last['quality']['mass']:.0%} instead of "
-        f"{first['quality']['mass']:.0%} of the mass; with {KEPT:.0%} of the blocks kept, time changes by "
-        f"{time[1] / time[0] - 1:.0%} and mass from {kept[0]:.0%} to {kept[1]:.0%}.",
+        f"{first['quality']['mass']:.0%} of the mass; dilated_sparse with three branches and {KEPT:.0%} of "
+        f"the blocks kept takes up to {time[1] / time[0] - 1:.0%} longer (predicted), its mass is "
+        f"{kept[0]:.0%} to {kept[1]:.0%}.",
         "The seeds count a buffer as long as the segment, 2 to 128 MB, and call 4,096 tokens the fastest: "
         "segments here are views and have no buffer, and a token's work grows with its segment.",
     )

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, NamedTuple
 
 import torch
@@ -80,12 +81,23 @@ def command(name: str, device: torch.device, quick: bool) -> str:
     return f"planner study {name}" + " --quick" * quick + f" --device {device.type}" * (device.type != "cpu")
 
 
+def able(names: Sequence[str], device: str, every: bool) -> list[str]:
+    """The studies that run on this device. ConfigError where one was named that does not; `every`: none was
+    named, and those that do not are left out."""
+    found = [name for name in names if device in study(name).devices]
+    unable = [name for name in names if name not in found]
+    if unable and not every:
+        raise ConfigError(
+            f"on {device} there is no study {', '.join(unable)}: they run on "
+            f"{' or '.join(study(unable[0]).devices)}"
+        )
+    return found
+
+
 def run(name: str, *, device: torch.device, quick: bool, out: Path) -> Answer:
     """Runs a study and writes its files into `out`, which is made if it is not there."""
     writable(out)
     found = study(name)
-    if device.type not in found.devices:
-        raise ConfigError(f"study {name} runs on {' or '.join(found.devices)}, not on {device.type}")
     asked = command(name, device, quick)
     stem = name + "-quick" * quick
     with _scope(device, quick) as scope:
@@ -111,11 +123,10 @@ def _scope(device: torch.device, quick: bool) -> Iterator[Scope]:
 
 def writable(out: Path) -> None:
     """Makes the folder; AttentionPlannerError where nothing can be written into it."""
-    probe = out / ".probe"
     try:
         out.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
+        with TemporaryFile(dir=out):
+            pass
     except OSError as error:
         raise AttentionPlannerError(
             f"--out {out} cannot be written ({error.strerror}); choose another folder"

@@ -21,6 +21,7 @@ MOST: Final = 300
 def tune_page(found: Tuned) -> str:
     """The whole file."""
     best, quality = found.best, found.quality
+    ran = sum(trial.good for trial in found.trials)
     taken = f"{format_bytes(best.allocated)}" if best.allocated is not None else format_bytes(best.upper)
     meant = f"at the peak, measured, of {format_bytes(found.budget)}"
     if best.allocated is None:
@@ -28,7 +29,7 @@ def tune_page(found: Tuned) -> str:
     layers = f"{quality.layers:,} layer{'s' * (quality.layers != 1)}" if quality.layers else "never"
     head = join(
         [
-            tag("p", f"The fastest of {len(found.trials):,} that ran, within {format_bytes(found.budget)}",
+            tag("p", f"The fastest of {ran:,} that ran, within {format_bytes(found.budget)}",
                 class_="kicker"),
             tag("h1", words.attention(found.config)),
             tag("p", f"{words.task(found.workload)}, on {found.on}"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from operator import le
 from typing import Literal
 
 import numpy as np
@@ -35,6 +37,21 @@ class Pick(Value):
     seconds: float
     mass: float
     layers: int | None
+
+
+def unsurpassed(points: Sequence[Pick]) -> list[Pick]:
+    """Those than which no other is as good in memory, time, mass and length and better in one, exactly; of
+    equals the first."""
+
+    def costs(one: Pick) -> tuple[float, ...]:
+        return one.upper, one.seconds, -one.mass, -one.seq
+
+    def surpassed(at: int, one: Pick) -> bool:
+        mine = costs(one)
+        others = ((place, costs(other)) for place, other in enumerate(points) if place != at)
+        return any(all(map(le, theirs, mine)) and (theirs != mine or place < at) for place, theirs in others)
+
+    return [one for at, one in enumerate(points) if not surpassed(at, one)]
 
 
 def pick(found: Point, role: Role = "") -> Pick:

@@ -41,4 +41,4 @@ def test_what_is_said_is_computed(rows):
     first, last = rows[0]["planned"]["seconds"], rows[2]["planned"]["seconds"]
     assert f"takes {last / first:.0f} times the time" in said.found
     assert "100% instead of 43% of the mass" in said.found
-    assert "time changes by 0%" in said.found
+    assert "takes up to 0% longer (predicted)" in said.found

@@ -76,6 +76,7 @@ def test_saved_data_names_its_command_and_where_it_was_measured(tmp_path):
     rows = records.collect("x", "planner study x", CPU, steps([]), folder=tmp_path)
     assert rows == [{"a": "one"}, {"a": "two"}, {"a": "three"}]
     path = tmp_path / f"x.{records.machine(CPU)}.json"
+    records.settle(path)
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
     [content] = records.load("x", tmp_path)
     assert content == json.loads(path.read_text())
@@ -92,8 +93,28 @@ def test_an_interrupted_study_goes_on_where_it_stopped_and_keeps_the_data_that_w
     assert records.load("x", tmp_path)[0]["command"] == "old"
     records.collect("x", "new", CPU, steps(log), folder=tmp_path)
     assert log == ["one", "two", "three"]
+    records.collect("x", "new", CPU, steps(log), folder=tmp_path)
+    assert log == ["one", "two", "three"]
+    [final] = tmp_path.glob("*.json")
+    records.settle(final)
     assert records.load("x", tmp_path)[0]["command"] == "new"
-    assert len(list(tmp_path.iterdir())) == 1
+    assert list(tmp_path.iterdir()) == [final]
+    records.collect("x", "new", CPU, steps(log), folder=tmp_path)
+    assert log == ["one", "two", "three"] * 2
+
+
+def test_a_write_that_is_interrupted_leaves_what_was_there(tmp_path, monkeypatch):
+    path = tmp_path / "x.json"
+    records.write(path, "old")
+
+    def stops(self, data):
+        self.touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(path), "write_bytes", stops)
+    with pytest.raises(KeyboardInterrupt):
+        records.write(path, "new")
+    assert [p.read_text() for p in tmp_path.iterdir()] == ["old"]
 
 
 def test_what_another_command_left_is_not_gone_on_with(tmp_path):
@@ -162,6 +183,7 @@ def two_rows(monkeypatch):
 def test_a_study_becomes_five_files(two_rows, tmp_path):
     answer = study.run("fits", device=CPU, quick=True, out=tmp_path / "new")
     assert {path.suffix for path in answer.files} == {".json", ".csv", ".md", ".png", ".svg"}
+    records.settle(answer.files[0])
     assert sorted(answer.files) == sorted((tmp_path / "new").iterdir())
     content = {path.suffix: path.read_bytes() for path in answer.files}
     assert json.loads(content[".json"])["command"] == "planner study fits --quick"
@@ -177,10 +199,21 @@ def test_the_same_rows_give_the_same_files(two_rows, tmp_path):
 
 
 def test_a_missing_font_is_said_and_costs_no_rows(two_rows, tmp_path, monkeypatch):
-    monkeypatch.setattr(figure, "FONT", "No Such Font")
-    with pytest.raises(UnavailableError, match="No Such Font"):
-        study.run("fits", device=CPU, quick=False, out=tmp_path)
-    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".csv", ".md"}
+    with monkeypatch.context() as without:
+        without.setattr(figure, "FONT", "No Such Font")
+        with pytest.raises(UnavailableError, match="No Such Font"):
+            study.run("fits", device=CPU, quick=False, out=tmp_path)
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".csv", ".md", ".part"}
+    study.run("fits", device=CPU, quick=False, out=tmp_path)
+    assert two_rows == ["a", "b"]
+
+
+def test_studies_that_a_device_cannot_run_are_left_out_of_all_and_refused_by_name():
+    every = study.able(tuple(catalogue.QUESTIONS), "cuda", True)
+    assert "dilation" in every
+    assert "floors" not in every
+    with pytest.raises(ConfigError, match="on cuda there is no study floors: they run on cpu"):
+        study.able(("dilation", "floors"), "cuda", False)
 
 
 def test_a_folder_that_cannot_be_written_is_said_before_anything_runs(two_rows, tmp_path):

@@ -107,7 +107,7 @@ def test_the_budget_is_whole(recommended, pages):
 
 def test_what_tuning_found_is_said_whole(tuned, pages):
     text = pages["tuned"].text
-    assert f"The fastest of {len(tuned.trials)} that ran" in text
+    assert f"The fastest of {len(tuned.trials) - 1} that ran" in text
     for figure in (seconds(tuned.best.seconds), tuned.command, tuned.study, tuned.calibration):
         assert figure in text
     assert "1 did not run within the budget" in text
