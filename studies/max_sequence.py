@@ -252,8 +252,8 @@ def said(rows: Rows) -> Said:
         f"inference and {_span(rows, 8, 'training')} for training, on 80 GB {_span(rows, 80, 'inference')} "
         f"and {_span(rows, 80, 'training')}; {len(ran)} of {len(capped)} lengths predicted for the CPU "
         f"ran{took}, in a process held to the budget and {min(BESIDE.values()) >> 20} MiB (training: "
-        f"{max(BESIDE.values()) >> 20}) for what torch does not allocate, and for {over} of them one block "
-        "more is above the bound.",
+        f"{max(BESIDE.values()) >> 20}) for what torch does not allocate, and for {over} of them the bound "
+        "of one block more is above the budget.",
         f"The seeds stop at {min(row['said'] for row in beside):,} to {max(row['said'] for row in beside):,} "
         f"tokens on 8 GB, where {times[0]:.0f} to {times[-1]:.0f} times as many are predicted to fit; memory "
         "was not what stopped them: they count at most 2.3 of 8 GB in use there, give figures without a pool "

@@ -30,7 +30,7 @@ SEED = 1009
 CASES, LONGEST = 1000, 131_072
 PEERED = 300
 """The first so many peers are asked about too: with fake tensors one may take minutes."""
-QUICK, QUICK_LONGEST = 48, 2048
+QUICK, QUICK_LONGEST = 24, 2048
 """Cases of a quick study, and tokens of the longest."""
 TIMEOUT = 300.0
 CPU = torch.device("cpu")
@@ -188,7 +188,7 @@ def _percent(share: float) -> str:
 
 def steps(scope: Scope) -> list[Step]:
     """The cases."""
-    cases, longest, peered = (QUICK, QUICK_LONGEST, 16) if scope.quick else (CASES, LONGEST, PEERED)
+    cases, longest, peered = (QUICK, QUICK_LONGEST, 8) if scope.quick else (CASES, LONGEST, PEERED)
     batch = scope.batch(timeout=TIMEOUT)
     found = islice(samples(SEED, longest=longest), cases)
     return [

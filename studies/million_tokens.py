@@ -110,9 +110,7 @@ def _in_a_process(name: str, **sizes: int) -> Row:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ))
     if done.returncode:
         why = (done.stderr.splitlines() or [f"exit code {done.returncode}: memory may have run out"])[-1]
-        raise AttentionPlannerError(
-            f"{name} with a million tokens, which takes 5 GB of memory, did not run: {why}"
-        )
+        raise AttentionPlannerError(f"{name} over {sizes.get('seq', MILLION):,} tokens did not run: {why}")
     row: Row = json.loads(done.stdout.splitlines()[-1])
     return row
 

@@ -128,7 +128,7 @@ def as_json(content: Row) -> str:
 
 def write(path: Path, text: str) -> None:
     """Whole or not at all: an interrupted write leaves the file that was there."""
-    write_whole(path, text.encode(), "")
+    write_whole(path, text.encode(), "study data")
 
 
 def load(name: str, folder: Path = DATA) -> list[dict[str, Any]]:

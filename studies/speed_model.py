@@ -80,7 +80,8 @@ def scenario(number: int) -> list[Sample]:
 def steps(scope: Scope) -> list[Step]:
     """Runs to fit to, held-out runs, and the scenarios' candidates."""
     fitted, cases, scenarios = (42, 21, 1) if scope.quick else (RUNS * 3 // 4, CASES, SCENARIOS)
-    batch = scope.batch(timeout=TIMEOUT, memory=False, runs=REPETITIONS, reference=True)
+    repetitions, longer = (3, 1) if scope.quick else (REPETITIONS, LONGER)
+    batch = scope.batch(timeout=TIMEOUT, memory=False, runs=repetitions, reference=True)
     found: list[Step] = []
 
     def add(part: str, samples: Iterable[Sample]) -> None:
@@ -89,7 +90,7 @@ def steps(scope: Scope) -> list[Step]:
             found.append((f"time, {part} {n} {kind}", partial(timed_row, part, kind, sample, batch)))
 
     add("fit", speed_runs("cpu", SEED, fitted))
-    add("held out", islice(timing_samples("cpu", SEED + 1, longer=LONGER), cases))
+    add("held out", islice(timing_samples("cpu", SEED + 1, longer=longer), cases))
     for number in range(scenarios):
         add(f"scenario {number}", scenario(number))
     return found

@@ -16,7 +16,7 @@ def write_whole(path: Path, data: bytes, what: str) -> None:
         fresh.write_bytes(data)
         fresh.replace(path)
     except OSError as error:
-        raise AttentionPlannerError(f"{what} {path} cannot be written: {error.strerror}".lstrip()) from None
+        raise AttentionPlannerError(f"{what} {path} cannot be written: {error.strerror}") from None
     finally:
         with contextlib.suppress(OSError):
             fresh.unlink(missing_ok=True)

@@ -43,15 +43,15 @@ def unsurpassed(points: Sequence[Pick]) -> list[Pick]:
     """Those than which no other is as good in memory, time, mass and length and better in one, exactly; of
     equals the first."""
 
-    def costs(one: Pick) -> tuple[float, ...]:
-        return one.upper, one.seconds, -one.mass, -one.seq
+    costs: list[tuple[float, ...]] = [(one.upper, one.seconds, -one.mass, -one.seq) for one in points]
 
-    def surpassed(at: int, one: Pick) -> bool:
-        mine = costs(one)
-        others = ((place, costs(other)) for place, other in enumerate(points) if place != at)
-        return any(all(map(le, theirs, mine)) and (theirs != mine or place < at) for place, theirs in others)
+    def surpassed(at: int) -> bool:
+        mine = costs[at]
+        return any(
+            all(map(le, theirs, mine)) and (theirs != mine or n < at) for n, theirs in enumerate(costs)
+        )
 
-    return [one for at, one in enumerate(points) if not surpassed(at, one)]
+    return [one for at, one in enumerate(points) if not surpassed(at)]
 
 
 def pick(found: Point, role: Role = "") -> Pick:
