@@ -140,8 +140,8 @@ def said(rows: Rows) -> Said:
         "Asked: what do segment lengths and dilation rates change in memory, time, mass and reach?",
         f"Found: on the CPU memory stays at {memory[0]:.2f} to {memory[1]:.2f} times q, k, v and out; at "
         f"{NAMED:.0%} of the blocks the five settings take {time[0]:.2f} to {time[1]:.2f} times the first's "
-        f"time ({asked(first['here'])}) and keep {mass[0]:.0%} to {mass[1]:.0%} of the mass; dilation of tokens "
-        f"keeps {tokens[0]:.0%} to {tokens[1]:.0%}.",
+        f"time ({asked(first['here'])}) and keep {mass[0]:.0%} to {mass[1]:.0%} of the mass; dilation of "
+        f"tokens keeps {tokens[0]:.0%} to {tokens[1]:.0%}.",
         f"The seeds too see no change in memory, but {seeds:.1f} times the time at three rates: their "
         "dilated_sparse ignores sparsity_ratio and keeps more blocks a row the more rates there are, with a "
         "Python step for each" + (f"; with as many blocks it is {rates:.1f} times here." if rates else "."),
