@@ -42,6 +42,7 @@ RUNS, QUICK_RUNS = 5, 2
 MIB = 1 << 20
 BRANCHES: dict[str, Any] = {"segment_lengths": [2048, 4096, 8192], "dilation_rates": [1, 2, 4]}
 PATTERNS = ("local_window", "dilated_sparse, 1 branch", "dilated_sparse, 3 branches", "adaptive")
+GATHERED = PATTERNS[2:]
 TRAINED = ("local_window", "dilated_sparse, 3 branches", "dilated, 3 branches")
 
 
@@ -122,6 +123,48 @@ def flex_row(
         "flex_gflops": flops / theirs / 1e9,
         "ratio": ratio,
     }
+
+
+def bare_row(pattern: str, dtype: torch.dtype, block: int, kept: int, runs: int, seq: int = SEQ) -> Row:
+    """The CPU's fused kernel without this project against compiled FlexAttention over as many blocks: with
+    keys and values that lie ready, in the cache if they fit, and copying them first by a list, at random.
+    Either takes as many rows a call as is fastest."""
+    cpu = torch.device("cpu")
+    both = sides(pattern, dtype, block, kept, cpu, seq)
+    blocks = seq // block
+    _, keys, values = (x[0].transpose(0, 1).contiguous() for x in both.inputs)
+    heads = HEADS if pattern == "adaptive" else 1  # with lists of their own
+
+    def alone(rows: int, copies: bool) -> Callable[[], None]:
+        q = torch.randn(rows, block, HEADS, HEAD_DIM).to(dtype).transpose(1, 2)
+        held = torch.randn(2, rows * kept * block * heads, HEADS // heads, HEAD_DIM).to(dtype)
+        if heads > 1:
+            k, v = held.view(2, rows, HEADS, kept * block, HEAD_DIM)
+        else:
+            k, v = held.view(2, rows, kept * block, HEADS, HEAD_DIM).transpose(2, 3)
+        chosen = torch.rand(blocks, heads, blocks).argsort(-1)[..., :kept].sort(-1).values
+        tokens = (chosen[..., None] * block + torch.arange(block)).flatten(2) * heads
+        lists = (tokens + torch.arange(heads)[:, None]).view(-1, len(held[0]))
+
+        def run() -> None:
+            for wanted in lists:
+                if copies:
+                    for source, target in zip((keys, values), held, strict=True):
+                        torch.index_select(source.view(-1, *target.shape[1:]), 0, wanted, out=target)
+                kernels.forward(q, k, v, scale=HEAD_DIM**-0.5)
+
+        return run
+
+    counts = [rows for rows in (2, 4, 8) if rows <= blocks]
+    found = {"in_place": 0.0, "copied": 0.0}
+    with torch.no_grad():
+        for name in found:
+            runs_of = (versus(alone(rows, name == "copied"), both.peer, cpu, runs) for rows in counts)
+            found[name] = max(ratio for *_, ratio in runs_of)
+    return {
+        "part": "bare", "seq": seq, "pattern": pattern, "dtype": _name(dtype), "block": block,
+        "kept": kept, **found,
+    }  # fmt: skip
 
 
 def memory_row(
@@ -242,7 +285,7 @@ def _mask_of_lists(lists: Tensor, block: int, device: torch.device) -> Any:
 
 
 def of_part(rows: Rows, part: str) -> Rows:
-    """Those of one comparison: `kernels`, `flex`, `dense`, `training` or `memory`."""
+    """Those of one comparison: `kernels`, `flex`, `bare`, `dense`, `training` or `memory`."""
     return [row for row in rows if row["part"] == part]
 
 
@@ -276,6 +319,22 @@ def summary_table(rows: Rows) -> str:
 
     pairs = dict.fromkeys((r["pattern"], r["dtype"]) for r in rows)
     return markdown((line(*pair) for pair in pairs), ["pattern", "dtype", "worst cell", "geometric mean"])
+
+
+def bare_table(rows: Rows) -> str:
+    """Of FlexAttention's speed: the bare kernel's, that after copies, and ours."""
+    ours = {_cell(r): r["ratio"] for r in of_part(rows, "flex")}
+    return markdown(
+        (
+            [*_cell(r), f"{r['in_place']:.2f}", f"{r['copied']:.2f}", f"{ours[_cell(r)]:.2f}"]
+            for r in of_part(rows, "bare")
+        ),
+        ["pattern", "dtype", "block", "blocks a row", "keys in place", "copied first", "ours"],
+    )
+
+
+def _cell(row: Row) -> tuple[str, str, int, int]:
+    return row["pattern"], row["dtype"], row["block"], row["kept"]
 
 
 def dense_table(rows: Rows) -> str:
@@ -345,6 +404,17 @@ def _flex_steps(device: torch.device, runs: int, quick: bool) -> Iterator[Step]:
                     yield label, partial(flex_row, pattern, dtype, block, kept, device, runs, seq)
 
 
+def _bare_steps(device: torch.device, runs: int, quick: bool) -> Iterator[Step]:
+    """Of the CPU alone, and of layouts that are compiled already: those whose blocks ours gathers."""
+    for pattern in () if device.type != "cpu" else PATTERNS[:1] if quick else GATHERED:
+        for dtype in DTYPES:
+            for block in BLOCKS[1:2] if quick else BLOCKS:
+                for kept in KEPT[:1] if quick else KEPT:
+                    label = f"bare {pattern} {_name(dtype)} {block} x {kept}"
+                    case = (pattern, dtype, block, kept, runs, QUICK if quick else SEQ)
+                    yield label, partial(bare_row, *case)
+
+
 def _memory_steps(device: torch.device, runs: int, quick: bool) -> Iterator[Step]:
     """Of layouts that are compiled already."""
     for pattern in _patterns(quick):
@@ -384,7 +454,7 @@ def steps(scope: Scope) -> list[Step]:
     """Quick, 2,048 tokens, one block size, and one pattern that is compiled."""
     # Every layout is compiled for itself.
     torch._dynamo.config.cache_size_limit = torch._dynamo.config.accumulated_cache_size_limit = 256
-    parts = (_kernel_steps, _flex_steps, _memory_steps, _dense_steps, _training_steps)
+    parts = (_kernel_steps, _flex_steps, _bare_steps, _memory_steps, _dense_steps, _training_steps)
     runs = QUICK_RUNS if scope.quick else RUNS
     return [step for part in parts for step in part(scope.device, runs, scope.quick)]
 
@@ -501,6 +571,7 @@ STUDY = Study(
         "peers-kernels": kernels_table,
         "peers-flex": flex_table,
         "peers-flex-summary": summary_table,
+        "peers-bare": bare_table,
         "peers-dense": dense_table,
         "peers-training": training_table,
         "peers-memory": memory_table,

@@ -74,16 +74,19 @@ def gather_index(
     Rows are tokens for shared lists, `token * kv_heads + kv head` for lists of each head. Positions
     past the end copy the last token and are hidden by the mask.
     """
-    tokens = keys.blocks[..., None] * keys.size + np.arange(keys.size)
-    tokens = tokens.reshape(*keys.blocks.shape[:-1], keys.length)
-    shared = tokens.ndim == 2
+    shared = keys.blocks.ndim == 2
+    step = 1 if shared else kv_heads
+    head = 0 if shared else (np.arange(keys.heads) * kv_heads // keys.heads)[:, None]
+    # In one pass over the positions: blocks are few, and this is done anew for every call.
+    first = keys.blocks * (keys.size * step) + head
+    index = first[..., None] + np.arange(0, keys.size * step, step)
+    index = index.reshape(*keys.blocks.shape[:-1], keys.length)
     hidden = None
     if (int(keys.blocks[..., -1].max()) + 1) * keys.size > seq:
-        hidden = (tokens >= seq)[:, None, None] if shared else (tokens >= seq)[:, :, None]
-        tokens = np.minimum(tokens, seq - 1)
-    if not shared:
-        tokens = tokens * kv_heads + (np.arange(keys.heads) * kv_heads // keys.heads)[None, :, None]
-    return tokens.reshape(-1), hidden
+        past = index >= seq * step
+        hidden = past[:, None, None] if shared else past[:, :, None]
+        index = np.minimum(index, (seq - 1) * step + head)
+    return index.reshape(-1), hidden
 
 
 def widened(keys: Span, x: Tensor, dtype: torch.dtype, name: str, scratch: Scratch) -> Tensor:

@@ -29,6 +29,8 @@ def of_dtype(dtype):
         ),
         {"part": "training", "seq": 2048, "attention": "local_window", "dtype": dtype, "block": 64, "kept": 9,
          "forward_seconds": 1.0, "ratio": 3.5},
+        {"part": "bare", "seq": 2048, "pattern": "adaptive", "dtype": dtype, "block": 64, "kept": 3,
+         "in_place": 1.25, "copied": 0.75},
         {"part": "memory", "seq": 2048, "pattern": "local_window", "dtype": dtype, "block": 64, "kept": 3,
          "out": OUT, "ours": OUT * 5 // 4, "flex": 3 * OUT, "mask": 1 << 20, "dense": 2 * OUT},
     ]  # fmt: skip
@@ -60,7 +62,9 @@ def test_rows_have_ratios_of_what_they_compare(uncompiled):
     dense = peers.dense_row(torch.float32, 64, 0.1, CPU, 1, seq=512)
     training = peers.training_row("dilated, 3 branches", torch.float32, 64, 3, CPU, 1, seq=512)
     kernel = peers.kernel_row(torch.float32, 64, 64, 1)
+    bare = [peers.bare_row(pattern, torch.float32, 64, 3, 1, seq=512) for pattern in peers.GATHERED]
     assert all(row["ratio"] > 0 for row in (flexed, dense, training, kernel))
+    assert all(row["in_place"] > 0 and row["copied"] > 0 for row in bare)
     assert (flexed["seq"], dense["seq"], training["seq"]) == (512, 512, 512)
     assert dense["ratio"] == pytest.approx(dense["seconds"] / dense["dense_seconds"])
 
@@ -69,16 +73,28 @@ def test_a_quick_run_compiles_one_pattern_and_has_all_parts():
     quick, whole = ([label for label, _ in peers.steps(Scope(CPU, quick))] for quick in (True, False))
     assert sum(label.startswith("local_window") for label in quick) == 2
     assert not any(label.startswith(("adaptive", "dilated_sparse")) for label in quick)
-    for part in ("kernel", "memory", "dense", "training"):
+    for part in ("kernel", "bare", "memory", "dense", "training"):
         assert sum(label.startswith(part) for label in quick) >= 2
     assert len(set(whole)) == len(whole)
     assert sum(label.startswith("memory") for label in whole) == 8
+    assert sum(label.startswith("bare") for label in whole) == 24
+
+
+def test_the_bare_kernel_copies_the_lists_it_is_timed_with(uncompiled, monkeypatch):
+    copied = []
+    select = torch.index_select
+    monkeypatch.setattr(torch, "index_select", lambda x, *given, out: copied.append(select(x, *given, out=out)))
+    peers.bare_row("adaptive", torch.float32, 64, 3, 1, seq=512)
+    # Keys and values; two warm-ups and one run; of 8 rows 2, 4, and all a call; each once.
+    tokens = [x.numel() // peers.HEAD_DIM for x in copied]
+    assert sum(tokens) == 2 * 3 * 3 * 8 * peers.HEADS * 3 * 64
 
 
 def test_tables_show_each_part():
     assert "| local_window | float32 | 64 | 3 | 200 | 100 | 2.00 |" in peers.flex_table(ROWS)
     assert "| adaptive | bfloat16 | 0.50 | 0.50 |" in peers.summary_table(ROWS)
     assert "| float32 | 2 | 128 | 90% | 1.00 | 4.00 | 0.125 |" in peers.dense_table(ROWS)
+    assert "| adaptive | bfloat16 | 64 | 3 | 1.25 | 0.75 | 0.50 |" in peers.bare_table(ROWS)
     memory = "| local_window | bfloat16 | 2,048 | 16.00 | 20.00 | 48.00 | 1.00 | 32.00 |"
     assert memory in peers.memory_table(ROWS)
 
