@@ -8,7 +8,7 @@ operators copy operands of mixed precision, so those are converted into the aren
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +20,11 @@ from attention.ops.program import Call, Gather, Shape, Span, Tile
 from attention.ops.reserve import Extent, arena_bytes, backward_sizes, forward_sizes, sums_in_full
 from attention.ops.scratch import Scratch
 from attention.ops.sinks import GatherSink, Part, Sink, SpanSink
-from attention.ops.views import Fetched, causal_mask, fetch, mask_bias, rows, view, widened
+from attention.ops.views import Fetched, Listed, causal_mask, fetch, listed, mask_bias, rows, view, widened
 from attention.pool import Buffers, with_emergency_release
+
+TILES_AHEAD, BYTES_AHEAD = 32, 512 << 10
+"""Tiles, and bytes of what they list, that a CPU makes before it runs them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,13 +140,39 @@ def _forward(
     with begun.scratch:
         for b in range(q.shape[0]):
             item = (q[b], k[b], v[b], out[b], None if lse is None else lse[b])
-            for tile in problem.tiles(b, shape):
-                _forward_tile(tile, *item, begun)
+            for tile, lists in _ahead(problem.tiles(b, shape), k[b]):
+                _forward_tile(tile, lists, *item, begun)
     return out, lse
 
 
+def _ahead(tiles: Iterable[Tile], k: Tensor) -> Iterator[tuple[Tile, Sequence[Listed | None]]]:
+    """The tiles and what their calls list. On a CPU many are made at a time: between two kernels, whose
+    data drives Python's out of the processor's cache, each would take several times as long. On a GPU a
+    call's list is made when it is wanted, for it takes memory there."""
+    if k.device.type != "cpu":
+        yield from ((tile, [None] * len(tile.calls)) for tile in tiles)
+        return
+    made: list[tuple[Tile, Sequence[Listed | None]]] = []
+    held = 0
+    for tile in tiles:
+        lists = [listed(call.keys, k) if isinstance(call.keys, Gather) else None for call in tile.calls]
+        made.append((tile, lists))
+        held += sum(each.rows.nbytes for each in lists if each)
+        if len(made) >= TILES_AHEAD or held > BYTES_AHEAD:
+            yield from made
+            made, held = [], 0
+    yield from made
+
+
 def _forward_tile(
-    tile: Tile, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, begun: _Pass
+    tile: Tile,
+    lists: Sequence[Listed | None],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor | None,
+    begun: _Pass,
 ) -> None:
     """Fills out [S, H, D], and lse [S, H] if there is one, for the tile's tokens."""
     scratch, lse_from = begun.scratch, 0
@@ -151,8 +180,8 @@ def _forward_tile(
     if tile.merge and lse is None:
         size = (tile.stop - tile.start, out.shape[1])
         lse, lse_from = scratch.get("lse", size, kernels.lse_dtype(out.dtype)).fill_(-torch.inf), tile.start
-    for call in tile.calls:
-        keys = fetch(call.keys, k, v, scratch)
+    for call, found in zip(tile.calls, lists, strict=True):
+        keys = fetch(call.keys, k, v, scratch, found)
         for span in call.queries:
             part, part_lse = kernels.forward(
                 view(span, q), keys.k, keys.v, scale=begun.problem.scale, **begun.bias(call, span, keys)
@@ -233,7 +262,7 @@ def _backward_tile(
     total, origin = _accumulator("dq", tile, dq, scratch)
     for call in tile.calls:
         for begin, part in call.columns(shape):
-            keys = fetch(part, k, v, scratch, wide)
+            keys = fetch(part, k, v, scratch, dtype=wide)
             sink: Sink
             if isinstance(part, Gather):
                 sink = GatherSink(part, dk, dv, shape, scratch)

@@ -24,6 +24,7 @@ class Scratch:
     ) -> None:
         self._pool = pool
         self._places: dict[str, tuple[int, int]] = {}
+        self._last: dict[str, Tensor] = {}
         end = 0
         for name, nbytes in sizes.items():
             self._places[name] = (end, nbytes)
@@ -35,11 +36,15 @@ class Scratch:
 
     def get(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """An uninitialised contiguous tensor."""
+        last = self._last.get(name)
+        if last is not None and last.dtype == dtype and last.shape == tuple(shape):
+            return last
         begin, room = self._places.get(name, (0, 0))
         nbytes = prod(shape) * dtype.itemsize
         if nbytes > room or self._arena is None:
             raise AssertionError(f"{name} {list(shape)} takes {nbytes} bytes of the {room} reserved for it")
-        return self._arena[begin : begin + nbytes].view(dtype).view(shape)
+        self._last[name] = self._arena[begin : begin + nbytes].view(dtype).view(shape)
+        return self._last[name]
 
     def __enter__(self) -> Scratch:
         return self
@@ -47,6 +52,7 @@ class Scratch:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._last.clear()
         if self._arena is not None:
             self._pool.give(self._arena)
             self._arena = None

@@ -4,6 +4,7 @@ into lent buffers where not."""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -39,31 +40,44 @@ class Fetched:
     hidden: Tensor | None
 
 
+class Listed(NamedTuple):
+    """What a gather copies: flat `rows` of k and v; and which positions are past the end, if any."""
+
+    rows: Tensor
+    hidden: npt.NDArray[np.bool_] | None
+
+
+def listed(keys: Gather, k: Tensor) -> Listed:
+    """Of a gather from k [S, heads, D]."""
+    index, hidden = gather_index(keys, k.shape[0], k.shape[1])
+    return Listed(torch.from_numpy(index).to(k.device, non_blocking=True), hidden)
+
+
 def fetch(
-    keys: Span | Gather, k: Tensor, v: Tensor, scratch: Scratch, dtype: torch.dtype | None = None
-) -> Fetched:
-    """The call's keys and values; good until the next gather is fetched into the same scratch. `dtype`:
-    of the mask, if not theirs."""
+    keys: Span | Gather, k: Tensor, v: Tensor, scratch: Scratch, found: Listed | None = None,
+    dtype: torch.dtype | None = None,
+) -> Fetched:  # fmt: skip
+    """The call's keys and values; good until the next gather is fetched into the same scratch. `found`:
+    what a gather lists, where that is known. `dtype`: of the mask, if not theirs."""
     if isinstance(keys, Span):
         return Fetched(view(keys, k), view(keys, v), None)
-    seq, heads, dim = k.shape
-    index, hidden = gather_index(keys, seq, heads)
-    wanted = torch.from_numpy(index).to(k.device, non_blocking=True)
-    found = []
+    wanted, hidden = found or listed(keys, k)
+    heads, dim = k.shape[1:]
+    copies = []
     for name, x in (("k", k), ("v", v)):
         if keys.blocks.ndim == 2:
-            copied = scratch.get(name, (index.size, heads, dim), x.dtype)
+            copied = scratch.get(name, (wanted.numel(), heads, dim), x.dtype)
             torch.index_select(x, 0, wanted, out=copied)
-            found.append(copied.view(-1, keys.length, heads, dim).transpose(1, 2))
+            copies.append(copied.view(-1, keys.length, heads, dim).transpose(1, 2))
         else:
-            copied = scratch.get(name, (index.size, dim), x.dtype)
-            torch.index_select(x.view(seq * heads, dim), 0, wanted, out=copied)
-            found.append(copied.view(-1, keys.heads, keys.length, dim))
+            copied = scratch.get(name, (wanted.numel(), dim), x.dtype)
+            torch.index_select(x.view(-1, dim), 0, wanted, out=copied)
+            copies.append(copied.view(-1, keys.heads, keys.length, dim))
     if hidden is None:
-        return Fetched(found[0], found[1], None)
+        return Fetched(copies[0], copies[1], None)
     bias = torch.zeros(hidden.shape, dtype=dtype or k.dtype, device=k.device)
     bias.masked_fill_(torch.from_numpy(hidden).to(k.device), -torch.inf)
-    return Fetched(found[0], found[1], bias)
+    return Fetched(copies[0], copies[1], bias)
 
 
 def gather_index(

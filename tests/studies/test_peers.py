@@ -83,7 +83,9 @@ def test_a_quick_run_compiles_one_pattern_and_has_all_parts():
 def test_the_bare_kernel_copies_the_lists_it_is_timed_with(uncompiled, monkeypatch):
     copied = []
     select = torch.index_select
-    monkeypatch.setattr(torch, "index_select", lambda x, *given, out: copied.append(select(x, *given, out=out)))
+    monkeypatch.setattr(
+        torch, "index_select", lambda x, *given, out: copied.append(select(x, *given, out=out))
+    )
     peers.bare_row("adaptive", torch.float32, 64, 3, 1, seq=512)
     # Keys and values; two warm-ups and one run; of 8 rows 2, 4, and all a call; each once.
     tokens = [x.numel() // peers.HEAD_DIM for x in copied]
