@@ -20,7 +20,7 @@ from planner.workload import Workload
 from studies import memory_rows
 from studies.memory_rows import MIB, mib, place
 from studies.records import Row, Step, markdown
-from studies.study import Rows, Said, Scope, Study
+from studies.study import Rows, Said, Scope, Study, rounded_up
 
 SEQ, QUICK = 131_072, 4096
 TIMEOUT: Final = 600.0
@@ -202,7 +202,7 @@ def draw(figure: Any, rows: Rows) -> None:
 
 def said(rows: Rows) -> Said:
     (a, b), (a_here, b_here) = pair(rows, "card"), pair(rows, "here")
-    above = max(row["allocated"] / row["floor"] for row in (a, b)) - 1
+    above = rounded_up(max(row["allocated"] / row["floor"] for row in (a, b)) - 1, 3)
     if a_here["cold"] and b_here["cold"]:
         run = (f"measured on the {place(a_here)} at {a_here['seq']:,} tokens it is "
                f"{b_here['cold'] / a_here['cold']:.3f} times")  # fmt: skip

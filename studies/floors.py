@@ -16,7 +16,7 @@ from attention.pool import buffers_for
 from planner.footprint import footprint
 from planner.report.figure import BLUE, ORANGE, RED, title
 from studies.records import Row, Step, markdown
-from studies.study import Rows, Said, Scope, Study
+from studies.study import Rows, Said, Scope, Study, rounded_up
 
 MIB = 1 << 20
 HEADS, HEAD_DIM = 8, 64
@@ -130,7 +130,7 @@ def draw(figure: Any, rows: Rows) -> None:
 
 def said(rows: Rows) -> Said:
     met = sum(row[what] <= row[f"{what}_limit"] for row in rows for what in ("forward", "training"))
-    most = max(over(row, "forward") for row in rows) / MIB
+    most = rounded_up(max(over(row, "forward") for row in rows) / MIB, 1)
     return Said(
         "Asked: how much does each attention allocate beyond its inputs and its output?",
         f"Found: at most {most:.1f} MiB forward at {rows[0]['seq']:,} tokens; {met} of {2 * len(rows)} bars "

@@ -17,7 +17,7 @@ from studies import floors, memory_rows
 from studies.floors import HEAD_DIM, HEADS
 from studies.memory_rows import MIB, place
 from studies.records import Row, Step, markdown
-from studies.study import Rows, Said, Scope, Study
+from studies.study import Rows, Said, Scope, Study, rounded_up
 
 LENGTHS: Final = tuple(2048 << n for n in range(10))
 MEASURED, QUICK = (2048, 4096, 8192, 16_384), (512,)
@@ -180,8 +180,8 @@ def said(rows: Rows) -> Said:
         return _range([a_token(row) for row in of_part(rows, "card") if row["seq"] == seq])
 
     ran = [row for row in of_part(rows, "here") if row["cold"]]
-    off = max((abs(row["allocated"] / row["cold"] - 1) for row in ran), default=0.0)
-    base = [row["allocated"] / row["said"] - 1 for row in of_part(rows, "seeds", "base")]
+    off = rounded_up(max((abs(row["allocated"] / row["cold"] - 1) for row in ran), default=0.0), 4)
+    base = max(abs(row["allocated"] / row["said"] - 1) for row in of_part(rows, "seeds", "base"))
     (multihead,) = of_part(rows, "seeds", "multihead")
     return Said(
         f"Asked: how many bytes does a token take, from {LENGTHS[0]:,} to {LENGTHS[-1]:,} tokens, where q, "
@@ -189,7 +189,7 @@ def said(rows: Rows) -> Said:
         f"Found: on a {place(rows[0])} {at(LENGTHS[0])} bytes at {LENGTHS[0]:,} tokens and {at(LENGTHS[-1])} "
         f"at {LENGTHS[-1]:,}, projections included, predicted; what was measured on the "
         f"{place(of_part(rows, 'here')[0])} is within {off:.2%} of its predictions in {len(ran)} cases.",
-        f"The seeds' table for their base is met within {max(map(abs, base)):.1%}: it is q, k, v and out and "
+        f"The seeds' table for their base is met within {rounded_up(base, 3):.1%}: it is q, k, v and out and "
         f"cuBLAS's workspace; their {multihead['said'] / UNIT / multihead['seq']:.2f} for multihead is "
         f"{multihead['said'] / multihead['allocated']:.1f} times what projections need.",
     )

@@ -26,7 +26,7 @@ from planner.workload import ITEMSIZE, Dtype, Mode, Workload
 from studies.attentions import one_of_each
 from studies.floors import HEAD_DIM, HEADS, SEQ, configs
 from studies.records import Row, Step, markdown, timed
-from studies.study import Rows, Said, Scope, Study
+from studies.study import Rows, Said, Scope, Study, rounded_up
 
 MILLION = 1_048_576
 COUNTS: Final = (MILLION, 10 * MILLION)
@@ -338,7 +338,8 @@ def _draw_ring(axes: Any, rows: Rows) -> None:
 def said(rows: Rows) -> Said:
     measured = of_part(rows, "measured")
     most = max(measured, key=lambda row: row["resident"] / row["floor"])
-    slowest = max(row["per_token_ratio"] for row in measured)
+    slowest = rounded_up(max(row["per_token_ratio"] for row in measured), 2)
+    held = rounded_up(most["resident"] / 1e9, 2)
     million = [row for row in of_part(rows, "predicted") if row["seq"] == MILLION]
     needs = sorted(row["upper"]["float16 inference"] / 1e9 for row in million)
     ten = [row for row in of_part(rows, "ring") if row["seq"] == COUNTS[-1] and row["dtype"] == "float16"]
@@ -348,7 +349,7 @@ def said(rows: Rows) -> Said:
     square = MILLION**2 * ITEMSIZE["float16"] * HEADS / 1e12
     return Said(
         "Asked: what do one and ten million tokens need, by attention, dtype and mode, and how many cards?",
-        f"Found: {measured[0]['seq']:,} tokens ran in one process with {most['resident'] / 1e9:.2f} GB "
+        f"Found: {measured[0]['seq']:,} tokens ran in one process with {held:.2f} GB "
         f"resident at most, q, k, v and out alone being {most['floor'] / 1e9:.2f}, in {slowest:.2f} times "
         f"the time a token that {most['short']:,} take, or less; a million in float16 is predicted to need "
         f"{needs[0]:.1f} to {needs[-1]:.1f} GB of a GPU for inference; if ring attention, which is not here "

@@ -24,7 +24,7 @@ from planner.search.picks import Pick, pick, unsurpassed
 from planner.search.space import grid
 from studies.panels import plain
 from studies.records import Row, Step, markdown
-from studies.study import Rows, Said, Scope, Study
+from studies.study import Rows, Said, Scope, Study, rounded_up
 
 QUESTIONS: Final[Mapping[str, dict[str, Any]]] = {
     "8 GB, inference": {"vram": "8GB", "seq": 131_072},
@@ -186,9 +186,10 @@ def said(rows: Rows) -> Said:
             for one in row["picks"]
         )
         memory = [point["mb"] for point in row["front"]]
+        apart = rounded_up(max(memory) / min(memory) - 1, 2)
         found.append(
             f"{row['name']}: of {row['grid']:,} candidates {row['passed']:,} pass and {len(row['front'])} "
-            f"are unsurpassed ({picks}), within {max(memory) / min(memory) - 1:.0%} of each other in memory"
+            f"are unsurpassed ({picks}), within {apart:.0%} of each other in memory"
         )
     return Said(
         "Asked: what can be had for less memory, less time or less of dense attention's mass?",

@@ -29,7 +29,7 @@ from attention.pool import buffers_for
 from planner.footprint import footprint
 from planner.report.figure import BLUE, MUTED, ORANGE, RED, named, title
 from studies.records import Row, Step, markdown, timed, versus
-from studies.study import Rows, Said, Scope, Study
+from studies.study import Rows, Said, Scope, Study, rounded_up
 
 HEADS, HEAD_DIM = 8, 64
 SEQ, LONG, QUICK = 16_384, 65_536, 2048
@@ -547,7 +547,7 @@ def said(rows: Rows) -> Said:
     held = of_part(rows, "memory")
 
     def most(who: str, dtype: str) -> str:
-        return f"{max(row[who] / row['out'] for row in held if row['dtype'] == dtype):.2f}"
+        return f"{rounded_up(max(row[who] / row['out'] for row in held if row['dtype'] == dtype), 2):.2f}"
 
     dtypes = list(dict.fromkeys(row["dtype"] for row in held))
     leanness = "; ".join(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -34,6 +35,12 @@ class Said(NamedTuple):
     found: str
     seeds: str
     """Where the reports that this project began with say otherwise, and why; or that they do not."""
+
+
+def rounded_up(value: float, digits: int) -> float:
+    """Rounded up to so many decimals, for what is said to be the most."""
+    unit = 10.0**digits
+    return math.ceil(round(value * unit, 6)) / unit
 
 
 @dataclass

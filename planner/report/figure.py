@@ -74,12 +74,32 @@ def drawn(formats: Sequence[str], draw: Callable[[Any], None], what: str = "--pl
         figure = make(figsize=(8, 5), layout="constrained")
         import_module("matplotlib.backends.backend_agg").FigureCanvasAgg(figure)
         draw(figure)
+        for axes in figure.axes:
+            for axis in (axes.xaxis, axes.yaxis):
+                _plain_if_narrow(axis)
         for name in formats:
             buffer = io.BytesIO()
             about = {"Date": None} if name == "svg" else {"Software": None}
             figure.savefig(buffer, format=name, dpi=DPI, metadata=about)
             found.append(buffer.getvalue())
     return found
+
+
+def _plain_if_narrow(axis: Any) -> None:
+    """On a logarithmic axis of less than a decade 5, 6 and 7, which matplotlib calls 5 x 10^0 and so on."""
+    low, high = sorted(axis.get_view_interval())
+    if axis.get_scale() != "log" or high >= 10 * low:
+        return
+    shown: Any = import_module("matplotlib.ticker").LogFormatter
+
+    class Plain(shown):  # type: ignore[misc]
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            return f"{x:,.10g}" if super().__call__(x, pos) else ""
+
+    if isinstance(axis.get_major_formatter(), shown):
+        axis.set_major_formatter(Plain())
+    if isinstance(axis.get_minor_formatter(), shown):
+        axis.set_minor_formatter(Plain())
 
 
 def title(figure: Any, text: str, below: str = "") -> None:

@@ -221,3 +221,11 @@ def test_a_folder_that_cannot_be_written_is_said_before_anything_runs(two_rows, 
     with pytest.raises(AttentionPlannerError, match="choose another folder"):
         study.run("fits", device=CPU, quick=False, out=tmp_path / "file" / "folder")
     assert two_rows == []
+
+
+@pytest.mark.parametrize(
+    "value, digits, said",
+    [(1.1113, 2, 1.12), (1.11, 2, 1.11), (0.3, 1, 0.3), (0.0, 3, 0.0), (2.0001, 0, 3)],
+)
+def test_what_is_the_most_is_not_rounded_down(value, digits, said):
+    assert study.rounded_up(value, digits) == said

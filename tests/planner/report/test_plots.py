@@ -143,6 +143,23 @@ def test_ticks_are_within_and_few(low, factor, most):
     assert len(straight) in range(1, most + 2) or factor < 1.1
 
 
+@pytest.mark.parametrize(
+    "low, high, names",
+    [(4.5, 7.5, {"5", "6", "7"}), (9, 35, {"10", "20", "30"}), (3000, 9000, {"4,000", "6,000"})],
+)
+def test_a_narrow_logarithmic_axis_has_plain_numbers(low, high, names):
+    def draw(figure):
+        axes = figure.subplots()
+        axes.set(xscale="log", xlim=(low, high), ylim=(0, 1), yticks=[])
+
+    made = []
+    drawn(["svg"], lambda figure: (draw(figure), made.append(figure)))
+    made[0].draw_without_rendering()
+    shown = {text.get_text() for text in made[0].axes[0].get_xticklabels(which="both") if text.get_text()}
+    assert names <= shown
+    assert not any("10^" in text or "e+" in text for text in shown)
+
+
 def test_ticks_are_round():
     assert log_ticks(0.04, 3, 8) == [0.05, 0.1, 0.2, 0.5, 1, 2]
     assert linear_ticks(79, 101, 6) == [80, 85, 90, 95, 100]
