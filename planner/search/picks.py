@@ -42,7 +42,6 @@ class Pick(Value):
 def unsurpassed(points: Sequence[Pick]) -> list[Pick]:
     """Those than which no other is as good in memory, time, mass and length and better in one, exactly; of
     equals the first."""
-
     costs: list[tuple[float, ...]] = [(one.upper, one.seconds, -one.mass, -one.seq) for one in points]
 
     def surpassed(at: int) -> bool:
