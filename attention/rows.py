@@ -128,7 +128,7 @@ def dilated_sparse_rows(
     # What one branch alone offers a row that is at the end of its segment, or else the last but one.
     at_least = most(*(_alone(length, rate, blocks) for length, rate in zip(lengths, rates, strict=True)))
     widest = full = least(most(1 + others, at_least), blocks)
-    unknown = (1 - near) * (budget > at_least) * most(1 - regular, last_apart)
+    unknown = (budget > at_least) * most(1 - regular, last_apart * (1 - near))
     if somewhere(unknown):
         from attention.layout import widest_rows  # loads NumPy, which few configs need
 
