@@ -9,7 +9,7 @@ from typing import Annotated, Any, Final, Literal
 import typer
 
 from attention.errors import ConfigError
-from planner.command import DONE, WRONG, command, ink, print_data
+from planner.command import DONE, INTERRUPTED, WRONG, command, ink, print_data
 from planner.options import Format, say
 from planner.options_pictures import Pictured, View
 
@@ -32,7 +32,9 @@ def study(
 ) -> int:
     """Answer a question by running it: data, a picture, three sentences.
 
-    Every row is kept as it ends: after an interruption the same command goes on where it stopped.
+    Every row is kept as it ends: after an interruption the same command goes on where it stopped, as long as
+    version and machine are the same. A study of which no case ran says why and writes nothing; the others go
+    on, and the exit code is 2.
     """
     # Studies are built on the planner, not the other way round: this is the one door up, by name.
     catalogue: Any = import_module("studies.catalogue")
@@ -60,6 +62,9 @@ def study(
             say(f"error: {error}")
             code = WRONG
             continue
+        except KeyboardInterrupt:
+            say(f"interrupted; what is done is kept in {out}, and the same command goes on from there")
+            return INTERRUPTED
         answers.append(answer)
         if format == "table":
             typer.echo(f"{name}: {catalogue.QUESTIONS[name]}")

@@ -124,7 +124,7 @@ def collect(
     head: Row = {"command": command, "environment": environment(device)}
     failed: dict[str, str] = {}
     with progress() as bar:
-        dated = _resumed(part, head, lambda line: bar.console.print(f"{name}: {line}", markup=False))
+        dated = _resumed(part, head, lambda line: _say(bar.console, f"{name}: {line}"))
         begun = sum(label in dated for label, _ in steps)
         task = bar.add_task(name, total=len(steps), completed=begun)
         for label, run in steps:
@@ -290,8 +290,14 @@ def _is_number(text: str) -> bool:
 
 
 def progress() -> Progress:
-    """A progress bar on stderr, so that stdout holds the answer alone."""
+    """A progress bar on stderr, so that stdout holds the answer alone; nothing where it is no terminal."""
+    console = Console(stderr=True)
     columns: list[ProgressColumn] = [
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     ]  # fmt: skip
-    return Progress(*columns, console=Console(stderr=True), transient=True)
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+def _say(console: Console, line: str) -> None:
+    """A line above the bar, as the command line has its own."""
+    console.print(f"planner: {line}", markup=False, highlight=False, soft_wrap=True)

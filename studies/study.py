@@ -153,8 +153,9 @@ def writable(out: Path) -> None:
         with TemporaryFile(dir=out):
             pass
     except OSError as error:
+        why = "it is a file" if out.is_file() else error.strerror
         raise AttentionPlannerError(
-            f"--out {out} cannot be written ({error.strerror}); choose another folder"
+            f"--out {out} cannot be written into ({why}); choose another folder"
         ) from None
 
 

@@ -240,6 +240,17 @@ def test_one_study_of_which_nothing_ran_stops_no_other(enter, tmp_path, monkeypa
     assert not list(tmp_path.glob("*.part"))
 
 
+def test_a_study_that_is_interrupted_says_how_to_go_on(monkeypatch, tmp_path):
+    def stopped(name: str, **_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(study, "run", stopped)
+    done = CliRunner().invoke(app, ["study", "fits", "--quick", "--out", str(tmp_path)])
+    assert (done.exit_code, done.stdout) == (130, "")
+    said = f"what is done is kept in {tmp_path}, and the same command goes on from there"
+    assert done.stderr == f"planner: interrupted; {said}\n"
+
+
 def test_cases_that_gave_no_row_are_named_with_their_reason(enter, tmp_path):
     enter("model-speed", World("crash", (0, 1)))
     answer = run("model-speed", tmp_path)

@@ -324,6 +324,8 @@ def test_studies_that_a_device_cannot_run_are_left_out_of_all_and_refused_by_nam
 
 def test_a_folder_that_cannot_be_written_is_said_before_anything_runs(two_rows, tmp_path):
     (tmp_path / "file").write_text("")
+    with pytest.raises(AttentionPlannerError, match="it is a file"):
+        study.run("fits", device=CPU, quick=False, out=tmp_path / "file")
     with pytest.raises(AttentionPlannerError, match="choose another folder"):
         study.run("fits", device=CPU, quick=False, out=tmp_path / "file" / "folder")
     assert two_rows == []
