@@ -158,7 +158,7 @@ def said(rows: Rows) -> Said:
     ranks = ", ".join(f"{row['rank']} of {row['ran']}" for row in good)
     pick = f"the models' pick is number {ranks} of what ran" if good else "the models' pick never ran"
     if 0 < len(good) < len(rows):
-        pick += f" and did not run in {len(rows) - len(good)} questions"
+        pick += f", did not run in {len(rows) - len(good)} of {len(rows)} questions"
     return Said(
         "Asked: does tuning find, by measurement, something as fast as what the models recommend, or faster?",
         f"Found: {gain}; {pick}, and {failed} of {asked} trials did not run within the budget.",
