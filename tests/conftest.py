@@ -1,8 +1,9 @@
-"""What every test gets: Hypothesis profiles, and GPU tests that skip themselves."""
+"""What every test gets: one thread, Hypothesis profiles, a seed that moves; GPU tests skip themselves."""
 
 from __future__ import annotations
 
 import os
+import time
 
 import pytest
 from hypothesis import settings
@@ -10,11 +11,29 @@ from hypothesis import settings
 # `conformance` is a plain module that tests import; without this its asserts would report nothing.
 pytest.register_assert_rewrite("conformance")
 
+# Before torch is imported, here and in every process that a test starts: tensors are small, and where
+# workers of pytest-xdist share the cores, a parallel region waits for a thread that is not running.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# What samples widely (slow tests) looks elsewhere on every run. Set here, so that all workers have it.
+SEED = int(os.environ.setdefault("PLANNER_TEST_SEED", str(int(time.time()))))
+
 # No deadline: times on a shared machine say nothing about correctness. In CI the examples are the
 # same on every run, so that a red build can be repeated.
 settings.register_profile("local", deadline=None, print_blob=True)
 settings.register_profile("ci", deadline=None, print_blob=True, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int:
+    """Another on every run, unless PLANNER_TEST_SEED is set; a test that fails shows it."""
+    request.node.add_report_section("setup", "seed", f"repeat with PLANNER_TEST_SEED={SEED}")
+    return SEED
+
+
+def pytest_report_header() -> str:
+    return f"seed of tests that sample widely: PLANNER_TEST_SEED={SEED}"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
