@@ -7,6 +7,7 @@ import time
 
 import pytest
 from hypothesis import settings
+from pairwise import pairwise
 
 # `conformance` is a plain module that tests import; without this its asserts would report nothing.
 pytest.register_assert_rewrite("conformance")
@@ -36,12 +37,23 @@ def pytest_report_header() -> str:
     return f"seed of tests that sample widely: PLANNER_TEST_SEED={SEED}"
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked `gpu` where torch sees no CUDA device; ask torch only if there are any."""
+    """Mark what `pairwise` leaves to the slow suite; skip what needs a GPU where torch sees none."""
+    tests: dict[object, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("pairwise"):
+            tests.setdefault(item.function, []).append(item)
+    for each in tests.values():
+        # Combinations share the objects that they are made of.
+        fast = pairwise([{name: id(value) for name, value in item.callspec.params.items()} for item in each])
+        for number, item in enumerate(each):
+            if number not in fast:
+                item.add_marker("slow")
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return
-    import torch
+    import torch  # asked only if there are any
 
     if not torch.cuda.is_available():
         for item in marked:

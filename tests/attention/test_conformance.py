@@ -58,6 +58,7 @@ def assert_same_bits(found, expected):
 # Closeness
 
 
+@pytest.mark.pairwise
 @room
 @causal_or_not
 @pytest.mark.parametrize("seq", sorted(set(LENGTHS)))
@@ -67,6 +68,7 @@ def test_float64_equals_the_oracle_forward_and_backward(config, seq, causal, lit
     check_float64(module, *qkv(seq, batch=2), causal)
 
 
+@pytest.mark.pairwise
 @causal_or_not
 @pytest.mark.parametrize("kv_heads", KV_HEADS)
 @every
@@ -74,6 +76,7 @@ def test_query_heads_share_kv_heads(config, kv_heads, causal):
     check_float64(module_of(in_little_room(config)), *qkv(77, batch=2, kv_heads=kv_heads), causal)
 
 
+@pytest.mark.pairwise
 @causal_or_not
 @pytest.mark.parametrize("kv_heads", [1, 4])
 @pytest.mark.parametrize("seq", [1, 17, 150])
@@ -84,6 +87,7 @@ def test_low_precision_is_as_exact_as_a_naive_attention(config, dtype, seq, kv_h
     check_low_precision(module, *qkv(seq, batch=2, kv_heads=kv_heads, dtype=dtype), causal)
 
 
+@pytest.mark.pairwise
 @causal_or_not
 @low_precision
 @every
@@ -113,6 +117,7 @@ def test_low_precision_stays_exact_with_diffuse_scores(seq, dtype, causal):
     check_low_precision(module, *(x.to(dtype) for x in (q / 20, k, v)), causal)
 
 
+@pytest.mark.pairwise
 @causal_or_not
 @pytest.mark.parametrize("kv_heads", [1, 2])
 @every
@@ -149,6 +154,7 @@ def test_low_precision_at_a_thousand_tokens(config, dtype, causal):
 # Causality
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("boundary", [1, 5, BLOCK - 1, BLOCK, BLOCK + 1, 31, 64, 77, 99])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @every
@@ -212,6 +218,7 @@ def test_a_full_pattern_equals_dense(config, causal, little_room):
         torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-11)
 
 
+@pytest.mark.pairwise
 @causal_or_not
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @every
@@ -226,6 +233,7 @@ def test_batch_items_do_not_know_each_other(config, dtype, causal):
         assert_same_bits(alone, [x[item] for x in together])
 
 
+@pytest.mark.pairwise
 @causal_or_not
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @every
@@ -297,6 +305,7 @@ def inside_another(x):
     return room[1:, 2:-3, 1:-1, :-3]
 
 
+@pytest.mark.pairwise
 @causal_or_not
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("stored", [heads_first, channels_first, inside_another])
@@ -360,6 +369,7 @@ def test_rows_without_keys_are_zero_and_never_nan(dtype, causal, little_room):
 # Weights
 
 
+@pytest.mark.pairwise
 @causal_or_not
 @pytest.mark.parametrize("kv_heads", [2, 4])
 @pytest.mark.parametrize("seq", [1, 9, 75])
@@ -448,6 +458,7 @@ def saved_bytes(run):
     return sum(saved.values())
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kv_heads", [1, 4])
 @every

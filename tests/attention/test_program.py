@@ -118,6 +118,7 @@ causal_or_not = pytest.mark.parametrize("causal", [False, True])
 packing_or_not = pytest.mark.parametrize("packs", [False, True])
 
 
+@pytest.mark.pairwise
 @packing_or_not
 @causal_or_not
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
@@ -183,6 +184,7 @@ def chosen_lists(rng, rows, heads, kept, causal):
     return lists
 
 
+@pytest.mark.pairwise
 @packing_or_not
 @causal_or_not
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
