@@ -96,6 +96,7 @@ def test_low_precision_stays_exact_with_large_scores(config, dtype, causal):
     check_low_precision(module_of(config), *(x.to(dtype) for x in (6 * q, 3 * k, v)), causal)
 
 
+@pytest.mark.pairwise
 @causal_or_not
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["dense", "global_local"])
@@ -107,6 +108,7 @@ def test_gradients_of_shared_keys_survive_many_tiles(name, dtype, causal):
     check_low_precision(module, q, k, v, causal, grad=1 + output_gradient(q))
 
 
+@pytest.mark.pairwise
 @causal_or_not
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("seq", [300, 1500])
@@ -128,11 +130,22 @@ def test_gradcheck(config, kv_heads, causal):
     assert torch.autograd.gradcheck(lambda *x: module(*x, is_causal=causal), inputs, fast_mode=True)
 
 
-@settings(max_examples=200)
-@given(case=cases())
-def test_random_configs_equal_the_oracle(case):
+def check_random(case):
     config, causal = case.pop("config"), case.pop("causal")
     check_float64(module_of(config), *qkv(**case), causal)
+
+
+@settings(max_examples=60)
+@given(case=cases())
+def test_random_configs_equal_the_oracle(case):
+    check_random(case)
+
+
+@pytest.mark.slow
+@settings(max_examples=1000)
+@given(case=cases())
+def test_many_random_configs_equal_the_oracle(case):
+    check_random(case)
 
 
 @pytest.mark.slow
