@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 
@@ -33,6 +34,12 @@ def seed(request: pytest.FixtureRequest) -> int:
     """Another on every run, unless PLANNER_TEST_SEED is set; a test that fails shows it."""
     request.node.add_report_section("setup", "seed", f"repeat with PLANNER_TEST_SEED={SEED}")
     return SEED
+
+
+def pytest_collection_finish() -> None:
+    """What collecting left lives as long as the run: collections of garbage in tests need not look at it."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_report_header() -> str:
