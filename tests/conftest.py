@@ -1,14 +1,26 @@
-"""What every test gets: Hypothesis profiles, and GPU tests that skip themselves."""
+"""What every test gets: one thread, Hypothesis profiles, a seed that moves; GPU tests skip themselves."""
 
 from __future__ import annotations
 
+import gc
 import os
+import time
 
 import pytest
 from hypothesis import settings
+from pairwise import pairwise
 
 # `conformance` is a plain module that tests import; without this its asserts would report nothing.
 pytest.register_assert_rewrite("conformance")
+
+# Before torch is imported, here and in every process that a test starts: tensors are small, and where
+# workers of pytest-xdist share the cores, a parallel region waits for a thread that is not running.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Tests that ask for more threads wait for each other without spinning (measured: a sixth of the time).
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+# What samples widely (slow tests) looks elsewhere on every run. Set here, so that all workers have it.
+SEED = int(os.environ.setdefault("PLANNER_TEST_SEED", str(int(time.time()))))
 
 # No deadline: times on a shared machine say nothing about correctness. In CI the examples are the
 # same on every run, so that a red build can be repeated.
@@ -17,12 +29,40 @@ settings.register_profile("ci", deadline=None, print_blob=True, derandomize=True
 settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int:
+    """Another on every run, unless PLANNER_TEST_SEED is set; a test that fails shows it."""
+    request.node.add_report_section("setup", "seed", f"repeat with PLANNER_TEST_SEED={SEED}")
+    return SEED
+
+
+def pytest_collection_finish() -> None:
+    """What collecting left lives as long as the run: collections of garbage in tests need not look at it."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_report_header() -> str:
+    return f"seed of tests that sample widely: PLANNER_TEST_SEED={SEED}"
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked `gpu` where torch sees no CUDA device; ask torch only if there are any."""
+    """Mark what `pairwise` leaves to the slow suite; skip what needs a GPU where torch sees none."""
+    tests: dict[object, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("pairwise"):
+            tests.setdefault(item.function, []).append(item)
+    for each in tests.values():
+        # Combinations share the objects that they are made of.
+        fast = pairwise([{name: id(value) for name, value in item.callspec.params.items()} for item in each])
+        for number, item in enumerate(each):
+            if number not in fast:
+                item.add_marker("slow")
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return
-    import torch
+    import torch  # asked only if there are any
 
     if not torch.cuda.is_available():
         for item in marked:

@@ -54,7 +54,7 @@ def test_the_readmes_test_command_is_one_line_that_ends_in_pytest():
     assert match is not None
     (line,) = match["body"].splitlines()
     assert line.startswith("python3 -m venv .venv && ")
-    assert line.endswith(" && .venv/bin/pytest")
+    assert line.endswith(" && .venv/bin/pytest -n auto")
 
 
 # Links.

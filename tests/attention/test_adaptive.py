@@ -79,7 +79,10 @@ def train(module, loss_of, steps, seed, count, content):
 # Learning
 
 
-@pytest.mark.parametrize("seed", range(3))
+seeds = pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 3))])
+
+
+@seeds
 def test_scorer_loss_teaches_where_the_mass_is(seed):
     module, data = fresh_module(seed), {"count": 2, "content": 7.0}
     assert found_fraction(module, **data) < 1.5 * CHANCE
@@ -87,7 +90,7 @@ def test_scorer_loss_teaches_where_the_mass_is(seed):
     assert found_fraction(module, **data) >= 0.95
 
 
-@pytest.mark.parametrize("seed", range(3))
+@seeds
 def test_the_tasks_loss_alone_teaches_the_scorer(seed):
     """The target attends four times as sharply as the module, so it needs the planted block, and a
     block that is chosen and right asks for more. Measured: 100% over four seeds and two step sizes."""

@@ -58,6 +58,7 @@ def assert_same_bits(found, expected):
 # Closeness
 
 
+@pytest.mark.pairwise
 @room
 @causal_or_not
 @pytest.mark.parametrize("seq", sorted(set(LENGTHS)))
@@ -67,6 +68,7 @@ def test_float64_equals_the_oracle_forward_and_backward(config, seq, causal, lit
     check_float64(module, *qkv(seq, batch=2), causal)
 
 
+@pytest.mark.pairwise
 @causal_or_not
 @pytest.mark.parametrize("kv_heads", KV_HEADS)
 @every
@@ -74,6 +76,7 @@ def test_query_heads_share_kv_heads(config, kv_heads, causal):
     check_float64(module_of(in_little_room(config)), *qkv(77, batch=2, kv_heads=kv_heads), causal)
 
 
+@pytest.mark.pairwise
 @causal_or_not
 @pytest.mark.parametrize("kv_heads", [1, 4])
 @pytest.mark.parametrize("seq", [1, 17, 150])
@@ -84,6 +87,7 @@ def test_low_precision_is_as_exact_as_a_naive_attention(config, dtype, seq, kv_h
     check_low_precision(module, *qkv(seq, batch=2, kv_heads=kv_heads, dtype=dtype), causal)
 
 
+@pytest.mark.pairwise
 @causal_or_not
 @low_precision
 @every
@@ -92,6 +96,7 @@ def test_low_precision_stays_exact_with_large_scores(config, dtype, causal):
     check_low_precision(module_of(config), *(x.to(dtype) for x in (6 * q, 3 * k, v)), causal)
 
 
+@pytest.mark.pairwise
 @causal_or_not
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["dense", "global_local"])
@@ -103,6 +108,7 @@ def test_gradients_of_shared_keys_survive_many_tiles(name, dtype, causal):
     check_low_precision(module, q, k, v, causal, grad=1 + output_gradient(q))
 
 
+@pytest.mark.pairwise
 @causal_or_not
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("seq", [300, 1500])
@@ -113,6 +119,7 @@ def test_low_precision_stays_exact_with_diffuse_scores(seq, dtype, causal):
     check_low_precision(module, *(x.to(dtype) for x in (q / 20, k, v)), causal)
 
 
+@pytest.mark.pairwise
 @causal_or_not
 @pytest.mark.parametrize("kv_heads", [1, 2])
 @every
@@ -123,11 +130,22 @@ def test_gradcheck(config, kv_heads, causal):
     assert torch.autograd.gradcheck(lambda *x: module(*x, is_causal=causal), inputs, fast_mode=True)
 
 
-@settings(max_examples=200)
-@given(case=cases())
-def test_random_configs_equal_the_oracle(case):
+def check_random(case):
     config, causal = case.pop("config"), case.pop("causal")
     check_float64(module_of(config), *qkv(**case), causal)
+
+
+@settings(max_examples=60)
+@given(case=cases())
+def test_random_configs_equal_the_oracle(case):
+    check_random(case)
+
+
+@pytest.mark.slow
+@settings(max_examples=1000)
+@given(case=cases())
+def test_many_random_configs_equal_the_oracle(case):
+    check_random(case)
 
 
 @pytest.mark.slow
@@ -149,6 +167,7 @@ def test_low_precision_at_a_thousand_tokens(config, dtype, causal):
 # Causality
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("boundary", [1, 5, BLOCK - 1, BLOCK, BLOCK + 1, 31, 64, 77, 99])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @every
@@ -212,6 +231,7 @@ def test_a_full_pattern_equals_dense(config, causal, little_room):
         torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-11)
 
 
+@pytest.mark.pairwise
 @causal_or_not
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @every
@@ -226,6 +246,7 @@ def test_batch_items_do_not_know_each_other(config, dtype, causal):
         assert_same_bits(alone, [x[item] for x in together])
 
 
+@pytest.mark.pairwise
 @causal_or_not
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @every
@@ -297,6 +318,7 @@ def inside_another(x):
     return room[1:, 2:-3, 1:-1, :-3]
 
 
+@pytest.mark.pairwise
 @causal_or_not
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("stored", [heads_first, channels_first, inside_another])
@@ -360,6 +382,7 @@ def test_rows_without_keys_are_zero_and_never_nan(dtype, causal, little_room):
 # Weights
 
 
+@pytest.mark.pairwise
 @causal_or_not
 @pytest.mark.parametrize("kv_heads", [2, 4])
 @pytest.mark.parametrize("seq", [1, 9, 75])
@@ -448,6 +471,7 @@ def saved_bytes(run):
     return sum(saved.values())
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kv_heads", [1, 4])
 @every

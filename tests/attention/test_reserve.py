@@ -43,7 +43,7 @@ def assert_enough_for(program, sum_bytes):
 either = st.sampled_from([0, reserve.SUM_BYTES])
 
 
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(program=programs(longest=400), sum_bytes=either)
 def test_what_is_reserved_is_enough(program, sum_bytes):
     assert_enough_for(program, sum_bytes)
@@ -68,6 +68,7 @@ def test_what_is_reserved_is_enough_for_lists_of_each_head(seq, size, kept, item
     assert not beyond(tiles, sparse_extent(rows, shape), shape, back_tiles, sparse_extent(rows, back))
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize(

@@ -21,8 +21,8 @@ BIASES = ["none", "rows", "square", "whole", "float32"]
 QUERIES = [1, 2, 31, 32, 33, 100, 191, 192, 193, 300, 767, 768, 770]
 KEYS = [1, 2, 3, 31, 64, 200, 511, 512, 513, 700, 1025]
 DIMS = [1, 3, 5, 8, 12, 16, 24, 33]
-CASES = 30
-"""Of each dtype and number of threads."""
+CASES, MANY = 15, 150
+"""Of each dtype and number of threads, in the fast suite and in the slow one."""
 
 
 def tensor(layout: str, views: int, heads: int, length: int, dim: int, dtype: torch.dtype) -> torch.Tensor:
@@ -90,13 +90,22 @@ def check(cases, backward: bool = True) -> None:
         assert (found.kept, found.peak) == (result, result + scratch), (call, sizes)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_profiler_counts_the_same(dtype, threads):
-    rng = random.Random(f"{dtype} {threads}")
+def check_random(rng: random.Random, dtype: torch.dtype, threads: int, cases: int) -> None:
     torch.manual_seed(threads)
     # A 16-bit backward is never called (docs/design.md), and where oneDNN makes its products, not described.
     name = str(dtype).removeprefix("torch.")
-    check([random_case(rng, dtype, threads) for _ in range(CASES)], this_cpu(name).products is None)
+    check([random_case(rng, dtype, threads) for _ in range(cases)], this_cpu(name).products is None)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_profiler_counts_the_same(dtype, threads):
+    check_random(random.Random(f"{dtype} {threads}"), dtype, threads, CASES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_profiler_counts_the_same_of_many(dtype, threads, seed):
+    check_random(random.Random(f"{dtype} {threads} {seed}"), dtype, threads, MANY)
 
 
 def test_a_mask_is_copied_only_for_its_last_stride():

@@ -28,7 +28,7 @@ MACHINES = {
     "pascal": lambda dtype: Cuda((6, 1)),
     "ampere": lambda dtype: Cuda((8, 0)),
 }
-AT_A_TIME = 40
+AT_A_TIME = 8
 
 
 def candidates(random, variant, pattern, branches, n=AT_A_TIME, **fields) -> Columns:
@@ -66,16 +66,32 @@ def check(columns: Columns, workload: Workload, machine) -> None:
         assert one.peak()[1] == peak, (config, seq)
 
 
-@pytest.mark.parametrize("machine", MACHINES)
-@pytest.mark.parametrize("mode", ["inference", "training"])
-@pytest.mark.parametrize("variant, pattern, branches", KINDS)
-def test_every_entry_is_the_peak_of_its_config(variant, pattern, branches, mode, machine):
-    random = np.random.default_rng(branches)
+def check_all(random, variant, pattern, branches, mode, machine, n=AT_A_TIME):
     for dtype, causal, kv_heads in (
         ("float16", False, None), ("float16", True, 2), ("float32", True, None), ("float32", False, 2),
     ):  # fmt: skip
         workload = Workload(seq=1, dtype=dtype, mode=mode, causal=causal, kv_heads=kv_heads, batch=2)
-        check(candidates(random, variant, pattern, branches), workload, MACHINES[machine](dtype))
+        check(candidates(random, variant, pattern, branches, n), workload, MACHINES[machine](dtype))
+
+
+every_kind = pytest.mark.parametrize("variant, pattern, branches", KINDS)
+every_mode = pytest.mark.parametrize("mode", ["inference", "training"])
+every_machine = pytest.mark.parametrize("machine", MACHINES)
+
+
+@every_machine
+@every_mode
+@every_kind
+def test_every_entry_is_the_peak_of_its_config(variant, pattern, branches, mode, machine):
+    check_all(np.random.default_rng(branches), variant, pattern, branches, mode, machine)
+
+
+@pytest.mark.slow
+@every_machine
+@every_mode
+@every_kind
+def test_every_entry_of_many_is_the_peak_of_its_config(variant, pattern, branches, mode, machine, seed):
+    check_all(np.random.default_rng([seed, branches]), variant, pattern, branches, mode, machine, n=100)
 
 
 @pytest.mark.parametrize("mode", ["inference", "training"])

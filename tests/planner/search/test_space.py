@@ -105,15 +105,25 @@ def test_one_backend_has_all_that_differ(backend, free_length):
     assert any(config.pattern and config.pattern.block_size == 48 for config in found) == (backend != "flex")
 
 
-@pytest.mark.parametrize("seed", range(200))
-def test_whatever_a_trial_suggests_is_a_config(seed):
-    rng = random.Random(seed)
+def assert_suggests_a_config(number):
+    rng = random.Random(number)
     workload = rng.choice([*WORKLOADS, Workload(seq=1 << 20), Workload(seq=1000)])
-    columns = chosen(Random(seed), Space(), workload, flex=rng.random() < 0.5)
+    columns = chosen(Random(number), Space(), workload, flex=rng.random() < 0.5)
     config = columns.config(0, workload)
     assert len(columns) == 1
     assert list(config.dilation_rates) == sorted(config.dilation_rates)
     assert list(config.segment_lengths) == sorted(config.segment_lengths)
+
+
+@pytest.mark.parametrize("number", range(50))
+def test_whatever_a_trial_suggests_is_a_config(number):
+    assert_suggests_a_config(number)
+
+
+@pytest.mark.slow
+def test_whatever_many_trials_suggest_is_a_config(seed):
+    for number in range(2000):
+        assert_suggests_a_config(f"{seed} {number}")
 
 
 @pytest.mark.parametrize(
