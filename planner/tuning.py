@@ -14,14 +14,15 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, Final, Literal, NamedTuple
 
 import optuna
+from optuna.distributions import BaseDistribution
 from optuna.exceptions import UpdateFinishedTrialError
-from optuna.trial import TrialState, create_trial
+from optuna.trial import FrozenTrial, TrialState, create_trial
 from pydantic import BeforeValidator
 
 from attention.config import AttentionConfig, Value, as_tuple
@@ -41,6 +42,8 @@ from planner.workload import Workload
 
 ASKS: Final = 8
 """Suggestions for each trial: those that fail the gates or were tried before are not measured."""
+PROVISIONAL: Final = -1
+"""Number of a trial until the study has it."""
 WORST: Final = 50.0
 """Value of what did not run: e^50 seconds."""
 
@@ -231,13 +234,20 @@ def measured_of(study: optuna.Study, without: Collection[int] = ()) -> dict[Atte
     numbers of trials that do not count."""
     found: dict[AttentionConfig, Trial] = {}
     for old in study.get_trials(deepcopy=False):
-        if "trial" in old.user_attrs and old.number not in without:
-            # Earlier versions counted in each worker.
-            trial = Trial(**{**old.user_attrs["trial"], "number": old.number})
+        trial = _trial(old)
+        if trial is not None and trial.number not in without:
             known = found.get(trial.config)
             if known is None or not known.good:
                 found[trial.config] = trial
     return found
+
+
+def _trial(old: FrozenTrial) -> Trial | None:
+    """What a study's trial has of one that was measured."""
+    if "trial" not in old.user_attrs:
+        return None
+    # Earlier versions counted in each worker.
+    return Trial(**{**old.user_attrs["trial"], "number": old.number})
 
 
 def limits(timeout: float, runs: int, versions: dict[str, str | None]) -> dict[str, Any]:
@@ -286,6 +296,12 @@ def _known_speed(scenario: Scenario) -> tuple[Calibration, SpeedFit]:
     return known, known.speed
 
 
+def _told(found: Trial) -> tuple[float, float]:
+    """(value, constraint) that the sampler is told."""
+    good = found.good and found.seconds
+    return math.log(found.seconds or 1.0) if good else WORST, 0.0 if found.good else 1.0
+
+
 def _given_up(study: optuna.Study, number: int) -> bool:
     """Ends a dead worker's trial; whether it was this process that did."""
     try:
@@ -306,8 +322,10 @@ class _Tuning:
         self.storage, self.measure, self.progress = storage, measure, progress
         self.limits = limits
         self.trials: dict[AttentionConfig, Trial] = {}
-        self.again: set[int] = set()
-        """Numbers of trials that failed before and are tried again."""
+        self.again: dict[AttentionConfig, FrozenTrial] = {}
+        """What failed before and is to be tried again, each with the last trial that did."""
+        self.outdated: set[int] = set()
+        """Numbers of those trials."""
         self.measured: list[Measurement] = []
         """Of this call, in order."""
         self.kept: tuple[Trial | None, Trial | None] = (None, None)
@@ -337,26 +355,20 @@ class _Tuning:
         return self._result(kept, interrupted)
 
     def _take_up(self, study: optuna.Study) -> None:
-        """Trials of an earlier run; those that it was in the midst of are begun again, unless it still is, and
-        so are those that failed, if they may end otherwise now or nothing has run at all."""
+        """Trials of an earlier run. Those that it was in the midst of are begun again, unless it still is;
+        those that failed too, if they may end otherwise now or nothing has run at all."""
         for old in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             if not _at_work(old.user_attrs.get(_OWNER)) and _given_up(study, old.number):
                 self._queue(study, old.params)
-        earlier = measured_of(study)
+        earlier, known = measured_of(study), study.get_trials(deepcopy=False)
         nothing_ran = not any(trial.good for trial in earlier.values())
-        known = {old.number: old for old in study.get_trials(deepcopy=False)}
-        for trial in earlier.values():
-            old = known[trial.number]
-            if trial.kind != "ok" and (
-                nothing_ran or may_end_otherwise(trial, old.user_attrs.get(_LIMITS), self.limits)
-            ):
-                # All of this config up to here.
-                self.again |= {
-                    number for number, one in known.items()
-                    if "trial" in one.user_attrs and one.user_attrs["trial"]["config"] == old.user_attrs["trial"]["config"]
-                }  # fmt: skip
-                if old.params:
-                    self._queue(study, old.params)
+        self.again = {
+            config: known[trial.number]
+            for config, trial in earlier.items()
+            if nothing_ran
+            or may_end_otherwise(trial, known[trial.number].user_attrs.get(_LIMITS), self.limits)
+        }
+        self.outdated = {old.number for old in known if (trial := _trial(old)) and trial.config in self.again}
         self._hear(study)
 
     def _queue(self, study: optuna.Study, known: dict[str, Any], **how: Any) -> None:
@@ -375,7 +387,7 @@ class _Tuning:
 
     def _hear(self, study: optuna.Study) -> None:
         """Trials that others measured for the same study meanwhile count like one's own."""
-        for config, trial in measured_of(study, self.again).items():
+        for config, trial in measured_of(study, self.outdated).items():
             known = self.trials.get(config)
             if known is None or (trial.good and not known.good):
                 self.trials[config] = trial
@@ -390,10 +402,13 @@ class _Tuning:
 
     def _one(self, study: optuna.Study, wanted: int) -> None:
         """One suggestion: measured, if it passes the gates and is new."""
+        if self.again:
+            self._again(study, wanted)
+            return
         if self.analytic.config not in self.trials and not self._waiting(study):
-            self._unsuggested(study)
-        if self.progress:
-            self.progress(Progress(len(self.trials), wanted, None, self._best()))
+            # What no trial can suggest is measured all the same.
+            self._unsuggested(study, self.analytic.config, {}, {}, wanted)
+        self._report(wanted)
         try:
             with whole():
                 trial = self._ask(study)
@@ -412,14 +427,17 @@ class _Tuning:
         found = self._run(config, trial.number) if new else self.trials[config]
         with whole():
             self._tell(study, trial, found, new=new)
-        if new and self.progress:
-            self.progress(Progress(len(self.trials), wanted, found, self._best()))
+        if new:
+            self._report(wanted, found)
+
+    def _report(self, wanted: int, last: Trial | None = None) -> None:
+        if self.progress:
+            self.progress(Progress(len(self.trials), wanted, last, self._best()))
 
     def _tell(self, study: optuna.Study, trial: optuna.Trial, found: Trial, *, new: bool) -> None:
         """Keeps what came of a trial; if another took this worker for dead, and the trial up, as one more."""
         attributes = self._attributes(found) if new else {}
-        value = math.log(found.seconds) if found.good and found.seconds else WORST
-        constraint = 0.0 if found.good else 1.0
+        value, constraint = _told(found)
         try:
             for name, attribute in attributes.items():
                 trial.set_user_attr(name, attribute)
@@ -427,30 +445,49 @@ class _Tuning:
             study.tell(trial, value, skip_if_finished=True)
         except UpdateFinishedTrialError:
             if new:
-                study.add_trial(
-                    create_trial(
-                        value=value, params=trial.params, distributions=trial.distributions,
-                        user_attrs={_OWNER: _myself(), **attributes}, constraints={"runs": constraint},
-                    )
-                )  # fmt: skip
+                self._add(study, found, trial.params, trial.distributions)
         if new:
             self._keep(study)
+
+    def _add(
+        self, study: optuna.Study, found: Trial, params: dict[str, Any],
+        distributions: dict[str, BaseDistribution],
+    ) -> None:  # fmt: skip
+        """Keeps what was measured as a trial of its own; from one without parameters no sampler learns."""
+        value, constraint = _told(found)
+        told: dict[str, Any] = {"value": value} if params else {"state": TrialState.FAIL}
+        study.add_trial(
+            create_trial(
+                **told, params=params, distributions=distributions, constraints={"runs": constraint},
+                user_attrs={_OWNER: _myself(), **self._attributes(found)},
+            )
+        )  # fmt: skip
+        number = measured_of(study, self.outdated)[found.config].number
+        self.trials[found.config] = found.model_copy(update={"number": number})
 
     def _attributes(self, found: Trial) -> dict[str, Any]:
         """What a study's trial has of one that was measured."""
         under = {} if found.good else {_LIMITS: self.limits}
         return {**under, "trial": found.model_dump(mode="json")}
 
-    def _unsuggested(self, study: optuna.Study) -> None:
-        """Measures the analytic pick where no trial can suggest it; in the study it is a trial without
-        parameters, that no sampler learns from."""
+    def _again(self, study: optuna.Study, wanted: int) -> None:
+        """Measures one that failed before: the analytic pick, or else the first."""
+        config = self.analytic.config if self.analytic.config in self.again else next(iter(self.again))
+        old = self.again.pop(config)
+        if config not in self.trials:  # nor has another worker by now
+            self._unsuggested(study, config, old.params, old.distributions, wanted)
+
+    def _unsuggested(
+        self, study: optuna.Study, config: AttentionConfig, params: dict[str, Any],
+        distributions: dict[str, BaseDistribution], wanted: int,
+    ) -> None:  # fmt: skip
+        """Measures what no sampler was asked for."""
+        self._report(wanted)
+        self._run(config, PROVISIONAL)
         with whole():
-            trial = self._ask(study)
-        found = self._run(self.analytic.config, trial.number)
-        with whole(), suppress(UpdateFinishedTrialError):
-            for name, attribute in self._attributes(found).items():
-                trial.set_user_attr(name, attribute)
-            study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
+            self._add(study, self.trials[config], params, distributions)
+            self._keep(study)
+        self._report(wanted, self.trials[config])
 
     def _waiting(self, study: optuna.Study) -> bool:
         return bool(study.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
@@ -501,13 +538,14 @@ class _Tuning:
         if best is None or analytic is None:
             why = next((t.message for t in self.trials.values() if t.message), "nothing was measured")
             raise AttentionPlannerError(f"no config ran within the budget on this device: {why}")
+        ordered = sorted(self.trials.values(), key=lambda trial: trial.number)
         of, predicted = self.analytic, point(self.scenario, best.config, self.scenario.workload.seq)
         return Tuned(
             versions=of.versions, calibration=of.calibration, seed=of.seed, command=of.command,
             config=best.config, workload=of.workload, on=of.on, budget=of.budget, reserve=of.reserve,
             memory=predicted.memory,
             quality=Quality(profile=of.quality.profile, mass=predicted.mass, layers=predicted.layers),
-            best=best, analytic=analytic, trials=tuple(sorted(self.trials.values(), key=lambda trial: trial.number)), kept=kept,
+            best=best, analytic=analytic, trials=tuple(ordered), kept=kept,
             storage=self.storage.url, study=self.storage.study, interrupted=interrupted,
         )  # fmt: skip
 

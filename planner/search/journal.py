@@ -100,11 +100,7 @@ class Journal(BaseJournalBackend):
         found, broken = logs_of(lines, self._count)
         if broken:
             first = self._lines + broken[0] + 1
-            many = (
-                f"line {first} is"
-                if len(broken) == 1
-                else f"{len(broken)} lines, the first of them {first}, are"
-            )
+            many = f"line {first} is" if len(broken) == 1 else f"{len(broken)} lines from line {first} on are"
             warnings.warn(
                 f"{self.path}: {many} broken; what can be read of the journal is used",
                 StorageWarning,
@@ -123,8 +119,8 @@ class Journal(BaseJournalBackend):
                 append_whole(file, data)
         except OSError as error:
             raise StorageError(
-                f"the study was not kept: writing {self.path} failed ({error.strerror}); what is there already "
-                "is whole: make room, and the same command goes on"
+                f"the study was not kept: writing {self.path} failed ({error.strerror}); what is there "
+                "already is whole: make room, and the same command goes on"
             ) from error
 
     def _mend(self, file: int) -> None:
@@ -149,8 +145,8 @@ class Journal(BaseJournalBackend):
             os.close(kept)
         os.ftruncate(file, size - len(piece))
         warnings.warn(
-            f"{self.path} ended in the midst of a line, as a crash or a full disk leaves it; its {len(piece)} "
-            f"bytes were set aside in {aside}",
+            f"{self.path} ended in the midst of a line, as a crash or a full disk leaves it; its "
+            f"{len(piece)} bytes were set aside in {aside}",
             StorageWarning,
             stacklevel=2,
         )
@@ -237,7 +233,7 @@ class Journal(BaseJournalBackend):
 
 
 class _Count:
-    """How many studies and trials there are by the entries so far; their ids are their places in the order."""
+    """How many studies and trials there are by the entries so far; their ids are their places in order."""
 
     def __init__(self) -> None:
         self.made = {"study_id": 0, "trial_id": 0}
@@ -257,8 +253,8 @@ def logs_of(lines: Sequence[bytes], count: _Count) -> tuple[list[Log], list[int]
     """(the entries of these lines, which of the lines are broken).
 
     An entry that was added to a torn line is still one. Where a lost line must have begun a study or a trial,
-    because a later entry is about one more than there are, another stands in for it: what follows is about the
-    same trials as before.
+    because a later entry is about one more than there are, another stands in for it: what follows is about
+    the same trials as before.
     """
     found: list[Log] = []
     broken: list[int] = []
@@ -334,8 +330,8 @@ def _refuse_others(path: str) -> None:
             what = _looks_like(file.read(LOOKED_AT))
     if what is not None:
         raise ConfigError(
-            f"storage {path} is {what}, and no journal of trials: name another file, one that is not there yet "
-            "is made; a database is named by a URL, e.g. sqlite:///studies.db"
+            f"storage {path} is {what}, and no journal of trials: name another file, one that is not there "
+            "yet is made; a database is named by a URL, e.g. sqlite:///studies.db"
         )
 
 
@@ -347,7 +343,7 @@ def _looks_like(data: bytes) -> str | None:
     if begun or any(_entry(line) or _last_entry(line) for line in lines):
         return None
     if data.startswith(b"SQLite format 3"):
-        return f"a database of SQLite (write sqlite:/// before its name)"
+        return "a database of SQLite (write sqlite:/// before its name)"
     if b'"config"' in lines[0] and b'"workload"' in lines[0]:
         return "a file of records"
     start = lines[0][:40].decode(errors="replace")
