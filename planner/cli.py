@@ -9,8 +9,8 @@ from planner.command import app
 
 
 def main() -> None:
-    """Runs the command line and exits: 0 done, 1 a measured process crashed, 2 the request is wrong,
-    3 nothing fits, 130 interrupted."""
+    """Runs the command line and exits: 0 done, 1 a measured process crashed or its results could
+    not be kept, 2 the request is wrong, 3 nothing fits, 130 interrupted."""
     _open_streams()
     app(prog_name="planner")
 

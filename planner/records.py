@@ -25,7 +25,8 @@ class RecordWarning(UserWarning):
 
 
 def append(path: str | Path, measurement: Measurement) -> None:
-    """Adds one record and returns when it is on disk; StorageError if it could not be kept.
+    """Adds one record and returns when it is on disk; StorageError if it could not be written, another
+    AttentionPlannerError if the file cannot be opened.
 
     A record that was not kept leaves the file as it was.
     """
@@ -33,12 +34,19 @@ def append(path: str | Path, measurement: Measurement) -> None:
     try:
         # Read and write: whether the last line was torn has to be read.
         with _opened(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, fcntl.LOCK_EX) as file:
-            append_whole(file, b"\n" + line if is_torn(file) else line)
+            try:
+                append_whole(file, b"\n" + line if is_torn(file) else line)
+            except OSError as error:
+                raise StorageError(_not_kept(path, error)) from error
     except OSError as error:
-        raise StorageError(
-            f"the record was not kept: writing {path} failed ({error.strerror}); make room or choose "
-            "another file, and measure again"
-        ) from error
+        raise AttentionPlannerError(_not_kept(path, error)) from error
+
+
+def _not_kept(path: str | Path, error: OSError) -> str:
+    return (
+        f"the record was not kept: writing {path} failed ({error.strerror}); make room or choose another "
+        "file, and measure again"
+    )
 
 
 def read(path: str | Path) -> list[Measurement]:

@@ -12,7 +12,7 @@ from typing import Any
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import RDBStorage
 from optuna.trial import TrialState
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, PendingRollbackError, SQLAlchemyError
 
 from attention.errors import StorageError
 from planner.search.patience import Patience
@@ -102,6 +102,8 @@ def _cause(error: Exception) -> BaseException:
 
 def _passes(error: BaseException) -> bool:
     """Whether the same may work later: the server is away or busy, or another worker has the file locked."""
+    if isinstance(error, PendingRollbackError):
+        return True  # Optuna asked again in the session in which the connection ended
     if not isinstance(error, DBAPIError):
         return False
     if "sqlite" in type(error.orig).__module__:

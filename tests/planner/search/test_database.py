@@ -11,7 +11,7 @@ import pytest
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import RDBStorage
 from optuna.trial import TrialState
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import OperationalError, PendingRollbackError
 
 from attention.errors import StorageError
 from planner.search import patience
@@ -69,6 +69,17 @@ def test_a_database_that_comes_back_is_waited_for_and_that_is_said(url, monkeypa
         assert storage.asked(answers) == "here"
     assert len(said) == 1
     storage.engine.dispose()
+
+
+def test_a_connection_that_ended_within_a_question_is_one_that_comes_back(url):
+    # Reading, Optuna asks a second time in the session of the first.
+    storage, errors = open_database(url), [PendingRollbackError("Can't reconnect until ...")]
+    assert storage.asked(lambda: "here" if not errors else raised(errors.pop())) == "here"
+    storage.engine.dispose()
+
+
+def raised(error):
+    raise error
 
 
 def test_a_database_that_does_not_come_back_is_an_error(url, monkeypatch):
