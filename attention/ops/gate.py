@@ -81,8 +81,9 @@ class _Work:
                 torch.gt(keys[:, None], seen[skip:, :, None], out=hidden)
                 keys.clamp_max_(self.shape.seq - 1)
                 weights = self._product("weights", queries[skip:], k, keys)
-                weights.sub_(log_sum[skip:]).exp_().masked_fill_(hidden, 0.0)
+                weights.sub_(log_sum[skip:]).exp_()
                 scores = self._product("scores", do[skip:], v, keys).sub_(delta[skip:]).mul_(weights)
+                scores.masked_fill_(hidden, 0.0)  # after the product: what is hidden may be NaN
                 sums = torch.sum(scores, (1, 2), out=self._get("sums", (len(keys),), scores.dtype))
                 found[first + skip : last, column].copy_(sums)
 

@@ -85,6 +85,8 @@ class Scoring:
             own = place[rows, None]
             scores = self.get("scores", (heads, len(own), blocks))
             torch.bmm(queries[:, rows], keys.transpose(1, 2), out=scores)
+            # NaN is a bad score, and none is as good as the row's own block or as bad as a later one.
+            scores.nan_to_num_(torch.finfo(self.dtype).min)
             mask = self.get("mask", (len(own), blocks), torch.bool)
             scores.masked_fill_(torch.eq(own, place, out=mask), torch.inf)
             if self.shape.causal:
