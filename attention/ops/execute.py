@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 
 from attention.ops import kernels
+from attention.ops.backward import Gradients, once
 from attention.ops.maskless import maskless
 from attention.ops.program import Call, Gather, Shape, Span, Tile
 from attention.ops.reserve import Extent, arena_bytes, backward_sizes, forward_sizes, sums_in_full
 from attention.ops.scratch import FreshScratch, Scratch
 from attention.ops.sinks import GatherSink, Part, Sink, SpanSink
 from attention.ops.views import Fetched, Listed, causal_mask, fetch, listed, mask_bias, rows, view, widened
-from attention.pool import Buffers, with_emergency_release
+from attention.pool import Buffers
 
 TILES_AHEAD, BYTES_AHEAD = 32, 512 << 10
 """Tiles, and bytes of what they list, that a CPU makes before it runs them."""
@@ -90,44 +91,33 @@ class Attend(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
-        out, lse = _run(q, k, v, problem, keeps_lse=True, trains=True)
+        out, lse = _forward(q, k, v, problem, keeps_lse=True, trains=True)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.problem = problem
+        ctx.problem, ctx.buffers = problem, problem.buffers
         assert lse is not None
         ctx.mark_non_differentiable(lse)
         ctx.set_materialize_grads(False)  # or zeros would be made for lse
         return out, lse
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    @once
+    def backward(ctx: Any, saved: Sequence[Tensor], grad: Tensor | None, _: None) -> Gradients:
         if grad is None:
             return None, None, None, None
-        q, k, v, out, lse = ctx.saved_tensors
-        problem: Problem = ctx.problem
         grad = grad if grad.stride(-1) == 1 and 0 not in grad.stride() else grad.contiguous()
-        dq, dk, dv = with_emergency_release(
-            lambda: _gradients(grad, q, k, v, out, lse, problem), problem.buffers, q.device
-        )
-        return dq, dk, dv, None
+        q, k, v, out, lse = saved
+        return *_gradients(grad, q, k, v, out, lse, ctx.problem), None
 
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, problem: Problem, *, keeps_lse: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """(out, lse) of the problem, with gradients where q, k or v ask for them. lse is None unless that or
-    the caller needs it."""
+    the caller needs it. Where memory runs out is the caller's concern, who has more that can be freed."""
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         result: tuple[Tensor, Tensor] = Attend.apply(q, k, v, problem)  # type: ignore[no-untyped-call]
         return result
-    return _run(q, k, v, problem, keeps_lse)
-
-
-def _run(
-    q: Tensor, k: Tensor, v: Tensor, problem: Problem, keeps_lse: bool, trains: bool = False
-) -> tuple[Tensor, Tensor | None]:
-    return with_emergency_release(
-        lambda: _forward(q, k, v, problem, keeps_lse, trains), problem.buffers, q.device
-    )
+    return _forward(q, k, v, problem, keeps_lse, trains=False)
 
 
 def _forward(

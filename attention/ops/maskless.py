@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from attention.ops.program import Call, Gather, Shape, Span, Tile
+from attention.ops.program import Call, Shape, Span, Tile
 
 
 def maskless(tile: Tile, shape: Shape) -> Tile:
