@@ -58,8 +58,8 @@ def _device(device: torch.device | str) -> torch.device:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (found.index or 0) >= count:
             raise UnavailableError(
-                f"device {str(device)!r} is not to be had: torch {torch.__version__} finds {count} CUDA devices "
-                "here; use 'cpu', or a build of torch and a machine that have it"
+                f"device {str(device)!r} is not to be had: torch {torch.__version__} finds {count} CUDA "
+                "devices here; use 'cpu', or a build of torch and a machine that have it"
             )
     return found
 

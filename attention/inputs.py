@@ -19,8 +19,8 @@ def refuse_transforms() -> None:
     """Raises UnavailableError inside of what would have to trace a program of views, or map over it."""
     if torch._C._are_functorch_transforms_active():
         raise UnavailableError(
-            "this attention cannot run under torch.func (vmap, grad, jvp and so on): give a batch as the first "
-            "dimension of q, k and v, and take gradients by torch.autograd"
+            "this attention cannot run under torch.func (vmap, grad, jvp and so on): give a batch as the "
+            "first dimension of q, k and v, and take gradients by torch.autograd"
         )
     if torch.compiler.is_compiling():
         raise UnavailableError(

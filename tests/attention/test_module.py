@@ -1,5 +1,5 @@
-"""What holds for a call of any module: it runs between compiled parts, says what it cannot do, and runs out of
-memory in one way."""
+"""What holds for a call of any module: it runs between compiled parts, says what it cannot do, and runs
+out of memory in one way."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ KINDS = ["dense", "dilated-2", "local_window", "global_local", "dilated_sparse-3
 
 
 def called(name, seq=37):
-    """(module, inputs, call(module, *inputs) -> a tensor) of a kind, `multihead` and `multihead adaptive` among
-    them, on inputs that want gradients."""
+    """(module, inputs, call(module, *inputs) -> a tensor) of a kind, `multihead` and `multihead adaptive`
+    among them, on inputs that want gradients."""
     kind, multihead = name.removeprefix("multihead "), name.startswith("multihead")
     config = IMPLEMENTATIONS["local_window" if kind == "multihead" else kind]
     if not multihead:
