@@ -22,7 +22,7 @@ from attention.block_sparse import chosen_tiles
 from attention.config import AttentionConfig
 from attention.inputs import check, shape_of
 from attention.layout import row_budget
-from attention.module import Attention
+from attention.module import Attention, eager
 from attention.ops import flex
 from attention.ops.adaptive_sizes import Scorer, active_of_choice, choosing_sizes
 from attention.ops.execute import Problem, attend
@@ -33,7 +33,7 @@ from attention.ops.reserve import sparse_extent
 from attention.ops.scorer import ChosenScores, Scoring, chosen_blocks, scoring_dtype
 from attention.ops.scratch import Scratch
 from attention.ops.weights import AttentionWeights, attention_weights, check_room, chosen_pairs
-from attention.pool import Buffers
+from attention.pool import Buffers, with_emergency_release
 from attention.rows import chosen_rows
 
 
@@ -52,10 +52,9 @@ class AdaptiveAttention(Attention):
         self.query_weight = nn.Parameter(start)
         self.key_weight = nn.Parameter(start.clone())
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False, return_attention_weights: bool = False
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, is_causal: bool, return_attention_weights: bool
     ) -> Tensor | tuple[Tensor, AttentionWeights]:
-        check(q, k, v, self.config)
         flex.resolve(self.config, q, k, is_causal)
         q, k, v = (x.contiguous() for x in (q, k, v))
         shape = shape_of(q, k, self.config, is_causal)
@@ -63,13 +62,15 @@ class AdaptiveAttention(Attention):
             kept = min(row_budget(self.config, shape.seq), self._blocks(shape))
             active = active_of_choice(self._blocks(shape), kept, is_causal)
             check_room(self.config, shape, q, kept=active)
-        blocks = self.select(q, k, is_causal)
+        blocks = self._select(q, k, shape)
         learns = torch.is_grad_enabled() and self.query_weight.requires_grad
         needs_lse = learns or return_attention_weights
         out, lse = attend(q, k, v, self._problem_over(shape, blocks), keeps_lse=needs_lse)
         if learns:
             scores = self._chosen_scores(q.detach(), k.detach(), blocks)
-            out = Gate.apply(out, scores, q, k, v, lse, blocks, self.block_size, self._scale(shape), shape)  # type: ignore[no-untyped-call]
+            out = Gate.apply(
+                out, scores, q, k, v, lse, blocks, self.block_size, self._scale(shape), shape, self.scratch
+            )  # type: ignore[no-untyped-call]
         if not return_attention_weights:
             return out
         assert lse is not None
@@ -78,33 +79,47 @@ class AdaptiveAttention(Attention):
             q.detach(), k.detach(), lse, pairs, self.config, shape, self._scale(shape)
         )
 
+    @eager
     def over(self, q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, is_causal: bool = False) -> Tensor:
         """Attention over blocks chosen before, as `select` gives them."""
-        check(q, k, v, self.config)
-        q, k, v = (x.contiguous() for x in (q, k, v))
-        return attend(q, k, v, self._problem_over(shape_of(q, k, self.config, is_causal), blocks))[0]
+        check(q, k, v, self.config, is_causal)
+        shape = shape_of(q, k, self.config, is_causal)
 
-    @torch.no_grad()
+        def run() -> Tensor:
+            problem = self._problem_over(shape, blocks)
+            return attend(q.contiguous(), k.contiguous(), v.contiguous(), problem)[0]
+
+        return with_emergency_release(run, self.scratch, q.device)
+
+    @eager
     def select(self, q: Tensor, k: Tensor, is_causal: bool = False) -> Tensor:
         """Chosen key blocks, int64 [B, H, blocks, kept], ascending, then -1 where there are fewer."""
-        check(q, k, k, self.config)
+        check(q, k, k, self.config, is_causal)
         shape = shape_of(q, k, self.config, is_causal)
+        return with_emergency_release(lambda: self._select(q, k, shape), self.scratch, q.device)
+
+    @torch.no_grad()
+    def _select(self, q: Tensor, k: Tensor, shape: Shape) -> Tensor:
         return chosen_blocks(q, k, self.query_weight, self.key_weight, shape, self._sizes(q, shape))
 
+    @eager
     def scorer_loss(self, q: Tensor, k: Tensor, is_causal: bool = False) -> Tensor:
         """Cross-entropy between the scorer's distribution over key blocks and dense attention's mass.
 
         The target is computed row chunk by row chunk and carries no gradient; what is kept for the
         scorer's gradient is of size blocks x blocks, so train at lengths where that is little.
         """
-        check(q, k, k, self.config)
+        check(q, k, k, self.config, is_causal)
         shape = shape_of(q, k, self.config, is_causal)
+        return with_emergency_release(lambda: self._loss(q, k, shape), self.scratch, q.device)
+
+    def _loss(self, q: Tensor, k: Tensor, shape: Shape) -> Tensor:
         queries, keys = self._projected(q.detach(), k.detach(), shape)
         index = torch.arange(self._blocks(shape), device=q.device)
         total = queries.new_zeros(())
         for rows in self._row_chunks(shape, q.shape[0] * self.block_size**2):
             scores = queries[:, :, rows] @ keys.transpose(-1, -2)
-            if is_causal:
+            if shape.causal:
                 scores = scores.masked_fill(index > index[rows, None], -torch.inf)
             target = self._block_mass(q.detach(), k.detach(), rows, shape)
             total = total - (target * scores.log_softmax(-1).clamp_min(-1e4)).sum()
@@ -148,7 +163,7 @@ class AdaptiveAttention(Attention):
         """What passes the gradient of the chosen blocks' scores [B, H, blocks, kept] to the projections."""
         shape = shape_of(q, k, self.config, is_causal=False)  # which is the blocks' concern
         scores: Tensor = ChosenScores.apply(
-            self.query_weight, self.key_weight, q, k, blocks, shape, self._sizes(q, shape)
+            self.query_weight, self.key_weight, q, k, blocks, shape, self._sizes(q, shape), self.scratch
         )  # type: ignore[no-untyped-call]
         return scores
 

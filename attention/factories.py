@@ -35,6 +35,8 @@ def build(config: AttentionConfig, device: torch.device | str | None = None) -> 
     """The module that `config` describes, its parameters (if any) on `device`."""
     if not isinstance(config, AttentionConfig):
         raise ConfigError(f"build takes an AttentionConfig, got {type(config).__name__}")
+    if device is not None:
+        device = _device(device)
     if config.multihead:
         module: nn.Module = MultiheadAttention(config)
     elif config.adaptive:
@@ -42,6 +44,24 @@ def build(config: AttentionConfig, device: torch.device | str | None = None) -> 
     else:
         module = Attention(config)
     return module if device is None else module.to(device)
+
+
+def _device(device: torch.device | str) -> torch.device:
+    """The device, if there is one by this name."""
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(
+            f"device must be one of torch's, such as 'cpu' or 'cuda', got {device!r}"
+        ) from error
+    if found.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (found.index or 0) >= count:
+            raise UnavailableError(
+                f"device {str(device)!r} is not to be had: torch {torch.__version__} finds {count} CUDA "
+                "devices here; use 'cpu', or a build of torch and a machine that have it"
+            )
+    return found
 
 
 def create_dilated_attention(

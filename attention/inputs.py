@@ -2,19 +2,39 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from attention.config import AttentionConfig
-from attention.errors import InputError
+from attention.errors import InputError, UnavailableError
 from attention.ops import kernels
 from attention.ops.program import Shape, chunk_tokens
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def check(q: Tensor, k: Tensor, v: Tensor, config: AttentionConfig) -> None:
+def refuse_transforms() -> None:
+    """Raises UnavailableError inside of what would have to trace a program of views, or map over it."""
+    if torch._C._are_functorch_transforms_active():
+        raise UnavailableError(
+            "this attention cannot run under torch.func (vmap, grad, jvp and so on): give a batch as the "
+            "first dimension of q, k and v, and take gradients by torch.autograd"
+        )
+    if torch.compiler.is_compiling():
+        raise UnavailableError(
+            "this attention cannot be exported: its program depends on sizes and values; keep it out of "
+            "torch.export (under torch.compile it runs as it is, between the compiled parts)"
+        )
+
+
+def check(q: Tensor, k: Tensor, v: Tensor, config: AttentionConfig, is_causal: Any = False) -> None:
     """Raises InputError unless q [B, S, H, D] and k, v [B, S, G, D] go together and fit `config`."""
+    refuse_transforms()
+    if not isinstance(is_causal, bool):
+        what = "a tensor" if isinstance(is_causal, Tensor) else repr(is_causal)
+        raise InputError(f"is_causal must be True or False, got {what}; masks are given by the config")
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise InputError(f"{name} must be a tensor, got {type(x).__name__}")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from attention import block_sparse, dilated
@@ -17,8 +19,17 @@ from attention.ops.kernels import steady_heap
 from attention.ops.program import Shape, Tile
 from attention.ops.reserve import Extent, dilated_extent, sparse_extent
 from attention.ops.weights import AttentionWeights, attention_weights, check_room
-from attention.pool import buffers_for
+from attention.pool import buffers_for, with_emergency_release
 from attention.rows import rows_of
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def eager(function: F) -> F:
+    """Under torch.compile it runs as it is, between the compiled parts: a program is Python over views, and
+    compiling it would unroll every call. What it compiles itself (FlexAttention) is compiled."""
+    found: F = torch.compiler.disable(function)
+    return found
 
 
 class Attention(nn.Module):
@@ -38,10 +49,19 @@ class Attention(nn.Module):
     def extra_repr(self) -> str:
         return self.config.to_json()
 
+    @eager
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False, return_attention_weights: bool = False
     ) -> Tensor | tuple[Tensor, AttentionWeights]:
-        check(q, k, v, self.config)
+        check(q, k, v, self.config, is_causal)
+        return with_emergency_release(
+            lambda: self._attend(q, k, v, is_causal, return_attention_weights), self.scratch, q.device
+        )
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, is_causal: bool, return_attention_weights: bool
+    ) -> Tensor | tuple[Tensor, AttentionWeights]:
+        """`forward`, of checked inputs; may be run again."""
         backend = flex.resolve(self.config, q, k, is_causal)
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         shape = shape_of(q, k, self.config, is_causal)

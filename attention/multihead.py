@@ -12,14 +12,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from attention.adaptive import AdaptiveAttention
 from attention.config import AttentionConfig
 from attention.errors import InputError
-from attention.module import Attention
+from attention.inputs import refuse_transforms
+from attention.module import Attention, eager
+from attention.ops.backward import Gradients, once
 from attention.ops.weights import AttentionWeights
+from attention.pool import Buffers, with_emergency_release
 
 
 class MultiheadAttention(nn.Module):
@@ -50,6 +52,7 @@ class MultiheadAttention(nn.Module):
         if sizes.bias:
             nn.init.zeros_(self.out_proj.bias)
 
+    @eager
     def forward(
         self,
         query: Tensor,
@@ -71,6 +74,14 @@ class MultiheadAttention(nn.Module):
             )
         self._check(query, key, value)
         wanted = need_weights or return_attention_weights
+        return with_emergency_release(
+            lambda: self._whole(query, key, value, is_causal, wanted, average_attn_weights),
+            self.attention.scratch, query.device,
+        )  # fmt: skip
+
+    def _whole(
+        self, query: Tensor, key: Tensor, value: Tensor, is_causal: bool, wanted: bool, averaged: bool
+    ) -> tuple[Tensor, AttentionWeights | None]:
         batched = query.dim() == 3
         if not batched:
             query, key, value = query[None], key[None], value[None]
@@ -88,12 +99,13 @@ class MultiheadAttention(nn.Module):
             weights = None
         else:
             out, weights = self._attend(query, key, value, is_causal, wanted)
-        if weights is not None and average_attn_weights:
+        if weights is not None and averaged:
             weights = _averaged(weights)
         return (out if batched else out[0]), weights
 
     def _check(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         """Raises InputError unless the streams go together and with the parameters."""
+        refuse_transforms()
         weight = self.in_proj_weight
         for name, x in (("query", query), ("key", key), ("value", value)):
             if not isinstance(x, Tensor):
@@ -133,7 +145,9 @@ class MultiheadAttention(nn.Module):
         trains = torch.is_grad_enabled() and any(x.requires_grad for x in given)
         # Autocast sees into operators and not into a function of one's own.
         if trains and not torch.is_autocast_enabled(query.device.type):
-            found: tuple[Tensor, ...] = _Projections.apply(query, key, value, weight, bias, widths)  # type: ignore[no-untyped-call]
+            found: tuple[Tensor, ...] = _Projections.apply(  # type: ignore[no-untyped-call]
+                query, key, value, weight, bias, widths, self.attention.scratch
+            )
         else:
             found = _projected((query, key, value), weight, bias, widths)
         return tuple(x.unflatten(-1, (-1, self.head_dim)) for x in found)
@@ -158,19 +172,19 @@ class _Projections(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, weight: Tensor, bias: Tensor | None,
-        widths: Sequence[int],
+        widths: Sequence[int], buffers: Buffers,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         streams = (query, key, value)
         ctx.save_for_backward(*streams, weight)
-        ctx.widths = widths
+        ctx.widths, ctx.buffers = widths, buffers
         # Which stream a gradient is handed to: the first of those that are one tensor.
         ctx.firsts = [next(n for n, other in enumerate(streams) if other is x) for x in streams]
         return _projected(streams, weight, bias, widths)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        *streams, weight = ctx.saved_tensors
+    @once
+    def backward(ctx: Any, saved: Sequence[Tensor], *grads: Tensor) -> Gradients:
+        *streams, weight = saved
         ofs = [grad.flatten(0, -2) for grad in grads]
         found: list[Tensor | None] = [None] * 3
         for first, of, rows in zip(ctx.firsts, ofs, weight.split(ctx.widths), strict=True):
@@ -188,7 +202,7 @@ class _Projections(torch.autograd.Function):
             for of, rows in zip(ofs, of_bias.split(ctx.widths), strict=True):
                 torch.sum(of, 0, out=rows)
         shaped = [None if of is None else of.view(x.shape) for of, x in zip(found, streams, strict=True)]
-        return *shaped, of_weight, of_bias, None
+        return *shaped, of_weight, of_bias, None, None
 
 
 def _averaged(weights: AttentionWeights) -> AttentionWeights:

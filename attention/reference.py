@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from attention.config import AttentionConfig, SparsePatternConfig
 from attention.errors import ConfigError, InputError
@@ -47,12 +49,59 @@ def reference_attention(
     query, key, value = (x.double().transpose(1, 2) for x in (q, k, v))
     key, value = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (key, value))
     scale = 1 / math.sqrt(q.shape[3]) if config.scale is None else config.scale
-    scores = (query @ key.transpose(-1, -2) * scale).masked_fill(m == 0, -math.inf)
+    seen = (m > 0).expand(*query.shape[:2], seq, seq)
+    scores: Tensor = _Scores.apply(query, key, seen) * scale  # type: ignore[no-untyped-call]
     # A row of nothing but -inf would make NaN of both the maximum's difference and 0 / 0.
     highest = scores.detach().amax(dim=-1, keepdim=True)
     weights = m * torch.exp(scores - highest.masked_fill(highest == -math.inf, 0.0))
     total = weights.sum(dim=-1, keepdim=True)
-    return ((weights / total.masked_fill(total == 0, 1.0)) @ value).transpose(1, 2)
+    mixed: Tensor = _Mix.apply(weights / total.masked_fill(total == 0, 1.0), value, seen)  # type: ignore[no-untyped-call]
+    return mixed.transpose(1, 2)
+
+
+# Zero times NaN is NaN: pairs that do not see each other are left out of sums, not multiplied by zero.
+
+
+class _Scores(torch.autograd.Function):
+    """query @ key^T where `seen`, minus infinity elsewhere."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, seen: Tensor) -> Tensor:
+        ctx.save_for_backward(query, key, seen)
+        return (query @ key.transpose(-1, -2)).masked_fill(~seen, -math.inf)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        query, key, seen = ctx.saved_tensors
+        return _over(grad, key, seen), _over(grad.mT, query, seen.mT), None
+
+
+class _Mix(torch.autograd.Function):
+    """weights @ value over the pairs `seen`."""
+
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, value: Tensor, seen: Tensor) -> Tensor:
+        ctx.save_for_backward(weights, value, seen)
+        return _over(weights, value, seen)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        weights, value, seen = ctx.saved_tensors
+        of_weights = (grad @ value.transpose(-1, -2)).masked_fill(~seen, 0.0)
+        return of_weights, _over(weights.mT, grad, seen.mT), None
+
+
+def _over(factors: Tensor, x: Tensor, seen: Tensor) -> Tensor:
+    """factors [..., T, K] @ x [..., K, D], where token k of x goes into row t only if `seen` [..., T, K]."""
+    wild = ~x.isfinite().all(-1, keepdim=True)
+    total = factors.masked_fill(~seen, 0.0) @ x.masked_fill(wild, 0.0)
+    for token in wild.flatten(0, -3).any(0)[:, 0].nonzero().flatten().tolist():
+        of_token = factors[..., token, None] * x[..., token, None, :]
+        there = seen[..., token, None] & wild[..., token, None, :]
+        total = total + of_token.masked_fill(~there, 0.0)
+    return total
 
 
 @lru_cache(maxsize=16)

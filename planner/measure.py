@@ -151,8 +151,9 @@ def measure(
     """Runs `config` on `workload` in a process of its own.
 
     `timeout`: seconds for everything, starting torch included. `threads`: of the CPU's operators; None
-    for torch's choice. `memory=False` leaves out the counted calls, and with them `allocated`,
-    `allocated_warm` and `largest` on the CPU. `cap_bytes` holds the run to so much memory: on CUDA what
+    for torch's choice in a fresh process, whatever torch.set_num_threads was told in this one.
+    `memory=False` leaves out the counted calls, and with them `allocated`, `allocated_warm` and `largest` on
+    the CPU. `cap_bytes` holds the run to so much memory: on CUDA what
     the caching allocator may reserve; on the CPU (Linux only, RLIMIT_DATA) private memory above what
     torch takes when idle, for the first two calls.
 

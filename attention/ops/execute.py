@@ -8,31 +8,37 @@ operators copy operands of mixed precision, so those are converted into the aren
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from attention.ops import kernels
+from attention.ops.backward import Gradients, once
+from attention.ops.maskless import maskless
 from attention.ops.program import Call, Gather, Shape, Span, Tile
 from attention.ops.reserve import (
     Cut,
     Extent,
+    Kind,
     arena_bytes,
     backward_sizes,
     cut,
     forward_sizes,
     sums_in_full,
 )
-from attention.ops.scratch import Scratch
+from attention.ops.scratch import FreshScratch, Scratch
 from attention.ops.sinks import GatherSink, Part, Sink, SpanSink
 from attention.ops.views import Fetched, Listed, causal_mask, fetch, listed, mask_bias, rows, view, widened
-from attention.pool import Buffers, with_emergency_release
+from attention.pool import Buffers
 
 TILES_AHEAD, BYTES_AHEAD = 32, 512 << 10
 """Tiles, and bytes of what they list, that a CPU makes before it runs them."""
+VIEWS_AT_ONCE = 1024
+"""Queries that backward without masks takes together at least; it has many views of few."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +75,23 @@ class _Pass:
     cuts: Mapping[str, Cut]
     """How backward cuts the calls of each kind."""
 
+    @property
+    def fresh(self) -> bool:
+        """Whether this pass does again, without masks, what came out with NaN or infinity in it."""
+        return isinstance(self.scratch, FreshScratch)
+
+    def cut(self, call: Call) -> Cut:
+        """How backward cuts a call: as the largest of its kind; in a pass done again, by its own sizes."""
+        if not self.fresh:
+            return self.cuts[call.kind]
+        span, keys = call.queries[0], call.keys
+        gathers = isinstance(keys, Gather)
+        own = Kind(
+            call.kind, span.heads, span.batch, span.length, keys.length, keys.unit, gathers,
+            step=None if isinstance(keys, Gather) else keys.batch_step, largest=(span.batch, keys.length),
+        )  # fmt: skip
+        return cut(own, self.shape)
+
     def bias(self, call: Call, span: Span, keys: Fetched, begin: int = 0) -> dict[str, Any]:
         """The kernel's `causal` and `bias` for a call from its key `begin` on."""
         if call.mask in ("none", "causal"):
@@ -92,44 +115,33 @@ class Attend(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
-        out, lse = _run(q, k, v, problem, keeps_lse=True, trains=True)
+        out, lse = _forward(q, k, v, problem, keeps_lse=True, trains=True)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.problem = problem
+        ctx.problem, ctx.buffers = problem, problem.buffers
         assert lse is not None
         ctx.mark_non_differentiable(lse)
         ctx.set_materialize_grads(False)  # or zeros would be made for lse
         return out, lse
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    @once
+    def backward(ctx: Any, saved: Sequence[Tensor], grad: Tensor | None, _: None) -> Gradients:
         if grad is None:
             return None, None, None, None
-        q, k, v, out, lse = ctx.saved_tensors
-        problem: Problem = ctx.problem
         grad = grad if grad.stride(-1) == 1 and 0 not in grad.stride() else grad.contiguous()
-        dq, dk, dv = with_emergency_release(
-            lambda: _backward(grad, q, k, v, out, lse, problem), problem.buffers, q.device
-        )
-        return dq, dk, dv, None
+        q, k, v, out, lse = saved
+        return *_gradients(grad, q, k, v, out, lse, ctx.problem), None
 
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, problem: Problem, *, keeps_lse: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """(out, lse) of the problem, with gradients where q, k or v ask for them. lse is None unless that or
-    the caller needs it."""
+    the caller needs it. Where memory runs out is the caller's concern, who has more that can be freed."""
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         result: tuple[Tensor, Tensor] = Attend.apply(q, k, v, problem)  # type: ignore[no-untyped-call]
         return result
-    return _run(q, k, v, problem, keeps_lse)
-
-
-def _run(
-    q: Tensor, k: Tensor, v: Tensor, problem: Problem, keeps_lse: bool, trains: bool = False
-) -> tuple[Tensor, Tensor | None]:
-    return with_emergency_release(
-        lambda: _forward(q, k, v, problem, keeps_lse, trains), problem.buffers, q.device
-    )
+    return _forward(q, k, v, problem, keeps_lse, trains=False)
 
 
 def _forward(
@@ -138,8 +150,12 @@ def _forward(
     shape = problem.shape
     if problem.whole:
         heads_first = (x.transpose(1, 2) for x in (q, k, v))
-        out, whole_lse = kernels.forward(*heads_first, scale=problem.scale, causal=shape.causal)
-        return out.transpose(1, 2), whole_lse.transpose(1, 2) if keeps_lse else None
+        out, whole_lse = (
+            x.transpose(1, 2) for x in kernels.forward(*heads_first, scale=problem.scale, causal=shape.causal)
+        )
+        if not shape.causal or _is_clean(out):
+            return out, whole_lse if keeps_lse else None
+        del out, whole_lse
     extent = problem.extent(shape)
     out = (torch.empty if problem.covers else torch.zeros)(q.shape, dtype=q.dtype, device=q.device)
     lse: Tensor | None = None
@@ -153,7 +169,43 @@ def _forward(
             item = (q[b], k[b], v[b], out[b], None if lse is None else lse[b])
             for tile, lists in _ahead(problem.tiles(b, shape), k[b]):
                 _forward_tile(tile, lists, *item, begun)
+                if tile.masks and not _is_clean(out[b, tile.start : tile.stop]):
+                    _forward_again(tile, *item, begun)
     return out, lse
+
+
+def _is_clean(*found: Tensor) -> bool:
+    """Whether a kernel's masks kept out all that they hide: NaN and infinity that come through show in what
+    the kernel returns. True on a GPU, where asking would wait for it."""
+    if found[0].device.type != "cpu":
+        return True
+    return all(math.isfinite(end) for x in found for end in torch.aminmax(x))
+
+
+def _forward_again(
+    tile: Tile, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, begun: _Pass
+) -> None:
+    """`_forward_tile` without masks, in scratch of its own."""
+    tile = maskless(tile, begun.shape)
+    if lse is not None:
+        lse[tile.start : tile.stop].fill_(-torch.inf)
+    fresh = replace(begun, scratch=FreshScratch(q.device), mask=None)
+    _forward_tile(tile, [None] * len(tile.calls), q, k, v, out, lse, fresh)
+    if lse is not None:
+        nothing = lse[tile.start : tile.stop]
+        nothing.masked_fill_(nothing == -torch.inf, 0.0)
+
+
+def _correct(q: Tensor, k: Tensor, out: Tensor, lse: Tensor, scale: float) -> None:
+    """Of a query whose few scores are all minus infinity or NaN torch's CPU kernel says that out and lse are
+    zero: lse is minus infinity, or both are NaN."""
+    places = (lse == 0).nonzero()
+    for some in places.split(max((1 << 20) // (k.shape[2] * k.shape[3]), 1)):
+        n, h, t = some.unbind(1)
+        scores = (k[n, h].to(lse.dtype) @ q[n, h, t].to(lse.dtype)[..., None])[..., 0] * scale
+        highest = scores.amax(-1)  # NaN if one is
+        lse[n, h, t] = highest.where(highest.isnan() | (highest == -torch.inf), 0.0)
+        out[n, h, t] = out[n, h, t].masked_fill(highest.isnan()[:, None], torch.nan)
 
 
 def _ahead(tiles: Iterable[Tile], k: Tensor) -> Iterator[tuple[Tile, Sequence[Listed | None]]]:
@@ -197,6 +249,8 @@ def _forward_tile(
             part, part_lse = kernels.forward(
                 view(span, q), keys.k, keys.v, scale=begun.problem.scale, **begun.bias(call, span, keys)
             )
+            if begun.fresh:
+                _correct(view(span, q), keys.k, part, part_lse, begun.problem.scale)
             target = view(span, total, origin)
             target_lse = None if lse is None else rows(span, lse, lse_from)
             if tile.merge and not call.first:
@@ -226,15 +280,29 @@ def _merge(total: Tensor, total_lse: Tensor, part: Tensor, part_lse: Tensor, scr
     if part.dtype != total.dtype:
         part = scratch.get("part", part.shape, total.dtype).copy_(part)
     lse = torch.logaddexp(total_lse, part_lse)
-    total.mul_(total_lse.sub_(lse).exp_()[..., None])
-    total.addcmul_(part, part_lse.sub_(lse).exp_()[..., None])
+    # Shares of the difference add up to one; exp(lse of each - lse) would not where those are large.
+    part_share = part_lse.sub_(total_lse).nan_to_num_(0.0, torch.inf, -torch.inf)  # nothing met nothing
+    total_share = total_lse.copy_(part_share).neg_().sigmoid_()
+    total.mul_(total_share[..., None]).addcmul_(part, part_share.sigmoid_()[..., None])
     total_lse.copy_(lse)
 
 
-def _backward(
+def _gradients(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, problem: Problem
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if problem.whole and not problem.shape.widens:
+    """(dq, dk, dv), without masks where those let something through."""
+    found = _backward(grad, q, k, v, out, lse, problem)
+    if not problem.shape.causal or _is_clean(*found):
+        return found
+    del found
+    return _backward(grad, q, k, v, out, lse, problem, masks=False)
+
+
+def _backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, problem: Problem,
+    masks: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    if problem.whole and not problem.shape.widens and masks:
         heads_first = (x.transpose(1, 2) for x in (grad, q, k, v, out, lse))
         grads = kernels.backward(*heads_first, scale=problem.scale, causal=problem.shape.causal)
         dq, dk, dv = (x.transpose(1, 2) for x in grads)
@@ -248,7 +316,11 @@ def _backward(
     other = 0
     if not problem.whole:
         other = arena_bytes(forward_sizes(problem.extent(problem.shape), problem.shape, keeps_lse=True))
-    begun = _begun(problem, shape, extent, problem.backward_sizes, other, wide, q.device)
+    if masks:
+        begun = _begun(problem, shape, extent, problem.backward_sizes, other, wide, q.device)
+    else:
+        roomy = shape._replace(chunk=max(shape.chunk, VIEWS_AT_ONCE))
+        begun = _Pass(problem, roomy, FreshScratch(q.device), None, {})
     with begun.scratch as scratch:
         for b in range(q.shape[0]):
             sums = (dk[b], dv[b])
@@ -257,7 +329,7 @@ def _backward(
                 sums = (scratch.get("dk", size, dtype).zero_(), scratch.get("dv", size, dtype).zero_())
             item = (grad[b], q[b], k[b], v[b], out[b], lse[b], dq[b], *sums)
             for tile in problem.tiles(b, shape):
-                _backward_tile(tile, *item, begun, wide)
+                _backward_tile(tile if masks else maskless(tile, shape), *item, begun, wide)
             if sums_in_full(shape):
                 dk[b].copy_(sums[0])
                 dv[b].copy_(sums[1])
@@ -272,7 +344,7 @@ def _backward_tile(
     scratch, shape = begun.scratch, begun.shape
     total, origin = _accumulator("dq", tile, dq, scratch)
     for call in tile.calls:
-        by = begun.cuts[call.kind]
+        by = begun.cut(call)
         for begin, part in call.columns(by.width):
             keys = fetch(part, k, v, scratch, dtype=wide)
             sink: Sink
@@ -311,7 +383,7 @@ def _add_gradients(
     bias = mask.get("bias")
     if bias is not None:
         bias = bias.expand(*lse_rows.shape, part.length)
-    by = begun.cuts[call.kind]
+    by = begun.cut(call)
     width = part.length if call.mask == "causal" else by.keys  # that mask ties keys to queries
     for n in _slices(span.batch, by.views):
         args = [in_wide(name, view(span, x)[n]) for name, x in (("do", grad), ("q", q), ("out", out))]

@@ -3,15 +3,15 @@ blocks that were chosen."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from attention.ops.adaptive_sizes import gate_rows, gate_sizes, gate_tokens
+from attention.ops.backward import Gradients, once
 from attention.ops.kernels import lse_dtype
 from attention.ops.program import Shape
 from attention.ops.scratch import Scratch
@@ -25,16 +25,17 @@ class Gate(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, out: Tensor, scores: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor,
-        blocks: Tensor, size: int, scale: float, shape: Shape,
+        blocks: Tensor, size: int, scale: float, shape: Shape, buffers: Buffers,
     ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(out, q, k, v, lse, blocks)
         ctx.size, ctx.scale, ctx.shape, ctx.dtype = size, scale, shape, scores.dtype
+        ctx.buffers = buffers
         return out.view_as(out)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        out, q, k, v, lse, blocks = ctx.saved_tensors
+    @once
+    def backward(ctx: Any, saved: Sequence[Tensor], grad: Tensor) -> Gradients:
+        out, q, k, v, lse, blocks = saved
         found = torch.zeros(blocks.shape, dtype=ctx.dtype, device=q.device)
         with Scratch(Buffers.OFF, q.device, gate_sizes(ctx.shape, ctx.size)) as scratch:
             work = _Work(ctx.shape, ctx.size, ctx.scale, scratch)
@@ -45,7 +46,7 @@ class Gate(torch.autograd.Function):
                         grad[b, :, h], out[b, :, h], q[b, :, h], k[b, :, g], v[b, :, g],
                         lse[b, :, h], blocks[b, h], found[b, h],
                     )  # fmt: skip
-        return grad, found, None, None, None, None, None, None, None, None
+        return grad, found, *[None] * 9
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +82,9 @@ class _Work:
                 torch.gt(keys[:, None], seen[skip:, :, None], out=hidden)
                 keys.clamp_max_(self.shape.seq - 1)
                 weights = self._product("weights", queries[skip:], k, keys)
-                weights.sub_(log_sum[skip:]).exp_().masked_fill_(hidden, 0.0)
+                weights.sub_(log_sum[skip:]).exp_()
                 scores = self._product("scores", do[skip:], v, keys).sub_(delta[skip:]).mul_(weights)
+                scores.masked_fill_(hidden, 0.0)  # after the product: what is hidden may be NaN
                 sums = torch.sum(scores, (1, 2), out=self._get("sums", (len(keys),), scores.dtype))
                 found[first + skip : last, column].copy_(sums)
 

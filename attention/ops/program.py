@@ -143,6 +143,11 @@ class Tile:
     calls: tuple[Call, ...]
     merge: bool
 
+    @property
+    def masks(self) -> bool:
+        """Whether a kernel computes pairs that do not see each other, to hide them afterwards."""
+        return any(call.mask in ("causal", "diagonal") for call in self.calls)
+
 
 class Shape(NamedTuple):
     """What a program depends on besides its config: sizes of one call and the limits of a chunk. Every

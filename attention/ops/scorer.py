@@ -4,15 +4,15 @@ learn from a gradient of the chosen scores. One batch item at a time, in the buf
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from attention.ops.adaptive_sizes import Scorer, choosing_sizes, learning_sizes
+from attention.ops.backward import Gradients, once
 from attention.ops.kernels import lse_dtype
 from attention.ops.program import Shape
 from attention.ops.scratch import Scratch
@@ -85,6 +85,8 @@ class Scoring:
             own = place[rows, None]
             scores = self.get("scores", (heads, len(own), blocks))
             torch.bmm(queries[:, rows], keys.transpose(1, 2), out=scores)
+            # NaN is a bad score, and none is as good as the row's own block or as bad as a later one.
+            scores.nan_to_num_(torch.finfo(self.dtype).min)
             mask = self.get("mask", (len(own), blocks), torch.bool)
             scores.masked_fill_(torch.eq(own, place, out=mask), torch.inf)
             if self.shape.causal:
@@ -131,16 +133,16 @@ class ChosenScores(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, query_weight: Tensor, key_weight: Tensor, q: Tensor, k: Tensor, blocks: Tensor,
-        shape: Shape, sizes: Scorer,
+        shape: Shape, sizes: Scorer, buffers: Buffers,
     ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(query_weight, key_weight, q, k, blocks)
-        ctx.shape, ctx.sizes = shape, sizes
+        ctx.shape, ctx.sizes, ctx.buffers = shape, sizes, buffers
         return q.new_zeros((), dtype=scoring_dtype(query_weight, q)).expand(blocks.shape)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query_weight, key_weight, q, k, blocks = ctx.saved_tensors
+    @once
+    def backward(ctx: Any, saved: Sequence[Tensor], grad: Tensor) -> Gradients:
+        query_weight, key_weight, q, k, blocks = saved
         gradients = [
             torch.zeros(x.shape, dtype=grad.dtype, device=x.device) for x in (query_weight, key_weight)
         ]
@@ -153,7 +155,7 @@ class ChosenScores(torch.autograd.Function):
                     *scoring.projected(q[b], k[b], query_weight, key_weight, "key means"), *gradients,
                 )  # fmt: skip
         of_queries, of_keys = (x.to(query_weight.dtype) for x in gradients)
-        return of_queries, of_keys, None, None, None, None, None
+        return of_queries, of_keys, *[None] * 6
 
 
 def chosen_blocks(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from attention.ops.reserve import ALIGNMENT, arena_bytes
-from attention.pool import BufferPool
+from attention.pool import BufferPool, Buffers
 
 
 class Scratch:
@@ -56,3 +56,14 @@ class Scratch:
         if self._arena is not None:
             self._pool.give(self._arena)
             self._arena = None
+
+
+class FreshScratch(Scratch):
+    """Every buffer is allocated when it is asked for: of passes that are too rare to be planned for."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(Buffers.OFF, device, {})
+        self._device = device
+
+    def get(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return torch.empty(tuple(shape), dtype=dtype, device=self._device)

@@ -33,7 +33,8 @@ def rows(span: Span, x: Tensor, origin: int = 0) -> Tensor:
 @dataclass(frozen=True, slots=True)
 class Fetched:
     """Keys and values of a call, [N, H, K, D]. `hidden` [N, 1 or H, 1, K] is minus infinity where a
-    gathered position lies past the end of the sequence, else 0; None where none does."""
+    gathered position lies past the end of the sequence, else 0; None where none does. Past the end keys
+    and values are zero."""
 
     k: Tensor
     v: Tensor
@@ -76,7 +77,10 @@ def fetch(
     if hidden is None:
         return Fetched(copies[0], copies[1], None)
     bias = torch.zeros(hidden.shape, dtype=dtype or k.dtype, device=k.device)
-    bias.masked_fill_(torch.from_numpy(hidden).to(k.device), -torch.inf)
+    past = torch.from_numpy(hidden).to(k.device)
+    bias.masked_fill_(past, -torch.inf)
+    for x in copies:  # not what the last token holds: infinity is not hidden by adding to it
+        x.masked_fill_(past[:, :, 0, :, None], 0.0)
     return Fetched(copies[0], copies[1], bias)
 
 
@@ -86,7 +90,7 @@ def gather_index(
     """(rows to copy, flat; which positions are past the end, [N, 1 or H, 1, K], or None).
 
     Rows are tokens for shared lists, `token * kv_heads + kv head` for lists of each head. Positions
-    past the end copy the last token and are hidden by the mask.
+    past the end list the last token.
     """
     shared = keys.blocks.ndim == 2
     step = 1 if shared else kv_heads

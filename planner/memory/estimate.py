@@ -88,7 +88,12 @@ def estimate(
 
     `device`: "cpu" or a GPU (`planner gpus` lists them). `calibration`: in place of the shipped one;
     one of another device or torch is used with a note. `allocator`: as PYTORCH_CUDA_ALLOC_CONF has it.
-    `display`, `others_bytes`, `context_bytes`: what else is on the card. `threads`: a CPU's.
+    `display`, `others_bytes`, `context_bytes`: what else is on the card. `threads`: a CPU's; None
+    for those that torch would take in a fresh process (OMP_NUM_THREADS, or the cores that this one may run
+    on), not what torch.set_num_threads was told in this one.
+
+    A module is taken to be of the workload's dtype, its parameters too (`module.to(dtype)`): a scorer left in
+    float32 beside 16-bit q, k and v takes more.
     """
     if device == "cpu":
         return _on_cpu(config, workload, calibration, threads)

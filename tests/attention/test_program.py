@@ -16,6 +16,7 @@ from attention import block_sparse
 from attention import dilated as dilated_module
 from attention.layout import build_layout
 from attention.ops import program as programs_module
+from attention.ops.maskless import maskless
 from attention.ops.program import Call, Gather, Shape, Span, Tile, chunk_tokens
 from attention.ops.reserve import cut
 from attention.reference import multiplicity
@@ -118,6 +119,18 @@ def assert_tiles_are_honest(tiles, shape):
 
 causal_or_not = pytest.mark.parametrize("causal", [False, True])
 packing_or_not = pytest.mark.parametrize("packs", [False, True])
+
+
+@pytest.mark.parametrize("kv_heads", [1, 4])
+@pytest.mark.parametrize("workspace", [LEAST_WORKSPACE, 1 << 22])
+@pytest.mark.parametrize("config", FIXED.values(), ids=FIXED.keys())
+def test_tiles_without_masks_meet_the_same_pairs(config, workspace, kv_heads):
+    shape = shape_of(77, workspace, causal=True, kv_heads=kv_heads)
+    tiles = tiles_of(config, shape)
+    without = [maskless(tile, shape) for tile in tiles]
+    assert not any(tile.masks for tile in without)
+    np.testing.assert_array_equal(met(without, shape), met(tiles, shape))
+    assert_tiles_are_honest(without, shape)
 
 
 @pytest.mark.pairwise
