@@ -13,10 +13,12 @@ from typing import Annotated, Any, Final, Literal, Self, get_args
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import from_json
 
-from attention.errors import ConfigError
+from attention.errors import ConfigError, shortened
 
 SCHEMA_VERSION: Final = 1
 MIB = 1 << 20
+SAID: Final = 6
+"""Faults of one value that an error lists."""
 
 Variant = Literal["dense", "dilated", "block_sparse", "adaptive"]
 PatternType = Literal["local_window", "global_local", "dilated_sparse"]
@@ -37,7 +39,8 @@ _ADAPTIVE_READS = {"block_size", "sparsity_ratio"}
 def _sentence(error: ValidationError) -> str:
     """A pydantic error as lines of 'field: what was wrong (got what)'."""
     lines = []
-    for detail in error.errors(include_url=False):
+    details = error.errors(include_url=False)
+    for detail in details[:SAID]:
         where = ".".join(str(part) for part in detail["loc"]) or "config"
         message = detail["msg"].removeprefix("Value error, ")
         if detail["type"] == "value_error":
@@ -47,7 +50,10 @@ def _sentence(error: ValidationError) -> str:
         elif detail["type"] == "missing":
             lines.append(f"{where}: is required")
         else:
-            lines.append(f"{where}: {message}, got {detail['input']!r}")
+            lines.append(f"{where}: {message}, got {shortened(repr(detail['input']), 80)}")
+    lines = [shortened(line, 600) for line in lines]
+    if len(details) > SAID:
+        lines.append(f"and {len(details) - SAID:,} more like these")
     return "; ".join(lines)
 
 
