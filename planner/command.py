@@ -82,9 +82,9 @@ _BUILDERS: Final[dict[Any, Callable[..., Any]]] = {
 def command(name: str, example: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
     """Registers a function as a command; what it returns is the exit code.
 
-    Options of equal name are one option, that each builder gets. A parameter that is annotated with `Given` gets
-    the names of the options that the command line has. An error of the project's tree becomes
-    one line and exit code 2.
+    Options of equal name are one option, that each builder gets. A parameter that is annotated with `Given`
+    gets the names of the options that the command line has. An error of the project's tree becomes one line
+    and exit code 2.
     """
 
     def register(function: Callable[..., int]) -> Callable[..., int]:
@@ -92,8 +92,9 @@ def command(name: str, example: str) -> Callable[[Callable[..., int]], Callable[
         builders = {name: _BUILDERS.get(each.annotation) for name, each in taken.items()}
         options: dict[str, inspect.Parameter] = {}
         needs: dict[str, set[str]] = {}
+        called = [name for name, each in taken.items() if each.annotation is Given]
         for parameter, builder in builders.items():
-            if taken[parameter].annotation is Given:
+            if parameter in called:
                 options[parameter] = taken[parameter].replace(annotation=typer.Context)
                 continue
             theirs = inspect.signature(builder, eval_str=True).parameters if builder else {}
@@ -103,9 +104,8 @@ def command(name: str, example: str) -> Callable[[Callable[..., int]], Callable[
 
         @functools.wraps(function)
         def run(**given: Any) -> None:
-            given = {
-                name: _given(one) if isinstance(one, typer.Context) else one for name, one in given.items()
-            }
+            for name in called:
+                given[name] = _given(given[name])
             try:
                 with reading_once():
                     arguments = {
