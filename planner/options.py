@@ -151,7 +151,8 @@ def build_place(
         str | None, typer.Option(metavar="SIZE", help="A measured CUDA context. [default: a known one]")
     ] = None,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="Threads of a CPU's operators. [default: as torch has]")
+        int | None,
+        typer.Option(min=1, max=4096, help="Threads of a CPU's operators. [default: as torch has]"),
     ] = None,
     calibration: Annotated[
         Path | None, typer.Option(metavar="FILE", help="In place of the one that comes with this.")
@@ -167,6 +168,8 @@ def build_place(
         card = gpus.generic(budget)
     elif card != "cpu":
         card = gpus.find(str(card))
+        if budget is not None:
+            gpus.check_budget(card, budget, "--vram")
     options: dict[str, Any] = {"calibration": None if calibration is None else load(calibration)}
     if isinstance(card, str):
         given = {"--allocator": allocator, "--others": others, "--context": context}
