@@ -15,7 +15,7 @@ Mode = Literal["inference", "training"]
 ITEMSIZE: Final[dict[str, int]] = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 # Far beyond what anybody runs; within them every figure is exact and found in seconds.
-MOST_BATCH: Final = 1 << 24
+MOST_BATCH: Final = 1 << 20
 MOST_COUNTED: Final = 1 << 30
 """Tokens, where the weights are asked for: their blocks are counted row by row."""
 

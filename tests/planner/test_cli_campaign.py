@@ -1,6 +1,6 @@
 """Whatever is typed and whatever a file holds: an answer or one clear line, soon, and nothing is harmed.
 
-Seeds move with the day of the year's second; the message of a failure has the one that repeats it.
+The seed is another one in each run; a failure's message has the one that repeats it.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ OPTIONS = {
     "measure": ["--timeout", "--runs", "--cap", "--nonsense"],
     "report": ["--storage", "--study"],
     "study": ["--list", "--format"],
-    "calibrate": ["--runs", "--seed"],
+    "calibrate": ["--runs", "--seed", "--threads"],
 }  # fmt: skip
 BEGINNINGS = {
     "recommend": ["--vram 8GB --seq 4K --trials 0", "--gpu gtx1080 --seq 2K --trials 2", "--vram 1MB --seq 8K", ""],
@@ -151,7 +151,7 @@ BEGINNINGS = {
     "measure": ["--variant dense --seq 0", ""],
     "report": ["no.json", str(SMALL), "--out out.html", ""],
     "study": ["nosuch", ""],
-    "calibrate": ["--runs 0", "--runs x", "--device nosuch"],
+    "calibrate": ["--device nosuch"],
 }  # fmt: skip
 
 
