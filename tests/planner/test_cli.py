@@ -565,7 +565,9 @@ def test_a_sampler_whose_package_is_missing_is_refused_before_the_work(monkeypat
 
     monkeypatch.setattr(refine, "find_spec", lambda name: None)
     monkeypatch.setattr(recommendation, "enumerate_grid", lambda *_: pytest.fail("worked first"))
-    assert "needs cmaes" in refused(planner(*"recommend --vram 8GB --seq 8K --sampler cmaes".split()))
+    assert "needs cmaes" in refused(
+        planner("recommend", "--vram", "8GB", "--seq", "8K", "--sampler", "cmaes")
+    )
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
@@ -595,7 +597,7 @@ def test_a_reader_that_has_had_enough_is_no_error():
 
 def test_a_config_from_a_pipe_is_read_once():
     done = subprocess.run(
-        [sys.executable, "-m", "planner", *"compare /dev/stdin /dev/stdin --seq 1K".split()],
+        [sys.executable, "-m", "planner", "compare", "/dev/stdin", "/dev/stdin", "--seq", "1K"],
         input=SMALL.read_bytes(), capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, b"")

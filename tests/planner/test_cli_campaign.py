@@ -30,129 +30,99 @@ LIMIT = 60
 """Seconds in which everything answers."""
 CODES = {0, 1, 2, 3}
 
-COUNTS = ["1", "2", "7", "64", "100.7", "0", "-1", "1e3", "", "x", "nan", "inf", "1" * 40, "9" * 5000, "16777216",
-          "1099511627777", "1K", "63.5", "0x10", "٣", "1,2", "99999999999999999999", " 8 ", "8;9", "%s", "'"]  # fmt: skip
+# fmt: off
+COUNTS = ["1", "2", "7", "64", "100.7", "0", "-1", "1e3", "", "x", "nan", "inf", "1" * 40,
+          "9" * 5000, "16777216",
+          "1099511627777", "1K", "63.5", "0x10", "٣", "1,2", "99999999999999999999", " 8 ", "8;9",
+          "%s", "'"]
 TOKENS = ["1", "7", "512", "4096", "8K", "0.5K", "16K", "1.3K", *COUNTS]
 BYTES = [
-    "8GB",
-    "500MB",
-    "1MiB",
-    "1",
-    "0",
-    "2.01GB",
-    "1e9",
-    "inf",
-    "-8GB",
-    "1000000TB",
-    "9" * 31 + "GB",
-    "nan",
-    "",
+    "8GB", "500MB", "1MiB", "1", "0", "2.01GB", "1e9", "inf", "-8GB", "1000000TB", "9" * 31 + "GB",
+    "nan", "",
 ]
 FLOATS = ["0.1", "0.5", "1", "0", "nan", "inf", "-inf", "1e400", "-1", "1e-300", "x", "", "1e300", "0.01,0.1"]
 LISTS = [
-    "2K,4K",
-    "512",
-    "512,",
-    ",",
-    "128,256,384",
-    "1,2",
-    "1.9",
-    "0",
-    ",".join(["128"] * 40),
-    "1,1e3",
+    "2K,4K", "512", "512,", ",", "128,256,384", "1,2", "1.9", "0", ",".join(["128"] * 40), "1,1e3",
     "a,b",
 ]
 WORDS = [
-    "",
-    "x",
-    "dense",
-    "--",
-    "-",
-    "dilated",
-    "cpu",
-    "gtx1080",
-    "h100",
-    "rtx",
-    "é",
-    "a" * 3000,
-    "../..",
+    "", "x", "dense", "--", "-", "dilated", "cpu", "gtx1080", "h100", "rtx", "é", "a" * 3000, "../..",
     "*",
 ]
 FILES = [
-    str(SMALL),
-    str(LARGE),
-    "no.json",
-    "/dev/null",
-    "/dev/zero",
-    ".",
-    "/proc/self/mem",
-    "",
-    "a" * 300,
+    str(SMALL), str(LARGE), "no.json", "/dev/null", "/dev/zero", ".", "/proc/self/mem", "", "a" * 300,
     "fifo",
 ]
 VALUES = {
     "--seq": TOKENS, "--batch": COUNTS, "--heads": COUNTS, "--kv-heads": COUNTS, "--head-dim": COUNTS,
-    "--dtype": ["float16", "bfloat16", "float32", "float64", "int8"], "--mode": ["inference", "training", "x"],
+    "--dtype": ["float16", "bfloat16", "float32", "float64", "int8"], "--mode": ["inference",
+    "training", "x"],
     "--causal": None, "--weights": None, "--vram": BYTES, "--device": ["cpu", "gtx1080", "h100", *WORDS],
-    "--gpu": ["cpu", "gtx1080", "rtx4090", *WORDS], "--allocator": ["expandable_segments:True", "a:b", ":", *WORDS],
+    "--gpu": ["cpu", "gtx1080", "rtx4090", *WORDS], "--allocator": ["expandable_segments:True",
+    "a:b", ":", *WORDS],
     "--display": ["headless", "desktop", "x"], "--others": BYTES, "--context": BYTES, "--threads": COUNTS,
-    "--calibration": FILES, "--config": FILES, "--variant": ["dense", "dilated", "block_sparse", "adaptive", "x"],
-    "--pattern": ["local_window", "global_local", "dilated_sparse", "x", ""], "--block-size": [*COUNTS, "128"],
-    "--window": TOKENS, "--global-tokens": COUNTS, "--sparsity": FLOATS, "--segments": LISTS, "--rates": LISTS,
+    "--calibration": FILES, "--config": FILES, "--variant": ["dense", "dilated", "block_sparse",
+    "adaptive", "x"],
+    "--pattern": ["local_window", "global_local", "dilated_sparse", "x", ""],
+    "--block-size": [*COUNTS, "128"],
+    "--window": TOKENS, "--global-tokens": COUNTS, "--sparsity": FLOATS, "--segments": LISTS,
+    "--rates": LISTS,
     "--format": ["table", "json", "yaml", "py", "x"], "--objective": ["speed", "seq", "quality", "x"],
     "--reserve": BYTES, "--layers": COUNTS, "--min-mass": FLOATS, "--max-seconds": FLOATS,
     "--profile": ["balanced", "local", "streaming", "retrieval", *WORDS], "--profile-from": FILES,
-    "--trials": ["0", "2", *COUNTS[5:11]], "--sampler": ["tpe", "random", "cmaes", "gp", *WORDS], "--seed": COUNTS,
+    "--trials": ["0", "2", *COUNTS[5:11]], "--sampler": ["tpe", "random", "cmaes", "gp", *WORDS],
+    "--seed": COUNTS,
     "--storage": ["no/such/folder/x.journal", "sqlite:////no/x.db", "x://", ""], "--study": WORDS,
     "--branches": LISTS, "--workspace": BYTES, "--backend": ["auto", "sdpa", "flex", "x"],
     "--pool": ["auto", "on", "off", "x"], "--lines": None, "--name": WORDS,
     "--plot": ["out.png", "out.svg", "out.gif", "no/out.png", "/dev/null", "", "."], "--list": None,
-    "--timeout": FLOATS, "--runs": COUNTS, "--cap": BYTES, "--learn": None, "--nonsense": WORDS, "--help": None,
-}  # fmt: skip
+    "--timeout": FLOATS, "--runs": COUNTS, "--cap": BYTES, "--learn": None, "--nonsense": WORDS,
+    "--help": None,
+}
 WORKLOAD = [
-    "--seq",
-    "--batch",
-    "--heads",
-    "--kv-heads",
-    "--head-dim",
-    "--dtype",
-    "--mode",
-    "--causal",
+    "--seq", "--batch", "--heads", "--kv-heads", "--head-dim", "--dtype", "--mode", "--causal",
     "--weights",
 ]
 CONFIG = ["--config", "--variant", "--pattern", "--block-size", "--window", "--global-tokens", "--sparsity",
-          "--segments", "--rates"]  # fmt: skip
+          "--segments", "--rates"]
 PLACE = ["--vram", "--allocator", "--display", "--others", "--context", "--threads", "--calibration"]
 GATES = ["--reserve", "--layers", "--min-mass", "--max-seconds", "--profile", "--profile-from"]
 SPACE = [*CONFIG[1:], "--branches", "--workspace", "--backend", "--pool"]
 OPTIONS = {
-    "recommend": [*WORKLOAD[:-1], *PLACE, *GATES, *SPACE, "--gpu", "--objective", "--trials", "--sampler", "--seed",
+    "recommend": [*WORKLOAD[:-1], *PLACE, *GATES, *SPACE, "--gpu", "--objective", "--trials",
+    "--sampler", "--seed",
                   "--storage", "--study", "--plot", "--format"],
-    "tune": [*WORKLOAD[1:-1], *GATES, *SPACE, "--sampler", "--seed", "--study", "--timeout", "--runs", "--learn",
+    "tune": [*WORKLOAD[1:-1], *GATES, *SPACE, "--sampler", "--seed", "--study", "--timeout",
+    "--runs", "--learn",
              "--format"],
     "gpus": ["--name", "--format"],
     "estimate": [*WORKLOAD, *CONFIG, *PLACE, "--device", "--lines", "--plot", "--format"],
     "max-seq": [*WORKLOAD[1:], *CONFIG, *PLACE, "--device", "--format"],
     "compare": [*WORKLOAD, *PLACE, "--device", "--plot", "--format"],
-    "show": [*WORKLOAD[:1], "--heads", "--head-dim", "--causal", *CONFIG[1:], "--profile", "--plot", "--format"],
+    "show": [*WORKLOAD[:1], "--heads", "--head-dim", "--causal", *CONFIG[1:], "--profile",
+    "--plot", "--format"],
     "measure": ["--timeout", "--runs", "--cap", "--nonsense"],
     "report": ["--storage", "--study"],
     "study": ["--list", "--format"],
     "calibrate": ["--runs", "--seed", "--threads"],
-}  # fmt: skip
+}
 BEGINNINGS = {
-    "recommend": ["--vram 8GB --seq 4K --trials 0", "--gpu gtx1080 --seq 2K --trials 2", "--vram 1MB --seq 8K", ""],
+    "recommend": ["--vram 8GB --seq 4K --trials 0", "--gpu gtx1080 --seq 2K --trials 2",
+    "--vram 1MB --seq 8K", ""],
     "tune": ["--vram 1MB --seq 64K", ""],
     "estimate": ["--variant dense --seq 4K", "--variant block_sparse --seq 4K", f"--config {SMALL} --seq 8K",
-                 "--variant adaptive --seq 1K", "--variant dilated --segments 512,1K --rates 1,2 --seq 4K", ""],
+                 "--variant adaptive --seq 1K",
+                 "--variant dilated --segments 512,1K --rates 1,2 --seq 4K", ""],
     "max-seq": ["--vram 8GB --variant dense", "--vram 1GB --variant block_sparse --pattern local_window", ""],
     "compare": [f"{SMALL} {LARGE} --seq 8K", f"{SMALL} {SMALL}", "a b"],
-    "show": [str(SMALL), "--variant block_sparse", "no.json", "--variant dilated --segments 512 --rates 1", ""],
+    "show": [str(SMALL), "--variant block_sparse", "no.json",
+    "--variant dilated --segments 512 --rates 1", ""],
     "measure": ["--variant dense --seq 0", ""],
     "report": ["no.json", str(SMALL), "--out out.html", ""],
     "study": ["nosuch", ""],
     "calibrate": ["--device nosuch"],
-}  # fmt: skip
+}
+# fmt: on
 
 
 def command_line(random: random.Random) -> list[str]:
@@ -262,14 +232,17 @@ def hostile_files(folder: Path, draw: random.Random) -> list[Path]:
     """A hundred files that nobody should give a program."""
     texts: list[bytes] = [
         b"", b" ", b"\0", b"{", b"[", b"nul", b"null", b"0", b'""', b"[]", b"{}", b"[" * 100_000,
-        b'{"a":' * 100_000, b"\xef\xbb\xbf{}", '{"variant": "dense"}'.encode("utf-16"), b"NaN", b"Infinity", b"1e999",
+        b'{"a":' * 100_000, b"\xef\xbb\xbf{}", '{"variant": "dense"}'.encode("utf-16"), b"NaN",
+        b"Infinity", b"1e999",
         b"9" * 100_000, b'{"variant": NaN}', b'{"variant": "dense", "variant": "dilated"}',
         b'{"variant": "dense", "schema_version": 99}', b'{"variant": "dense", "schema_version": true}',
         b'{"variant": "dense", "scale": 1e999}', b'{"variant": "dense", "scale": NaN}', b'{"config": 3}',
         b'{"config": {"variant": "dense"}, "workload": {"seq": 1e9}}', b'{"config": [], "pareto": []}',
-        b'{"config": {"variant": "dense"}, "workload": {"seq": "x", "batch": []}}', b'{"best": 1, "trials": 2}',
+        b'{"config": {"variant": "dense"}, "workload": {"seq": "x", "batch": []}}',
+        b'{"best": 1, "trials": 2}',
         b'{"best": {}, "trials": [], "config": {}}', b'{"components": {}}', b'{"environment": {}}',
-        b'{"components": {}, "config": {"variant": "dense"}, "workload": {"seq": 1}}', b'{"memory": {"components": 1}}',
+        b'{"components": {}, "config": {"variant": "dense"}, "workload": {"seq": 1}}',
+        b'{"memory": {"components": 1}}',
         b'{"variant": "dense", "\\ud800": 1}', b'{"variant": "\\u0000"}', b"\x1f\x8b\x08\0", b"PK\x03\x04",
         b"\x80\x04\x95", b"#!/bin/sh\nrm -rf /\n",
         b'{"variant": "dilated", "segment_lengths": [' + b"1," * 3_000_000 + b'1], "dilation_rates": [1]}',
