@@ -119,7 +119,7 @@ def tuned(
 ) -> Tuned:  # fmt: skip
     """What `planner.tune` returns."""
     if type(trials) is not int or trials < 1:
-        raise ConfigError(f"trials must be a whole number of at least 1, got {trials!r}")
+        raise ConfigError(f"trials must be at least 1 and whole, got {trials!r}")
     check_sampler(sampler)
     card = "cpu" if device == "cpu" else present_gpu()
     first = question(vram, seq, **{**asked, "gpu": card, "objective": "speed"})
