@@ -13,10 +13,12 @@ from typing import Annotated, Any, Final, Literal, Self, get_args
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import from_json
 
-from attention.errors import ConfigError
+from attention.errors import ConfigError, shortened
 
 SCHEMA_VERSION: Final = 1
 MIB = 1 << 20
+SAID: Final = 6
+"""Faults of one value that an error lists."""
 
 Variant = Literal["dense", "dilated", "block_sparse", "adaptive"]
 PatternType = Literal["local_window", "global_local", "dilated_sparse"]
@@ -37,7 +39,8 @@ _ADAPTIVE_READS = {"block_size", "sparsity_ratio"}
 def _sentence(error: ValidationError) -> str:
     """A pydantic error as lines of 'field: what was wrong (got what)'."""
     lines = []
-    for detail in error.errors(include_url=False):
+    details = error.errors(include_url=False)
+    for detail in details[:SAID]:
         where = ".".join(str(part) for part in detail["loc"]) or "config"
         message = detail["msg"].removeprefix("Value error, ")
         if detail["type"] == "value_error":
@@ -47,7 +50,10 @@ def _sentence(error: ValidationError) -> str:
         elif detail["type"] == "missing":
             lines.append(f"{where}: is required")
         else:
-            lines.append(f"{where}: {message}, got {detail['input']!r}")
+            lines.append(f"{where}: {message}, got {shortened(repr(detail['input']), 80)}")
+    lines = [shortened(line, 600) for line in lines]
+    if len(details) > SAID:
+        lines.append(f"and {len(details) - SAID:,} more like these")
     return "; ".join(lines)
 
 
@@ -103,8 +109,21 @@ def _plain_int(value: Any) -> Any:
     return value
 
 
+# Bounds are far beyond what anybody builds: within them every figure is exact and found in seconds.
+MOST_TOKENS: Final = 1 << 40
+MOST_HEADS: Final = 1 << 16
+MOST_CHANNELS: Final = 1 << 20
+"""Of a head."""
+MOST_BRANCHES: Final = 16
+"""Which keys are met twice takes a time that grows by factors with each further branch."""
+MOST_BYTES: Final = 1 << 60
+
 Positive = Annotated[int, Field(ge=1)]
-Positives = Annotated[tuple[Positive, ...], BeforeValidator(as_tuple)]
+Tokens = Annotated[int, Field(ge=1, le=MOST_TOKENS)]
+Heads = Annotated[int, Field(ge=1, le=MOST_HEADS)]
+Channels = Annotated[int, Field(ge=1, le=MOST_CHANNELS)]
+Counts = Annotated[tuple[Tokens, ...], BeforeValidator(as_tuple)]
+Branches = Annotated[tuple[Tokens, ...], BeforeValidator(as_tuple), Field(max_length=MOST_BRANCHES)]
 
 
 class SparsePatternConfig(Value):
@@ -118,11 +137,11 @@ class SparsePatternConfig(Value):
     """`local_window`, `global_local` or `dilated_sparse`."""
     sparsity_ratio: float = Field(default=0.1, gt=0.0, le=1.0)
     """Fraction of blocks *kept* a row: 0.01 is "99% sparse". Read by dilated_sparse and adaptive."""
-    block_size: Positive = 128
+    block_size: Tokens = 128
     """Tokens per block."""
-    local_window_size: Positive = 512
+    local_window_size: Tokens = 512
     """Tokens the window spans, centred (causal: looking back). Read by local_window, global_local."""
-    global_tokens: Positive = 64
+    global_tokens: Tokens = 64
     """First tokens, which are seen by all and, if not causal, see all; rounded up to blocks. Read by
     global_local."""
 
@@ -130,22 +149,22 @@ class SparsePatternConfig(Value):
 class AdaptiveConfig(Value):
     """Size of the scorer that chooses an adaptive attention's blocks."""
 
-    num_heads: Positive
+    num_heads: Heads
     """Query heads: each has projections of its own."""
-    head_dim: Positive
+    head_dim: Channels
     """Channels a head."""
-    score_dim: Positive | None = None
+    score_dim: Channels | None = None
     """Channels in which block summaries are compared; None for `head_dim`."""
 
 
 class MultiheadConfig(Value):
     """Projections around the attention, as in `torch.nn.MultiheadAttention(batch_first=True)`."""
 
-    embed_dim: Positive
+    embed_dim: Annotated[int, Field(ge=1, le=MOST_HEADS * MOST_CHANNELS)]
     """Channels of the model; a multiple of `num_heads`."""
-    num_heads: Positive
+    num_heads: Heads
     """Query heads."""
-    kv_heads: Positive | None = None
+    kv_heads: Heads | None = None
     """Key and value heads, dividing `num_heads`; None for as many as query heads."""
     bias: bool = True
     """Whether the projections have biases."""
@@ -178,9 +197,9 @@ class AttentionConfig(Value):
     """Version of this schema; another version is refused rather than guessed at."""
     variant: Variant
     """`dense`, `dilated`, `block_sparse` or `adaptive`."""
-    segment_lengths: Positives = ()
+    segment_lengths: Branches = ()
     """Tokens a segment, one per branch. Read by dilated and by the dilated_sparse pattern."""
-    dilation_rates: Positives = ()
+    dilation_rates: Branches = ()
     """Dilation of each branch; as many as `segment_lengths`."""
     pattern: SparsePatternConfig | None = None
     """The blocks kept. Required by block_sparse and adaptive, refused elsewhere."""
@@ -196,15 +215,15 @@ class AttentionConfig(Value):
     """`sdpa` (fused SDPA over views and gathers), `flex` (compiled FlexAttention, CUDA 8.0 and up)
     or `auto` (`flex` where it runs and its lists of blocks take at most a sixteenth of q, k, v and
     out, else `sdpa`). Never silently replaced."""
-    workspace_bytes: int = Field(default=16 * MIB, ge=64 * 1024)
+    workspace_bytes: int = Field(default=16 * MIB, ge=64 * 1024, le=MOST_BYTES)
     """Scratch that one call may hold at a time; chunk sizes follow from it."""
     pool: Switch = "auto"
     """Keep scratch buffers between calls: `auto` from 4,096 tokens, `on`, `off`."""
-    pool_bytes: Positive | None = None
+    pool_bytes: int | None = Field(default=None, ge=1, le=MOST_BYTES)
     """Bound of the pool; None for what one call needs, within a share of the free memory."""
-    cache_entries: int = Field(default=100, ge=0)
+    cache_entries: int = Field(default=100, ge=0, le=MOST_BYTES)
     """Layouts, indices and masks kept, each kind; 0 turns the caches off."""
-    cache_bytes: int = Field(default=64 * MIB, ge=0)
+    cache_bytes: int = Field(default=64 * MIB, ge=0, le=MOST_BYTES)
     """Bytes that each kind of cache may hold."""
 
     @property

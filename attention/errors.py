@@ -46,3 +46,12 @@ class OutOfMemoryError(AttentionPlannerError, MemoryError):
     def __reduce__(self) -> tuple[Any, ...]:
         # Keyword-only arguments do not survive pickling by themselves, and errors cross processes.
         return partial(type(self), requested=self.requested, available=self.available), self.args
+
+
+def shortened(text: str, most: int) -> str:
+    """The text, its middle left out where it has more than `most` characters: what was asked is said at the
+    beginning, and what to do at the end."""
+    if len(text) <= most:
+        return text
+    end = most // 3
+    return f"{text[: most - end]} [... {len(text) - most:,} characters more ...] {text[len(text) - end :]}"

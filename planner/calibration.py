@@ -8,7 +8,6 @@ least 99% of cases, whatever the errors' distribution. Imports no torch.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 from collections.abc import Sequence
@@ -20,6 +19,8 @@ from pydantic import BeforeValidator, Field
 
 from attention.config import AttentionConfig, Value, as_tuple
 from attention.errors import AttentionPlannerError, ConfigError
+from planner.json_files import read_bytes
+from planner.report.files import write_whole
 from planner.speed.rates import SpeedFit
 from planner.workload import Workload
 
@@ -182,11 +183,9 @@ def load(path: str | Path) -> Calibration:
     """A calibration from its file; ConfigError naming the file where it is missing, torn or wrong."""
     path = Path(path)
     try:
-        text = path.read_bytes()
-    except OSError as error:
-        raise ConfigError(
-            f"calibration {path} cannot be read: {error.strerror}; make one with `planner calibrate`"
-        ) from None
+        text = read_bytes(path, "calibration ")
+    except ConfigError as error:
+        raise ConfigError(f"{error}; make one with `planner calibrate`") from None
     try:
         return Calibration.from_json(text)
     except ConfigError as error:
@@ -224,17 +223,12 @@ def make_folder(path: Path, what: str) -> None:
 def save(calibration: Calibration, path: str | Path) -> None:
     """Writes a calibration, whole or not at all; AttentionPlannerError if it could not be written."""
     path = Path(path)
-    fresh = path.with_name(f"{path.name}.{os.getpid()}.new")
+    make_folder(path, "the calibration")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fresh.write_text(calibration.to_json(indent=1) + "\n")
-        fresh.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            fresh.unlink(missing_ok=True)
+        write_whole(path, f"{calibration.to_json(indent=1)}\n".encode(), "the file")
+    except AttentionPlannerError as error:
         raise AttentionPlannerError(
-            f"the calibration was not kept: writing {path} failed ({error.strerror}); make room or choose "
-            "another file, and run the same again"
+            f"the calibration was not kept: {error}; make room or choose another file, and run the same again"
         ) from error
 
 

@@ -19,9 +19,11 @@ import typer
 
 from attention.config import AttentionConfig
 from attention.errors import AttentionPlannerError, StorageError
+from planner.json_files import reading_once
 from planner.options import (
     AnyLength,
     Asked,
+    Given,
     Place,
     Sizes,
     build_any_length,
@@ -80,8 +82,9 @@ _BUILDERS: Final[dict[Any, Callable[..., Any]]] = {
 def command(name: str, example: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
     """Registers a function as a command; what it returns is the exit code.
 
-    Options of equal name are one option, that each builder gets. An error of the project's tree becomes
-    one line and exit code 2, or 1 where it was not the request that was wrong.
+    Options of equal name are one option, that each builder gets. A parameter that is annotated with `Given`
+    gets the names of the options that the command line has. An error of the project's tree becomes one line
+    and exit code 2, or 1 where it was not the request that was wrong.
     """
 
     def register(function: Callable[..., int]) -> Callable[..., int]:
@@ -89,7 +92,11 @@ def command(name: str, example: str) -> Callable[[Callable[..., int]], Callable[
         builders = {name: _BUILDERS.get(each.annotation) for name, each in taken.items()}
         options: dict[str, inspect.Parameter] = {}
         needs: dict[str, set[str]] = {}
+        called = [name for name, each in taken.items() if each.annotation is Given]
         for parameter, builder in builders.items():
+            if parameter in called:
+                options[parameter] = taken[parameter].replace(annotation=typer.Context)
+                continue
             theirs = inspect.signature(builder, eval_str=True).parameters if builder else {}
             needs[parameter] = set(theirs)
             for option in theirs.values() if builder else [taken[parameter]]:
@@ -97,12 +104,15 @@ def command(name: str, example: str) -> Callable[[Callable[..., int]], Callable[
 
         @functools.wraps(function)
         def run(**given: Any) -> None:
+            for name in called:
+                given[name] = _given(given[name])
             try:
-                arguments = {
-                    name: builder(**{one: given[one] for one in needs[name]}) if builder else given[name]
-                    for name, builder in builders.items()
-                }
-                code = function(**arguments)
+                with reading_once():
+                    arguments = {
+                        name: builder(**{one: given[one] for one in needs[name]}) if builder else given[name]
+                        for name, builder in builders.items()
+                    }
+                    code = function(**arguments)
             except AttentionPlannerError as error:
                 say(f"error: {error}")
                 code = CRASHED if isinstance(error, StorageError) else WRONG
@@ -117,6 +127,11 @@ def command(name: str, example: str) -> Callable[[Callable[..., int]], Callable[
         return function
 
     return register
+
+
+def _given(context: typer.Context) -> Given:
+    sources = ((name, context.get_parameter_source(name)) for name in context.params)
+    return Given(frozenset(name for name, source in sources if source and source.name == "COMMANDLINE"))
 
 
 def _first(function: Callable[..., Any]) -> str:

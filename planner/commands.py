@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 import typer
 
@@ -28,8 +28,10 @@ from planner.options import (
     AnyLength,
     Asked,
     Format,
+    Given,
     Place,
     Sizes,
+    flags,
     say,
 )
 from planner.options_search import Allowed, Card, Gates
@@ -38,6 +40,10 @@ from planner.tune import RUNS as TUNED_RUNS
 from planner.tune import TIMEOUT, TRIALS
 from planner.units import parse_bytes, parse_count
 from planner.workload import Workload
+
+MOST_TRIALS: Final = 100_000
+LONGEST: Final = 1e6
+"""Seconds, of any run: twelve days."""
 
 
 @command("recommend", "planner recommend --vram 8GB --seq 131072")
@@ -48,6 +54,7 @@ def recommend(
         typer.Option(metavar="TOKENS", help="Tokens: 131072, 128K or 1M. [default: the most that fit]"),
     ] = None,
     card: Card,
+    given: Given,
     objective: Annotated[
         Literal["speed", "seq", "quality"] | None,
         typer.Option(help="What to make best. [default: speed; without --seq the length]"),
@@ -55,11 +62,13 @@ def recommend(
     sizes: Asked,
     gates: Gates,
     space: Allowed,
-    trials: Annotated[int, typer.Option(min=0, help="Of Optuna, after the grid.")] = SEARCHED,
+    trials: Annotated[
+        int, typer.Option(min=0, max=MOST_TRIALS, help="Of Optuna, after the grid.")
+    ] = SEARCHED,
     sampler: Annotated[
         str, typer.Option(metavar="NAME", help="tpe, random, nsga2, nsga3, cmaes, ...")
     ] = "tpe",
-    seed: Annotated[int, typer.Option(min=0, help="Of the sampler.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the sampler.")] = 0,
     storage: Annotated[
         str | None, typer.Option(metavar="URL", help="Keep trials: a journal file, or sqlite:///FILE.")
     ] = None,
@@ -81,7 +90,13 @@ def recommend(
     from planner import recommend as choose
     from planner.search.relax import NothingFitsError
 
-    given = sizes.model_dump(exclude={"seq", "weights"})
+    if verify and format == "py":
+        raise ConfigError(
+            "--verify says how the picks ran, which --format py does not; choose another format"
+        )
+    if idle := given & {"sampler", "seed", "study"} if not trials else set():
+        raise ConfigError(f"{flags(idle)}: of trials, and --trials 0 asks for none; remove one of them")
+    asked = sizes.model_dump(exclude={"seq", "weights"})
     # With the length free every candidate's longest sequence is looked for, which takes seconds.
     waits = progress_line("looking for the longest sequence") if seq is None else contextlib.nullcontext()
     try:
@@ -89,7 +104,7 @@ def recommend(
             found = choose(
                 card.budget, seq, objective=objective, gpu=card.device, space=space, trials=trials,
                 sampler=sampler, seed=seed, storage=storage, study=study,  # type: ignore[arg-type]
-                **gates, **given, **card.options,
+                **gates, **asked, **card.options,
             )  # fmt: skip
     except NothingFitsError as error:
         say(str(error))
@@ -134,14 +149,14 @@ def tune(
         str, typer.Option(metavar="TOKENS", help="Tokens: 131072, 128K or 1M.", show_default=False)
     ],
     device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where to run.")] = "cpu",
-    trials: Annotated[int, typer.Option(min=1, help="Configs to measure.")] = TRIALS,
-    timeout: Annotated[float, typer.Option(help="Seconds that one may take.")] = TIMEOUT,
+    trials: Annotated[int, typer.Option(min=1, max=MOST_TRIALS, help="Configs to measure.")] = TRIALS,
+    timeout: Annotated[float, typer.Option(max=LONGEST, help="Seconds that one may take.")] = TIMEOUT,
     runs: Annotated[int, typer.Option(min=1, help="Warm calls of each that are timed.")] = TUNED_RUNS,
     sizes: Asked,
     gates: Gates,
     space: Allowed,
     sampler: Annotated[str, typer.Option(metavar="NAME", help="As for `recommend`.")] = "tpe",
-    seed: Annotated[int, typer.Option(min=0, help="Of the sampler.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the sampler.")] = 0,
     storage: Annotated[
         str | None,
         typer.Option(metavar="URL", help="Where trials are kept. [default: a journal in the data folder]"),
@@ -219,6 +234,7 @@ def gpus(
 @command("estimate", "planner estimate --variant dense --seq 32K --vram 8GB --mode training")
 def estimate(
     *,
+    given: Given,
     workload: Workload,
     config: AttentionConfig,
     place: Place,
@@ -245,6 +261,8 @@ def estimate(
         typer.echo(estimate_text(found, place.budget, lines=lines, ink=ink()))
     else:
         print_data(found.model_dump(mode="json"), format)
+        if "vram" in given and place.budget is not None:
+            say(f"the upper bound is {'within' if found.upper <= place.budget else 'above'} --vram")
     if plot is not None:
         say(f"the waterfall was drawn in {plot}")
     return DONE
@@ -291,6 +309,7 @@ def max_seq(
 @command("compare", "planner compare docs/examples/small.json docs/examples/large.json --seq 128K")
 def compare(
     *,
+    given: Given,
     a: Annotated[Path, typer.Argument(metavar="A.json", help="A config, an estimate or a measurement.")],
     b: Annotated[Path, typer.Argument(metavar="B.json", help="The same.")],
     seq: Annotated[
@@ -318,7 +337,19 @@ def compare(
         asked = workload.model_copy(update={"seq": parse_count(seq, "--seq")})
         return predict(config, asked, place.device, **place.options)
 
-    found = differences(side(a, estimated), side(b, estimated))
+    used: list[AttentionConfig] = []
+
+    def noted(config: AttentionConfig) -> MemoryEstimate:
+        used.append(config)
+        return estimated(config)
+
+    sides = side(a, noted), side(b, noted)
+    idle = given - {"a", "b", "plot", "format"}
+    if idle and not used:
+        raise ConfigError(
+            f"{flags(idle)}: for configs, and both files have figures of their own; remove them"
+        )
+    found = differences(*sides)
     if plot is not None:
         from planner.report.plot_compare import plot_comparison
 
@@ -338,8 +369,8 @@ def measure(
     workload: Workload,
     config: AttentionConfig,
     device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where to run.")] = "cpu",
-    timeout: Annotated[float, typer.Option(help="Seconds for everything.")] = 120,
-    runs: Annotated[int, typer.Option(help="Warm calls that are timed.")] = 3,
+    timeout: Annotated[float, typer.Option(max=LONGEST, help="Seconds for everything.")] = 120,
+    runs: Annotated[int, typer.Option(max=1_000_000, help="Warm calls that are timed.")] = 3,
     cap: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Hold the run to so much memory: 8GB, 500MiB.")
     ] = None,

@@ -8,9 +8,10 @@ from typing import Annotated, Any, Final, Literal
 
 import typer
 
+from attention.config import AttentionConfig
 from attention.errors import ConfigError
 from planner.command import DONE, INTERRUPTED, WRONG, command, ink, print_data
-from planner.options import Format, say
+from planner.options import Format, Given, flags, say
 from planner.options_pictures import Pictured, View
 
 OUT: Final = "study-results"
@@ -19,6 +20,7 @@ OUT: Final = "study-results"
 @command("study", "planner study min-mass --quick")
 def study(
     *,
+    given: Given,
     names: Annotated[
         list[str] | None, typer.Argument(metavar="[NAME...]", help="Studies, or `all`.", show_default=False)
     ] = None,
@@ -39,6 +41,10 @@ def study(
     # Studies are built on the planner, not the other way round: this is the one door up, by name.
     catalogue: Any = import_module("studies.catalogue")
     if list_:
+        if idle := given - {"list_", "format"}:
+            raise ConfigError(
+                f"{flags(idle - {'names'}) or 'NAME'}: --list runs nothing; remove one of the two"
+            )
         if format == "table":
             for name, question in catalogue.QUESTIONS.items():
                 typer.echo(f"{name:<18} {question}")
@@ -91,6 +97,7 @@ def study(
 @command("show", "planner show docs/examples/large.json --seq 128K --causal")
 def show(
     *,
+    given: Given,
     view: View,
     config: Pictured,
     profile: Annotated[
@@ -109,6 +116,9 @@ def show(
     from planner.quality.profiles import DEFAULT, preset
     from planner.report.layout import seen, seen_data
 
+    idle = given & _idle(config, file="config" in given)
+    if idle:
+        say(f"note: without effect here: {flags(idle)}")
     found = seen(config, view, preset(profile or DEFAULT))
     if plot is not None:
         from planner.report.plot_layout import plot_layout
@@ -123,6 +133,13 @@ def show(
     if plot is not None:
         say(f"the layout was drawn in {plot}")
     return DONE
+
+
+def _idle(config: AttentionConfig, *, file: bool) -> frozenset[str]:
+    """Options of `show` that this config does not read."""
+    if config.variant == "adaptive":
+        return frozenset({"profile", "heads", "head_dim"} if file else {"profile"})
+    return frozenset({"head_dim"} if config.variant == "dilated" else {"head_dim", "heads"})
 
 
 @command("report", "planner report answer.json --out report.html")

@@ -127,6 +127,15 @@ def generic(vram_bytes: int) -> Gpu:
     )
 
 
+def check_budget(gpu: Gpu, budget: int, what: str) -> None:
+    """ConfigError where `budget`, as `what` has it, is more bytes than the card has."""
+    if budget > gpu.usable_bytes:
+        raise ConfigError(
+            f"{what} is {budget:,} bytes, and {gpu.name} has {gpu.usable_bytes:,} that can be used; "
+            f"ask for less, leave {what} out for all of it, or name no card"
+        )
+
+
 def backends(gpu: Gpu, dtype: Dtype) -> tuple[str, ...]:
     """Kernels that run `dtype` on this card, the preferred first.
 

@@ -5,8 +5,9 @@ A builder's parameters are the options; `planner.cli` gives them to each command
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NewType
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NewType
 import typer
 
 from attention.config import AdaptiveConfig, AttentionConfig, PatternType, SparsePatternConfig, Variant
-from attention.errors import ConfigError
+from attention.errors import ConfigError, shortened
 from planner.json_files import read_json
 from planner.units import parse_bytes, parse_count
 from planner.workload import Dtype, Mode, Workload
@@ -31,6 +32,8 @@ def _size(field: str, help: str) -> Any:
     return typer.Option(help=f"{help} [default: {default}]", show_default=False)
 
 
+MOST_SAID: Final = 2000
+"""Characters of one line on stderr."""
 FILE: Final = "An AttentionConfig, or what a command printed as JSON; replaces the options of a config."
 
 
@@ -77,6 +80,15 @@ Sizes = NewType("Sizes", AnyLength)
 """One that no file has a say in."""
 Asked = NewType("Asked", Sizes)
 """One that does not ask for the weights."""
+
+
+Given = NewType("Given", frozenset[str])
+"""Names of the options that the command line has, whatever they say."""
+
+
+def flags(names: Iterable[str]) -> str:
+    """Options by name as they are written: --head-dim, --seq."""
+    return ", ".join(f"--{name.rstrip('_').replace('_', '-')}" for name in sorted(names))
 
 
 def build_any_length(**given: Any) -> AnyLength:
@@ -139,7 +151,8 @@ def build_place(
         str | None, typer.Option(metavar="SIZE", help="A measured CUDA context. [default: a known one]")
     ] = None,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="Threads of a CPU's operators. [default: as torch has]")
+        int | None,
+        typer.Option(min=1, max=4096, help="Threads of a CPU's operators. [default: as torch has]"),
     ] = None,
     calibration: Annotated[
         Path | None, typer.Option(metavar="FILE", help="In place of the one that comes with this.")
@@ -155,6 +168,8 @@ def build_place(
         card = gpus.generic(budget)
     elif card != "cpu":
         card = gpus.find(str(card))
+        if budget is not None:
+            gpus.check_budget(card, budget, "--vram")
     options: dict[str, Any] = {"calibration": None if calibration is None else load(calibration)}
     if isinstance(card, str):
         given = {"--allocator": allocator, "--others": others, "--context": context}
@@ -269,5 +284,6 @@ def counts(text: str | None, what: str) -> tuple[int, ...]:
 
 
 def say(line: str) -> None:
-    """One line on stderr, whatever breaks it had."""
-    typer.echo(f"planner: {' '.join(line.split())}", err=True)
+    """One line on stderr, whatever breaks it had, of a length that can be read."""
+    with contextlib.suppress(OSError):  # there is nobody left to tell
+        typer.echo(f"planner: {shortened(' '.join(line.split()), MOST_SAID)}", err=True)

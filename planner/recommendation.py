@@ -20,7 +20,7 @@ from planner.search.climb import climbed
 from planner.search.explain import LOOKED_AT, Why, explain
 from planner.search.grid import SAME, Found, enumerate_grid, exact, order, pareto, passing
 from planner.search.picks import Pick, Quality, Role, pick, three, unsurpassed
-from planner.search.refine import STARTS, Refined, Storage, refine
+from planner.search.refine import STARTS, Refined, Storage, check_sampler, refine
 from planner.search.relax import NothingFitsError, relaxations
 from planner.search.scenario import Gates, Objective, Point, Scenario, gain
 from planner.search.space import Space, grid
@@ -117,6 +117,8 @@ def question(vram: str | int | None = None, seq: str | int | None = None, **aske
     wrong = set(asked) - set(Asked.__annotations__)
     if wrong:
         raise TypeError(f"recommend() got unexpected arguments: {', '.join(sorted(wrong))}")
+    _refuse_idle(asked)
+    check_sampler(asked.get("sampler", "tpe"))
     scenario, reserved = scenario_of(vram, seq, asked)
     space, seed, trials = asked.get("space") or Space(), asked.get("seed", 0), asked.get("trials", TRIALS)
     name = fingerprint(scenario, space)
@@ -139,6 +141,23 @@ def question(vram: str | int | None = None, seq: str | int | None = None, **aske
     return Question(scenario, space, name, found.best, best, answer)
 
 
+def _refuse_idle(asked: Asked) -> None:
+    """ConfigError for what would have no effect, and for counts that are none."""
+    trials, seed = asked.get("trials", TRIALS), asked.get("seed", 0)
+    if type(trials) is not int or trials < 0:
+        raise ConfigError(f"trials must be a whole number from 0 on, got {trials!r}")
+    if type(seed) is not int or not 0 <= seed < 1 << 32:
+        raise ConfigError(f"seed must be a whole number from 0 to 2^32 - 1, got {seed!r}")
+    if asked.get("study") and not asked.get("storage"):
+        raise ConfigError(
+            "study names trials in a storage, and there is none: pass storage too, or leave it out"
+        )
+    if not trials and asked.get("storage"):
+        raise ConfigError(
+            "storage keeps trials, and trials=0 asks for none: allow some, or leave storage out"
+        )
+
+
 def scenario_of(vram: str | int | None, seq: str | int | None, asked: Asked) -> tuple[Scenario, int]:
     """(the question, bytes reserved), from what a caller writes."""
     from planner.quality import profiles
@@ -151,6 +170,8 @@ def scenario_of(vram: str | int | None, seq: str | int | None, asked: Asked) -> 
         budget = card.usable_bytes
     else:
         budget = parse_bytes(vram, "vram")
+        if isinstance(card, gpus.Gpu):
+            gpus.check_budget(card, budget, "vram")
     card = card if card is not None else gpus.generic(budget)
     reserve = asked.get("reserve", 0)
     reserved = parse_bytes(reserve, "reserve") if str(reserve) != "0" else 0
@@ -173,6 +194,8 @@ def scenario_of(vram: str | int | None, seq: str | int | None, asked: Asked) -> 
         tokens = min(max((budget - reserved) // floor, 1), MOST_TOKENS)
     else:
         tokens = parse_count(seq, "seq")
+        if tokens > MOST_TOKENS:
+            raise ConfigError(f"seq must be at most {MOST_TOKENS:,} tokens, got {tokens:,}")
     workload = Workload(seq=tokens, **sizes)
     profile = asked.get("profile")
     known = profile if isinstance(profile, Profile) else profiles.preset(profile or profiles.DEFAULT)

@@ -33,7 +33,7 @@ from planner.memory.estimate import MemoryEstimate
 from planner.recommendation import Recommendation, question
 from planner.repeating import tune_command
 from planner.search.picks import Quality
-from planner.search.refine import Sampler, Storage, answer, open_study, stored_study
+from planner.search.refine import Sampler, Storage, answer, check_sampler, open_study, stored_study
 from planner.search.scenario import Scenario, point
 from planner.search.space import Space, chosen, parameters
 from planner.speed.rates import SpeedFit
@@ -123,8 +123,9 @@ def tuned(
     asked: dict[str, Any],
 ) -> Tuned:  # fmt: skip
     """What `planner.tune` returns."""
-    if trials < 1:
-        raise ConfigError(f"trials must be at least 1, got {trials}")
+    if type(trials) is not int or trials < 1:
+        raise ConfigError(f"trials must be at least 1 and whole, got {trials!r}")
+    check_sampler(sampler)
     card = "cpu" if device == "cpu" else present_gpu()
     first = question(vram, seq, **{**asked, "gpu": card, "objective": "speed"})
     if learn:

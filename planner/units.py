@@ -6,7 +6,7 @@ import math
 import re
 from fractions import Fraction
 
-from attention.errors import ConfigError
+from attention.errors import ConfigError, shortened
 
 _BYTES = {
     "": 1, "B": 1,
@@ -20,27 +20,35 @@ LARGEST = 2**60
 
 
 def parse_bytes(text: str | int, what: str = "size") -> int:
-    """Bytes of `8GB`, `7.75 GiB`, `512MiB` or a plain number; ConfigError for anything else."""
-    return _parse(text, _BYTES, what, "e.g. 8GB (8 x 10^9 bytes), 7.75GiB or 500MB")
+    """Bytes of `8GB`, `7.75 GiB`, `512MiB` or a plain number, fractions of a byte left out; ConfigError for
+    anything else."""
+    return _parse(text, _BYTES, False, what, "e.g. 8GB (8 x 10^9 bytes), 7.75GiB or 500MB")
 
 
 def parse_count(text: str | int, what: str = "count") -> int:
-    """Tokens of `131072`, `128K` (x 1,024) or `1M` (x 1,048,576); ConfigError for anything else."""
-    return _parse(text, _COUNTS, what, "e.g. 131072, 128K (x 1,024) or 1M (x 1,048,576)")
+    """Tokens of `131072`, `128K` (x 1,024) or `1M` (x 1,048,576); ConfigError for anything else,
+    among it what is no whole number of tokens."""
+    return _parse(text, _COUNTS, True, what, "e.g. 131072, 128K (x 1,024) or 1M (x 1,048,576)")
 
 
-def _parse(text: str | int, units: dict[str, int], what: str, example: str) -> int:
+def _parse(text: str | int, units: dict[str, int], whole: bool, what: str, example: str) -> int:
     if isinstance(text, bool) or not isinstance(text, str | int):
-        raise ConfigError(f"{what} must be a number or text, got {text!r}; write {example}")
-    match = _NUMBER.fullmatch(str(text))
+        raise ConfigError(
+            f"{what} must be a number or text, got {shortened(repr(text), 60)}; write {example}"
+        )
+    text = str(text)
+    match = _NUMBER.fullmatch(text)
     if match is None or match[2].upper() not in units:
-        raise ConfigError(f"{what} {str(text)[:60]!r} is not understood; write {example}")
+        raise ConfigError(f"{what} {text[:60]!r} is not understood; write {example}")
     if len(match[1]) > 30:
-        raise ConfigError(f"{what} {str(text)[:60]!r} is too large; write {example}")
+        raise ConfigError(f"{what} {text[:60]!r} is too large; write {example}")
     # In floats 2.01GB were a byte less.
-    value = math.floor(Fraction(match[1]) * units[match[2].upper()])
+    exact = Fraction(match[1]) * units[match[2].upper()]
+    if whole and exact.denominator != 1:
+        raise ConfigError(f"{what} must be a whole number, got {text[:60]!r}; write {example}")
+    value = math.floor(exact)
     if not 0 < value <= LARGEST:
-        raise ConfigError(f"{what} must be above 0 and at most 2^60, got {str(text)[:60]!r}; write {example}")
+        raise ConfigError(f"{what} must be above 0 and at most 2^60, got {text[:60]!r}; write {example}")
     return value
 
 

@@ -243,6 +243,8 @@ def max_sequence(
     unit = config.pattern.block_size if config.pattern else 64
 
     def fits(config: AttentionConfig, blocks: int) -> bool:
+        if blocks * unit > workload.most_tokens:
+            return False
         asked = workload.model_copy(update={"seq": blocks * unit})
         return estimate(config, asked, on, **options).upper <= budget  # type: ignore[arg-type]
 

@@ -52,8 +52,10 @@ def _points(
     for sign, members in subsets(len(lengths)):
         step = common(rates[t] for t in members)[:, None]
         covered = np.zeros(q.shape)
-        for h in range(heads):
-            covered += np.logical_and.reduce(
+        # Heads that differ by a multiple of `step` take the same positions.
+        for h in range(min(heads, int(step.max(initial=1)))):
+            alike = np.where(h < step, (heads - 1 - h) // step + 1, 0)
+            covered += alike * np.logical_and.reduce(
                 [offsets[t] % rates[t][:, None] == h % rates[t][:, None] for t in members]
             )
         covered *= sign / heads

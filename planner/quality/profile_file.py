@@ -6,8 +6,11 @@ Letters: `n` tokens, `h` heads, `d` channels; `D` components of the dictionary, 
 from __future__ import annotations
 
 import json
+import lzma
 import math
+import tokenize
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,22 +28,35 @@ ROWS: Final = 4096
 """Most rows of softmax in all: heads and batch entries are thinned out to it."""
 HEADER: Final = 1 << 24
 """Most bytes of a safetensors header."""
-BYTES: Final = 1 << 34
-"""Most bytes of a tensor."""
+BYTES: Final = 1 << 32
+"""Most bytes of a tensor: 262,144 tokens of 32 heads of 128 channels in float32."""
+PACKED: Final = 20
+"""Times its packed size that a large tensor may take: what unpacks to more is no q and no k."""
+LARGE: Final = 1 << 26
 SINKS: Final = 4
 _TYPES: Final = {"F16": "<f2", "BF16": "<u2", "F32": "<f4", "F64": "<f8"}
+
+
+_SUFFIXES: Final = (".npz", ".safetensors")
+_UNREADABLE: Final = (
+    OSError, EOFError, zipfile.BadZipFile, ValueError, KeyError, OverflowError, MemoryError,
+    # Packed in a way that Python has not, encrypted, or torn; headers that are no literals.
+    NotImplementedError, RuntimeError, zlib.error, lzma.LZMAError, TypeError, tokenize.TokenError,
+)  # fmt: skip
 
 
 def read_tensors(path: Path) -> tuple[NDArray[Any], NDArray[Any]]:
     """q and k of the file, [batch, seq, heads, head_dim], of its own floating type; nothing in it is run.
     ConfigError for what cannot be read or is no q and k."""
     try:
+        if path.suffix in _SUFFIXES and not path.is_file():
+            raise ValueError("it is no file" if path.exists() else "there is no such file")
         if path.suffix == ".npz":
             return _checked(path, *_from_npz(path))
         if path.suffix == ".safetensors":
             return _checked(path, *_from_safetensors(path))
-    except (OSError, EOFError, zipfile.BadZipFile, ValueError, KeyError, OverflowError, MemoryError) as error:
-        raise ConfigError(f"cannot read q and k from {path}: {error}") from None
+    except _UNREADABLE as error:
+        raise ConfigError(f"cannot read q and k from {path}: {error or type(error).__name__}") from None
     raise ConfigError(
         f"a profile is read from .npz or .safetensors, got {path.name!r}; save q and k as either"
     )
@@ -51,8 +67,14 @@ def _from_npz(path: Path) -> list[NDArray[Any]]:
         for name in ("q", "k"):
             if f"{name}.npy" not in archive.namelist():
                 raise ValueError(f"it has no array {name!r}; save it with numpy.savez(path, q=q, k=k)")
-            if archive.getinfo(f"{name}.npy").file_size > BYTES:
-                raise ValueError(f"{name} is larger than {BYTES} bytes; save fewer heads")
+            entry = archive.getinfo(f"{name}.npy")
+            if entry.file_size > BYTES:
+                raise ValueError(f"{name} is larger than {BYTES:,} bytes; save fewer heads")
+            if entry.file_size > max(LARGE, PACKED * entry.compress_size):
+                raise ValueError(
+                    f"{name} unpacks to {entry.file_size:,} bytes, more than {PACKED} times its packed size; "
+                    "save it with numpy.savez, unpacked"
+                )
     with np.load(path, allow_pickle=False) as file:
         return [file["q"], file["k"]]
 
@@ -97,8 +119,14 @@ def _entry(header: dict[str, Any], name: str, available: int) -> tuple[str, list
     if not isinstance(dtype, str) or dtype not in _TYPES:
         raise ValueError(f"{name} is of type {dtype!r}; use one of {', '.join(_TYPES)}")
     for numbers, what in ((shape, "shape"), (span, "data_offsets")):
-        if not isinstance(numbers, list) or not all(type(x) is int and x >= 0 for x in numbers):
-            raise ValueError(f"{name} has {what} {str(numbers)[:80]}, which are no whole numbers from 0 on")
+        if (
+            not isinstance(numbers, list)
+            or len(numbers) > 4
+            or not all(type(x) is int and x >= 0 for x in numbers)
+        ):
+            raise ValueError(
+                f"{name} has {what} {str(numbers)[:80]}, which are no few whole numbers from 0 on"
+            )
     if len(span) != 2 or not span[0] <= span[1] <= available or span[1] - span[0] > BYTES:
         raise ValueError(f"{name} claims bytes {str(span)[:80]} of {available}")
     need = math.prod(shape) * np.dtype(_TYPES[dtype]).itemsize

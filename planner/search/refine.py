@@ -235,6 +235,19 @@ def _open(url: str, *, reads: bool = False) -> Any:
     return JournalStorage(Journal(url, reads=reads))
 
 
+def check_sampler(name: str) -> None:
+    """ConfigError where there is no such sampler, or a package that it needs is missing: Optuna imports those
+    when the first value is suggested, after all other work."""
+    if name not in get_args(Sampler):
+        raise ConfigError(f"sampler must be one of {', '.join(get_args(Sampler))}, got {name!r}")
+    missing = [package for package in NEEDED.get(name, ()) if find_spec(package) is None]
+    if missing:
+        needed = " ".join(missing)
+        raise ConfigError(
+            f"sampler {name!r} needs {needed}, which is not installed: pip install {needed}, or choose tpe"
+        )
+
+
 def _sampler(name: Sampler, seed: int, startup: int = STARTUP) -> optuna.samplers.BaseSampler:
     samplers = optuna.samplers
     makers: dict[str, Callable[[], optuna.samplers.BaseSampler]] = {
@@ -248,15 +261,7 @@ def _sampler(name: Sampler, seed: int, startup: int = STARTUP) -> optuna.sampler
         "gp": lambda: samplers.GPSampler(seed=seed),
         "brute": lambda: samplers.BruteForceSampler(seed=seed),
     }
-    if name not in makers:
-        raise ConfigError(f"sampler must be one of {', '.join(get_args(Sampler))}, got {name!r}")
-    # Optuna imports these when the first value is suggested.
-    missing = [package for package in NEEDED.get(name, ()) if find_spec(package) is None]
-    if missing:
-        needed = " ".join(missing)
-        raise ConfigError(
-            f"sampler {name!r} needs {needed}, which is not installed: pip install {needed}, or choose tpe"
-        )
+    check_sampler(name)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         return makers[name]()

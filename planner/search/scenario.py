@@ -7,10 +7,11 @@ above what `point` does, so that candidates may be passed over by it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +35,8 @@ from planner.workload import Workload
 
 Objective = Literal["speed", "seq", "quality"]
 Floats = NDArray[np.float64]
+MOST_LAYERS: Final = 1 << 20
+"""Of a model."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +51,12 @@ class Gates:
     """Of one call."""
 
     def __post_init__(self) -> None:
-        if self.layers is not None and (type(self.layers) is not int or self.layers < 1):
-            raise ConfigError(f"layers must be a whole number of at least 1, got {self.layers!r}")
+        if self.layers is not None and (type(self.layers) is not int or not 1 <= self.layers <= MOST_LAYERS):
+            raise ConfigError(f"layers must be a whole number from 1 to {MOST_LAYERS:,}, got {self.layers!r}")
         if self.min_mass is not None and not 0 <= self.min_mass <= 1:
             raise ConfigError(f"min_mass must be from 0 to 1, got {self.min_mass!r}")
-        if self.max_seconds is not None and not self.max_seconds > 0:
-            raise ConfigError(f"max_seconds must be above 0, got {self.max_seconds!r}")
+        if self.max_seconds is not None and not 0 < self.max_seconds < math.inf:
+            raise ConfigError(f"max_seconds must be a number above 0, got {self.max_seconds!r}")
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from attention.config import (
     MIB,
     AttentionConfig,
     Backend,
+    Counts,
     PatternType,
-    Positives,
     Switch,
     Value,
     Variant,
@@ -52,6 +52,8 @@ MOST_GLOBAL: Final = 8192
 FREE_WORKSPACES: Final = (20, 26)
 """Least and most as powers of two."""
 LEAST_RATIO: Final = 1e-4
+MOST_VALUES: Final = 1 << 14
+"""Combinations of the values that a caller lists."""
 
 Kind = Literal["dense", "dilated", "local_window", "global_local", "dilated_sparse", "adaptive"]
 KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
@@ -85,19 +87,19 @@ class Space(Value):
     variants: Variants | None = None
     patterns: Patterns | None = None
     """Of block_sparse."""
-    block_sizes: Positives | None = None
-    windows: Positives | None = None
+    block_sizes: Counts | None = None
+    windows: Counts | None = None
     """Tokens."""
-    global_tokens: Positives | None = None
+    global_tokens: Counts | None = None
     ratios: Ratios | None = None
     """Fractions of blocks kept."""
-    branches: Positives | None = None
+    branches: Counts | None = None
     """How many."""
-    segments: Positives | None = None
+    segments: Counts | None = None
     """Segment lengths of all branches: with them there is nothing else about lengths to choose."""
-    rates: Positives | None = None
+    rates: Counts | None = None
     """Rates of all branches, not falling."""
-    workspaces: Positives | None = None
+    workspaces: Counts | None = None
     """Bytes."""
     backend: Backend | None = None
     """None for `auto`, and, where that would be FlexAttention, `sdpa` too."""
@@ -109,6 +111,11 @@ class Space(Value):
                      "workspaces"):  # fmt: skip
             if getattr(self, name) == ():
                 raise ValueError(f"{name} allows nothing; give at least one value, or leave it out")
+        values = math.prod(len(given) for name in DIMENSIONS if (given := getattr(self, name)))
+        if values * len(self.workspaces or (0,)) > MOST_VALUES:
+            raise ValueError(
+                f"the lists have more than {MOST_VALUES:,} combinations, and all are looked at; give fewer"
+            )
         counts = {len(given) for given in (self.segments, self.rates) if given is not None}
         if self.branches is not None:
             if max(self.branches) > MAX_BRANCHES:

@@ -503,3 +503,26 @@ def test_pydantics_own_ways_in_are_checked_too():
         config.model_copy(update={"dilation_rates": [1, 2]})
     with pytest.raises(ConfigError, match="variant"):
         AttentionConfig.model_validate({"variant": "sparse"})
+
+
+# --- bounds -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [{"variant": "dilated", "segment_lengths": [8] * 17, "dilation_rates": [1] * 17},
+     {"variant": "block_sparse", "pattern": {"block_size": 1 << 41}},
+     {"variant": "dense", "multihead": {"embed_dim": 1 << 25, "num_heads": 1 << 24}},
+     {"variant": "adaptive", "pattern": {}, "adaptive": {"num_heads": 8, "head_dim": 1 << 41}},
+     {"variant": "dense", "workspace_bytes": 1 << 61}],
+)  # fmt: skip
+def test_sizes_that_nobody_has_are_refused(parts):
+    with pytest.raises(ConfigError, match=r"less than or equal to|at most 16 items"):
+        AttentionConfig.from_json(json.dumps(parts))
+
+
+def test_an_error_stays_short_whatever_was_given():
+    for lengths in ([1] * 1_000_000, ["x" * 10_000_000], ["x"] * 1_000_000):
+        with pytest.raises(ConfigError) as caught:
+            AttentionConfig(variant="dilated", segment_lengths=lengths, dilation_rates=(1,))
+        assert len(str(caught.value)) < 2000

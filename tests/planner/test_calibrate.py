@@ -21,6 +21,7 @@ from planner.calibrating import calibration_of, most_informative, plan_runs, pre
 from planner.calibration import SMALL, Calibration, load, own_path, shipped
 from planner.cli import app
 from planner.measure import Environment, Measurement
+from planner.report import files
 from planner.speed import fit as speed_fit
 from planner.workload import Workload
 
@@ -159,7 +160,7 @@ def test_a_full_disk_is_said_and_what_was_measured_stays(monkeypatch, short, tmp
         with pytest.raises(AttentionPlannerError, match=r"record was not kept: .*No space left"):
             calibrate("cpu", runs=6, path=path)
     with monkeypatch.context() as patched:
-        patched.setattr(Path, "write_text", full)
+        patched.setattr(files, "_fresh", full)
         with pytest.raises(AttentionPlannerError, match=r"calibration was not kept: .*No space left"):
             calibrate("cpu", runs=6, path=path)
     assert [p.name for p in tmp_path.iterdir()] == ["c.json.records.jsonl"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -515,3 +516,96 @@ def test_the_command_is_installed_as_planner():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     module, _, name = project["scripts"]["planner"].partition(":")
     assert callable(getattr(importlib.import_module(module), name))
+
+
+# ---- what has no effect, what cannot be written
+
+
+@pytest.mark.parametrize(
+    "line, said",
+    [
+        ("recommend --vram 8GB --seq 8K --study a", "study names trials in a storage, and there is none"),
+        ("recommend --vram 8GB --seq 8K --trials 0 --storage a.journal", "trials=0 asks for none"),
+        (
+            "recommend --vram 8GB --seq 8K --trials 0 --seed 1",
+            "--seed: of trials, and --trials 0 asks for none",
+        ),
+        ("recommend --vram 8GB --seq 8K --verify --format py", "--verify says how the picks ran"),
+        ("recommend --gpu gtx1080 --vram 16GB --seq 8K", "GTX 1080 has 8,491,368,448 that can be used"),
+        ("estimate --variant dense --seq 8K --device gtx1080 --vram 16GB", "--vram is 16,000,000,000 bytes"),
+        ("recommend --vram 8GB --seq 8K --max-seconds inf", "max_seconds must be a number above 0"),
+        ("recommend --vram 8GB --seq 8K --max-seconds nan", "max_seconds must be a number above 0"),
+        ("recommend --vram 8GB --seq 8K --block-size 63.5", "--block-size must be a whole number"),
+        ("estimate --variant dilated --seq 8 --segments 8 --rates 1.9", "--rates must be a whole number"),
+        ("study --list all", "NAME: --list runs nothing"),
+        ("study --list --quick", "--quick: --list runs nothing"),
+    ],
+)
+def test_an_option_without_effect_is_refused(line, said):
+    assert said in refused(planner(*line.split()))
+
+
+def test_sizes_beside_two_estimates_are_refused(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(estimate(AttentionConfig(variant="dense"), Workload(seq=16)).to_json())
+    assert planner("compare", str(path), str(path)).exit_code == 0
+    line = refused(planner("compare", str(path), str(path), "--seq", "8K", "--head-dim", "8"))
+    assert line == "--head-dim, --seq: for configs, and both files have figures of their own; remove them"
+    assert planner("compare", str(path), str(SMALL), "--seq", "8K").exit_code == 0
+
+
+def test_show_says_which_sizes_it_does_not_read(tmp_path):
+    result = planner("show", str(SMALL), "--head-dim", "8")
+    assert (result.exit_code, "note: without effect here: --head-dim" in result.stderr) == (0, True)
+
+
+def test_an_estimate_as_data_says_whether_it_fits():
+    for size, said in (("1KB", "above"), ("8GB", "within")):
+        result = planner(
+            *f"estimate --variant dense --seq 64 --device cpu --vram {size} --format json".split()
+        )
+        assert result.stderr == f"planner: the upper bound is {said} --vram\n"
+
+
+def test_a_sampler_whose_package_is_missing_is_refused_before_the_work(monkeypatch):
+    from planner import recommendation
+    from planner.search import refine
+
+    monkeypatch.setattr(refine, "find_spec", lambda name: None)
+    monkeypatch.setattr(recommendation, "enumerate_grid", lambda *_: pytest.fail("worked first"))
+    assert "needs cmaes" in refused(
+        planner("recommend", "--vram", "8GB", "--seq", "8K", "--sampler", "cmaes")
+    )
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("line", ["gpus", "gpus --format json", "--help"])
+def test_a_full_standard_output_is_one_line_and_exit_code_1(line, unbuffered):
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": unbuffered}
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "planner", *line.split()],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=env,
+        )
+    said = "planner: error: standard output cannot be written: No space left on device\n"
+    assert (done.returncode, done.stderr) == (1, said)
+
+
+def test_a_reader_that_has_had_enough_is_no_error():
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        [sys.executable, "-m", "planner", "gpus"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env
+    ) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+
+
+def test_a_config_from_a_pipe_is_read_once():
+    done = subprocess.run(
+        [sys.executable, "-m", "planner", "compare", "/dev/stdin", "/dev/stdin", "--seq", "1K"],
+        input=SMALL.read_bytes(), capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, b"")

@@ -61,3 +61,14 @@ def test_an_option_is_rounded_up(count, text):
 @given(st.integers(1, 2**59))
 def test_an_option_is_read_back_as_no_less_and_hardly_more(count):
     assert count <= parse_bytes(bytes_option(count)) <= count * 1.01
+
+
+@pytest.mark.parametrize("text", ["100.7", "63.5", "1.9", "1.3K", "0.5", "1.0001M"])
+def test_the_fraction_of_a_count_is_refused_not_cut(text):
+    with pytest.raises(ConfigError, match="--seq must be a whole number, got"):
+        parse_count(text, "--seq")
+
+
+@pytest.mark.parametrize("text, value", [("1.5K", 1536), ("100.0", 100), ("0.25M", 262_144)])
+def test_a_fraction_that_is_a_whole_count_is_read(text, value):
+    assert parse_count(text) == value

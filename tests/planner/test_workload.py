@@ -26,3 +26,21 @@ def test_round_trip():
 def test_nonsense_is_refused(fields):
     with pytest.raises(ConfigError, match="Workload"):
         Workload(**fields)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"batch": 1 << 41}, {"heads": 1 << 24}, {"heads": 4, "kv_heads": 1 << 50}, {"head_dim": 1 << 41},
+     {"seq": 1 << 41}, {"seq": 1 << 40, "batch": 1 << 20}, {"seq": (1 << 30) + 1, "weights": True}],
+)  # fmt: skip
+def test_sizes_that_nobody_has_are_refused(fields):
+    with pytest.raises(ConfigError, match=r"less than or equal to|at most [0-9,]+ tokens"):
+        Workload(**{"seq": 8, **fields})
+
+
+def test_the_most_tokens_are_planned_for_and_one_more_is_not():
+    for fields in ({}, {"weights": True}, {"batch": 1 << 20, "heads": 1 << 12}):
+        most = Workload(seq=1, **fields).most_tokens
+        assert Workload(seq=most, **fields).seq == most
+        with pytest.raises(ConfigError):
+            Workload(seq=most + 1, **fields)
