@@ -12,16 +12,13 @@ attention puts its mass, chosen or not.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterable, Iterator
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from attention.block_sparse import gather_tiles
+from attention.block_sparse import chosen_tiles
 from attention.config import AttentionConfig
 from attention.inputs import check, shape_of
 from attention.layout import row_budget
@@ -37,7 +34,7 @@ from attention.ops.scorer import ChosenScores, Scoring, chosen_blocks, scoring_d
 from attention.ops.scratch import Scratch
 from attention.ops.weights import AttentionWeights, attention_weights, check_room, chosen_pairs
 from attention.pool import Buffers
-from attention.rows import Rows, chosen_rows
+from attention.rows import chosen_rows
 
 
 class AdaptiveAttention(Attention):
@@ -181,7 +178,7 @@ class AdaptiveAttention(Attention):
         rows = chosen_rows(self.block_size, lists.shape[-1])
 
         def program(batch: int, shape: Shape) -> Iterable[Tile]:
-            return _tiles(lists[batch], rows, shape)
+            return chosen_tiles(lists[batch], rows, shape)
 
         return Problem(
             shape=shape,
@@ -192,17 +189,6 @@ class AdaptiveAttention(Attention):
             whole=False,
             buffers=self.scratch,
         )
-
-
-def _tiles(lists: npt.NDArray[np.int64], widest: Rows, shape: Shape) -> Iterator[Tile]:
-    """Tiles of one batch item from [H, blocks, kept] lists: rows of equal count together, and the
-    last row, whose queries may be fewer, by itself."""
-    rows = lists.transpose(1, 0, 2)
-    counts = (rows[:, 0] >= 0).sum(axis=-1)
-    alone = np.arange(len(rows)) == len(rows) - 1
-    breaks = np.flatnonzero((np.diff(counts) != 0) | alone[1:]) + 1
-    for first, last in itertools.pairwise([0, *breaks.tolist(), len(rows)]):
-        yield from gather_tiles(rows[first:last, :, : counts[first]], first, widest, shape)
 
 
 def _orthogonal(rows: int, columns: int) -> Tensor:

@@ -8,6 +8,7 @@ lists are equally long. A list too long for the workspace is cut, and its parts 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
@@ -69,7 +70,9 @@ def _span_tiles(
         stop = min(last * size, shape.seq)
         for start in range(first * size, stop, together * size):
             end = min(start + together * size, stop)
-            yield _span_tile(_head_spans(start, end - start, 1, 0, shape), keys, rows, shape)
+            short = "last view" if shape.causal and end - start < size else "view"
+            kind = "long view" if end - start > size else short
+            yield _span_tile(_head_spans(start, end - start, 1, 0, shape), keys, kind, rows, shape)
         return
     if shift == 1 and shape.goes_wide(rows) and width >= WIDE * together:
         for row in range(first, last, together):
@@ -81,7 +84,7 @@ def _span_tiles(
         moved = keys._replace(
             start=keys.start + (row - first) * shift * size, batch=views, batch_step=shift * size
         )
-        yield _span_tile(_head_spans(row * size, queries, views, size, shape), moved, rows, shape)
+        yield _span_tile(_head_spans(row * size, queries, views, size, shape), moved, "views", rows, shape)
 
 
 def _wide_tile(key: int, width: int, first: int, last: int, size: int, shape: Shape) -> Tile:
@@ -95,7 +98,7 @@ def _wide_tile(key: int, width: int, first: int, last: int, size: int, shape: Sh
         """Rows begin..end over blocks low..high."""
         queries = _head_spans(begin * size, (end - begin) * size, 1, 0, shape)
         for part in shape.key_ranges(Span(low * size, (high - low) * size, heads=shape.kv_heads)):
-            calls.append(Call(queries, part, first=not calls))
+            calls.append(Call(queries, part, "long view", first=not calls))
 
     def halve(begin: int, end: int) -> None:
         if end - begin < 2:
@@ -112,11 +115,11 @@ def _wide_tile(key: int, width: int, first: int, last: int, size: int, shape: Sh
     if shape.causal:
         own = _head_spans(first * size, size, last - first, size, shape)
         keys = Span(first * size, size, batch=last - first, batch_step=size, heads=shape.kv_heads)
-        calls.append(Call(own, keys, "causal"))
+        calls.append(Call(own, keys, "own blocks", "causal"))
     return Tile(first * size, last * size, tuple(calls), merge=len(calls) > 1)
 
 
-def _span_tile(queries: tuple[Span, ...], keys: Span, rows: Rows, shape: Shape) -> Tile:
+def _span_tile(queries: tuple[Span, ...], keys: Span, kind: str, rows: Rows, shape: Shape) -> Tile:
     """A tile of queries over a span of keys, whose last block is their own if causal."""
     calls = []
     if shape.causal:
@@ -125,12 +128,14 @@ def _span_tile(queries: tuple[Span, ...], keys: Span, rows: Rows, shape: Shape) 
         if last > shape.pack_tokens(keys.batch):
             last = own
         begin = keys.length - last
-        calls.append(
-            Call(queries, keys.cut(begin, keys.length), "diagonal" if masked else "causal", first=True)
-        )
+        last_keys = keys.cut(begin, keys.length)
+        if masked:
+            calls.append(Call(queries, last_keys, kind, "diagonal", first=True))
+        else:
+            calls.append(Call(queries, last_keys, "own blocks", "causal", first=True))
         keys = keys.cut(0, begin)
     for part in shape.key_ranges(keys):
-        calls.append(Call(queries, part, first=not calls))
+        calls.append(Call(queries, part, kind, first=not calls))
     return Tile(queries[0].start, queries[0].stop, tuple(calls), merge=len(calls) > 1)
 
 
@@ -140,7 +145,6 @@ def gather_tiles(lists: npt.NDArray[np.int64], first: int, rows: Rows, shape: Sh
     size, width = rows.size, lists.shape[-1]
     queries = min(size, shape.seq - first * size)
     step, cut = shape.chunk_rows(rows), shape.list_blocks(rows)
-    widest = min(cut, shape.full_blocks(size))
     tail = (shape.seq - 1) // size if shape.seq % size else -1
     masked = shape.mask_blocks(rows)
     for row in range(0, len(lists), step):
@@ -152,23 +156,34 @@ def gather_tiles(lists: npt.NDArray[np.int64], first: int, rows: Rows, shape: Sh
             spans = (Span(start, queries, batch=views, batch_step=size, heads=shape.heads),)
 
         def gather(begin: int, end: int, part: npt.NDArray[np.int64] = part) -> Gather:
-            return Gather(part[..., begin:end], size, shape.heads, (step, widest * size))
+            return Gather(part[..., begin:end], size, shape.heads)
 
         calls = []
         end = width
         if shape.causal and not masked:  # the queries' own block
             own = Span(start, queries, batch=views, batch_step=size, heads=shape.kv_heads)
-            calls.append(Call(by_group, own, "causal", first=True))
+            calls.append(Call(by_group, own, "own blocks", "causal", first=True))
             end -= 1
         elif shape.causal:
             end -= min(width, masked, cut)
-            calls.append(Call(spans, gather(end, width), "diagonal", first=True))
+            calls.append(Call(spans, gather(end, width), "lists", "diagonal", first=True))
         for begin in range(0, end, cut):
             keys = gather(begin, min(begin + cut, end))
             mask: Mask = "tail" if (keys.blocks[..., -1] == tail).any() else "none"
-            calls.append(Call(spans, keys, mask, first=not calls))
+            calls.append(Call(spans, keys, "lists", mask, first=not calls))
         stop = start + (views - 1) * size + queries
         yield Tile(start, stop, tuple(calls), merge=len(calls) > 1)
+
+
+def chosen_tiles(lists: npt.NDArray[np.int64], widest: Rows, shape: Shape) -> Iterator[Tile]:
+    """Tiles of one batch item from [H, blocks, kept] lists: rows of equal count together, and the
+    last row, whose queries may be fewer, by itself."""
+    rows = lists.transpose(1, 0, 2)
+    counts = (rows[:, 0] >= 0).sum(axis=-1)
+    alone = np.arange(len(rows)) == len(rows) - 1
+    breaks = np.flatnonzero((np.diff(counts) != 0) | alone[1:]) + 1
+    for first, last in itertools.pairwise([0, *breaks.tolist(), len(rows)]):
+        yield from gather_tiles(rows[first:last, :, : counts[first]], first, widest, shape)
 
 
 def _head_spans(start: int, length: int, batch: int, step: int, shape: Shape) -> tuple[Span, ...]:

@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterator
 
 from attention.ops.program import Call, Mask, Shape, Span, Tile
+from attention.ops.reserve import branch_kind
 
 
 def tiles(branches: tuple[tuple[int, int], ...], shape: Shape) -> Iterator[Tile]:
@@ -24,14 +25,15 @@ def tiles(branches: tuple[tuple[int, int], ...], shape: Shape) -> Iterator[Tile]
         calls = tuple(
             call
             for order, (length, rate) in enumerate(ordered)
-            for call in _branch_calls(length, rate, start, stop, shape, first=order == 0)
+            for call in _branch_calls(order, length, rate, start, stop, shape)
         )
         yield Tile(start, stop, calls, merge=not all(call.first for call in calls))
 
 
-def _branch_calls(length: int, rate: int, start: int, stop: int, shape: Shape, first: bool) -> Iterator[Call]:
-    """Calls of one branch for the queries of tokens start..stop."""
+def _branch_calls(order: int, length: int, rate: int, start: int, stop: int, shape: Shape) -> Iterator[Call]:
+    """Calls of one branch for the queries of tokens start..stop; `order`: its place among the branches."""
     repeat = shape.heads // shape.kv_heads
+    kind, first = branch_kind(order), order == 0
     # Heads of equal offset whose kv heads are evenly spaced: every lcm(rate, repeat)-th.
     period = math.lcm(rate, repeat)
     for head in range(min(period, shape.heads)):
@@ -47,7 +49,7 @@ def _branch_calls(length: int, rate: int, start: int, stop: int, shape: Shape, f
                 views = {"start": segment + offset, "length": count, "batch": whole, "batch_step": length}
                 if count:
                     mask: Mask = "causal" if shape.causal else "none"
-                    yield Call((queries._replace(**views),), keys._replace(**views), mask, first)
+                    yield Call((queries._replace(**views),), keys._replace(**views), kind, mask, first)
                 segment += whole * length
                 continue
             end = min(segment + length, shape.seq)
@@ -57,12 +59,14 @@ def _branch_calls(length: int, rate: int, start: int, stop: int, shape: Shape, f
                 part = queries._replace(start=segment + offset + skip * rate, length=count)
                 seen = keys._replace(start=segment + offset)
                 if shape.causal:
-                    yield Call((part,), keys._replace(start=part.start, length=count), "causal", first)
+                    own = keys._replace(start=part.start, length=count)
+                    yield Call((part,), own, kind, "causal", first)
                     seen = seen._replace(length=skip)
                 else:
                     seen = seen._replace(length=_positions(offset, end - segment, rate))
-                for order, keys_part in enumerate(shape.key_ranges(seen)):
-                    yield Call((part,), keys_part, "none", first and order == 0 and not shape.causal)
+                for n, keys_part in enumerate(shape.key_ranges(seen)):
+                    alone = first and n == 0 and not shape.causal
+                    yield Call((part,), keys_part, branch_kind(order, before=shape.causal), "none", alone)
             segment = end
 
 

@@ -5,6 +5,7 @@ AttentionPlannerError
 +-- InputError           tensors that do not fit a configuration (also a ValueError)
 +-- UnavailableError     known, but not to be had here: a backend, a variant, a device
 +-- OutOfMemoryError     memory ran out, with requested and available bytes
++-- StorageError         what was found could not be kept: a full disk, a database that is gone, a lock
 """
 
 from __future__ import annotations
@@ -27,6 +28,11 @@ class InputError(AttentionPlannerError, ValueError):
 
 class UnavailableError(AttentionPlannerError, RuntimeError):
     """Something this project knows but cannot give here; the message says where it is to be had."""
+
+
+class StorageError(AttentionPlannerError):
+    """A right request failed at what keeps its results. What was kept before is whole, and the same call goes
+    on from there."""
 
 
 class OutOfMemoryError(AttentionPlannerError, MemoryError):

@@ -128,7 +128,7 @@ def dilated_sparse_rows(
     # What one branch alone offers a row that is at the end of its segment, or else the last but one.
     at_least = most(*(_alone(length, rate, blocks) for length, rate in zip(lengths, rates, strict=True)))
     widest = full = least(most(1 + others, at_least), blocks)
-    unknown = (1 - near) * (budget > at_least) * most(1 - regular, last_apart)
+    unknown = (budget > at_least) * most(1 - regular, last_apart * (1 - near))
     if somewhere(unknown):
         from attention.layout import widest_rows  # loads NumPy, which few configs need
 
@@ -139,8 +139,10 @@ def dilated_sparse_rows(
         found = each(rows_of_one, unknown, (widest, full), blocks, *lengths, *rates)
         widest, full = found[0], choose(short * causal > 0, found[1], found[0])
     widest, full = least(budget, widest), least(budget, full)
-    # Rows at an end of a segment see the same blocks until the window leaves that end.
-    alike = 1 + 0 * widest if causal else choose(budget < longest, budget // 2 + 1, longest)
+    # Rows at an end of a segment see the same blocks until the window leaves that end: half a window, or up
+    # to a whole one where segments of several lengths share it, of which some end on one side.
+    half = choose(longest == least(*lengths), budget // 2 + 1, budget)
+    alike = 1 + 0 * widest if causal else choose(budget < longest, half, longest)
     # A row goes at most `widest` - 1 steps along a branch, at a segment's end all of them to one side.
     steps = (widest - 1) * (1 if causal else 2)
     along = (least(steps, (length - 1) // rate) for length, rate in zip(lengths, rates, strict=True))

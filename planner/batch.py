@@ -30,6 +30,7 @@ from planner.measure import (
     _Ended,
     _measurement,
     _tail,
+    above_standard,
 )
 from planner.workload import Workload
 
@@ -102,8 +103,10 @@ class _Server:
 
     def __init__(self) -> None:
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 -- `end` closes it
-        read, write = os.pipe()
+        read, low = os.pipe()
         self._answer, self._left = read, b""
+        write = above_standard(low)
+        os.close(low)
         self.alive = True
         try:
             self._process = subprocess.Popen(

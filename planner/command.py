@@ -18,7 +18,7 @@ from typing import Any, Final
 import typer
 
 from attention.config import AttentionConfig
-from attention.errors import AttentionPlannerError
+from attention.errors import AttentionPlannerError, StorageError
 from planner.options import (
     AnyLength,
     Asked,
@@ -81,7 +81,7 @@ def command(name: str, example: str) -> Callable[[Callable[..., int]], Callable[
     """Registers a function as a command; what it returns is the exit code.
 
     Options of equal name are one option, that each builder gets. An error of the project's tree becomes
-    one line and exit code 2.
+    one line and exit code 2, or 1 where it was not the request that was wrong.
     """
 
     def register(function: Callable[..., int]) -> Callable[..., int]:
@@ -105,7 +105,7 @@ def command(name: str, example: str) -> Callable[[Callable[..., int]], Callable[
                 code = function(**arguments)
             except AttentionPlannerError as error:
                 say(f"error: {error}")
-                code = WRONG
+                code = CRASHED if isinstance(error, StorageError) else WRONG
             except KeyboardInterrupt:
                 say("interrupted")
                 code = INTERRUPTED

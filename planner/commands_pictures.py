@@ -9,7 +9,7 @@ from typing import Annotated, Any, Final, Literal
 import typer
 
 from attention.errors import ConfigError
-from planner.command import DONE, command, ink, print_data
+from planner.command import DONE, INTERRUPTED, WRONG, command, ink, print_data
 from planner.options import Format, say
 from planner.options_pictures import Pictured, View
 
@@ -32,7 +32,9 @@ def study(
 ) -> int:
     """Answer a question by running it: data, a picture, three sentences.
 
-    Every row is kept as it ends: after an interruption the same command goes on where it stopped.
+    Every row is kept as it ends: after an interruption the same command goes on where it stopped, as long as
+    version and machine are the same. A study of which no case ran says why and writes nothing; the others go
+    on, and the exit code is 2.
     """
     # Studies are built on the planner, not the other way round: this is the one door up, by name.
     catalogue: Any = import_module("studies.catalogue")
@@ -49,26 +51,41 @@ def study(
     if device == "cuda" and not import_module("torch").cuda.is_available():
         raise ConfigError("--device cuda: torch sees no GPU here; use --device cpu")
     studies: Any = import_module("studies.study")
+    records: Any = import_module("studies.records")
     asked = studies.able(asked, device, "all" in names)
     place = import_module("torch").device(device)
-    answers = []
+    answers, code = [], DONE
     for name in asked:
-        answer = studies.run(name, device=place, quick=quick, out=out)
+        try:
+            answer = studies.run(name, device=place, quick=quick, out=out)
+        except records.NothingRanError as error:  # the others may have something to say
+            say(f"error: {error}")
+            code = WRONG
+            continue
+        except KeyboardInterrupt:
+            say(f"interrupted; what is done is kept in {out}, and the same command goes on from there")
+            return INTERRUPTED
         answers.append(answer)
         if format == "table":
             typer.echo(f"{name}: {catalogue.QUESTIONS[name]}")
-            for sentence in answer.said:
-                typer.echo(f"  {sentence}")
-            for path in answer.files:
-                typer.echo(f"  {path}")
+            for line in (*answer.said, *studies.did_not_run(answer.failed), *answer.files):
+                typer.echo(f"  {line}")
     for answer in answers:
-        import_module("studies.records").settle(answer.files[0])
+        records.settle(answer.files[0])
     if format != "table":
         print_data(
-            [{"study": a.name, "said": list(a.said), "files": list(map(str, a.files))} for a in answers],
+            [
+                {
+                    "study": a.name,
+                    "said": list(a.said),
+                    "failed": dict(a.failed),
+                    "files": list(map(str, a.files)),
+                }
+                for a in answers
+            ],
             format,
         )
-    return DONE
+    return code
 
 
 @command("show", "planner show docs/examples/large.json --seq 128K --causal")

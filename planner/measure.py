@@ -7,6 +7,7 @@ to it, out of memory, a crash or a hang, is a `Measurement` and leaves the calle
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import json
 import math
@@ -281,14 +282,14 @@ def _run(task: str, timeout: float) -> _Ended:
     """Runs the child in a session of its own, which is killed whole if it takes too long or if anything
     (Ctrl-C) ends the wait."""
     with tempfile.TemporaryFile() as answer, tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(
-            _command(answer.fileno()),
-            stdin=subprocess.PIPE,
-            stdout=log,
-            stderr=log,
-            pass_fds=(answer.fileno(),),
-            start_new_session=True,
-        )
+        handed = above_standard(answer.fileno())
+        try:
+            process = subprocess.Popen(
+                _command(handed), stdin=subprocess.PIPE, stdout=log, stderr=log, pass_fds=(handed,),
+                start_new_session=True,
+            )  # fmt: skip
+        finally:
+            os.close(handed)
         timed_out = False
         try:
             process.communicate(task.encode(), timeout)
@@ -301,6 +302,12 @@ def _run(task: str, timeout: float) -> _Ended:
             if process.stdin:
                 process.stdin.close()
         return _Ended(process.returncode, timed_out, _said(answer), _tail(log))
+
+
+def above_standard(file: int) -> int:
+    """Another descriptor of an open file, above those of the standard streams: where one of these is closed,
+    what is opened gets its number, and a child has that number for the stream."""
+    return fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, 3)
 
 
 def _said(answer: IO[bytes]) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from attention.config import AttentionConfig
-from attention.errors import AttentionPlannerError, ConfigError
+from attention.errors import AttentionPlannerError, ConfigError, StorageError
+from planner.appending import append_whole, is_torn
 from planner.measure import Device, Measurement
 from planner.workload import Workload
 
@@ -24,7 +25,8 @@ class RecordWarning(UserWarning):
 
 
 def append(path: str | Path, measurement: Measurement) -> None:
-    """Adds one record and returns when it is on disk; AttentionPlannerError if it could not be kept.
+    """Adds one record and returns when it is on disk; StorageError if it could not be written, another
+    AttentionPlannerError if the file cannot be opened.
 
     A record that was not kept leaves the file as it was.
     """
@@ -32,20 +34,19 @@ def append(path: str | Path, measurement: Measurement) -> None:
     try:
         # Read and write: whether the last line was torn has to be read.
         with _opened(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, fcntl.LOCK_EX) as file:
-            size = os.fstat(file).st_size
-            torn = size > 0 and os.pread(file, 1, size - 1) != b"\n"
             try:
-                _write(file, b"\n" + line if torn else line)
-                os.fsync(file)
-            except OSError:
-                with contextlib.suppress(OSError):
-                    os.ftruncate(file, size)
-                raise
+                append_whole(file, b"\n" + line if is_torn(file) else line)
+            except OSError as error:
+                raise StorageError(_not_kept(path, error)) from error
     except OSError as error:
-        raise AttentionPlannerError(
-            f"the record was not kept: writing {path} failed ({error.strerror}); make room or choose "
-            "another file, and measure again"
-        ) from error
+        raise AttentionPlannerError(_not_kept(path, error)) from error
+
+
+def _not_kept(path: str | Path, error: OSError) -> str:
+    return (
+        f"the record was not kept: writing {path} failed ({error.strerror}); make room or choose another "
+        "file, and measure again"
+    )
 
 
 def read(path: str | Path) -> list[Measurement]:
@@ -109,9 +110,3 @@ def _opened(path: str | Path, flags: int, lock: int) -> Iterator[int]:
         yield file
     finally:
         os.close(file)
-
-
-def _write(file: int, data: bytes) -> None:
-    """All of `data`, in one write unless the system takes less."""
-    while data:
-        data = data[os.write(file, data) :]

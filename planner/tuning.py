@@ -9,23 +9,26 @@ from __future__ import annotations
 
 import math
 import os
+import resource
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, Final, Literal, NamedTuple
 
 import optuna
-from optuna.trial import TrialState
+from optuna.distributions import BaseDistribution
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.trial import FrozenTrial, TrialState, create_trial
 from pydantic import BeforeValidator
 
 from attention.config import AttentionConfig, Value, as_tuple
 from attention.errors import AttentionPlannerError, ConfigError
 from planner.calibration import Calibration, make_folder, own_path
-from planner.measure import Device, Measurement
+from planner.measure import SETTINGS, Device, Measurement
 from planner.memory.estimate import MemoryEstimate
 from planner.recommendation import Recommendation, question
 from planner.repeating import tune_command
@@ -39,6 +42,8 @@ from planner.workload import Workload
 
 ASKS: Final = 8
 """Suggestions for each trial: those that fail the gates or were tried before are not measured."""
+PROVISIONAL: Final = -1
+"""Number of a trial until the study has it."""
 WORST: Final = 50.0
 """Value of what did not run: e^50 seconds."""
 
@@ -135,7 +140,15 @@ def tuned(
             asked,
         )  # fmt: skip
         analytic = first.answer.model_copy(update={"command": command, "seed": seed})
-        tuning = _Tuning(analytic, first.scenario, first.space, kept, run, progress)
+        tuning = _Tuning(
+            analytic,
+            first.scenario,
+            first.space,
+            kept,
+            run,
+            limits(timeout, runs, analytic.versions),
+            progress,
+        )
         found = tuning.go(trials, sampler, seed)
     if learn and tuning.measured:
         _learn(first.scenario, tuning.measured)
@@ -151,13 +164,18 @@ def stored(url: str, name: str) -> Tuned:
             f"study {name!r} in {url} has no measured config that ran within the budget; "
             "`planner tune` makes such studies"
         )
-    trials = {trial.config: trial for trial in _trials(study)}
-    # These two were perhaps measured again, or were not the sampler's to suggest.
+    trials = measured_of(study)
+    numbers = {trial.number for trial in trials.values()}
+    these: dict[str, Trial] = {}
+    # Perhaps measured again, or (by an earlier version) under a number that a trial has now.
     for which in ("best", "analytic"):
         trial = Trial(**found[which])
-        trials[trial.config] = trial
+        known = trials.get(trial.config)
+        free = trial.number if trial.number not in numbers else max(numbers) + 1
+        these[which] = trial.model_copy(update={"number": known.number if known else free})
+    trials |= {trial.config: trial for trial in these.values()}
     ordered = tuple(sorted(trials.values(), key=lambda trial: trial.number))
-    return Tuned(**found, trials=ordered, kept=len(ordered), storage=url, study=name)
+    return Tuned(**{**found, **these}, trials=ordered, kept=len(ordered), storage=url, study=name)
 
 
 _FOUND: Final = "found"
@@ -167,33 +185,96 @@ _FOUND: Final = "found"
 _OWNER: Final = "owner"
 """The attribute of a trial that says which process measures it."""
 
+_LIMITS: Final = "limits"
+"""The attribute of a trial that failed that says under what."""
+
 
 def _myself() -> str:
-    return f"{socket.gethostname()} {os.getpid()}"
+    """This process, in a way that no later one is called."""
+    began = _process(os.getpid())
+    return f"{socket.gethostname()} {os.getpid()}" + (f" {began[1]}" if began else "")
+
+
+def _process(number: int) -> tuple[str, str] | None:
+    """(state, when it began) of a process, as the system has them; None where it does not say."""
+    try:
+        said = Path(f"/proc/{number}/stat").read_text()
+    except OSError:
+        return None
+    fields = said.rpartition(")")[2].split()  # its name comes before, and may have anything in it
+    return fields[0], fields[19]
 
 
 def _at_work(owner: str | None) -> bool:
     """Whether the process that began a trial is still there; of another machine's nobody can tell, and it is
     left alone."""
-    host, _, process = (owner or "").rpartition(" ")
-    if not host or host != socket.gethostname():
+    host, *process = (owner or "").split(" ")
+    if host != socket.gethostname():
         return bool(host)
+    if not process or not process[0].isdigit():
+        return False
+    number = int(process[0])
     try:
-        os.kill(int(process), 0)
-    except ProcessLookupError:
+        os.kill(number, 0)
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
-        return True  # somebody else's
-    return int(process) != os.getpid()
+        pass  # somebody else's
+    known = _process(number)
+    if known is not None:
+        state, began = known
+        # Ended, and its parent has not heard of it; or the number is another process's by now.
+        if state in "ZX" or (len(process) > 1 and process[1] != began):
+            return False
+    return number != os.getpid()
 
 
-def _trials(study: optuna.Study) -> list[Trial]:
-    """Those that were measured."""
-    return [
-        Trial(**old.user_attrs["trial"])
-        for old in study.get_trials(deepcopy=False)
-        if "trial" in old.user_attrs
-    ]
+def measured_of(study: optuna.Study, without: Collection[int] = ()) -> dict[AttentionConfig, Trial]:
+    """What was measured, in order, each config once: the first time that it ran, or else the last. `without`:
+    numbers of trials that do not count."""
+    found: dict[AttentionConfig, Trial] = {}
+    for old in study.get_trials(deepcopy=False):
+        trial = _trial(old)
+        if trial is not None and trial.number not in without:
+            known = found.get(trial.config)
+            if known is None or not known.good:
+                found[trial.config] = trial
+    return found
+
+
+def _trial(old: FrozenTrial) -> Trial | None:
+    """What a study's trial has of one that was measured."""
+    if "trial" not in old.user_attrs:
+        return None
+    # Earlier versions counted in each worker.
+    return Trial(**{**old.user_attrs["trial"], "number": old.number})
+
+
+def limits(timeout: float, runs: int, versions: dict[str, str | None]) -> dict[str, Any]:
+    """Under what trials run: if that changes, one that failed may not."""
+    bounds = [resource.getrlimit(which)[0] for which in (resource.RLIMIT_AS, resource.RLIMIT_DATA)]
+    memory = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    memory += [bound for bound in bounds if bound != resource.RLIM_INFINITY]
+    settings = {name: os.environ[name] for name in SETTINGS if name in os.environ}
+    return {
+        "timeout": timeout,
+        "runs": runs,
+        "memory": min(memory),
+        "versions": versions,
+        "settings": settings,
+    }
+
+
+def may_end_otherwise(failed: Trial, then: dict[str, Any] | None, now: dict[str, Any]) -> bool:
+    """Whether a trial that failed is worth another try under the limits of now. `then`: those that it failed
+    under, None if it does not say."""
+    if failed.good or failed.kind == "over":
+        return False
+    if then is None:
+        return True
+    if failed.kind == "timeout" and {**then, "timeout": 0} == {**now, "timeout": 0}:
+        return bool(now["timeout"] > then["timeout"])
+    return then != now
 
 
 def _learn(scenario: Scenario, measured: list[Measurement]) -> None:
@@ -215,16 +296,36 @@ def _known_speed(scenario: Scenario) -> tuple[Calibration, SpeedFit]:
     return known, known.speed
 
 
+def _told(found: Trial) -> tuple[float, float]:
+    """(value, constraint) that the sampler is told."""
+    good = found.good and found.seconds
+    return math.log(found.seconds or 1.0) if good else WORST, 0.0 if found.good else 1.0
+
+
+def _given_up(study: optuna.Study, number: int) -> bool:
+    """Ends a dead worker's trial; whether it was this process that did."""
+    try:
+        study.tell(number, state=TrialState.FAIL)
+    except (UpdateFinishedTrialError, ValueError):
+        return False
+    return True
+
+
 class _Tuning:
     """One call of `tune`: the study, and what has been measured."""
 
     def __init__(
         self, analytic: Recommendation, scenario: Scenario, space: Space, storage: Storage, measure: Measure,
-        progress: Callable[[Progress], None] | None,
+        limits: dict[str, Any], progress: Callable[[Progress], None] | None,
     ) -> None:  # fmt: skip
         self.analytic, self.scenario, self.space = analytic, scenario, space
         self.storage, self.measure, self.progress = storage, measure, progress
+        self.limits = limits
         self.trials: dict[AttentionConfig, Trial] = {}
+        self.again: dict[AttentionConfig, FrozenTrial] = {}
+        """What failed before and is to be tried again, each with the last trial that did."""
+        self.outdated: set[int] = set()
+        """Numbers of those trials."""
         self.measured: list[Measurement] = []
         """Of this call, in order."""
         self.kept: tuple[Trial | None, Trial | None] = (None, None)
@@ -254,17 +355,42 @@ class _Tuning:
         return self._result(kept, interrupted)
 
     def _take_up(self, study: optuna.Study) -> None:
-        """Trials of an earlier run; those that it was in the midst of are begun again, unless it still is."""
+        """Trials of an earlier run. Those that it was in the midst of are begun again, unless it still is;
+        those that failed too, if they may end otherwise now or nothing has run at all."""
         for old in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            if not _at_work(old.user_attrs.get(_OWNER)):
-                study.tell(old.number, state=TrialState.FAIL)
-                study.enqueue_trial(old.params)
+            if not _at_work(old.user_attrs.get(_OWNER)) and _given_up(study, old.number):
+                self._queue(study, old.params)
+        earlier, known = measured_of(study), study.get_trials(deepcopy=False)
+        nothing_ran = not any(trial.good for trial in earlier.values())
+        self.again = {
+            config: known[trial.number]
+            for config, trial in earlier.items()
+            if nothing_ran
+            or may_end_otherwise(trial, known[trial.number].user_attrs.get(_LIMITS), self.limits)
+        }
+        self.outdated = {old.number for old in known if (trial := _trial(old)) and trial.config in self.again}
         self._hear(study)
+
+    def _queue(self, study: optuna.Study, known: dict[str, Any], **how: Any) -> None:
+        """Suggests a trial; it is marked from the beginning, so that whoever starts when it has just begun to
+        run does not take it for a dead worker's."""
+        study.enqueue_trial(known, user_attrs={_OWNER: _myself()}, **how)
+
+    def _ask(self, study: optuna.Study) -> optuna.Trial:
+        """The next trial, with this process's mark."""
+        if not self._waiting(study):
+            self._queue(study, {})  # nothing is fixed: the sampler's suggestion
+        trial = study.ask()
+        if trial.user_attrs.get(_OWNER) != _myself():
+            trial.set_user_attr(_OWNER, _myself())
+        return trial
 
     def _hear(self, study: optuna.Study) -> None:
         """Trials that others measured for the same study meanwhile count like one's own."""
-        for trial in _trials(study):
-            self.trials.setdefault(trial.config, trial)
+        for config, trial in measured_of(study, self.outdated).items():
+            known = self.trials.get(config)
+            if known is None or (trial.good and not known.good):
+                self.trials[config] = trial
 
     def _start(self, study: optuna.Study) -> None:
         """The analytic pick comes first, then the rest of the Pareto set, fastest first."""
@@ -272,42 +398,101 @@ class _Tuning:
         for config in dict.fromkeys(configs):
             known = parameters(config, self.space, self.scenario.workload)
             if known is not None and config not in self.trials:
-                study.enqueue_trial(known, skip_if_exists=True)
+                self._queue(study, known, skip_if_exists=True)
 
     def _one(self, study: optuna.Study, wanted: int) -> None:
         """One suggestion: measured, if it passes the gates and is new."""
+        if self.again:
+            self._again(study, wanted)
+            return
         if self.analytic.config not in self.trials and not self._waiting(study):
             # What no trial can suggest is measured all the same.
-            self._run(self.analytic.config)
-        if self.progress:
-            self.progress(Progress(len(self.trials), wanted, None, self._best()))
-        with whole():
-            trial = study.ask()
-            trial.set_user_attr(_OWNER, _myself())
-            columns = chosen(trial, self.space, self.scenario.workload, flex=self.scenario.flex)
-            config = columns.config(0, self.scenario.workload)
-            judged = answer(self.scenario, columns)
-            good = all(excess <= 0 for excess in judged.excess.values())
-            for name, excess in judged.excess.items():
-                trial.set_constraint(name, excess)
-            if not good and config != self.analytic.config:
-                study.tell(trial, judged.value)
-                return
+            self._unsuggested(study, self.analytic.config, {}, {}, wanted)
+        self._report(wanted)
+        try:
+            with whole():
+                trial = self._ask(study)
+                columns = chosen(trial, self.space, self.scenario.workload, flex=self.scenario.flex)
+                config = columns.config(0, self.scenario.workload)
+                judged = answer(self.scenario, columns)
+                good = all(excess <= 0 for excess in judged.excess.values())
+                for name, excess in judged.excess.items():
+                    trial.set_constraint(name, excess)
+                if not good and config != self.analytic.config:
+                    study.tell(trial, judged.value, skip_if_finished=True)
+                    return
+        except UpdateFinishedTrialError:
+            return  # another took this worker for dead, and the trial up
         new = config not in self.trials
-        found = self._run(config) if new else self.trials[config]
+        found = self._run(config, trial.number) if new else self.trials[config]
         with whole():
+            self._tell(study, trial, found, new=new)
+        if new:
+            self._report(wanted, found)
+
+    def _report(self, wanted: int, last: Trial | None = None) -> None:
+        if self.progress:
+            self.progress(Progress(len(self.trials), wanted, last, self._best()))
+
+    def _tell(self, study: optuna.Study, trial: optuna.Trial, found: Trial, *, new: bool) -> None:
+        """Keeps what came of a trial; if another took this worker for dead, and the trial up, as one more."""
+        attributes = self._attributes(found) if new else {}
+        value, constraint = _told(found)
+        try:
+            for name, attribute in attributes.items():
+                trial.set_user_attr(name, attribute)
+            trial.set_constraint("runs", constraint)
+            study.tell(trial, value, skip_if_finished=True)
+        except UpdateFinishedTrialError:
             if new:
-                trial.set_user_attr("trial", found.model_dump(mode="json"))
-                self._keep(study)
-            trial.set_constraint("runs", 0.0 if found.good else 1.0)
-            study.tell(trial, math.log(found.seconds) if found.good and found.seconds else WORST)
-        if new and self.progress:
-            self.progress(Progress(len(self.trials), wanted, found, self._best()))
+                self._add(study, found, trial.params, trial.distributions)
+        if new:
+            self._keep(study)
+
+    def _add(
+        self, study: optuna.Study, found: Trial, params: dict[str, Any],
+        distributions: dict[str, BaseDistribution],
+    ) -> None:  # fmt: skip
+        """Keeps what was measured as a trial of its own; from one without parameters no sampler learns."""
+        value, constraint = _told(found)
+        told: dict[str, Any] = {"value": value} if params else {"state": TrialState.FAIL}
+        study.add_trial(
+            create_trial(
+                **told, params=params, distributions=distributions, constraints={"runs": constraint},
+                user_attrs={_OWNER: _myself(), **self._attributes(found)},
+            )
+        )  # fmt: skip
+        number = measured_of(study, self.outdated)[found.config].number
+        self.trials[found.config] = found.model_copy(update={"number": number})
+
+    def _attributes(self, found: Trial) -> dict[str, Any]:
+        """What a study's trial has of one that was measured."""
+        under = {} if found.good else {_LIMITS: self.limits}
+        return {**under, "trial": found.model_dump(mode="json")}
+
+    def _again(self, study: optuna.Study, wanted: int) -> None:
+        """Measures one that failed before: the analytic pick, or else the first."""
+        config = self.analytic.config if self.analytic.config in self.again else next(iter(self.again))
+        old = self.again.pop(config)
+        if config not in self.trials:  # nor has another worker by now
+            self._unsuggested(study, config, old.params, old.distributions, wanted)
+
+    def _unsuggested(
+        self, study: optuna.Study, config: AttentionConfig, params: dict[str, Any],
+        distributions: dict[str, BaseDistribution], wanted: int,
+    ) -> None:  # fmt: skip
+        """Measures what no sampler was asked for."""
+        self._report(wanted)
+        self._run(config, PROVISIONAL)
+        with whole():
+            self._add(study, self.trials[config], params, distributions)
+            self._keep(study)
+        self._report(wanted, self.trials[config])
 
     def _waiting(self, study: optuna.Study) -> bool:
         return bool(study.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
 
-    def _run(self, config: AttentionConfig) -> Trial:
+    def _run(self, config: AttentionConfig, number: int) -> Trial:
         """Runs a config and keeps what came of it."""
         found = self.measure(config, self.scenario.workload)
         self.measured.append(found)
@@ -315,7 +500,7 @@ class _Tuning:
         over = found.kind == "ok" and (found.allocated or 0) > self.scenario.budget
         said = f"it took {found.allocated:,} bytes of {self.scenario.budget:,}" if over else found.message
         self.trials[config] = Trial(
-            number=len(self.trials), config=config, kind="over" if over else found.kind, message=said,
+            number=number, config=config, kind="over" if over else found.kind, message=said,
             seconds=found.seconds, predicted=expected.seconds, allocated=found.allocated,
             upper=expected.memory.upper,
         )  # fmt: skip
@@ -353,26 +538,33 @@ class _Tuning:
         if best is None or analytic is None:
             why = next((t.message for t in self.trials.values() if t.message), "nothing was measured")
             raise AttentionPlannerError(f"no config ran within the budget on this device: {why}")
+        ordered = sorted(self.trials.values(), key=lambda trial: trial.number)
         of, predicted = self.analytic, point(self.scenario, best.config, self.scenario.workload.seq)
         return Tuned(
             versions=of.versions, calibration=of.calibration, seed=of.seed, command=of.command,
             config=best.config, workload=of.workload, on=of.on, budget=of.budget, reserve=of.reserve,
             memory=predicted.memory,
             quality=Quality(profile=of.quality.profile, mass=predicted.mass, layers=predicted.layers),
-            best=best, analytic=analytic, trials=tuple(self.trials.values()), kept=kept,
+            best=best, analytic=analytic, trials=tuple(ordered), kept=kept,
             storage=self.storage.url, study=self.storage.study, interrupted=interrupted,
         )  # fmt: skip
 
 
 @contextmanager
 def whole() -> Iterator[None]:
-    """Holds Ctrl-C back until what is written is written: a journal's lock that is interrupted raises
-    something else, or stays behind."""
+    """Holds Ctrl-C back until what is written is written, and together what belongs together. A second one
+    ends that too: a storage may have to be waited for."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     pressed: list[tuple[int, FrameType | None]] = []
-    usual = signal.signal(signal.SIGINT, lambda *event: pressed.append(event))
+
+    def press(number: int, frame: FrameType | None) -> None:
+        pressed.append((number, frame))
+        if len(pressed) > 1 and callable(usual):
+            usual(number, frame)
+
+    usual = signal.signal(signal.SIGINT, press)
     try:
         yield
     finally:

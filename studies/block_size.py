@@ -6,7 +6,6 @@ every size keeps just as many.
 
 from __future__ import annotations
 
-import math
 from typing import Any, Final
 
 from attention.config import AttentionConfig
@@ -25,9 +24,11 @@ from studies.trade_offs import (
     five,
     held,
     here,
+    memory_words,
     slower,
     sparse,
     spread,
+    steady,
     table,
     task,
 )
@@ -84,21 +85,29 @@ def draw(figure: Any, rows: Rows) -> None:
 
 def said(rows: Rows) -> Said:
     memory = spread(held(row["here"]) for row in rows)
-    found = []
+    found, as_they_say = [], True
     for kind in SERIES:
         mine = [row for row in rows if row["series"] == kind]
         small, large = mine[0], mine[-1]
-        ratio = slower(large, small) or math.nan
-        lost = small["quality"]["mass"] - large["quality"]["mass"]
-        found.append(f"{kind} {ratio:.2f} times the time and {-100 * lost:+.1f} points of mass")
+        ratio = slower(large, small)
+        gained = large["quality"]["mass"] - small["quality"]["mass"]
+        took = "an unknown time, as one did not run," if ratio is None else f"{ratio:.2f} times the time"
+        found.append(f"{kind} {took} and {100 * gained:+.1f} points of mass")
+        as_they_say &= ratio is not None and ratio < 1 and gained < 0
     sizes = [row["x"] for row in rows]
+    beside = "too call large blocks faster and less flexible, but"
+    if not as_they_say:
+        beside = "call large blocks faster and less flexible, which not all are here, and"
     return Said(
         f"Asked: what does the block size change where every row keeps {rows[0]['kept']:,} tokens?",
         f"Found: blocks of {max(sizes)} instead of {min(sizes)} take, {asked(rows[0]['here'])}: "
-        f"{'; '.join(found)}; memory there stays at {memory[0]:.2f} to {memory[1]:.2f} times q, k, v and "
-        "out.",
-        "The seeds too call large blocks faster and less flexible, but count them among what doubles memory: "
-        "here a call is cut to the workspace, whatever the block.",
+        f"{'; '.join(found)}; memory there {memory_words(memory)}.",
+        f"The seeds {beside} count them among what doubles memory: "
+        + (
+            "here a call is cut to the workspace, whatever the block."
+            if steady(memory)
+            else f"here the most is {memory[1] / memory[0]:.1f} times the least."
+        ),
     )
 
 

@@ -194,8 +194,8 @@ def draw(figure: Any, rows: Rows) -> None:
     shorter = f", measured at {here['seq']:,}" if here["seq"] != SEQ else ""
     title(
         figure,
-        f"B takes {b['allocated'] / a['allocated']:.2f} times A's memory, "
-        f"not {TOGETHER[1] / TOGETHER[0]:.1f} times",
+        f"B is predicted to take {b['allocated'] / a['allocated']:.2f} times A's memory; "
+        f"the seeds have {TOGETHER[1] / TOGETHER[0]:.1f} times",
         f"{SEQ:,} tokens{shorter}; float16, 8 heads x 64",
     )
 
@@ -207,7 +207,7 @@ def said(rows: Rows) -> Said:
         run = (f"measured on the {place(a_here)} at {a_here['seq']:,} tokens it is "
                f"{b_here['cold'] / a_here['cold']:.3f} times")  # fmt: skip
     else:
-        run = f"on the {place(a_here)} they ran to: {a_here['outcome']}; {b_here['outcome']}"
+        run = f"on the {place(a_here)} they ended so: A {a_here['outcome']}; B {b_here['outcome']}"
     return Said(
         "Asked: does configuration B, with large segments, two rates and larger blocks, need twice the "
         f"memory of configuration A at {SEQ:,} tokens?",

@@ -27,12 +27,16 @@ from studies.trade_offs import (
     held,
     here,
     memory_panel,
+    memory_words,
+    seconds,
     seeds_kb,
     slower,
     sparse,
     spread,
+    steady,
     table,
     task,
+    where,
 )
 
 SEQ, QUICK = 16_384, 2048
@@ -132,19 +136,24 @@ def said(rows: Rows) -> Said:
     by = {name: [row for row in rows if row["series"] == name] for name in ("named", "kept", "tokens")}
     seeds = SEEDS[-1][2] / SEEDS[0][2]
     memory = spread(held(row["here"]) for row in rows)
-    time = spread(slower(row, first) for row in by["named"])
+    times = spread(slower(row, first) for row in by["named"])
+    took = (
+        f"take {times[0]:.2f} to {times[1]:.2f} times the first's time ({asked(first['here'])})"
+        if seconds(first)
+        else f"have no time to compare with ({first['name']} did not run)"
+    )
     mass = spread(row["quality"]["mass"] for row in by["named"])
     tokens = spread(row["quality"]["mass"] for row in by["tokens"])
     rates = slower(by["kept"][-1], first)
     return Said(
         "Asked: what do segment lengths and dilation rates change in memory, time, mass and reach?",
-        f"Found: on the CPU memory stays at {memory[0]:.2f} to {memory[1]:.2f} times q, k, v and out; at "
-        f"{NAMED:.0%} of the blocks the five settings take {time[0]:.2f} to {time[1]:.2f} times the first's "
-        f"time ({asked(first['here'])}) and keep {mass[0]:.0%} to {mass[1]:.0%} of the mass; dilation of "
-        f"tokens keeps {tokens[0]:.0%} to {tokens[1]:.0%}.",
-        f"The seeds too see no change in memory, but {seeds:.1f} times the time at three rates: their "
-        "dilated_sparse ignores sparsity_ratio and keeps more blocks a row the more rates there are, with a "
-        "Python step for each" + (f"; with as many blocks it is {rates:.1f} times here." if rates else "."),
+        f"Found: on {where(first['here'])} memory {memory_words(memory)}; at {NAMED:.0%} of the blocks the "
+        f"five settings {took} and keep {mass[0]:.0%} to {mass[1]:.0%} of the mass; dilation "
+        f"of tokens keeps {tokens[0]:.0%} to {tokens[1]:.0%}.",
+        f"The seeds {'too ' * steady(memory)}see no change in memory, but {seeds:.1f} times the time at "
+        "three rates: their dilated_sparse ignores sparsity_ratio and keeps more blocks a row the more "
+        "rates there are, with a Python step for each"
+        + (f"; with as many blocks it is {rates:.1f} times here." if rates else "."),
     )
 
 

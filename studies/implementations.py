@@ -134,12 +134,20 @@ def said(rows: Rows) -> Said:
     seeds = [row for row in rows if "seeds_ms" in row]
     first, last = (pick(seeds, key=lambda row: float(row["seeds_ms"])) for pick in (min, max))
     ours = [f"{1e3 * row['planned']['seconds']:.1f} ms" for row in (first, last)]
+    found = (
+        f"the fastest is {fast['name']} with {_measured_ms(fast):,.0f} ms, the slowest {slow['name']} with "
+        f"{_measured_ms(slow):,.0f} ms; the leanest is {lean['name']} with {held(lean['here']):.2f} times q, "
+        f"k, v and out, the largest {fat['name']} with {held(fat['here']):.2f}"
+    )
+    if len(ran) == 1:
+        found = (
+            f"{fast['name']} alone ran, with {_measured_ms(fast):,.0f} ms and {held(lean['here']):.2f} times "
+            "q, k, v and out"
+        )
+    lost = f"; {len(rows) - len(ran)} of {len(rows)} did not run" if len(ran) < len(rows) else ""
     return Said(
         f"Asked: which attention is fastest and which takes least memory at {mine['seq']:,} tokens?",
-        f"Found: {asked(mine)}: the fastest is {fast['name']} with {_measured_ms(fast):,.0f} ms, the slowest "
-        f"{slow['name']} with {_measured_ms(slow):,.0f} ms; the leanest is {lean['name']} with "
-        f"{held(lean['here']):.2f} times q, k, v and out, the largest {fat['name']} with "
-        f"{held(fat['here']):.2f}.",
+        f"Found: {asked(mine)}: {found}{lost}.",
         f"The seeds have {_kind(first)} as the fastest ({first['seeds_ms']:,} ms) and {_kind(last)} as the "
         f"slowest ({last['seeds_ms']:,} ms); predicted for their card are {' and '.join(ours)}: theirs step "
         "through pairs of blocks in Python, and some are not attention.",

@@ -20,7 +20,7 @@ from planner.units import format_bytes
 from planner.workload import Mode, Workload
 from studies.attentions import one_of_each
 from studies.records import Row, Step, markdown
-from studies.study import Rows, Said, Scope, Study
+from studies.study import Rows, Said, Scope, Study, many
 
 GB: Final = 10**9
 CARDS: Final[Mapping[int, str | None]] = {
@@ -187,7 +187,7 @@ def draw(figure: Any, rows: Rows) -> None:
     named(panels[0], max(reported), lowest, "where the first reports stop on 8 GB", RED, va="bottom")
     panels[0].invert_yaxis()
     _draw_used(below.subplots(), _ran(rows))
-    title(figure, "Length follows memory; which attention it is matters less",
+    title(figure, _headline(of_part(rows, "cards")),
           "above: predicted, GB above marks, 8 heads x 64, float16; below: run on the CPU in "
           "float32")  # fmt: skip
 
@@ -229,6 +229,26 @@ def _draw_used(axes: Any, rows: Rows) -> None:
           ha="right")  # fmt: skip
 
 
+def _headline(rows: Rows) -> str:
+    """What matters more for the length: memory, or which attention it is."""
+
+    def apart(*names: str) -> float:
+        """The most by which lengths differ among rows that have these in common."""
+        groups: dict[tuple[Any, ...], list[int]] = {}
+        for row in rows:
+            if row["seq"]:
+                groups.setdefault(tuple(row[name] for name in names), []).append(row["seq"])
+        return max((max(lengths) / min(lengths) for lengths in groups.values()), default=1.0)
+
+    by_memory, by_kind = apart("attention", "mode"), apart("gb", "mode")
+    if by_kind < by_memory:
+        return "Length follows memory; which attention it is matters less"
+    return (
+        f"Length differs by a factor of {many(by_kind)} from attention to attention, of {many(by_memory)} "
+        "from card to card"
+    )
+
+
 def _span(rows: Rows, budget: int, mode: str) -> str:
     """From the shortest to the longest of a budget, by name."""
     found = [row for row in of_part(rows, "cards") if (row["gb"], row["mode"]) == (budget, mode)]
@@ -246,6 +266,7 @@ def said(rows: Rows) -> Said:
     took = f" and allocated {median(map(used, ran)):.1%} of the budget in the median" if ran else ""
     beside = of_part(rows, "seeds")
     times = sorted(row["seq"] / row["said"] for row in beside)
+    stopped = "memory was not what stopped them" if times[0] > 1 else "memory may have stopped them"
     return Said(
         "Asked: how long a sequence fits 1 to 80 GB, by attention, and does what is predicted to fit run?",
         f"Found: of one config an attention, on 8 GB {_span(rows, 8, 'inference')} tokens are predicted for "
@@ -255,8 +276,8 @@ def said(rows: Rows) -> Said:
         f"{max(BESIDE.values()) >> 20}) for what torch does not allocate, and for {over} of them the bound "
         "of one block more is above the budget.",
         f"The seeds stop at {min(row['said'] for row in beside):,} to {max(row['said'] for row in beside):,} "
-        f"tokens on 8 GB, where {times[0]:.0f} to {times[-1]:.0f} times as many are predicted to fit; memory "
-        "was not what stopped them: they count at most 2.3 of 8 GB in use there, give figures without a pool "
+        f"tokens on 8 GB, where {many(times[0])} to {many(times[-1])} times as many are predicted to fit; "
+        f"{stopped}: they count at most 2.3 of 8 GB in use there, give figures without a pool "
         "for lengths beyond their limit without one, and name a limit of kernel launches as what they met "
         "beyond.",
     )

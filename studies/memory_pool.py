@@ -281,4 +281,6 @@ def _range(figures: list[float], digits: int = 2) -> str:
     return f"{min(figures):.{digits}f} to {max(figures):.{digits}f}"
 
 
-STUDY = Study(steps, {"memory-pool": pool_table, "memory-pool-seeds": seeds_table}, draw, said)
+STUDY = Study(
+    steps, {"memory-pool": pool_table, "memory-pool-seeds": seeds_table}, draw, said, independent=True
+)

@@ -18,14 +18,14 @@ from typing import Any, Final, NamedTuple
 
 import torch
 
-from attention import AttentionConfig, AttentionPlannerError, build
+from attention import AttentionConfig, build
 from planner.gpus import Gpu, find
 from planner.memory.estimate import MemoryEstimate, estimate
 from planner.report.figure import BLUE, INK, MUTED, ORANGE, RED, named, title, tokens
 from planner.workload import ITEMSIZE, Dtype, Mode, Workload
 from studies.attentions import one_of_each
 from studies.floors import HEAD_DIM, HEADS, SEQ, configs
-from studies.records import Row, Step, markdown, timed
+from studies.records import OK, Row, Step, markdown, timed
 from studies.study import Rows, Said, Scope, Study, rounded_up
 
 MILLION = 1_048_576
@@ -57,6 +57,8 @@ CLAIMS: Final = (
     Claim("standard attention", 1000.0, "dense"),
 )
 CLAIMED_ON: Final = "gtx1080"
+NEAR: Final = 0.05
+"""Share by which a figure may be off and still hold."""
 
 
 def million_row(name: str, runs: int = 3, seq: int = MILLION, short: int = SEQ, heads: int = HEADS) -> Row:
@@ -82,6 +84,7 @@ def million_row(name: str, runs: int = 3, seq: int = MILLION, short: int = SEQ, 
     return {
         "part": "measured",
         "attention": name,
+        "outcome": OK,
         "seq": seq,
         "short": short,
         "heads": heads,
@@ -102,7 +105,8 @@ def _resident(key: str) -> int:
 
 
 def _in_a_process(name: str, **sizes: int) -> Row:
-    """`million_row` in a process of its own, whose resident peak is its alone."""
+    """`million_row` in a process of its own, whose resident peak is its alone; where it did not end well, why
+    not."""
     code = (
         "import json; from studies import million_tokens as m; "
         f"print(json.dumps(m.million_row({name!r}, **{sizes!r})))"
@@ -110,7 +114,7 @@ def _in_a_process(name: str, **sizes: int) -> Row:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ))
     if done.returncode:
         why = (done.stderr.splitlines() or [f"exit code {done.returncode}: memory may have run out"])[-1]
-        raise AttentionPlannerError(f"{name} over {sizes.get('seq', MILLION):,} tokens did not run: {why}")
+        return {"part": "measured", "attention": name, "outcome": why, "seq": sizes.get("seq", MILLION)}
     row: Row = json.loads(done.stdout.splitlines()[-1])
     return row
 
@@ -196,8 +200,14 @@ def of_part(rows: Rows, part: str) -> Rows:
     return [row for row in rows if row["part"] == part]
 
 
+def measured(rows: Rows) -> Rows:
+    """Those of `measured` that ran; rows that do not say how they ended did."""
+    return [row for row in of_part(rows, "measured") if row.get("outcome", OK) == OK]
+
+
 def million_table(rows: Rows) -> str:
     """What one process held, and how time grew."""
+    ran = measured(rows)
     return markdown(
         (
             [
@@ -208,6 +218,8 @@ def million_table(rows: Rows) -> str:
                 f"{row['seconds']:.1f}",
                 f"{row['per_token_ratio']:.2f} x that at {row['short']:,}",
             ]
+            if row in ran
+            else [row["attention"], f"{row['seq']:,}", row["outcome"], "", "", ""]
             for row in of_part(rows, "measured")
         ),
         ["attention", "tokens", "resident GiB", "floor GiB", "seconds", "time a token"],
@@ -277,9 +289,9 @@ def draw(figure: Any, rows: Rows) -> None:
     panels[0].invert_yaxis()
     above.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     left, right = below.subplots(1, 2)
-    _draw_measured(left, of_part(rows, "measured"))
+    _draw_measured(left, measured(rows))
     _draw_ring(right, of_part(rows, "ring"))
-    title(figure, "A million tokens need little more than q, k, v and out",
+    title(figure, _headline(rows),
           f"predicted for {HEADS} heads x {HEAD_DIM} on the kernels of an H100; measured on the CPU in "
           "bfloat16")  # fmt: skip
 
@@ -335,32 +347,63 @@ def _draw_ring(axes: Any, rows: Rows) -> None:
     axes.tick_params(left=False)
 
 
+def _headline(rows: Rows) -> str:
+    """What a million tokens need, against q, k, v and out."""
+    name = "float16 inference"
+    floor = Workload(seq=MILLION).floor
+    needs = [row["upper"][name] / floor for row in of_part(rows, "predicted") if row["seq"] == MILLION]
+    return (
+        f"A million tokens need {min(needs):.2f} to {max(needs):.2f} times q, k, v and out in {name}, "
+        "context included"
+    )
+
+
 def said(rows: Rows) -> Said:
-    measured = of_part(rows, "measured")
-    most = max(measured, key=lambda row: row["resident"] / row["floor"])
-    slowest = rounded_up(max(row["per_token_ratio"] for row in measured), 2)
+    ran = measured(rows)
+    most = max(ran, key=lambda row: row["resident"] / row["floor"])
+    slowest = rounded_up(max(row["per_token_ratio"] for row in ran), 2)
     held = rounded_up(most["resident"] / 1e9, 2)
     million = [row for row in of_part(rows, "predicted") if row["seq"] == MILLION]
     needs = sorted(row["upper"]["float16 inference"] / 1e9 for row in million)
     ten = [row for row in of_part(rows, "ring") if row["seq"] == COUNTS[-1] and row["dtype"] == "float16"]
     forward = next(row["cards"] for row in ten if row["mode"] == "inference")
-    beside = {row["attention"]: row for row in of_part(rows, "seeds")}
-    base, multihead = beside["dilated_sparse"], beside["multihead"]
-    square = MILLION**2 * ITEMSIZE["float16"] * HEADS / 1e12
     return Said(
         "Asked: what do one and ten million tokens need, by attention, dtype and mode, and how many cards?",
-        f"Found: {measured[0]['seq']:,} tokens ran in one process with {held:.2f} GB "
+        f"Found: {ran[0]['seq']:,} tokens ran in one process with {held:.2f} GB "
         f"resident at most, q, k, v and out alone being {most['floor'] / 1e9:.2f}, in {slowest:.2f} times "
         f"the time a token that {most['short']:,} take, or less; a million in float16 is predicted to need "
         f"{needs[0]:.1f} to {needs[-1]:.1f} GB of a GPU for inference; if ring attention, which is not here "
         f"yet, shared ten million for that, they would take by arithmetic "
         f"{' or '.join(f'{count} {name}' for name, count in forward.items())}.",
-        f"The seeds' {base['said']:g} GB a million for block-sparse attention holds if they are GiB "
+        _beside(rows),
+    )
+
+
+def _met(row: Row) -> bool:
+    """Whether what the seeds say, their GB being GiB, is what is predicted."""
+    return bool(abs(row["said"] * 2**30 / row["allocated"] - 1) <= NEAR)
+
+
+def _beside(rows: Rows) -> str:
+    """The seeds' figures for a million tokens, and whether they hold."""
+    beside = {row["attention"]: row for row in of_part(rows, "seeds")}
+    base, multihead, dense = (beside[kind] for kind in ("dilated_sparse", "multihead", "dense"))
+    square = MILLION**2 * ITEMSIZE["float16"] * HEADS / 1e12
+    projected = f"{multihead['allocated'] / 1e9:.2f}"
+    if not _met(multihead):
+        projected += ": projections hold their input, as large as q, beside"
+        projected += ", not seven times as much" * (multihead["said"] > base["said"])
+    does = {True: "does", False: "does not"}
+    standard = f"; their {dense['said']:,g} for standard attention {does[_met(dense)]}"
+    if not _met(multihead) and not _met(dense):
+        standard = f", nor does their {dense['said']:,g} for standard attention"
+    return (
+        f"The seeds' {base['said']:g} GB a million for block-sparse attention "
+        f"{'holds' if _met(base) else 'does not hold'} if they are GiB "
         f"({base['said'] * 2**30 / 1e9:.2f} GB; {base['allocated'] / 1e9:.2f} predicted); their "
-        f"{multihead['said']:g} for multihead does not ({multihead['allocated'] / 1e9:.2f}: projections hold "
-        f"their input, as large as q, beside, not seven times as much), nor does their 1,000 for standard "
-        f"attention: all its weights would be {square:.0f} TB, and a fused kernel, which never holds them, "
-        f"needs {beside['dense']['allocated'] / 1e9:.2f} GB.",
+        f"{multihead['said']:g} for multihead {does[_met(multihead)]} ({projected}){standard}: all its "
+        f"weights would be {square:.0f} TB, and a fused kernel, which never holds them, needs "
+        f"{dense['allocated'] / 1e9:.2f} GB."
     )
 
 

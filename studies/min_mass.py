@@ -18,7 +18,7 @@ from planner.recommendation import question
 from planner.report.figure import COLORS, RED, named, title
 from planner.search.relax import NothingFitsError
 from planner.workload import Workload
-from studies.records import Row, Step, markdown
+from studies.records import OK, Row, Step, markdown
 from studies.study import Rows, Said, Scope, Study
 
 LEVELS: Final = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.99)
@@ -51,9 +51,10 @@ def price_row(profile: str, card: str, seq: int) -> Row:
     for level in (*LEVELS, 1.0):
         try:
             row["seconds"][str(level)] = question(None, min_mass=level, layers=None, **asked).answer.seconds
-        except NothingFitsError:
-            row["seconds"][str(level)] = None
-    return row
+        except NothingFitsError as error:
+            row["seconds"][str(level)], row["message"] = None, str(error)
+    nothing = not any(row["seconds"].values()) or row["seconds"]["1.0"] is None
+    return row | {"outcome": "nothing fits" if nothing else OK}
 
 
 def known_row(name: str) -> Row:
@@ -72,13 +73,15 @@ def prices_table(rows: list[Row]) -> str:
     """Median over cards and lengths of the share of dense attention's time."""
     body = []
     for profile in PRESETS:
-        body.append([profile, *(f"{share(rows, profile, level):.1%}" for level in LEVELS)])
+        body.append([profile, *(_percent(share(rows, profile, level)) for level in LEVELS)])
     return markdown(body, ["profile", *(f"{level:g} of the mass" for level in LEVELS)])
 
 
 def known_table(rows: list[Row]) -> str:
     """What known layouts keep."""
     layouts = [row for row in rows if "layout" in row]
+    if not layouts:
+        return "No layout was asked about."
     names = list(layouts[0]["mass"])
     return markdown(
         ([row["layout"], *(f"{row['mass'][name]:.1%}" for name in names)] for row in layouts),
@@ -97,21 +100,27 @@ def steps(scope: Scope) -> list[Step]:
     return prices + [(name, partial(known_row, name)) for name in KNOWN]
 
 
-def share(rows: Rows, profile: str, level: float) -> float:
-    """Median share of dense attention's time for so much of the mass."""
+def share(rows: Rows, profile: str, level: float) -> float | None:
+    """Median share of dense attention's time for so much of the mass; None where it is not to be had."""
     mine = [row["seconds"] for row in rows if row.get("profile") == profile]
-    found: float = median(each[str(level)] / each["1.0"] for each in mine if each[str(level)])
-    return found
+    shares = [each[str(level)] / each["1.0"] for each in mine if each[str(level)] and each["1.0"]]
+    return median(shares) if shares else None
+
+
+def _percent(part: float | None) -> str:
+    return "" if part is None else f"{part:.1%}"
 
 
 def draw(figure: Any, rows: Rows) -> None:
     """Share of dense time against mass, a line a profile."""
     axes = figure.add_subplot()
     for profile, color in zip(PRESETS, COLORS, strict=False):
-        shares = [100 * share(rows, profile, level) for level in LEVELS]
-        axes.plot([100 * level for level in LEVELS], shares, color=color, marker="o", markersize=4)
+        had = [(100 * level, 100 * part) for level in LEVELS if (part := share(rows, profile, level))]
+        if not had:
+            continue
+        axes.plot(*zip(*had, strict=True), color=color, marker="o", markersize=4)
         # At the left end lines are apart; at the right they meet.
-        named(axes, 100 * LEVELS[0], shares[0], profile, color, xytext=(-6, 0), ha="right")
+        named(axes, *had[0], profile, color, xytext=(-6, 0), ha="right")
     axes.axvline(80, color=RED, linewidth=1, linestyle="--")
     axes.annotate("the gate", (80, 1), xycoords=("data", "axes fraction"), xytext=(4, -12),
                   textcoords="offset points", color=RED)  # fmt: skip
@@ -119,19 +128,28 @@ def draw(figure: Any, rows: Rows) -> None:
              ylabel="predicted time, % of dense attention's")  # fmt: skip
     axes.set_yticks([1, 2, 5, 10, 20, 50, 100], ["1", "2", "5", "10", "20", "50", "100"])
     axes.grid(axis="y")
-    title(
-        figure, "The last fifth of the mass costs most of the time", "median over cards and lengths, causal"
-    )
+    title(figure, _headline(rows), "median over cards and lengths, causal")
+
+
+def _headline(rows: Rows) -> str:
+    known = [part for profile in PRESETS if (part := share(rows, profile, 0.8)) is not None]
+    if max(known) < 0.5:
+        return "The last fifth of the mass costs most of the time"
+    return f"Four fifths of the mass cost {min(known):.0%} to {max(known):.0%} of the time"
+
+
+def _cost(rows: Rows, level: float) -> str:
+    part = share(rows, "balanced", level)
+    return "is not to be had" if part is None else f"takes {part:.1%}"
 
 
 def said(rows: Rows) -> Said:
-    at = {level: share(rows, "balanced", level) for level in (0.8, 0.9, 0.99)}
     return Said(
         "Asked: what does the fastest config that keeps a given share of dense attention's mass cost?",
-        f"Found: under the profile 'balanced' 80% of the mass takes {at[0.8]:.1%} of dense attention's "
-        f"predicted time, 90% takes {at[0.9]:.1%} and 99% takes {at[0.99]:.1%}.",
-        "The seeds choose sparsity for memory and speed alone and do not ask what is attended to; then the "
-        "sparsest config always wins.",
+        f"Found: under the profile 'balanced' 80% of the mass {_cost(rows, 0.8)} of dense attention's "
+        f"predicted time, 90% {_cost(rows, 0.9)} and 99% {_cost(rows, 0.99)}.",
+        "The seeds choose sparsity for memory and speed alone and do not ask what is attended to; then "
+        "nothing speaks for attending to more.",
     )
 
 

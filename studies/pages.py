@@ -20,7 +20,7 @@ from planner.report.figure import drawn
 from studies import reference
 from studies.catalogue import QUESTIONS, study
 from studies.reader import ROOT, follow
-from studies.records import Row, load
+from studies.records import Row, load, source
 
 DOCS: Final = ROOT / "docs"
 PICTURES: Final = DOCS / "pictures"
@@ -92,9 +92,7 @@ def _each(name: str, show: Callable[[Any], str]) -> str:
     """What a study's rows show, machine by machine, and where they are from."""
     parts = []
     for data in load(name):
-        where = data["environment"]
-        source = f"`{data['command']}`, {where['device']}, torch {where['torch']}, {where['date']}"
-        parts += [show(data["rows"]), source]
+        parts += [show(data["rows"]), source(data)]
     return "\n\n".join(parts or [MISSING])
 
 

@@ -12,7 +12,7 @@ from planner import gpus
 from planner.report.figure import BLUE, GREEN, ORANGE, RED, title, token_axis
 from studies.panels import curves
 from studies.records import Step
-from studies.study import Rows, Said, Scope, Study
+from studies.study import Rows, Said, Scope, Study, many
 from studies.trade_offs import (
     SEEDS_CARD,
     Case,
@@ -23,6 +23,7 @@ from studies.trade_offs import (
     five,
     held,
     here,
+    memory_words,
     sparse,
     spread,
     table,
@@ -90,14 +91,15 @@ def said(rows: Rows) -> Said:
     kept = spread(row["quality"]["mass"] for row in blocks)
     return Said(
         "Asked: what does the length of the first segment change in memory, time, mass and reach?",
-        f"Found: memory stays at {memory[0]:.2f} to {memory[1]:.2f} times q, k, v and out; dilated with "
-        f"{last['x']:,} instead of {first['x']:,} tokens takes {longer:.0f} times the time (predicted, "
+        f"Found: memory {memory_words(memory)}; dilated with "
+        f"{last['x']:,} instead of {first['x']:,} tokens takes {many(longer)} times the time (predicted, "
         f"{asked(first['planned'])}) and keeps {last['quality']['mass']:.0%} instead of "
         f"{first['quality']['mass']:.0%} of the mass; dilated_sparse with three branches and {KEPT:.0%} of "
         f"the blocks kept takes up to {time[1] / time[0] - 1:.0%} longer (predicted), its mass is "
         f"{kept[0]:.0%} to {kept[1]:.0%}.",
         "The seeds count a buffer as long as the segment, 2 to 128 MB, and call 4,096 tokens the fastest: "
-        "segments here are views and have no buffer, and a token's work grows with its segment.",
+        "segments here are views and have no buffer, and a token's work "
+        f"{'grows' if longer > 1 else 'does not grow'} with its segment.",
     )
 
 

@@ -15,7 +15,7 @@ from planner import gpus
 from planner.report.figure import BLUE, GREEN, KINDS, title
 from studies.panels import Curves, curves
 from studies.records import Row, Step, markdown
-from studies.study import Rows, Said, Scope, Study
+from studies.study import Rows, Said, Scope, Study, together
 from studies.trade_offs import (
     FLEX_CARD,
     Case,
@@ -29,6 +29,7 @@ from studies.trade_offs import (
     slower,
     sparse,
     spread,
+    steady,
     table,
     task,
 )
@@ -111,11 +112,16 @@ def evens(rows: Rows) -> dict[str, dict[str, float]]:
     }
 
 
+def _share(even: float, digits: int = 0) -> str:
+    """A break-even, or that nobody knows it."""
+    return "unknown" if math.isnan(even) else f"{even:.{digits}%}"
+
+
 def even_table(rows: Rows) -> str:
     """Up to which fraction sparse attention is the faster one."""
     mine, card = rows[0]["here"], rows[0]["planned"]
     return markdown(
-        ([series, *(f"{even:.1%}" for even in ways.values())] for series, ways in evens(rows).items()),
+        ([series, *(_share(even, 1) for even in ways.values())] for series, ways in evens(rows).items()),
         ["faster than dense up to", f"measured ({asked(mine)})", "predicted", f"predicted ({asked(card)})"],
     )
 
@@ -146,7 +152,7 @@ def draw(figure: Any, rows: Rows) -> None:
 def said(rows: Rows) -> Said:
     mine, card = rows[0]["here"], rows[0]["planned"]
     measured, planned = (
-        "; ".join(f"{series} {ways[way]:.0%}" for series, ways in evens(rows).items())
+        "; ".join(f"{series} {_share(ways[way])}" for series, ways in evens(rows).items())
         for way in ("measured", "planned")
     )
     tenth = next(row for row in rows[1:] if row["x"] == 0.1)
@@ -157,13 +163,23 @@ def said(rows: Rows) -> Said:
         )
         for adaptive in (False, True)
     }  # fmt: skip
+    matters = [
+        name
+        for name, figures in (
+            ("memory", memory[False]),
+            ("time", spread(row["planned"]["seconds"] for row in rows[1:])),
+            ("mass", spread(row["quality"]["mass"] for row in rows[1:])),
+        )
+        if not steady(figures)
+    ]
+    how = "it is what matters" if "memory" not in matters else "it matters"
     return Said(
         "Asked: what does the fraction of blocks kept change, and up to where is sparse attention faster "
         "than dense?",
         f"Found: it is faster up to this fraction of the blocks: {measured} ({asked(mine)}); {planned} "
         f"(predicted, {asked(card)}); a tenth of the blocks, {tenth['series']}, keeps "
         f"{tenth['quality']['mass']:.0%} of the mass.",
-        "The seeds call sparsity what matters for memory; here it is what matters for time and mass: "
+        f"The seeds call sparsity what matters for memory; here {how} for {together(matters or ['none'])}: "
         f"dilated_sparse holds {memory[False][0]:.2f} to {memory[False][1]:.2f} times q, k, v and out at "
         f"every fraction; adaptive, which stores a list of blocks for each row, up to {memory[True][1]:.2f}.",
     )

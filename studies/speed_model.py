@@ -124,11 +124,15 @@ def _measurement(row: Row) -> Measurement:
 
 
 def predicted(rows: list[Row]) -> list[tuple[Row, float]]:
-    """(row, predicted seconds) of all rows but those fitted to; their seconds steadied by the reference."""
+    """(row, predicted seconds) of all rows but those fitted to; their seconds steadied by the reference. None
+    where nothing ran that could be fitted to."""
     ran = [row for row in rows if row["about"] == "seconds" and row["outcome"] == "ok"]
     runs = steady([_measurement(row) for row in ran])
     good = [({**row, "seconds": m.seconds}, m) for row, m in zip(ran, runs, strict=True)]
-    rates = fit([m for row, m in good if row["part"] == "fit"])
+    fitted = [m for row, m in good if row["part"] == "fit"]
+    if not fitted:
+        return []
+    rates = fit(fitted)
     return [
         (row, seconds_of(m.config, m.workload, machine_of(m), rates))
         for row, m in good

@@ -37,6 +37,17 @@ class Said(NamedTuple):
     """Where the reports that this project began with say otherwise, and why; or that they do not."""
 
 
+def many(ratio: float) -> str:
+    """How many times: whole from 10 on, to two decimals below."""
+    return f"{ratio:.0f}" if ratio >= 10 else f"{ratio:.2f}"
+
+
+def together(names: Sequence[str]) -> str:
+    """`a, b and c`."""
+    *first, last = names
+    return f"{', '.join(first)} and {last}" if first else last
+
+
 def rounded_up(value: float, digits: int) -> float:
     """Rounded up to so many decimals, for what is said to be the most."""
     unit = 10.0**digits
@@ -73,6 +84,8 @@ class Study(NamedTuple):
     said: Callable[[Rows], Said]
     devices: tuple[str, ...] = ("cpu", "cuda")
     """Those on which it can run."""
+    independent: bool = False
+    """Whether rows are left out whose steps end in an error; otherwise such an error ends the study."""
 
 
 class Answer(NamedTuple):
@@ -81,6 +94,8 @@ class Answer(NamedTuple):
     name: str
     said: Said
     files: tuple[Path, ...]
+    failed: Mapping[str, str]
+    """Cases that gave no row: which, and why."""
 
 
 def command(name: str, device: torch.device, quick: bool) -> str:
@@ -102,21 +117,24 @@ def able(names: Sequence[str], device: str, every: bool) -> list[str]:
 
 
 def run(name: str, *, device: torch.device, quick: bool, out: Path) -> Answer:
-    """Runs a study and writes its files into `out`, which is made if it is not there."""
+    """Runs a study and writes its files into `out`, which is made if it is not there. NothingRanError where
+    no case ran; then no file is written."""
     writable(out)
     found = study(name)
     asked = command(name, device, quick)
     stem = name + "-quick" * quick
     with _scope(device, quick) as scope:
-        rows = collect(stem, asked, device, found.steps(scope), folder=out)
+        rows, failed, source = collect(
+            stem, asked, device, found.steps(scope), folder=out, independent=found.independent
+        )
     base = out / f"{stem}.{machine(device)}"
     files = [base.with_name(f"{base.name}.{kind}") for kind in ("json", "csv", "md", "png", "svg")]
     # The rows are on disk by now: whatever goes wrong from here on loses none of them.
     said = found.said(rows)
     write(files[1], as_csv(rows))
-    write(files[2], as_markdown(name, asked, rows))
+    write(files[2], as_markdown(name, source, rows, failed))
     written(files[3:], lambda figure: found.draw(figure, rows), f"study {name}:")
-    return Answer(name, said, tuple(files))
+    return Answer(name, said, tuple(files), failed)
 
 
 @contextmanager
@@ -135,8 +153,9 @@ def writable(out: Path) -> None:
         with TemporaryFile(dir=out):
             pass
     except OSError as error:
+        why = "it is a file" if out.is_file() else error.strerror
         raise AttentionPlannerError(
-            f"--out {out} cannot be written ({error.strerror}); choose another folder"
+            f"--out {out} cannot be written into ({why}); choose another folder"
         ) from None
 
 
@@ -159,9 +178,15 @@ def _flat(row: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield prefix + name, " ".join(map(str, value)) if isinstance(value, list | tuple) else value
 
 
-def as_markdown(name: str, asked: str, rows: Rows) -> str:
-    """The question, the three sentences, the tables, the command."""
+def as_markdown(name: str, source: str, rows: Rows, failed: Mapping[str, str]) -> str:
+    """The question, the three sentences, what gave no row, the tables, the command and where it ran."""
     found = study(name)
     said = found.said(rows)
+    lost = "".join(f"\n{line}" for line in did_not_run(failed))
     tables = "\n\n".join(table(rows) for table in found.tables.values())
-    return f"# {QUESTIONS[name]}\n\n{said.asked}\n{said.found}\n{said.seeds}\n\n{tables}\n\n`{asked}`\n"
+    return f"# {QUESTIONS[name]}\n\n{said.asked}\n{said.found}\n{said.seeds}{lost}\n\n{tables}\n\n{source}\n"
+
+
+def did_not_run(failed: Mapping[str, str]) -> list[str]:
+    """A line for each case that gave no row."""
+    return [f"Did not run: {label}: {why}" for label, why in failed.items()]

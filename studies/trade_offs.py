@@ -196,6 +196,28 @@ def spread(figures: Iterable[float | None]) -> tuple[float, float]:
     return min(known, default=math.nan), max(known, default=math.nan)
 
 
+STEADY: Final = 1.25
+"""Figures of which the most is no more than so many times the least stay what they are."""
+
+
+def steady(figures: tuple[float, float]) -> bool:
+    """Whether (least, most) are near each other."""
+    least, most = figures
+    return most <= STEADY * least
+
+
+def memory_words(figures: tuple[float, float]) -> str:
+    """What (least, most) of `held` are, after `memory`."""
+    least, most = figures
+    how = "stays at" if steady(figures) else "goes from"
+    return f"{how} {least:.2f} to {most:.2f} times q, k, v and out"
+
+
+def where(part: Row) -> str:
+    """The device of `planned` or `here`, within a sentence."""
+    return "the CPU" if part["on"] == "CPU" else f"a {part['on']}"
+
+
 def seeds_kb(part: Row) -> float:
     """Bytes a token as the reports count them: in 1/1000 MiB."""
     return float(part["allocated"] / part["seq"] * 1000 / 2**20)

@@ -145,7 +145,9 @@ def _summary(row: Row) -> str:
 def said(rows: Rows) -> Said:
     good = [row for row in rows if row["rank"]]
     faster = [row["speedup"] for row in good if row["speedup"] > 1]
-    gain = "nothing faster in any question"
+    gain = "nothing faster than a pick that ran in any question"
+    if len(good) == len(rows):
+        gain = "nothing faster in any question"
     if faster:
         gain = (
             f"something faster in {len(faster)} of {len(rows)} questions, by a factor of "
@@ -154,13 +156,15 @@ def said(rows: Rows) -> Said:
     failed = sum(sum(row["failed"].values()) for row in rows)
     asked = sum(len(row["trials"]) for row in rows)
     ranks = ", ".join(f"{row['rank']} of {row['ran']}" for row in good)
+    pick = f"the models' pick is number {ranks} of what ran" if good else "the models' pick never ran"
+    if 0 < len(good) < len(rows):
+        pick += f", did not run in {len(rows) - len(good)} of {len(rows)} questions"
     return Said(
         "Asked: does tuning find, by measurement, something as fast as what the models recommend, or faster?",
-        f"Found: {gain}; the models' pick is number {ranks} of what ran, and {failed} of {asked} trials did "
-        "not run within the budget.",
+        f"Found: {gain}; {pick}, and {failed} of {asked} trials did not run within the budget.",
         "The seeds time five dilations at 16,384 tokens on one card by hand and recommend the best of them "
         "for every length; nothing else was tried.",
     )
 
 
-STUDY = Study(steps, {"tuning": tuning_table}, draw, said, devices=("cpu",))
+STUDY = Study(steps, {"tuning": tuning_table}, draw, said, devices=("cpu",), independent=True)

@@ -195,14 +195,15 @@ def said(rows: Rows) -> Said:
     fits = {name: f"{longest(rows, name):,} for {name}" for name in configs()}
     seeds = [stored(rows, SPARSE, tokens) for tokens in SEEDS]
     counts = [blocks_a_row(row, SEEDS[row["seq"]] * MIB) for row in seeds]
+    lacking = "so that not every row has one" if max(counts) < 1 else "which is enough for every row"
     return Said(
         f"Asked: what do attention weights take, dense and as active blocks, from {LENGTHS[0]:,} to {seq:,} "
         "tokens?",
         f"Found: at {seq:,} tokens {', '.join(sizes.values())}; of these lengths the longest whose call with "
         f"weights fits a {place(rows[0])} is {', '.join(fits.values())}.",
         f"The seeds have {_and(SEEDS.values())} MB at {_and(f'{tokens:,}' for tokens in SEEDS)} tokens for "
-        f"95% sparsity, which is {_and(f'{count:.2f}' for count in counts)} blocks of {BLOCK} a row, so that "
-        "not every row has one; here every row keeps its own block and 5% of all blocks are "
+        f"95% sparsity, which is {_and(f'{count:.2f}' for count in counts)} blocks of {BLOCK} a row, "
+        f"{lacking}; here every row keeps its own block and 5% of all blocks are "
         f"{_and(mib(row['stored']) for row in seeds)} MiB.",
     )
 

@@ -8,7 +8,7 @@ operators copy operands of mixed precision, so those are converted into the aren
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,15 @@ from torch import Tensor
 
 from attention.ops import kernels
 from attention.ops.program import Call, Gather, Shape, Span, Tile
-from attention.ops.reserve import Extent, arena_bytes, backward_sizes, forward_sizes, sums_in_full
+from attention.ops.reserve import (
+    Cut,
+    Extent,
+    arena_bytes,
+    backward_sizes,
+    cut,
+    forward_sizes,
+    sums_in_full,
+)
 from attention.ops.scratch import Scratch
 from attention.ops.sinks import GatherSink, Part, Sink, SpanSink
 from attention.ops.views import Fetched, Listed, causal_mask, fetch, listed, mask_bias, rows, view, widened
@@ -58,6 +66,8 @@ class _Pass:
     shape: Shape
     scratch: Scratch
     mask: Tensor | None
+    cuts: Mapping[str, Cut]
+    """How backward cuts the calls of each kind."""
 
     def bias(self, call: Call, span: Span, keys: Fetched, begin: int = 0) -> dict[str, Any]:
         """The kernel's `causal` and `bias` for a call from its key `begin` on."""
@@ -73,7 +83,8 @@ def _begun(
     """A pass; `dtype`: of its mask; `other`: bytes that the training step's other pass reserves."""
     key = (*extent.mask, dtype, device)
     mask = problem.buffers.masks.get(key, lambda: causal_mask(*key)) if extent.mask[1] else None
-    return _Pass(problem, shape, Scratch(problem.buffers.pool_for(shape.seq), device, sizes, other), mask)
+    scratch = Scratch(problem.buffers.pool_for(shape.seq), device, sizes, other)
+    return _Pass(problem, shape, scratch, mask, {kind.name: cut(kind, shape) for kind in extent.kinds})
 
 
 class Attend(torch.autograd.Function):
@@ -261,7 +272,8 @@ def _backward_tile(
     scratch, shape = begun.scratch, begun.shape
     total, origin = _accumulator("dq", tile, dq, scratch)
     for call in tile.calls:
-        for begin, part in call.columns(shape):
+        by = begun.cuts[call.kind]
+        for begin, part in call.columns(by.width):
             keys = fetch(part, k, v, scratch, dtype=wide)
             sink: Sink
             if isinstance(part, Gather):
@@ -299,9 +311,9 @@ def _add_gradients(
     bias = mask.get("bias")
     if bias is not None:
         bias = bias.expand(*lse_rows.shape, part.length)
-    whole = call.mask == "causal"
-    views, width = _piece(span, part, whole, begun.shape)
-    for n in _slices(span.batch, views):
+    by = begun.cuts[call.kind]
+    width = part.length if call.mask == "causal" else by.keys  # that mask ties keys to queries
+    for n in _slices(span.batch, by.views):
         args = [in_wide(name, view(span, x)[n]) for name, x in (("do", grad), ("q", q), ("out", out))]
         for c in _slices(part.length, width):
             dq, dk, dv = kernels.backward(
@@ -312,16 +324,6 @@ def _add_gradients(
             target[n].add_(dq)
             sink.add(Part(n, slice(None), c, dk, dv))
             del dq, dk, dv  # before the next piece's are made
-
-
-def _piece(span: Span, part: Span | Gather, whole: bool, shape: Shape) -> tuple[int, int]:
-    """(views, keys) of a part of a call that the kernel is given at once; for a gather, as for the
-    largest of its program."""
-    if isinstance(part, Span):
-        return shape.piece(span.heads, span.batch, span.length, part.length, whole=whole)
-    lanes = span.heads * part.largest[0]
-    keys = min(part.largest[1], shape.gather_width(lanes, part.size))
-    return shape.piece(span.heads, part.largest[0], part.size, keys, part.size)
 
 
 def _slices(total: int, size: int) -> Iterator[slice]:

@@ -85,13 +85,6 @@ class Gather:
     blocks: npt.NDArray[np.int64]
     size: int
     heads: int
-    largest: tuple[int, int]
-    """(views, keys of a view) of the program's largest gather, which sets how backward cuts all of them."""
-
-    @property
-    def lists(self) -> int:
-        """Lists of the program's largest gather."""
-        return self.largest[0] * (self.heads if self.blocks.ndim == 3 else 1)
 
     @property
     def unit(self) -> int:
@@ -106,7 +99,7 @@ class Gather:
     def cut(self, begin: int, end: int) -> Gather:
         """Positions begin..end of every view, both multiples of `size`."""
         blocks = self.blocks[..., begin // self.size : end // self.size]
-        return Gather(blocks, self.size, self.heads, self.largest)
+        return Gather(blocks, self.size, self.heads)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +108,9 @@ class Call:
 
     queries: tuple[Span, ...]
     keys: Span | Gather
+    kind: str
+    """Name of the `attention.ops.reserve.Kind` of calls by whose largest backward cuts this one, so that a
+    smaller one never asks for more."""
     mask: Mask = "none"
     first: bool = False
     """In a merging tile: nothing came before in these queries, so the part is taken as it is."""
@@ -127,16 +123,12 @@ class Call:
         own = self.keys.size if isinstance(self.keys, Gather) else self.queries[0].length
         return self.keys.length - own
 
-    def columns(self, shape: Shape) -> Iterator[tuple[int, Span | Gather]]:
-        """The keys in parts whose dk and dv fit `shape.column_tokens` if their unit allows, each part with
-        the position at which it begins. Views that share no keys need no sums and are not cut."""
-        keys, width = self.keys, self.keys.length
-        if isinstance(keys, Gather):
-            width = shape.gather_width(
-                keys.lists * (1 if keys.blocks.ndim == 3 else shape.kv_heads), keys.size
-            )
-        elif keys.overlaps:
-            width = shape.overlap_width
+    def columns(self, width: int) -> Iterator[tuple[int, Span | Gather]]:
+        """The keys in parts of `width`, whose sums of dk and dv fit the workspace, each with the position at
+        which it begins. Views that share no keys need no sums and are not cut."""
+        keys = self.keys
+        if isinstance(keys, Span) and not keys.overlaps:
+            width = keys.length
         for begin in range(0, keys.length, width):
             yield begin, keys.cut(begin, min(begin + width, keys.length))
 

@@ -62,8 +62,6 @@ class Kind(NamedTuple):
     """Of a gather: whether every head has lists of its own."""
     moves: bool = False
     """Of a gather: whether the lists of consecutive views differ by one block only."""
-    uneven: Count = 0
-    """1 if some of its calls have a query and a key less a view, of which a piece may hold more views."""
     later: Count = 0
     """Most queries of a head in a call that is merged into what came before."""
     largest: tuple[Count, Count] = (1, 1)
@@ -167,6 +165,12 @@ def _longest(span: Count, masked: Count, seq: Count, size: Count) -> Count:
     return least(most(_split(span, masked), 1) * size, seq)
 
 
+def branch_kind(order: int, before: bool = False) -> str:
+    """Name of the kind of a branch's calls, by its place in the order of rates; `before`: over the keys of a
+    segment that come before a tile, under a causal mask."""
+    return f"branch {order + 1}, before" if before else f"branch {order + 1}"
+
+
 def dilated_extent(branches: Sequence[tuple[Count, Count]], shape: Shape) -> Extent:
     """Of a dilated program; see `attention/dilated.py`, which makes it. Its first tile has the largest
     calls. Branches come with their smallest rates first."""
@@ -181,9 +185,8 @@ def dilated_extent(branches: Sequence[tuple[Count, Count]], shape: Shape) -> Ext
         keys = ceil_div(least(length, shape.seq), rate)
         cut = (tile % length != 0) * (tile < shape.seq)
         kind = Kind(
-            f"branch {order + 1}", ceil_div(shape.heads, period), views, queries, keys,
-            dense=(period == 1) * 1, uneven=inside * (length % rate != 0),
-            later=views * queries * (order > 0),
+            branch_kind(order), ceil_div(shape.heads, period), views, queries, keys,
+            dense=(period == 1) * 1, later=views * queries * (order > 0),
         )  # fmt: skip
         if shape.causal:
             # A segment's part in a tile, and its keys before.
@@ -198,7 +201,7 @@ def dilated_extent(branches: Sequence[tuple[Count, Count]], shape: Shape) -> Ext
                 before, inner = each(_before, uneven, (before, inner), length, tile, shape.seq)
             behind, part = ceil_div(before, rate), least(queries, most(ceil_div(inner, rate), 1))
             kind = kind._replace(
-                name=f"branch {order + 1}, before", views=1, queries=part, keys=most(behind, 1), later=part,
+                name=branch_kind(order, before=True), views=1, queries=part, keys=most(behind, 1), later=part,
                 exists=cut * choose(even, (tiles > 1) * 1, 1),
             )  # fmt: skip
             tail = kind._replace(
@@ -246,6 +249,31 @@ def forward_sizes(extent: Extent, shape: Shape, keeps_lse: bool) -> dict[str, Co
     }
 
 
+class Cut(NamedTuple):
+    """How backward cuts the calls of a kind, decided by the largest of them: the smaller ones get no more
+    views, so that none asks for more than that one."""
+
+    width: Count
+    """Keys of a column, whose sums are finished before the next one's begin."""
+    views: Count
+    """Views that the kernel is given at once."""
+    keys: Count
+    """Keys that it is given at once."""
+
+
+def cut(kind: Kind, shape: Shape) -> Cut:
+    """Of a kind's calls; see `attention.ops.program.Call.columns` and `Shape.piece`."""
+    if kind.gathers:
+        views, keys = kind.largest
+        width = shape.gather_width(kind.heads * views, kind.unit)
+        return Cut(width, *shape.piece(kind.heads, views, kind.unit, least(keys, width), kind.unit))
+    width = kind.keys
+    if kind.step is not None:
+        overlaps = (kind.views > 1) * (kind.keys > kind.step)
+        width = choose(overlaps, least(width, shape.overlap_width), width)
+    return Cut(width, *shape.piece(kind.heads, kind.views, kind.queries, width, kind.unit, kind.whole))
+
+
 class Piece(NamedTuple):
     """What the backward kernel is given at once of the largest call of a kind."""
 
@@ -256,25 +284,16 @@ class Piece(NamedTuple):
 
 
 def pieces(extent: Extent, shape: Shape) -> tuple[Piece, ...]:
-    """Of each kind; see `attention.ops.program.Call.columns` and `Shape.piece`."""
+    """Of each kind."""
     found = []
     for kind in extent.kinds:
-        width, column = kind.keys, kind.views * kind.keys
-        if kind.gathers:
-            most_views, most_keys = kind.largest
-            cut = shape.gather_width(kind.heads * most_views, kind.unit)
-            width = least(width, cut)
-            views, keys = shape.piece(
-                kind.heads, most_views, kind.unit, least(most_keys, cut), kind.unit
-            )  # fmt: skip
-            found.append(Piece(least(views, kind.views), least(keys, width), kind.views * width))
-            continue
+        by = cut(kind, shape)
+        width = least(kind.keys, by.width)
+        column = kind.views * width
         if kind.step is not None:
             overlaps = (kind.views > 1) * (kind.keys > kind.step)
-            width = choose(overlaps, least(width, shape.overlap_width), width)
             column = choose(overlaps, (kind.views - 1) * kind.step + width, column)
-        views, keys = shape.piece(kind.heads, kind.views, kind.queries, width, kind.unit, kind.whole)
-        found.append(Piece(views, keys, column))
+        found.append(Piece(least(by.views, kind.views), least(by.keys, width), column))
     return tuple(found)
 
 
@@ -303,11 +322,6 @@ def backward_sizes(extent: Extent, shape: Shape) -> dict[str, Count]:
     for kind, piece in zip(extent.kinds, pieces(extent, shape), strict=True):
         rows = kind.heads * piece.views * piece.keys * kind.exists
         queries = most(queries, kind.heads * piece.views * kind.queries * kind.exists)
-        if somewhere(kind.uneven):
-            fewer, less = most(kind.queries - 1, 1), most(kind.keys - 1, 1)
-            views, width = shape.piece(kind.heads, kind.views, fewer, less, kind.unit, kind.whole)
-            applies = kind.heads * views * kind.exists * kind.uneven
-            queries, rows = most(queries, applies * fewer), most(rows, applies * width)
         overlaps: Count = 0
         if kind.step is not None:
             overlaps = (kind.views > 1) * (kind.keys > kind.step) * kind.exists

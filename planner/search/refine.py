@@ -17,7 +17,7 @@ import numpy as np
 import optuna
 
 from attention.config import AttentionConfig
-from attention.errors import ConfigError
+from attention.errors import AttentionPlannerError, ConfigError
 from planner.columns import Columns, columns_of
 from planner.search import scenario as asked
 from planner.search.grid import first, order, tabulate
@@ -182,12 +182,10 @@ def open_study(storage: Storage | None, sampler: Sampler, seed: int) -> optuna.S
         known = study.user_attrs.get("question")
         if known is None:
             study.set_user_attr("question", storage.question)
+    except AttentionPlannerError:
+        raise
     except Exception as error:  # noqa: BLE001 -- whatever a database driver raises
-        said = " ".join(str(error).split()) or type(error).__name__
-        raise ConfigError(
-            f"storage {storage.url!r} cannot be used: {said[:200]}; write e.g. studies.journal or "
-            "sqlite:///studies.db"
-        ) from None
+        raise _unusable(storage.url, error) from None
     if known not in (None, storage.question):
         raise ConfigError(
             f"study {storage.study!r} in {storage.url} answers another question; choose another --study"
@@ -204,9 +202,11 @@ def stored_study(url: str, name: str) -> optuna.Study:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            storage = _open(url)
+            storage = _open(url, reads=True)
             known = optuna.get_all_study_names(storage)
             study = optuna.load_study(study_name=name, storage=storage) if name in known else None
+    except AttentionPlannerError:
+        raise
     except Exception as error:  # noqa: BLE001 -- whatever a database driver raises
         raise _unusable(url, error) from None
     if study is None:
@@ -222,14 +222,17 @@ def _unusable(url: str, error: Exception) -> ConfigError:
     )
 
 
-def _open(url: str) -> Any:
-    """A URL is Optuna's to read; anything else is a journal file."""
+def _open(url: str, *, reads: bool = False) -> Any:
+    """A URL is a database's; anything else is a journal file. `reads`: nothing will be written to it."""
     if "://" in url:
-        return url
-    from optuna.storages import JournalStorage
-    from optuna.storages.journal import JournalFileBackend
+        from planner.search.database import open_database
 
-    return JournalStorage(JournalFileBackend(url))
+        return open_database(url)
+    from optuna.storages import JournalStorage
+
+    from planner.search.journal import Journal
+
+    return JournalStorage(Journal(url, reads=reads))
 
 
 def _sampler(name: Sampler, seed: int, startup: int = STARTUP) -> optuna.samplers.BaseSampler:

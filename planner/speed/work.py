@@ -279,7 +279,7 @@ def _kept(columns: Columns) -> Amount:
 
 
 def _chosen(kept: Amount, shape: Shape, size: Amount) -> list[Run]:
-    """The rows of an adaptive attention; see `attention.adaptive._tiles`."""
+    """The rows of an adaptive attention; see `attention.block_sparse.chosen_tiles`."""
     blocks = ceil_div(shape.seq, size)
     growing = least(kept - 1, blocks) * int(shape.causal)
     return [

@@ -10,12 +10,14 @@ import pytest
 from conformance import IMPLEMENTATIONS, LEAST_WORKSPACE, configs, dilated, patterned
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from needs import extent_of
 
 from attention import block_sparse
 from attention import dilated as dilated_module
 from attention.layout import build_layout
 from attention.ops import program as programs_module
 from attention.ops.program import Call, Gather, Shape, Span, Tile, chunk_tokens
+from attention.ops.reserve import cut
 from attention.reference import multiplicity
 from attention.rows import chosen_rows, rows_of
 
@@ -190,7 +192,7 @@ def chosen_lists(rng, rows, heads, kept, causal):
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("seq, size, kept", [(1, 8, 1), (61, 8, 3), (150, 8, 12), (64, 1, 20), (100, 33, 2)])
 def test_lists_of_each_head_meet_their_pairs(seq, size, kept, kv_heads, causal, packs):
-    from attention.adaptive import _tiles
+    from attention.block_sparse import chosen_tiles
 
     rows = -(-seq // size)
     lists = chosen_lists(np.random.default_rng(0), rows, 4, min(kept, rows), causal)
@@ -198,7 +200,7 @@ def test_lists_of_each_head_meet_their_pairs(seq, size, kept, kv_heads, causal, 
     blocks = np.zeros((4, rows, rows + 1), np.int64)
     np.put_along_axis(blocks, np.where(lists < 0, rows, lists), 1, axis=-1)
     expected = blocks[..., :rows].repeat(size, 1).repeat(size, 2)[:, :seq, :seq]
-    tiles = list(_tiles(lists, chosen_rows(size, lists.shape[-1]), shape))
+    tiles = list(chosen_tiles(lists, chosen_rows(size, lists.shape[-1]), shape))
     np.testing.assert_array_equal(met(tiles, shape), np.tril(expected) if causal else expected)
     assert_tiles_are_honest(tiles, shape)
 
@@ -274,8 +276,9 @@ def assert_columns_cover(program):
     config, shape = program
     assume(config.variant != "dilated" or min(config.segment_lengths) > 20)
     shape = shape.backward()
+    widths = {kind.name: cut(kind, shape).width for kind in extent_of(config, shape).kinds}
     for call in (call for tile in tiles_of(config, shape) for call in tile.calls):
-        parts = list(call.columns(shape))
+        parts = list(call.columns(widths[call.kind]))
         assert [begin for begin, _ in parts] == [0, *np.cumsum([p.length for _, p in parts])[:-1]]
         assert sum(part.length for _, part in parts) == call.keys.length
         for begin, part in parts:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import random
+from functools import partial
 from unittest import mock
 
 import numpy as np
@@ -10,121 +13,18 @@ import torch
 from conformance import LEAST_WORKSPACE, dilated, patterned
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from needs import Needs, backward_needs, beyond, extent_of, forward_needs
 from test_program import chosen_lists, programs, shape_of, tiles_of
+from test_sizes import chosen_lists as many_lists
+from test_sizes import random_config, random_shape
 
-from attention import AttentionConfig, build
-from attention.adaptive import _tiles
+from attention import AdaptiveConfig, AttentionConfig, SparsePatternConfig, build, inputs
+from attention.block_sparse import chosen_tiles
 from attention.ops import reserve
-from attention.ops.execute import _piece
-from attention.ops.program import Gather
-from attention.ops.reserve import (
-    arena_bytes,
-    backward_sizes,
-    dilated_extent,
-    forward_sizes,
-    slab_rows,
-    sparse_extent,
-    sums_in_full,
-)
-from attention.rows import chosen_rows, rows_of
-
-
-def extent_of(config, shape):
-    if config.variant == "block_sparse":
-        return sparse_extent(rows_of(config, shape.seq, shape.causal), shape)
-    branches = shape.within(config.branches or ((shape.seq, 1),))
-    return dilated_extent(sorted(branches, key=lambda branch: branch[1]), shape)
-
-
-def forward_needs(tiles, shape, keeps_lse):
-    """Most bytes that the executor asks for by name in a forward pass."""
-    dim, narrow = shape.head_dim, shape.itemsize < 4
-    needs = dict.fromkeys(("total", "part", "lse", "k", "v"), 0)
-
-    def need(name, nbytes):
-        needs[name] = max(needs[name], nbytes)
-
-    for tile in tiles:
-        tokens = tile.stop - tile.start
-        if tile.merge:
-            need("total", tokens * shape.heads * dim * 4 * narrow)
-            need("lse", tokens * shape.heads * shape.wide * (not keeps_lse))
-        for call in tile.calls:
-            if isinstance(call.keys, Gather):
-                heads = shape.kv_heads if call.keys.blocks.ndim == 2 else shape.heads
-                for name in "kv":
-                    need(name, len(call.keys.blocks) * call.keys.length * heads * dim * shape.itemsize)
-            if tile.merge and not call.first:
-                for span in call.queries:
-                    need("part", span.batch * span.heads * span.length * dim * 4 * narrow)
-    return needs
-
-
-def backward_needs(tiles, shape):
-    """Most bytes that the executor asks for by name in a backward pass."""
-    dim, wide = shape.head_dim, shape.wide
-    full = sums_in_full(shape)
-    target = wide if full else shape.itemsize
-    needs = {}
-
-    def need(name, nbytes):
-        needs[name] = max(needs.get(name, 0), nbytes)
-
-    if full:
-        need("dk", shape.seq * shape.kv_heads * dim * wide)
-        need("dv", shape.seq * shape.kv_heads * dim * wide)
-    for tile in tiles:
-        need("dq", (tile.stop - tile.start) * shape.heads * dim * wide * (shape.itemsize < wide))
-        for call in tile.calls:
-            for _, part in call.columns(shape):
-                overlaps = not isinstance(part, Gather) and part.overlaps
-                if isinstance(part, Gather):
-                    shared = part.blocks.ndim == 2
-                    heads = shape.kv_heads if shared else shape.heads
-                    rows = len(part.blocks) * part.length * heads
-                    lists = part.blocks
-                    if not shared:
-                        lists = lists * shape.kv_heads
-                        lists = lists + (np.arange(shape.heads) * shape.kv_heads // shape.heads)[:, None]
-                    sums = np.unique(lists).size * part.size * (shape.kv_heads if shared else 1)
-                    for name in "kv":
-                        need(name, rows * dim * shape.itemsize)
-                        need(f"d{name} of a call", sums * dim * wide)
-                    lane = shape.kv_heads if shared else 1
-                    need("slab", min(slab_rows(shape) // lane, sums // lane) * lane * dim * target)
-                elif overlaps:
-                    spread = (part.stop - part.start) * shape.kv_heads * dim
-                    for name in "kv":
-                        need(f"wide {name}", spread * 4 * shape.widens)
-                        need(f"d{name} of a call", spread * wide * (target < wide))
-                for span in call.queries:
-                    views, width = _piece(span, part, call.mask == "causal", shape)
-                    views, width = min(views, span.batch), min(width, part.length)
-                    for name in ("do", "q", "out"):
-                        need(name, views * span.heads * span.length * dim * 4 * shape.widens)
-                    if not overlaps:
-                        for name in "kv":
-                            need(f"wide {name}", views * span.heads * width * dim * 4 * shape.widens)
-                    if not overlaps and not isinstance(part, Gather):
-                        apart = shape.widens and target < wide
-                        need("share", views * span.heads * width * dim * 4 * apart)
-    return needs
-
-
-def assert_enough(tiles, extent, shape, back_tiles, back_extent):
-    back = shape.backward()
-    for needs, sizes in [
-        (forward_needs(tiles, shape, False), forward_sizes(extent, shape, False)),
-        (forward_needs(tiles, shape, True), forward_sizes(extent, shape, True)),
-        (backward_needs(back_tiles, back), backward_sizes(back_extent, back)),
-    ]:
-        for name, nbytes in needs.items():
-            assert nbytes <= sizes[name], (name, nbytes, sizes[name])
-    for tile in tiles:
-        assert tile.stop - tile.start <= extent.tokens
-    for call in (call for tile in tiles for call in tile.calls if call.mask == "diagonal"):
-        assert max(call.queries[0].length, call.keys.unit) <= extent.mask[0]
-        assert call.keys.length <= extent.mask[1]
+from attention.ops.execute import attend
+from attention.ops.reserve import arena_bytes, backward_sizes, forward_sizes, sparse_extent
+from attention.ops.scratch import Scratch
+from attention.rows import chosen_rows
 
 
 def sized(program):
@@ -137,7 +37,7 @@ def assert_enough_for(program, sum_bytes):
     back = shape.backward()
     tiles, back_tiles = tiles_of(config, shape), tiles_of(config, back)
     with mock.patch.object(reserve, "SUM_BYTES", sum_bytes):
-        assert_enough(tiles, extent_of(config, shape), shape, back_tiles, extent_of(config, back))
+        assert not beyond(tiles, extent_of(config, shape), shape, back_tiles, extent_of(config, back))
 
 
 either = st.sampled_from([0, reserve.SUM_BYTES])
@@ -164,8 +64,8 @@ def test_what_is_reserved_is_enough_for_lists_of_each_head(seq, size, kept, item
     lists = chosen_lists(np.random.default_rng(0), blocks, 4, min(kept, blocks), causal)
     shape = shape_of(seq, itemsize=itemsize, widens=widens, causal=causal)
     rows, back = chosen_rows(size, lists.shape[-1]), shape.backward()
-    tiles, back_tiles = list(_tiles(lists, rows, shape)), list(_tiles(lists, rows, back))
-    assert_enough(tiles, sparse_extent(rows, shape), shape, back_tiles, sparse_extent(rows, back))
+    tiles, back_tiles = list(chosen_tiles(lists, rows, shape)), list(chosen_tiles(lists, rows, back))
+    assert not beyond(tiles, sparse_extent(rows, shape), shape, back_tiles, sparse_extent(rows, back))
 
 
 @pytest.mark.pairwise
@@ -192,10 +92,12 @@ def test_nothing_is_reserved_in_vain(config, itemsize, causal):
     pairs = [
         (forward_needs(tiles_of(config, shape), shape, False),
          forward_sizes(extent_of(config, shape), shape, False)),
-        (backward_needs(tiles_of(config, back), back), backward_sizes(extent_of(config, back), back)),
+        (backward_needs(tiles_of(config, back), extent_of(config, back), back),
+         backward_sizes(extent_of(config, back), back)),
     ]  # fmt: skip
     for needs, sizes in pairs:
         needed = {name: needs.get(name, 0) for name in sizes}
+        assert all(needed[name] <= nbytes for name, nbytes in sizes.items()), (needed, sizes)
         needed["wide slab"] = sizes.get("wide slab", 0)
         # How many blocks the lists of several rows share, no closed form tells.
         told = config.pattern is None or config.pattern.pattern_type != "dilated_sparse"
@@ -234,3 +136,70 @@ def test_segments_whose_residues_differ_in_size_have_room_in_backward():
     k, v = (torch.randn(1, 20, 2, 1, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
     build(config)(q, k, v).sum().backward()
     assert q.grad is not None
+
+
+def asked_for(run):
+    """(what `run` gives, most bytes that it asks a scratch for, by name)."""
+    asked, get = Needs(), Scratch.get
+
+    def recorded(self, name, shape, dtype):
+        asked.need(name, math.prod(shape) * dtype.itemsize)
+        return get(self, name, shape, dtype)
+
+    with mock.patch.object(Scratch, "get", recorded):
+        return run(), asked
+
+
+def small_program(seed, tokens):
+    """(problem, q, k, v) of a random program of `test_sizes` over at most so many tokens; None where it is a
+    kernel call without scratch."""
+    rng = random.Random(seed)
+    shape = random_shape(rng)
+    kv_heads = min(shape.kv_heads, 3)
+    repeat = shape.heads // shape.kv_heads
+    seq, workspace = shape.seq % tokens + 1, 1 << rng.randint(16, 20)
+    config = random_config(rng, shape._replace(seq=seq))
+    dtype = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}[shape.itemsize]
+    q = torch.randn(1, seq, kv_heads * repeat, shape.head_dim, dtype=dtype, requires_grad=True)
+    k, v = (torch.randn(1, seq, kv_heads, shape.head_dim, dtype=dtype) for _ in range(2))
+    if isinstance(config, AttentionConfig):
+        module = build(config.model_copy(update={"workspace_bytes": workspace}))
+        real = inputs.shape_of(q, k, module.config, shape.causal)
+        problem = module._problem(real, module._layout(real) if config.pattern else None)
+    else:
+        size, kept = config
+        blocks = -(-seq // size)
+        pattern = SparsePatternConfig(block_size=size, sparsity_ratio=kept / blocks)
+        scorer = AdaptiveConfig(num_heads=kv_heads * repeat, head_dim=shape.head_dim)
+        module = build(
+            AttentionConfig(variant="adaptive", workspace_bytes=workspace, pattern=pattern, adaptive=scorer)
+        )
+        real = inputs.shape_of(q, k, module.config, shape.causal)
+        lists = many_lists(rng, blocks, kv_heads * repeat, kept, shape.causal)
+        problem = module._problem_over(real, torch.from_numpy(lists)[None])
+    return None if problem.whole else (problem, q, k, v)
+
+
+def assert_asks_for_what_is_told(seeds, tokens):
+    programs = [found for seed in seeds if (found := small_program(seed, tokens))]
+    assert len(programs) > len(seeds) // 2
+    for problem, q, k, v in programs:
+        (out, _), forward = asked_for(partial(attend, q, k, v, problem))
+        _, backward = asked_for(out.sum().backward)
+        shape, back = problem.shape, problem.shape.backward()
+        told = (
+            forward_needs(problem.tiles(0, shape), shape, keeps_lse=True),
+            backward_needs(problem.tiles(0, back), problem.extent(back), back),
+        )
+        for have, want in zip((forward, backward), told, strict=True):
+            assert have == {name: nbytes for name, nbytes in want.items() if nbytes}, shape
+
+
+def test_the_executor_asks_for_what_is_told_without_tensors():
+    """So that `needs`, which is asked at sizes that cannot be run, cannot drift from what runs."""
+    assert_asks_for_what_is_told(range(40), 300)
+
+
+@pytest.mark.slow
+def test_the_executor_asks_for_what_is_told_of_many(seed):
+    assert_asks_for_what_is_told(range(seed, seed + 200), 1500)

@@ -277,6 +277,14 @@ def test_a_record_that_cannot_be_kept_is_printed_all_the_same(tmp_path, calls):
     assert "the record was not kept" in result.stderr
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_no_wrong_request(calls):
+    result = planner(*DENSE, "--format", "json", "--append", "/dev/full")
+    assert Measurement.from_json(result.stdout).kind == "ok"
+    assert result.exit_code == 1
+    assert "the record was not kept: writing /dev/full failed (No space left" in result.stderr
+
+
 @pytest.mark.parametrize(
     "error, code, said",
     [

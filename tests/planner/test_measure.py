@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from attention import (
 )
 from planner.footprint import footprint, footprints
 from planner.measure import Measurement, measure
+from planner.records import read
 from planner.workload import Workload
 
 # The module, also where `planner.measure` is the function.
@@ -287,3 +289,44 @@ def test_backward_is_counted_in_order():
     found = footprint(lambda: (x * x).sum().backward(), CPU)
     assert found.kept >= x.nbytes
     assert found.peak < 8 * x.nbytes
+
+
+# ---- closed standard streams
+
+
+@pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1, 2)])
+def test_a_closed_standard_stream_is_no_crash_of_what_is_measured(closed, tmp_path):
+    # With nothing in place of the streams, as a daemon may be started.
+    code = (
+        f"import os\nfor file in {closed}: os.close(file)\n"
+        "from planner.measure import measure\nfrom planner.batch import Batch\n"
+        "import planner.measure, planner.batch, sys\n"
+        'child = "import json, os, sys; sys.stdin.readline(); assert all(os.fstat(n) for n in range(3)); "\n'
+        "child += \"say = lambda said: os.write(int(sys.argv[1]), json.dumps(said).encode() + b'\\\\n'); \"\n"
+        "child += \"say({'outcome': {'kind': 'ok', 'seconds': 1.0}}); \"\n"
+        "child += \"say({'ended': {'code': 0, 'timed_out': False}})\"\n"
+        "for module in (sys.modules['planner.measure'], planner.batch):\n"
+        "    module._command = lambda answer: [sys.executable, '-c', child, str(answer)]\n"
+        "from attention import AttentionConfig\nfrom planner.workload import Workload\n"
+        "asked = AttentionConfig(variant='dense'), Workload(seq=64)\n"
+        "with Batch() as batch: found = [measure(*asked), batch.measure(*asked)]\n"
+        f"open({str(tmp_path / 'found')!r}, 'w').write(' '.join(one.to_json() for one in found))\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
+    found = (tmp_path / "found").read_text()
+    assert found.count('"kind":"ok"') == 2, found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("streams", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("asked", [
+    "measure --variant dense --seq 64 --append records",
+    "tune --vram 200MB --seq 256 --dtype float32 --trials 1 --runs 1 --append records --storage t.journal",
+])  # fmt: skip
+def test_a_command_with_a_closed_stream_records_what_happened(asked, streams, tmp_path):
+    script = f"{sys.executable} -m planner {asked} {streams}"
+    done = subprocess.run(
+        script, shell=True, cwd=tmp_path, timeout=300, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert done.returncode == 0
+    assert [record.kind for record in read(tmp_path / "records")] == ["ok"]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import signal
 import socket
 import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import optuna
@@ -20,12 +22,12 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 import planner
-from attention.errors import AttentionPlannerError, ConfigError
-from planner import calibration
+from attention.errors import AttentionPlannerError, ConfigError, StorageError
+from planner import calibration, tuning
 from planner.measure import Environment, Measurement
 from planner.records import read
 from planner.search.space import Space
-from planner.tuning import Tuned, stored, whole
+from planner.tuning import Tuned, _myself, _process, limits, stored, whole
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = calibration.SHIPPED / "cpu.json"
@@ -53,6 +55,23 @@ class Device:
         return Measurement(
             config=config, workload=workload, device="cpu", kind=how, runs=3, environment=HERE, **figures
         )
+
+
+@pytest.fixture(autouse=True)
+def asked_once(monkeypatch):
+    """What the models recommend is the same each time, and takes longest."""
+    question = tuning.question
+
+    def remembered(*given, **asked):
+        key = repr((given, asked, os.environ.get("XDG_DATA_HOME")))
+        if key not in ANSWERS:
+            ANSWERS[key] = question(*given, **asked)
+        return ANSWERS[key]
+
+    monkeypatch.setattr(tuning, "question", remembered)
+
+
+ANSWERS = {}
 
 
 def tune(device, path, trials=10, **more):
@@ -152,6 +171,216 @@ def test_a_trial_of_a_worker_that_is_at_work_is_left_to_it(owner, begun_again, t
     state = study.get_trials()[trial.number].state
     assert (state == TrialState.FAIL) == begun_again
     assert (state == TrialState.RUNNING) != begun_again
+
+
+def opened(path):
+    """The study that is in the journal."""
+    storage = JournalStorage(JournalFileBackend(str(path / "trials.journal")))
+    [name] = optuna.get_all_study_names(storage)
+    return optuna.load_study(study_name=name, storage=storage)
+
+
+def test_a_process_number_that_another_process_has_by_now_is_of_a_dead_worker(tmp_path):
+    tune(Device(), tmp_path, trials=2)
+    trials = [opened(tmp_path).ask() for _ in range(2)]
+    # The same number; began when it did, and at another time.
+    stat = Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()
+    for trial, began in zip(trials, (stat[19], "1"), strict=True):
+        trial.set_user_attr("owner", f"{socket.gethostname()} {os.getppid()} {began}")
+    tune(Device(), tmp_path, trials=3)
+    states = [opened(tmp_path).get_trials()[trial.number].state for trial in trials]
+    assert states == [TrialState.RUNNING, TrialState.FAIL]
+
+
+def test_a_worker_that_ended_and_was_not_waited_for_is_dead(tmp_path):
+    tune(Device(), tmp_path, trials=2)
+    trial = opened(tmp_path).ask()
+    with subprocess.Popen([sys.executable, "-c", ""]) as zombie:
+        while _process(zombie.pid)[0] != "Z":
+            time.sleep(0.01)
+        trial.set_user_attr("owner", f"{socket.gethostname()} {zombie.pid}")
+        tune(Device(), tmp_path, trials=3)
+    assert opened(tmp_path).get_trials()[trial.number].state == TrialState.FAIL
+
+
+def test_a_trial_has_its_owners_mark_from_when_it_runs(tmp_path, monkeypatch):
+    # A worker that starts at any moment of another's beginning of a trial leaves it to it.
+    seen, ask = [], optuna.Study.ask
+
+    def asked(study, *given):
+        trial = ask(study, *given)
+        if study.study_name.startswith("tune-"):  # not what the models alone suggest
+            seen.append(opened(tmp_path).trials[trial.number])
+        return trial
+
+    monkeypatch.setattr(optuna.Study, "ask", asked)
+    tune(Device(), tmp_path, trials=4)
+    assert len(seen) >= 4
+    assert {one.state for one in seen} == {TrialState.RUNNING}
+    assert {one.user_attrs.get("owner") for one in seen} == {_myself()}
+
+
+@pytest.mark.parametrize("when", ["before its suggestion", "while it runs"])
+def test_a_living_workers_trial_that_was_taken_for_dead_is_not_lost(when, tmp_path, monkeypatch):
+    class Elsewhere(Device):
+        def __call__(self, config, workload):
+            if len(self.runs) == 2 and when == "while it runs":
+                self.fail()
+            return super().__call__(config, workload)
+
+        def fail(self):
+            for running in opened(tmp_path).get_trials(states=(TrialState.RUNNING,)):
+                opened(tmp_path).tell(running.number, state=TrialState.FAIL)
+
+    device, ask = Elsewhere(), optuna.Study.ask
+
+    def asked(study, *given):
+        trial = ask(study, *given)
+        if len(device.runs) == 2 and when != "while it runs" and not failed:
+            failed.append(trial.number)
+            device.fail()
+        return trial
+
+    failed = []
+    monkeypatch.setattr(optuna.Study, "ask", asked)
+    found = tune(device, tmp_path, trials=6)
+    assert len(found.trials) == 6
+    assert len(stored(found.storage, found.study).trials) == 6
+    assert len({trial.number for trial in stored(found.storage, found.study).trials}) == 6
+
+
+def test_a_dead_workers_trial_that_another_has_taken_up_meanwhile_is_left_to_it(tmp_path, monkeypatch):
+    tune(Device(), tmp_path, trials=2)
+    before = len(opened(tmp_path).get_trials(states=(TrialState.WAITING,)))
+    number = opened(tmp_path).ask().number
+
+    def late(owner):
+        opened(tmp_path).tell(number, state=TrialState.FAIL)
+        return False
+
+    monkeypatch.setattr("planner.tuning._at_work", late)
+    found = tune(Device(), tmp_path, trials=3)
+    assert len(found.trials) == 3
+    # One was asked for here, one by the tuner, and none was added.
+    assert len(opened(tmp_path).get_trials(states=(TrialState.WAITING,))) == before - 2
+
+
+def test_trials_of_several_workers_have_numbers_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr("planner.tuning._myself", lambda: f"{socket.gethostname()} {os.getppid()}")
+
+    class Other(Device):
+        """Lets another worker measure three configs in the midst of its third run."""
+
+        def __call__(self, config, workload):
+            if len(self.runs) == 2:
+                self.runs.append(config)
+                tune(Device(), tmp_path, trials=5)
+            return super().__call__(config, workload)
+
+    found = tune(Other(), tmp_path, trials=8)
+    numbers = [trial.number for trial in found.trials]
+    assert sorted(set(numbers)) == numbers
+    kept = stored(found.storage, found.study)
+    assert [trial.number for trial in kept.trials] == numbers
+    assert kept.best.number == found.best.number
+
+
+def test_a_study_of_todays_version_is_read_and_goes_on(tmp_path):
+    """As it was before trials had the study's numbers and what they failed under."""
+    found = tune(Device({1: "crash"}), tmp_path, trials=4)
+    path = tmp_path / "trials.journal"
+    lines = []
+    for line in path.read_text().splitlines():
+        log = json.loads(line)
+        attribute = log.get("user_attr", {})
+        if "limits" in attribute:
+            continue
+        if "owner" in log.get("user_attrs", {}):
+            log["user_attrs"]["owner"] = f"{socket.gethostname()} {os.getpid()}"
+        if "trial" in attribute:
+            attribute["trial"]["number"] = 0
+        lines.append(json.dumps(log))
+    path.write_text("\n".join(lines) + "\n")
+    assert stored(found.storage, found.study).trials == found.trials
+    device = Device()
+    again = tune(device, tmp_path, trials=6)
+    assert (again.kept, len(again.trials)) == (3, 6)
+    assert all(trial.good for trial in again.trials)
+
+
+# ---- what failed before
+
+
+@pytest.mark.parametrize(
+    "kind, then, now, again",
+    [
+        ("timeout", {"timeout": 10.0}, {"timeout": 20.0}, True),
+        ("timeout", {"timeout": 20.0}, {"timeout": 10.0}, False),
+        ("timeout", {}, {"runs": 1}, True),
+        ("timeout", {}, {}, False),
+        ("oom", {}, {"timeout": 500.0}, True),
+        ("crash", {}, {}, False),
+        ("crash", {}, {"runs": 1}, True),
+    ],
+)
+def test_a_trial_that_failed_is_tried_again_when_the_limits_changed(kind, then, now, again, tmp_path):
+    first = tune(Device({1: kind}), tmp_path, trials=4, **then)
+    [failed] = [trial for trial in first.trials if not trial.good]
+    device = Device()
+    second = tune(device, tmp_path, trials=4, **now)
+    assert (failed.config in device.runs) == again
+    assert [trial.good for trial in second.trials].count(False) == (not again)
+    assert len(second.trials) == 4
+    assert second.kept == 4 - again
+    if again:
+        kept = stored(second.storage, second.study)
+        assert next(trial for trial in kept.trials if trial.config == failed.config).good
+
+
+@pytest.mark.parametrize("changed", ["version", "memory", "setting"])
+def test_a_trial_that_failed_is_tried_again_when_the_cause_may_have_gone(changed, tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    first = tune(Device({1: "crash"}), tmp_path, trials=3)
+    if changed == "version":
+        monkeypatch.setattr("planner.tuning.limits", partial(limits_with, versions={"torch": "9"}))
+    elif changed == "memory":
+        monkeypatch.setattr("planner.tuning.limits", partial(limits_with, memory=1 << 50))
+    else:
+        monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    second = tune(Device(), tmp_path, trials=3)
+    assert (len(first.trials), second.kept) == (3, 2)
+    assert all(trial.good for trial in second.trials)
+
+
+def limits_with(*given, **changed):
+    return limits(*given) | changed
+
+
+def test_where_nothing_has_run_all_is_tried_again(tmp_path):
+    with pytest.raises(AttentionPlannerError, match="it ended in crash"):
+        tune(Device(dict.fromkeys(range(9), "crash")), tmp_path, trials=2)
+    found = tune(Device(), tmp_path, trials=2)
+    assert (found.kept, len(found.trials)) == (0, 2)
+    assert all(trial.good for trial in found.trials)
+
+
+def test_an_analytic_pick_that_no_trial_can_suggest_is_a_trial_all_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr("planner.tuning.parameters", lambda *_: None)
+    found = tune(Device(), tmp_path, trials=3)
+    assert found.analytic.config in {trial.config for trial in stored(found.storage, found.study).trials}
+    assert len({trial.number for trial in found.trials}) == len(found.trials)
+    assert tune(Device(), tmp_path, trials=3).kept == len(found.trials)
+
+
+def test_what_took_more_than_the_budget_is_not_tried_again(tmp_path):
+    class Over(Device):
+        def __call__(self, config, workload):
+            self.allocated = 10**9 if len(self.runs) == 1 else 1 << 20
+            return super().__call__(config, workload)
+
+    first = tune(Over(), tmp_path, trials=3)
+    assert [trial.kind for trial in first.trials] == ["ok", "over", "ok"]
+    assert tune(Device(), tmp_path, trials=3, timeout=500.0).kept == 3
 
 
 def test_two_workers_on_one_study_hear_of_each_other(tmp_path, monkeypatch):
@@ -262,6 +491,36 @@ def test_an_interrupt_waits_until_what_is_written_is(monkeypatch):
         done.append("never")
     assert done == ["written"]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_second_interrupt_does_not_wait():
+    done = []
+    with pytest.raises(KeyboardInterrupt), whole():  # noqa: PT012 -- where it is raised is the point
+        signal.raise_signal(signal.SIGINT)
+        done.append("waiting")
+        signal.raise_signal(signal.SIGINT)
+        done.append("never")
+    assert done == ["waiting"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_full_disk_ends_tuning_with_an_error_and_the_study_goes_on(tmp_path):
+    class Full(Device):
+        """The disk is full from the fourth run on."""
+
+        def __call__(self, config, workload):
+            if len(self.runs) == 3:
+                size = (tmp_path / "trials.journal").stat().st_size
+                resource.setrlimit(resource.RLIMIT_FSIZE, (size, bounds[1]))
+            return super().__call__(config, workload)
+
+    bounds = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(StorageError, match="the study was not kept"):
+            tune(Full(), tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, bounds)
+    assert tune(Device(), tmp_path).kept == 3
 
 
 # ---- what a study has kept

@@ -40,4 +40,4 @@ def test_what_is_said_is_computed(rows):
     assert "local_window 2.00 times the time" in said.found
     assert "adaptive 1.14 times the time" in said.found
     rows[1]["here"]["seconds"] = None
-    assert "local_window nan times the time" in block_size.said(rows).found
+    assert "local_window an unknown time, as one did not run, and" in block_size.said(rows).found

@@ -1,7 +1,9 @@
 """The studies' data functions at small sizes, their tables, and what a study is."""
 
 import json
+from datetime import date
 from functools import partial
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -73,7 +75,7 @@ def steps(log: list[str], fails_at: str | None = None) -> list[records.Step]:
 
 
 def test_saved_data_names_its_command_and_where_it_was_measured(tmp_path):
-    rows = records.collect("x", "planner study x", CPU, steps([]), folder=tmp_path)
+    rows = records.collect("x", "planner study x", CPU, steps([]), folder=tmp_path).rows
     assert rows == [{"a": "one"}, {"a": "two"}, {"a": "three"}]
     path = tmp_path / f"x.{records.machine(CPU)}.json"
     records.settle(path)
@@ -82,7 +84,9 @@ def test_saved_data_names_its_command_and_where_it_was_measured(tmp_path):
     assert content == json.loads(path.read_text())
     assert content["rows"] == rows
     assert content["command"] == "planner study x"
-    assert {"device", "torch", "date", "threads"} <= set(content["environment"])
+    here = content["environment"]
+    assert set(here) == {"device", "version", "code", "torch", "python", "threads", "date"}
+    assert here["version"] == version("attention-planner")
 
 
 def test_an_interrupted_study_goes_on_where_it_stopped_and_keeps_the_data_that_was_there(tmp_path):
@@ -123,6 +127,108 @@ def test_what_another_command_left_is_not_gone_on_with(tmp_path):
     log: list[str] = []
     records.collect("x", "another", CPU, steps(log), folder=tmp_path)
     assert log == ["one", "two", "three"]
+
+
+@pytest.fixture
+def day(monkeypatch):
+    """Sets the day that data is measured on."""
+
+    def be(iso: str) -> None:
+        class Day(date):
+            @classmethod
+            def today(cls):
+                return cls.fromisoformat(iso)
+
+        monkeypatch.setattr(records, "date", Day)
+
+    return be
+
+
+def interrupted(folder, at="three"):
+    with pytest.raises(KeyboardInterrupt):
+        records.collect("x", "planner study x", CPU, steps([], fails_at=at), folder=folder)
+
+
+def test_what_an_interrupted_study_left_keeps_its_date(tmp_path, day, capsys):
+    day("2026-03-01")
+    interrupted(tmp_path)
+    day("2026-03-09")
+    log: list[str] = []
+    found = records.collect("x", "planner study x", CPU, steps(log), folder=tmp_path)
+    assert log == ["three"]
+    [data] = records.load("x", tmp_path)
+    assert data["environment"]["date"] == "2026-03-01 to 2026-03-09"
+    assert found.source.endswith("2026-03-01 to 2026-03-09")
+    said = " ".join(capsys.readouterr().err.split())
+    assert "x: goes on with 2 rows of 2026-03-01 from" in said
+    assert "delete it to begin anew" in said
+    # What was finished then and is asked for again, as by `study all`, is of that day too.
+    day("2026-04-01")
+    records.collect("x", "planner study x", CPU, steps(log), folder=tmp_path)
+    assert log == ["three"]
+    assert records.load("x", tmp_path)[0]["environment"]["date"] == "2026-03-01 to 2026-03-09"
+
+
+@pytest.mark.parametrize("changed", ["version", "code", "torch", "device", "threads", "python"])
+def test_rows_of_another_version_or_machine_are_measured_anew(tmp_path, monkeypatch, capsys, changed):
+    interrupted(tmp_path)
+    here = records.environment(CPU) | {changed: "another"}
+    monkeypatch.setattr(records, "environment", lambda device: dict(here))
+    log: list[str] = []
+    records.collect("x", "planner study x", CPU, steps(log), folder=tmp_path)
+    assert log == ["one", "two", "three"]
+    assert "is of another version, machine or command" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    "left",
+    ["", "{", "[]", "null", '{"rows": 1}', '{"rows": {"one": 1}, "environment": {}}',
+     '{"rows": {"one": {"a": "one"}}, "command": "planner study x", "environment": {"date": "2026-01-01"}}'],
+)  # fmt: skip
+def test_a_file_that_no_interrupted_study_leaves_is_begun_anew(tmp_path, capsys, left):
+    """Also what earlier versions left, which does not say of when each row is."""
+    (tmp_path / f"x.{records.machine(CPU)}.part").write_text(left)
+    log: list[str] = []
+    records.collect("x", "planner study x", CPU, steps(log), folder=tmp_path)
+    assert log == ["one", "two", "three"]
+    assert "begins anew" in capsys.readouterr().err
+
+
+def test_the_code_is_known_by_all_its_files_but_data(monkeypatch, tmp_path):
+    for name in ("attention/a.py", "planner/data/b.json", "studies/c.py", "studies/data/d.json"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("1")
+    monkeypatch.setattr(records, "__file__", str(tmp_path / "studies" / "records.py"))
+    monkeypatch.setattr(records, "DATA", tmp_path / "studies" / "data")
+    digest = records.code.__wrapped__
+    first = digest()
+    (tmp_path / "studies/data/d.json").write_text("2")
+    assert digest() == first
+    (tmp_path / "planner/data/b.json").write_text("2")
+    assert digest() != first
+
+
+def test_data_says_what_it_is_from_with_the_version_if_it_has_one():
+    where = {"device": "a CPU", "torch": "2", "date": "2026-01-01"}
+    assert records.source({"command": "c", "environment": where}) == "`c`, a CPU, torch 2, 2026-01-01"
+    newer = {"command": "c", "environment": where | {"version": "0.1.0"}}
+    assert records.source(newer) == "`c`, a CPU, version 0.1.0, torch 2, 2026-01-01"
+
+
+def test_a_step_that_ends_in_an_error_is_a_case_that_did_not_run_or_ends_the_study(tmp_path):
+    def full() -> records.Row:
+        raise RuntimeError("no memory\nat all")
+
+    asked = [*steps([])[:2], ("four", full)]
+    with pytest.raises(RuntimeError, match="no memory"):
+        records.collect("x", "planner study x", CPU, asked, folder=tmp_path)
+    found = records.collect("x", "planner study x", CPU, asked, folder=tmp_path, independent=True)
+    assert found.failed == {"four": "RuntimeError: no memory"}
+    assert len(found.rows) == 2
+    with pytest.raises(records.NothingRanError, match=r"RuntimeError: no memory \(1 of 1\)"):
+        records.collect("y", "planner study y", CPU, asked[2:], folder=tmp_path, independent=True)
+    assert {path.name[0] for path in tmp_path.iterdir()} == {"x"}
 
 
 def test_a_markdown_table_puts_numbers_to_the_right():
@@ -218,6 +324,8 @@ def test_studies_that_a_device_cannot_run_are_left_out_of_all_and_refused_by_nam
 
 def test_a_folder_that_cannot_be_written_is_said_before_anything_runs(two_rows, tmp_path):
     (tmp_path / "file").write_text("")
+    with pytest.raises(AttentionPlannerError, match="it is a file"):
+        study.run("fits", device=CPU, quick=False, out=tmp_path / "file")
     with pytest.raises(AttentionPlannerError, match="choose another folder"):
         study.run("fits", device=CPU, quick=False, out=tmp_path / "file" / "folder")
     assert two_rows == []

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from attention import AttentionConfig, MultiheadConfig, block_sparse, dilated
-from attention.adaptive import _tiles
+from attention.block_sparse import chosen_tiles
 from attention.layout import build_layout, row_blocks
 from attention.ops.program import Gather, Shape
+from attention.ops.reserve import sparse_extent
 from attention.rows import chosen_rows, rows_of
 from planner.columns import Columns, columns_of
 from planner.memory.configured import case_of
@@ -36,16 +37,21 @@ def chosen(config, shape: Shape, causal: bool) -> list:
     for row in range(blocks):
         count = min(row + 1, kept) if causal else kept
         lists[:, row, :count] = np.arange(row + 1)[-count:] if causal else np.arange(count)
-    return list(_tiles(lists, chosen_rows(size, kept), shape))
+    return list(chosen_tiles(lists, chosen_rows(size, kept), shape))
 
 
 def real(config, workload, shape: Shape) -> tuple[list[Calls], int]:
     """The calls of the program that runs, one by one, and its tiles."""
+    largest = (1, 1)  # of a gather
+    if config.pattern is not None:
+        rows = rows_of(config, workload.seq, workload.causal)
+        kinds = {kind.name: kind for kind in sparse_extent(rows, shape).kinds}
+        largest = kinds["lists"].largest
     if config.variant == "adaptive":
         tiles = chosen(config, shape, workload.causal)
     elif config.variant == "block_sparse":
         layout = build_layout(config, workload.seq, workload.causal)
-        tiles = list(block_sparse.tiles(layout, rows_of(config, workload.seq, workload.causal), shape))
+        tiles = list(block_sparse.tiles(layout, rows, shape))
     else:
         tiles = list(dilated.tiles(shape.within(config.branches), shape))
     calls = []
@@ -58,7 +64,7 @@ def real(config, workload, shape: Shape) -> tuple[list[Calls], int]:
                     1, span.batch, span.heads, span.length, keys.length, len(call.queries),
                     causal=int(call.mask == "causal"), later=int(tile.merge and not call.first),
                     step=0 if gathers or not keys.overlaps else keys.batch_step,
-                    unit=keys.size if gathers else 0, largest=keys.largest if gathers else (1, 1),
+                    unit=keys.size if gathers else 0, largest=largest if gathers else (1, 1),
                 )
             )  # fmt: skip
     return calls, len(tiles)
