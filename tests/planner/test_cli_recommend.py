@@ -261,7 +261,7 @@ def test_there_are_enough_wrong_requests():
 TEXT = st.text(max_size=30) | st.from_regex(r"[0-9.,eE+-]{0,12}[KMGTiB]{0,4}", fullmatch=True)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(TEXT)
 def test_sizes_and_counts_are_numbers_or_refused(text):
     for parse in (parse_bytes, parse_count):
@@ -273,7 +273,7 @@ OPTIONS = ("variant", "pattern", "block_size", "window", "global_tokens", "spars
            "rates", "workspace")  # fmt: skip
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.dictionaries(st.sampled_from(OPTIONS), TEXT, max_size=3))
 def test_restrictions_are_a_space_or_refused(options):
     with contextlib.suppress(AttentionPlannerError):

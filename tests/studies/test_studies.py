@@ -17,8 +17,13 @@ from studies import catalogue, floors, peers, records, study
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("name", list(floors.configs()))
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+WIDE = [
+    pytest.param(torch.float32, name, marks=pytest.mark.slow if name.endswith("branches") else ())
+    for name in floors.configs()
+]
+
+
+@pytest.mark.parametrize("dtype, name", [*((torch.bfloat16, name) for name in floors.configs()), *WIDE])
 def test_no_attention_goes_above_its_floor_by_more_than_the_bar(name: str, dtype: torch.dtype):
     row = floors.floor_row(name, floors.configs()[name], dtype, seq=4096)
     assert row["floor"] <= row["forward"] <= row["forward_limit"]
