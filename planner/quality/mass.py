@@ -25,6 +25,8 @@ from planner.quality.rows import common, subsets
 from planner.quality.sums import Floats, Ints, cells, permitted, segments, windows
 from planner.workload import Workload
 
+KEPT = 2
+"""Of the fields of dilated_sparse and adaptive, the fraction of blocks kept."""
 FLAT = 1e-5
 """A uniform share's fall over the sequence."""
 Seen: TypeAlias = Callable[[int, int], Floats]
@@ -90,13 +92,13 @@ def _mass(columns: Columns, table: Floats, workload: Workload, profile: Profile)
     count = len(columns.lengths)
     if columns.variant == "adaptive":
         return quality_rows.adaptive(
-            a, w, profile.far_mass, profile.sink_mass, seq, whole[1], table[:, 2], causal
+            a, w, profile.far_mass, profile.sink_mass, seq, whole[1], table[:, KEPT], causal
         )
     if columns.variant == "dilated":
         kept, first = _dilated(a, w, seq, whole[1 : 1 + count], whole[1 + count :], sinks, workload)
     elif columns.pattern_type == "dilated_sparse":
         kept, first = quality_rows.dilated_sparse(
-            a, w, seq, whole[1], table[:, 2], whole[3 : 3 + count], whole[3 + count :], sinks, causal
+            a, w, seq, whole[1], table[:, KEPT], whole[3 : 3 + count], whole[3 + count :], sinks, causal
         )
     else:
         kept, first = _windows(a, w, seq, whole[1], whole[2], whole[3], sinks, causal)

@@ -87,7 +87,11 @@ def _without(scenario: Scenario, found: Found, best: Point) -> Iterator[Without]
             continue
         _, good = passing(other, found.table)
         good &= gains(other, best, found.table.seq, found.table.figures) > GAIN
-        new = first(other, found.table, order(other, found.table, np.flatnonzero(good)))
+        which, table = np.flatnonzero(good), found.table
+        if name == "mass":
+            which = table.may_reach(other, which)
+            table = table.settled(scenario, which)
+        new = first(other, table, order(other, table, which))
         if new is not None and gain(scenario, best, new) > GAIN:
             yield Without(constraint=name, gain=gain(scenario, best, new), pick=pick(new))
 

@@ -61,6 +61,21 @@ class Table(NamedTuple):
             found[mine] = asked.reaching(scenario, columns)
         return found
 
+    def may_reach(self, scenario: Scenario, which: Ints) -> Ints:
+        """Some candidates without those of which it is told without a search that they fail that gate."""
+        found = np.empty(which.size, bool)
+        for mine, columns in self.apart(which):
+            found[mine] = asked.may_reach(scenario, columns)
+        return which[found]
+
+    def settled(self, scenario: Scenario, which: Ints) -> Table:
+        """The table with the masses of some candidates as they are, also if they are below the gate."""
+        mass = self.figures.mass.copy()
+        for mine, columns in self.apart(which):
+            if asked.bounds_mass(columns):
+                mass[which[mine]] = asked.masses(scenario, columns, exactly=True)
+        return Table(self.parts, self.starts, self.seq, self.figures._replace(mass=mass))
+
 
 @dataclass(frozen=True)
 class Found:
@@ -186,7 +201,9 @@ def _reaching_in_order(scenario: Scenario, table: Table, ordered: Ints) -> Itera
         chunk = ordered[start : start + size]
         known = np.full(chunk.size, None, object)
         for mine, columns in table.apart(chunk):
-            if not asked.searches_reach(columns):
+            if asked.searches_reach(columns):
+                known[np.flatnonzero(mine)[~asked.may_reach(scenario, columns)]] = False
+            else:
                 known[mine] = asked.reaching(scenario, columns)
         for at, passes in enumerate(known):
             if table.reaching(scenario, chunk[at : at + 1])[0] if passes is None else passes:

@@ -59,8 +59,9 @@ def _relaxed(scenario: Scenario, space: Space, found: Found, reserved: int) -> I
     yield from _shorter(scenario, space)
     if gates.min_mass is not None:
         loose = replace(scenario, gates=replace(gates, min_mass=None))
-        _, good = passing(loose, table)
-        best = first(loose, table, _by_mass(table, np.flatnonzero(good)))
+        which = np.flatnonzero(passing(loose, table)[1])
+        settled = table.settled(scenario, which)
+        best = first(loose, settled, _by_mass(settled, which))
         if best is not None and best.mass < gates.min_mass:
             yield f"--min-mass {math.floor(best.mass * 1000) / 1000:g}"
     if gates.layers is not None:
