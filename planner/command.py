@@ -12,7 +12,7 @@ import contextlib
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
 import typer
@@ -90,7 +90,7 @@ def command(name: str, example: str) -> Callable[[Callable[..., int]], Callable[
         options: dict[str, inspect.Parameter] = {}
         needs: dict[str, set[str]] = {}
         for parameter, builder in builders.items():
-            theirs = inspect.signature(builder, eval_str=True).parameters if builder else {}
+            theirs = _options(builder) if builder else {}
             needs[parameter] = set(theirs)
             for option in theirs.values() if builder else [taken[parameter]]:
                 options.setdefault(option.name, option)
@@ -117,6 +117,12 @@ def command(name: str, example: str) -> Callable[[Callable[..., int]], Callable[
         return function
 
     return register
+
+
+@functools.cache
+def _options(builder: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    """A builder's parameters, which many commands have: their annotations are evaluated once."""
+    return inspect.signature(builder, eval_str=True).parameters
 
 
 def _first(function: Callable[..., Any]) -> str:

@@ -59,16 +59,17 @@ def mass(columns: Columns, workload: Workload, profile: Profile) -> Floats:
 
 def distinct(columns: Columns) -> tuple[Floats, Ints]:
     """(table [distinct, fields], back [len(columns)]): what pairs of tokens a kind keeps depends on these
-    fields, `seq` first, then the block size and so on as in `_fields`; candidate c has row back[c]."""
-    fields = [np.broadcast_to(np.asarray(field), len(columns)) for field in _fields(columns)]
-    if len(columns) == 1:  # sorting one takes longer than looking at it
+    fields, `seq` first, then the block size and so on as in `shape_of`; candidate c has row back[c]."""
+    count = len(columns)
+    fields = [np.broadcast_to(np.asarray(field), count) for field in shape_of(columns)]
+    if count == 1:  # sorting one takes longer than looking at it
         return np.stack(fields, axis=1).astype(np.float64), np.zeros(1, np.int64)
     table, back = np.unique(np.stack(fields, axis=1).astype(np.float64), axis=0, return_inverse=True)
     return table, back.ravel()
 
 
-def _fields(columns: Columns) -> tuple[Column | float | Floats, ...]:
-    """What the mass of a kind depends on: `seq` first, then the fields that `_mass` takes apart again."""
+def shape_of(columns: Columns) -> tuple[Column | float | Floats, ...]:
+    """What is attended to within a kind: `seq` first, then the fields that `_mass` takes apart again."""
     branches = (*columns.lengths, *columns.rates)
     if columns.variant == "dilated":
         return (columns.seq, *branches)

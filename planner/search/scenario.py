@@ -8,7 +8,7 @@ above what `point` does, so that candidates may be passed over by it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Final, Literal, NamedTuple
 
@@ -80,9 +80,21 @@ class Scenario:
         return {}
 
     @cached_property
+    def known_memory(self) -> dict[tuple[AttentionConfig, int], MemoryEstimate]:
+        """Memory of what was asked for before."""
+        return {}
+
+    @cached_property
     def known_points(self) -> dict[tuple[AttentionConfig, int], Point]:
         """Figures of what was asked for before."""
         return {}
+
+    def but(self, **changes: Any) -> Scenario:
+        """The question with another budget, objective or gates: what is known of candidates holds there too."""
+        other = replace(self, **changes)
+        shared = ("known_masses", "known_memory", "known_points", "machine", "calibration", "outside")
+        other.__dict__.update({name: getattr(self, name) for name in shared})
+        return other
 
     @property
     def free_length(self) -> bool:
@@ -226,7 +238,16 @@ class Point(NamedTuple):
 
 
 def memory_of(scenario: Scenario, config: AttentionConfig, seq: int) -> MemoryEstimate:
-    return estimate(config, scenario.at(seq), scenario.card, **scenario.options)
+    """A config's memory, computed once for a scenario."""
+    known = scenario.known_memory
+    if (config, seq) not in known:
+        known[config, seq] = estimate(config, scenario.at(seq), scenario.card, **scenario.options)
+    return known[config, seq]
+
+
+def seconds_of(scenario: Scenario, config: AttentionConfig, seq: int) -> float:
+    """A config's seconds."""
+    return speed.seconds_of(config, scenario.at(seq), scenario.machine, scenario.rates)
 
 
 def point(scenario: Scenario, config: AttentionConfig, seq: int) -> Point:
@@ -242,7 +263,7 @@ def _point(scenario: Scenario, config: AttentionConfig, seq: int) -> Point:
     return Point(
         config,
         memory_of(scenario, config, seq),
-        speed.seconds_of(config, workload, scenario.machine, scenario.rates),
+        seconds_of(scenario, config, seq),
         quality.mass_of(config, workload, scenario.profile),
         reach.layers(config, workload),
     )
