@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-
-# Plugins of pydantic are looked for in every installed package; no command has a use for them.
-os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
-
+import planner.start  # noqa: F401 -- before all that takes longer without it
 from planner import commands, commands_pictures  # noqa: F401 -- importing them registers them
 from planner.command import app
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from attention.config import AttentionConfig
 from attention.rows import row_blocks
 from planner.columns import Columns, columns_of
-from planner.quality.mass import KEPT, distinct
+from planner.quality.mass import KEPT, distinct, shape_of
 from planner.quality.rows import Patterns
 from planner.workload import Workload
 
@@ -49,8 +49,7 @@ def reaches(columns: Columns, workload: Workload, within: int) -> Bools:
 
 
 def may_reach(columns: Columns, workload: Workload, within: int) -> Bools:
-    """[len(columns)]: False for some of those that `reaches` has False for, where that takes a search and this
-    none."""
+    """[len(columns)]: False for some of those for which `reaches` searches in vain, without a search."""
     if columns.pattern_type != "dilated_sparse":
         return np.ones(len(columns), np.bool_)
     given: Any = columns
@@ -60,9 +59,7 @@ def may_reach(columns: Columns, workload: Workload, within: int) -> Bools:
     return np.broadcast_to(near, len(columns))
 
 
-def _near(
-    blocks: Ints, budget: Ints, lengths: Sequence[Ints], rates: Sequence[Ints], within: int
-) -> Bools:
+def _near(blocks: Ints, budget: Ints, lengths: Sequence[Ints], rates: Sequence[Ints], within: int) -> Bools:
     """Whether `within` layers get from one end of the blocks to the other if each goes as far as it may: by
     as many steps of one branch as a row keeps blocks besides its own, within the branch's segment."""
     steps = [np.minimum(s - 1, (budget - 1) * r) for s, r in zip(lengths, rates, strict=True)]
@@ -79,6 +76,9 @@ def _layers(columns: Columns, workload: Workload, within: int) -> Ints:
     """[len(columns)], layers; NEVER, or any number beyond `within`, where there are more."""
     if columns.variant == "dense":
         return np.ones(len(columns), np.int64)
+    if columns.pattern_type in ("local_window", "global_local"):
+        fields = (np.broadcast_to(np.asarray(field), len(columns)) for field in shape_of(columns))
+        return _windows(*fields, causal=workload.causal)
     table, back = distinct(columns)
     whole = [column.astype(np.int64) for column in table.T]
     count, causal = len(columns.lengths), workload.causal
@@ -92,7 +92,7 @@ def _layers(columns: Columns, workload: Workload, within: int) -> Ints:
                 for row in np.stack(whole, axis=1).tolist()
             ]
         )  # fmt: skip
-    elif columns.pattern_type == "dilated_sparse":
+    else:
         blocks = -(-whole[0] // whole[1])
         budget = np.asarray(row_blocks(table[:, KEPT], blocks))  # type: ignore[arg-type]
         lengths, rates = [s // whole[1] for s in whole[3 : 3 + count]], whole[3 + count :]
@@ -100,9 +100,6 @@ def _layers(columns: Columns, workload: Workload, within: int) -> Ints:
         for at in np.flatnonzero(_near(blocks, budget, lengths, rates, within)).tolist():
             branches = tuple((int(s[at]), int(r[at])) for s, r in zip(lengths, rates, strict=True))
             found[at] = _dilated_sparse(int(blocks[at]), int(budget[at]), branches, causal, within)
-    else:
-        seq, size, window, shared = whole
-        found = _windows(seq, size, window, shared, causal)
     return found[back]
 
 

@@ -90,7 +90,7 @@ class Scenario:
         return {}
 
     def but(self, **changes: Any) -> Scenario:
-        """The question with another budget, objective or gates: what is known of candidates holds there too."""
+        """The question with another budget, objective or gates; what is known of candidates holds for it."""
         other = replace(self, **changes)
         shared = ("known_masses", "known_memory", "known_points", "machine", "calibration", "outside")
         other.__dict__.update({name: getattr(self, name) for name in shared})
@@ -163,8 +163,8 @@ def times(scenario: Scenario, columns: Columns) -> Floats:
 def masses(scenario: Scenario, columns: Columns, *, exactly: bool = False) -> Floats:
     """Of candidates that differ in backend or workspace alone it is the same, and computed once.
 
-    Unless it is asked for `exactly`, a dilated_sparse candidate that is below the gate may have the mass of one
-    that keeps more blocks in its place, if that is below the gate too: few pass, and each takes long.
+    Unless it is asked for `exactly`, a dilated_sparse candidate that is below the gate may have the mass of
+    one that keeps more blocks in its place, if that is below the gate too: few pass, and each takes long.
     """
     table, back = quality.distinct(columns)
     known = scenario.known_masses.setdefault((columns.variant, columns.pattern_type), {})
