@@ -55,7 +55,8 @@ def may_reach(columns: Columns, workload: Workload, within: int) -> Bools:
     given: Any = columns
     blocks = -(-given.seq // given.block_size)
     lengths = [length // given.block_size for length in given.lengths]
-    near = _near(blocks, row_blocks(given.sparsity_ratio, blocks), lengths, given.rates, within)
+    budget: Any = row_blocks(given.sparsity_ratio, blocks)
+    near = _near(blocks, budget, lengths, given.rates, within)
     return np.broadcast_to(near, len(columns))
 
 
@@ -78,7 +79,8 @@ def _layers(columns: Columns, workload: Workload, within: int) -> Ints:
         return np.ones(len(columns), np.int64)
     if columns.pattern_type in ("local_window", "global_local"):
         fields = (np.broadcast_to(np.asarray(field), len(columns)) for field in shape_of(columns))
-        return _windows(*fields, causal=workload.causal)
+        seq, size, window, shared = fields
+        return _windows(seq, size, window, shared, workload.causal)
     table, back = distinct(columns)
     whole = [column.astype(np.int64) for column in table.T]
     count, causal = len(columns.lengths), workload.causal
