@@ -61,7 +61,12 @@ class Value(BaseModel):
     """Base of all config values: frozen, strict, no unknown fields, errors from the project's tree."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, validate_default=True
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        validate_default=True,
+        defer_build=True,  # a validator takes milliseconds to make, and a command needs few of them
     )
 
     def __init__(self, /, **data: Any) -> None:

@@ -28,14 +28,14 @@ def up(a: Count, b: Count) -> Count:
 def least(first: Count, *others: Count) -> Count:
     """The smallest."""
     for other in others:
-        first = _numpy().minimum(first, other) if _many(first, other) else min(first, other)
+        first = _numpy().minimum(first, other) if _many(first) or _many(other) else min(first, other)
     return first
 
 
 def most(first: Count, *others: Count) -> Count:
     """The largest."""
     for other in others:
-        first = _numpy().maximum(first, other) if _many(first, other) else max(first, other)
+        first = _numpy().maximum(first, other) if _many(first) or _many(other) else max(first, other)
     return first
 
 
@@ -88,9 +88,9 @@ def lcm(a: Count, b: Count) -> Count:
     return _numpy().lcm(a, b)  # type: ignore[no-any-return]
 
 
-def _many(*counts: Count) -> bool:
-    """Whether any is of NumPy."""
-    return any(hasattr(count, "dtype") for count in counts)
+def _many(count: Count) -> bool:
+    """Whether it is of NumPy."""
+    return hasattr(count, "dtype")
 
 
 def _numpy() -> Any:

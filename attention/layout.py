@@ -282,9 +282,14 @@ class Branches:
         blocks as the row that is the rates' common multiple before.
         """
         lengths = self.lengths.ravel().tolist()
-        starts = np.unique(np.concatenate([np.arange(0, self.blocks, length) for length in lengths]))
+        begins = np.zeros(self.blocks, np.bool_)
+        for length in lengths:
+            begins[::length] = True
+        starts = np.flatnonzero(begins)
         if self.causal:
-            return np.unique(np.append(starts[1:] - 1, np.arange(max(self.blocks - 2, 0), self.blocks)))
+            last = np.append(begins[1:], True)
+            last[max(self.blocks - 2, 0) :] = True
+            return np.flatnonzero(last)
         ends = np.append(starts[1:], self.blocks)
         inside = np.arange(min(math.lcm(*self.rates.ravel().tolist()), int((ends - starts).max())))
         rows = starts[:, None] + inside

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import planner.start  # noqa: F401 -- before all that takes longer without it
 from planner import commands, commands_pictures  # noqa: F401 -- importing them registers them
 from planner.command import CRASHED, app
 from planner.options import say

@@ -8,7 +8,7 @@ columns.config(7, workload)
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -67,17 +67,19 @@ class Columns:
     cache_entries: int = 100
     cache_bytes: int = 64 * MIB
     _rows: dict[bool, Rows] = field(default_factory=dict, init=False, repr=False)
+    _size: int = field(default=1, init=False, repr=False)
 
     def __post_init__(self) -> None:
         sizes = {column.size for column in self._arrays()}
         if len(sizes) > 1:
             raise ConfigError(f"columns must be equally long, got {sorted(sizes)} candidates")
+        object.__setattr__(self, "_size", *sizes or (1,))
         if len(self.lengths) != len(self.rates):
             raise ConfigError(f"got {len(self.lengths)} columns of lengths and {len(self.rates)} of rates")
 
     def __len__(self) -> int:
         """Candidates; 1 if no column is an array."""
-        return next((column.size for column in self._arrays()), 1)
+        return self._size
 
     def take(self, which: slice | Ints) -> Columns:
         """Some of the candidates."""
@@ -87,8 +89,7 @@ class Columns:
                 return tuple(map(some, value))
             return value[which] if isinstance(value, np.ndarray) else value
 
-        given = (one.name for one in fields(self) if one.init)
-        taken = replace(self, **{name: some(getattr(self, name)) for name in given})
+        taken = Columns(**{name: some(getattr(self, name)) for name in _GIVEN})
         taken._rows.update({causal: Rows(*map(some, rows)) for causal, rows in self._rows.items()})
         return taken
 
@@ -105,8 +106,8 @@ class Columns:
         return self._rows[causal]
 
     def _arrays(self) -> Iterator[NDArray[Any]]:
-        for one in fields(self):
-            value = getattr(self, one.name)
+        for name in _GIVEN:
+            value = getattr(self, name)
             for column in value if isinstance(value, tuple) else (value,):
                 if isinstance(column, np.ndarray):
                     yield column
@@ -141,6 +142,8 @@ class Columns:
             cache_bytes=self.cache_bytes, **parts,
         )  # fmt: skip
 
+
+_GIVEN: tuple[str, ...] = tuple(one.name for one in fields(Columns) if one.init)
 
 _READS: dict[PatternType, dict[str, str]] = {
     "local_window": {"window": "local_window_size"},

@@ -12,10 +12,11 @@ import contextlib
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
 import typer
+from typer.core import TyperGroup
 
 from attention.config import AttentionConfig
 from attention.errors import AttentionPlannerError, StorageError
@@ -44,8 +45,37 @@ WRONG: Final = 2
 NOTHING_FITS: Final = 3
 INTERRUPTED: Final = 130
 
+_COMMANDS: Final[dict[str, Callable[[], Any]]] = {}
+"""By name, what makes a command with its options."""
+
+
+class _Made(Mapping[str, Any]):
+    """The commands, each made when it is asked for: some have fifty options, and most are not called."""
+
+    def __init__(self) -> None:
+        self._made: dict[str, Any] = {}
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._made:
+            self._made[name] = _COMMANDS[name]()
+        return self._made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_COMMANDS)
+
+    def __len__(self) -> int:
+        return len(_COMMANDS)
+
+
+class _Group(TyperGroup):
+    def __init__(self, **given: Any) -> None:
+        super().__init__(**given)
+        self.commands = _Made()  # type: ignore[assignment] # nothing is added to it
+
+
 app = typer.Typer(
     name="planner",
+    cls=_Group,
     help="Says which attention fits a GPU, how fast it is and what it attends to.",
     epilog="\b\nExample:\n  planner estimate --variant dense --seq 4096 --vram 8GB",
     no_args_is_help=True,
@@ -87,7 +117,7 @@ def command(name: str, example: str) -> Callable[[Callable[..., int]], Callable[
     and exit code 2, or 1 where it was not the request that was wrong.
     """
 
-    def register(function: Callable[..., int]) -> Callable[..., int]:
+    def made(function: Callable[..., int]) -> Any:
         taken = inspect.signature(function, eval_str=True).parameters
         builders = {name: _BUILDERS.get(each.annotation) for name, each in taken.items()}
         options: dict[str, inspect.Parameter] = {}
@@ -97,7 +127,7 @@ def command(name: str, example: str) -> Callable[[Callable[..., int]], Callable[
             if parameter in called:
                 options[parameter] = taken[parameter].replace(annotation=typer.Context)
                 continue
-            theirs = inspect.signature(builder, eval_str=True).parameters if builder else {}
+            theirs = _options(builder) if builder else {}
             needs[parameter] = set(theirs)
             for option in theirs.values() if builder else [taken[parameter]]:
                 options.setdefault(option.name, option)
@@ -123,7 +153,12 @@ def command(name: str, example: str) -> Callable[[Callable[..., int]], Callable[
 
         run.__signature__ = inspect.Signature(list(options.values()))  # type: ignore[attr-defined]
         run.__annotations__ = {one.name: one.annotation for one in options.values()}
-        app.command(name, epilog=f"\b\nExample:\n  {example}", short_help=_first(function))(run)
+        alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+        alone.command(name, epilog=f"\b\nExample:\n  {example}", short_help=_first(function))(run)
+        return typer.main.get_command(alone)
+
+    def register(function: Callable[..., int]) -> Callable[..., int]:
+        _COMMANDS[name] = functools.partial(made, function)
         return function
 
     return register
@@ -132,6 +167,12 @@ def command(name: str, example: str) -> Callable[[Callable[..., int]], Callable[
 def _given(context: typer.Context) -> Given:
     sources = ((name, context.get_parameter_source(name)) for name in context.params)
     return Given(frozenset(name for name, source in sources if source and source.name == "COMMANDLINE"))
+
+
+@functools.cache
+def _options(builder: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    """A builder's parameters, which many commands have: their annotations are evaluated once."""
+    return inspect.signature(builder, eval_str=True).parameters
 
 
 def _first(function: Callable[..., Any]) -> str:

@@ -300,7 +300,7 @@ def _front(scenario: Scenario, found: Found, best: Point) -> tuple[tuple[Pick, .
             break
         which = which[~np.isin(which, wrong)]
     spread = np.linspace(0, which.size, min(SHOWN, which.size + 1)).round().astype(int)
-    shown = [known(int(at)) for at in here[np.unique([*spread, *chosen, which.size])]]
+    shown = [known(int(at)) for at in here[sorted({*spread.tolist(), *chosen, which.size})]]
     different = {found.config: found for found in shown if found}
     roles: tuple[Role, ...] = ("fastest", "balanced", "widest")
     picked = [known(int(here[at])) for at in chosen]

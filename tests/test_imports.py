@@ -64,6 +64,59 @@ def test_works_where_torch_is_missing(statement: str):
     run_fresh(f"import sys\nsys.modules['torch'] = None\n{statement}")
 
 
+# What a command needs is loaded when it is called: of these nothing, or an answer takes longer.
+UNUSED = {
+    "--help": "numpy importlib.metadata rich optuna matplotlib planner.measure "
+    "planner.recommendation planner.calibration planner.gpus attention.rows",
+    "recommend --help": "numpy rich optuna planner.measure planner.recommendation",
+    "recommend --vram 8GB --seq 4K --trials 1": "numpy.ma rich matplotlib scipy pandas sqlalchemy "
+    "planner.measure planner.tuning planner.verification planner.report.plot",
+}
+
+
+@pytest.mark.parametrize("line", UNUSED)
+def test_a_command_loads_nothing_that_it_does_not_use(line: str):
+    unused = set(UNUSED[line].split()) | {"torch"}
+    run_fresh(
+        "import sys\nfrom planner.cli import main\n"
+        f"sys.argv = {['planner', *line.split()]!r}\n"
+        "try: main()\n"
+        "except SystemExit as end: assert end.code == 0, end.code\n"
+        f"assert not (loaded := {unused!r} & set(sys.modules)), loaded"
+    )
+
+
+def test_a_command_makes_no_options_but_its_own():
+    run_fresh(
+        "import planner.command, planner.cli\n"
+        "made = []\n"
+        "for name, make in planner.command._COMMANDS.items():\n"
+        "    def noted(name=name, make=make): made.append(name); return make()\n"
+        "    planner.command._COMMANDS[name] = noted\n"
+        "try: planner.command.app(['gpus', '--name', 'gtx1080'])\n"
+        "except SystemExit as end: assert end.code == 0, end.code\n"
+        "assert made == ['gpus'], made"
+    )
+
+
+@pytest.mark.parametrize("name", ["calibrate", "measure", "recommend", "tune"])
+def test_planners_functions_are_found_whatever_was_imported_before(name: str):
+    run_fresh(f"import planner\nassert callable(planner.{name})")
+    run_fresh(f"import planner.{name}\nassert callable(planner.{name})")
+    run_fresh(
+        f"import importlib, planner\nmodule = importlib.import_module('planner.{name}')\n"
+        f"assert planner.{name} is module.{name}"
+    )
+
+
+def test_values_are_validated_by_schemas_made_when_first_needed():
+    run_fresh(
+        "from attention.config import AttentionConfig as C\n"
+        "assert C.model_config['defer_build'] and not C.__pydantic_complete__\n"
+        "C(variant='dense'); assert C.__pydantic_complete__"
+    )
+
+
 def test_exported_names_are_exactly_these():
     import attention
 

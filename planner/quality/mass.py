@@ -25,6 +25,8 @@ from planner.quality.rows import common, subsets
 from planner.quality.sums import Floats, Ints, cells, permitted, segments, windows
 from planner.workload import Workload
 
+KEPT = 2
+"""Of the fields of dilated_sparse and adaptive, the fraction of blocks kept."""
 FLAT = 1e-5
 """A uniform share's fall over the sequence."""
 Seen: TypeAlias = Callable[[int, int], Floats]
@@ -57,16 +59,17 @@ def mass(columns: Columns, workload: Workload, profile: Profile) -> Floats:
 
 def distinct(columns: Columns) -> tuple[Floats, Ints]:
     """(table [distinct, fields], back [len(columns)]): what pairs of tokens a kind keeps depends on these
-    fields, `seq` first, then the block size and so on as in `_fields`; candidate c has row back[c]."""
-    fields = [np.broadcast_to(np.asarray(field), len(columns)) for field in _fields(columns)]
-    if len(columns) == 1:  # sorting one takes longer than looking at it
+    fields, `seq` first, then the block size and so on as in `shape_of`; candidate c has row back[c]."""
+    count = len(columns)
+    fields = [np.broadcast_to(np.asarray(field), count) for field in shape_of(columns)]
+    if count == 1:  # sorting one takes longer than looking at it
         return np.stack(fields, axis=1).astype(np.float64), np.zeros(1, np.int64)
     table, back = np.unique(np.stack(fields, axis=1).astype(np.float64), axis=0, return_inverse=True)
     return table, back.ravel()
 
 
-def _fields(columns: Columns) -> tuple[Column | float | Floats, ...]:
-    """What the mass of a kind depends on: `seq` first, then the fields that `_mass` takes apart again."""
+def shape_of(columns: Columns) -> tuple[Column | float | Floats, ...]:
+    """What is attended to within a kind: `seq` first, then the fields that `_mass` takes apart again."""
     branches = (*columns.lengths, *columns.rates)
     if columns.variant == "dilated":
         return (columns.seq, *branches)
@@ -90,13 +93,13 @@ def _mass(columns: Columns, table: Floats, workload: Workload, profile: Profile)
     count = len(columns.lengths)
     if columns.variant == "adaptive":
         return quality_rows.adaptive(
-            a, w, profile.far_mass, profile.sink_mass, seq, whole[1], table[:, 2], causal
+            a, w, profile.far_mass, profile.sink_mass, seq, whole[1], table[:, KEPT], causal
         )
     if columns.variant == "dilated":
         kept, first = _dilated(a, w, seq, whole[1 : 1 + count], whole[1 + count :], sinks, workload)
     elif columns.pattern_type == "dilated_sparse":
         kept, first = quality_rows.dilated_sparse(
-            a, w, seq, whole[1], table[:, 2], whole[3 : 3 + count], whole[3 + count :], sinks, causal
+            a, w, seq, whole[1], table[:, KEPT], whole[3 : 3 + count], whole[3 + count :], sinks, causal
         )
     else:
         kept, first = _windows(a, w, seq, whole[1], whole[2], whole[3], sinks, causal)

@@ -10,8 +10,9 @@ Letters: `B` blocks, `i` a query block, `T` branches, `n` tokens. Imports no tor
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from attention.config import AttentionConfig
 from attention.rows import row_blocks
 from planner.columns import Columns, columns_of
-from planner.quality.mass import distinct
+from planner.quality.mass import KEPT, distinct, shape_of
 from planner.quality.rows import Patterns
 from planner.workload import Workload
 
@@ -47,6 +48,25 @@ def reaches(columns: Columns, workload: Workload, within: int) -> Bools:
     return _layers(columns, workload, within) <= within
 
 
+def may_reach(columns: Columns, workload: Workload, within: int) -> Bools:
+    """[len(columns)]: False for some of those for which `reaches` searches in vain, without a search."""
+    if columns.pattern_type != "dilated_sparse":
+        return np.ones(len(columns), np.bool_)
+    given: Any = columns
+    blocks = -(-given.seq // given.block_size)
+    lengths = [length // given.block_size for length in given.lengths]
+    budget: Any = row_blocks(given.sparsity_ratio, blocks)
+    near = _near(blocks, budget, lengths, given.rates, within)
+    return np.broadcast_to(near, len(columns))
+
+
+def _near(blocks: Ints, budget: Ints, lengths: Sequence[Ints], rates: Sequence[Ints], within: int) -> Bools:
+    """Whether `within` layers get from one end of the blocks to the other if each goes as far as it may: by
+    as many steps of one branch as a row keeps blocks besides its own, within the branch's segment."""
+    steps = [np.minimum(s - 1, (budget - 1) * r) for s, r in zip(lengths, rates, strict=True)]
+    return np.asarray(np.maximum.reduce(steps) * float(within) >= blocks - 1)
+
+
 def keyless(config: AttentionConfig) -> bool:
     """Whether some (query, head) has no key: only where a dilated config allows it, by uncovered="zero" and
     no branch of rate 1. In all others every query keeps itself, and so its own block."""
@@ -57,11 +77,15 @@ def _layers(columns: Columns, workload: Workload, within: int) -> Ints:
     """[len(columns)], layers; NEVER, or any number beyond `within`, where there are more."""
     if columns.variant == "dense":
         return np.ones(len(columns), np.int64)
+    if columns.pattern_type in ("local_window", "global_local"):
+        fields = (np.broadcast_to(np.asarray(field), len(columns)) for field in shape_of(columns))
+        seq, size, window, shared = fields
+        return _windows(seq, size, window, shared, workload.causal)
     table, back = distinct(columns)
     whole = [column.astype(np.int64) for column in table.T]
     count, causal = len(columns.lengths), workload.causal
     if columns.variant == "adaptive":
-        found = _chosen(whole[0], whole[1], table[:, 2], workload.heads)
+        found = _chosen(whole[0], whole[1], table[:, KEPT], workload.heads)
     elif columns.variant == "dilated":
         found = np.array(
             [
@@ -70,23 +94,14 @@ def _layers(columns: Columns, workload: Workload, within: int) -> Ints:
                 for row in np.stack(whole, axis=1).tolist()
             ]
         )  # fmt: skip
-    elif columns.pattern_type == "dilated_sparse":
-        branches = np.stack(whole[3:], axis=1).tolist() if count else []
-        found = np.array(
-            [
-                _dilated_sparse(
-                    -(-n // size), int(row_blocks(ratio, -(-n // size))),
-                    tuple((s // size, r) for s, r in zip(row[:count], row[count:], strict=True)),
-                    causal, within,
-                )
-                for n, size, ratio, row in zip(
-                    whole[0].tolist(), whole[1].tolist(), table[:, 2].tolist(), branches, strict=True
-                )
-            ]
-        )  # fmt: skip
     else:
-        seq, size, window, shared = whole
-        found = _windows(seq, size, window, shared, causal)
+        blocks = -(-whole[0] // whole[1])
+        budget = np.asarray(row_blocks(table[:, KEPT], blocks))  # type: ignore[arg-type]
+        lengths, rates = [s // whole[1] for s in whole[3 : 3 + count]], whole[3 + count :]
+        found = np.full(len(table), NEVER)
+        for at in np.flatnonzero(_near(blocks, budget, lengths, rates, within)).tolist():
+            branches = tuple((int(s[at]), int(r[at])) for s, r in zip(lengths, rates, strict=True))
+            found[at] = _dilated_sparse(int(blocks[at]), int(budget[at]), branches, causal, within)
     return found[back]
 
 

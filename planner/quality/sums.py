@@ -78,7 +78,9 @@ def windows(
     start, head = (shared + reach) * size, shared * size  # from `start` on, rows leave out something
     after = np.maximum(ends - start, 0)
     rows, rest = after // size, after % size
-    full = triangle(a, np.minimum(ends, start))
+    # Of the smaller or larger of an end and a place there are few: those of all ends, and of all places.
+    to_ends = triangle(a, ends)
+    full = np.where(ends < start, to_ends, triangle(a, start))
     block = triangle(a, wide) - triangle(a, wide - size)
     left = full + rows * block + triangle(a, wide - size + rest) - triangle(a, wide - size)
     gap = -np.expm1(-a)
@@ -90,10 +92,12 @@ def windows(
     last = np.maximum((blocks - 1 - reach) * size, head)  # from here on rows see up to the end
     first = np.minimum(head, seq)
     last = np.minimum(np.maximum(last, first), seq)
-    early, late = np.minimum(ends, first), np.maximum(ends, last)
+    from_ends = triangle(a, seq - ends)
+    early = np.where(ends < first, from_ends, triangle(a, seq - first))
+    late = np.where(ends > last, from_ends, triangle(a, seq - last))
     middle = np.clip(ends, first, last) - first
     rows, rest = middle // size, middle % size
-    right = triangle(a, seq) - triangle(a, seq - early) + rows * block
+    right = triangle(a, seq) - early + rows * block
     right = right + triangle(a, wide) - triangle(a, wide - rest)
-    right = right + triangle(a, seq - last) - triangle(a, seq - late)
+    right = right + triangle(a, seq - last) - late
     return np.asarray(left + right - ends)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from attention.config import MIB, AttentionConfig
 from planner.recommendation import Recommendation
@@ -13,7 +13,9 @@ from planner.report.snippet import snippet
 from planner.search.explain import Step, Why, Without
 from planner.search.picks import Pick
 from planner.units import format_bytes
-from planner.verification import Verified
+
+if TYPE_CHECKING:
+    from planner.verification import Verified
 
 NAME = 13
 """Columns before what is said."""

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from attention.config import MIB, AttentionConfig
 from attention.errors import ConfigError
-from planner.search.scenario import Point, Scenario, failed, gain, point
+from planner.search.scenario import Point, Scenario, failed, gain, point, seconds_of
 from planner.search.space import Space, parameters
 
 MOVES: Final = 24
@@ -31,7 +31,8 @@ def climbed(scenario: Scenario, space: Space, best: Point) -> Point:
             found = best
             for *_, config in neighbours(best.config, factors):
                 if config not in known:
-                    known[config] = _passing(scenario, space, config, best.seq)
+                    # What is no faster than the best so far is none that helps, however the rest of it is.
+                    known[config] = _passing(scenario, space, config, found)
                 other = known[config]
                 if other is not None and gain(scenario, found, other) > 0:
                     found = other
@@ -43,12 +44,14 @@ def climbed(scenario: Scenario, space: Space, best: Point) -> Point:
     return best
 
 
-def _passing(scenario: Scenario, space: Space, config: AttentionConfig, seq: int) -> Point | None:
-    """A config's figures, if it is in the space and passes everything."""
+def _passing(scenario: Scenario, space: Space, config: AttentionConfig, best: Point) -> Point | None:
+    """A config's figures, if it is in the space, may be better than the best and passes everything."""
     if parameters(config, space, scenario.workload) is None:
         return None
     try:
-        found = point(scenario, config, seq)
+        if scenario.objective == "speed" and seconds_of(scenario, config, best.seq) >= best.seconds:
+            return None
+        found = point(scenario, config, best.seq)
     except ConfigError:
         return None
     return None if failed(scenario, found) else found

@@ -10,7 +10,7 @@ from typing import Annotated, Final
 import numpy as np
 from pydantic import BeforeValidator
 
-from attention.config import AttentionConfig, Value, as_tuple
+from attention.config import Value, as_tuple
 from attention.errors import ConfigError
 from planner.search import scenario as asked
 from planner.search.climb import neighbours
@@ -77,17 +77,21 @@ def _without(scenario: Scenario, found: Found, best: Point) -> Iterator[Without]
     """Each constraint without which the answer would be better."""
     gates = scenario.gates
     loosened = {
-        "memory": replace(scenario, budget=1 << 60),
-        "mass": replace(scenario, gates=replace(gates, min_mass=None)),
-        "reach": replace(scenario, gates=replace(gates, layers=None)),
-        "seconds": replace(scenario, gates=replace(gates, max_seconds=None)),
+        "memory": scenario.but(budget=1 << 60),
+        "mass": scenario.but(gates=replace(gates, min_mass=None)),
+        "reach": scenario.but(gates=replace(gates, layers=None)),
+        "seconds": scenario.but(gates=replace(gates, max_seconds=None)),
     }
     for name, other in loosened.items():
         if other == scenario or (name == "memory" and scenario.free_length):
             continue
         _, good = passing(other, found.table)
         good &= gains(other, best, found.table.seq, found.table.figures) > GAIN
-        new = first(other, found.table, order(other, found.table, np.flatnonzero(good)))
+        which, table = np.flatnonzero(good), found.table
+        if name == "mass":
+            which = table.may_reach(other, which)
+            table = table.settled(scenario, which)
+        new = first(other, table, order(other, table, which))
         if new is not None and gain(scenario, best, new) > GAIN:
             yield Without(constraint=name, gain=gain(scenario, best, new), pick=pick(new))
 
@@ -97,13 +101,8 @@ def _runner_up(scenario: Scenario, found: Found, best: Point) -> Point | None:
     _, good = passing(scenario, found.table)
     ordered = order(scenario, found.table, np.flatnonzero(good))
     ordered = ordered[: LOOKED_AT * 16]
-    others = [at for at in ordered if _shape(found.table.config(int(at), scenario)) != _shape(best.config)]
-    return first(scenario, found.table, np.array(others[:LOOKED_AT], np.int64))
-
-
-def _shape(config: AttentionConfig) -> tuple[object, ...]:
-    """What is attended to."""
-    return config.variant, config.segment_lengths, config.dilation_rates, config.pattern
+    others = ordered[~found.table.shaped(best.config, ordered)]
+    return first(scenario, found.table, others[:LOOKED_AT])
 
 
 def _steps(scenario: Scenario, best: Point) -> Iterator[Step]:

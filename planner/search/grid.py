@@ -10,13 +10,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from attention.config import AttentionConfig
-from planner.columns import Columns, Ints
+from planner.columns import Columns, Ints, columns_of
+from planner.quality.mass import shape_of
 from planner.search import scenario as asked
 from planner.search.scenario import Figures, Floats, Point, Scenario
 
@@ -50,9 +52,21 @@ class Table(NamedTuple):
     def apart(self, which: Ints) -> Iterator[tuple[NDArray[np.bool_], Columns]]:
         """Some candidates, part by part: (which of `which`, the candidates)."""
         home = np.searchsorted(self.starts, which, side="right") - 1
-        for part in np.unique(home):
+        for part in np.flatnonzero(np.bincount(home)):  # np.unique would import all of np.ma
             mine = home == part
             yield mine, self.parts[part].take(which[mine] - self.starts[part])
+
+    def shaped(self, config: AttentionConfig, which: Ints) -> NDArray[np.bool_]:
+        """Of some candidates, which attend to what a config does: the same with perhaps another workspace or
+        backend."""
+        found = np.zeros(which.size, bool)
+        wanted = columns_of(config, 0)
+        kind = wanted.variant, wanted.pattern_type, len(wanted.lengths)
+        for mine, columns in self.apart(which):
+            if (columns.variant, columns.pattern_type, len(columns.lengths)) == kind:
+                fields = zip(shape_of(columns)[1:], shape_of(wanted)[1:], strict=True)
+                found[mine] = reduce(np.logical_and, [field == value for field, value in fields])
+        return found
 
     def reaching(self, scenario: Scenario, which: Ints) -> NDArray[np.bool_]:
         """Of some candidates, which pass the gate of reach."""
@@ -60,6 +74,21 @@ class Table(NamedTuple):
         for mine, columns in self.apart(which):
             found[mine] = asked.reaching(scenario, columns)
         return found
+
+    def may_reach(self, scenario: Scenario, which: Ints) -> Ints:
+        """Some candidates without those of which it is told without a search that they fail that gate."""
+        found = np.empty(which.size, bool)
+        for mine, columns in self.apart(which):
+            found[mine] = asked.may_reach(scenario, columns)
+        return which[found]
+
+    def settled(self, scenario: Scenario, which: Ints) -> Table:
+        """The table with the masses of some candidates as they are, also if they are below the gate."""
+        mass = self.figures.mass.copy()
+        for mine, columns in self.apart(which):
+            if asked.bounds_mass(columns):
+                mass[which[mine]] = asked.masses(scenario, columns, exactly=True)
+        return Table(self.parts, self.starts, self.seq, self.figures._replace(mass=mass))
 
 
 @dataclass(frozen=True)
@@ -81,10 +110,14 @@ def tabulate(scenario: Scenario, parts: Sequence[Columns]) -> Table:
     """All figures of all candidates; with the length free, each at the longest that fits."""
     if scenario.free_length:
         parts = [part for part in (_at_longest(scenario, part) for part in parts) if len(part)]
+    return tabled(parts, [asked.figures(scenario, part) for part in parts])
+
+
+def tabled(parts: Sequence[Columns], figures: Sequence[Figures]) -> Table:
+    """Candidates and their figures, part by part, in one table."""
     if not parts:
         nothing = np.zeros(0)
         return Table((), np.zeros(1, np.int64), nothing.astype(np.int64), Figures(nothing, nothing, nothing))
-    figures = [asked.figures(scenario, part) for part in parts]
     return Table(
         tuple(parts),
         np.cumsum([0, *map(len, parts[:-1])]),
@@ -186,7 +219,9 @@ def _reaching_in_order(scenario: Scenario, table: Table, ordered: Ints) -> Itera
         chunk = ordered[start : start + size]
         known = np.full(chunk.size, None, object)
         for mine, columns in table.apart(chunk):
-            if not asked.searches_reach(columns):
+            if asked.searches_reach(columns):
+                known[np.flatnonzero(mine)[~asked.may_reach(scenario, columns)]] = False
+            else:
                 known[mine] = asked.reaching(scenario, columns)
         for at, passes in enumerate(known):
             if table.reaching(scenario, chunk[at : at + 1])[0] if passes is None else passes:

@@ -20,8 +20,8 @@ from attention.config import AttentionConfig
 from attention.errors import AttentionPlannerError, ConfigError
 from planner.columns import Columns, columns_of
 from planner.search import scenario as asked
-from planner.search.grid import first, order, tabulate
-from planner.search.scenario import Point, Scenario
+from planner.search.grid import first, order, tabled, tabulate
+from planner.search.scenario import Figures, Point, Scenario
 from planner.search.space import Space, chosen, parameters
 from planner.search.turns import Rank, Turns
 
@@ -118,9 +118,8 @@ def refine(
             trial.set_constraint(name, share)
         trial.set_user_attr("config", config.model_dump(mode="json", exclude_defaults=True))
         study.tell(trial, found.value)
-    good = [found.columns for found in seen.values() if all(share <= 0 for share in found.excess.values())]
-    # Their lengths are known by now.
-    table = tabulate(replace(scenario, objective="speed"), good)
+    good = [found for found in seen.values() if all(share <= 0 for share in found.excess.values())]
+    table = tabled([found.columns for found in good], [found.figures for found in good if found.figures])
     best = first(scenario, table, order(scenario, table, np.arange(len(table))))
     return Refined(best, max(trials, done))
 
@@ -130,6 +129,8 @@ class Answer:
     """One candidate of a trial."""
 
     columns: Columns
+    figures: Figures | None
+    """None where it fits at no length."""
     value: float
     """To be minimised."""
     excess: dict[str, float]
@@ -146,7 +147,7 @@ def answer(scenario: Scenario, columns: Columns) -> Answer:
     if scenario.free_length:
         table = tabulate(scenario, [columns])
         if not len(table):
-            return Answer(columns, IMPOSSIBLE, {"memory": 1.0})
+            return Answer(columns, None, IMPOSSIBLE, {"memory": 1.0})
         columns = replace(columns, seq=int(table.seq[0]))
         found = table.figures
     else:
@@ -162,7 +163,7 @@ def answer(scenario: Scenario, columns: Columns) -> Answer:
         "quality": -mass + 1e-6 * math.log(max(seconds, 1e-12)),
         "seq": -math.log(max(int(np.max(columns.seq)), 1)) + 1e-6 * math.log(max(seconds, 1e-12)),
     }[scenario.objective]
-    return Answer(columns, value, excess)
+    return Answer(columns, found, value, excess)
 
 
 # Studies.

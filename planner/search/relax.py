@@ -49,7 +49,7 @@ def _relaxed(scenario: Scenario, space: Space, found: Found, reserved: int) -> I
         # Nothing passes at any length: see what a short sequence needs.
         scenario = replace(scenario, workload=scenario.at(4096), objective="speed")
         table = tabulate(scenario, grid(space, scenario.workload, flex=scenario.flex))
-    roomy = replace(scenario, budget=1 << 60)
+    roomy = scenario.but(budget=1 << 60)
     _, good = passing(roomy, table)
     if good.any():
         needed = _least_memory(roomy, table, np.flatnonzero(good))
@@ -58,19 +58,20 @@ def _relaxed(scenario: Scenario, space: Space, found: Found, reserved: int) -> I
             yield f"--vram {bytes_option(whole)} (needs {format_bytes(whole)})"
     yield from _shorter(scenario, space)
     if gates.min_mass is not None:
-        loose = replace(scenario, gates=replace(gates, min_mass=None))
-        _, good = passing(loose, table)
-        best = first(loose, table, _by_mass(table, np.flatnonzero(good)))
+        loose = scenario.but(gates=replace(gates, min_mass=None))
+        which = np.flatnonzero(passing(loose, table)[1])
+        settled = table.settled(scenario, which)
+        best = first(loose, settled, _by_mass(settled, which))
         if best is not None and best.mass < gates.min_mass:
             yield f"--min-mass {math.floor(best.mass * 1000) / 1000:g}"
     if gates.layers is not None:
-        loose = replace(scenario, gates=replace(gates, layers=None))
+        loose = scenario.but(gates=replace(gates, layers=None))
         _, good = passing(loose, table)
         best = first(loose, table, order(loose, table, np.flatnonzero(good)))
         if best is not None and (best.layers is None or best.layers > gates.layers):
             yield f"--layers {best.layers or 0}"
     if gates.max_seconds is not None:
-        loose = replace(scenario, gates=replace(gates, max_seconds=None))
+        loose = scenario.but(gates=replace(gates, max_seconds=None))
         _, good = passing(loose, table)
         best = first(loose, table, order(replace(loose, objective="speed"), table, np.flatnonzero(good)))
         if best is not None and best.seconds > gates.max_seconds:

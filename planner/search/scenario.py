@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Final, Literal, NamedTuple
 
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from attention.config import AttentionConfig
 from attention.errors import ConfigError
 from planner.calibration import Calibration, least_upper
-from planner.columns import Columns
+from planner.columns import Columns, Ints
 from planner.gpus import Gpu
 from planner.memory import device as device_share
 from planner.memory.configured import has_flex
@@ -37,6 +37,8 @@ Objective = Literal["speed", "seq", "quality"]
 Floats = NDArray[np.float64]
 MOST_LAYERS: Final = 1 << 20
 """Of a model."""
+CLEARLY: Final = 1e-9
+"""By more than this a mass is below the gate, whatever was rounded on the way."""
 
 
 @dataclass(frozen=True)
@@ -81,9 +83,21 @@ class Scenario:
         return {}
 
     @cached_property
+    def known_memory(self) -> dict[tuple[AttentionConfig, int], MemoryEstimate]:
+        """Memory of what was asked for before."""
+        return {}
+
+    @cached_property
     def known_points(self) -> dict[tuple[AttentionConfig, int], Point]:
         """Figures of what was asked for before."""
         return {}
+
+    def but(self, **changes: Any) -> Scenario:
+        """The question with another budget, objective or gates; what is known of candidates holds for it."""
+        other = replace(self, **changes)
+        shared = ("known_masses", "known_memory", "known_points", "machine", "calibration", "outside")
+        other.__dict__.update({name: getattr(self, name) for name in shared})
+        return other
 
     @property
     def free_length(self) -> bool:
@@ -131,6 +145,7 @@ class Figures(NamedTuple):
     """Bytes: at most what the upper bound is."""
     seconds: Floats
     mass: Floats
+    """What is below the gate of mass may be too large, but is below it: see `masses`."""
 
 
 def figures(scenario: Scenario, columns: Columns) -> Figures:
@@ -148,18 +163,47 @@ def times(scenario: Scenario, columns: Columns) -> Floats:
     return speed.seconds(columns, scenario.workload, scenario.machine, scenario.rates)
 
 
-def masses(scenario: Scenario, columns: Columns) -> Floats:
-    """Of candidates that differ in backend or workspace alone it is the same, and computed once."""
+def masses(scenario: Scenario, columns: Columns, *, exactly: bool = False) -> Floats:
+    """Of candidates that differ in backend or workspace alone it is the same, and computed once.
+
+    Unless it is asked for `exactly`, a dilated_sparse candidate that is below the gate may have the mass of
+    one that keeps more blocks in its place, if that is below the gate too: few pass, and each takes long.
+    """
     table, back = quality.distinct(columns)
     known = scenario.known_masses.setdefault((columns.variant, columns.pattern_type), {})
     rows = [tuple(row) for row in table.tolist()]
-    new = np.array([at for at, row in enumerate(rows) if row not in known], np.int64)
-    if new.size:
-        first = np.zeros(len(table), np.int64)
-        first[back[::-1]] = np.arange(len(columns))[::-1]
-        found = quality.mass(columns.take(first[new]), scenario.workload, scenario.profile)
-        known.update(zip((rows[at] for at in new), found.tolist(), strict=True))
-    return np.array([known[row] for row in rows])[back]
+    first = np.zeros(len(table), np.int64)
+    first[back[::-1]] = np.arange(len(columns))[::-1]
+
+    def computed(which: Ints) -> Floats:
+        new = np.array([at for at in which if rows[at] not in known], np.int64)
+        if new.size:
+            found = quality.mass(columns.take(first[new]), scenario.workload, scenario.profile)
+            known.update(zip((rows[at] for at in new), found.tolist(), strict=True))
+        return np.array([known[rows[at]] for at in which])
+
+    gate = scenario.gates.min_mass
+    if exactly or gate is None or not bounds_mass(columns):
+        return computed(np.arange(len(table)))[back]
+    # Alike but for the fraction kept, the widest first: of which no mass is above the one before it.
+    _, family = np.unique(np.delete(table, quality.KEPT, axis=1), axis=0, return_inverse=True)
+    ordered = np.lexsort((-table[:, quality.KEPT], family.ravel()))
+    begins = np.flatnonzero(np.diff(family.ravel()[ordered], prepend=-1))
+    found = np.empty(len(table))
+    ends, at = np.append(begins[1:], len(table)), begins
+    while at.size:
+        found[ordered[at]] = computed(ordered[at])
+        below = found[ordered[at]] < gate - CLEARLY
+        for start, end in zip(at[below], ends[below], strict=True):
+            found[ordered[start:end]] = found[ordered[start]]
+        at, ends = at[~below] + 1, ends[~below]
+        at, ends = at[at < ends], ends[at < ends]
+    return found[back]
+
+
+def bounds_mass(columns: Columns) -> bool:
+    """Whether `masses` may have bounds in place of masses."""
+    return columns.pattern_type == "dilated_sparse" and not np.ptp(columns.seq)
 
 
 def reaching(scenario: Scenario, columns: Columns) -> NDArray[np.bool_]:
@@ -167,6 +211,13 @@ def reaching(scenario: Scenario, columns: Columns) -> NDArray[np.bool_]:
     if scenario.gates.layers is None:
         return np.ones(len(columns), bool)
     return reach.reaches(columns, scenario.workload, scenario.gates.layers)
+
+
+def may_reach(scenario: Scenario, columns: Columns) -> NDArray[np.bool_]:
+    """Which candidates may pass the gate of reach, as far as is told without a search."""
+    if scenario.gates.layers is None:
+        return np.ones(len(columns), bool)
+    return reach.may_reach(columns, scenario.workload, scenario.gates.layers)
 
 
 def searches_reach(columns: Columns) -> bool:
@@ -190,7 +241,16 @@ class Point(NamedTuple):
 
 
 def memory_of(scenario: Scenario, config: AttentionConfig, seq: int) -> MemoryEstimate:
-    return estimate(config, scenario.at(seq), scenario.card, **scenario.options)
+    """A config's memory, computed once for a scenario."""
+    known = scenario.known_memory
+    if (config, seq) not in known:
+        known[config, seq] = estimate(config, scenario.at(seq), scenario.card, **scenario.options)
+    return known[config, seq]
+
+
+def seconds_of(scenario: Scenario, config: AttentionConfig, seq: int) -> float:
+    """A config's seconds."""
+    return speed.seconds_of(config, scenario.at(seq), scenario.machine, scenario.rates)
 
 
 def point(scenario: Scenario, config: AttentionConfig, seq: int) -> Point:
@@ -206,7 +266,7 @@ def _point(scenario: Scenario, config: AttentionConfig, seq: int) -> Point:
     return Point(
         config,
         memory_of(scenario, config, seq),
-        speed.seconds_of(config, workload, scenario.machine, scenario.rates),
+        seconds_of(scenario, config, seq),
         quality.mass_of(config, workload, scenario.profile),
         reach.layers(config, workload),
     )

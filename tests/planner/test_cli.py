@@ -12,6 +12,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from attention import AdaptiveConfig, AttentionConfig, SparsePatternConfig, UnavailableError
@@ -25,7 +26,7 @@ from planner.workload import Workload
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ROOT / "docs" / "examples" / "small.json"
-COMMANDS = sorted(command.name for command in app.registered_commands)
+COMMANDS = sorted(typer.main.get_command(app).commands)
 # The module, also where `planner.measure` is the function.
 measuring = importlib.import_module("planner.measure")
 DENSE = ["measure", "--variant", "dense", "--seq", "16"]
