@@ -113,6 +113,7 @@ def test_parts_are_merged_by_shares_that_add_up_to_one_whatever_the_scores(name,
     torch.testing.assert_close(found, exact, rtol=0, atol=4 * torch.finfo(dtype).eps * float(v.abs().max()))
 
 
+@pytest.mark.pairwise
 @causal_or_not
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["dense", "global_local"])

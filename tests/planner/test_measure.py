@@ -22,6 +22,7 @@ from attention import (
     SparsePatternConfig,
     UnavailableError,
 )
+from planner.batch import Batch
 from planner.footprint import footprint, footprints
 from planner.measure import Measurement, measure
 from planner.records import read
@@ -38,19 +39,28 @@ LSE = 128 * 2 * 4
 
 
 @cache
-def of(name: str) -> Measurement:
-    """Real measurements, each a process that imports torch, so each is made once."""
+def runs() -> dict[str, Measurement]:
+    """Real measurements: one in a process that imports torch, the others in forks of one, which is cheaper;
+    that they are the same, test_batch.py says."""
     multihead = MultiheadConfig(embed_dim=32, num_heads=2)
     sparse = AttentionConfig(
         variant="block_sparse", pattern=SparsePatternConfig(pattern_type="local_window", block_size=16)
     )
-    config, changes = {
-        "inference": (DENSE, {}),
+    forks = {
         "training": (DENSE, {"mode": "training"}),
         "weights": (sparse, {"weights": True, "causal": True, "kv_heads": 1}),
         "multihead": (DENSE.model_copy(update={"multihead": multihead}), {"mode": "training"}),
-    }[name]
-    return measure(config, SMALL.model_copy(update=changes), threads=1, runs=2)
+    }
+    with Batch(threads=1, runs=2) as batch:
+        found = {
+            name: batch.measure(config, SMALL.model_copy(update=changes))
+            for name, (config, changes) in forks.items()
+        }
+    return {"inference": measure(DENSE, SMALL, threads=1, runs=2), **found}
+
+
+def of(name: str) -> Measurement:
+    return runs()[name]
 
 
 def child(monkeypatch, script: str) -> None:
