@@ -179,3 +179,9 @@ def test_every_folder_with_code_is_a_package(package: str):
     """A folder without `__init__.py` works in a checkout and is missing from the wheel."""
     folders = {path.parent for path in (ROOT / package).rglob("*.py")}
     assert not [str(folder) for folder in sorted(folders) if not (folder / "__init__.py").exists()]
+
+
+def test_the_library_imports_no_compiler():
+    """It takes as long as torch itself, and only what is compiled needs it."""
+    code = "import sys, attention; attention.build(attention.AttentionConfig(variant='dense'))"
+    subprocess.run([sys.executable, "-c", f"{code}; assert 'torch._dynamo' not in sys.modules"], check=True)
