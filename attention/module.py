@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +29,15 @@ F = TypeVar("F", bound=Callable[..., Any])
 def eager(function: F) -> F:
     """Under torch.compile it runs as it is, between the compiled parts: a program is Python over views, and
     compiling it would unroll every call. What it compiles itself (FlexAttention) is compiled."""
-    found: F = torch.compiler.disable(function)
-    return found
+
+    @functools.wraps(function)
+    def run(*args: Any, **options: Any) -> Any:
+        if torch.compiler.is_compiling():
+            # Not before: it imports the compiler, which takes as long as torch does and megabytes.
+            return torch.compiler.disable(function)(*args, **options)
+        return function(*args, **options)
+
+    return cast(F, run)
 
 
 class Attention(nn.Module):

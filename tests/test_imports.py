@@ -69,8 +69,8 @@ UNUSED = {
     "--help": "numpy importlib.metadata rich optuna matplotlib planner.measure "
     "planner.recommendation planner.calibration planner.gpus attention.rows",
     "recommend --help": "numpy rich optuna planner.measure planner.recommendation",
-    "recommend --vram 8GB --seq 4K --trials 1": "numpy.ma rich matplotlib scipy pandas sqlalchemy "
-    "planner.measure planner.tuning planner.verification planner.report.plot",
+    "recommend --vram 8GB --seq 4K --trials 1": "numpy.ma asyncio tqdm rich matplotlib scipy pandas "
+    "sqlalchemy planner.measure planner.tuning planner.verification planner.report.plot",
 }
 
 
@@ -96,6 +96,16 @@ def test_a_command_makes_no_options_but_its_own():
         "try: planner.command.app(['gpus', '--name', 'gtx1080'])\n"
         "except SystemExit as end: assert end.code == 0, end.code\n"
         "assert made == ['gpus'], made"
+    )
+
+
+def test_a_progress_bar_that_is_shown_is_tqdms_own():
+    run_fresh(
+        "import sys, planner.start\nfrom optuna.progress_bar import tqdm as bar\n"
+        "assert 'asyncio' not in sys.modules\n"
+        "shown = bar(total=2, disable=True)\n"
+        "from tqdm.auto import tqdm\n"
+        "assert type(shown) is tqdm and bar.format_interval(61) == '01:01'"
     )
 
 
@@ -169,3 +179,9 @@ def test_every_folder_with_code_is_a_package(package: str):
     """A folder without `__init__.py` works in a checkout and is missing from the wheel."""
     folders = {path.parent for path in (ROOT / package).rglob("*.py")}
     assert not [str(folder) for folder in sorted(folders) if not (folder / "__init__.py").exists()]
+
+
+def test_the_library_imports_no_compiler():
+    """It takes as long as torch itself, and only what is compiled needs it."""
+    code = "import sys, attention; attention.build(attention.AttentionConfig(variant='dense'))"
+    subprocess.run([sys.executable, "-c", f"{code}; assert 'torch._dynamo' not in sys.modules"], check=True)

@@ -26,9 +26,11 @@ def once(run: Callable[..., Gradients]) -> Callable[..., Gradients]:
             found = with_emergency_release(lambda: run(ctx, saved, *grads), ctx.buffers, saved[0].device)
         if not torch.is_grad_enabled():
             return found
-        # create_graph=True; whether the graph is ever used shows later.
+        # create_graph=True; whether the graph is ever used shows later: by what the gradients came from, or
+        # by the anchor where that asks for none.
         anchor = torch.empty(0, requires_grad=True)
-        return tuple(None if x is None else _Once.apply(x, anchor) for x in found)  # type: ignore[no-untyped-call]
+        sources = (anchor, *saved, *(x for x in grads if x is not None))
+        return tuple(None if x is None else _Once.apply(x, *sources) for x in found)  # type: ignore[no-untyped-call]
 
     return backward
 
@@ -37,7 +39,7 @@ class _Once(torch.autograd.Function):
     """A gradient as it is."""
 
     @staticmethod
-    def forward(ctx: Any, grad: Tensor, anchor: Tensor) -> Tensor:
+    def forward(ctx: Any, grad: Tensor, *sources: Tensor) -> Tensor:
         return grad.view_as(grad)
 
     @staticmethod

@@ -33,7 +33,7 @@ from hypothesis import given, settings
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
-from attention import AttentionConfig, OutOfMemoryError, build, reference_attention
+from attention import AttentionConfig, OutOfMemoryError, UnavailableError, build, reference_attention
 from attention.layout import count_active
 
 every = pytest.mark.parametrize("config", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS.keys())
@@ -537,7 +537,7 @@ def test_second_derivatives_are_refused_rather_than_wrong(config, dtype):
         (grad,) = torch.autograd.grad(loss, leaves[:1], create_graph=True)
         return torch.autograd.grad(grad.float().sum(), leaves[:1])
 
-    with pytest.raises(RuntimeError, match=r"derivative|automatic differentiation|once_differentiable"):
+    with pytest.raises(UnavailableError, match="no second derivative"):
         second()
 
 
@@ -569,7 +569,7 @@ def test_runs_in_another_process_give_the_same_bits(config, dtype, tmp_path):
 
 def test_lengths_and_rates_beyond_the_sequence_mean_the_same_as_ones_just_as_large():
     huge = module_of(
-        AttentionConfig(variant="dilated", segment_lengths=[8, 10**30], dilation_rates=[1, 10**30])
+        AttentionConfig(variant="dilated", segment_lengths=[8, 2**40], dilation_rates=[1, 2**40])
     )
     large = module_of(AttentionConfig(variant="dilated", segment_lengths=[8, 64], dilation_rates=[1, 64]))
     q, k, v = qkv(40, dtype=torch.float64)

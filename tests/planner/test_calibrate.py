@@ -156,7 +156,7 @@ def test_a_full_disk_is_said_and_what_was_measured_stays(monkeypatch, short, tmp
     path = tmp_path / "c.json"
     Measures(monkeypatch)
     with monkeypatch.context() as patched:
-        patched.setattr(records, "_write", full)
+        patched.setattr(records, "append_whole", full)
         with pytest.raises(AttentionPlannerError, match=r"record was not kept: .*No space left"):
             calibrate("cpu", runs=6, path=path)
     with monkeypatch.context() as patched:

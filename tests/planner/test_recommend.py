@@ -294,7 +294,7 @@ def test_samplers_are_to_be_chosen_or_say_what_they_need(sampler):
         ({"vram": "8GB", "seq": 1024, "max_seconds": 0.0}, "max_seconds"),
         ({"vram": "8GB", "seq": 1024, "heads": 8, "kv_heads": 3}, "kv_heads"),
         ({"vram": "8GB", "seq": 1024, "sampler": "magic"}, "sampler must be one of"),
-        ({"vram": "8GB", "seq": 1024, "trials": -1}, "trials must be at least 0"),
+        ({"vram": "8GB", "seq": 1024, "trials": -1}, "trials must be a whole number from 0 on, got -1"),
         ({"vram": "8GB", "seq": 1024, "gpu": "gtx1080", "dtype": "bfloat16"}, "bfloat16"),
         ({"vram": "8GB", "seq": 1024, "threads": 2}, "threads"),
         ({"vram": "8GB", "seq": 1024, "storage": "mysql://nowhere/x"}, "cannot be used"),

@@ -31,7 +31,7 @@ def answer(line):
         f"planner recommend --vram 1GB --gpu cpu --seq 4000 --max-seconds 0.5 {FEW} --trials 0 "
         "--objective quality",
         "planner recommend --vram 7.75GiB --seq 8K --layers 0 --min-mass 0.5 --profile local --seed 3 "
-        "--mode training --dtype float32 --variant dilated --segments 1K,8K --rates 1,2 --trials 0",
+        "--mode training --dtype float32 --variant dilated --segments 1K,8K --rates 1,2 --trials 1",
         f"planner recommend --gpu h100 --seq 8K --display desktop --others 1GB --context 300MB {FEW} "
         "--trials 2 --allocator expandable_segments:True --workspace 1MiB,4MiB --sampler random",
     ],

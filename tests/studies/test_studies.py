@@ -1,6 +1,7 @@
 """The studies' data functions at small sizes, their tables, and what a study is."""
 
 import json
+import os
 from datetime import date
 from functools import partial
 from importlib.metadata import version
@@ -116,11 +117,10 @@ def test_a_write_that_is_interrupted_leaves_what_was_there(tmp_path, monkeypatch
     path = tmp_path / "x.json"
     records.write(path, "old")
 
-    def stops(self, data):
-        self.touch()
+    def stops(file):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(type(path), "write_bytes", stops)
+    monkeypatch.setattr(os, "fsync", stops)
     with pytest.raises(KeyboardInterrupt):
         records.write(path, "new")
     assert [p.read_text() for p in tmp_path.iterdir()] == ["old"]
