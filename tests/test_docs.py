@@ -28,9 +28,13 @@ def name_of(page: Path) -> str:
     return page.relative_to(ROOT).as_posix()
 
 
-@pytest.mark.parametrize("page", pages.pages(), ids=name_of)
+# Pages run as many commands as all other tests together. `.ci/run` checks them all, beside the linters.
+PAGES = [pytest.param(page, marks=() if page == README else pytest.mark.slow) for page in pages.pages()]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_a_page_runs_and_is_what_the_code_and_the_data_say(page: Path):
-    """`python -m studies.pages` writes it anew."""
+    """`python -m studies.pages` writes it anew, and with `--check` says which are not."""
     assert not [name_of(path) for path in pages.stale(page)]
 
 

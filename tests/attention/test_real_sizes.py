@@ -80,14 +80,13 @@ def unnested():
     )
 
 
-@pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(
-    "config, seq, heads, kv_heads, dim",
+    "config, seq, heads, kv_heads, dim, causal",
     [
-        (window(64, 256), 6144, 12, 12, 128),
+        (window(64, 256), 6144, 12, 12, 128, True),
         (AttentionConfig(variant="dilated", segment_lengths=(9,), dilation_rates=(5,), uncovered="zero"),
-         32, 16, 16, 128),
-        (unnested(), 4096, 16, 2, 128),
+         32, 16, 16, 128, True),
+        (unnested(), 4096, 16, 2, 128, False),
     ],
     ids=["window", "dilated", "unnested segments"],
 )  # fmt: skip
