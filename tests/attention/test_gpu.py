@@ -29,6 +29,9 @@ from attention.ops.sinks import GatherSink, Part
 from attention.pool import BufferPool, Buffers, with_emergency_release
 from attention.reference import reference_attention
 
+if not torch.cuda.is_available():  # said once, and not of each of a thousand tests
+    pytest.skip("needs an NVIDIA GPU", allow_module_level=True)
+
 pytestmark = pytest.mark.gpu
 
 DENSE = AttentionConfig(variant="dense")

@@ -252,14 +252,25 @@ def smallest_piece(config, shape):
     return size * (3 * shape.token_bytes + 4 * shape.heads * shape.head_dim)
 
 
-@settings(max_examples=200)
-@given(program=programs(longest=1500))
-def test_tiles_fit_the_workspace(program):
+def assert_tiles_fit(program):
     config, shape = program
     assume(config.variant != "dilated" or min(config.segment_lengths) > 20)  # many calls, all alike
     room = max(shape.workspace, smallest_piece(config, shape))
     for tile in tiles_of(config, shape):
         assert scratch_bytes(tile, shape) <= room
+
+
+@settings(max_examples=60)
+@given(program=programs(longest=1500))
+def test_tiles_fit_the_workspace(program):
+    assert_tiles_fit(program)
+
+
+@pytest.mark.slow
+@settings(max_examples=1000)
+@given(program=programs(longest=1500))
+def test_tiles_of_many_programs_fit_the_workspace(program):
+    assert_tiles_fit(program)
 
 
 @packing_or_not
