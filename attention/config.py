@@ -49,6 +49,11 @@ def _sentence(error: ValidationError) -> str:
             lines.append(f"{where}: no such option; check the spelling or remove it")
         elif detail["type"] == "missing":
             lines.append(f"{where}: is required")
+        elif detail["type"] == "less_than_equal" and detail["ctx"]["le"] >= MOST_HEADS:
+            got = shortened(repr(detail["input"]), 80)
+            lines.append(
+                f"{where}: at most {detail['ctx']['le']:,}, beyond which plans take hours, got {got}"
+            )
         else:
             lines.append(f"{where}: {message}, got {shortened(repr(detail['input']), 80)}")
     lines = [shortened(line, 600) for line in lines]

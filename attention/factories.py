@@ -54,6 +54,8 @@ def _device(device: torch.device | str) -> torch.device:
         raise ConfigError(
             f"device must be one of torch's, such as 'cpu' or 'cuda', got {device!r}"
         ) from error
+    if found.type not in ("cpu", "cuda", "meta"):
+        raise UnavailableError(f"this library runs on 'cpu' and 'cuda', got device {str(device)!r}")
     if found.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (found.index or 0) >= count:

@@ -29,12 +29,16 @@ def refuse_transforms() -> None:
         )
 
 
-def check(q: Tensor, k: Tensor, v: Tensor, config: AttentionConfig, is_causal: Any = False) -> None:
+def check(
+    q: Tensor, k: Tensor, v: Tensor, config: AttentionConfig, is_causal: Any = False, weights: Any = False
+) -> None:
     """Raises InputError unless q [B, S, H, D] and k, v [B, S, G, D] go together and fit `config`."""
     refuse_transforms()
     if not isinstance(is_causal, bool):
         what = "a tensor" if isinstance(is_causal, Tensor) else repr(is_causal)
         raise InputError(f"is_causal must be True or False, got {what}; masks are given by the config")
+    if not isinstance(weights, bool):
+        raise InputError(f"return_attention_weights must be True or False, got {weights!r}")
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise InputError(f"{name} must be a tensor, got {type(x).__name__}")

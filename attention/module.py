@@ -61,7 +61,7 @@ class Attention(nn.Module):
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False, return_attention_weights: bool = False
     ) -> Tensor | tuple[Tensor, AttentionWeights]:
-        check(q, k, v, self.config, is_causal)
+        check(q, k, v, self.config, is_causal, return_attention_weights)
         return with_emergency_release(
             lambda: self._attend(q, k, v, is_causal, return_attention_weights), self.scratch, q.device
         )

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +20,15 @@ def main() -> None:
     """Runs the command line and exits: 0 done, 1 a measured process crashed, or its results or standard
     output could not be written, 2 the request is wrong, 3 nothing fits, 130 interrupted."""
     _open_streams()
+    usual = warnings.formatwarning
+
+    def plainly(message: Warning | str, category: type[Warning], *where: Any, **line: Any) -> str:
+        """This project's own, which are for who uses it, as a line like all others on stderr."""
+        if category.__module__.partition(".")[0] in ("planner", "attention"):
+            return f"planner: {message}\n"
+        return usual(message, category, *where, **line)
+
+    warnings.formatwarning = plainly
     stdout = sys.stdout
     if stdout is not None:
         sys.stdout = _Stdout(stdout)

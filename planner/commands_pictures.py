@@ -164,6 +164,10 @@ def report(
     """
     if (file is None) == (storage is None) or (storage is None) != (study is None):
         raise ConfigError("name one answer: either a file, or --storage URL and --study NAME")
+    if file is not None and out.exists() and out.samefile(file):
+        raise ConfigError(
+            f"--out {out} is the answer itself, which the page would replace; name another file"
+        )
     from planner.report.files import write_whole
     from planner.report.page import answer_page
 

@@ -406,9 +406,10 @@ class _Tuning:
         if self.again:
             self._again(study, wanted)
             return
-        if self.analytic.config not in self.trials and not self._waiting(study):
-            # What no trial can suggest is measured all the same.
+        if self.analytic.config not in self.trials and not self._comes_in_time(study, wanted):
+            # What no trial can suggest, or only after all that is queued, is measured all the same.
             self._unsuggested(study, self.analytic.config, {}, {}, wanted)
+            return
         self._report(wanted)
         try:
             with whole():
@@ -429,7 +430,17 @@ class _Tuning:
         with whole():
             self._tell(study, trial, found, new=new)
         if new:
+            self._hear(study)
             self._report(wanted, found)
+
+    def _comes_in_time(self, study: optuna.Study, wanted: int) -> bool:
+        """Whether a queued trial may yet suggest the analytic pick before as many as are wanted are measured;
+        of an interrupted run its trial is begun again behind all others."""
+        waiting = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+        pick = parameters(self.analytic.config, self.space, self.scenario.workload)
+        if not waiting or pick is None:
+            return False
+        return len(self.trials) < wanted - 1 or waiting[0].system_attrs.get("fixed_params") == pick
 
     def _report(self, wanted: int, last: Trial | None = None) -> None:
         if self.progress:

@@ -228,7 +228,8 @@ def _resumed(part: Path, head: Row, say: Callable[[str], None]) -> dict[str, Row
         say(f"begins anew: what {part} has is of another version, machine or command")
         return {}
     if dates:
-        say(f"goes on with {len(dates)} rows of {_span(dates)} from {part}; delete it to begin anew")
+        count = "1 row" if len(dates) == 1 else f"{len(dates)} rows"
+        say(f"goes on with {count} of {_span(dates)} from {part}; delete it to begin anew")
     return rows
 
 

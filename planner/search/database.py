@@ -84,7 +84,7 @@ for _name in _ASKED:
 
 def open_database(url: str) -> Database:
     """The database of a URL, with its tables; several workers may make them at once."""
-    patience = Patience(f"the tables of {url}, which another worker makes,", "begin again")
+    patience = Patience(f"the tables of {url}, which another worker makes", "begin again")
     while True:
         try:
             return Database(url)

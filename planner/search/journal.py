@@ -221,7 +221,7 @@ class Journal(BaseJournalBackend):
                     os.unlink(link)
             return False
 
-        self._until(had, f"{link}, which a worker holds or left when it was killed,")
+        self._until(had, f"{link}, which a worker holds or left when it was killed")
 
     def _until(self, had: Callable[[], bool], what: str) -> None:
         patience = Patience(what, "see which worker still runs, and begin again")

@@ -33,7 +33,7 @@ class Patience:
             raise StorageError(f"waited {PATIENCE:g} s for {self._what}, in vain{reason}; {self._advice}")
         if waited > QUIET and not self._said:
             self._said = True
-            said = f"waiting for {self._what}, up to {PATIENCE:g} s" + (f": {why}" if why else "")
+            said = f"waiting for {self._what} (up to {PATIENCE:g} s)" + (f": {why}" if why else "")
             warnings.warn(said, StorageWarning, stacklevel=3)
         sleep(self._pause)
         self._pause = min(2 * self._pause, 0.25)

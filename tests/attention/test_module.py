@@ -122,6 +122,8 @@ def test_a_device_that_is_not_there_is_refused_when_a_module_is_built(name, monk
     for device in ("cuda", "cuda:1", torch.device("cuda")):
         with pytest.raises(UnavailableError, match="CUDA devices"):
             build(IMPLEMENTATIONS[name], device)
+    with pytest.raises(UnavailableError, match="runs on 'cpu' and 'cuda', got device 'mps'"):
+        build(IMPLEMENTATIONS[name], "mps")
     with pytest.raises(ConfigError, match="device must be"):
         build(IMPLEMENTATIONS[name], "graphics")
     with pytest.raises(UnavailableError, match=re.escape("'cuda'")):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -480,6 +481,16 @@ def test_a_tuner_that_is_ended_goes_on_where_it_stopped(how, tmp_path):
     found = json.loads(again.stdout)
     assert found["kept"] >= 3
     assert len(found["trials"]) >= 5
+
+
+@pytest.mark.parametrize("at", [0, 1])
+def test_after_an_interruption_no_more_is_measured_than_was_asked_for(at, tmp_path):
+    """The analytic pick's trial is begun again behind all that is queued."""
+    with contextlib.suppress(KeyboardInterrupt):
+        tune(Device({at: "interrupt"}), tmp_path, trials=3)
+    found = tune(Device(), tmp_path, trials=3)
+    assert len(found.trials) == 3
+    assert found.analytic.config in {trial.config for trial in found.trials}
 
 
 def test_an_interrupt_waits_until_what_is_written_is(monkeypatch):

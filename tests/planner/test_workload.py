@@ -34,7 +34,7 @@ def test_nonsense_is_refused(fields):
      {"seq": 1 << 41}, {"seq": 1 << 40, "batch": 1 << 20}, {"seq": (1 << 30) + 1, "weights": True}],
 )  # fmt: skip
 def test_sizes_that_nobody_has_are_refused(fields):
-    with pytest.raises(ConfigError, match=r"less than or equal to|at most [0-9,]+ tokens"):
+    with pytest.raises(ConfigError, match=r"at most [0-9,]+"):
         Workload(**{"seq": 8, **fields})
 
 
