@@ -46,7 +46,8 @@ def _groups(
     kind = np.stack([counts, adjacent, ends_at_tail, np.arange(rows) == rows - 1])
     # Step i leads from row i to row i + 1. Gathers join whatever their first blocks are.
     shift = np.where(adjacent[1:], np.diff(firsts), 0)
-    joins = (kind[:, 1:] == kind[:, :-1]).all(axis=0) & (shift >= 0)
+    # Two rows on either side of a segment's end may be further apart: their keys share nothing.
+    joins = (kind[:, 1:] == kind[:, :-1]).all(axis=0) & (shift >= 0) & (shift <= 1)
     alike = np.where(joins, shift, -1)
     run_ends = np.append(np.flatnonzero(np.diff(alike)) + 1, rows - 1)
     row = 0

@@ -172,6 +172,15 @@ def test_what_is_reserved_is_enough_at_the_sizes_that_people_run():
     assert not failures(0, 120)
 
 
+FOUND = (101571, 35919617041351)
+"""Seeds of programs that asked for more: windows of several segments, rows on either side of an end."""
+
+
+@pytest.mark.parametrize("seed", FOUND)
+def test_what_is_reserved_is_enough_where_it_once_was_not(seed):
+    assert not failures(seed, 1)
+
+
 @pytest.mark.slow
 def test_what_is_reserved_is_enough_for_20000_programs(seed):
     assert not failures(seed * 20_000, 20_000)
