@@ -24,17 +24,19 @@ from attention.inputs import check, shape_of
 from attention.layout import row_budget
 from attention.module import Attention, eager
 from attention.ops import flex
-from attention.ops.adaptive_sizes import Scorer, active_of_choice, choosing_sizes
 from attention.ops.execute import Problem, attend
 from attention.ops.gate import Gate
 from attention.ops.kernels import lse_dtype
-from attention.ops.program import Shape, Tile
-from attention.ops.reserve import sparse_extent
+from attention.ops.program import Tile
 from attention.ops.scorer import ChosenScores, Scoring, chosen_blocks, scoring_dtype
 from attention.ops.scratch import Scratch
 from attention.ops.weights import AttentionWeights, attention_weights, check_room, chosen_pairs
-from attention.pool import Buffers, with_emergency_release
-from attention.rows import chosen_rows
+from attention.out_of_memory import with_emergency_release
+from attention.pool import Buffers
+from attention.sizes.adaptive import Scorer, active_of_choice, choosing_sizes
+from attention.sizes.row_bounds import chosen_rows
+from attention.sizes.shape import Shape
+from attention.sizes.tiles import sparse_extent
 
 
 class AdaptiveAttention(Attention):

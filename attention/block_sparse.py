@@ -15,8 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from attention.layout import Layout
-from attention.ops.program import WIDE, Call, Gather, Mask, Shape, Span, Tile
-from attention.rows import Rows
+from attention.ops.program import Call, Gather, Mask, Tile
+from attention.sizes.row_bounds import Rows
+from attention.sizes.shape import WIDE, Shape, Span
 
 
 def tiles(layout: Layout, rows: Rows, shape: Shape) -> Iterator[Tile]:

@@ -13,8 +13,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from attention.ops.program import Call, Mask, Shape, Span, Tile
-from attention.ops.reserve import branch_kind
+from attention.ops.program import Call, Mask, Tile
+from attention.sizes.shape import Shape, Span
+from attention.sizes.tiles import branch_kind
 
 
 def tiles(branches: tuple[tuple[int, int], ...], shape: Shape) -> Iterator[Tile]:

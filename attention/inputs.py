@@ -10,7 +10,7 @@ from torch import Tensor
 from attention.config import AttentionConfig
 from attention.errors import InputError, UnavailableError
 from attention.ops import kernels
-from attention.ops.program import Shape, chunk_tokens
+from attention.sizes.shape import Shape, chunk_tokens
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

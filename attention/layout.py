@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from attention.config import AttentionConfig, SparsePatternConfig
 from attention.errors import ConfigError, InputError
-from attention.rows import row_blocks
+from attention.sizes.arrays import row_blocks
 
 Ints = NDArray[np.int64]
 Columns = NDArray[np.unsignedinteger[Any]]

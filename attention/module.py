@@ -17,11 +17,13 @@ from attention.layout import Layout, build_layout
 from attention.ops import flex
 from attention.ops.execute import Problem, attend
 from attention.ops.kernels import steady_heap
-from attention.ops.program import Shape, Tile
-from attention.ops.reserve import Extent, dilated_extent, sparse_extent
+from attention.ops.program import Tile
 from attention.ops.weights import AttentionWeights, attention_weights, check_room
-from attention.pool import buffers_for, with_emergency_release
-from attention.rows import rows_of
+from attention.out_of_memory import with_emergency_release
+from attention.pool import buffers_for
+from attention.sizes.row_bounds import rows_of
+from attention.sizes.shape import Shape
+from attention.sizes.tiles import Extent, dilated_extent, sparse_extent
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -21,7 +21,8 @@ from attention.inputs import refuse_transforms
 from attention.module import Attention, eager
 from attention.ops.backward import Gradients, once
 from attention.ops.weights import AttentionWeights
-from attention.pool import Buffers, with_emergency_release
+from attention.out_of_memory import with_emergency_release
+from attention.pool import Buffers
 
 
 class MultiheadAttention(nn.Module):

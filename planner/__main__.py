@@ -1,6 +1,6 @@
 """`python -m planner` is the `planner` command."""
 
-from planner.cli import main
+from planner.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -19,9 +19,8 @@ from pydantic import BeforeValidator, Field
 
 from attention.config import AttentionConfig, Value, as_tuple
 from attention.errors import AttentionPlannerError, ConfigError
-from planner.json_files import read_bytes
-from planner.report.files import write_whole
-from planner.speed.rates import SpeedFit
+from planner.files import make_folder, read_bytes, write_whole
+from planner.speed.rates import Rates
 from planner.workload import Workload
 
 SCHEMA_VERSION: Final = 1
@@ -210,16 +209,6 @@ def own_path(device: str) -> Path:
     return data / "attention-planner" / "calibrations" / f"{device}.json"
 
 
-def make_folder(path: Path, what: str) -> None:
-    """Makes the folder that a file is to be in; AttentionPlannerError saying what cannot be kept there."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise AttentionPlannerError(
-            f"{what} cannot be kept: {path.parent} cannot be made ({error.strerror}); name another file"
-        ) from error
-
-
 def save(calibration: Calibration, path: str | Path) -> None:
     """Writes a calibration, whole or not at all; AttentionPlannerError if it could not be written."""
     path = Path(path)
@@ -235,3 +224,28 @@ def save(calibration: Calibration, path: str | Path) -> None:
 def as_record(calibration: Calibration) -> dict[str, Any]:
     """The calibration as plain data."""
     return calibration.model_dump(mode="json")
+
+
+class SpeedFit(Value):
+    """Rates fitted to a device's runs, and how far they are off on runs that they were not fitted to."""
+
+    rates: Rates
+    fitted: Annotated[int, Field(ge=1)]
+    """Runs fitted to."""
+    held_out: Annotated[int, Field(ge=0)]
+    errors: Floats = ()
+    """(predicted - measured) / measured of the held-out runs, ascending."""
+    median_error: Annotated[float, Field(ge=0)] = 0.0
+    """Median of their sizes."""
+    rank_correlation: Annotated[float, Field(ge=-1, le=1)] = 0.0
+    """Spearman's, of predicted and measured seconds of the held-out runs."""
+    noise: Annotated[float, Field(ge=0)] = 0.0
+    """Median spread of a held-out run's repetitions, relative: below it nothing can be told."""
+
+    def summary(self) -> str:
+        """In a sentence."""
+        return (
+            f"seconds: fitted to {self.fitted} timed runs; on {self.held_out} held-out ones off by "
+            f"{self.median_error:.1%} (median), rank correlation {self.rank_correlation:.3f}, where repeated "
+            f"calls spread by {self.noise:.1%}"
+        )

@@ -11,11 +11,11 @@ from typing import Any, Final
 
 import numpy as np
 
-from planner.report.figure import BLUE, GREEN, INK, MUTED, ORANGE, RED, SKY, named, title
-from studies import memory_model, speed_model
-from studies.memory_model import about_memory
-from studies.records import Step
-from studies.study import Rows, Said, Scope, Study
+from planner.report.plot.figure import BLUE, GREEN, INK, MUTED, ORANGE, RED, SKY, named, title
+from studies.bench import memory_model, speed_model
+from studies.bench.memory_model import about_memory
+from studies.bench.records import Step
+from studies.bench.study import Rows, Said, Scope, Study
 
 LONG: Final = 8192
 """Tokens beyond which a run is one of few: most are short, so that all that differs among them can vary."""

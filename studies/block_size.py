@@ -10,11 +10,11 @@ from typing import Any, Final
 
 from attention.config import AttentionConfig
 from planner import gpus
-from planner.report.figure import KINDS, title, token_axis
-from studies.panels import curves
-from studies.records import Step
-from studies.study import Rows, Said, Scope, Study
-from studies.trade_offs import (
+from planner.report.plot.figure import KINDS, title, token_axis
+from studies.bench.panels import curves
+from studies.bench.records import Step
+from studies.bench.study import Rows, Said, Scope, Study
+from studies.bench.trade_offs import (
     FLEX_CARD,
     Case,
     Plan,

@@ -12,15 +12,15 @@ from typing import Any, Final, NamedTuple
 
 from attention.config import AttentionConfig, SparsePatternConfig
 from attention.layout import build_layout
-from planner.batch import Batch
-from planner.memory.plan import COMPONENTS
-from planner.report.figure import BLUE, MUTED, ORANGE, SKY, title
+from planner.measuring.server import Batch
+from planner.memory.table import COMPONENTS
+from planner.report.plot.figure import BLUE, MUTED, ORANGE, SKY, title
 from planner.units import format_bytes
 from planner.workload import Workload
-from studies import memory_rows
-from studies.memory_rows import MIB, mib, place
-from studies.records import Row, Step, markdown
-from studies.study import Rows, Said, Scope, Study, rounded_up
+from studies.bench import memory_rows
+from studies.bench.memory_rows import MIB, mib, place
+from studies.bench.records import Row, Step, markdown
+from studies.bench.study import Rows, Said, Scope, Study, rounded_up
 
 SEQ, QUICK = 131_072, 4096
 TIMEOUT: Final = 600.0

@@ -11,11 +11,11 @@ from itertools import chain
 from typing import Any, Final
 
 from planner import gpus
-from planner.report.figure import BLUE, ORANGE, RED, title
-from studies.panels import Mark, Panel, beside
-from studies.records import Row, Step
-from studies.study import Rows, Said, Scope, Study
-from studies.trade_offs import (
+from planner.report.plot.figure import BLUE, ORANGE, RED, title
+from studies.bench.panels import Mark, Panel, beside
+from studies.bench.records import Row, Step
+from studies.bench.study import Rows, Said, Scope, Study
+from studies.bench.trade_offs import (
     MASS,
     REACH,
     SEEDS_CARD,

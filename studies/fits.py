@@ -14,11 +14,11 @@ from statistics import median
 from typing import Any, Final
 
 from planner import recommend
-from planner.batch import Batch
-from planner.report.figure import BLUE, ORANGE, RED, title
+from planner.measuring.server import Batch
+from planner.report.plot.figure import BLUE, ORANGE, RED, title
 from planner.search.relax import NothingFitsError
-from studies.records import Row, Step, markdown
-from studies.study import Rows, Said, Scope, Study
+from studies.bench.records import Row, Step, markdown
+from studies.bench.study import Rows, Said, Scope, Study
 
 SEED: Final = 3
 BUDGETS = 100

@@ -13,10 +13,10 @@ import torch
 from attention import AttentionConfig, SparsePatternConfig, build
 from attention.config import PatternType
 from attention.pool import buffers_for
-from planner.footprint import footprint
-from planner.report.figure import BLUE, ORANGE, RED, title
-from studies.records import Row, Step, markdown
-from studies.study import Rows, Said, Scope, Study, rounded_up
+from planner.measuring.footprint import footprint
+from planner.report.plot.figure import BLUE, ORANGE, RED, title
+from studies.bench.records import Row, Step, markdown
+from studies.bench.study import Rows, Said, Scope, Study, rounded_up
 
 MIB = 1 << 20
 HEADS, HEAD_DIM = 8, 64

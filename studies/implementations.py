@@ -10,11 +10,11 @@ from typing import Any, Final
 
 from attention.config import AttentionConfig, MultiheadConfig
 from planner import gpus
-from planner.report.figure import BLUE, ORANGE, RED, title
-from studies.panels import Mark, Panel, beside
-from studies.records import Row, Step
-from studies.study import Rows, Said, Scope, Study
-from studies.trade_offs import (
+from planner.report.plot.figure import BLUE, ORANGE, RED, title
+from studies.bench.panels import Mark, Panel, beside
+from studies.bench.records import Row, Step
+from studies.bench.study import Rows, Said, Scope, Study
+from studies.bench.trade_offs import (
     HEAD_DIM,
     HEADS,
     MASS,

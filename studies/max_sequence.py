@@ -13,14 +13,14 @@ from typing import Any, Final, NamedTuple
 
 from attention import AttentionConfig
 from planner.gpus import find, generic
-from planner.longest import longest
-from planner.measure import measure
-from planner.report.figure import KINDS, MUTED, RED, named, title, token_axis
+from planner.measuring.measure import measure
+from planner.report.plot.figure import KINDS, MUTED, RED, named, title, token_axis
+from planner.search.longest import longest
 from planner.units import format_bytes
 from planner.workload import Mode, Workload
-from studies.attentions import one_of_each
-from studies.records import Row, Step, markdown
-from studies.study import Rows, Said, Scope, Study, many
+from studies.bench.attentions import one_of_each
+from studies.bench.records import Row, Step, markdown
+from studies.bench.study import Rows, Said, Scope, Study, many
 
 GB: Final = 10**9
 CARDS: Final[Mapping[int, str | None]] = {

@@ -21,15 +21,15 @@ from attention import AttentionConfig, build
 from attention.layout import count_active
 from attention.pool import buffers_for
 from planner import gpus
-from planner.batch import Batch
-from planner.memory.device import library_lines
-from planner.report.figure import BLUE, ORANGE, SKY, title
+from planner.measuring.server import Batch
+from planner.memory.cuda_process import library_lines
+from planner.report.plot.figure import BLUE, ORANGE, SKY, title
 from planner.workload import Workload
-from studies import memory_rows
+from studies.bench import memory_rows
+from studies.bench.memory_rows import CARD, MIB, mib, place
+from studies.bench.records import Row, Step, markdown
+from studies.bench.study import Rows, Said, Scope, Study
 from studies.config_impact import SEQ, configs
-from studies.memory_rows import CARD, MIB, mib, place
-from studies.records import Row, Step, markdown
-from studies.study import Rows, Said, Scope, Study
 
 BUFFERS, PATTERNS = 10, 100
 """Of the pool, and of the pattern cache."""

@@ -10,14 +10,15 @@ from functools import partial
 from typing import Any, Final
 
 from attention.config import AdaptiveConfig, AttentionConfig, MultiheadConfig, SparsePatternConfig
-from planner.batch import Batch
-from planner.report.figure import INK, KINDS, MUTED, title, token_axis
+from planner.measuring.server import Batch
+from planner.report.plot.figure import INK, KINDS, MUTED, title, token_axis
 from planner.workload import Workload
-from studies import floors, memory_rows
+from studies import floors
+from studies.bench import memory_rows
+from studies.bench.memory_rows import MIB, place
+from studies.bench.records import Row, Step, markdown
+from studies.bench.study import Rows, Said, Scope, Study, rounded_up
 from studies.floors import HEAD_DIM, HEADS
-from studies.memory_rows import MIB, place
-from studies.records import Row, Step, markdown
-from studies.study import Rows, Said, Scope, Study, rounded_up
 
 LENGTHS: Final = tuple(2048 << n for n in range(10))
 MEASURED, QUICK = (2048, 4096, 8192, 16_384), (512,)

@@ -16,11 +16,11 @@ import torch
 from attention import AttentionConfig, SparsePatternConfig, build
 from attention.config import Switch
 from attention.pool import Buffers, buffers_for
-from planner.footprint import footprints
-from planner.report.figure import BLUE, INK, MUTED, ORANGE, named, title, token_axis
-from studies.memory_rows import mib
-from studies.records import Row, Step, markdown, timed
-from studies.study import Rows, Said, Scope, Study
+from planner.measuring.footprint import footprints
+from planner.report.plot.figure import BLUE, INK, MUTED, ORANGE, named, title, token_axis
+from studies.bench.memory_rows import mib
+from studies.bench.records import Row, Step, markdown, timed
+from studies.bench.study import Rows, Said, Scope, Study
 
 LENGTHS, QUICK = (16_384, 32_768, 65_536, 131_072), (1024, 2048)
 HEADS, HEAD_DIM = 4, 64

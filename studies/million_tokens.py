@@ -21,12 +21,12 @@ import torch
 from attention import AttentionConfig, build
 from planner.gpus import Gpu, find
 from planner.memory.estimate import MemoryEstimate, estimate
-from planner.report.figure import BLUE, INK, MUTED, ORANGE, RED, named, title, tokens
+from planner.report.plot.figure import BLUE, INK, MUTED, ORANGE, RED, named, title, tokens
 from planner.workload import ITEMSIZE, Dtype, Mode, Workload
-from studies.attentions import one_of_each
+from studies.bench.attentions import one_of_each
+from studies.bench.records import OK, Row, Step, markdown, timed
+from studies.bench.study import Rows, Said, Scope, Study, rounded_up
 from studies.floors import HEAD_DIM, HEADS, SEQ, configs
-from studies.records import OK, Row, Step, markdown, timed
-from studies.study import Rows, Said, Scope, Study, rounded_up
 
 MILLION = 1_048_576
 COUNTS: Final = (MILLION, 10 * MILLION)

@@ -14,12 +14,12 @@ from typing import Any, Final
 from attention.config import AttentionConfig, SparsePatternConfig
 from planner.quality.mass import mass_of
 from planner.quality.profiles import PRESETS
-from planner.recommendation import question
-from planner.report.figure import COLORS, RED, named, title
+from planner.report.plot.figure import COLORS, RED, named, title
+from planner.search.recommend import question
 from planner.search.relax import NothingFitsError
 from planner.workload import Workload
-from studies.records import OK, Row, Step, markdown
-from studies.study import Rows, Said, Scope, Study
+from studies.bench.records import OK, Row, Step, markdown
+from studies.bench.study import Rows, Said, Scope, Study
 
 LEVELS: Final = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.99)
 CARDS: Final = ("gtx1080", "rtx4060", "h100")

@@ -20,14 +20,14 @@ import numpy as np
 
 from attention.config import AttentionConfig, PatternType, SparsePatternConfig
 from planner import gpus
-from planner.columns import Columns, Ints
+from planner.configs import Columns, Ints
 from planner.memory.estimate import estimate
-from planner.memory.kernels import Cuda
-from planner.memory.many import peaks
-from planner.report.figure import BLUE, RED, named, title
+from planner.memory.machines import Cuda
+from planner.memory.peaks import peaks
+from planner.report.plot.figure import BLUE, RED, named, title
 from planner.workload import Mode, Workload
-from studies.records import Row, Step, markdown
-from studies.study import Rows, Said, Scope, Study
+from studies.bench.records import Row, Step, markdown
+from studies.bench.study import Rows, Said, Scope, Study
 
 SEQ = 131_072
 RUNS = 5

@@ -14,17 +14,18 @@ from typing import Any, Final
 
 import numpy as np
 
-from planner.recommend import MIN_MASS, TRIALS
-from planner.recommendation import Question, question
-from planner.report import words
-from planner.report.figure import INK, KINDS, MUTED, RED, TEXT, title
-from planner.report.words import kind_of
-from planner.search.grid import Table, enumerate_grid, exact, pareto
-from planner.search.picks import Pick, pick, unsurpassed
-from planner.search.space import grid
-from studies.panels import plain
-from studies.records import Row, Step, markdown
-from studies.study import Rows, Said, Scope, Study, rounded_up
+from planner.answers.recommendation import Pick
+from planner.question.asked import MIN_MASS, TRIALS
+from planner.report.plot.figure import INK, KINDS, MUTED, RED, TEXT, title
+from planner.report.text import words
+from planner.report.text.words import kind_of
+from planner.search.candidates import grid
+from planner.search.picks import pick, unsurpassed
+from planner.search.recommend import Question, question
+from planner.search.solve import Table, enumerate_grid, exact, pareto
+from studies.bench.panels import plain
+from studies.bench.records import Row, Step, markdown
+from studies.bench.study import Rows, Said, Scope, Study, rounded_up
 
 QUESTIONS: Final[Mapping[str, dict[str, Any]]] = {
     "8 GB, inference": {"vram": "8GB", "seq": 131_072},

@@ -26,10 +26,10 @@ from attention import (
 from attention.adaptive import AdaptiveAttention
 from attention.ops import flex, kernels
 from attention.pool import buffers_for
-from planner.footprint import footprint
-from planner.report.figure import BLUE, MUTED, ORANGE, RED, named, title
-from studies.records import Row, Step, markdown, timed, versus
-from studies.study import Rows, Said, Scope, Study, rounded_up
+from planner.measuring.footprint import footprint
+from planner.report.plot.figure import BLUE, MUTED, ORANGE, RED, named, title
+from studies.bench.records import Row, Step, markdown, timed, versus
+from studies.bench.study import Rows, Said, Scope, Study, rounded_up
 
 HEADS, HEAD_DIM = 8, 64
 SEQ, LONG, QUICK = 16_384, 65_536, 2048

@@ -12,16 +12,16 @@ from functools import partial
 from typing import Any, Final, NamedTuple
 
 from planner import recommend
+from planner.answers.recommendation import Pick
 from planner.gpus import find
-from planner.recommend import MIN_MASS, TRIALS
-from planner.report.figure import KINDS, MUTED, title, tokens
-from planner.report.recommend import seconds
-from planner.report.words import kind_of
-from planner.search.picks import Pick
+from planner.question.asked import MIN_MASS, TRIALS
+from planner.report.plot.figure import KINDS, MUTED, title, tokens
+from planner.report.text.recommend import seconds
+from planner.report.text.words import kind_of
 from planner.search.relax import NothingFitsError
 from planner.workload import Mode
-from studies.records import Row, Step, markdown
-from studies.study import Rows, Said, Scope, Study
+from studies.bench.records import Row, Step, markdown
+from studies.bench.study import Rows, Said, Scope, Study
 
 CARDS: Final[tuple[str, ...]] = ("gtx1080", "rtx3060", "rtx4060ti-16gb", "rtx4090", "h100-sxm")
 """Of 8, 12, 16, 24 and 80 GB."""

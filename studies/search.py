@@ -16,14 +16,15 @@ from typing import Any, Final
 import numpy as np
 
 from planner.gpus import known
-from planner.recommendation import better, question
-from planner.report.figure import BLUE, COLORS, INK, RED, named, title
-from planner.search.refine import Sampler, refine
+from planner.question.asked import Sampler
+from planner.report.plot.figure import BLUE, COLORS, INK, RED, named, title
+from planner.search.evaluate import gain
+from planner.search.recommend import better, question
+from planner.search.refine import refine
 from planner.search.relax import NothingFitsError
-from planner.search.scenario import gain
 from planner.workload import Workload
-from studies.records import Row, Step, markdown
-from studies.study import Rows, Said, Scope, Study
+from studies.bench.records import Row, Step, markdown
+from studies.bench.study import Rows, Said, Scope, Study
 
 SEED: Final = 7
 SCENARIOS, TRIALS = 200, 300

@@ -9,11 +9,11 @@ from __future__ import annotations
 from typing import Any, Final
 
 from planner import gpus
-from planner.report.figure import BLUE, GREEN, ORANGE, RED, title, token_axis
-from studies.panels import curves
-from studies.records import Step
-from studies.study import Rows, Said, Scope, Study, many
-from studies.trade_offs import (
+from planner.report.plot.figure import BLUE, GREEN, ORANGE, RED, title, token_axis
+from studies.bench.panels import curves
+from studies.bench.records import Step
+from studies.bench.study import Rows, Said, Scope, Study, many
+from studies.bench.trade_offs import (
     SEEDS_CARD,
     Case,
     Plan,

@@ -12,11 +12,11 @@ from typing import Any, Final
 
 from attention.config import AttentionConfig
 from planner import gpus
-from planner.report.figure import BLUE, GREEN, KINDS, title
-from studies.panels import Curves, curves
-from studies.records import Row, Step, markdown
-from studies.study import Rows, Said, Scope, Study, together
-from studies.trade_offs import (
+from planner.report.plot.figure import BLUE, GREEN, KINDS, title
+from studies.bench.panels import Curves, curves
+from studies.bench.records import Row, Step, markdown
+from studies.bench.study import Rows, Said, Scope, Study, together
+from studies.bench.trade_offs import (
     FLEX_CARD,
     Case,
     Plan,

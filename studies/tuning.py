@@ -14,12 +14,12 @@ from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 from planner import tune
-from planner.report.figure import KINDS, RED, named, title
-from planner.report.recommend import seconds
-from planner.report.words import kind_of, sizes
-from planner.tuning import Trial
-from studies.records import Row, Step, markdown
-from studies.study import Rows, Said, Scope, Study
+from planner.answers.tuned import Trial
+from planner.report.plot.figure import KINDS, RED, named, title
+from planner.report.text.recommend import seconds
+from planner.report.text.words import kind_of, sizes
+from studies.bench.records import Row, Step, markdown
+from studies.bench.study import Rows, Said, Scope, Study
 
 Asked = dict[str, Any]
 SCENARIOS: Final[tuple[Asked, ...]] = (

@@ -14,13 +14,13 @@ from typing import Any, Final
 
 from attention.config import AttentionConfig, SparsePatternConfig
 from planner import gpus
-from planner.batch import Batch
-from planner.report.figure import BLUE, INK, KINDS, MUTED, RED, named, title, token_axis
+from planner.measuring.server import Batch
+from planner.report.plot.figure import BLUE, INK, KINDS, MUTED, RED, named, title, token_axis
 from planner.workload import Workload
-from studies import memory_rows
-from studies.memory_rows import CARD, MIB, mib, place
-from studies.records import Row, Step, markdown
-from studies.study import Rows, Said, Scope, Study
+from studies.bench import memory_rows
+from studies.bench.memory_rows import CARD, MIB, mib, place
+from studies.bench.records import Row, Step, markdown
+from studies.bench.study import Rows, Said, Scope, Study
 
 LENGTHS: Final = tuple(1024 << n for n in range(8))
 MEASURED, QUICK = (1024, 2048, 4096), (512,)

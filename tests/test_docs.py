@@ -11,7 +11,8 @@ import pytest
 
 import attention
 import planner
-from studies import catalogue, pages, reader, reference
+from studies.bench import catalogue
+from studies.handbook import pages, reader, reference
 
 ROOT = pages.ROOT
 README = ROOT / "README.md"
@@ -34,7 +35,7 @@ PAGES = [pytest.param(page, marks=() if page == README else pytest.mark.slow) fo
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_a_page_runs_and_is_what_the_code_and_the_data_say(page: Path):
-    """`python -m studies.pages` writes it anew, and with `--check` says which are not."""
+    """`python -m studies.handbook.pages` writes it anew, and with `--check` says which are not."""
     assert not [name_of(path) for path in pages.stale(page)]
 
 

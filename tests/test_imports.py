@@ -66,11 +66,12 @@ def test_works_where_torch_is_missing(statement: str):
 
 # What a command needs is loaded when it is called: of these nothing, or an answer takes longer.
 UNUSED = {
-    "--help": "numpy importlib.metadata rich optuna matplotlib planner.measure "
-    "planner.recommendation planner.calibration planner.gpus attention.rows",
-    "recommend --help": "numpy rich optuna planner.measure planner.recommendation",
+    "--help": "numpy importlib.metadata rich optuna matplotlib planner.measuring.measure "
+    "planner.search.recommend planner.calibration planner.gpus attention.sizes.row_bounds",
+    "recommend --help": "numpy rich optuna planner.measuring.measure planner.search.recommend",
     "recommend --vram 8GB --seq 4K --trials 1": "numpy.ma asyncio tqdm rich matplotlib scipy pandas "
-    "sqlalchemy planner.measure planner.tuning planner.verification planner.report.plot",
+    "sqlalchemy planner.measuring.measure planner.search.tune planner.search.verify "
+    "planner.report.plot.estimate",
 }
 
 
@@ -78,7 +79,7 @@ UNUSED = {
 def test_a_command_loads_nothing_that_it_does_not_use(line: str):
     unused = set(UNUSED[line].split()) | {"torch"}
     run_fresh(
-        "import sys\nfrom planner.cli import main\n"
+        "import sys\nfrom planner.cli.main import main\n"
         f"sys.argv = {['planner', *line.split()]!r}\n"
         "try: main()\n"
         "except SystemExit as end: assert end.code == 0, end.code\n"
@@ -88,12 +89,12 @@ def test_a_command_loads_nothing_that_it_does_not_use(line: str):
 
 def test_a_command_makes_no_options_but_its_own():
     run_fresh(
-        "import planner.command, planner.cli\n"
+        "import planner.cli.app, planner.cli.main\n"
         "made = []\n"
-        "for name, make in planner.command._COMMANDS.items():\n"
+        "for name, make in planner.cli.app._COMMANDS.items():\n"
         "    def noted(name=name, make=make): made.append(name); return make()\n"
-        "    planner.command._COMMANDS[name] = noted\n"
-        "try: planner.command.app(['gpus', '--name', 'gtx1080'])\n"
+        "    planner.cli.app._COMMANDS[name] = noted\n"
+        "try: planner.cli.app.app(['gpus', '--name', 'gtx1080'])\n"
         "except SystemExit as end: assert end.code == 0, end.code\n"
         "assert made == ['gpus'], made"
     )
@@ -101,21 +102,11 @@ def test_a_command_makes_no_options_but_its_own():
 
 def test_a_progress_bar_that_is_shown_is_tqdms_own():
     run_fresh(
-        "import sys, planner.start\nfrom optuna.progress_bar import tqdm as bar\n"
+        "import sys, planner.cli.start\nfrom optuna.progress_bar import tqdm as bar\n"
         "assert 'asyncio' not in sys.modules\n"
         "shown = bar(total=2, disable=True)\n"
         "from tqdm.auto import tqdm\n"
         "assert type(shown) is tqdm and bar.format_interval(61) == '01:01'"
-    )
-
-
-@pytest.mark.parametrize("name", ["calibrate", "measure", "recommend", "tune"])
-def test_planners_functions_are_found_whatever_was_imported_before(name: str):
-    run_fresh(f"import planner\nassert callable(planner.{name})")
-    run_fresh(f"import planner.{name}\nassert callable(planner.{name})")
-    run_fresh(
-        f"import importlib, planner\nmodule = importlib.import_module('planner.{name}')\n"
-        f"assert planner.{name} is module.{name}"
     )
 
 

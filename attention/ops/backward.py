@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from attention.errors import UnavailableError
-from attention.pool import with_emergency_release
+from attention.out_of_memory import with_emergency_release
 
 Gradients = tuple[Tensor | None, ...]
 

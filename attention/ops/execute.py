@@ -19,21 +19,14 @@ from torch import Tensor
 from attention.ops import kernels
 from attention.ops.backward import Gradients, once
 from attention.ops.maskless import maskless
-from attention.ops.program import Call, Gather, Shape, Span, Tile
-from attention.ops.reserve import (
-    Cut,
-    Extent,
-    Kind,
-    arena_bytes,
-    backward_sizes,
-    cut,
-    forward_sizes,
-    sums_in_full,
-)
+from attention.ops.program import Call, Gather, Tile
 from attention.ops.scratch import FreshScratch, Scratch
 from attention.ops.sinks import GatherSink, Part, Sink, SpanSink
 from attention.ops.views import Fetched, Listed, causal_mask, fetch, listed, mask_bias, rows, view, widened
 from attention.pool import Buffers
+from attention.sizes.arena import arena_bytes
+from attention.sizes.shape import Shape, Span
+from attention.sizes.tiles import Cut, Extent, Kind, backward_sizes, cut, forward_sizes, sums_in_full
 
 TILES_AHEAD, BYTES_AHEAD = 32, 512 << 10
 """Tiles, and bytes of what they list, that a CPU makes before it runs them."""

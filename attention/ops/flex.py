@@ -17,8 +17,8 @@ from torch import Tensor
 from attention.config import AttentionConfig
 from attention.errors import UnavailableError
 from attention.layout import Layout
-from attention.ops.reserve import flex_is_lean
-from attention.rows import rows_of
+from attention.sizes.flex import flex_is_lean
+from attention.sizes.row_bounds import rows_of
 
 CAPABILITY = (8, 0)
 

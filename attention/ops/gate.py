@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attention.ops.adaptive_sizes import gate_rows, gate_sizes, gate_tokens
 from attention.ops.backward import Gradients, once
 from attention.ops.kernels import lse_dtype
-from attention.ops.program import Shape
 from attention.ops.scratch import Scratch
 from attention.pool import Buffers
+from attention.sizes.adaptive import gate_rows, gate_sizes, gate_tokens
+from attention.sizes.shape import Shape
 
 
 class Gate(torch.autograd.Function):

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from attention.ops.program import Call, Shape, Span, Tile
+from attention.ops.program import Call, Tile
+from attention.sizes.shape import Shape, Span
 
 
 def maskless(tile: Tile, shape: Shape) -> Tile:

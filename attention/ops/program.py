@@ -9,72 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal
 
-from attention.counts import Count, choose, floor_power_of_two, least, most
-from attention.rows import Rows
+from attention.sizes.shape import Span
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-MOST_VIEWS = 65_535
-"""CUDA grids end here: views of one call."""
-
-WIDE = 4
-"""Rows share what they see if it is at least this many times as many blocks as there are rows."""
 
 Mask = Literal["none", "causal", "diagonal", "tail"]
 """`none`: every query sees every key. `causal`: query t sees keys 0..t of an equally long span.
 `diagonal`: the last block of keys is the queries' own, and causal. `tail`: of a gather, positions
 past the end of the sequence are hidden."""
-
-
-class Span(NamedTuple):
-    """An affine set of (token, head) pairs: view n, head h, position t is
-    token `start + n * batch_step + t * step` of head `head + h * head_step`."""
-
-    start: int
-    length: int
-    step: int = 1
-    batch: int = 1
-    batch_step: int = 0
-    head: int = 0
-    heads: int = 1
-    head_step: int = 1
-
-    @property
-    def stop(self) -> int:
-        """One past the last token."""
-        return self.start + (self.batch - 1) * self.batch_step + (self.length - 1) * self.step + 1
-
-    @property
-    def unit(self) -> int:
-        """Keys are cut at multiples of this."""
-        return 1
-
-    @property
-    def overlaps(self) -> bool:
-        """Whether views share tokens."""
-        return self.batch > 1 and self.batch_step <= (self.length - 1) * self.step
-
-    def cut(self, begin: int, end: int) -> Span:
-        """Positions begin..end of every view."""
-        return self._replace(start=self.start + begin * self.step, length=end - begin)
-
-    def pick(self, begin: int, end: int, stride: int = 1) -> Span:
-        """Views begin, begin + stride, ... below end."""
-        count = len(range(begin, end, stride))
-        return self._replace(
-            start=self.start + begin * self.batch_step, batch=count, batch_step=self.batch_step * stride
-        )
-
-    def disjoint(self) -> Iterator[tuple[slice, Span]]:
-        """The views in groups that do not overlap, with each group's place in the batch."""
-        reach = (self.length - 1) * self.step + 1
-        groups = self.batch if self.batch_step == 0 else min(self.batch, -(-reach // self.batch_step))
-        for first in range(groups):
-            yield slice(first, None, groups), self.pick(first, self.batch, groups)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +56,7 @@ class Call:
     queries: tuple[Span, ...]
     keys: Span | Gather
     kind: str
-    """Name of the `attention.ops.reserve.Kind` of calls by whose largest backward cuts this one, so that a
+    """Name of the `attention.sizes.tiles.Kind` of calls by whose largest backward cuts this one, so that a
     smaller one never asks for more."""
     mask: Mask = "none"
     first: bool = False
@@ -147,178 +94,3 @@ class Tile:
     def masks(self) -> bool:
         """Whether a kernel computes pairs that do not see each other, to hide them afterwards."""
         return any(call.mask in ("causal", "diagonal") for call in self.calls)
-
-
-class Shape(NamedTuple):
-    """What a program depends on besides its config: sizes of one call and the limits of a chunk. Every
-    field but the flags may be a NumPy array, for the planner's sake."""
-
-    seq: Count
-    heads: Count
-    kv_heads: Count
-    head_dim: Count
-    itemsize: int
-    causal: bool
-    workspace: Count
-    """Bytes of scratch that a pass may hold."""
-    chunk: Count
-    """Query tokens of all heads that a block-sparse call works on; see `chunk_tokens`."""
-    packs: bool
-    """Whether the kernel copies the keys and values it is given (a CPU's matrix unit): they count as
-    scratch."""
-    widens: bool
-    """Whether backward gives the kernel single-precision copies (16 bit on a CPU)."""
-
-    @property
-    def wide(self) -> int:
-        """Bytes of a number that sums are kept in: single precision, or double for float64."""
-        return max(self.itemsize, 4)
-
-    @property
-    def token_bytes(self) -> Count:
-        """Bytes of one token of q or o."""
-        return self.heads * self.head_dim * self.itemsize
-
-    @property
-    def kv_token_bytes(self) -> Count:
-        return self.kv_heads * self.head_dim * self.itemsize
-
-    @property
-    def tile_tokens(self) -> Count:
-        """Tokens of a dilated attention's tile, a power of two: its part, what the kernel copies, the
-        accumulator and a copy of the part in single precision fit in the workspace; where backward
-        widens, q, out and its gradient too."""
-        per_token = self.token_bytes + (2 + 3 * self.widens) * self.heads * self.head_dim * self.wide
-        per_token += 2 * self.kv_token_bytes * self.packs
-        return floor_power_of_two(most(self.workspace // per_token, 1))
-
-    @property
-    def list_bytes(self) -> Count:
-        """Bytes of keys and values that one call may gather; backward holds their gradients beside
-        them, in up to twice as many bytes."""
-        return self.workspace * 3 // 8
-
-    @property
-    def pack_bytes(self) -> Count:
-        """Bytes of keys and values that a kernel may copy in one call."""
-        return self.workspace // 2
-
-    @property
-    def column_tokens(self) -> Count:
-        """Key tokens that backward works on at a time: their dk and dv in single precision take three
-        eighths of the workspace, and so do k and v where those are widened too."""
-        return most(self.list_bytes // (2 * self.kv_heads * self.head_dim * self.wide), 1)
-
-    @property
-    def column_rows(self) -> Count:
-        """The same in rows of one kv head."""
-        return self.column_tokens * self.kv_heads
-
-    @property
-    def piece_rows(self) -> Count:
-        """Keys of all heads together whose dk and dv the backward kernel returns at once: what stays in
-        a CPU's cache."""
-        return most(self.workspace // 4 // (2 * self.head_dim * self.wide), 1)
-
-    def backward(self) -> Shape:
-        """The same for the backward pass: calls of fewer queries, where several views' keys would be too
-        many for a column."""
-        return self._replace(chunk=least(self.chunk, most(self.column_tokens // 2, 1)), packs=False)
-
-    def chunk_rows(self, rows: Rows) -> Count:
-        """Rows of blocks that a call takes together; where lists are gathered, as many as those allow."""
-        chunk = least(most(self.chunk // least(rows.size, self.seq), 1), MOST_VIEWS)
-        block_bytes = 2 * rows.size * (self.token_bytes if rows.own else self.kv_token_bytes)
-        listed = most(self.list_bytes // (most(rows.lists, 1) * block_bytes), 1)
-        return choose(rows.lists > 0, least(chunk, listed), chunk)
-
-    def span_rows(self, rows: Rows) -> Count:
-        """Rows that a call over overlapping views takes together: what the kernel copies of them fits.
-        Where no rows slide, or those that do are cut by what they share, others go one by one."""
-        keys = most(least(rows.span * rows.size, self.seq), 1)
-        views = least(self.chunk_rows(rows), most(self.pack_tokens(1) // keys, 1))
-        return choose((rows.slides > 0) * (1 - self.goes_wide(rows)), views, 1)
-
-    def list_blocks(self, rows: Rows) -> Count:
-        """Blocks of a list that a call gathers; a longer one is cut."""
-        block_bytes = 2 * rows.size * (self.token_bytes if rows.own else self.kv_token_bytes)
-        return least(most(rows.lists, 1), most(self.list_bytes // block_bytes, 1))
-
-    def full_blocks(self, size: Count) -> Count:
-        """Blocks that a row of `size` queries may see at most: under a causal mask only the last, short row
-        sees the last, short block."""
-        blocks = most(self.seq // size, 1)
-        return blocks if self.causal else blocks + 1
-
-    def pack_tokens(self, views: Count) -> Count:
-        """Keys a view that a call may have, so that what the kernel copies of them fits."""
-        if not self.packs:
-            return 0 * views + self.seq * MOST_VIEWS
-        return most(self.pack_bytes // (2 * self.kv_token_bytes * views), 1)
-
-    def goes_wide(self, rows: Rows) -> Count:
-        """1 if sliding rows are worth cutting by what they share, else 0."""
-        together = self.chunk_rows(rows)
-        return 1 * (rows.slides > 0) * (together > 1) * (rows.span >= WIDE * together)
-
-    def mask_blocks(self, rows: Rows) -> Count:
-        """Blocks of keys, the queries' own the last, that a causal call has under an additive mask, whose
-        bytes are bounded; 0 if one block is the most: then the own block is a call under the kernel's
-        own causal mask."""
-        blocks = least(
-            most(rows.span, rows.lists), self.workspace // 16 // (rows.size * rows.size * self.wide)
-        )
-        return blocks * ((blocks > 1) | ((blocks == 1) & (rows.lists == 1)))
-
-    def gather_width(self, lanes: Count, unit: Count) -> Count:
-        """Keys of a list that backward gathers at a time; `lanes`: rows of one kv head a position."""
-        return most(self.column_rows // lanes // unit, 1) * unit
-
-    @property
-    def overlap_width(self) -> Count:
-        """Keys of overlapping views that backward works on at a time: views begin within half a column."""
-        return most(self.column_tokens // 2, 1)
-
-    def piece(self, heads: Count, views: Count, queries: Count, keys: Count, unit: Count = 1,
-              whole: bool = False) -> tuple[Count, Count]:  # fmt: skip
-        """(views, keys) of a call that the backward kernel is given at once. Keys are cut if their dk
-        and dv are more than `piece_rows`, unless they must stay `whole`; views are taken together as far
-        as what the kernel returns is no more than two chunks."""
-        limit = self.piece_rows // heads
-        width = keys if whole else least(keys, most(limit // unit, 1) * unit)
-        few = most(least(2 * self.chunk * self.heads // (heads * (2 * keys + queries)), limit // keys), 1)
-        return choose(width < keys, 1, least(few, views)), width
-
-    def key_ranges(self, keys: Span) -> tuple[Span, ...]:
-        """The span's keys, cut so that what a kernel copies of each part fits `pack_bytes`."""
-        limit = self.pack_tokens(keys.batch)
-        starts = range(0, keys.length, limit)
-        return tuple(keys.cut(begin, min(begin + limit, keys.length)) for begin in starts)
-
-    def within(self, branches: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
-        """The branches with lengths and rates that this sequence can tell apart: a segment longer than
-        it, or a rate beyond all its positions and heads, means the same as one just as large."""
-        limit = max(self.seq, self.heads)
-        return tuple((min(length, self.seq), min(rate, limit)) for length, rate in branches)
-
-    def head_groups(self) -> tuple[tuple[int, int], ...]:
-        """(first query head, step) of the groups whose g-th member reads kv head g."""
-        repeat = self.heads // self.kv_heads
-        return tuple((first, repeat) for first in range(repeat))
-
-
-def chunk_tokens(
-    *, cpu: bool, seq: Count, heads: Count, kv_heads: Count, head_dim: Count, itemsize: int, workspace: Count
-) -> Count:
-    """Query tokens of a block-sparse call: as many as make the kernel fast, within a share of the
-    workspace, and never more than a small share of the floor, so that short sequences stay lean too.
-
-    CPU: 1,024 tokens (docs/explanation/speed.md), 1/128 of the floor. CUDA: a quarter of the workspace,
-    1/256 of the floor.
-    """
-    floor = seq * (heads + kv_heads)
-    if cpu:
-        tokens = least(1024, workspace // (32 * heads * head_dim), floor // (64 * heads))
-    else:
-        tokens = least(workspace // (4 * heads * head_dim * itemsize), floor // (128 * heads))
-    return most(tokens, 1)

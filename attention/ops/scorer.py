@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attention.ops.adaptive_sizes import Scorer, choosing_sizes, learning_sizes
 from attention.ops.backward import Gradients, once
 from attention.ops.kernels import lse_dtype
-from attention.ops.program import Shape
 from attention.ops.scratch import Scratch
 from attention.pool import Buffers
+from attention.sizes.adaptive import Scorer, choosing_sizes, learning_sizes
+from attention.sizes.shape import Shape
 
 
 def scoring_dtype(weight: Tensor, q: Tensor) -> torch.dtype:

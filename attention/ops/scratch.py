@@ -1,5 +1,5 @@
 """The buffers of one pass over a program: one arena from the pool, taken when the pass begins, used by
-every tile, and handed back at its end. What lies in it is known before (`attention/ops/reserve.py`)."""
+every tile, and handed back at its end. What lies in it is known before (`attention/sizes/tiles.py`)."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from attention.ops.reserve import ALIGNMENT, arena_bytes
 from attention.pool import BufferPool, Buffers
+from attention.sizes.arena import ALIGNMENT, arena_bytes
 
 
 class Scratch:

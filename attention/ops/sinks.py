@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from attention.ops.kernels import lse_dtype
-from attention.ops.program import Gather, Shape, Span
-from attention.ops.reserve import slab_rows
+from attention.ops.program import Gather
 from attention.ops.scratch import Scratch
 from attention.ops.views import view
+from attention.sizes.shape import Shape, Span
+from attention.sizes.tiles import slab_rows
 
 
 class Part(NamedTuple):

@@ -11,8 +11,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from attention.ops.program import Call, Gather, Span
+from attention.ops.program import Call, Gather
 from attention.ops.scratch import Scratch
+from attention.sizes.shape import Span
 
 
 def view(span: Span, x: Tensor, origin: int = 0) -> Tensor:

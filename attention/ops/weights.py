@@ -18,10 +18,10 @@ from attention.config import AttentionConfig
 from attention.errors import OutOfMemoryError
 from attention.layout import Layout, count_active
 from attention.ops.kernels import lse_dtype
-from attention.ops.program import Shape
 from attention.ops.scratch import Scratch
-from attention.ops.weights_sizes import weights_sizes, weights_step
 from attention.pool import Buffers, free_bytes
+from attention.sizes.shape import Shape
+from attention.sizes.weights import weights_sizes, weights_step
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ def attention_weights(
 ) -> AttentionWeights:
     """Weights over `blocks`: a layout shared by all heads, or int64 [B, H, n, 2] index pairs.
 
-    Besides what is returned, one arena is allocated: attention/ops/weights_sizes.py."""
+    Besides what is returned, one arena is allocated: attention/sizes/weights.py."""
     size = weights_block(config)
     index = _pairs(blocks, q.device) if isinstance(blocks, Layout) else blocks
     count = index.shape[-2]

@@ -11,7 +11,7 @@ from mkdocs.structure.files import File
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this checkout's studies, not installed ones
 
-from studies import pages
+from studies.handbook import pages
 
 FOLDER = "pictures"
 

@@ -7,10 +7,10 @@
 was allocated before. Scratch is freed when the call returns. Nothing depends on the strides of q, k, v and
 out, nor on D being a multiple of anything.
 
-Counted is what torch's CPU allocator gives the calling thread, as `planner.footprint` sees it, for sizes of
-at least 1 and as many heads for keys as for queries. Not counted: what MKL and oneDNN allocate for products
-of 16-bit matrices (in backward oneDNN takes some of it from torch, where it makes them), and each further
-thread's row sums in backward, `accumulated` x min(T, 256) bytes.
+Counted is what torch's CPU allocator gives the calling thread, as `planner.measuring.footprint` sees it, for
+sizes of at least 1 and as many heads for keys as for queries. Not counted: what MKL and oneDNN allocate for
+products of 16-bit matrices (in backward oneDNN takes some of it from torch, where it makes them), and each
+further thread's row sums in backward, `accumulated` x min(T, 256) bytes.
 
 Follows aten/src/ATen/native/cpu/FlashAttentionKernel.cpp of PyTorch, whose names and lines (at 27a4844d)
 stand beside the terms, and aten/src/ATen/native/transformers/attention.cpp, which allocates the results.
@@ -26,7 +26,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from attention.counts import Count, ceil_div, least
+from attention.sizes.arrays import Count, ceil_div, least
 
 KEY_BLOCK: Final = 512
 """Keys that are worked on together (kv_split_size in every case of lines 1168-1200 and 1225-1264)."""

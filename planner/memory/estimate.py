@@ -13,12 +13,12 @@ from attention.config import AttentionConfig, Value, as_tuple
 from attention.errors import ConfigError
 from planner import gpus
 from planner.calibration import Bound, Calibration, bound_of, shipped
-from planner.memory import device as device_share
+from planner.memory import cuda_process as device_share
 from planner.memory.allocator import replay, smallest_cap
 from planner.memory.allocator_settings import AllocatorSettings
-from planner.memory.configured import plan_of
-from planner.memory.kernels import Cpu, Cuda, Machine, this_cpu, units_of
-from planner.memory.plan import COMPONENTS, Plan
+from planner.memory.machines import Cpu, Cuda, Machine, this_cpu, units_of
+from planner.memory.plan import plan_of
+from planner.memory.table import COMPONENTS, Plan
 from planner.workload import Dtype, Workload
 
 SCHEMA_VERSION: Final = 1

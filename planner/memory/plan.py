@@ -1,125 +1,138 @@
-"""A memory plan is a table: what is allocated, how many bytes, and during which phases. Imports no torch.
-
-Bytes are ints, or NumPy arrays for many candidates at once. The peak is the largest phase.
-"""
+"""From a config and a workload to its memory plan. Imports no torch, and no NumPy but for the weights."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from attention.config import AttentionConfig, Backend
+from attention.sizes.adaptive import active_of_choice
+from attention.sizes.arrays import Count
+from attention.sizes.flex import flex_is_lean
+from attention.sizes.row_bounds import Rows, rows_of
+from attention.sizes.shape import Shape, chunk_tokens
+from planner.memory.machines import Cpu, Cuda, Machine
+from planner.memory.plans import adaptive as plans_adaptive
+from planner.memory.plans import multihead as plans_multihead
+from planner.memory.plans import tiles as plans
+from planner.memory.plans import weights as plans_weights
+from planner.memory.table import Plan, Table
+from planner.workload import Workload
 
-from attention.counts import Count
-
-if TYPE_CHECKING:
-    import numpy as np
-
-COMPONENTS: Final = (
-    "qkv", "output", "gradients", "parameters", "saved_for_backward", "weights", "sparse_indices", "masks",
-    "pattern_cache", "memory_pool", "workspace", "temp_buffers", "comm_buffers", "ring", "context",
-)  # fmt: skip
-"""The families of the breakdown, as docs/design.md words them, in the order in which they are shown."""
-
-START: Final = "inputs"
-"""The phase in which only inputs and parameters are there."""
-
-
-class Buffer(NamedTuple):
-    """One line of a plan."""
-
-    name: str
-    component: str
-    bytes: Count
-    phases: tuple[str, ...]
-    """While it is alive, in the plan's order; consecutive."""
-    formula: str
-    """How the bytes come about, in words."""
+UNBOUNDED = 1 << 62
 
 
-class Plan(NamedTuple):
-    """Phases in the order in which they come, and what is alive in them."""
+def plan_of(config: AttentionConfig, workload: Workload, machine: Machine, *, warm: bool = False) -> Plan:
+    """The plan of one call, and in training of its backward. `warm`: of a second equal call, with what the
+    first left in pool and caches."""
+    case = case_of(config, workload, machine)._replace(warm=warm)
+    table = Table()
 
-    phases: tuple[str, ...]
-    buffers: tuple[Buffer, ...]
+    def attend(table: Table, case: plans.Case) -> None:
+        def alone(table: Table, case: plans.Case) -> None:
+            _attention(table, case, config, workload)
 
-    def totals(self) -> dict[str, Count]:
-        """Bytes alive in each phase."""
-        totals: dict[str, Count] = dict.fromkeys(self.phases, 0)
-        for buffer in self.buffers:
-            for phase in buffer.phases:
-                totals[phase] = totals[phase] + buffer.bytes
-        return totals
+        if workload.weights:
+            plans_weights.weighted(table, case, alone, asked_of(config, workload))
+        else:
+            alone(table, case)
 
-    def peak(self) -> tuple[str, int]:
-        """The largest phase, the first of several, and its bytes; for ints."""
-        totals = self.totals()
-        phase = max(totals, key=lambda name: totals[name])
-        return phase, int(totals[phase])
-
-    def peaks(self) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """Bytes of the largest phase of each candidate; for arrays."""
-        import numpy as np
-
-        totals = iter(self.totals().values())
-        found = np.asarray(next(totals), np.int64)
-        for total in totals:
-            found = np.maximum(found, total)
-        return found
-
-    def components(self, phase: str) -> dict[str, int]:
-        """Bytes of each component alive in a phase, those that have any, in the order of COMPONENTS."""
-        found = dict.fromkeys(COMPONENTS, 0)
-        for buffer in self.buffers:
-            if phase in buffer.phases:
-                found[buffer.component] += int(buffer.bytes)
-        return {name: nbytes for name, nbytes in found.items() if nbytes}
-
-    def events(self) -> Iterator[tuple[str, int | None]]:
-        """(name, bytes) as a buffer is allocated and (name, None) as it is freed, in order."""
-        alive: list[Buffer] = []
-        for phase in self.phases:
-            for buffer in [b for b in alive if phase not in b.phases]:
-                alive.remove(buffer)
-                yield buffer.name, None
-            for buffer in self.buffers:
-                if phase in buffer.phases and buffer not in alive and buffer.bytes:
-                    alive.append(buffer)
-                    yield buffer.name, int(buffer.bytes)
+    if config.multihead:
+        checkpoint = config.multihead.checkpoint and not workload.weights
+        plans_multihead.multihead(table, case, attend, bias=config.multihead.bias, checkpoint=checkpoint)
+    else:
+        plans.inputs(table, case)
+        attend(table, case)
+    return table.done()
 
 
-class Table:
-    """A plan in the making."""
+def _attention(table: Table, case: plans.Case, config: AttentionConfig, workload: Workload) -> None:
+    """The attention alone, over q, k and v."""
+    shape, machine = case.shape, case.machine
+    branches = shape.within(config.branches)
+    if config.variant == "dense":
+        branches = ((shape.seq, 1),)
+    everything = len(branches) == 1 and branches[0][0] >= shape.seq and branches[0][1] == 1
+    if config.adaptive:
+        rows = rows_of(config, workload.seq, workload.causal)
+        scorer = plans_adaptive.scorer_of(case, rows.size, rows.lists, config.adaptive.score_dim)
+        plans_adaptive.adaptive(table, case, scorer)
+    elif config.variant == "block_sparse":
+        rows = rows_of(config, workload.seq, workload.causal)
+        if has_flex(workload, machine) and goes_flex(config.backend, rows, workload.seq, workload):
+            plans.flex(table, case, rows)
+        else:
+            plans.block_sparse(table, case, rows)
+    elif everything and shape.heads == shape.kv_heads:
+        plans.whole(table, case)
+    else:
+        plans.dilated(table, case, sorted(branches, key=lambda branch: branch[1]))
 
-    def __init__(self) -> None:
-        self._phases: list[str] = [START]
-        self._lines: list[tuple[str, str, Count, str, int, int | None]] = []
-        self._open: dict[str, int] = {}
 
-    def phase(self, name: str) -> None:
-        """What is added from now on is alive from this phase on."""
-        self._phases.append(name)
+def asked_of(config: AttentionConfig, workload: Workload) -> plans_weights.Asked:
+    """The weights that a call returns; see `attention.ops.weights.weights_block`."""
+    if config.adaptive:
+        rows = rows_of(config, workload.seq, workload.causal)
+        active = active_of_choice(-(-workload.seq // rows.size), rows.lists, workload.causal)
+        return plans_weights.Asked(rows.size, active, branches=0, own=True)
+    from attention.layout import DEFAULT_BLOCK_SIZE, count_active  # NumPy, which nothing else here needs
 
-    def add(self, name: str, component: str, count: Count, formula: str) -> None:
-        """A buffer that is alive from the present phase until it is freed, or to the end."""
-        self._open[name] = len(self._lines)
-        self._lines.append((name, component, count, formula, len(self._phases) - 1, None))
+    size = config.pattern.block_size if config.pattern else DEFAULT_BLOCK_SIZE
+    active = count_active(config, workload.seq, workload.causal)
+    branches = len(config.branches) if config.variant == "dilated" else 0
+    return plans_weights.Asked(size, active, branches, own=False)
 
-    def kept(self, name: str, component: str, count: Count, formula: str) -> None:
-        """A buffer that an earlier call left, alive from the start to the end."""
-        self._lines.append((name, component, count, formula, 0, None))
 
-    def free(self, *names: str) -> None:
-        """The present phase is the last in which these are alive."""
-        for name in names:
-            place = self._open.pop(name)
-            *line, _ = self._lines[place]
-            self._lines[place] = (*line, len(self._phases))  # type: ignore[assignment]
+def has_flex(workload: Workload, machine: Machine) -> bool:
+    """Whether compiled FlexAttention runs such workloads there; see `attention.ops.flex.unfit`."""
+    return (
+        isinstance(machine, Cuda)
+        and machine.capability >= (8, 0)
+        and workload.dtype != "float64"
+        and not workload.weights
+    )
 
-    def done(self) -> Plan:
-        """The plan, without the lines that are zero whatever the candidate."""
-        phases = tuple(self._phases)
-        buffers = (
-            Buffer(name, component, count, phases[first:stop], formula)
-            for name, component, count, formula, first, stop in self._lines
-            if not (type(count) is int and count == 0)
-        )
-        return Plan(phases, tuple(buffers))
+
+def goes_flex(backend: Backend, rows: Rows, seq: Count, workload: Workload) -> Count:
+    """1 if compiled FlexAttention runs a block_sparse pattern where `has_flex`, else 0; `workload.seq` is not
+    read. See `attention.ops.flex.resolve`."""
+    block, floor = rows.size, workload.floor // workload.seq * seq
+    runs = (backend != "sdpa") * (block >= 16) * (block & (block - 1) == 0)
+    return runs * flex_is_lean(rows, seq, floor) if backend == "auto" else runs
+
+
+def case_of(config: AttentionConfig, workload: Workload, machine: Machine) -> plans.Case:
+    """Sizes of the call; see `attention.inputs.shape_of`."""
+    pool_bytes = UNBOUNDED if config.pool_bytes is None else config.pool_bytes
+    pool = plans.pooled(config.pool, config.pool_bytes, workload.seq)
+    case = sized(workload, machine, workload.seq, config.workspace_bytes, pool, pool_bytes)
+    return case._replace(cache_entries=config.cache_entries, cache_bytes=config.cache_bytes)
+
+
+def sized(
+    workload: Workload, machine: Machine, seq: Count, workspace: Count, pool: Count, pool_bytes: Count
+) -> plans.Case:
+    """The same for any lengths, workspaces and pools; `workload.seq` is not read."""
+    cpu = isinstance(machine, Cpu)
+    sixteen = cpu and workload.itemsize == 2
+    sizes = {
+        "seq": seq,
+        "heads": workload.heads,
+        "kv_heads": workload.groups,
+        "head_dim": workload.head_dim,
+        "itemsize": workload.itemsize,
+        "workspace": workspace,
+    }
+    shape = Shape(
+        **sizes,
+        causal=workload.causal,
+        chunk=chunk_tokens(cpu=cpu, **sizes),
+        packs=sixteen and isinstance(machine, Cpu) and workload.dtype in machine.units,
+        widens=sixteen,
+    )
+    return plans.Case(
+        batch=workload.batch,
+        shape=shape,
+        trains=workload.mode == "training",
+        machine=machine,
+        keeps_lse=workload.weights,
+        pool=pool,
+        pool_bytes=pool_bytes,
+    )

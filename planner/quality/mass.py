@@ -17,11 +17,11 @@ from typing import TypeAlias
 import numpy as np
 
 from attention.config import AttentionConfig
-from planner.columns import Column, Columns, columns_of
-from planner.quality import rows as quality_rows
-from planner.quality.points import points
+from planner.configs import Column, Columns, columns_of
+from planner.quality import sampled_blocks as quality_rows
 from planner.quality.profiles import Profile
-from planner.quality.rows import common, subsets
+from planner.quality.sampled_blocks import common, subsets
+from planner.quality.sampled_queries import points
 from planner.quality.sums import Floats, Ints, cells, permitted, segments, windows
 from planner.workload import Workload
 

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attention.errors import ConfigError
-from planner.quality.profiles import Profile
+from planner.quality.profiles import PRESETS, Profile
 
 Floats = NDArray[np.float64]
 
@@ -251,3 +251,17 @@ def _nonnegative(a: Floats, b: Floats) -> Floats:
             free &= x > 1e-12
             x[~free] = 0
     return x
+
+
+def profile_from(path: str | Path, causal: bool) -> Profile:
+    """The profile of the attention of the q and k in a file: `.npz` or `.safetensors`, tensors `q` and `k`
+    [seq, heads, head_dim] or [batch, seq, heads, head_dim], k perhaps of fewer heads, dividing q's.
+
+    A fixed sample of queries is measured. The profile is called as the file, with its ending where a preset
+    has the name. ConfigError for whatever cannot be read or used.
+    """
+
+    file = Path(path)
+    q, k = read_tensors(file)
+    name = file.name if file.stem in PRESETS else file.stem
+    return measured(q, k, causal, name=name or "measured", source=str(path))

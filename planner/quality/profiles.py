@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Final, Self
 
@@ -119,18 +118,3 @@ def preset(name: str) -> Profile:
     if name not in PRESETS:
         raise ConfigError(f"no profile is called {name!r}; choose one of {', '.join(PRESETS)}")
     return PRESETS[name]
-
-
-def profile_from(path: str | Path, causal: bool) -> Profile:
-    """The profile of the attention of the q and k in a file: `.npz` or `.safetensors`, tensors `q` and `k`
-    [seq, heads, head_dim] or [batch, seq, heads, head_dim], k perhaps of fewer heads, dividing q's.
-
-    A fixed sample of queries is measured. The profile is called as the file, with its ending where a preset
-    has the name. ConfigError for whatever cannot be read or used.
-    """
-    from planner.quality.profile_file import measured, read_tensors
-
-    file = Path(path)
-    q, k = read_tensors(file)
-    name = file.name if file.stem in PRESETS else file.stem
-    return measured(q, k, causal, name=name or "measured", source=str(path))

@@ -18,10 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attention.config import AttentionConfig
-from attention.rows import row_blocks
-from planner.columns import Columns, columns_of
+from attention.sizes.arrays import row_blocks
+from planner.configs import Columns, columns_of
 from planner.quality.mass import KEPT, distinct, shape_of
-from planner.quality.rows import Patterns
+from planner.quality.sampled_blocks import Patterns
 from planner.workload import Workload
 
 Bools: TypeAlias = NDArray[np.bool_]

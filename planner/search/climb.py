@@ -10,8 +10,10 @@ from typing import Any, Final
 
 from attention.config import MIB, AttentionConfig
 from attention.errors import ConfigError
-from planner.search.scenario import Point, Scenario, failed, gain, point, seconds_of
-from planner.search.space import Space, parameters
+from planner.question.space import Space
+from planner.search.evaluate import Point, failed, gain, point, seconds_of
+from planner.search.scenario import Scenario
+from planner.search.suggest import parameters
 
 MOVES: Final = 24
 """At most."""

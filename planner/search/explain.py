@@ -5,59 +5,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Annotated, Final
+from typing import Final
 
 import numpy as np
-from pydantic import BeforeValidator
 
-from attention.config import Value, as_tuple
 from attention.errors import ConfigError
-from planner.search import scenario as asked
+from planner.answers.recommendation import Step, Why, Without
+from planner.search import evaluate
 from planner.search.climb import neighbours
-from planner.search.grid import Found, first, order, passing
-from planner.search.picks import Pick, pick
-from planner.search.scenario import Point, Scenario, gain, gains
+from planner.search.evaluate import Point, gain, gains
+from planner.search.picks import pick
+from planner.search.scenario import Scenario
+from planner.search.solve import Found, first, order, passing
 
 GAIN: Final = 0.005
 """A constraint binds if without it the answer would be better by more than this."""
 LOOKED_AT: Final = 64
 """Candidates behind the best among which the runner-up is looked for."""
-
-
-class Without(Value):
-    """What the answer would be without one constraint."""
-
-    constraint: str
-    gain: float
-    """By how much better: 0.25 is 25% of the objective."""
-    pick: Pick
-
-
-class Step(Value):
-    """The answer with one dimension changed by a step."""
-
-    dimension: str
-    before: str
-    after: str
-    seconds: float
-    upper: int
-    mass: float
-    layers: int | None
-    failed: Annotated[tuple[str, ...], BeforeValidator(as_tuple)]
-    """Constraints that it would not meet."""
-
-
-class Why(Value):
-    """The reasons."""
-
-    binding: str | None
-    """The constraint without which the answer would be better by most; None if none keeps it back."""
-    without: Annotated[tuple[Without, ...], BeforeValidator(as_tuple)]
-    runner_up: Pick | None
-    """The best of another shape: not the same attention with another workspace or backend."""
-    behind: float | None
-    """By how much of the objective it is behind."""
-    steps: Annotated[tuple[Step, ...], BeforeValidator(as_tuple)]
 
 
 def explain(scenario: Scenario, found: Found, best: Point) -> Why:
@@ -109,10 +73,10 @@ def _steps(scenario: Scenario, best: Point) -> Iterator[Step]:
     """One step down and one up in each dimension that there is."""
     for dimension, before, after, config in neighbours(best.config):
         try:
-            found = asked.point(scenario, config, best.seq)
+            found = evaluate.point(scenario, config, best.seq)
         except ConfigError:
             continue
         yield Step(
             dimension=dimension, before=before, after=after, seconds=found.seconds, upper=found.memory.upper,
-            mass=found.mass, layers=found.layers, failed=asked.failed(scenario, found),
+            mass=found.mass, layers=found.layers, failed=evaluate.failed(scenario, found),
         )  # fmt: skip

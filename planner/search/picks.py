@@ -4,39 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from operator import le
-from typing import Literal
 
 import numpy as np
 
-from attention.config import AttentionConfig, Value
-from planner.columns import Ints
-from planner.search.scenario import Floats, Point
-
-Role = Literal["fastest", "balanced", "widest", ""]
-
-
-class Quality(Value):
-    """What a config still attends to."""
-
-    profile: str
-    """Name of the attention profile."""
-    mass: float
-    """Share of dense attention's mass under it."""
-    layers: int | None
-    """Until the last token can hear of all that causality permits; None: never."""
-
-
-class Pick(Value):
-    """One config with its figures."""
-
-    role: Role = ""
-    config: AttentionConfig
-    seq: int
-    upper: int
-    """Bytes that are not exceeded."""
-    seconds: float
-    mass: float
-    layers: int | None
+from planner.answers.recommendation import Pick, Role
+from planner.configs import Ints
+from planner.search.evaluate import Floats, Point
 
 
 def unsurpassed(points: Sequence[Pick]) -> list[Pick]:

@@ -6,38 +6,31 @@ Each trial is one config by the analytic models. What it exceeds is told to the 
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
-from pathlib import Path
-from typing import Any, Final, Literal, get_args
+from typing import Any, Final
 
 import numpy as np
 import optuna
 
 from attention.config import AttentionConfig
-from attention.errors import AttentionPlannerError, ConfigError
-from planner.columns import Columns, columns_of
-from planner.search import scenario as asked
-from planner.search.grid import first, order, tabled, tabulate
-from planner.search.scenario import Figures, Point, Scenario
-from planner.search.space import Space, chosen, parameters
-from planner.search.turns import Rank, Turns
+from attention.errors import ConfigError
+from planner.configs import Columns, columns_of
+from planner.question.asked import Progress, Sampler
+from planner.question.space import Space
+from planner.search import evaluate
+from planner.search.evaluate import Figures, Point
+from planner.search.proposals import Rank, Turns
+from planner.search.samplers import COLD_STARTUP, STARTUP, sampler_of
+from planner.search.scenario import Scenario
+from planner.search.solve import first, order, tabled, tabulate
+from planner.search.suggest import chosen, parameters
+from planner.storage.study import Storage, open_study
 
-Sampler = Literal["tpe", "random", "nsga2", "nsga3", "cmaes", "qmc", "gp", "brute"]
-NEEDED: Final[dict[str, tuple[str, ...]]] = {
-    "cmaes": ("cmaes",), "qmc": ("scipy",), "gp": ("scipy", "torch")
-}  # fmt: skip
-"""Packages of samplers that Optuna does not bring."""
 STARTS: Final = 8
 """Grid candidates that the search begins with."""
-STARTUP, COLD_STARTUP = 10, 40
-"""Trials that TPE wants before it models what is good, and from a cold start."""
 IMPOSSIBLE: Final = 1e9
 """Value of a config that fits at no length."""
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -48,18 +41,6 @@ class Refined:
     """The best that passes everything; None if none does."""
     trials: int
     """Finished, those of an earlier run included."""
-
-
-@dataclass(frozen=True)
-class Storage:
-    """Where trials are kept."""
-
-    url: str
-    """A URL as Optuna takes it, or a journal file."""
-    study: str
-    """Name in it."""
-    question: str
-    """What the study is about; one of another question is refused."""
 
 
 def refine(
@@ -79,11 +60,11 @@ def refine(
     """
     if trials < 0:
         raise ConfigError(f"trials must be at least 0, got {trials}")
-    study = open_study(storage, sampler, seed)
+    study = open_study(storage, sampler_of(sampler, seed))
     old = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
     done = len(old)
     # With trials of an earlier run, not the same suggestions again.
-    study.sampler = _sampler(sampler, seed + done, STARTUP if starts else COLD_STARTUP)
+    study.sampler = sampler_of(sampler, seed + done, STARTUP if starts else COLD_STARTUP)
     if not done:
         for config in starts:
             known = parameters(config, space, scenario.workload)
@@ -151,12 +132,12 @@ def answer(scenario: Scenario, columns: Columns) -> Answer:
         columns = replace(columns, seq=int(table.seq[0]))
         found = table.figures
     else:
-        found = asked.figures(scenario, columns)
+        found = evaluate.figures(scenario, columns)
     memory, seconds, mass = (float(column[0]) for column in found)
-    excess = asked.excess(scenario, memory, seconds, mass)
+    excess = evaluate.excess(scenario, memory, seconds, mass)
     if scenario.gates.layers is not None:
         # Asked only of those that pass the rest: it takes longest.
-        met = max(excess.values()) <= 0 and bool(asked.reaching(scenario, columns)[0])
+        met = max(excess.values()) <= 0 and bool(evaluate.reaching(scenario, columns)[0])
         excess["reach"] = 0.0 if met else 1.0
     value = {
         "speed": math.log(max(seconds, 1e-12)),
@@ -167,105 +148,6 @@ def answer(scenario: Scenario, columns: Columns) -> Answer:
 
 
 # Studies.
-
-
-def open_study(storage: Storage | None, sampler: Sampler, seed: int) -> optuna.Study:
-    """A new study, or the one that the storage has under this name; ConfigError where it cannot be had."""
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    chosen_sampler = _sampler(sampler, seed)
-    if storage is None:
-        return optuna.create_study(sampler=chosen_sampler)
-    try:
-        study = optuna.create_study(
-            storage=_open(storage.url), study_name=storage.study, sampler=chosen_sampler,
-            load_if_exists=True,
-        )  # fmt: skip
-        known = study.user_attrs.get("question")
-        if known is None:
-            study.set_user_attr("question", storage.question)
-    except AttentionPlannerError:
-        raise
-    except Exception as error:  # noqa: BLE001 -- whatever a database driver raises
-        raise _unusable(storage.url, error) from None
-    if known not in (None, storage.question):
-        raise ConfigError(
-            f"study {storage.study!r} in {storage.url} answers another question; choose another --study"
-        )
-    return study
-
-
-def stored_study(url: str, name: str) -> optuna.Study:
-    """A study that is there already; ConfigError where it is not. Makes no file."""
-    path = url.partition("sqlite:///")[2] if url.startswith("sqlite:///") else url
-    if "://" not in path and not Path(path).is_file():
-        raise ConfigError(f"storage {url!r} cannot be used: there is no such file")
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            storage = _open(url, reads=True)
-            known = optuna.get_all_study_names(storage)
-            study = optuna.load_study(study_name=name, storage=storage) if name in known else None
-    except AttentionPlannerError:
-        raise
-    except Exception as error:  # noqa: BLE001 -- whatever a database driver raises
-        raise _unusable(url, error) from None
-    if study is None:
-        there = f"it has {', '.join(map(repr, known[:5]))}" if known else "it has none"
-        raise ConfigError(f"no study is called {name!r} in {url}; {there}")
-    return study
-
-
-def _unusable(url: str, error: Exception) -> ConfigError:
-    said = " ".join(str(error).split()) or type(error).__name__
-    return ConfigError(
-        f"storage {url!r} cannot be used: {said[:200]}; write e.g. studies.journal or sqlite:///studies.db"
-    )
-
-
-def _open(url: str, *, reads: bool = False) -> Any:
-    """A URL is a database's; anything else is a journal file. `reads`: nothing will be written to it."""
-    if "://" in url:
-        from planner.search.database import open_database
-
-        return open_database(url)
-    from optuna.storages import JournalStorage
-
-    from planner.search.journal import Journal
-
-    return JournalStorage(Journal(url, reads=reads))
-
-
-def check_sampler(name: str) -> None:
-    """ConfigError where there is no such sampler, or a package that it needs is missing: Optuna imports those
-    when the first value is suggested, after all other work."""
-    if name not in get_args(Sampler):
-        raise ConfigError(f"sampler must be one of {', '.join(get_args(Sampler))}, got {name!r}")
-    missing = [package for package in NEEDED.get(name, ()) if find_spec(package) is None]
-    if missing:
-        needed = " ".join(missing)
-        raise ConfigError(
-            f"sampler {name!r} needs {needed}, which is not installed: pip install {needed}, or choose tpe"
-        )
-
-
-def _sampler(name: Sampler, seed: int, startup: int = STARTUP) -> optuna.samplers.BaseSampler:
-    samplers = optuna.samplers
-    makers: dict[str, Callable[[], optuna.samplers.BaseSampler]] = {
-        # Dimension by dimension: kinds have dimensions of their own, and Optuna's joint model takes longer.
-        "tpe": lambda: samplers.TPESampler(seed=seed, multivariate=False, n_startup_trials=startup),
-        "random": lambda: samplers.RandomSampler(seed=seed),
-        "nsga2": lambda: samplers.NSGAIISampler(seed=seed),
-        "nsga3": lambda: samplers.NSGAIIISampler(seed=seed),
-        "cmaes": lambda: samplers.CmaEsSampler(seed=seed),
-        "qmc": lambda: samplers.QMCSampler(seed=seed),
-        "gp": lambda: samplers.GPSampler(seed=seed),
-        "brute": lambda: samplers.BruteForceSampler(seed=seed),
-    }
-    check_sampler(name)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        return makers[name]()
 
 
 __all__ = ["Refined", "Sampler", "Storage", "answer", "open_study", "refine"]

@@ -10,10 +10,12 @@ from typing import Final
 import numpy as np
 
 from attention.errors import AttentionPlannerError
-from planner.columns import Ints
-from planner.search.grid import Found, Table, enumerate_grid, first, order, passing, tabulate
-from planner.search.scenario import Scenario, memory_of
-from planner.search.space import Space, grid
+from planner.configs import Ints
+from planner.question.space import Space
+from planner.search.candidates import grid
+from planner.search.evaluate import memory_of
+from planner.search.scenario import Scenario
+from planner.search.solve import Found, Table, enumerate_grid, first, order, passing, tabulate
 from planner.units import bytes_option, format_bytes
 
 TRIED: Final = 32

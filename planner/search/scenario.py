@@ -1,64 +1,22 @@
-"""What is asked of a recommendation, and what one candidate answers: memory, seconds, quality. No torch.
-
-`figures` has many candidates at once, from the models over arrays. `point` has one config exactly: its
-memory estimate with the allocator replayed, its reach by search. What `figures` says of memory is never
-above what `point` does, so that candidates may be passed over by it.
-"""
+"""One question as the search has it: workload, card, budget, gates and rates. Imports no torch."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
-from attention.config import AttentionConfig
-from attention.errors import ConfigError
-from planner.calibration import Calibration, least_upper
-from planner.columns import Columns, Ints
+from planner.calibration import Calibration
 from planner.gpus import Gpu
-from planner.memory import device as device_share
-from planner.memory.configured import has_flex
-from planner.memory.estimate import MemoryEstimate, calibration_for, estimate, machine_of
-from planner.memory.kernels import Machine
-from planner.memory.many import peaks
-from planner.quality import mass as quality
-from planner.quality import reach
+from planner.memory import cuda_process as device_share
+from planner.memory.estimate import calibration_for, machine_of
+from planner.memory.machines import Machine
+from planner.memory.plan import has_flex
 from planner.quality.profiles import Profile
-from planner.recommend import LAYERS, MIN_MASS
+from planner.question.asked import Gates, Objective
 from planner.speed import seconds as speed
 from planner.workload import Workload
-
-Objective = Literal["speed", "seq", "quality"]
-Floats = NDArray[np.float64]
-MOST_LAYERS: Final = 1 << 20
-"""Of a model."""
-CLEARLY: Final = 1e-9
-"""By more than this a mass is below the gate, whatever was rounded on the way."""
-
-
-@dataclass(frozen=True)
-class Gates:
-    """What a config has to do besides fitting; None turns a gate off."""
-
-    layers: int | None = LAYERS
-    """Of the model: within so many the last token hears of all that causality permits."""
-    min_mass: float | None = MIN_MASS
-    """Least share of dense attention's mass, under the profile."""
-    max_seconds: float | None = None
-    """Of one call."""
-
-    def __post_init__(self) -> None:
-        if self.layers is not None and (type(self.layers) is not int or not 1 <= self.layers <= MOST_LAYERS):
-            raise ConfigError(f"layers must be a whole number from 1 to {MOST_LAYERS:,}, got {self.layers!r}")
-        if self.min_mass is not None and not 0 <= self.min_mass <= 1:
-            raise ConfigError(f"min_mass must be from 0 to 1, got {self.min_mass!r}")
-        if self.max_seconds is not None and not 0 < self.max_seconds < math.inf:
-            raise ConfigError(f"max_seconds must be a number above 0, got {self.max_seconds!r}")
 
 
 @dataclass(frozen=True)
@@ -78,24 +36,14 @@ class Scenario:
     """As `planner.estimate` takes them: calibration, allocator, display, ..."""
 
     @cached_property
-    def known_masses(self) -> dict[tuple[object, ...], dict[tuple[float, ...], float]]:
-        """Mass of what was asked for before, by kind and what it depends on."""
-        return {}
-
-    @cached_property
-    def known_memory(self) -> dict[tuple[AttentionConfig, int], MemoryEstimate]:
-        """Memory of what was asked for before."""
-        return {}
-
-    @cached_property
-    def known_points(self) -> dict[tuple[AttentionConfig, int], Point]:
-        """Figures of what was asked for before."""
+    def known(self) -> dict[str, dict[Any, Any]]:
+        """What was computed for it before, by what it is: `planner.search.evaluate` reads and writes it."""
         return {}
 
     def but(self, **changes: Any) -> Scenario:
         """The question with another budget, objective or gates; what is known of candidates holds for it."""
         other = replace(self, **changes)
-        shared = ("known_masses", "known_memory", "known_points", "machine", "calibration", "outside")
+        shared = ("known", "machine", "calibration", "outside")
         other.__dict__.update({name: getattr(self, name) for name in shared})
         return other
 
@@ -136,176 +84,3 @@ class Scenario:
     def at(self, seq: int) -> Workload:
         """The workload at another length."""
         return self.workload if seq == self.workload.seq else self.workload.model_copy(update={"seq": seq})
-
-
-class Figures(NamedTuple):
-    """Of many candidates, an entry each."""
-
-    memory: Floats
-    """Bytes: at most what the upper bound is."""
-    seconds: Floats
-    mass: Floats
-    """What is below the gate of mass may be too large, but is below it: see `masses`."""
-
-
-def figures(scenario: Scenario, columns: Columns) -> Figures:
-    """What the models have for candidates."""
-    return Figures(least_memory(scenario, columns), times(scenario, columns), masses(scenario, columns))
-
-
-def least_memory(scenario: Scenario, columns: Columns) -> Floats:
-    """Bytes of the upper bound, or fewer: what the caching allocator rounds up is not among it."""
-    found = peaks(columns, scenario.workload, scenario.machine) + scenario.outside
-    return np.asarray(least_upper(scenario.calibration, found), np.float64)
-
-
-def times(scenario: Scenario, columns: Columns) -> Floats:
-    return speed.seconds(columns, scenario.workload, scenario.machine, scenario.rates)
-
-
-def masses(scenario: Scenario, columns: Columns, *, exactly: bool = False) -> Floats:
-    """Of candidates that differ in backend or workspace alone it is the same, and computed once.
-
-    Unless it is asked for `exactly`, a dilated_sparse candidate that is below the gate may have the mass of
-    one that keeps more blocks in its place, if that is below the gate too: few pass, and each takes long.
-    """
-    table, back = quality.distinct(columns)
-    known = scenario.known_masses.setdefault((columns.variant, columns.pattern_type), {})
-    rows = [tuple(row) for row in table.tolist()]
-    first = np.zeros(len(table), np.int64)
-    first[back[::-1]] = np.arange(len(columns))[::-1]
-
-    def computed(which: Ints) -> Floats:
-        new = np.array([at for at in which if rows[at] not in known], np.int64)
-        if new.size:
-            found = quality.mass(columns.take(first[new]), scenario.workload, scenario.profile)
-            known.update(zip((rows[at] for at in new), found.tolist(), strict=True))
-        return np.array([known[rows[at]] for at in which])
-
-    gate = scenario.gates.min_mass
-    if exactly or gate is None or not bounds_mass(columns):
-        return computed(np.arange(len(table)))[back]
-    # Alike but for the fraction kept, the widest first: of which no mass is above the one before it.
-    _, family = np.unique(np.delete(table, quality.KEPT, axis=1), axis=0, return_inverse=True)
-    ordered = np.lexsort((-table[:, quality.KEPT], family.ravel()))
-    begins = np.flatnonzero(np.diff(family.ravel()[ordered], prepend=-1))
-    found = np.empty(len(table))
-    ends, at = np.append(begins[1:], len(table)), begins
-    while at.size:
-        found[ordered[at]] = computed(ordered[at])
-        below = found[ordered[at]] < gate - CLEARLY
-        for start, end in zip(at[below], ends[below], strict=True):
-            found[ordered[start:end]] = found[ordered[start]]
-        at, ends = at[~below] + 1, ends[~below]
-        at, ends = at[at < ends], ends[at < ends]
-    return found[back]
-
-
-def bounds_mass(columns: Columns) -> bool:
-    """Whether `masses` may have bounds in place of masses."""
-    return columns.pattern_type == "dilated_sparse" and not np.ptp(columns.seq)
-
-
-def reaching(scenario: Scenario, columns: Columns) -> NDArray[np.bool_]:
-    """Which candidates pass the gate of reach."""
-    if scenario.gates.layers is None:
-        return np.ones(len(columns), bool)
-    return reach.reaches(columns, scenario.workload, scenario.gates.layers)
-
-
-def may_reach(scenario: Scenario, columns: Columns) -> NDArray[np.bool_]:
-    """Which candidates may pass the gate of reach, as far as is told without a search."""
-    if scenario.gates.layers is None:
-        return np.ones(len(columns), bool)
-    return reach.may_reach(columns, scenario.workload, scenario.gates.layers)
-
-
-def searches_reach(columns: Columns) -> bool:
-    """Whether reach of these candidates is found by a search over their blocks or tokens."""
-    return columns.variant == "dilated" or columns.pattern_type == "dilated_sparse"
-
-
-class Point(NamedTuple):
-    """One config on one length, exactly."""
-
-    config: AttentionConfig
-    memory: MemoryEstimate
-    seconds: float
-    mass: float
-    layers: int | None
-    """Until the last token hears of all; None for never."""
-
-    @property
-    def seq(self) -> int:
-        return self.memory.workload.seq
-
-
-def memory_of(scenario: Scenario, config: AttentionConfig, seq: int) -> MemoryEstimate:
-    """A config's memory, computed once for a scenario."""
-    known = scenario.known_memory
-    if (config, seq) not in known:
-        known[config, seq] = estimate(config, scenario.at(seq), scenario.card, **scenario.options)
-    return known[config, seq]
-
-
-def seconds_of(scenario: Scenario, config: AttentionConfig, seq: int) -> float:
-    """A config's seconds."""
-    return speed.seconds_of(config, scenario.at(seq), scenario.machine, scenario.rates)
-
-
-def point(scenario: Scenario, config: AttentionConfig, seq: int) -> Point:
-    """All figures of one config, computed once for a scenario."""
-    known = scenario.known_points
-    if (config, seq) not in known:
-        known[config, seq] = _point(scenario, config, seq)
-    return known[config, seq]
-
-
-def _point(scenario: Scenario, config: AttentionConfig, seq: int) -> Point:
-    workload = scenario.at(seq)
-    return Point(
-        config,
-        memory_of(scenario, config, seq),
-        seconds_of(scenario, config, seq),
-        quality.mass_of(config, workload, scenario.profile),
-        reach.layers(config, workload),
-    )
-
-
-def excess(scenario: Scenario, memory: Any, seconds: Any, mass: Any) -> dict[str, Any]:
-    """By how much each constraint but reach is exceeded, 0 or less where it is met; floats, or arrays."""
-    gates = scenario.gates
-    found = {"memory": (memory - scenario.budget) / scenario.budget}
-    if gates.min_mass is not None:
-        found["mass"] = gates.min_mass - mass
-    if gates.max_seconds is not None:
-        found["seconds"] = (seconds - gates.max_seconds) / gates.max_seconds
-    return found
-
-
-def failed(scenario: Scenario, found: Point) -> tuple[str, ...]:
-    """The constraints that a config does not meet: `memory`, `mass`, `seconds`, `reach`."""
-    beyond = excess(scenario, found.memory.upper, found.seconds, found.mass)
-    wrong = [name for name, share in beyond.items() if share > 0]
-    most = scenario.gates.layers
-    if most is not None and (found.layers is None or found.layers > most):
-        wrong.append("reach")
-    return tuple(wrong)
-
-
-def gain(scenario: Scenario, old: Point, new: Point) -> float:
-    """By how much of the objective `new` is better than `old`; below 0 if it is worse."""
-    if scenario.objective == "speed":
-        return old.seconds / max(new.seconds, 1e-12) - 1
-    if scenario.objective == "quality":
-        return new.mass - old.mass
-    return new.seq / old.seq - 1
-
-
-def gains(scenario: Scenario, old: Point, seq: NDArray[np.int64], new: Figures) -> Floats:
-    """`gain` of many candidates, as arrays tell."""
-    if scenario.objective == "speed":
-        return old.seconds / np.maximum(new.seconds, 1e-12) - 1
-    if scenario.objective == "quality":
-        return new.mass - old.mass
-    return np.asarray(seq / old.seq - 1, np.float64)

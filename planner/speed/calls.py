@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from attention.counts import choose, lcm, least, most, somewhere
-from attention.ops.program import WIDE, Shape
-from attention.rows import Rows
-from planner.speed.rows import Amount, Run, rounded_up
+from attention.sizes.arrays import choose, lcm, least, most, somewhere
+from attention.sizes.row_bounds import Rows
+from attention.sizes.shape import WIDE, Shape
+from planner.speed.row_runs import Amount, Run, rounded_up
 
 
 class Calls(NamedTuple):

@@ -3,7 +3,7 @@
 
 Totals are of one pass (forward or backward); numbers for one candidate, arrays for many. A program of
 thousands of calls is a few kinds of call here, each with how often it occurs and its mean sizes, so totals
-agree with the real program's to within a few percent (`tests/planner/test_work.py`).
+agree with the real program's to within a few percent (`tests/planner/speed/test_work.py`).
 
 Letters: N views, H heads, T queries and K keys of a call, D channels.
 """
@@ -13,16 +13,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any, Final, NamedTuple
 
-from attention.counts import ceil_div, choose, least, most, somewhere
-from attention.ops.adaptive_sizes import gate_rows
-from attention.ops.program import Shape
-from attention.rows import chosen_rows, row_blocks
-from planner.columns import Columns
-from planner.memory.configured import UNBOUNDED, goes_flex, has_flex, sized
-from planner.memory.kernels import Machine
+from attention.sizes.adaptive import gate_rows
+from attention.sizes.arrays import ceil_div, choose, least, most, row_blocks, somewhere
+from attention.sizes.row_bounds import chosen_rows
+from attention.sizes.shape import Shape
+from planner.configs import Columns
+from planner.memory.machines import Machine
+from planner.memory.plan import UNBOUNDED, goes_flex, has_flex, sized
 from planner.speed import calls as work_calls
 from planner.speed.calls import Calls, Program
-from planner.speed.rows import Amount, Run, rounded_down, rounded_up, runs_of
+from planner.speed.row_runs import Amount, Run, rounded_down, rounded_up, runs_of
 from planner.workload import Workload
 
 FLEX_TILE: Final = 64

@@ -1,14 +1,15 @@
 """What the executor asks of its scratch for the calls of a program, by name and in bytes, beside what is
 reserved: `attention/ops/execute.py`, `views.py` and `sinks.py` told once more without tensors, so that it can
-be asked of programs that no machine here could run. `test_reserve.py` holds it against the executor itself.
-Imports no torch."""
+be asked of programs that no machine here could run. `sizes/test_tiles.py` holds it against the executor
+itself. Imports no torch."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from attention.ops.program import Gather
-from attention.ops.reserve import (
+from attention.sizes.row_bounds import rows_of
+from attention.sizes.tiles import (
     backward_sizes,
     cut,
     dilated_extent,
@@ -17,7 +18,6 @@ from attention.ops.reserve import (
     sparse_extent,
     sums_in_full,
 )
-from attention.rows import rows_of
 
 
 def extent_of(config, shape):

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from attention import AttentionConfig, SparsePatternConfig, UnavailableError, build
 from attention.layout import build_layout
 from attention.ops import flex
-from attention.ops.reserve import FLEX_SHARE, flex_list_bytes
-from attention.rows import rows_of
+from attention.sizes.flex import FLEX_SHARE, flex_list_bytes
+from attention.sizes.row_bounds import rows_of
 
 CPU = torch.device("cpu")
 

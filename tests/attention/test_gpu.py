@@ -23,11 +23,13 @@ from tolerance import assert_as_exact_as_naive, forward_and_gradients, largest_s
 
 from attention import AttentionConfig, OutOfMemoryError, SparsePatternConfig, UnavailableError, build
 from attention.ops import flex, kernels
-from attention.ops.program import Gather, Shape
+from attention.ops.program import Gather
 from attention.ops.scratch import Scratch
 from attention.ops.sinks import GatherSink, Part
-from attention.pool import BufferPool, Buffers, with_emergency_release
+from attention.out_of_memory import with_emergency_release
+from attention.pool import BufferPool, Buffers
 from attention.reference import reference_attention
+from attention.sizes.shape import Shape
 
 if not torch.cuda.is_available():  # said once, and not of each of a thousand tests
     pytest.skip("needs an NVIDIA GPU", allow_module_level=True)

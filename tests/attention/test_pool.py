@@ -16,15 +16,10 @@ from hypothesis import strategies as st
 from attention import pool as pool_module
 from attention.config import AttentionConfig
 from attention.errors import AttentionPlannerError, InputError, OutOfMemoryError
-from attention.ops.reserve import POOL_FROM_TOKENS, bucket_bytes
 from attention.ops.scratch import Scratch
-from attention.pool import (
-    BufferPool,
-    Buffers,
-    buffers_for,
-    free_bytes,
-    with_emergency_release,
-)
+from attention.out_of_memory import with_emergency_release
+from attention.pool import BufferPool, Buffers, buffers_for, free_bytes
+from attention.sizes.arena import POOL_FROM_TOKENS, bucket_bytes
 
 CPU = torch.device("cpu")
 KIB = 1024

@@ -17,10 +17,11 @@ from attention import dilated as dilated_module
 from attention.layout import build_layout
 from attention.ops import program as programs_module
 from attention.ops.maskless import maskless
-from attention.ops.program import Call, Gather, Shape, Span, Tile, chunk_tokens
-from attention.ops.reserve import cut
+from attention.ops.program import Call, Gather, Tile
 from attention.reference import multiplicity
-from attention.rows import chosen_rows, rows_of
+from attention.sizes.row_bounds import chosen_rows, rows_of
+from attention.sizes.shape import Shape, Span, chunk_tokens
+from attention.sizes.tiles import cut
 
 FIXED = {name: config for name, config in IMPLEMENTATIONS.items() if config.variant != "adaptive"}
 

@@ -15,9 +15,10 @@ from needs import beyond, extent_of
 from attention import block_sparse, dilated
 from attention.config import AttentionConfig, SparsePatternConfig
 from attention.layout import build_layout
-from attention.ops.program import Shape, chunk_tokens
-from attention.ops.reserve import sparse_extent
-from attention.rows import chosen_rows, row_blocks, rows_of
+from attention.sizes.arrays import row_blocks
+from attention.sizes.row_bounds import chosen_rows, rows_of
+from attention.sizes.shape import Shape, chunk_tokens
+from attention.sizes.tiles import sparse_extent
 
 MOST_CALLS = 1500
 """Of a pass: longer programs repeat themselves, so their sequence is cut."""

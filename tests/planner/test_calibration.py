@@ -19,13 +19,14 @@ from planner.calibration import (
     UNMEASURED,
     Calibration,
     Domain,
+    SpeedFit,
     Terms,
     bound_of,
     conformal,
     load,
 )
-from planner.memory.kernels import Cpu
-from planner.speed.rates import SpeedFit, default_rates
+from planner.memory.machines import Cpu
+from planner.speed.rates import default_rates
 from planner.workload import Workload
 
 DENSE = AttentionConfig(variant="dense")

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from attention.config import AttentionConfig
-from planner.measure import Environment, Measurement
+from planner.measuring.measure import Environment, Measurement
 from planner.memory.estimate import estimate
 from planner.workload import Workload
-from studies.study import Scope
+from studies.bench.study import Scope
 
 HERE = Environment(python="3.11", system="Linux", settings={}, date="2026-01-01T00:00:00+00:00")
 

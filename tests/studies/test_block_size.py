@@ -6,7 +6,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from attention.layout import build_layout
-from attention.rows import row_blocks
+from attention.sizes.arrays import row_blocks
 from studies import block_size
 
 

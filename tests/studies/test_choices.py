@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from planner.measure import Environment, Measurement
+from planner.measuring.measure import Environment, Measurement
 from studies import fits, min_mass, search
 
 HERE = Environment(python="3.11", system="Linux", settings={}, date="2026-01-01T00:00:00+00:00")
@@ -71,7 +71,7 @@ def test_budgets_are_compared_with_what_was_taken():
 
 def fit(numbers):
     """How many of a sample of `planner study fits` have an answer; with small budgets."""
-    from planner.batch import Batch as Real
+    from planner.measuring.server import Batch as Real
 
     with Real("cpu", timeout=120) as batch:
         rows = [fits.budget_row(fits.question(number, 3e6, 8e6), batch) for number in numbers]

@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 
 from attention.config import AttentionConfig
-from planner.batch import Batch
-from planner.measure import Environment, Measurement
-from planner.report import figure
+from planner.measuring.measure import Environment, Measurement
+from planner.measuring.server import Batch
+from planner.report.plot import figure
 from planner.workload import Workload
-from studies import config_impact, memory_rows
-from studies.memory_rows import MIB
+from studies import config_impact
+from studies.bench import memory_rows
+from studies.bench.memory_rows import MIB
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ from planner import max_sequence as longest_of
 from planner.gpus import find
 from planner.workload import Workload
 from studies import max_sequence
-from studies.attentions import one_of_each
-from studies.study import Scope
+from studies.bench.attentions import one_of_each
+from studies.bench.study import Scope
 
 KINDS = one_of_each()
 
@@ -35,8 +35,8 @@ ROWS = [
 
 
 def test_there_is_one_attention_of_each_kind_that_pictures_have_colours_for():
-    from planner.report.figure import KINDS as colours
-    from planner.report.words import kind_of
+    from planner.report.plot.figure import KINDS as colours
+    from planner.report.text.words import kind_of
 
     assert list(KINDS) == list(colours)
     assert [kind_of(config) for kind, config in KINDS.items() if kind != "multihead"] == list(KINDS)[:-1]

@@ -7,11 +7,11 @@ import torch
 
 from attention.config import AttentionConfig
 from planner.memory.estimate import estimate
-from planner.report import figure
+from planner.report.plot import figure
 from planner.workload import Workload
 from studies import memory_breakdown as study
+from studies.bench.memory_rows import MIB
 from studies.config_impact import configs
-from studies.memory_rows import MIB
 
 TENSOR = 131_072 * 8 * 64 * 2
 """Bytes of q, of k, of v and of out."""

@@ -6,10 +6,10 @@ from itertools import pairwise
 
 import pytest
 
-from planner.batch import Batch
-from planner.report import figure
+from planner.measuring.server import Batch
+from planner.report.plot import figure
 from studies import memory_per_token as study
-from studies.memory_rows import MIB
+from studies.bench.memory_rows import MIB
 
 
 @pytest.fixture(scope="module")

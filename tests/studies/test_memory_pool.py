@@ -7,7 +7,7 @@ import torch
 
 from attention.config import AttentionConfig
 from planner.memory.estimate import estimate
-from planner.report import figure
+from planner.report.plot import figure
 from planner.workload import Workload
 from studies import memory_pool as study
 

@@ -8,8 +8,8 @@ from planner.gpus import find
 from planner.memory.estimate import estimate
 from planner.workload import Workload
 from studies import million_tokens as million
-from studies.attentions import one_of_each
-from studies.study import Scope
+from studies.bench.attentions import one_of_each
+from studies.bench.study import Scope
 
 DILATED = one_of_each()["dilated"]
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from attention.config import AttentionConfig
-from planner.memory.kernels import Cuda
-from planner.memory.many import peaks
+from planner.memory.machines import Cuda
+from planner.memory.peaks import peaks
 from planner.workload import Workload
 from studies import model_speed
-from studies.study import Scope
+from studies.bench.study import Scope
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 

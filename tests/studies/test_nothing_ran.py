@@ -15,29 +15,26 @@ from typer.testing import CliRunner
 from attention.config import AttentionConfig
 from attention.errors import AttentionPlannerError, OutOfMemoryError
 from attention.ops import flex
-from planner.cli import app
-from planner.measure import Environment, Measurement
+from planner.answers.recommendation import Quality
+from planner.answers.tuned import Trial, Tuned
+from planner.cli.main import app
+from planner.measuring.measure import Environment, Measurement
 from planner.memory.estimate import estimate
-from planner.search.picks import Quality
 from planner.search.relax import NothingFitsError
-from planner.tuning import Trial, Tuned
 from planner.workload import Workload
 from studies import (
-    catalogue,
     fits,
     floors,
     max_sequence,
-    memory_model,
     memory_pool,
     million_tokens,
     min_mass,
     pareto,
     practical_limits,
-    records,
     search,
-    study,
     tuning,
 )
+from studies.bench import catalogue, memory_model, records, study
 
 CPU = torch.device("cpu")
 HERE = Environment(python="3.11", system="Linux", settings={}, date="2026-01-01T00:00:00+00:00")
@@ -134,7 +131,7 @@ def enter(monkeypatch: pytest.MonkeyPatch) -> Any:
     question = search.question
 
     def entered(name: str, world: World, render: bool = False) -> None:
-        found = catalogue.study(name)
+        found = study.study(name)
         monkeypatch.setattr(study.Scope, "batch", lambda self, **_: world)
         monkeypatch.setattr(max_sequence, "measure", world.measure)
         monkeypatch.setattr(million_tokens, "subprocess", SimpleNamespace(run=world.process))
@@ -156,7 +153,7 @@ def enter(monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(flex, "compiled", lambda: lambda q, k, v, block_mask: plain(q, k, v))
         if found.independent:
             found = found._replace(steps=lambda scope: [
-                (label, partial(world.step, run)) for label, run in catalogue.study(name).steps(scope)
+                (label, partial(world.step, run)) for label, run in study.study(name).steps(scope)
             ])  # fmt: skip
         monkeypatch.setattr(study, "study", lambda _: found)
         if not render:  # drawn, but not made a file, which takes longest
@@ -233,7 +230,7 @@ def test_what_was_there_stays_where_nothing_runs_the_next_time(enter, tmp_path):
 def test_one_study_of_which_nothing_ran_stops_no_other(enter, tmp_path, monkeypatch):
     world = World("timeout")
     enter("fits", world)
-    found = {name: study.study(name) for name in ("fits",)} | {"tuning": catalogue.study("tuning")}
+    found = {name: study.study(name) for name in ("fits",)} | {"tuning": study.study("tuning")}
     monkeypatch.setattr(study, "study", found.get)
     done = CliRunner().invoke(app, ["study", "fits", "tuning", "--quick", "--out", str(tmp_path)])
     assert done.exit_code == 2, done.output

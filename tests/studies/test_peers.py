@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 
 from attention.ops import flex
 from studies import peers
-from studies.study import Scope
+from studies.bench.study import Scope
 
 CPU = torch.device("cpu")
 OUT = 16 << 20

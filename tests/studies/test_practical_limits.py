@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from planner import recommend
 from planner.gpus import find
 from studies import practical_limits as limits
-from studies.study import Scope
+from studies.bench.study import Scope
 
 
 def cell(gb, seq, mode="inference", **more):

@@ -11,7 +11,6 @@ from matplotlib.figure import Figure
 from studies import (
     accuracy,
     block_size,
-    catalogue,
     config_impact,
     dilation,
     fits,
@@ -27,14 +26,13 @@ from studies import (
     pareto,
     peers,
     practical_limits,
-    records,
     search,
     segments,
     sparsity,
-    speed_model,
     tuning,
     weights_storage,
 )
+from studies.bench import records, speed_model, study
 
 MIB = 1 << 20
 
@@ -46,7 +44,7 @@ def committed(name: str) -> list[records.Row]:
 
 def headline(name: str, rows: list[records.Row]) -> str:
     figure = Figure(layout="constrained")
-    catalogue.study(name).draw(figure, rows)
+    study.study(name).draw(figure, rows)
     return " ".join(figure.get_suptitle().split())
 
 

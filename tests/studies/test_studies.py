@@ -11,9 +11,10 @@ import torch
 
 from attention import AttentionConfig, build
 from attention.errors import AttentionPlannerError, ConfigError, UnavailableError
-from planner.footprint import footprint
-from planner.report import figure
-from studies import catalogue, floors, peers, records, study
+from planner.measuring.footprint import footprint
+from planner.report.plot import figure
+from studies import floors, peers
+from studies.bench import catalogue, records, study
 
 CPU = torch.device("cpu")
 
@@ -206,7 +207,7 @@ def test_the_code_is_known_by_all_its_files_but_data(monkeypatch, tmp_path):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("1")
-    monkeypatch.setattr(records, "__file__", str(tmp_path / "studies" / "records.py"))
+    monkeypatch.setattr(records, "__file__", str(tmp_path / "studies" / "bench" / "records.py"))
     monkeypatch.setattr(records, "DATA", tmp_path / "studies" / "data")
     digest = records.code.__wrapped__
     first = digest()
@@ -248,14 +249,14 @@ def test_a_markdown_table_puts_numbers_to_the_right():
 
 @pytest.mark.parametrize("name", catalogue.QUESTIONS)
 def test_a_study_has_what_a_study_has(name):
-    found = catalogue.study(name)
+    found = study.study(name)
     assert catalogue.QUESTIONS[name].endswith("?")
     assert found.tables
     assert set(found.devices) <= {"cpu", "cuda"}
 
 
 def test_names_of_tables_are_of_one_study_each():
-    every = [table for name in catalogue.QUESTIONS for table in catalogue.study(name).tables]
+    every = [table for name in catalogue.QUESTIONS for table in study.study(name).tables]
     assert len(every) == len(set(every))
 
 

@@ -6,11 +6,11 @@ from matplotlib.figure import Figure
 
 from attention import AttentionConfig
 from planner import Workload
+from planner.answers.recommendation import Quality
+from planner.answers.tuned import Trial, Tuned
 from planner.memory.estimate import estimate
-from planner.search.picks import Quality
-from planner.tuning import Trial, Tuned
 from studies import tuning
-from studies.study import Scope
+from studies.bench.study import Scope
 
 CONFIGS = [
     AttentionConfig(variant="dense"),

@@ -7,10 +7,10 @@ import torch
 
 from attention import build
 from attention.layout import count_active
-from planner.batch import Batch
-from planner.report import figure
+from planner.measuring.server import Batch
+from planner.report.plot import figure
 from studies import weights_storage as study
-from studies.memory_rows import MIB
+from studies.bench.memory_rows import MIB
 
 
 @pytest.fixture(scope="module")

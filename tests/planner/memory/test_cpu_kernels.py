@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from attention.ops import kernels
-from planner.footprint import footprints
+from planner.measuring.footprint import footprints
 from planner.memory.cpu_kernels import backward_bytes, dense, forward_bytes
-from planner.memory.kernels import this_cpu
+from planner.memory.machines import this_cpu
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from attention.config import AdaptiveConfig, AttentionConfig, SparsePatternConfig
 from attention.layout import build_layout
 from attention.reference import multiplicity
-from planner.columns import Columns
+from planner.configs import Columns
+from planner.fitting.samples import samples
 from planner.quality.mass import mass, mass_of
 from planner.quality.profiles import PRESETS, Profile, preset
-from planner.samples import samples
 from planner.workload import Workload
 
 KINDS = ("local_window", "global_local", "dilated", "dilated_sparse")

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from attention.errors import ConfigError
-from planner.quality.profiles import DEFAULT, PRESETS, Profile, preset, profile_from
+from planner.quality.profile_file import profile_from
+from planner.quality.profiles import DEFAULT, PRESETS, Profile, preset
 
 
 def saved(path, header, data=b""):

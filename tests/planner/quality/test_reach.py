@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from attention.config import AdaptiveConfig, AttentionConfig, SparsePatternConfig
 from attention.reference import multiplicity
-from planner.columns import Columns, columns_of
+from planner.configs import Columns, columns_of
+from planner.fitting.samples import samples
 from planner.quality.reach import keyless, layers, reaches
-from planner.samples import samples
 from planner.workload import Workload
 
 KINDS = ("local_window", "global_local", "dilated", "dilated_sparse")

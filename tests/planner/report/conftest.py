@@ -8,11 +8,11 @@ import pytest
 
 import planner
 from attention import AttentionConfig
-from planner.measure import Environment, Measurement
-from planner.recommendation import Recommendation
-from planner.search.space import Space
-from planner.tuning import Tuned
-from planner.verification import Verified
+from planner.answers.recommendation import Recommendation
+from planner.answers.tuned import Tuned
+from planner.answers.verified import Verified
+from planner.measuring.measure import Environment, Measurement
+from planner.question.space import Space
 
 SPACE = Space(block_sizes=(64, 128), branches=(1, 2))
 HERE = Environment(python="3.11", system="Linux", settings={}, date="2026-01-01T00:00:00+00:00")

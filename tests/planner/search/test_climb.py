@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 
 from attention import AttentionConfig, SparsePatternConfig
-from planner.recommendation import question
+from planner.question.space import Space
 from planner.search.climb import STEPS, climbed, neighbours
-from planner.search.scenario import failed, gain, point
-from planner.search.space import Space, parameters
+from planner.search.evaluate import failed, gain, point
+from planner.search.recommend import question
+from planner.search.suggest import parameters
 
 WINDOW = AttentionConfig(
     variant="block_sparse",

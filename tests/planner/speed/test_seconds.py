@@ -14,10 +14,10 @@ import pytest
 from attention.config import AttentionConfig
 from attention.errors import ConfigError
 from planner import gpus
-from planner.columns import Columns
-from planner.memory.kernels import Cpu, Cuda
+from planner.configs import Columns
+from planner.fitting.speed_runs import KINDS, timing_samples
+from planner.memory.machines import Cpu, Cuda
 from planner.speed.rates import NOT_MEASURED, Rates, default_cpu_rates, default_rates
-from planner.speed.runs import KINDS, timing_samples
 from planner.speed.seconds import seconds, seconds_of, utilisation
 from planner.workload import Dtype, Mode, Workload
 
@@ -191,8 +191,8 @@ def test_rates_survive_json():
 
 def test_no_torch_is_imported():
     code = (
-        "import sys, planner.speed.seconds as s, planner.speed.fit; from planner.columns import Columns; "
-        "from planner.memory.kernels import Cpu; from planner.workload import Workload; "
+        "import sys, planner.speed.seconds as s, planner.fitting.speed; from planner.configs import Columns; "
+        "from planner.memory.machines import Cpu; from planner.workload import Workload; "
         "s.seconds(Columns('dense', seq=64), Workload(seq=1), Cpu(2), s.default_rates(Cpu(2))); "
         "sys.exit('torch' in sys.modules)"
     )

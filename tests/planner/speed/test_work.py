@@ -11,15 +11,16 @@ import pytest
 from attention import AttentionConfig, MultiheadConfig, block_sparse, dilated
 from attention.block_sparse import chosen_tiles
 from attention.layout import build_layout, row_blocks
-from attention.ops.program import Gather, Shape
-from attention.ops.reserve import sparse_extent
-from attention.rows import chosen_rows, rows_of
-from planner.columns import Columns, columns_of
-from planner.memory.configured import case_of
-from planner.memory.kernels import Cpu, Cuda
+from attention.ops.program import Gather
+from attention.sizes.row_bounds import chosen_rows, rows_of
+from attention.sizes.shape import Shape
+from attention.sizes.tiles import sparse_extent
+from planner.configs import Columns, columns_of
+from planner.fitting.speed_runs import timing_samples
+from planner.memory.machines import Cpu, Cuda
+from planner.memory.plan import case_of
 from planner.speed.calls import Calls
 from planner.speed.rates import default_cpu_rates
-from planner.speed.runs import timing_samples
 from planner.speed.work import NAMES, backward, cpu_kernel, forward, goes_apart, gpu_kernel, work_of
 from planner.workload import Workload
 

@@ -1,0 +1,104 @@
+"""Whole-number arithmetic on ints or on NumPy int64 arrays alike, so that one expression sizes one
+config or a hundred thousand. Imports no torch, and NumPy only when given its arrays.
+
+Conditions are 0 or 1 and multiply: there is no `if` on a count.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+Count: TypeAlias = int
+"""An int, or an int64 array of many: every expression here and in what builds on it is the same for
+both. Typed as int, because that is what all but the planner's array evaluation pass."""
+
+
+def ceil_div(a: Count, b: Count) -> Count:
+    """a / b rounded up."""
+    return -(-a // b)
+
+
+def up(a: Count, b: Count) -> Count:
+    """`a` rounded up to a multiple of `b`."""
+    return -(-a // b) * b
+
+
+def least(first: Count, *others: Count) -> Count:
+    """The smallest."""
+    for other in others:
+        first = _numpy().minimum(first, other) if _many(first) or _many(other) else min(first, other)
+    return first
+
+
+def most(first: Count, *others: Count) -> Count:
+    """The largest."""
+    for other in others:
+        first = _numpy().maximum(first, other) if _many(first) or _many(other) else max(first, other)
+    return first
+
+
+def choose(condition: Count, then: Count, otherwise: Count) -> Count:
+    """`then` where `condition` holds, else `otherwise`; both are computed."""
+    if _many(condition):
+        return _numpy().where(condition, then, otherwise)  # type: ignore[no-any-return]
+    return then if condition else otherwise
+
+
+def somewhere(condition: Count) -> bool:
+    """Whether a condition holds, or for arrays, anywhere."""
+    return bool(_numpy().any(condition) if _many(condition) else condition)
+
+
+def each(
+    function: Callable[..., tuple[int, ...]], where: Count, otherwise: Sequence[Count], *given: Count
+) -> tuple[Count, ...]:
+    """What `function`, which takes ints only, has where `where` holds, one by one; elsewhere `otherwise`."""
+    if not _many(where):
+        return function(*given) if where else tuple(otherwise)
+    numpy = _numpy()
+    found = [numpy.array(numpy.broadcast_to(one, where.shape)) for one in otherwise]  # type: ignore[attr-defined]
+    taken = [numpy.broadcast_to(one, where.shape) for one in given]  # type: ignore[attr-defined]
+    for at in numpy.flatnonzero(where).tolist():
+        for column, value in zip(found, function(*(int(one[at]) for one in taken)), strict=True):
+            column[at] = value
+    return tuple(found)
+
+
+def floor_power_of_two(a: Count) -> Count:
+    """The largest power of two up to `a`, which is at least 1 and below 2^53."""
+    if type(a) is int:
+        return 1 << (a.bit_length() - 1)
+    exponent = _numpy().frexp(a)[1] - 1
+    return 1 << exponent.astype("int64")  # type: ignore[no-any-return]
+
+
+def floor(value: float) -> Count:
+    """The largest whole number up to `value`, below 2^53; also of an array."""
+    if type(value) is float:
+        return math.floor(value)
+    return _numpy().floor(value).astype("int64")  # type: ignore[no-any-return]
+
+
+def lcm(a: Count, b: Count) -> Count:
+    """The least common multiple."""
+    if type(a) is int and type(b) is int:
+        return math.lcm(a, b)
+    return _numpy().lcm(a, b)  # type: ignore[no-any-return]
+
+
+def _many(count: Count) -> bool:
+    """Whether it is of NumPy."""
+    return hasattr(count, "dtype")
+
+
+def _numpy() -> Any:
+    import numpy
+
+    return numpy
+
+
+def row_blocks(ratio: float, blocks: Count) -> Count:
+    """Blocks that a row may keep of `blocks`: a fraction `ratio` of them, at least one."""
+    return most(floor(ratio * blocks + 0.5), 1)

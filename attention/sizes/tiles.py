@@ -1,0 +1,352 @@
+"""How large the calls of a program get, and what a pass over it reserves: closed forms. No torch.
+
+The executor takes its scratch from here and the planner its predictions, so that they cannot differ.
+Sizes are ints, or NumPy arrays for many configs at once (`attention/sizes/arrays.py`). A *row* is a vector of
+`head_dim` numbers: one token of one head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from math import gcd
+from typing import NamedTuple
+
+from attention.sizes.arrays import (
+    Count,
+    ceil_div,
+    choose,
+    each,
+    lcm,
+    least,
+    most,
+    somewhere,
+    up,
+)
+from attention.sizes.row_bounds import Rows
+from attention.sizes.shape import Shape
+
+SUM_BYTES = 4 << 20
+"""Largest sum of dk or of dv that 16-bit types are given in single precision over all tiles."""
+
+
+class Kind(NamedTuple):
+    """The largest of a program's calls of one kind: N views of T queries and K keys for some heads."""
+
+    name: str
+    heads: Count
+    views: Count
+    queries: Count
+    keys: Count
+    unit: Count = 1
+    """Keys are cut at multiples of this."""
+    gathers: bool = False
+    step: Count | None = None
+    """Tokens from one view's keys to the next where views may overlap."""
+    whole: bool = False
+    """Whether the kernel's own causal mask ties keys to queries, so that they cannot be cut."""
+    exists: Count = 1
+    dense: Count = 0
+    """1 if the queries of all views and heads together lie in memory as [N, T, H, D], else 0."""
+    masked: Count = 0
+    """Rows of the additive mask that its calls may have, 0 for none."""
+    own: bool = False
+    """Of a gather: whether every head has lists of its own."""
+    moves: bool = False
+    """Of a gather: whether the lists of consecutive views differ by one block only."""
+    later: Count = 0
+    """Most queries of a head in a call that is merged into what came before."""
+    largest: tuple[Count, Count] = (1, 1)
+    """Of a gather: (views, keys of a view) of the program's largest, by which backward cuts all of them."""
+
+
+class Extent(NamedTuple):
+    """What a program's calls are at most."""
+
+    tokens: Count
+    """Of a tile."""
+    kinds: tuple[Kind, ...]
+    merges: Count
+    """1 if some tile merges parts, else 0."""
+    mask: tuple[Count, Count]
+    """(queries, keys) of the causal mask that is added to scores; (0, 0) if none is."""
+
+
+def sparse_extent(rows: Rows, shape: Shape) -> Extent:
+    """Of a block-sparse program; see `attention/block_sparse.py`, which makes it."""
+    size, group = rows.size, shape.kv_heads
+    together = shape.chunk_rows(rows)
+    wide = shape.goes_wide(rows)
+    queries, tile = least(size, shape.seq), least(together * size, shape.seq)
+    adjacent, keys = rows.span > 0, least(most(rows.span, 1) * size, shape.seq)
+    views = shape.span_rows(rows)
+    masked: Count = 0
+    longest, mask, cut, alone = keys, (0, 0), 0 * keys, 0 * keys
+    if shape.causal:
+        masked, widest = shape.mask_blocks(rows), most(rows.span, rows.lists)
+        mask, cut = (size * (masked > 0), masked * size), (widest > most(masked, 1)) * 1
+        # Where no mask is added, a row's own block is a call of its own, or a wide tile's.
+        alone = most((masked == 0) * 1, wide)
+        longest = _longest(least(rows.span, shape.full_blocks(size)), masked, shape.seq, size)
+    few = shape.pack_tokens(views)
+    split = most(cut, (few < longest) * 1)
+    # The last block may be short, and under a causal mask be the one whose row is the widest.
+    short = shape.seq % size
+    tail_keys = _longest(rows.span, masked, shape.seq, size) if shape.causal else keys
+    full = shape.full_blocks(size)
+    wanted, last = rows.full_lists, rows.lists
+    if shape.causal:
+        wanted, last = _split(least(rows.full_lists, full), masked), _split(rows.lists, masked)
+    # A list of the row's own block alone is, where no mask is added, that block's own call.
+    has_lists = (rows.lists > 0) * most((masked > 0) * 1, (rows.lists > 1) * 1, 1 - shape.causal)
+    listed, at_once = shape.list_blocks(rows), least(together, most(rows.many, 1))
+    long_queries = least(most(rows.alike * size, tile * wide), tile)
+    # Of a wide tile's calls the first has all rows, the others at most half.
+    halves = choose(wide, least(ceil_div(together, 2) * size, tile), 0)
+    too_long = (shape.pack_tokens(1) < keys) * long_queries
+    masks = queries * (masked > 0)
+    hidden = at_once * queries * (shape.heads if rows.own else 1) * (short > 0)
+    dense = (shape.heads == group) * 1
+    lists = Kind(
+        "lists", heads=shape.heads if rows.own else group, views=at_once, queries=queries,
+        keys=least(listed, most(wanted, 1), full) * size, unit=size, gathers=True,
+        exists=has_lists, dense=1 if rows.own else dense, masked=masks if shape.causal else hidden,
+        own=rows.own, moves=rows.moves, largest=(together, least(listed, full) * size),
+        later=at_once * queries * most(cut, (listed < rows.lists) * 1),
+    )  # fmt: skip
+    single = Kind(
+        "view", heads=group, views=1, queries=queries, keys=least(longest, shape.pack_tokens(1)),
+        exists=adjacent, dense=dense, masked=masks, later=queries * split,
+    )  # fmt: skip
+    kinds = (
+        single,
+        single._replace(
+            name="last view", queries=most(short, 1), keys=least(tail_keys, shape.pack_tokens(1)),
+            exists=adjacent * (short > 0) * shape.causal, later=short * split,
+        ),
+        single._replace(
+            name="views", views=views, keys=least(longest, few), step=size,
+            exists=adjacent * (views > 1), later=views * queries * split,
+        ),
+        Kind(
+            "long view", heads=group, views=1, queries=long_queries, keys=least(keys, shape.pack_tokens(1)),
+            exists=adjacent * ((rows.alike > 1) | (wide > 0)), dense=dense, later=most(halves, too_long),
+        ),
+        lists,
+        lists._replace(
+            name="last list", views=1, queries=most(short, 1), keys=least(listed, most(last, 1)) * size,
+            exists=lists.exists * (short > 0) * shape.causal,
+        ),
+        Kind(
+            "own blocks", heads=group, views=choose(most(wide, rows.lists > 0), together, views),
+            queries=queries, keys=queries, whole=True, exists=alone, dense=dense, later=tile * wide,
+        ),
+    )  # fmt: skip
+    merges = most(wide, cut, (listed < rows.lists) * 1, (few < longest) * adjacent)
+    tokens = most(*(kind.views * kind.queries * kind.exists for kind in kinds))
+    return Extent(least(tokens, shape.seq), kinds, merges, mask)
+
+
+def _split(blocks: Count, masked: Count) -> Count:
+    """Blocks of the larger call of a causal row of so many: those under the mask, or those before."""
+    return most(least(blocks, masked), blocks - most(masked, 1))
+
+
+def _longest(span: Count, masked: Count, seq: Count, size: Count) -> Count:
+    """Most keys of a causal call of rows of `span` blocks: those under the mask, or those before."""
+    return least(most(_split(span, masked), 1) * size, seq)
+
+
+def branch_kind(order: int, before: bool = False) -> str:
+    """Name of the kind of a branch's calls, by its place in the order of rates; `before`: over the keys of a
+    segment that come before a tile, under a causal mask."""
+    return f"branch {order + 1}, before" if before else f"branch {order + 1}"
+
+
+def dilated_extent(branches: Sequence[tuple[Count, Count]], shape: Shape) -> Extent:
+    """Of a dilated program; see `attention/dilated.py`, which makes it. Its first tile has the largest
+    calls. Branches come with their smallest rates first."""
+    repeat = shape.heads // shape.kv_heads
+    tile = least(shape.tile_tokens, shape.seq)
+    kinds, merges = [], (len(branches) > 1) * 1
+    for order, (length, rate) in enumerate(branches):
+        period = lcm(rate, repeat)
+        inside = length <= tile
+        views = choose(inside, tile // length, 1)
+        queries = ceil_div(choose(inside, length, tile), rate)
+        keys = ceil_div(least(length, shape.seq), rate)
+        cut = (tile % length != 0) * (tile < shape.seq)
+        kind = Kind(
+            branch_kind(order), ceil_div(shape.heads, period), views, queries, keys,
+            dense=(period == 1) * 1, later=views * queries * (order > 0),
+        )  # fmt: skip
+        if shape.causal:
+            # A segment's part in a tile, and its keys before.
+            merges = most(merges, cut)
+            kinds.append(kind._replace(keys=queries, whole=True))
+            # Where tiles begin at multiples of a tile in every segment, the last of them may be short.
+            even = (length % tile == 0) | (length >= shape.seq)
+            tiles, last = least(length, shape.seq) // tile, shape.seq // tile * tile % length
+            before, inner = (tiles - 1) * tile, tile
+            uneven = cut * (1 - even)
+            if somewhere(uneven):
+                before, inner = each(_before, uneven, (before, inner), length, tile, shape.seq)
+            behind, part = ceil_div(before, rate), least(queries, most(ceil_div(inner, rate), 1))
+            kind = kind._replace(
+                name=branch_kind(order, before=True), views=1, queries=part, keys=most(behind, 1), later=part,
+                exists=cut * choose(even, (tiles > 1) * 1, 1),
+            )  # fmt: skip
+            tail = kind._replace(
+                name=f"branch {order + 1}, last before", queries=most(ceil_div(shape.seq % tile, rate), 1),
+                keys=most(ceil_div(last, rate), 1), exists=cut * even * (shape.seq % tile > 0) * (last > 0),
+            )  # fmt: skip
+            kinds.append(_cut(tail._replace(later=tail.queries), shape, inside))
+        merges = most(merges, (shape.pack_tokens(1) < kind.keys) * (1 - inside) * kind.exists)
+        kinds.append(_cut(kind, shape, inside))
+    return Extent(tile, tuple(kinds), merges, (0, 0))
+
+
+@lru_cache(maxsize=4096)
+def _before(length: int, tile: int, seq: int) -> tuple[int, int]:
+    """(most tokens of a segment before a tile that goes on with it, most that such a tile has of it)."""
+    places = length // gcd(length, tile)  # where in a segment tiles can begin
+    starts = range(tile, min(seq, (places + 1) * tile), tile)
+    found = [(start % length, min(tile, length - start % length, seq - start)) for start in starts]
+    found = [both for both in found if both[0]] or [(0, 0)]
+    return max(before for before, _ in found), max(inner for _, inner in found)
+
+
+def _cut(kind: Kind, shape: Shape, inside: Count) -> Kind:
+    """The kind with its keys cut to what a kernel may copy, which whole segments are not."""
+    few = shape.pack_tokens(1)
+    split = (few < kind.keys) * (1 - inside)
+    later = choose(split, kind.views * kind.queries, kind.later)
+    return kind._replace(keys=choose(split, least(kind.keys, few), kind.keys), later=later)
+
+
+def forward_sizes(extent: Extent, shape: Shape, keeps_lse: bool) -> dict[str, Count]:
+    """Bytes of each buffer that a forward pass reserves."""
+    dim, narrow = shape.head_dim, shape.itemsize < shape.wide
+    part: Count = 0
+    listed: Count = 0
+    for kind in extent.kinds:
+        part = most(part, kind.heads * kind.later * kind.exists)
+        listed = most(listed, kind.heads * kind.views * kind.keys * kind.exists * kind.gathers)
+    return {
+        "total": extent.tokens * shape.heads * dim * shape.wide * extent.merges * narrow,
+        "part": part * dim * shape.wide * extent.merges * narrow,
+        "lse": extent.tokens * shape.heads * shape.wide * extent.merges * (not keeps_lse),
+        "k": listed * dim * shape.itemsize,
+        "v": listed * dim * shape.itemsize,
+    }
+
+
+class Cut(NamedTuple):
+    """How backward cuts the calls of a kind, decided by the largest of them: the smaller ones get no more
+    views, so that none asks for more than that one."""
+
+    width: Count
+    """Keys of a column, whose sums are finished before the next one's begin."""
+    views: Count
+    """Views that the kernel is given at once."""
+    keys: Count
+    """Keys that it is given at once."""
+
+
+def cut(kind: Kind, shape: Shape) -> Cut:
+    """Of a kind's calls; see `attention.ops.program.Call.columns` and `Shape.piece`."""
+    if kind.gathers:
+        views, keys = kind.largest
+        width = shape.gather_width(kind.heads * views, kind.unit)
+        return Cut(width, *shape.piece(kind.heads, views, kind.unit, least(keys, width), kind.unit))
+    width = kind.keys
+    if kind.step is not None:
+        overlaps = (kind.views > 1) * (kind.keys > kind.step)
+        width = choose(overlaps, least(width, shape.overlap_width), width)
+    return Cut(width, *shape.piece(kind.heads, kind.views, kind.queries, width, kind.unit, kind.whole))
+
+
+class Piece(NamedTuple):
+    """What the backward kernel is given at once of the largest call of a kind."""
+
+    views: Count
+    keys: Count
+    column: Count
+    """Keys of all views that the call's column holds, those that views share once."""
+
+
+def pieces(extent: Extent, shape: Shape) -> tuple[Piece, ...]:
+    """Of each kind."""
+    found = []
+    for kind in extent.kinds:
+        by = cut(kind, shape)
+        width = least(kind.keys, by.width)
+        column = kind.views * width
+        if kind.step is not None:
+            overlaps = (kind.views > 1) * (kind.keys > kind.step)
+            column = choose(overlaps, (kind.views - 1) * kind.step + width, column)
+        found.append(Piece(least(by.views, kind.views), least(by.keys, width), column))
+    return tuple(found)
+
+
+def sums_in_full(shape: Shape) -> Count:
+    """1 if dk and dv of 16-bit types are summed in single precision over all tiles, else 0."""
+    narrow = shape.itemsize < shape.wide
+    return narrow * (shape.seq * shape.kv_heads * shape.head_dim * shape.wide <= SUM_BYTES)
+
+
+def slab_rows(shape: Shape) -> Count:
+    """Rows of all kv heads that a sink hands over at a time."""
+    return most(shape.workspace // 64 // (shape.kv_heads * shape.head_dim * shape.wide), 1) * shape.kv_heads
+
+
+def backward_sizes(extent: Extent, shape: Shape) -> dict[str, Count]:
+    """Bytes of each buffer that a backward pass reserves; `shape` is `Shape.backward()`."""
+    dim, wide, narrow = shape.head_dim, shape.wide, shape.itemsize < shape.wide
+    full = sums_in_full(shape)
+    apart = narrow * (1 - full)  # sums of one call are rounded into dk and dv
+    queries: Count = 0
+    keys: Count = 0
+    listed: Count = 0
+    sums: Count = 0
+    shares: Count = 0
+    slabs: Count = 0
+    for kind, piece in zip(extent.kinds, pieces(extent, shape), strict=True):
+        rows = kind.heads * piece.views * piece.keys * kind.exists
+        queries = most(queries, kind.heads * piece.views * kind.queries * kind.exists)
+        overlaps: Count = 0
+        if kind.step is not None:
+            overlaps = (kind.views > 1) * (kind.keys > kind.step) * kind.exists
+        spread = piece.column * shape.kv_heads * overlaps
+        keys = most(keys, spread, rows * (1 - overlaps))
+        if kind.gathers:
+            held = piece.column * kind.heads * kind.exists
+            listed, slabs = most(listed, held), most(slabs, kind.exists)
+            differ = least(held, up(shape.seq, kind.unit) * shape.kv_heads)
+            if kind.moves:
+                blocks = piece.column // kind.views // kind.unit + kind.views - 1
+                differ = least(differ, blocks * kind.unit * kind.heads)
+            sums = most(sums, differ * kind.exists)
+        else:
+            sums = most(sums, spread * apart)
+            shares = most(shares, rows * (1 - overlaps))
+            slabs = most(slabs, overlaps * apart)
+    slab = slab_rows(shape) * slabs * dim
+    total = shape.seq * shape.kv_heads * dim * wide * full
+    return {
+        "dq": extent.tokens * shape.heads * dim * wide * narrow,
+        "dk": total,
+        "dv": total,
+        "do": queries * dim * wide * shape.widens,
+        "q": queries * dim * wide * shape.widens,
+        "out": queries * dim * wide * shape.widens,
+        "k": listed * dim * shape.itemsize,
+        "v": listed * dim * shape.itemsize,
+        "wide k": keys * dim * wide * shape.widens,
+        "wide v": keys * dim * wide * shape.widens,
+        "dk of a call": sums * dim * wide,
+        "dv of a call": sums * dim * wide,
+        "share": shares * dim * wide * apart * shape.widens,
+        "slab": slab * choose(full, wide, shape.itemsize),
+        "wide slab": slab * wide * apart,
+    }

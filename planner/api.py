@@ -1,0 +1,101 @@
+"""The front door: `recommend`, `tune` and `calibrate`. Imports no torch, and all that a function needs only
+when it is called.
+
+recommend(vram="8GB", seq=131072).build()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Unpack
+
+from planner.question.runs import CALIBRATION_RUNS, TRIAL_RUNS, TRIAL_TIMEOUT, TUNING_TRIALS
+
+if TYPE_CHECKING:
+    from planner.answers.recommendation import Recommendation
+    from planner.answers.tuned import Tuned
+    from planner.calibration import Calibration
+    from planner.measuring.measure import Device
+    from planner.question.asked import Asked, Sampler
+    from planner.search.tune import Measure
+    from planner.search.tune import Progress as TuneProgress
+
+
+def recommend(
+    vram: str | int | None = None, seq: str | int | None = None, **asked: Unpack[Asked]
+) -> Recommendation:
+    """The attention for a sequence within a memory budget.
+
+    `vram`: bytes, or text such as "8GB"; None for all of the card. `seq`: tokens; None for the longest that
+    fits. `asked`: see `Asked`, and as `planner.estimate` takes them `calibration`, `allocator`, `display`,
+    `others_bytes`, `context_bytes` and `threads`.
+
+    `NothingFitsError` where nothing does, naming what would help.
+    """
+    from planner.search.recommend import question
+
+    return question(vram, seq, **asked).answer
+
+
+def calibrate(
+    device: Device = "cpu",
+    *,
+    seed: int = 0,
+    runs: int = CALIBRATION_RUNS,
+    progress: Callable[[int, int, str], None] | None = None,
+    path: str | Path | None = None,
+    threads: int | None = None,
+    speed: bool = True,
+) -> Calibration:
+    """Measures `runs` runs on this machine, each in a process of its own, and saves what they tell. With
+    `speed`, `planner.fitting.speed.RUNS` more are timed.
+
+    The runs follow from `seed` and `runs`. `path`: None for where `planner.estimate` looks first. Beside it,
+    in `*.records.jsonl`, each run is kept as it ends, so that the same call goes on where an interrupted
+    one stopped; that file goes when all is done. `threads`: of the CPU's operators.
+
+    ConfigError for arguments that cannot be right, UnavailableError where there is no such device,
+    AttentionPlannerError if nothing could be measured, or what was measured not be kept.
+    """
+    from planner.fitting.calibrate import calibrated
+
+    return calibrated(
+        device, seed=seed, runs=runs, progress=progress, path=path, threads=threads, speed=speed
+    )
+
+
+def tune(
+    vram: str | int,
+    seq: str | int,
+    *,
+    device: Device = "cpu",
+    trials: int = TUNING_TRIALS,
+    timeout: float = TRIAL_TIMEOUT,
+    runs: int = TRIAL_RUNS,
+    sampler: Sampler = "tpe",
+    seed: int = 0,
+    storage: str | None = None,
+    study: str | None = None,
+    measure: Measure | None = None,
+    records: str | Path | None = None,
+    learn: bool = False,
+    progress: Callable[[TuneProgress], None] | None = None,
+    **asked: Any,
+) -> Tuned:
+    """Measures up to `trials` configs on this device and returns the fastest that runs within `vram` and, as
+    predicted, passes the gates; never one slower than what the models alone recommend.
+
+    `timeout`: seconds for a trial. `storage`, `study`: where trials are kept; by default in the user's data
+    folder, under a name that the question has. `measure`: in place of running, e.g. recorded runs. `records`:
+    a file that every measurement is added to. `learn`: correct the calibration's speeds by what was measured,
+    for predictions from then on. `asked`: as `planner.recommend` takes it. Ctrl-C ends it early
+    with what there is, once something was measured.
+    """
+    from planner.search.tune import tuned
+
+    return tuned(
+        vram, seq, device=device, trials=trials, timeout=timeout, runs=runs, sampler=sampler, seed=seed,
+        storage=storage, study=study, measure=measure, records=records, learn=learn,
+        progress=progress, asked=asked,
+    )  # fmt: skip

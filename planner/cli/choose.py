@@ -1,0 +1,177 @@
+"""The commands that choose: recommend and tune."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from attention.errors import ConfigError
+from planner.cli.app import DONE, INTERRUPTED, NOTHING_FITS, command, ink, print_data, progress_line, steps
+from planner.cli.options import Asked, Given, flags, say
+from planner.cli.options_choose import Allowed, Card, Gates
+from planner.cli.predict import LONGEST, MOST_TRIALS
+from planner.question.asked import TRIALS
+from planner.question.runs import TRIAL_RUNS, TRIAL_TIMEOUT, TUNING_TRIALS
+
+
+@command("recommend", "planner recommend --vram 8GB --seq 131072")
+def recommend(
+    *,
+    seq: Annotated[
+        str | None,
+        typer.Option(metavar="TOKENS", help="Tokens: 131072, 128K or 1M. [default: the most that fit]"),
+    ] = None,
+    card: Card,
+    given: Given,
+    objective: Annotated[
+        Literal["speed", "seq", "quality"] | None,
+        typer.Option(help="What to make best. [default: speed; without --seq the length]"),
+    ] = None,
+    sizes: Asked,
+    gates: Gates,
+    space: Allowed,
+    trials: Annotated[int, typer.Option(min=0, max=MOST_TRIALS, help="Of Optuna, after the grid.")] = TRIALS,
+    sampler: Annotated[
+        str, typer.Option(metavar="NAME", help="tpe, random, nsga2, nsga3, cmaes, ...")
+    ] = "tpe",
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the sampler.")] = 0,
+    storage: Annotated[
+        str | None, typer.Option(metavar="URL", help="Keep trials: a journal file, or sqlite:///FILE.")
+    ] = None,
+    study: Annotated[str | None, typer.Option(metavar="NAME", help="Their name in the storage.")] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Run the picks on this device too.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw the Pareto set, as .png or .svg.")
+    ] = None,
+    format: Annotated[
+        Literal["table", "json", "yaml", "py"], typer.Option("--format", help="How to print.")
+    ] = "table",
+) -> int:
+    """Choose the attention that fits.
+
+    The fastest whose upper bound of memory is within the budget and that still attends to enough; without
+    --seq, the one with the longest sequence. Needs no GPU. Where nothing fits, the exit code is 3, and what
+    would fit is named.
+    """
+    from planner import recommend as choose
+    from planner.search.relax import NothingFitsError
+
+    if verify and format == "py":
+        raise ConfigError(
+            "--verify says how the picks ran, which --format py does not; choose another format"
+        )
+    if idle := given & {"sampler", "seed", "study"} if not trials else set():
+        raise ConfigError(f"{flags(idle)}: of trials, and --trials 0 asks for none; remove one of them")
+    asked = sizes.model_dump(exclude={"seq", "weights"})
+    # With the length free every candidate's longest sequence is looked for, which takes seconds.
+    waits = progress_line("looking for the longest sequence") if seq is None else contextlib.nullcontext()
+    try:
+        with waits:
+            found = choose(
+                card.budget, seq, objective=objective, gpu=card.device, space=space, trials=trials,
+                sampler=sampler, seed=seed, storage=storage, study=study,  # type: ignore[arg-type]
+                **gates, **asked, **card.options,
+            )  # fmt: skip
+    except NothingFitsError as error:
+        say(str(error))
+        return NOTHING_FITS
+    checked = None
+    if verify:
+        from planner.search.verify import verify as run
+
+        with steps() as progress:
+            checked = run(found, progress=progress)
+    if plot is not None:
+        from planner.report.plot.estimate import plot_pareto
+
+        plot_pareto(found, plot)
+    if format == "py":
+        from planner.report.text.snippet import snippet
+
+        typer.echo(snippet(found.config, found.workload))
+    elif format == "table":
+        from planner.report.text.recommend import recommend_text, verified_text
+
+        typer.echo(recommend_text(found, ink()))
+        if checked is not None:
+            typer.echo("\n" + verified_text(checked))
+    else:
+        data = found.model_dump(mode="json")
+        if checked is not None:
+            data["verified"] = [one.model_dump(mode="json") for one in checked]
+        print_data(data, format)
+    if plot is not None:
+        say(f"the Pareto set was drawn in {plot}")
+    return DONE
+
+
+@command("tune", "planner tune --vram 1GB --seq 4K --trials 5")
+def tune(
+    *,
+    vram: Annotated[
+        str, typer.Option(metavar="SIZE", help="Memory to fit: 8GB, 7.75GiB.", show_default=False)
+    ],
+    seq: Annotated[
+        str, typer.Option(metavar="TOKENS", help="Tokens: 131072, 128K or 1M.", show_default=False)
+    ],
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where to run.")] = "cpu",
+    trials: Annotated[int, typer.Option(min=1, max=MOST_TRIALS, help="Configs to measure.")] = TUNING_TRIALS,
+    timeout: Annotated[float, typer.Option(max=LONGEST, help="Seconds that one may take.")] = TRIAL_TIMEOUT,
+    runs: Annotated[int, typer.Option(min=1, help="Warm calls of each that are timed.")] = TRIAL_RUNS,
+    sizes: Asked,
+    gates: Gates,
+    space: Allowed,
+    sampler: Annotated[str, typer.Option(metavar="NAME", help="As for `recommend`.")] = "tpe",
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the sampler.")] = 0,
+    storage: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Where trials are kept. [default: a journal in the data folder]"),
+    ] = None,
+    study: Annotated[str | None, typer.Option(metavar="NAME", help="Their name in the storage.")] = None,
+    append: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Add every measurement to this file of records.")
+    ] = None,
+    learn: Annotated[
+        bool, typer.Option("--learn", help="Correct the calibration's speeds by what was measured.")
+    ] = False,
+    format: Annotated[
+        Literal["table", "json", "yaml", "py"], typer.Option("--format", help="How to print.")
+    ] = "table",
+) -> int:
+    """Find the fastest by running them here.
+
+    What `recommend` says is measured first, then what Optuna suggests from there, each in a process of its
+    own. Trials are kept as they end: after Ctrl-C, or a crash, the same command goes on where it stopped.
+    """
+    from planner import tune as run
+    from planner.report.text.tune import said, tuned_text
+    from planner.search.relax import NothingFitsError
+
+    try:
+        found = run(
+            vram, seq, device=device, trials=trials, timeout=timeout, runs=runs, sampler=sampler,  # type: ignore[arg-type]
+            seed=seed, storage=storage, study=study, records=append, learn=learn,
+            progress=lambda now: say(said(now)) if now.last is not None else None,
+            space=space, **gates, **sizes.model_dump(exclude={"seq", "weights"}),
+        )  # fmt: skip
+    except NothingFitsError as error:
+        say(str(error))
+        return NOTHING_FITS
+    if format == "py":
+        from planner.report.text.snippet import snippet
+
+        typer.echo(snippet(found.config, found.workload))
+    elif format == "table":
+        typer.echo(tuned_text(found))
+    else:
+        print_data(found.model_dump(mode="json"), format)
+    best, most = found.best.seconds, gates["max_seconds"]
+    if best is not None and most is not None and best > most:
+        # The gate is of what is predicted: it says what is worth measuring.
+        say(f"note: the fastest takes {best:.3g} s, more than the {most:g} s of --max-seconds")
+    if found.interrupted:
+        say("interrupted; every finished trial is kept, and the same command goes on from there")
+    return INTERRUPTED if found.interrupted else DONE

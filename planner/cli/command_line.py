@@ -1,0 +1,129 @@
+"""The command that repeats an answer, from what a caller of `planner.recommend` or `planner.tune` wrote.
+
+What has no text (a profile that was measured, a calibration in memory) is FILE there. Where trials are kept
+is left out: a storage's address may have a password in it. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+from planner import gpus
+from planner.question.asked import LAYERS, MIN_MASS, TRIALS
+from planner.units import parse_bytes, parse_count
+from planner.workload import Workload
+
+if TYPE_CHECKING:
+    from planner.question.space import Space
+
+_SIZES: Final = ("batch", "heads", "kv_heads", "head_dim", "dtype", "mode")
+_PLAIN: Final = {
+    "max_seconds": (None, "--max-seconds"), "sampler": ("tpe", "--sampler"), "seed": (0, "--seed"),
+    "allocator": ("", "--allocator"), "display": ("headless", "--display"), "threads": (None, "--threads"),
+}  # fmt: skip
+"""(default, option) of what is written as it is."""
+_SPACE: Final = {
+    "variants": "--variant", "patterns": "--pattern", "block_sizes": "--block-size", "windows": "--window",
+    "global_tokens": "--global-tokens", "ratios": "--sparsity", "branches": "--branches",
+    "segments": "--segments", "rates": "--rates", "backend": "--backend", "pool": "--pool",
+}  # fmt: skip
+
+
+def recommend_command(vram: str | int | None, seq: str | int | None, asked: Mapping[str, Any]) -> str:
+    """As `planner recommend` takes it; `asked` as `planner.question.asked.Asked` has it."""
+    gpu = asked.get("gpu")
+    card = gpus.find(gpu) if isinstance(gpu, str) and gpu != "cpu" else gpu
+    named = [] if card is None else ["--gpu", "cpu" if card == "cpu" else card.key]
+    if isinstance(card, gpus.Gpu):
+        named = named if card in gpus.known() else []
+        whole = vram is not None and parse_bytes(vram, "vram") == card.usable_bytes
+        vram = None if named and whole else vram
+    parts = ["planner", "recommend", *_budget(vram, seq), *named]
+    usual = "seq" if seq is None else "speed"
+    if asked.get("objective") not in (None, usual):
+        parts += ["--objective", asked["objective"]]
+    if asked.get("trials", TRIALS) != TRIALS:
+        parts += ["--trials", str(asked["trials"])]
+    return shlex.join([*parts, *_question(asked)])
+
+
+def tune_command(
+    vram: str | int, seq: str | int, device: str, measured: Mapping[str, tuple[Any, Any]],
+    asked: Mapping[str, Any],
+) -> str:  # fmt: skip
+    """As `planner tune` takes it; `measured`: its own numbers by option, (given, default) each."""
+    parts = ["planner", "tune", *_budget(vram, seq)]
+    if device != "cpu":
+        parts += ["--device", device]
+    for option, (given, default) in measured.items():
+        if given != default:
+            parts += [option, f"{given:g}" if isinstance(given, float) else str(given)]
+    return shlex.join([*parts, *_question(asked)])
+
+
+def _budget(vram: str | int | None, seq: str | int | None) -> Iterator[str]:
+    if vram is not None:
+        yield from ("--vram", _bytes(parse_bytes(vram, "vram")))
+    if seq is not None:
+        yield from ("--seq", _rounded(parse_count(seq, "seq"), {"M": 1 << 20, "K": 1 << 10}))
+
+
+def _question(asked: Mapping[str, Any]) -> Iterator[str]:
+    """Sizes, gates, restrictions, place: what both commands take."""
+    for name in _SIZES:
+        if asked.get(name) not in (None, Workload.model_fields[name].default):
+            yield from (f"--{name.replace('_', '-')}", str(asked[name]))
+    if asked.get("causal"):
+        yield "--causal"
+    if str(asked.get("reserve", 0)) != "0":
+        yield from ("--reserve", _bytes(parse_bytes(asked["reserve"], "reserve")))
+    for name, usual in (("layers", LAYERS), ("min_mass", MIN_MASS)):
+        given = asked.get(name, usual)
+        if given != usual:
+            yield from (f"--{name.replace('_', '-')}", str(given or 0))
+    for name, (default, option) in _PLAIN.items():
+        if asked.get(name, default) != default:
+            yield from (option, str(asked[name]))
+    for name, option in (("others_bytes", "--others"), ("context_bytes", "--context")):
+        if asked.get(name):
+            yield from (option, _bytes(asked[name]))
+    if asked.get("calibration") is not None:
+        yield from ("--calibration", "FILE")
+    yield from _profile(asked.get("profile"))
+    if asked.get("space") is not None:
+        yield from _restrictions(asked["space"])
+
+
+def _profile(given: Any) -> Iterator[str]:
+    if isinstance(given, str):
+        yield from ("--profile", given)
+    elif given is not None:
+        from planner.quality.profiles import PRESETS
+
+        known = PRESETS.get(given.name) == given
+        yield from ("--profile", given.name) if known else ("--profile-from", "FILE")
+
+
+def _restrictions(space: Space) -> Iterator[str]:
+    fields = type(space).model_fields
+    for name, option in _SPACE.items():
+        given = getattr(space, name)
+        if given != fields[name].default:
+            yield from (option, ",".join(map(str, given)) if isinstance(given, tuple) else str(given))
+    if space.workspaces is not None:
+        yield from ("--workspace", ",".join(map(_bytes, space.workspaces)))
+
+
+def _bytes(count: int) -> str:
+    """In the largest unit of which it is a whole number."""
+    units = {"TB": 10**12, "GB": 10**9, "GiB": 1 << 30, "MB": 10**6, "MiB": 1 << 20, "KiB": 1 << 10}
+    return _rounded(count, units)
+
+
+def _rounded(count: int, units: Mapping[str, int]) -> str:
+    for unit, size in units.items():
+        if count >= size and count % size == 0:
+            return f"{count // size}{unit}"
+    return str(count)

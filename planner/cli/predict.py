@@ -1,0 +1,182 @@
+"""Commands that predict, choose and measure: options in, a call of the library, data on stdout and all else
+on stderr."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+
+from attention.config import AttentionConfig
+from attention.errors import ConfigError
+from planner.cli.app import (
+    DONE,
+    NOTHING_FITS,
+    command,
+    ink,
+    print_data,
+)
+from planner.cli.options import AnyLength, Format, Given, Place, Sizes, flags, say
+from planner.units import parse_bytes, parse_count
+from planner.workload import Workload
+
+MOST_TRIALS: Final = 100_000
+LONGEST: Final = 1e6
+"""Seconds, of any run: twelve days."""
+
+
+@command("gpus", "planner gpus --name 'rtx 40'")
+def gpus(
+    *,
+    name: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="A card, or a part of many cards' names.")
+    ] = None,
+    format: Format = "table",
+) -> int:
+    """List the known cards: memory, bandwidth, peak rates, kernels.
+
+    One card is shown in full, with the sources of its figures; JSON and YAML always have them.
+    """
+    from planner.gpus import known, matching
+    from planner.report.text import tables as report
+
+    cards = known() if name is None else matching(name)
+    if format != "table":
+        print_data([report.gpu_data(gpu) for gpu in cards], format)
+    else:
+        report.show(report.gpu_card(cards[0]) if len(cards) == 1 else report.gpu_table(cards))
+    return DONE
+
+
+@command("estimate", "planner estimate --variant dense --seq 32K --vram 8GB --mode training")
+def estimate(
+    *,
+    given: Given,
+    workload: Workload,
+    config: AttentionConfig,
+    place: Place,
+    lines: Annotated[bool, typer.Option("--lines", help="Show every buffer alive at the peak.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw the waterfall, as .png or .svg.")
+    ] = None,
+    format: Format = "table",
+) -> int:
+    """Predict the memory of one attention, without running it.
+
+    No GPU is needed. What it takes is shown share by share, with an upper bound and how sure that is.
+    """
+    from planner.memory.estimate import estimate as predict
+
+    found = predict(config, workload, place.device, **place.options)
+    if plot is not None:
+        from planner.report.plot.estimate import plot as draw
+
+        draw(found, plot, place.budget)
+    if format == "table":
+        from planner.report.text.estimate import estimate_text
+
+        typer.echo(estimate_text(found, place.budget, lines=lines, ink=ink()))
+    else:
+        print_data(found.model_dump(mode="json"), format)
+        if "vram" in given and place.budget is not None:
+            say(f"the upper bound is {'within' if found.upper <= place.budget else 'above'} --vram")
+    if plot is not None:
+        say(f"the waterfall was drawn in {plot}")
+    return DONE
+
+
+@command("max-seq", "planner max-seq --vram 8GB --variant dense")
+def max_seq(
+    *,
+    vram: Annotated[
+        str, typer.Option(metavar="SIZE", help="Memory to fit: 8GB, 7.75GiB.", show_default=False)
+    ],
+    workload: AnyLength,
+    config: AttentionConfig,
+    place: Place,
+    format: Format = "table",
+) -> int:
+    """Find the longest sequence that fits.
+
+    It is a multiple of the block size, and fits at the upper bound. Where not even one block fits, the exit
+    code is 3, and options that would change that are named.
+    """
+    from planner.search.longest import longest
+
+    found = longest(config, workload, parse_bytes(vram, "--vram"), place.device, place.options)
+    fits = found.fits
+    if format == "table":
+        from planner.report.text.estimate import longest_text
+
+        typer.echo(longest_text(found))
+    else:
+        data = {
+            "seq": fits.workload.seq if fits else 0,
+            "budget": found.budget,
+            "fits": fits.model_dump(mode="json") if fits else None,
+            "beyond": found.beyond.model_dump(mode="json"),
+            "relaxations": list(found.relaxations),
+        }
+        print_data(data, format)
+    if fits is None:
+        say(f"nothing fits {vram}; what would: {', or '.join(found.relaxations)}")
+    return DONE if fits else NOTHING_FITS
+
+
+@command("compare", "planner compare docs/examples/small.json docs/examples/large.json --seq 128K")
+def compare(
+    *,
+    given: Given,
+    a: Annotated[Path, typer.Argument(metavar="A.json", help="A config, an estimate or a measurement.")],
+    b: Annotated[Path, typer.Argument(metavar="B.json", help="The same.")],
+    seq: Annotated[
+        str | None, typer.Option(metavar="TOKENS", help="Tokens: 131072, 128K or 1M; for configs.")
+    ] = None,
+    workload: Sizes,
+    place: Place,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw both side by side, as .png or .svg.")
+    ] = None,
+    format: Format = "table",
+) -> int:
+    """Show what one attention takes more than another, and why.
+
+    Sizes and device are for configs; estimates and measurements have their own.
+    """
+    from planner.answers.comparison import compare as differences
+    from planner.answers.comparison import side
+    from planner.memory.estimate import MemoryEstimate
+    from planner.memory.estimate import estimate as predict
+    from planner.report.text.compare import comparison_data, comparison_text
+
+    def estimated(config: AttentionConfig) -> MemoryEstimate:
+        if seq is None:
+            raise ConfigError("a config needs --seq, e.g. --seq 128K")
+        asked = workload.model_copy(update={"seq": parse_count(seq, "--seq")})
+        return predict(config, asked, place.device, **place.options)
+
+    used: list[AttentionConfig] = []
+
+    def noted(config: AttentionConfig) -> MemoryEstimate:
+        used.append(config)
+        return estimated(config)
+
+    sides = side(a, noted), side(b, noted)
+    idle = given - {"a", "b", "plot", "format"}
+    if idle and not used:
+        raise ConfigError(
+            f"{flags(idle)}: for configs, and both files have figures of their own; remove them"
+        )
+    found = differences(*sides)
+    if plot is not None:
+        from planner.report.plot.compare import plot_comparison
+
+        plot_comparison(found, (a.name, b.name), plot)
+    if format == "table":
+        typer.echo(comparison_text(found, (a.name, b.name)))
+    else:
+        print_data(comparison_data(found), format)
+    if plot is not None:
+        say(f"the comparison was drawn in {plot}")
+    return DONE

@@ -1,0 +1,96 @@
+"""Commands that show: studies, reports, layouts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from attention.config import AttentionConfig
+from attention.errors import ConfigError
+from planner.cli.app import DONE, command, ink, print_data
+from planner.cli.options import Format, Given, flags, say
+from planner.cli.options_show import Pictured, View
+
+
+@command("show", "planner show docs/examples/large.json --seq 128K --causal")
+def show(
+    *,
+    given: Given,
+    view: View,
+    config: Pictured,
+    profile: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Where attention's mass lies. [default: balanced]")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw the layout, as .png or .svg.")
+    ] = None,
+    format: Format = "table",
+) -> int:
+    """Picture which tokens an attention lets see which.
+
+    Of a dilated attention what its first head sees is drawn, and which positions the others take. What an
+    adaptive one sees is chosen at run time: of it only the budget is known.
+    """
+    from planner.quality.profiles import DEFAULT, preset
+    from planner.report.seen import seen, seen_data
+
+    idle = given & _idle(config, file="config" in given)
+    if idle:
+        say(f"note: without effect here: {flags(idle)}")
+    found = seen(config, view, preset(profile or DEFAULT))
+    if plot is not None:
+        from planner.report.plot.layout import plot_layout
+
+        plot_layout(found, plot)
+    if format == "table":
+        from planner.report.text.layout import seen_text
+
+        typer.echo(seen_text(found, ink()))
+    else:
+        print_data(seen_data(found), format)
+    if plot is not None:
+        say(f"the layout was drawn in {plot}")
+    return DONE
+
+
+def _idle(config: AttentionConfig, *, file: bool) -> frozenset[str]:
+    """Options of `show` that this config does not read."""
+    if config.variant == "adaptive":
+        return frozenset({"profile", "heads", "head_dim"} if file else {"profile"})
+    return frozenset({"head_dim"} if config.variant == "dilated" else {"head_dim", "heads"})
+
+
+@command("report", "planner report answer.json --out report.html")
+def report(
+    *,
+    file: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="FILE", help="What `recommend` or `tune` printed as JSON.", show_default=False
+        ),
+    ] = None,
+    storage: Annotated[
+        str | None, typer.Option(metavar="URL", help="In place of a file, where `tune` keeps trials.")
+    ] = None,
+    study: Annotated[str | None, typer.Option(metavar="NAME", help="Their name in the storage.")] = None,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The page.")] = Path("report.html"),
+) -> int:
+    """Make an answer a page to read, print and send.
+
+    One file of HTML that needs nothing else: the answer, where the budget goes, why, what else there is, who
+    sees whom, the program, and where the figures are from. A file that is there is replaced.
+    """
+    if (file is None) == (storage is None) or (storage is None) != (study is None):
+        raise ConfigError("name one answer: either a file, or --storage URL and --study NAME")
+    if file is not None and out.exists() and out.samefile(file):
+        raise ConfigError(
+            f"--out {out} is the answer itself, which the page would replace; name another file"
+        )
+    from planner.files import write_whole
+    from planner.report.page.answer import answer_page
+
+    write_whole(out, answer_page(file, storage, study).encode(), "--out")
+    say(f"the report was written to {out}")
+    return DONE

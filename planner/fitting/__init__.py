@@ -1,0 +1,1 @@
+"""Calibrations learnt from measured runs."""

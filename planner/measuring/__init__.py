@@ -1,0 +1,1 @@
+"""One config run in a process of its own, and records of it."""

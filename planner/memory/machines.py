@@ -1,0 +1,189 @@
+"""What one call of a fused kernel allocates, on whichever machine. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from attention.sizes.arrays import Count, each, most, somewhere, up
+from planner.memory import cpu_kernels, cuda_kernels
+from planner.memory import cuda_process as device
+from planner.memory.onednn.units import UNITS, Unit
+
+
+class Call(NamedTuple):
+    """One kernel call: N views, H heads, T queries, K keys, D channels."""
+
+    views: Count
+    heads: Count
+    queries: Count
+    keys: Count
+    head_dim: Count
+    itemsize: int
+    causal: bool = False
+    dense: Count = 0
+    """1 if the gradient of out lies in memory as [N, T, H, D], else 0."""
+    masked: Count = 0
+    """Rows of an additive mask [rows, K], 0 for none."""
+
+
+class Bytes(NamedTuple):
+    """What a call leaves, and what it takes besides while it runs."""
+
+    result: Count
+    scratch: Count
+
+
+class Machine(Protocol):
+    """A device's kernels."""
+
+    def forward(self, call: Call) -> Bytes: ...
+    def backward(self, call: Call) -> Bytes: ...
+    def flex(self, call: Call) -> Bytes:
+        """What compiled FlexAttention leaves going forward (out, log-sum-exp), and takes going backward."""
+        ...
+
+    def product(
+        self, rows: Count, inner: Count, columns: Count, turned: bool = False, second_turned: bool = False
+    ) -> Count:
+        """What [rows, inner] @ [inner, columns] takes besides its result; `turned`: the first is a transposed
+        view, `second_turned`: the second is."""
+        ...
+
+
+@dataclass(frozen=True)
+class Cpu:
+    """A CPU: the threads that an operator uses, the 16-bit types it has a matrix unit for, and the unit by
+    which oneDNN makes products of `dtype`, None where it makes none."""
+
+    threads: int
+    units: frozenset[str] = frozenset()
+    dtype: str = "float32"
+    products: Unit | None = None
+
+    def forward(self, call: Call) -> Bytes:
+        return Bytes(
+            *cpu_kernels.forward_bytes(
+                views=call.views, heads=call.heads, queries=call.queries, keys=call.keys,
+                head_dim=call.head_dim, itemsize=call.itemsize, threads=self.threads, causal=call.causal,
+                packs=self.dtype in self.units, float16=self.dtype == "float16",
+            )
+        )  # fmt: skip
+
+    def backward(self, call: Call) -> Bytes:
+        return Bytes(
+            *cpu_kernels.backward_bytes(
+                views=call.views, heads=call.heads, queries=call.queries, keys=call.keys,
+                head_dim=call.head_dim, itemsize=call.itemsize, threads=self.threads,
+                dense_grad=call.dense,
+            )
+        )  # fmt: skip
+
+    def flex(self, call: Call) -> Bytes:
+        raise AssertionError("compiled FlexAttention runs on CUDA only")
+
+    def product(
+        self, rows: Count, inner: Count, columns: Count, turned: bool = False, second_turned: bool = False
+    ) -> Count:
+        unit = self.products
+        if unit is None:
+            return 0
+        from planner.memory.onednn import gemm  # loads NumPy, which no other estimate needs
+
+        def one(rows: int, inner: int, columns: int) -> tuple[int]:
+            return (gemm.scratch_bytes(unit, rows, inner, columns, self.threads, turned, second_turned),)
+
+        return each(one, 1 + 0 * (rows + inner + columns), (0,), rows, inner, columns)[0]
+
+
+def this_cpu(dtype: str = "float32") -> Cpu:
+    """The CPU at hand, as torch would use it: a thread a core that this process may run on."""
+    flags: set[str] = set()
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("flags"):
+                flags = set(line.split())
+                break
+    except OSError:
+        pass  # not Linux: no matrix unit that torch would use either
+    units = {name for name, flag in (("bfloat16", "amx_bf16"), ("float16", "amx_fp16")) if flag in flags}
+    here = (unit for unit in UNITS.get(dtype, ()) if unit in flags)
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    return Cpu(
+        int(given) if given.isdigit() and int(given) else cores, frozenset(units), dtype, next(here, None)
+    )
+
+
+def units_of(capability: str) -> frozenset[str]:
+    """The 16-bit types that a CPU has a matrix unit for, of a measurement's `capability`."""
+    float16 = "AMX with float16" in capability
+    return frozenset(["bfloat16"] * ("AMX" in capability) + ["float16"] * float16)
+
+
+FLASH_CHANNELS = 256
+"""The most that flash attention takes."""
+
+
+def _mask_copy(kernel: cuda_kernels.Kernel, call: Call) -> Count:
+    """The mask with rows as the efficient kernel wants them; see `attention.ops.kernels._aligned`."""
+    return call.masked * up(call.keys, 8) * call.itemsize if kernel == "efficient" else 0
+
+
+@dataclass(frozen=True)
+class Cuda:
+    """An NVIDIA GPU."""
+
+    capability: tuple[int, int]
+
+    def kernels(self, call: Call) -> tuple[cuda_kernels.Kernel, ...]:
+        """Those that calls of this size run on, as `attention.ops.kernels.choose` has it; the second only
+        those with an additive mask, which flash does not take."""
+        if call.itemsize == 8:
+            return ("plain",)
+        if self.capability < (8, 0) or call.itemsize != 2 or call.head_dim > FLASH_CHANNELS:
+            return ("efficient",)
+        return ("flash", "efficient") if somewhere(call.masked > 0) else ("flash",)
+
+    def forward(self, call: Call) -> Bytes:
+        out = call.views * call.heads * call.queries * call.head_dim * call.itemsize
+        results, scratch = [], []
+        for number, kernel in enumerate(self.kernels(call)):
+            lines = cuda_kernels.forward_lines(
+                kernel, batch=call.views, heads=call.heads, queries=call.queries, keys=call.keys,
+                head_dim=up(call.head_dim, 8), itemsize=call.itemsize,
+            )  # fmt: skip
+            applies = 1 if number == 0 else (call.masked > 0) * 1
+            results.append((out + lines[0].bytes) * applies)
+            scratch.append((device.total(lines[1:]) + _mask_copy(kernel, call)) * applies)
+        return Bytes(most(*results), most(*scratch))
+
+    def backward(self, call: Call) -> Bytes:
+        dim = up(call.head_dim, 8)
+        scratch = []
+        for number, kernel in enumerate(self.kernels(call)):
+            lines = cuda_kernels.backward_lines(
+                kernel, batch=call.views, heads=call.heads, kv_heads=call.heads, queries=call.queries,
+                keys=call.keys, head_dim=dim, itemsize=call.itemsize, capability=self.capability,
+            )  # fmt: skip
+            applies = 1 if number == 0 else (call.masked > 0) * 1
+            scratch.append((device.total(lines) + _mask_copy(kernel, call)) * applies)
+        result = call.views * call.heads * (call.queries + 2 * call.keys) * dim * call.itemsize
+        return Bytes(result, most(*scratch))
+
+    def product(
+        self, rows: Count, inner: Count, columns: Count, turned: bool = False, second_turned: bool = False
+    ) -> Count:
+        return 0  # cuBLAS works in a workspace of its own, which is a line of the device's
+
+    def flex(self, call: Call) -> Bytes:
+        sizes = {
+            "batch": call.views, "heads": call.heads, "queries": call.queries, "keys": call.keys,
+            "head_dim": call.head_dim, "itemsize": call.itemsize,
+        }  # fmt: skip
+        out = call.views * call.heads * call.queries * call.head_dim * call.itemsize
+        back = cuda_kernels.backward_lines("flex", kv_heads=call.heads, capability=self.capability, **sizes)
+        return Bytes(out + device.total(cuda_kernels.forward_lines("flex", **sizes)), device.total(back))

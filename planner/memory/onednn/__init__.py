@@ -1,0 +1,1 @@
+"""Scratch of oneDNN's products on CPUs."""

@@ -1,0 +1,1 @@
+"""The buffers of a call, one by one: an attention a module."""

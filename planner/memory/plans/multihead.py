@@ -1,0 +1,162 @@
+"""The memory plan of an attention between projections; see `attention/multihead.py`. Imports no torch.
+
+The three streams are one tensor, as in self-attention. Letters as in `plans.py`, and E = H D channels of
+the model, R = E + 2 G D rows of the input projections. Products are made one after another, each with
+scratch of its own where a library takes that from torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from attention.sizes.arrays import Count, most
+from planner.memory.plans.tiles import Case
+from planner.memory.table import Table
+
+KEPT = ("memory_pool", "pattern_cache")
+"""Components that a forward pass leaves behind, whoever needs its results."""
+
+
+def multihead(
+    table: Table, case: Case, attend: Callable[[Table, Case], None], *, bias: bool, checkpoint: bool
+) -> None:
+    """Input projections, attention, output projection, and in training their gradients. `attend` adds the
+    attention itself. `checkpoint`: backward repeats the forward pass, of which nothing was saved."""
+    _inputs(table, case, bias)
+    repeats = checkpoint and case.trains
+    case = case._replace(runs=1 + repeats)
+    e = case.shape.itemsize
+    if repeats:
+        first = _Unsaved(table, "unsaved ")
+        _project(first, case)
+        attend(first, case._replace(turn=lambda _: False))
+        first.end("out")
+        _result(table, case)
+        first.end()
+        case = case._replace(run=1)
+    _project(table, case)
+
+    def turn(table: Table) -> bool:
+        """The output projection, forward unless that was done before, and its gradients."""
+        if not repeats:
+            _result(table, case)
+        width = _width(case)
+        if not bias:  # autograd's order: of a product, the second matrix is first
+            _gradients(table, case, "output projection", (width,), bias)
+        table.phase("backward, output projection")
+        table.add("gradient of the attention", "gradients", case.channels * e, "B S E e")
+        _product(table, case, _tokens(case), width, width)
+        if bias:
+            _gradients(table, case, "output projection", (width,), bias)
+        return True
+
+    attend(table, case._replace(turn=turn))
+    if not case.trains:
+        table.free("projected q", "projected k", "projected v")
+        _result(table, case)
+        return
+    table.free("projected q", "projected k", "projected v", "gradient of the attention")
+    table.free("out", "log-sum-exp")
+    table.phase("backward, input projections")
+    table.add("gradient of the input", "gradients", case.channels * e, "B S E e")
+    _product(table, case, _tokens(case), _width(case), _width(case))
+    table.phase("backward, input projections, keys")
+    _product(table, case, _tokens(case), _kv_width(case), _width(case))
+    _gradients(table, case, "input projections", (_width(case), _kv_width(case), _kv_width(case)), bias)
+
+
+def parameter_bytes(case: Case, bias: bool) -> Count:
+    """Bytes of all weights and biases."""
+    width = _width(case)
+    return (width + 2 * _kv_width(case) + width) * (width + bias) * case.shape.itemsize
+
+
+def _width(case: Case) -> Count:
+    """E: channels of the model, and rows of the projection to q."""
+    return case.shape.heads * case.shape.head_dim
+
+
+def _kv_width(case: Case) -> Count:
+    """G D: rows of the projection to k, or to v."""
+    return case.shape.kv_heads * case.shape.head_dim
+
+
+def _tokens(case: Case) -> Count:
+    return case.batch * case.shape.seq
+
+
+def _inputs(table: Table, case: Case, bias: bool) -> None:
+    e = case.shape.itemsize
+    table.add("parameters", "parameters", parameter_bytes(case, bias), "(R + E) (E + 1 if biased) e")
+    table.add("input", "qkv", case.channels * e, "B S E e")
+    if case.trains:
+        table.add("gradient of the result", "gradients", case.channels * e, "B S E e")
+
+
+def _project(table: Table, case: Case) -> None:
+    for name, heads, width in (
+        ("q", "H", _width(case)),
+        ("k", "G", _kv_width(case)),
+        ("v", "G", _kv_width(case)),
+    ):
+        table.phase(f"input projections, {name}")
+        table.add(f"projected {name}", "qkv", _tokens(case) * width * case.shape.itemsize, f"B S {heads} D e")
+        _product(table, case, _tokens(case), _width(case), width, forward=True)
+
+
+def _result(table: Table, case: Case) -> None:
+    table.phase("output projection")
+    table.add("result", "output", case.channels * case.shape.itemsize, "B S E e")
+    _product(table, case, _tokens(case), _width(case), _width(case), forward=True)
+
+
+def _gradients(table: Table, case: Case, name: str, widths: tuple[Count, ...], bias: bool) -> None:
+    """Of the parameters of projections to so many channels each."""
+    width, e = _width(case), case.shape.itemsize
+    rows: Count = sum(widths)
+    table.phase(f"backward, weights of the {name}")
+    table.add(f"weight gradient, {name}", "gradients", rows * width * e, "(E or R) E e")
+    scratch = [case.machine.product(each, _tokens(case), width, turned=True) for each in widths]
+    _scratch(table, most(*scratch))
+    table.phase(f"backward, biases of the {name}")
+    table.add(f"bias gradient, {name}", "gradients", rows * e * bias, "(E or R) e")
+
+
+def _product(
+    table: Table, case: Case, rows: Count, inner: Count, columns: Count, forward: bool = False
+) -> None:
+    """A projection's scratch, in the phase of its result. Going `forward`, weights are a transposed view."""
+    _scratch(table, case.machine.product(rows, inner, columns, second_turned=forward))
+
+
+def _scratch(table: Table, count: Count) -> None:
+    table.add("product scratch", "workspace", count, "of the library; see planner/memory/onednn/gemm.py")
+    table.free("product scratch")
+
+
+class _Unsaved(Table):
+    """Adds a forward pass of which nothing is saved to a table, under names of its own."""
+
+    def __init__(self, table: Table, prefix: str) -> None:
+        super().__init__()
+        self._table, self._prefix = table, prefix
+        self._alive: list[str] = []
+
+    def phase(self, name: str) -> None:
+        self._table.phase(self._prefix + name)
+
+    def add(self, name: str, component: str, count: Count, formula: str) -> None:
+        self._table.add(self._prefix + name, component, count, formula)
+        if component not in KEPT:
+            self._alive.append(name)
+
+    def kept(self, name: str, component: str, count: Count, formula: str) -> None:
+        self._table.kept(name, component, count, formula)
+
+    def free(self, *names: str) -> None:
+        self._alive = [name for name in self._alive if name not in names]
+        self._table.free(*(self._prefix + name for name in names))
+
+    def end(self, *spared: str) -> None:
+        """Frees all but these and what pool and caches keep."""
+        self.free(*(name for name in self._alive if name not in spared))

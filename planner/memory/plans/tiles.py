@@ -1,0 +1,335 @@
+"""The memory plans: one function per implementation. Imports no torch.
+
+What the executor reserves and how large its calls get comes from `attention/sizes/tiles.py`, which the
+executor itself uses; what the kernels allocate from `planner/memory/machines.py`. Here is when which of
+these are alive. Sizes are ints, or NumPy arrays for many candidates at once.
+
+Letters: B batch, S tokens, H query heads, G key and value heads, D channels, e bytes a number, w bytes of
+a number in sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from attention.sizes.arena import POOL_FROM_TOKENS, arena_bytes, bucket_bytes
+from attention.sizes.arrays import Count, choose, most, somewhere
+from attention.sizes.flex import flex_list_bytes
+from attention.sizes.row_bounds import Rows
+from attention.sizes.shape import Shape
+from attention.sizes.tiles import (
+    Extent,
+    Kind,
+    backward_sizes,
+    dilated_extent,
+    forward_sizes,
+    pieces,
+    sparse_extent,
+)
+from planner.memory.machines import Bytes, Call, Machine
+from planner.memory.table import Table
+
+POOLED = "arena kept by the pool"
+
+
+class Case(NamedTuple):
+    """Sizes, mode and settings of one call."""
+
+    batch: Count
+    shape: Shape
+    trains: bool
+    machine: Machine
+    keeps_lse: bool
+    """Whether the log-sum-exp outlives the forward pass without training."""
+    pool: Count
+    """1 if arenas come from a pool that keeps them, else 0."""
+    pool_bytes: Count
+    """Bound of the pool."""
+    cache_entries: Count = 100
+    """Masks that may be kept between calls."""
+    cache_bytes: Count = 64 << 20
+    """Bound of all that are kept."""
+    warm: bool = False
+    """Whether an equal call came before, whose arenas and masks are there."""
+    runs: int = 1
+    """Forward passes of one call: 2 where backward repeats the forward pass."""
+    run: int = 0
+    """Which of those this one is."""
+    turn: Callable[[Table], bool] | None = None
+    """What happens between forward and backward, and whether backward follows; None for nothing in
+    between."""
+
+    @property
+    def channels(self) -> Count:
+        """Numbers in q or out."""
+        return self.batch * self.shape.seq * self.shape.heads * self.shape.head_dim
+
+    @property
+    def kv_channels(self) -> Count:
+        """Numbers in k or v."""
+        return self.batch * self.shape.seq * self.shape.kv_heads * self.shape.head_dim
+
+    @property
+    def lse_bytes(self) -> Count:
+        """Bytes of the log-sum-exp."""
+        return self.batch * self.shape.seq * self.shape.heads * self.shape.wide
+
+    def goes_back(self, table: Table) -> bool:
+        """Whether a backward pass follows, now that the forward pass is done."""
+        return self.trains and (self.turn is None or self.turn(table))
+
+
+def pooled(switch: str, pool_bytes: int | None, seq: Count) -> Count:
+    """1 if a call's arena comes from a pool that keeps it, else 0; see `attention.pool.Buffers`."""
+    if switch == "off" or pool_bytes == 0:
+        return 0
+    return (seq >= (POOL_FROM_TOKENS if switch == "auto" else 0)) * 1
+
+
+def inputs(table: Table, case: Case) -> None:
+    """q, k, v, and in training the incoming gradient."""
+    e = case.shape.itemsize
+    table.add("q", "qkv", case.channels * e, "B S H D e")
+    table.add("k", "qkv", case.kv_channels * e, "B S G D e")
+    table.add("v", "qkv", case.kv_channels * e, "B S G D e")
+    if case.trains:
+        table.add("gradient of out", "gradients", case.channels * e, "B S H D e")
+
+
+def whole(table: Table, case: Case) -> None:
+    """Dense attention with as many kv heads as heads: one kernel call over everything."""
+    shape, e = case.shape, case.shape.itemsize
+    call = Call(case.batch, shape.heads, shape.seq, shape.seq, shape.head_dim, e, causal=shape.causal)
+    found = case.machine.forward(call)
+    table.phase("forward")
+    table.add("out", "output", case.channels * e, "B S H D e")
+    lse = "saved_for_backward" if case.trains else "temp_buffers"
+    table.add("log-sum-exp", lse, found.result - case.channels * e, "of the kernel")
+    table.add("kernel scratch", "workspace", found.scratch, "of the kernel")
+    table.free("kernel scratch")
+    if not (case.trains or case.keeps_lse):
+        table.free("log-sum-exp")
+    if not case.goes_back(table):
+        return
+    if shape.widens:
+        program_backward(table, case, lambda back: dilated_extent(((shape.seq, 1),), back), 0)
+    else:
+        found = case.machine.backward(call._replace(dense=True))
+        table.phase("backward")
+        table.add("dq", "gradients", case.channels * e, "B S H D e")
+        table.add("dk and dv", "gradients", found.result - case.channels * e, "2 B S H D e")
+        table.add("backward scratch", "workspace", found.scratch, "of the kernel")
+        table.free("backward scratch")
+
+
+def program(table: Table, case: Case, extent_of: Callable[[Shape], Extent]) -> None:
+    """An attention of tiles: forward, and in training backward."""
+    shape, e = case.shape, case.shape.itemsize
+    extent = extent_of(shape)
+    keeps = case.trains or case.keeps_lse
+    arena = arena_bytes(forward_sizes(extent, shape, keeps))
+    other: Count = 0
+    if case.trains:
+        back = shape.backward()
+        other = arena_bytes(backward_sizes(extent_of(back), back))
+    size, kept = _arena(case, arena, other)
+    there = kept if case.warm or case.run else 0
+    mask, _ = _masks(case, extent_of)
+    if case.warm and not case.run:
+        table.kept(POOLED, "memory_pool", kept, "a pool's buffer, of the call before")
+        table.kept("causal mask of the call before", "pattern_cache", mask.there,
+                   "attention/sizes/tiles.py Extent.mask")  # fmt: skip
+    for number, kind in enumerate(extent.kinds):
+        table.phase(f"forward, {kind.name}")
+        if number == 0:
+            table.add("out", "output", case.channels * e, "B S H D e")
+            table.add("log-sum-exp", "saved_for_backward" if case.trains else "temp_buffers",
+                      case.lse_bytes * keeps, "B S H w")  # fmt: skip
+            table.add("forward arena", "workspace", size - there, "attention/sizes/tiles.py forward_sizes")
+            _make(table, "causal mask", mask)
+        call = _call(kind, kind.views, kind.keys, shape)
+        found = _taken(case.machine.forward, call, kind)
+        rows = kind.heads * kind.views * kind.queries
+        merging = rows * shape.wide * (kind.later > 0)
+        _hidden(table, kind, kind.views * kind.keys * e, shape)
+        result = f"{kind.name}: part"
+        table.add(result, "temp_buffers", found.result * kind.exists, "N T H (D e + w)")
+        scratch = most(found.scratch, merging) * kind.exists
+        table.add(f"{kind.name}: scratch", "workspace", scratch, "of the kernel, or of the merge")
+        table.free(result, f"{kind.name}: scratch", f"{kind.name}: hidden positions")
+    table.free("causal mask")
+    _leave(table, "forward arena", POOLED, kept - there)
+    if keeps and not case.trains:
+        table.free("log-sum-exp")
+    if case.goes_back(table):
+        program_backward(table, case, extent_of, arena, other)
+
+
+def program_backward(
+    table: Table,
+    case: Case,
+    extent_of: Callable[[Shape], Extent],
+    forward_arena: Count,
+    arena: Count | None = None,
+) -> None:
+    """The backward pass of an attention of tiles. `arena`: its own, where that is known."""
+    shape, e = case.shape.backward(), case.shape.itemsize
+    extent = extent_of(shape)
+    if arena is None:
+        arena = arena_bytes(backward_sizes(extent, shape))
+    size, kept = _arena(case, arena, forward_arena)
+    # The forward pass's arena, kept, is taken again.
+    there = _arena(case, forward_arena, arena)[1]
+    if case.warm:
+        table.kept(f"backward {POOLED}", "memory_pool", most(kept - there, 0),
+                   "a pool's buffer, of the call before")  # fmt: skip
+        there = most(there, kept)
+    number = shape.wide if shape.widens else e
+    _, mask = _masks(case, extent_of)
+    for n, (kind, piece) in enumerate(zip(extent.kinds, pieces(extent, shape), strict=True)):
+        table.phase(f"backward, {kind.name}")
+        if n == 0:
+            table.add("dq", "gradients", case.channels * e, "B S H D e")
+            table.add("dk", "gradients", case.kv_channels * e, "B S G D e")
+            table.add("dv", "gradients", case.kv_channels * e, "B S G D e")
+            table.add("backward arena", "workspace", size - there * (size > 0),
+                      "attention/sizes/tiles.py backward_sizes")  # fmt: skip
+            _make(table, "causal mask of backward", mask)
+        call = _call(kind, piece.views, piece.keys, shape, number)
+        if shape.widens:
+            call = call._replace(dense=1)
+        found = _taken(case.machine.backward, call, kind)
+        _hidden(table, kind, piece.column * number, shape)
+        table.add(f"{kind.name}: dq, dk, dv", "temp_buffers", found.result * kind.exists,
+                  "N H (T + 2 K) D w")  # fmt: skip
+        table.add(f"{kind.name}: backward scratch", "workspace", found.scratch * kind.exists, "of the kernel")
+        table.free(
+            f"{kind.name}: dq, dk, dv", f"{kind.name}: backward scratch", f"{kind.name}: hidden positions"
+        )
+    table.free("causal mask of backward")
+    _leave(table, "backward arena", f"backward {POOLED}", most(kept - there, 0))
+
+
+def _hidden(table: Table, kind: Kind, count: Count, shape: Shape) -> None:
+    """The mask of shared lists that hold the last block, if that is short. Under a causal mask only the
+    last row sees that block, and its causal mask hides what is past the end."""
+    applies = kind.gathers and not kind.own and not shape.causal
+    nbytes = count * (shape.seq % kind.unit > 0) * kind.exists if applies else 0
+    table.add(f"{kind.name}: hidden positions", "masks", nbytes, "N K e")
+
+
+def _arena(case: Case, own: Count, other: Count) -> tuple[Count, Count]:
+    """(bytes that a pass takes, bytes that the pool keeps of them): see `attention.ops.scratch.Scratch`."""
+    size = choose(case.pool, bucket_bytes(most(own, other)), own) * (own > 0)
+    return size, size * case.pool * (size <= case.pool_bytes)
+
+
+def _leave(table: Table, name: str, kept_name: str, kept: Count) -> None:
+    """Ends a buffer's use; what the pool keeps of it stays."""
+    table.free(name)
+    table.phase(f"after {name}")
+    table.add(kept_name, "memory_pool", kept, "a pool's buffer, for the next call")
+
+
+class Mask(NamedTuple):
+    """A pass's causal mask, by what becomes of it in `attention.cache.BoundedCache`, which keeps a mask from
+    its second use on."""
+
+    passing: Count
+    """Bytes if it is made and dropped."""
+    staying: Count
+    """Bytes if it is made and kept."""
+    there: Count
+    """Bytes if it was kept before."""
+
+
+def _masks(case: Case, extent_of: Callable[[Shape], Extent]) -> tuple[Mask, Mask]:
+    """Of the forward and of the backward pass. They are one in the cache if sizes and dtype are equal."""
+    shape = case.shape
+    queries, keys = extent_of(shape).mask
+    if not case.trains:
+        back_queries, back_keys = 0 * queries, 0 * keys
+    else:
+        back_queries, back_keys = extent_of(shape.backward()).mask
+    nbytes = queries * keys * shape.itemsize
+    back_bytes = back_queries * back_keys * (shape.wide if shape.widens else shape.itemsize)
+    same = (queries == back_queries) * (keys == back_keys) * (back_bytes == nbytes)
+    together = nbytes + back_bytes * (1 - same)
+    differ = 1 + (back_bytes > 0) * (1 - same)
+    keeps = (case.cache_entries >= differ) * (case.cache_bytes >= together)
+    uses = case.warm * (case.runs + same) + case.run
+    back_uses = same * case.runs + case.warm * (1 + same * case.runs)
+    return _mask(nbytes, uses, keeps), _mask(back_bytes, back_uses, keeps)
+
+
+def _mask(nbytes: Count, uses: Count, keeps: Count) -> Mask:
+    """Of a mask that was asked for `uses` times before."""
+    staying, there = nbytes * keeps * (uses == 1), nbytes * keeps * (uses >= 2)
+    return Mask(nbytes - staying - there, staying, there)
+
+
+def _make(table: Table, name: str, mask: Mask) -> None:
+    """A mask, of which what does not stay is to be freed under its name."""
+    formula = "attention/sizes/tiles.py Extent.mask"
+    table.add(name, "masks", mask.passing, formula)
+    table.add(f"{name}, kept", "pattern_cache", mask.staying, f"{formula}, for the next call")
+
+
+def _call(kind: Kind, views: Count, keys: Count, shape: Shape, itemsize: int | None = None) -> Call:
+    # A kind that does not exist may have no queries; a kernel has some.
+    return Call(
+        views, kind.heads, most(kind.queries, 1), keys, shape.head_dim, itemsize or shape.itemsize,
+        causal=kind.whole, dense=kind.dense, masked=kind.masked,
+    )  # fmt: skip
+
+
+def _taken(kernel: Callable[[Call], Bytes], call: Call, kind: Kind) -> Bytes:
+    """What a kernel takes for a call of this kind; not computed where no candidate has such calls."""
+    return kernel(call) if somewhere(kind.exists) else Bytes(0, 0)
+
+
+def flex(table: Table, case: Case, rows: Rows) -> None:
+    """Block-sparse attention by compiled FlexAttention; see `attention/ops/flex.py`."""
+    shape, e = case.shape, case.shape.itemsize
+    call = Call(case.batch, shape.heads, shape.seq, shape.seq, shape.head_dim, e)
+    found = case.machine.flex(call)
+    table.phase("forward")
+    table.add("out", "output", case.channels * e, "B S H D e")
+    table.add("block lists", "sparse_indices", flex_list_bytes(rows, shape.seq),
+              "attention/sizes/tiles.py flex_list_bytes")  # fmt: skip
+    table.add("log-sum-exp", "saved_for_backward" if case.trains else "temp_buffers",
+              found.result - case.channels * e, "float32 B H S")  # fmt: skip
+    if not case.trains:
+        table.free("log-sum-exp")
+    if not case.goes_back(table):
+        return
+    table.phase("backward")
+    table.add("dq", "gradients", case.channels * e, "B S H D e")
+    table.add("dk", "gradients", case.kv_channels * e, "B S G D e")
+    table.add("dv", "gradients", case.kv_channels * e, "B S G D e")
+    table.add("backward scratch", "workspace", found.scratch, "of the kernel")
+    table.free("backward scratch")
+
+
+def dilated(table: Table, case: Case, branches: Sequence[tuple[Count, Count]]) -> None:
+    """Dilated attention, and dense attention with fewer kv heads: branches smallest rate first."""
+    program(table, case, _once(case.shape, lambda shape: dilated_extent(branches, shape)))
+
+
+def block_sparse(table: Table, case: Case, rows: Rows) -> None:
+    """Block-sparse attention by views and gathers."""
+    program(table, case, _once(case.shape, lambda shape: sparse_extent(rows, shape)))
+
+
+def _once(shape: Shape, extent_of: Callable[[Shape], Extent]) -> Callable[[Shape], Extent]:
+    """`extent_of` for a shape and for its backward, each computed once: most of an evaluation's time."""
+    found: dict[bool, Extent] = {}
+
+    def once(asked: Shape) -> Extent:
+        forward = asked is shape
+        if forward not in found:
+            found[forward] = extent_of(asked)
+        return found[forward]
+
+    return once

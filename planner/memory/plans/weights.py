@@ -1,0 +1,57 @@
+"""The memory plan of attention weights on request; see `attention/ops/weights.py`. Imports no torch.
+
+Letters as in `plans.py`, and n active blocks a head, of b x b weights each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from attention.sizes.arena import arena_bytes
+from attention.sizes.arrays import Count
+from attention.sizes.weights import weights_sizes
+from planner.memory.plans.tiles import Case
+from planner.memory.table import Table
+
+
+class Asked(NamedTuple):
+    """Which weights are returned."""
+
+    size: Count
+    """Tokens a block."""
+    active: Count
+    """Blocks a head: `attention.layout.count_active`, or `active_of_choice` of an adaptive attention."""
+    branches: int
+    """Of a dilated attention; else 0."""
+    own: bool
+    """Whether every head of every batch item has blocks of its own."""
+
+
+def weighted(table: Table, case: Case, attend: Callable[[Table, Case], None], asked: Asked) -> None:
+    """What `attend` adds, and after its forward pass the weights, which live to the end."""
+
+    def turn(table: Table) -> bool:
+        _weights(table, case, asked)
+        return case.turn is None or case.turn(table)
+
+    attend(table, case._replace(turn=turn, keeps_lse=True))
+    if not case.trains:
+        _weights(table, case, asked)
+
+
+def _weights(table: Table, case: Case, asked: Asked) -> None:
+    shape, lanes = case.shape, case.batch * case.shape.heads
+    table.phase("weights")
+    if not case.trains:
+        table.add("log-sum-exp of the weights", "temp_buffers", case.lse_bytes, "B S H w")
+    indices = asked.active * 16 * (lanes if asked.own else 1)
+    table.add("indices of the weights", "sparse_indices", indices, "16 n, or 16 B H n")
+    values = lanes * asked.active * asked.size * asked.size * shape.itemsize
+    table.add("weights", "weights", values, "B H n b b e")
+    table.add("scratch of the weights", "workspace",
+              arena_bytes(weights_sizes(shape, asked.size, asked.active, asked.branches)),
+              "attention/sizes/weights.py")  # fmt: skip
+    table.free("scratch of the weights")
+    if not case.trains:
+        table.free("log-sum-exp of the weights")

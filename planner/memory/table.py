@@ -1,0 +1,125 @@
+"""A memory plan is a table: what is allocated, how many bytes, and during which phases. Imports no torch.
+
+Bytes are ints, or NumPy arrays for many candidates at once. The peak is the largest phase.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from attention.sizes.arrays import Count
+
+if TYPE_CHECKING:
+    import numpy as np
+
+COMPONENTS: Final = (
+    "qkv", "output", "gradients", "parameters", "saved_for_backward", "weights", "sparse_indices", "masks",
+    "pattern_cache", "memory_pool", "workspace", "temp_buffers", "comm_buffers", "ring", "context",
+)  # fmt: skip
+"""The families of the breakdown, as docs/design.md words them, in the order in which they are shown."""
+
+START: Final = "inputs"
+"""The phase in which only inputs and parameters are there."""
+
+
+class Buffer(NamedTuple):
+    """One line of a plan."""
+
+    name: str
+    component: str
+    bytes: Count
+    phases: tuple[str, ...]
+    """While it is alive, in the plan's order; consecutive."""
+    formula: str
+    """How the bytes come about, in words."""
+
+
+class Plan(NamedTuple):
+    """Phases in the order in which they come, and what is alive in them."""
+
+    phases: tuple[str, ...]
+    buffers: tuple[Buffer, ...]
+
+    def totals(self) -> dict[str, Count]:
+        """Bytes alive in each phase."""
+        totals: dict[str, Count] = dict.fromkeys(self.phases, 0)
+        for buffer in self.buffers:
+            for phase in buffer.phases:
+                totals[phase] = totals[phase] + buffer.bytes
+        return totals
+
+    def peak(self) -> tuple[str, int]:
+        """The largest phase, the first of several, and its bytes; for ints."""
+        totals = self.totals()
+        phase = max(totals, key=lambda name: totals[name])
+        return phase, int(totals[phase])
+
+    def peaks(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """Bytes of the largest phase of each candidate; for arrays."""
+        import numpy as np
+
+        totals = iter(self.totals().values())
+        found = np.asarray(next(totals), np.int64)
+        for total in totals:
+            found = np.maximum(found, total)
+        return found
+
+    def components(self, phase: str) -> dict[str, int]:
+        """Bytes of each component alive in a phase, those that have any, in the order of COMPONENTS."""
+        found = dict.fromkeys(COMPONENTS, 0)
+        for buffer in self.buffers:
+            if phase in buffer.phases:
+                found[buffer.component] += int(buffer.bytes)
+        return {name: nbytes for name, nbytes in found.items() if nbytes}
+
+    def events(self) -> Iterator[tuple[str, int | None]]:
+        """(name, bytes) as a buffer is allocated and (name, None) as it is freed, in order."""
+        alive: list[Buffer] = []
+        for phase in self.phases:
+            for buffer in [b for b in alive if phase not in b.phases]:
+                alive.remove(buffer)
+                yield buffer.name, None
+            for buffer in self.buffers:
+                if phase in buffer.phases and buffer not in alive and buffer.bytes:
+                    alive.append(buffer)
+                    yield buffer.name, int(buffer.bytes)
+
+
+class Table:
+    """A plan in the making."""
+
+    def __init__(self) -> None:
+        self._phases: list[str] = [START]
+        self._lines: list[tuple[str, str, Count, str, int, int | None]] = []
+        self._open: dict[str, int] = {}
+
+    def phase(self, name: str) -> None:
+        """What is added from now on is alive from this phase on."""
+        self._phases.append(name)
+
+    def add(self, name: str, component: str, count: Count, formula: str) -> None:
+        """A buffer that is alive from the present phase until it is freed, or to the end."""
+        self._open[name] = len(self._lines)
+        self._lines.append((name, component, count, formula, len(self._phases) - 1, None))
+
+    def kept(self, name: str, component: str, count: Count, formula: str) -> None:
+        """A buffer that an earlier call left, alive from the start to the end."""
+        self._lines.append((name, component, count, formula, 0, None))
+
+    def free(self, *names: str) -> None:
+        """The present phase is the last in which these are alive."""
+        for name in names:
+            place = self._open.pop(name)
+            *line, _ = self._lines[place]
+            self._lines[place] = (*line, len(self._phases))  # type: ignore[assignment]
+
+    def done(self) -> Plan:
+        """The plan, without the lines that are zero whatever the candidate."""
+        phases = tuple(self._phases)
+        buffers = (
+            Buffer(name, component, count, phases[first:stop], formula)
+            for name, component, count, formula, first, stop in self._lines
+            if not (type(count) is int and count == 0)
+        )
+        return Plan(phases, tuple(buffers))

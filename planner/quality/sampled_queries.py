@@ -1,0 +1,73 @@
+"""Captured mass of dilated branches that do not nest or are no multiple of their rate, by queries. Imports no
+torch.
+
+Letters: `a` decays [J, 1, 1], `w` their shares; `N` candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from planner.quality.sampled_blocks import common, subsets
+from planner.quality.sums import Floats, Ints, series
+
+POINTS = 4096
+"""Queries looked at of irregular dilated branches; all of them where there are no more."""
+
+
+def points(
+    a: Floats, w: Floats, seq: Ints, lengths: Sequence[Ints], rates: Sequence[Ints], sinks: int, heads: int,
+    causal: bool,
+) -> tuple[Floats, Floats]:  # fmt: skip
+    """As `dilated_sparse` for dilated branches that are not regular: exact up to POINTS tokens."""
+    parts = []
+    chunk = max(1, (1 << 20) // (min(POINTS, int(seq.max(initial=1))) * max(len(a), 4)))
+    for begin in range(0, seq.size, chunk):
+        some = slice(begin, begin + chunk)
+        parts.append(
+            _points(
+                a, w, seq[some], [x[some] for x in lengths], [x[some] for x in rates], sinks, heads, causal
+            )
+        )
+    return np.concatenate([mass for mass, _ in parts]), np.concatenate([kept for _, kept in parts])
+
+
+def _points(
+    a: Floats, w: Floats, seq: Ints, lengths: Any, rates: Any, sinks: int, heads: int, causal: bool
+) -> tuple[Floats, Floats]:
+    n = seq[:, None]
+    count = min(POINTS, int(seq.max(initial=1)))
+    at = np.arange(count)
+    # One query of each stratum; which one, by the golden ratio: without a period that residues could have.
+    spread = ((at + (at * 0.6180339887498949) % 1.0) * n / count).astype(np.int64)
+    q = np.where(n <= count, np.minimum(at, n - 1), spread)
+    weights = np.where(n <= count, (at < n) / n, 1.0 / count)
+    offsets = [q % np.minimum(s[:, None], n) for s in lengths]
+    sides = [np.minimum(s[:, None], n - q + o) - 1 - o for s, o in zip(lengths, offsets, strict=True)]
+    whole = series(a, 1, q + 1) + (0 if causal else series(a, 1, n - q) - 1)
+    mass, kept = np.zeros(q.shape), np.zeros(q.shape)
+    for sign, members in subsets(len(lengths)):
+        step = common(rates[t] for t in members)[:, None]
+        covered = np.zeros(q.shape)
+        # Heads that differ by a multiple of `step` take the same positions.
+        for h in range(min(heads, int(step.max(initial=1)))):
+            alike = np.where(h < step, (heads - 1 - h) // step + 1, 0)
+            covered += alike * np.logical_and.reduce(
+                [offsets[t] % rates[t][:, None] == h % rates[t][:, None] for t in members]
+            )
+        covered *= sign / heads
+        left = np.minimum.reduce([offsets[t] for t in members])
+        right = np.minimum.reduce([sides[t] for t in members])
+        seen = series(a, step, left // step + 1)
+        if not causal:
+            seen = seen + series(a, step, right // step + 1) - 1
+        mass += covered * (np.tensordot(w, seen / whole, axes=1))
+        for k in range(sinks):
+            away = q - k
+            sees = (away % step == 0) & (away <= left) & (away >= (0 if causal else -right)) & (k < n)
+            kept += covered * sees
+    number = np.maximum(np.minimum(np.minimum(sinks, n), q + 1 if causal else n), 1)  # profiles may have none
+    return (mass * weights).sum(axis=1), (kept / number * weights).sum(axis=1)

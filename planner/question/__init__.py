@@ -1,0 +1,1 @@
+"""What is asked: values and their defaults. Imports nothing above."""

@@ -1,0 +1,99 @@
+"""What may be asked of a recommendation, the defaults, and the gates that an answer passes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, Literal, TypedDict
+
+from attention.errors import ConfigError
+
+if TYPE_CHECKING:
+    from planner.calibration import Calibration
+    from planner.gpus import Gpu
+    from planner.memory.estimate import Display
+    from planner.quality.profiles import Profile
+    from planner.question.space import Space
+    from planner.workload import Dtype, Mode
+
+MOST_LAYERS: Final = 1 << 20
+"""Of a model."""
+LAYERS: Final = 12
+"""Of a model, in which each token must hear of all."""
+MIN_MASS: Final = 0.8
+"""Least share of dense attention's mass; docs/explanation/quality.md says why."""
+TRIALS: Final = 24
+"""Of Optuna, after the grid."""
+
+Sampler = Literal["tpe", "random", "nsga2", "nsga3", "cmaes", "qmc", "gp", "brute"]
+NEEDED: Final[dict[str, tuple[str, ...]]] = {
+    "cmaes": ("cmaes",), "qmc": ("scipy",), "gp": ("scipy", "torch")
+}  # fmt: skip
+"""Packages of samplers that Optuna does not bring."""
+
+Progress = Callable[[int, int], None]
+Objective = Literal["speed", "seq", "quality"]
+
+
+class Asked(TypedDict, total=False):
+    """What may be said of a recommendation beside memory and length; all of it has defaults."""
+
+    objective: Literal["speed", "seq", "quality"] | None
+    """"speed" (default with a length), "seq" (default without), "quality"."""
+    gpu: str | Gpu | None
+    """"cpu", or a card as `planner gpus` lists them; None for a generic card of that memory."""
+    batch: int
+    heads: int
+    kv_heads: int | None
+    head_dim: int
+    dtype: Dtype
+    mode: Mode
+    causal: bool
+    layers: int | None
+    """Of the model, in which each token must hear of all (12); None for no such gate."""
+    min_mass: float | None
+    """Least share of dense attention's mass (0.8); None for no such gate."""
+    max_seconds: float | None
+    """Most seconds of a call; None for no such gate."""
+    profile: str | Profile | None
+    """Where attention's mass lies: a preset's name or a profile; None for the default."""
+    reserve: str | int
+    """Bytes of the budget for what else is there, e.g. "1.5GB"."""
+    space: Space | None
+    """What may be chosen."""
+    trials: int
+    """Of Optuna, after the grid."""
+    sampler: Sampler
+    seed: int
+    storage: str | None
+    """Where trials are kept and gone on with: a journal file, or a URL of Optuna's."""
+    study: str | None
+    """Their name there."""
+    progress: Progress | None
+    calibration: Calibration | None
+    allocator: str
+    display: Display
+    others_bytes: int
+    context_bytes: int | None
+    threads: int | None
+
+
+@dataclass(frozen=True)
+class Gates:
+    """What a config has to do besides fitting; None turns a gate off."""
+
+    layers: int | None = LAYERS
+    """Of the model: within so many the last token hears of all that causality permits."""
+    min_mass: float | None = MIN_MASS
+    """Least share of dense attention's mass, under the profile."""
+    max_seconds: float | None = None
+    """Of one call."""
+
+    def __post_init__(self) -> None:
+        if self.layers is not None and (type(self.layers) is not int or not 1 <= self.layers <= MOST_LAYERS):
+            raise ConfigError(f"layers must be a whole number from 1 to {MOST_LAYERS:,}, got {self.layers!r}")
+        if self.min_mass is not None and not 0 <= self.min_mass <= 1:
+            raise ConfigError(f"min_mass must be from 0 to 1, got {self.min_mass!r}")
+        if self.max_seconds is not None and not 0 < self.max_seconds < math.inf:
+            raise ConfigError(f"max_seconds must be a number above 0, got {self.max_seconds!r}")

@@ -1,0 +1,137 @@
+"""Parts of a page that a recommendation and what tuning found have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Final
+
+from attention.config import AttentionConfig
+from attention.errors import ConfigError
+from attention.layout_cells import Floats
+from planner.memory.estimate import MemoryEstimate
+from planner.quality.profiles import DEFAULT, PRESETS
+from planner.report.page.charts import SHADES, bar, matrix, strip
+from planner.report.page.html import Column, Html, Section, join, pairs, table, tag
+from planner.report.seen import Seen, cells, seen, strips
+from planner.report.text.estimate import label, waterfall
+from planner.report.text.layout import figures, percent
+from planner.report.text.snippet import snippet
+from planner.units import format_bytes
+from planner.workload import Workload
+
+CELLS: Final = 64
+"""Rows and columns of a layout's picture, at most."""
+SHADE_NAMES: Final = ("none", "up to 1/3", "up to 2/3", "more", "all")
+
+
+def tiles(figures: Iterable[tuple[str, str, str]]) -> Html:
+    """What there is to know first: (name, figure, what it means) each."""
+    parts = [
+        tag("div", tag("dt", name), tag("dd", tag("strong", figure), " ", tag("span", said)))
+        for name, figure, said in figures
+    ]
+    return tag("dl", *parts, class_="tiles")
+
+
+def budget(memory: MemoryEstimate, whole: int, reserve: int) -> Section:
+    """What the budget is made of, each share on top of those before it."""
+    shares = [(label(step.name), step.bytes, "") for step in waterfall(memory)]
+    shares.append(("margin", memory.upper - memory.device, "margin"))
+    shares.append(("reserved", reserve, "reserved"))
+    shares.append(("left", whole - reserve - memory.upper, "left"))
+    rows, start, most = [], 0, max(whole, 1)
+    for name, count, kind in shares:
+        if count > 0:
+            drawn = bar(start / most, count / most, kind)
+            rows.append((name, drawn, format_bytes(count), f"{count / most:.1%}"))
+            start += count
+    rows.append(("the budget", bar(0, whole / most, "whole"), format_bytes(whole), "100.0%"))
+    columns = [Column("share"), Column("", "bar"), Column("bytes", "number"), Column("of it", "number")]
+    body = [
+        table("What the budget is made of at the peak of memory", columns, rows, "bars shares"),
+        tag("p", f"The peak is in {memory.at!r}. Upper bound: {memory.confidence}."),
+    ]
+    return Section("budget", "Where the budget goes", join(body))
+
+
+def layout(
+    config: AttentionConfig, workload: Workload, profile: str, mass: float, layers: int | None
+) -> Section:
+    """Which block sees which, and how much that keeps."""
+    heading = "Which token sees which"
+    try:
+        found = seen(config, workload, PRESETS.get(profile, PRESETS[DEFAULT]))
+    except ConfigError as error:
+        return Section("layout", heading, tag("p", f"No picture: {error}."))
+    # Mass and reach are the answer's, under its own profile.
+    found = found._replace(
+        mass=None if found.chosen else mass, profile=profile, layers=found.layers or layers
+    )
+    rows: list[tuple[str, str]] = figures(found)
+    if found.chosen:
+        return Section("layout", heading, pairs(rows))
+    shares = cells(found, CELLS, CELLS)
+    whose = "that head 0 sees" if found.unit == "token" else "seen"
+    what = f"A square with a mark for each pair of {found.unit}s {whose}: {percent(found.share)} of all"
+    picture = tag(
+        "figure",
+        tag("div", tag("span", "keys", class_="keys"), tag("span", "queries", class_="queries"),
+            matrix(what, shares), class_="square"),
+        tag("figcaption", _scale(found, len(shares)), _shades(shares)),
+    )  # fmt: skip
+    return Section(
+        "layout", heading, tag("div", picture, tag("div", pairs(rows), _heads(found)), class_="beside")
+    )
+
+
+def _scale(found: Seen, across: int) -> str:
+    seq = found.workload.seq
+    each = f"{round(seq / across):,}" if across < found.units else f"{found.size:,}"
+    whose = " For head 0." if found.unit == "token" else ""
+    return f"{seq:,} tokens each way, {each} a mark; the first is at the top left.{whose}"
+
+
+def _shades(shares: Floats) -> Html | None:
+    """What shades mean, where there are any."""
+    if not ((shares > 0) & (shares < 1)).any():
+        return None
+    marks = [
+        tag("li", tag("svg", tag("path", d="M0 0h1v1h-1z", class_=f"shade-{level}"), viewBox="0 0 1 1",
+                      class_="mark", aria_hidden="true"), " " + SHADE_NAMES[level])
+        for level in range(SHADES)
+    ]  # fmt: skip
+    return join([" Of a mark's pairs are seen:", tag("ul", *marks, class_="key")])
+
+
+def _heads(found: Seen) -> Html | None:
+    """Which positions heads take, of a dilated attention."""
+    rows = [
+        (f"{one.length:,} / {one.rate}", ", ".join(map(str, one.heads[:3])) + ", ..." * (len(one.heads) > 3),
+         strip(one.positions))
+        for one in strips(found)
+    ]  # fmt: skip
+    if not rows:
+        return None
+    first = max(len(one.positions) for one in strips(found))
+    columns = [Column("segment / rate"), Column("heads"), Column("", "bar")]
+    return table(
+        f"Which of the first {first} positions of a segment heads take", columns, rows, "bars strips"
+    )
+
+
+def program(config: AttentionConfig, workload: Workload) -> Section:
+    """The answer as code, to be copied."""
+    code = tag("pre", tag("code", snippet(config, workload), id="code"), tabindex="0", aria_label="Program")
+    button = tag("button", "Copy", type="button", class_="copy", hidden=True)
+    status = tag("span", role="status", class_="copied")
+    return Section("program", "Run it", join([tag("p", button, status, class_="copying"), code]))
+
+
+def provenance(
+    rows: Iterable[tuple[str, str]], versions: Mapping[str, str | None], seed: int, command: str
+) -> Section:
+    """Where the figures are from, and what gives them again."""
+    known = ", ".join(f"{name} {version or 'not installed'}" for name, version in versions.items())
+    said = [*rows, ("versions", known), ("seed", str(seed))]
+    repeat = [("again with", tag("code", command))] if command else []
+    return Section("provenance", "Where this is from", pairs([*said, *repeat]))

@@ -1,0 +1,258 @@
+"""What `recommend` shows, as plain text of at most 80 columns. Imports neither torch nor rich."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from attention.config import MIB, AttentionConfig
+from planner.answers.recommendation import Pick, Recommendation, Step, Why, Without
+from planner.report.text import words
+from planner.report.text.estimate import WIDTH, label, waterfall, wrapped
+from planner.report.text.snippet import snippet
+from planner.units import format_bytes
+
+if TYPE_CHECKING:
+    from planner.answers.verified import Verified
+
+NAME = 13
+"""Columns before what is said."""
+_MEASURE = {"speed": "faster", "seq": "longer", "quality": "more mass"}
+
+
+def recommend_text(found: Recommendation, ink: str = "#") -> str:
+    """The answer, the three picks, the budget, the reasons, the snippet."""
+    parts = [
+        _head(found),
+        _answer(found),
+        _picks(found.alternatives),
+        _budget(found, ink),
+        _why(found),
+        _steps(found),
+        _search(found),
+        [line for note in found.memory.notes for line in wrapped(f"note: {note}", "  ")],
+        ["as a program (also: --format py)", "", *snippet(found.config, found.workload).splitlines()],
+    ]
+    return "\n\n".join("\n".join(part) for part in parts if part)
+
+
+def _head(found: Recommendation) -> list[str]:
+    return [f"{words.attention(found.config)}, on {found.on}", words.task(found.workload)]
+
+
+def _answer(found: Recommendation) -> list[str]:
+    left = found.budget - found.reserve - found.memory.upper
+    quality = found.quality
+    rows = [
+        ("config", shape(found.config)),
+        ("memory", f"{format_bytes(found.memory.upper)} at most, of {format_bytes(found.budget)}; "
+         f"{format_bytes(left)} left" + f", {format_bytes(found.reserve)} reserved" * (found.reserve > 0)),
+        ("", found.memory.confidence),
+        ("time", f"{seconds(found.seconds)} a call, predicted"),
+        ("attends to", f"{quality.mass:.1%} of dense attention's mass, profile {quality.profile!r}"),
+        ("reach", reach(quality.layers)),
+        ("rests on", found.calibration),
+    ]  # fmt: skip
+    return pairs(rows)
+
+
+def shape(config: AttentionConfig) -> str:
+    """The dimensions that were chosen."""
+    said = []
+    pattern = config.pattern
+    if pattern is not None:
+        said.append(f"block {pattern.block_size}")
+        if config.variant == "adaptive" or pattern.pattern_type == "dilated_sparse":
+            said.append(f"{pattern.sparsity_ratio:.3g} of blocks")
+        else:
+            said.append(f"window {pattern.local_window_size:,}")
+        if config.variant == "block_sparse" and pattern.pattern_type == "global_local":
+            said.append(f"global {pattern.global_tokens:,}")
+    if config.segment_lengths:
+        branches = ", ".join(f"{length:,} / {rate}" for length, rate in config.branches)
+        said.append(f"segments / rates {branches}")
+    if config.backend != "auto":
+        said.append(f"backend {config.backend}")
+    said.append(f"workspace {config.workspace_bytes / MIB:g} MiB")
+    return "; ".join(said)
+
+
+def seconds(value: float) -> str:
+    """4,560 s, 1.23 s, 45.6 ms or 789 us."""
+    if 999.5 <= value < 1e9:
+        return f"{value:,.0f} s"
+    for factor, unit in ((1, "s"), (1e3, "ms"), (1e6, "us")):
+        if value * factor >= 1 or unit == "us":
+            return f"{value * factor:.3g} {unit}"
+    raise AssertionError
+
+
+def reach(layers: int | None) -> str:
+    if layers is None:
+        return "never: some tokens cannot be heard of, however many layers"
+    return f"all that may be seen, within {layers} layer{'s' * (layers != 1)}"
+
+
+def _picks(picks: Sequence[Pick]) -> list[str]:
+    if not picks:
+        return []
+    rows: list[tuple[str, list[str]]] = [
+        ("", [pick.role for pick in picks]),
+        ("attention", [words.kind_of(pick.config) for pick in picks]),
+        *_dimensions(picks),
+        ("tokens", [f"{pick.seq:,}" for pick in picks]),
+        ("memory", [format_bytes(pick.upper) for pick in picks]),
+        ("time", [seconds(pick.seconds) for pick in picks]),
+        ("mass", [f"{pick.mass:.1%}" for pick in picks]),
+        ("layers", [str(pick.layers) if pick.layers else "never" for pick in picks]),
+    ]
+    return [f"{name:<{NAME}}" + "".join(f"{cell:<22.21}" for cell in cells).rstrip() for name, cells in rows]
+
+
+def _dimensions(picks: Sequence[Pick]) -> Iterator[tuple[str, list[str]]]:
+    """Rows of the chosen dimensions, those that any of the picks has."""
+
+    def row(name: str, cells: list[str]) -> Iterator[tuple[str, list[str]]]:
+        if any(cells):
+            yield name, [cell or "-" for cell in cells]
+
+    patterns = [pick.config.pattern for pick in picks]
+    yield from row("block", [str(p.block_size) if p else "" for p in patterns])
+    kinds = [words.kind_of(pick.config) for pick in picks]
+    yield from row(
+        "window", [f"{p.local_window_size:,}" if p and k in ("local_window", "global_local") else ""
+                   for p, k in zip(patterns, kinds, strict=True)],
+    )  # fmt: skip
+    yield from row(
+        "blocks kept", [f"{p.sparsity_ratio:.3g}" if p and k in ("dilated_sparse", "adaptive") else ""
+                        for p, k in zip(patterns, kinds, strict=True)],
+    )  # fmt: skip
+    for n in range(max(len(pick.config.branches) for pick in picks)):
+        branches = [pick.config.branches[n : n + 1] for pick in picks]
+        yield f"branch {n + 1}", [f"{b[0][0]:,} / {b[0][1]}" if b else "-" for b in branches]
+
+
+def _budget(found: Recommendation, ink: str) -> list[str]:
+    """What the budget is made of."""
+    whole = found.budget
+    shares = [(label(step.name), step.bytes) for step in waterfall(found.memory)]
+    shares += [("margin", found.memory.upper - found.memory.device), ("reserved", found.reserve)]
+    shares.append(("left", whole - found.reserve - found.memory.upper))
+    bar = WIDTH - 42
+    lines = [f"{'the budget':<{WIDTH - 20}} {'bytes':>11} {'share':>7}"]
+    for name, count in shares:
+        if count > 0:
+            drawn = (ink if name != "left" else ".") * max(round(count / whole * bar), 1)
+            text = f"{name:<18.18} {drawn}"
+            lines.append(f"{text:<{WIDTH - 20}} {format_bytes(count):>11} {count / whole:>7.1%}")
+    return lines
+
+
+def _why(found: Recommendation) -> list[str]:
+    return pairs(reasons(found.why, found.objective))
+
+
+def reasons(why: Why, objective: str) -> list[tuple[str, str]]:
+    """The reasons, (name, said) each."""
+    rows = []
+    if why.binding is None:
+        rows.append(("why", "no constraint keeps it back: without any of them it would be the same"))
+    for one in why.without:
+        rows.append(("why" if one is why.without[0] else "", _without(one, objective)))
+    if why.runner_up is not None and why.behind is not None:
+        rows.append(
+            ("runner-up", f"{words.kind_of(why.runner_up.config)}: {shape(why.runner_up.config)}; "
+             f"{_behind(why.behind, objective)}")
+        )  # fmt: skip
+    return rows
+
+
+def _without(one: Without, objective: str) -> str:
+    better = f"{one.gain:.1%} {_MEASURE[objective]}"
+    if objective != "quality" and one.gain >= 1:
+        better = f"{1 + one.gain:.1f} times as {'fast' if objective == 'speed' else 'long'}"
+    pick = one.pick
+    return (
+        f"{one.constraint} binds: without it {better}, by {words.kind_of(pick.config)} with {pick.mass:.1%} "
+        f"of the mass in {format_bytes(pick.upper)}"
+    )
+
+
+def _behind(behind: float, objective: str) -> str:
+    if abs(behind) < 0.0005:
+        return "as good"
+    if objective == "speed":
+        return f"{1 / max(1 - behind, 1e-9) - 1:.1%} slower"
+    return f"{behind:.1%} less"
+
+
+def _steps(found: Recommendation) -> list[str]:
+    if not found.why.steps:
+        return []
+    lines = [f"{'one step':<34}{'time':>9}{'memory':>11}{'mass':>8}{'layers':>8}  fails"]
+    for step in found.why.steps:
+        change = changed(found, step)
+        figures = f"{f'{dimension(step)} to {step.after}':<33.33} {change.time:>9}{change.memory:>11}"
+        figures += f"{change.mass:>8}{step.layers or 'never':>8}"
+        lines.append(f"{figures}  {','.join(step.failed)}".rstrip())
+    return lines
+
+
+class Change(NamedTuple):
+    """What a step changes, in words."""
+
+    time: str
+    memory: str
+    mass: str
+    """Points of a hundred."""
+
+
+def changed(found: Recommendation, step: Step) -> Change:
+    memory = step.upper - found.memory.upper
+    return Change(
+        f"{step.seconds / found.seconds - 1:+.1%}" if found.seconds > 0 else "-",
+        ("+" if memory >= 0 else "-") + format_bytes(abs(memory), 1),
+        f"{(step.mass - found.quality.mass) * 100:+.1f}",
+    )
+
+
+def dimension(step: Step) -> str:
+    """What is changed, as options call it."""
+    return step.dimension.removesuffix("_bytes").removesuffix("_size")
+
+
+def _search(found: Recommendation) -> list[str]:
+    return pairs([("searched", searched(found))])
+
+
+def searched(found: Recommendation) -> str:
+    """What was looked at, and how much that helped."""
+    search = found.search
+    said = (
+        f"{search.grid:,} candidates of the grid, all evaluated: {search.fit:,} fit, {search.passed:,} of "
+        f"them pass mass and time"
+    )
+    if search.trials:
+        gap = f"{search.gain:.2%} {_MEASURE[found.objective]} than" if search.gain > 0 else "no better than"
+        said += f"; {search.trials:,} trials over the full space: {gap} the grid's exact optimum"
+    return said
+
+
+def pairs(rows: Iterable[tuple[str, str]]) -> list[str]:
+    """Names and what is said of them, wrapped."""
+    return [line for name, said in rows for line in wrapped(said, " " * NAME, first=f"{name:<{NAME}}")]
+
+
+def verified_text(results: Sequence[Verified]) -> str:
+    """Predicted beside measured."""
+    lines = [f"{'measured here':<14}{'memory':>12}{'upper bound':>14}{'time':>11}{'predicted':>11}  outcome"]
+    for one in results:
+        memory = format_bytes(one.allocated) if one.allocated is not None else "-"
+        time = seconds(one.seconds) if one.seconds is not None else "-"
+        lines.append(
+            f"{one.role:<14}{memory:>12}{format_bytes(one.upper):>14}{time:>11}{seconds(one.predicted):>11}"
+            f"  {one.kind}"
+        )
+        if one.message:
+            lines += wrapped(one.message, "    ", first="    ")
+    return "\n".join(lines)

@@ -1,0 +1,63 @@
+"""What `tune` shows: a line for each trial, and the result, as plain text of at most 80 columns."""
+
+from __future__ import annotations
+
+from planner.answers.tuned import Trial, Tuned
+from planner.report.text import words
+from planner.report.text.recommend import pairs, seconds, shape
+from planner.search.tune import Progress
+from planner.units import format_bytes
+
+
+def said(now: Progress) -> str:
+    """One trial that ended, and the best so far."""
+    assert now.last is not None
+    best = f"best {seconds(now.best.seconds)}" if now.best and now.best.seconds else "none has run yet"
+    return f"{now.measured} of {now.wanted}: {outcome(now.last)}, {named(now.last)}; {best}"
+
+
+def tuned_text(found: Tuned) -> str:
+    """The fastest, what it was compared with, and all that was measured, fastest first."""
+    best, analytic = found.best, found.analytic
+    rows = [
+        ("config", shape(best.config)),
+        ("time", f"{outcome(best)} a call, measured; {seconds(best.predicted)} were predicted"),
+        ("memory", _memory(best)),
+        ("analytic", f"{outcome(analytic)}, {named(analytic)}: the fastest takes {_ratio(found)} of it"),
+        ("trials", _counts(found)),
+        ("kept in", f"{found.storage}, study {found.study}"),
+    ]
+    head = [f"{words.attention(best.config)}, on {found.on}", words.task(found.workload)]
+    ordered = sorted(found.trials, key=lambda t: (t.seconds if t.good and t.seconds else 1e9, t.number))
+    table = [f"{'trial':>5}  {'time':>9} {'predicted':>10} {'memory':>11}  config"]
+    for trial in ordered[:15]:
+        memory = format_bytes(trial.allocated) if trial.allocated else "-"
+        line = f"{trial.number:>5}  {outcome(trial):>9} {seconds(trial.predicted):>10} {memory:>11}  "
+        table.append(line + named(trial)[: 80 - len(line)])
+    return "\n\n".join("\n".join(part) for part in (head, pairs(rows), table))
+
+
+def outcome(trial: Trial) -> str:
+    """Its time, or how else it ended."""
+    return seconds(trial.seconds) if trial.good and trial.seconds else trial.kind
+
+
+def named(trial: Trial) -> str:
+    """Its config in words."""
+    return f"{words.kind_of(trial.config)}: {shape(trial.config)}"
+
+
+def _memory(trial: Trial) -> str:
+    if trial.allocated is None:
+        return f"{format_bytes(trial.upper)} at most, predicted"
+    return f"{format_bytes(trial.allocated)} measured, {format_bytes(trial.upper)} at most predicted"
+
+
+def _ratio(found: Tuned) -> str:
+    return f"{1 / found.speedup:.1%}" if found.speedup else "-"
+
+
+def _counts(found: Tuned) -> str:
+    failed = sum(not trial.good for trial in found.trials)
+    kept = f", {found.kept} of them kept from before" if found.kept else ""
+    return f"{len(found.trials)} measured{kept}; {failed} did not run within the budget"

@@ -1,0 +1,237 @@
+"""The configs to choose from: a grid that is enumerated whole, and the full space around it, which a
+sampler walks. Imports no torch.
+
+Both have the same dimensions (`Space`), each of which the caller may fix or restrict; the grid has a few
+values of each, the full space all that make sense. What a config cannot be is not generated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Final
+
+import numpy as np
+
+from attention.config import (
+    MIB,
+    Backend,
+)
+from attention.errors import ConfigError
+from planner.configs import Columns, Ints
+from planner.memory.plan import goes_flex
+from planner.question.space import MAX_BRANCHES, Kind, Space, is_sparse, pattern_of, variant_of
+from planner.workload import Workload
+
+UNIT: Final = 64
+"""Tokens that segment lengths of dilated are multiples of; those of blocks are multiples of the block."""
+BLOCK_SIZES: Final = (32, 64, 128, 256, 512)
+GLOBAL_TOKENS: Final = (64, 256, 1024)
+RATIOS: Final = (0.001, 0.003, 0.01, 0.03, 0.06, 0.12, 0.25, 0.5)
+SEGMENTS: Final = (256, 512, 1024, 2048, 4096, 8192, 16_384, 32_768, 65_536)
+"""First segment lengths of dilated."""
+SPARSE_SEGMENTS: Final = (512, 4096, 32_768)
+"""First segment lengths of dilated_sparse; the last covers everything, and there are at most three."""
+GROWTHS: Final = (2, 4, 8)
+"""Factors from one branch to the next, of lengths and of rates; the last length may cover everything."""
+WORKSPACES: Final = (MIB, 4 * MIB, 16 * MIB)
+
+FREE_BLOCK_SIZES: Final = (16, 32, 48, 64, 80, 96, 128, 160, 192, 256, 320, 384, 512)
+MOST_GROWTH: Final = 1 << 16
+MOST_RATE_GROWTH: Final = 16
+MOST_GLOBAL: Final = 8192
+"""Tokens."""
+FREE_WORKSPACES: Final = (20, 26)
+"""Least and most as powers of two."""
+LEAST_RATIO: Final = 1e-4
+
+
+# The grid.
+
+
+def grid(space: Space, workload: Workload, *, flex: bool = False, free_length: bool = False) -> list[Columns]:
+    """All candidates of the grid, kind by kind; ConfigError if the restrictions leave none.
+
+    `workload.seq` says how far segments and windows are worth trying; `free_length`: shorter sequences are of
+    interest too.
+    """
+    found = []
+    for kind in space.kinds:
+        for rows in _tables(space, kind, workload):
+            lists: dict[str, Any] = {name: np.array(values) for name, values in rows.items()}
+            branches: dict[str, Any] = {
+                "lengths": tuple(lists.pop(name) for name in list(lists) if name.startswith("length")),
+                "rates": tuple(lists.pop(name) for name in list(lists) if name.startswith("rate")),
+            }
+            backends = space.backends(flex and is_sparse(kind))
+            for backend in backends:
+                columns = Columns(
+                    variant_of(kind), pattern_of(kind), seq=workload.seq, backend=backend, pool=space.pool,
+                    **branches, **lists,
+                )  # fmt: skip
+                which = _differing(
+                    columns, workload, flex=flex, free_length=free_length, alone=len(backends) == 1
+                )
+                found.append(columns.take(which))
+    found = [columns for columns in found if len(columns)]
+    if not found:
+        raise ConfigError(
+            "the restrictions leave no candidate: allow more variants, patterns, block sizes or branches "
+            "(segment lengths must be multiples of the block size)"
+        )
+    return found
+
+
+def _differing(columns: Columns, workload: Workload, *, flex: bool, free_length: bool, alone: bool) -> Ints:
+    """Which candidates are possible and not another's twin. FlexAttention takes no workspace: those that it
+    runs and that differ in it alone are one. Where it does not run `auto`, that is `sdpa`, which is then left
+    out unless it is the backend `alone`. With the length free it may run at another length what it does not
+    at this, so that both stay."""
+    backend: Backend = "flex" if columns.backend == "flex" or (free_length and not alone) else "auto"
+    runs = np.zeros(len(columns), bool)
+    if flex and columns.variant == "block_sparse":
+        runs |= goes_flex(backend, columns.rows(workload.causal), workload.seq, workload) > 0
+    if columns.backend == "sdpa":
+        return np.flatnonzero(runs | alone)
+    workspace = np.broadcast_to(columns.workspace, len(columns))
+    possible = runs | (columns.backend == "auto")
+    return np.flatnonzero(possible & (~runs | (workspace == workspace.max())))
+
+
+def _tables(space: Space, kind: Kind, workload: Workload) -> Iterator[dict[str, list[Any]]]:
+    """Columns of all combinations of a kind, one table for each number of branches."""
+    workspaces = space.workspaces or WORKSPACES
+    if kind == "dense":
+        yield {"workspace": list(workspaces)}
+    elif kind == "dilated":
+        yield from _branched(_dilated(space, workload.seq), workspaces)
+    elif kind == "dilated_sparse":
+        yield from _branched(_dilated_sparse(space, workload.seq), workspaces)
+    else:
+        rows = list(_blocks(space, kind, workload))
+        if rows:
+            yield _transposed([row | {"workspace": w} for row in rows for w in workspaces])
+
+
+Lists = tuple[tuple[int, ...], tuple[int, ...]]
+"""Lengths and rates of all branches."""
+
+
+def _branched(
+    rows: Iterable[tuple[Lists, Mapping[str, Any]]], workspaces: Sequence[int]
+) -> Iterator[dict[str, list[Any]]]:
+    by_count: dict[int, list[dict[str, Any]]] = {}
+    for (lengths, rates), fields in rows:
+        named = {f"length{n}": length for n, length in enumerate(lengths)}
+        named |= {f"rate{n}": rate for n, rate in enumerate(rates)}
+        by_count.setdefault(len(lengths), []).extend(
+            {**named, **fields, "workspace": workspace} for workspace in workspaces
+        )
+    for _, found in sorted(by_count.items()):
+        yield _transposed(found)
+
+
+def _transposed(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+def _dilated(space: Space, seq: int) -> Iterator[tuple[Lists, Mapping[str, Any]]]:
+    for lists in branch_lists(space, seq, UNIT, SEGMENTS, GROWTHS):
+        if all(rate <= length for length, rate in zip(*lists, strict=True)):
+            yield lists, {}
+
+
+def _dilated_sparse(space: Space, seq: int) -> Iterator[tuple[Lists, Mapping[str, Any]]]:
+    for block in space.block_sizes or BLOCK_SIZES[:-1]:
+        if not _divides(block, space.segments):
+            continue
+        whole = -(-seq // block) * block
+        for lists in branch_lists(space, seq, block, SPARSE_SEGMENTS, (8,)):
+            if not (space.segments or space.branches) and (lists[0][-1] < whole or len(lists[0]) > 3):
+                continue
+            for ratio in space.ratios or RATIOS:
+                yield lists, {"block_size": block, "sparsity_ratio": ratio}
+
+
+def _divides(block: int, segments: Sequence[int] | None) -> bool:
+    return all(length % block == 0 for length in segments or ())
+
+
+def branch_lists(
+    space: Space, seq: int, unit: int, firsts: Iterable[int], growths: Sequence[int]
+) -> list[Lists]:
+    """Lengths, multiples of `unit`, and rates of one to four branches, each once.
+
+    Lengths grow by one factor; the last is as it comes, or else covers the whole sequence, without which no
+    token hears of those in another segment. Rates grow by a factor of `GROWTHS`, from 1.
+    """
+    counts = space.branches or tuple(range(1, MAX_BRANCHES + 1))
+    if space.segments is not None:
+        counts = (len(space.segments),)
+    elif space.rates is not None:
+        counts = (len(space.rates),)
+    found: dict[Lists, None] = {}
+    for count in counts:
+        for lengths in _lengths(space, seq, unit, firsts, growths, count):
+            for factor in GROWTHS if count > 1 else (1,):
+                rates = space.rates or tuple(factor**n for n in range(count))
+                found[lengths, rates] = None
+    return list(found)
+
+
+def _lengths(
+    space: Space, seq: int, unit: int, firsts: Iterable[int], growths: Sequence[int], count: int
+) -> Iterator[tuple[int, ...]]:
+    if space.segments is not None:
+        yield space.segments
+        return
+    whole = -(-seq // unit) * unit
+    for first in firsts:
+        start = -(-first // unit) * unit
+        for growth in growths:
+            lengths = tuple(start * growth**n for n in range(count))
+            if lengths[-1] <= whole:
+                yield lengths
+            if count == 1:
+                yield (whole,)
+            elif lengths[-2] < whole:
+                yield (*lengths[:-1], -(-whole // lengths[-2]) * lengths[-2])
+
+
+def _blocks(space: Space, kind: Kind, workload: Workload) -> Iterator[dict[str, Any]]:
+    """Fields of local_window, global_local and adaptive."""
+    for block in space.block_sizes or BLOCK_SIZES:
+        if kind == "adaptive":
+            yield from ({"block_size": block, "sparsity_ratio": r} for r in space.ratios or RATIOS)
+            continue
+        for window in space.windows or window_sizes(block, workload):
+            if kind == "local_window":
+                yield {"block_size": block, "window": window}
+            else:
+                rounded = dict.fromkeys(-(-tokens // block) * block for tokens in GLOBAL_TOKENS)
+                for tokens in space.global_tokens or rounded:
+                    yield {"block_size": block, "window": window, "global_tokens": tokens}
+
+
+def window_sizes(block: int, workload: Workload) -> list[int]:
+    """Tokens of the windows worth trying: 2^k and 3 x 2^(k-1) blocks, up to those that see everything."""
+    most = most_window(block, workload)
+    powers = range(0 if workload.causal else 1, most.bit_length() + 1)
+    found = {min(n, most) for power in powers for n in (1 << power, 3 << power >> 1)}
+    return sorted(n * block for n in found if n >= (1 if workload.causal else 2))
+
+
+def most_window(block: int, workload: Workload) -> int:
+    """Blocks of a window in which every query sees everything."""
+    blocks = -(-workload.seq // block)
+    return max(blocks - 1, 1) * (1 if workload.causal else 2)
+
+
+def widest_window(workload: Workload) -> int:
+    """Tokens of the widest window that blocks of any size need to see everything."""
+    return max(size * most_window(size, workload) for size in (*FREE_BLOCK_SIZES, *BLOCK_SIZES))
+
+
+# The full space.
+
+
+__all__ = ["grid", "most_window", "widest_window"]

@@ -1,0 +1,293 @@
+"""A recommendation: the value, and how a question becomes one. Imports no torch."""
+
+from __future__ import annotations
+
+import hashlib
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Unpack, get_args
+
+import numpy as np
+
+from attention.config import AttentionConfig
+from attention.errors import ConfigError
+from planner import gpus
+from planner.answers.recommendation import Pick, Quality, Recommendation, Role, Search
+from planner.cli.command_line import recommend_command
+from planner.memory.estimate import calibration_for, machine_of
+from planner.quality.profiles import Profile
+from planner.question.asked import LAYERS, MIN_MASS, TRIALS, Asked, Gates, Objective
+from planner.question.space import Space
+from planner.search.candidates import grid
+from planner.search.climb import climbed
+from planner.search.evaluate import Point, gain
+from planner.search.explain import LOOKED_AT, explain
+from planner.search.picks import pick, three, unsurpassed
+from planner.search.refine import STARTS, Refined, refine
+from planner.search.relax import NothingFitsError, relaxations
+from planner.search.samplers import check_sampler
+from planner.search.scenario import Scenario
+from planner.search.solve import SAME, Found, enumerate_grid, exact, order, pareto, passing
+from planner.speed.rates import Rates, default_rates
+from planner.storage.study import Storage
+from planner.units import parse_bytes, parse_count
+from planner.workload import Workload
+
+if TYPE_CHECKING:
+    pass
+
+SHOWN: Final = 16
+"""Points of the Pareto set that an answer has."""
+MOST_TOKENS: Final = 1 << 36
+"""Nobody asks for a longer sequence."""
+
+
+class Question(NamedTuple):
+    """What was asked, ready to be answered, and the answer."""
+
+    scenario: Scenario
+    space: Space
+    name: str
+    """The same for the same question."""
+    grid: Point | None
+    """The exact optimum of the grid."""
+    best: Point
+    """That, or what trials found to be better."""
+    answer: Recommendation
+
+
+_SIZES: Final = ("batch", "heads", "kv_heads", "head_dim", "dtype", "mode", "causal")
+_PLACE: Final = ("calibration", "allocator", "display", "others_bytes", "context_bytes", "threads")
+
+
+def question(vram: str | int | None = None, seq: str | int | None = None, **asked: Unpack[Asked]) -> Question:
+    """The same, with what the answer was found from."""
+    wrong = set(asked) - set(Asked.__annotations__)
+    if wrong:
+        raise TypeError(f"recommend() got unexpected arguments: {', '.join(sorted(wrong))}")
+    _refuse_idle(asked)
+    check_sampler(asked.get("sampler", "tpe"))
+    scenario, reserved = scenario_of(vram, seq, asked)
+    space, seed, trials = asked.get("space") or Space(), asked.get("seed", 0), asked.get("trials", TRIALS)
+    name = fingerprint(scenario, space)
+    parts = grid(space, scenario.workload, flex=scenario.flex, free_length=scenario.free_length)
+    found = enumerate_grid(scenario, parts)
+    refined = None
+    if trials:
+        storage = asked.get("storage")
+        kept = Storage(storage, asked.get("study") or f"recommend-{name[:12]}", name) if storage else None
+        refined = refine(
+            scenario, space, _starts(scenario, found), trials=trials, sampler=asked.get("sampler", "tpe"),
+            seed=seed, storage=kept, progress=asked.get("progress"),
+        )  # fmt: skip
+    best = better(scenario, found.best, refined.best if refined else None)
+    if best is None:
+        raise NothingFitsError(scenario, relaxations(scenario, space, found, reserved), found.seen)
+    if trials:
+        best = climbed(scenario, space, best)
+    answer = _answer(scenario, found, refined, best, reserved, seed, recommend_command(vram, seq, asked))
+    return Question(scenario, space, name, found.best, best, answer)
+
+
+def _refuse_idle(asked: Asked) -> None:
+    """ConfigError for what would have no effect, and for counts that are none."""
+    trials, seed = asked.get("trials", TRIALS), asked.get("seed", 0)
+    if type(trials) is not int or trials < 0:
+        raise ConfigError(f"trials must be a whole number from 0 on, got {trials!r}")
+    if type(seed) is not int or not 0 <= seed < 1 << 32:
+        raise ConfigError(f"seed must be a whole number from 0 to 2^32 - 1, got {seed!r}")
+    if asked.get("study") and not asked.get("storage"):
+        raise ConfigError(
+            "study names trials in a storage, and there is none: pass storage too, or leave it out"
+        )
+    if not trials and asked.get("storage"):
+        raise ConfigError(
+            "storage keeps trials, and trials=0 asks for none: allow some, or leave storage out"
+        )
+
+
+def scenario_of(vram: str | int | None, seq: str | int | None, asked: Asked) -> tuple[Scenario, int]:
+    """(the question, bytes reserved), from what a caller writes."""
+    from planner.quality import profiles
+
+    gpu = asked.get("gpu")
+    card: Any = gpus.find(gpu) if isinstance(gpu, str) and gpu != "cpu" else gpu
+    if vram is None:
+        if card is None or card == "cpu":
+            raise ConfigError("vram must be given, e.g. vram='8GB', or a card, e.g. gpu='gtx1080'")
+        budget = card.usable_bytes
+    else:
+        budget = parse_bytes(vram, "vram")
+        if isinstance(card, gpus.Gpu):
+            gpus.check_budget(card, budget, "vram")
+    card = card if card is not None else gpus.generic(budget)
+    reserve = asked.get("reserve", 0)
+    reserved = parse_bytes(reserve, "reserve") if str(reserve) != "0" else 0
+    if reserved >= budget:
+        raise ConfigError(f"reserve must be below the budget of {budget:,} bytes, got {reserved:,}")
+    aim = asked.get("objective") or ("seq" if seq is None else "speed")
+    if aim not in get_args(Objective):
+        raise ConfigError(f"objective must be one of {', '.join(get_args(Objective))}, got {aim!r}")
+    if aim == "seq" and seq is not None:
+        raise ConfigError("objective 'seq' finds the length; leave out seq, or choose 'speed' or 'quality'")
+    if aim != "seq" and seq is None:
+        raise ConfigError(f"objective {aim!r} needs seq, e.g. seq=131072")
+    gates = Gates(
+        layers=asked.get("layers", LAYERS), min_mass=asked.get("min_mass", MIN_MASS),
+        max_seconds=asked.get("max_seconds"),
+    )  # fmt: skip
+    sizes: dict[str, Any] = {name: asked[name] for name in _SIZES if name in asked}
+    if seq is None:
+        floor = Workload(seq=1, **sizes).floor
+        tokens = min(max((budget - reserved) // floor, 1), MOST_TOKENS)
+    else:
+        tokens = parse_count(seq, "seq")
+        if tokens > MOST_TOKENS:
+            raise ConfigError(f"seq must be at most {MOST_TOKENS:,} tokens, got {tokens:,}")
+    workload = Workload(seq=tokens, **sizes)
+    profile = asked.get("profile")
+    known = profile if isinstance(profile, Profile) else profiles.preset(profile or profiles.DEFAULT)
+    options: dict[str, Any] = {name: asked[name] for name in _PLACE if name in asked}
+    if card != "cpu" and options.get("threads") is not None:
+        raise ConfigError("threads is for gpu='cpu' only; leave it out")
+    rates = speed_rates_of(card, workload, options)
+    return Scenario(workload, card, budget - reserved, aim, known, rates, gates, options), reserved
+
+
+def speed_rates_of(card: Any, workload: Workload, options: dict[str, Any]) -> Rates:
+    """Measured rates of the device, where a calibration has them for the dtype; else documented defaults."""
+    machine = machine_of(card, workload.dtype, options.get("threads"))
+    known = options.get("calibration") or calibration_for(card, machine, workload.dtype)
+    if known is not None and known.speed is not None and workload.dtype in known.speed.rates.forward:
+        return known.speed.rates
+    return default_rates(card if isinstance(card, gpus.Gpu) else machine)
+
+
+def better(scenario: Scenario, old: Point | None, new: Point | None) -> Point | None:
+    """The better of two; of lengths that count as equal, the longer only if it is faster too."""
+    if old is None or new is None:
+        return old or new
+    by = gain(scenario, old, new)
+    if scenario.free_length and by <= SAME:
+        return new if by >= 0 and new.seconds < old.seconds else old
+    return new if by > 0 else old
+
+
+def _starts(scenario: Scenario, found: Found) -> list[AttentionConfig]:
+    """What the search begins with: the grid's optimum, then its best of each shape."""
+    _, good = passing(scenario, found.table)
+    ordered = order(scenario, found.table, np.flatnonzero(good))
+    chosen: dict[tuple[object, ...], AttentionConfig] = {}
+    if found.best is not None:
+        chosen[kind_of(found.best.config)] = found.best.config
+    for at in ordered[:LOOKED_AT].tolist():
+        config = found.table.config(at, scenario)
+        chosen.setdefault(kind_of(config), config)
+        if len(chosen) == STARTS:
+            break
+    return list(chosen.values())
+
+
+def kind_of(config: AttentionConfig) -> tuple[object, ...]:
+    """Variant, pattern and block size: what makes configs different in kind."""
+    pattern = config.pattern
+    return config.variant, len(config.branches), pattern and (pattern.pattern_type, pattern.block_size)
+
+
+def _answer(
+    scenario: Scenario, found: Found, refined: Refined | None, best: Point, reserved: int, seed: int,
+    command: str,
+) -> Recommendation:  # fmt: skip
+    picks, front = _front(scenario, found, best)
+    grid_best = found.best
+    return Recommendation(
+        versions=versions(),
+        calibration=rests_on(scenario),
+        seed=seed,
+        command=command,
+        objective=scenario.objective,
+        config=best.config,
+        workload=scenario.at(best.seq),
+        on="cpu" if isinstance(scenario.card, str) else scenario.card.name,
+        budget=scenario.budget + reserved,
+        reserve=reserved,
+        memory=best.memory,
+        seconds=best.seconds,
+        quality=Quality(profile=scenario.profile.name, mass=best.mass, layers=best.layers),
+        why=explain(scenario, found, best),
+        alternatives=picks,
+        pareto=front,
+        search=Search(
+            grid=found.seen, fit=found.fit, passed=found.passed,
+            trials=refined.trials if refined else 0,
+            gain=gain(scenario, grid_best, best) if grid_best else 0.0,
+        ),
+    )  # fmt: skip
+
+
+def _front(scenario: Scenario, found: Found, best: Point) -> tuple[tuple[Pick, ...], tuple[Pick, ...]]:
+    """(the three picks, some SHOWN of the Pareto set with the picks and the answer among them), exactly."""
+    table, which = found.table, pareto(scenario, found)
+    points: dict[int, Point | None] = {-1: best}
+
+    def known(index: int) -> Point | None:
+        if index not in points:
+            points[index] = exact(scenario, table, index)
+        return points[index]
+
+    while True:
+        # The answer is among what is chosen from: trials may have found what the grid has not.
+        here = np.append(which, -1)
+        chosen = three(
+            np.append(table.figures.seconds[which], best.seconds),
+            np.append(table.figures.mass[which], best.mass),
+            np.append(table.seq[which], best.seq),
+        )
+        wrong = [int(here[at]) for at in chosen if known(int(here[at])) is None]
+        if not wrong:
+            break
+        which = which[~np.isin(which, wrong)]
+    spread = np.linspace(0, which.size, min(SHOWN, which.size + 1)).round().astype(int)
+    shown = [known(int(at)) for at in here[sorted({*spread.tolist(), *chosen, which.size})]]
+    different = {found.config: found for found in shown if found}
+    roles: tuple[Role, ...] = ("fastest", "balanced", "widest")
+    picked = [known(int(here[at])) for at in chosen]
+    picks = [pick(found, role) for found, role in zip(picked, roles, strict=True) if found]
+    front = [pick(found) for found in sorted(different.values(), key=lambda point: point.seconds)]
+    # Arrays know memory a little less exactly than `exact`, by which some are surpassed after all.
+    named = {one.config for one in picks} | {best.config}
+    kept = named | {one.config for one in unsurpassed(front)}
+    return tuple(picks), tuple(one for one in front if one.config in kept)
+
+
+def versions() -> dict[str, str | None]:
+    """Of what an answer depends on; torch's, though it is not loaded, because memory is its own."""
+    found: dict[str, str | None] = {}
+    for name in ("attention-planner", "torch", "numpy", "optuna"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def rests_on(scenario: Scenario) -> str:
+    """What memory and seconds rest on."""
+    known = scenario.calibration
+    memory = (
+        f"memory: {known.device} calibrated with torch {known.torch} on {known.date[:10]}"
+        if known
+        else "memory: not measured on this device"
+    )
+    return f"{memory}; seconds: {scenario.rates.source}"
+
+
+def fingerprint(scenario: Scenario, space: Space) -> str:
+    """Of the question: a stored study belongs to one. A measured profile counts by its name and shares, so
+    that its file may lie elsewhere."""
+    card = scenario.card if isinstance(scenario.card, str) else scenario.card.key
+    text = "\n".join(
+        [scenario.workload.to_json(), card, str(scenario.budget), scenario.objective,
+         scenario.profile.model_dump_json(exclude={"source"}), repr(scenario.gates), space.to_json(),
+         repr(sorted(scenario.options.items()))]
+    )  # fmt: skip
+    return hashlib.sha256(text.encode()).hexdigest()

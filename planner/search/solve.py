@@ -1,0 +1,366 @@
+"""The search: the grid's exact optimum and Pareto set, then Optuna over the full space from there.
+
+The grid is evaluated whole, as arrays. What arrays cannot say (what the caching allocator rounds up, how far
+a pattern reaches) is asked of candidates in the order of the objective until one passes, so that the
+first to pass is the optimum of the grid. Imports no torch; Optuna only where trials are asked for.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from attention.config import AttentionConfig
+from planner.configs import Columns, Ints, columns_of
+from planner.quality.mass import shape_of
+from planner.search import evaluate
+from planner.search.evaluate import Figures, Floats, Point
+from planner.search.scenario import Scenario
+
+UNIT: Final = 64
+"""Tokens that lengths are found to where there are no blocks."""
+FIRST_LOOK: Final = 16
+"""Candidates whose reach is asked for at once, to begin with."""
+CLOSE: Final = 8
+"""Candidates whose exact lengths are compared."""
+SAME: Final = 0.005
+"""Lengths that are shorter than the longest by less are taken as equal to it, and the faster config wins:
+nobody waits ten times as long for one token in two hundred."""
+
+
+class Table(NamedTuple):
+    """Candidates of all kinds in one row of arrays."""
+
+    parts: tuple[Columns, ...]
+    starts: Ints
+    """Where each part begins."""
+    seq: Ints
+    figures: Figures
+
+    def __len__(self) -> int:
+        return int(self.seq.size)
+
+    def config(self, index: int, scenario: Scenario) -> AttentionConfig:
+        part = int(np.searchsorted(self.starts, index, side="right")) - 1
+        return self.parts[part].config(int(index - self.starts[part]), scenario.at(int(self.seq[index])))
+
+    def apart(self, which: Ints) -> Iterator[tuple[NDArray[np.bool_], Columns]]:
+        """Some candidates, part by part: (which of `which`, the candidates)."""
+        home = np.searchsorted(self.starts, which, side="right") - 1
+        for part in np.flatnonzero(np.bincount(home)):  # np.unique would import all of np.ma
+            mine = home == part
+            yield mine, self.parts[part].take(which[mine] - self.starts[part])
+
+    def shaped(self, config: AttentionConfig, which: Ints) -> NDArray[np.bool_]:
+        """Of some candidates, which attend to what a config does: the same with perhaps another workspace or
+        backend."""
+        found = np.zeros(which.size, bool)
+        wanted = columns_of(config, 0)
+        kind = wanted.variant, wanted.pattern_type, len(wanted.lengths)
+        for mine, columns in self.apart(which):
+            if (columns.variant, columns.pattern_type, len(columns.lengths)) == kind:
+                fields = zip(shape_of(columns)[1:], shape_of(wanted)[1:], strict=True)
+                found[mine] = reduce(np.logical_and, [field == value for field, value in fields])
+        return found
+
+    def reaching(self, scenario: Scenario, which: Ints) -> NDArray[np.bool_]:
+        """Of some candidates, which pass the gate of reach."""
+        found = np.empty(which.size, bool)
+        for mine, columns in self.apart(which):
+            found[mine] = evaluate.reaching(scenario, columns)
+        return found
+
+    def may_reach(self, scenario: Scenario, which: Ints) -> Ints:
+        """Some candidates without those of which it is told without a search that they fail that gate."""
+        found = np.empty(which.size, bool)
+        for mine, columns in self.apart(which):
+            found[mine] = evaluate.may_reach(scenario, columns)
+        return which[found]
+
+    def settled(self, scenario: Scenario, which: Ints) -> Table:
+        """The table with the masses of some candidates as they are, also if they are below the gate."""
+        mass = self.figures.mass.copy()
+        for mine, columns in self.apart(which):
+            if evaluate.bounds_mass(columns):
+                mass[which[mine]] = evaluate.masses(scenario, columns, exactly=True)
+        return Table(self.parts, self.starts, self.seq, self.figures._replace(mass=mass))
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the grid has."""
+
+    table: Table
+    best: Point | None
+    """The optimum; None if nothing passes."""
+    seen: int
+    """Candidates, all evaluated."""
+    fit: int
+    """Candidates that fit by memory, as arrays tell."""
+    passed: int
+    """Of those the ones that pass the gates of mass and time."""
+
+
+def tabulate(scenario: Scenario, parts: Sequence[Columns]) -> Table:
+    """All figures of all candidates; with the length free, each at the longest that fits."""
+    if scenario.free_length:
+        parts = [part for part in (_at_longest(scenario, part) for part in parts) if len(part)]
+    return tabled(parts, [evaluate.figures(scenario, part) for part in parts])
+
+
+def tabled(parts: Sequence[Columns], figures: Sequence[Figures]) -> Table:
+    """Candidates and their figures, part by part, in one table."""
+    if not parts:
+        nothing = np.zeros(0)
+        return Table((), np.zeros(1, np.int64), nothing.astype(np.int64), Figures(nothing, nothing, nothing))
+    return Table(
+        tuple(parts),
+        np.cumsum([0, *map(len, parts[:-1])]),
+        np.concatenate([np.broadcast_to(np.asarray(part.seq, np.int64), len(part)) for part in parts]),
+        Figures(*(np.concatenate(column) for column in zip(*figures, strict=True))),
+    )
+
+
+def passing(scenario: Scenario, table: Table) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """(which fit, which of those pass the gates of mass and time too), as far as arrays tell."""
+    beyond = evaluate.excess(scenario, *table.figures)
+    return beyond["memory"] <= 0, _none(beyond)
+
+
+def _none(beyond: dict[str, Any]) -> NDArray[np.bool_]:
+    """Where no constraint is exceeded."""
+    met: NDArray[np.bool_] = np.logical_and.reduce([share <= 0 for share in beyond.values()])
+    return met
+
+
+def order(scenario: Scenario, table: Table, which: Ints) -> Ints:
+    """Candidates, the best first."""
+    memory, seconds, mass = (column[which] for column in table.figures)
+    if scenario.objective == "speed":
+        keys: tuple[Any, ...] = (-mass, memory, seconds)
+    elif scenario.objective == "quality":
+        keys = (memory, seconds, -np.round(mass, 9))
+    else:
+        longest = table.seq[which].max(initial=1)
+        keys = (-table.seq[which], seconds, _lost(longest, np.maximum(table.seq[which], 1)))
+    return which[np.lexsort(keys)]
+
+
+def _lost(longest: int, seq: Any) -> Any:
+    """How often a length is `SAME` below the longest: those of one number count as equal."""
+    return np.floor(np.log(longest / seq) / np.log1p(SAME))
+
+
+def enumerate_grid(scenario: Scenario, parts: Sequence[Columns]) -> Found:
+    """The grid's optimum."""
+    table = tabulate(scenario, parts)
+    fits = int(passing(scenario, table)[0].sum())
+    if scenario.free_length:
+        table = _shortened(scenario, table)
+    good = np.flatnonzero(passing(scenario, table)[1])
+    best = first(scenario, table, order(scenario, table, good))
+    return Found(table, best, sum(map(len, parts)), fits, good.size)
+
+
+def first(scenario: Scenario, table: Table, ordered: Ints) -> Point | None:
+    """The figures of the first of candidates that passes everything. Where the length is free, arrays say a
+    little too much of it, and the best of the first few is taken."""
+    found = (exact(scenario, table, index) for index in _reaching_in_order(scenario, table, ordered))
+    passed = (point for point in found if point is not None)
+    points = list(itertools.islice(passed, CLOSE if scenario.free_length else 1))
+    longest = max((point.seq for point in points), default=1)
+    return min(points, key=lambda one: (_lost(longest, one.seq), one.seconds), default=None)
+
+
+def exact(scenario: Scenario, table: Table, index: int) -> Point | None:
+    """A candidate's figures, if it passes; where the length is free, at the longest at which it does."""
+    seq, config = int(table.seq[index]), table.config(index, scenario)
+    if not scenario.free_length:
+        if evaluate.memory_of(scenario, config, seq).upper > scenario.budget:
+            return None
+    else:
+        seq = _longest_exactly(scenario, config, seq)
+        if seq == 0:
+            return None
+    found = evaluate.point(scenario, config, seq)
+    return None if evaluate.failed(scenario, found) else found
+
+
+def _longest_exactly(scenario: Scenario, config: AttentionConfig, most: int) -> int:
+    """The longest sequence of at most `most` tokens, to the block, that fits exactly; 0 for none."""
+    unit = config.pattern.block_size if config.pattern else UNIT
+
+    def fits(blocks: int) -> bool:
+        return evaluate.memory_of(scenario, config, blocks * unit).upper <= scenario.budget
+
+    high = most // unit
+    if fits(high):
+        return high * unit
+    # What arrays said is near: step back from it, further each time.
+    low, step = high - 1, 1
+    while low > 0 and not fits(low):
+        high, low, step = low, max(low - 2 * step, 0), 2 * step
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low * unit
+
+
+def _reaching_in_order(scenario: Scenario, table: Table, ordered: Ints) -> Iterator[int]:
+    """Those that pass the gate of reach, in the order given: asked of growing chunks where a formula has it,
+    and one by one where it takes a search."""
+    start, size = 0, FIRST_LOOK
+    while start < ordered.size:
+        chunk = ordered[start : start + size]
+        known = np.full(chunk.size, None, object)
+        for mine, columns in table.apart(chunk):
+            if evaluate.searches_reach(columns):
+                known[np.flatnonzero(mine)[~evaluate.may_reach(scenario, columns)]] = False
+            else:
+                known[mine] = evaluate.reaching(scenario, columns)
+        for at, passes in enumerate(known):
+            if table.reaching(scenario, chunk[at : at + 1])[0] if passes is None else passes:
+                yield int(chunk[at])
+        start, size = start + size, min(2 * size, 1024)
+
+
+# Lengths.
+
+
+def _units(columns: Columns) -> Any:
+    return columns.block_size if columns.variant in ("block_sparse", "adaptive") else UNIT
+
+
+def _at_longest(scenario: Scenario, columns: Columns) -> Columns:
+    """The candidates that fit at all, each at the longest sequence that does, up to the workload's.
+
+    Memory is nearly linear in the length, so that interpolation between a length that fits and one that does
+    not finds the boundary in a few steps; every third step halves, for what is not linear.
+    """
+    unit = np.broadcast_to(np.asarray(_units(columns), np.int64), len(columns))
+
+    def bytes_at(which: Ints, blocks: Ints) -> Floats:
+        longer = replace(columns.take(which), seq=blocks * unit[which])
+        return evaluate.least_memory(scenario, longer)
+
+    everything = np.arange(len(columns))
+    low, high = np.zeros_like(unit), np.maximum(scenario.workload.seq // unit, 1) + 1
+    below, above = np.zeros(len(columns)), np.full(len(columns), np.inf)
+    budget, step = float(scenario.budget), 0
+    active, guess = everything, high - 1
+    while active.size:
+        found = bytes_at(active, guess)
+        fits = found <= budget
+        low[active[fits]], below[active[fits]] = guess[fits], found[fits]
+        high[active[~fits]], above[active[~fits]] = guess[~fits], found[~fits]
+        active = everything[high - low > 1]
+        step += 1
+        bottom, width = low[active], (high - low)[active]
+        share = np.where(
+            np.isfinite(above[active]) & (step % 3 != 0),
+            (budget - below[active]) / np.maximum(above[active] - below[active], 1),
+            0.5,
+        )
+        guess = bottom + np.clip((share * width).astype(np.int64), 1, width - 1)
+    some = np.flatnonzero(low > 0)
+    return replace(columns, seq=low * unit).take(some)
+
+
+def _shortened(scenario: Scenario, table: Table) -> Table:
+    """The table with the lengths of candidates that fail a gate there cut to where they pass, as far as that
+    could make them the longest; the others of them go. Whose reach takes a search is not cut for it."""
+    if not len(table):
+        return table
+    good = passing(scenario, table)[1]
+    for mine, columns in table.apart(np.arange(len(table))):
+        good[mine] &= _quick_reach(scenario, columns)
+    longest = _reaching_in_order(scenario, table, order(scenario, table, np.flatnonzero(good)))
+    known = next((int(table.seq[at]) for at in longest), 0)
+    low, high = np.where(good, table.seq, 0), table.seq.copy()
+    bad = ~good
+    while True:
+        active = np.flatnonzero(
+            bad & (high > max(known, 1) * (1 + SAME)) & (high - low > _table_units(table))
+        )
+        if not active.size:
+            break
+        middle = (np.maximum(low[active], known) + high[active]) // 2
+        middle = middle // _table_units(table)[active] * _table_units(table)[active]
+        stuck = middle <= low[active]
+        passed = np.zeros(active.size, bool)
+        for mine, part in table.apart(active):
+            columns = replace(part, seq=np.maximum(middle[mine], 1))
+            fits = np.zeros(mine.sum())  # it is shorter than what fits
+            figures = fits, evaluate.times(scenario, columns), evaluate.masses(scenario, columns)
+            passed[mine] = _none(evaluate.excess(scenario, *figures)) & _quick_reach(scenario, columns)
+        low[active] = np.where(passed, middle, low[active])
+        high[active] = np.where(passed & ~stuck, high[active], middle)
+        high[active[stuck]] = low[active[stuck]]
+        known = max(known, int(low[active].max(initial=0)))
+    chosen = np.flatnonzero(low > 0)
+    if not bad[chosen].any():
+        return table
+    parts = [replace(part, seq=low[chosen[mine]]) for mine, part in table.apart(chosen)]
+    return tabulate(replace(scenario, objective="speed"), parts)
+
+
+def _quick_reach(scenario: Scenario, columns: Columns) -> NDArray[np.bool_]:
+    """Which candidates pass the gate of reach; those pass for which it takes a search."""
+    if evaluate.searches_reach(columns):
+        return np.ones(len(columns), bool)
+    return evaluate.reaching(scenario, columns)
+
+
+def _table_units(table: Table) -> Ints:
+    """Tokens that each candidate's length is a multiple of."""
+    return np.concatenate([np.broadcast_to(np.asarray(_units(p), np.int64), len(p)) for p in table.parts])
+
+
+# The Pareto set.
+
+
+def pareto(scenario: Scenario, found: Found) -> Ints:
+    """Candidates that pass everything and that none surpasses in memory, time and mass (and length, where it
+    is free) together, fastest first.
+
+    Costs that differ by less than half a percent count as equal, or the set is mostly of twins.
+    """
+    table = found.table
+    _, good = passing(scenario, table)
+    left = np.flatnonzero(good)
+    memory, seconds, mass = (column[left] for column in table.figures)
+    costs = np.stack(
+        [
+            np.round(np.log(np.maximum(seconds, 1e-12)) * 200),
+            np.round(np.log(memory) * 200),
+            np.round((1 - mass) * 500),
+            -np.round(np.log(np.maximum(table.seq[left], 1)) * 200),
+        ],
+        axis=1,
+    )
+    # What costs least altogether is surpassed by nothing: take it, drop what it surpasses, go on.
+    ordered = np.lexsort((seconds, costs.sum(axis=1)))
+    left, costs = left[ordered], costs[ordered]
+    front: list[int] = []
+    known: dict[int, bool] = {}
+    while left.size:
+        here = int(left[0])
+        if here not in known:
+            asked_for = left[: FIRST_LOOK * 2]
+            known |= dict(zip(asked_for.tolist(), table.reaching(scenario, asked_for).tolist(), strict=True))
+        keep = np.ones(left.size, bool)
+        keep[0] = False
+        if known[here]:
+            front.append(here)
+            keep = (costs < costs[0]).any(axis=1)
+        left, costs = left[keep], costs[keep]
+    return np.array(sorted(front, key=lambda at: float(table.figures.seconds[at])), np.int64)
+
+
+__all__ = ["Found", "Table", "enumerate_grid", "exact", "first", "order", "pareto", "passing", "tabulate"]

@@ -1,0 +1,200 @@
+"""The full space, of which a sampler suggests a candidate dimension by dimension. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from attention.config import AttentionConfig
+from planner.configs import Columns
+from planner.question.space import MAX_BRANCHES, Kind, Space, is_sparse, pattern_of, variant_of
+from planner.search.candidates import (
+    FREE_BLOCK_SIZES,
+    FREE_WORKSPACES,
+    LEAST_RATIO,
+    MOST_GLOBAL,
+    MOST_GROWTH,
+    MOST_RATE_GROWTH,
+    UNIT,
+    Lists,
+    _divides,
+    most_window,
+    widest_window,
+)
+from planner.workload import Workload
+
+
+class Trial(Protocol):
+    """What chooses: an `optuna.Trial`, or anything with its suggestions."""
+
+    def suggest_categorical(self, name: str, choices: Any, /) -> Any: ...
+
+    def suggest_int(self, name: str, low: int, high: int, *, step: int = 1, log: bool = False) -> int: ...
+
+    def suggest_float(
+        self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False
+    ) -> float: ...
+
+
+def chosen(trial: Trial, space: Space, workload: Workload, *, flex: bool = False) -> Columns:
+    """One candidate of the full space, as the trial suggests it."""
+    sizes = space.block_sizes or FREE_BLOCK_SIZES
+    fitting = tuple(size for size in sizes if _divides(size, space.segments))
+    kinds = tuple(kind for kind in space.kinds if kind != "dilated_sparse" or fitting)
+    kind: Kind = kinds[0] if len(kinds) == 1 else trial.suggest_categorical("kind", kinds)
+    fields: dict[str, Any] = {
+        "workspace": 1 << trial.suggest_int("workspace_log2", *FREE_WORKSPACES)
+        if space.workspaces is None
+        else _one(trial, "workspace", space.workspaces)
+    }
+    unit = UNIT
+    if kind not in ("dense", "dilated"):
+        unit = fields["block_size"] = _nearest(
+            trial, "block_size", fitting if kind == "dilated_sparse" else sizes
+        )
+    if kind in ("dilated_sparse", "adaptive"):
+        ratio = (
+            trial.suggest_float("sparsity_ratio", LEAST_RATIO, 1.0, log=True)
+            if space.ratios is None
+            else _one(trial, "sparsity_ratio", space.ratios)
+        )
+        fields["sparsity_ratio"] = float(f"{ratio:.3g}")
+    if kind in ("local_window", "global_local"):
+        fields["window"] = (
+            _tokens(trial, "window", unit, widest_window(workload))
+            if space.windows is None
+            else _one(trial, "window", space.windows)
+        )
+        fields["window"] = min(fields["window"], unit * most_window(unit, workload))
+    if kind == "global_local":
+        fields["global_tokens"] = (
+            _tokens(trial, "global_tokens", unit, MOST_GLOBAL)
+            if space.global_tokens is None
+            else _one(trial, "global_tokens", space.global_tokens)
+        )
+    if kind in ("dilated", "dilated_sparse"):
+        fields["lengths"], fields["rates"] = _suggested(trial, space, workload.seq, unit)
+    backends = space.backends(flex and is_sparse(kind))
+    return Columns(
+        variant_of(kind), pattern_of(kind), seq=workload.seq, pool=space.pool,
+        backend=_one(trial, "backend", backends), **fields,
+    )  # fmt: skip
+
+
+def _nearest(trial: Trial, name: str, values: Sequence[int]) -> int:
+    """One of ascending values: the nearest to a number, so that a sampler knows which are alike."""
+    if len(values) == 1:
+        return values[0]
+    wanted = trial.suggest_int(name, min(values), max(values), log=True)
+    return min(values, key=lambda value: abs(math.log(value / wanted)))
+
+
+def _tokens(trial: Trial, name: str, unit: int, most: int) -> int:
+    """A number of tokens that is a multiple of `unit`."""
+    return max(round(trial.suggest_int(name, 1, max(most, 2), log=True) / unit), 1) * unit
+
+
+def _one(trial: Trial, name: str, values: Sequence[Any]) -> Any:
+    return values[0] if len(values) == 1 else trial.suggest_categorical(name, tuple(values))
+
+
+def _suggested(trial: Trial, space: Space, seq: int, unit: int) -> Lists:
+    counts = space.branches or tuple(range(1, MAX_BRANCHES + 1))
+    given = space.segments or space.rates
+    count = len(given) if given else _one(trial, "branches", counts)
+    whole = -(-seq // unit)
+    lengths, rates = [], []
+    length, rate = 0, 1
+    for n in range(count):
+        if n == 0:
+            if not space.segments:
+                # One range for all block sizes: the longest is what covers everything, whatever the unit.
+                longest = 2 * max(seq, *FREE_BLOCK_SIZES, *(space.block_sizes or ()))
+                length = min(_tokens(trial, "first_segment", unit, longest) // unit, whole)
+        else:
+            if not space.segments:
+                growth = trial.suggest_int(f"growth_{n}", 1, MOST_GROWTH, log=True)
+                length *= min(growth, -(-whole // length))
+            if not space.rates:
+                rate *= trial.suggest_int(f"rate_growth_{n}", 1, MOST_RATE_GROWTH, log=True)
+        lengths.append(length * unit)
+        rates.append(min(rate, length * unit) if not space.segments else rate)
+    return space.segments or tuple(lengths), space.rates or tuple(rates)
+
+
+def parameters(config: AttentionConfig, space: Space, workload: Workload) -> dict[str, Any] | None:
+    """What a trial has to suggest to arrive at a config; None if the full space has no such config."""
+    pattern = config.pattern
+    kind = pattern.pattern_type if pattern and config.variant == "block_sparse" else config.variant
+    workspace = config.workspace_bytes
+    found: dict[str, Any] = {"kind": kind, "workspace": workspace, "backend": config.backend}
+    found["workspace_log2"] = workspace.bit_length() - 1
+    if pattern:
+        found["block_size"] = pattern.block_size
+        if kind in ("dilated_sparse", "adaptive"):
+            found["sparsity_ratio"] = pattern.sparsity_ratio
+        else:
+            found["window"] = pattern.local_window_size
+            found["global_tokens"] = pattern.global_tokens
+    lengths, rates = config.segment_lengths, config.dilation_rates
+    if lengths:
+        found |= {"branches": len(lengths), "first_segment": lengths[0]}
+        for n in range(1, len(lengths)):
+            found[f"growth_{n}"] = lengths[n] // lengths[n - 1]
+            found[f"rate_growth_{n}"] = rates[n] // rates[n - 1]
+    told = _Told(found)
+    try:
+        # As on a device where a trial chooses the backend too.
+        made = chosen(told, space, workload, flex=True).config(0, workload)
+    except KeyError:
+        return None
+    return {name: found[name] for name in told.asked} if made == config else None
+
+
+class _Told:
+    """A trial that suggests what it was told, and remembers what it was asked for."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self.values, self.asked = values, list[str]()
+
+    def suggest_categorical(self, name: str, choices: Any, /) -> Any:
+        if self.values[name] not in choices:
+            raise KeyError(name)
+        self.asked.append(name)
+        return self.values[name]
+
+    def suggest_int(self, name: str, low: int, high: int, *, step: int = 1, log: bool = False) -> int:
+        return int(self._within(name, low, high))
+
+    def suggest_float(
+        self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False
+    ) -> float:
+        return float(self._within(name, low, high))
+
+    def _within(self, name: str, low: float, high: float) -> Any:
+        if not low <= self.values[name] <= high:
+            raise KeyError(name)
+        self.asked.append(name)
+        return self.values[name]
+
+
+def full_size(seq: int) -> float:
+    """Configs in the full space for a sequence, about: the product over what each kind chooses, distinct
+    windows, kept blocks and segment lengths counted in blocks."""
+    workspaces = FREE_WORKSPACES[1] - FREE_WORKSPACES[0] + 1
+    total = float(workspaces)  # dense
+    for block in FREE_BLOCK_SIZES:
+        blocks = math.ceil(seq / block)
+        total += workspaces * 2 * blocks * (1 + MOST_GLOBAL // block)  # with global tokens, and without
+        total += workspaces * blocks * _branchings(blocks)
+    return total + workspaces * _branchings(math.ceil(seq / UNIT))
+
+
+def _branchings(units: int) -> float:
+    """Lists of one to four branches: first length, factors of lengths whose product stays within, rates."""
+    total = 0.0
+    for count in range(1, MAX_BRANCHES + 1):
+        lengths = units * math.log(max(units, 2)) ** (count - 1) / math.factorial(count - 1)
+        total += lengths * MOST_RATE_GROWTH ** (count - 1)
+    return total

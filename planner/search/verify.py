@@ -1,0 +1,57 @@
+"""Do the picks keep what was predicted of them? Measured on the device that is here. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+from attention.errors import ConfigError
+from planner.answers.recommendation import Pick, Recommendation
+from planner.answers.verified import Verified
+from planner.measuring.measure import Device, Measurement
+
+TIMEOUT: Final = 300.0
+"""Seconds that one pick may take."""
+
+
+Progress = Callable[[int, int, str], None]
+
+
+def verify(
+    found: Recommendation, *, timeout: float = TIMEOUT, progress: Progress | None = None
+) -> list[Verified]:
+    """Runs the answer and each pick once, in processes of their own.
+
+    On the CPU if the answer is for it, else on the GPU that is here: ConfigError if that is another card.
+    """
+    from planner.measuring.server import Batch
+
+    device: Device = "cpu" if found.on == "cpu" else "cuda"
+    answer = Pick(
+        config=found.config, seq=found.workload.seq, upper=found.memory.upper, seconds=found.seconds,
+        mass=found.quality.mass, layers=found.quality.layers,
+    )  # fmt: skip
+    different = {pick.config: pick for pick in reversed((answer, *found.alternatives))}
+    results = []
+    with Batch(device, timeout=timeout, runs=3) as batch:
+        for number, pick in enumerate(reversed(different.values())):
+            if progress:
+                progress(number, len(different), pick.role or "the answer")
+            measured = batch.measure(pick.config, found.workload.model_copy(update={"seq": pick.seq}))
+            _same_card(found, measured)
+            results.append(_verified(pick, measured))
+    return results
+
+
+def _verified(pick: Pick, measured: Measurement) -> Verified:
+    peak = measured.allocated if measured.device == "cpu" else measured.device_peak or measured.reserved
+    return Verified(
+        role=pick.role or "answer", kind=measured.kind, message=measured.message, upper=pick.upper,
+        allocated=peak, predicted=pick.seconds, seconds=measured.seconds,
+    )  # fmt: skip
+
+
+def _same_card(found: Recommendation, measured: Measurement) -> None:
+    here = measured.environment.device
+    if measured.device == "cuda" and here and not found.on.startswith("generic") and here != found.on:
+        raise ConfigError(f"the answer is for {found.on}, this card is {here}; pass --gpu with its name")

@@ -1,0 +1,172 @@
+"""The rows of block-sparse patterns by how they are computed: how many are alike, and how wide they are on
+average. Closed forms of `attention/layout.py`; ints, or arrays of many patterns. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Final, Literal, NamedTuple, TypeAlias
+
+import numpy as np
+
+from attention.config import PatternType
+from attention.sizes.arrays import ceil_div, choose, lcm, least, most, row_blocks, somewhere
+from attention.sizes.row_bounds import Rows
+
+Amount: TypeAlias = Any
+"""A number, whole or a mean, or an array of many: as `attention.sizes.arrays.Count`, not always an int."""
+
+SAMPLES: Final = 16
+"""Rows of a dilated_sparse pattern that are looked at, spread evenly over every segment length."""
+GOLDEN: Final = 0.6180339887498949
+"""Multiples of it fall evenly into every interval, modulo 1 (Weyl), and so modulo every segment."""
+
+
+class Run(NamedTuple):
+    """Rows that are computed in the same way, with mean sizes."""
+
+    kind: Literal["single", "slide", "long", "list"]
+    """Adjacent blocks: of a width of their own; of equal width, moving on by one block a row; the same for
+    all rows. Or lists."""
+    rows: Amount
+    width: Amount
+    """Blocks."""
+    runs: Amount = 1
+    """Groups of consecutive rows that may share a call."""
+
+
+def runs_of(
+    kind: PatternType | None, rows: Rows, seq: Amount, causal: bool, *, window: Amount, global_tokens: Amount,
+    ratio: float, lengths: Sequence[Amount], rates: Sequence[Amount],
+) -> list[Run]:  # fmt: skip
+    """The runs of a pattern by its fields, of which it reads its own; `rows`: its widest."""
+    size = rows.size
+    blocks = ceil_div(seq, size)
+    if kind == "dilated_sparse":
+        branches = [
+            (least(most(length // size, 1), blocks), least(rate, blocks))
+            for length, rate in zip(lengths, rates, strict=True)
+        ]
+        return _dilated_sparse(blocks, rows, row_blocks(ratio, blocks), branches, causal)
+    reach = least(window // (size if causal else 2 * size), blocks)
+    shared = least(ceil_div(global_tokens, size), blocks) if kind == "global_local" else 0 * blocks
+    return _window_causal(blocks, reach, shared) if causal else _window(blocks, reach, shared)
+
+
+def _window(blocks: Amount, reach: Amount, shared: Amount) -> list[Run]:
+    """Rows below `shared` see everything; row i sees those blocks and i - reach to i + reach."""
+    n, local = blocks, (shared == 0) * 1
+    inside = local * most(n - 2 * reach, 0)
+    # Rows whose window, with the shared blocks, spans everything.
+    first = most(n - 1 - reach, shared)
+    last = least(shared + reach, n - 1)
+    full = choose(inside > 0, 0 * n, most(last - first + 1, 0))
+    # Rows behind the shared blocks that reach back to them, each one block wider than the one before.
+    growing = most(least(shared + reach, n - 1, n - 2 - reach) - shared + 1, 0) * (inside == 0)
+    ends = choose(inside > 0, 2 * least(reach, n), choose(local, n - full, growing))
+    wide = choose(
+        inside > 0, (3 * reach + 1) / 2,
+        choose(local, (least(reach, n) + n) / 2, shared + reach + 1 + (growing - 1) / 2),
+    )  # fmt: skip
+    lists = (1 - local) * most(n - 1 - shared - reach, 0)
+    steady = (1 - local) * most(n - shared - 2 * reach - 1, 0)
+    shrinking = lists - steady
+    return [
+        Run("slide", inside, 2 * reach + 1),
+        Run("single", ends, wide, ends),
+        Run("long", shared + full, n, 1 + (shared > 0) * (full > 0)),
+        Run("list", steady, shared + 2 * reach + 1),
+        Run("list", shrinking, shared + 2 * reach + 1 - (shrinking + 1) / 2, shrinking),
+    ]
+
+
+def _window_causal(blocks: Amount, reach: Amount, shared: Amount) -> list[Run]:
+    """Row i sees i - reach to i, and the blocks below `shared`."""
+    local = (shared == 0) * 1
+    growing = least(choose(local, reach, shared + reach + 1), blocks)
+    rest = blocks - growing
+    return [
+        Run("single", growing, (growing + 1) / 2, growing),
+        Run("slide", rest * local, reach + 1),
+        Run("list", rest * (1 - local), shared + reach + 1),
+    ]
+
+
+def _dilated_sparse(
+    blocks: Amount, rows: Rows, budget: Amount, branches: list[tuple[Amount, Amount]], causal: bool
+) -> list[Run]:
+    """With rates of 1 alone, windows within segments (here, the longest); else lists."""
+    listed, width, runs = (rows.lists > 0) * 1, blocks, 1 + 0 * blocks
+    if somewhere(listed):
+        width, runs = _sampled(blocks, budget, branches, causal)
+    near = (1 - listed) * blocks
+    longest = most(*(length for length, _ in branches))
+    segments: Amount = most(blocks / longest, 1)
+    widest: Amount = least(rows.span, longest)
+    whole = (widest >= longest) * 1
+    lists = Run("list", listed * blocks, width, runs)
+    if causal:
+        growing = least(near, segments * choose(whole, widest, widest - 1))
+        return [
+            Run("single", growing, choose(whole, (widest + 1) / 2, widest / 2), growing),
+            Run("slide", near - growing, widest, segments),
+            lists,
+        ]
+    held = choose(whole, near, least(near, segments * 2 * ((widest + 1) // 2)))
+    return [
+        Run("long", held, widest, choose(whole, segments, 2 * segments)),
+        Run("slide", near - held, widest, segments),
+        lists,
+    ]
+
+
+def _sampled(
+    blocks: Amount, budget: Amount, branches: list[tuple[Amount, Amount]], causal: bool
+) -> tuple[Amount, Amount]:
+    """(mean blocks a row, groups of consecutive rows of equal width), from SAMPLES rows and their next."""
+    shared = [
+        [1.0 * lcm(rate, other) for _, other in branches[:index]] for index, (_, rate) in enumerate(branches)
+    ]
+    sizes = [(1.0 * length, 1.0 * rate) for length, rate in branches]
+    last, total, changes = blocks - 1.0, 0.0 * blocks, 0.0 * blocks
+    for sample in range(SAMPLES):
+        row = rounded_down((sample * GOLDEN + 0.5) % 1 * blocks)
+        here = least(_offsets(row, blocks, sizes, shared, causal) + 1, budget)
+        after = least(_offsets(least(row + 1, last), blocks, sizes, shared, causal) + 1, budget)
+        total = total + here
+        changes = changes + (here != after)
+    return total / SAMPLES, least(1 + changes / SAMPLES * blocks, blocks)
+
+
+def _offsets(
+    row: Amount, blocks: Amount, sizes: list[tuple[Amount, Amount]], shared: list[list[Amount]], causal: bool
+) -> Amount:
+    """Offsets, 0 apart, that the branches (length, rate) offer a row. What a branch shares with earlier ones,
+    `shared` steps apart, is taken to be what it shares with the one it shares most with: exact where each
+    rate divides the next."""
+    left = [row - length * rounded_down(row / length) for length, _ in sizes]
+    sides: list[list[Amount]] = [left]
+    if not causal:
+        rooms = zip(left, sizes, strict=True)
+        sides.append([least(length, blocks - row + place) - 1 - place for place, (length, _) in rooms])
+    total: Amount = 0
+    for side in sides:
+        for index, (room, (_, rate)) in enumerate(zip(side, sizes, strict=True)):
+            total = total + rounded_down(room / rate)
+            met: Amount = 0
+            for other, step in zip(side, shared[index], strict=False):
+                met = most(met, rounded_down(least(room, other) / step))
+            total = total - met
+    return total
+
+
+def rounded_down(value: Amount) -> Amount:
+    """The largest whole number up to a float or up to each of an array: faster than dividing ints."""
+    return np.floor(value) if isinstance(value, np.ndarray) else float(math.floor(value))
+
+
+def rounded_up(a: Amount, b: Amount) -> Amount:
+    """a / b rounded up, of numbers below 2^53."""
+    share = a / b
+    return np.ceil(share) if isinstance(share, np.ndarray) else float(math.ceil(share))

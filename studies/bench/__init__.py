@@ -1,0 +1,1 @@
+"""What runs studies: their table, records and panels."""

@@ -1,0 +1,203 @@
+"""How far are predictions of memory from measurements? The half of `planner study accuracy` about bytes.
+
+Random configs and workloads that no calibration has seen, each measured in a process of its own, and
+predicted by this project and by its peers: PyTorch's `MemTracker`, which runs the call, with real tensors
+and with fake ones, and the arithmetic of inputs, outputs, parameters and their gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from itertools import groupby, islice
+from statistics import median
+from time import perf_counter
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
+
+from attention.pool import buffers_for
+from planner.fitting.samples import KINDS, Sample, samples
+from planner.measuring.child import _call
+from planner.measuring.server import Batch
+from planner.memory.estimate import estimate
+from studies.bench.records import Row, Step, markdown
+from studies.bench.study import Rows, Scope
+
+SEED = 1009
+"""Not that of a calibration."""
+CASES, LONGEST = 1000, 131_072
+PEERED = 300
+"""The first so many peers are asked about too: with fake tensors one may take minutes."""
+QUICK, QUICK_LONGEST = 24, 2048
+"""Cases of a quick study, and tokens of the longest."""
+TIMEOUT = 300.0
+CPU = torch.device("cpu")
+
+
+def arithmetic(sample: Sample) -> int:
+    """Inputs, outputs and parameters, and in training their gradients, each times its type's size."""
+    config, workload = sample
+    numbers = 2 * workload.batch * workload.seq * (workload.heads + workload.groups) * workload.head_dim
+    if config.multihead:
+        parts = config.multihead
+        numbers = 2 * workload.batch * workload.seq * parts.embed_dim
+        numbers += 2 * parts.embed_dim * (parts.embed_dim + workload.groups * parts.head_dim)
+    return numbers * workload.itemsize * (2 if workload.mode == "training" else 1)
+
+
+def tracked(sample: Sample) -> int:
+    """`MemTracker`'s peak over a call with real tensors."""
+    config, workload = sample
+    call = _call(config, workload, CPU)
+    call.start_cold()
+    tracker = MemTracker()
+    tracker.track_external(call.module, *call.inputs, *([] if call.grad is None else [call.grad]))
+    try:
+        with tracker:
+            call()
+    finally:
+        buffers_for(config).release()
+    peaks = tracker.get_tracker_snapshot("peak")
+    return sum(int(parts["Total"]) for parts in peaks.values())
+
+
+def tracked_fake(sample: Sample) -> int:
+    """The same with tensors that have no memory."""
+    with FakeTensorMode():
+        return tracked(sample)
+
+
+def ours(sample: Sample) -> int:
+    return estimate(*sample, "cpu").allocated
+
+
+PEERS: dict[str, Callable[[Sample], int]] = {
+    "this project": ours,
+    "MemTracker, real tensors": tracked,
+    "MemTracker, fake tensors": tracked_fake,
+    "inputs, outputs, gradients x type": arithmetic,
+}
+
+
+def case_row(kind: str, sample: Sample, batch: Batch, peered: bool) -> Row:
+    """One sample, measured and predicted by all."""
+    config, workload = sample
+    found = batch.measure(config, workload)
+    expected = estimate(config, workload, "cpu", threads=found.environment.threads)
+    row: Row = {
+        "about": "memory",
+        "kind": kind,
+        "config": config.model_dump(mode="json", exclude_defaults=True),
+        "workload": workload.model_dump(mode="json", exclude_defaults=True),
+        "mode": workload.mode,
+        "outcome": found.kind,
+        "message": found.message,
+        "measured": found.allocated,
+        "predicted": expected.allocated,
+        "upper": expected.upper,
+    }
+    return row | {"peers": {name: _asked(peer, sample) for name, peer in PEERS.items() if peered}}
+
+
+def _asked(peer: Callable[[Sample], int], sample: Sample) -> Row:
+    """A peer's bytes and seconds, or why it has none."""
+    begin = perf_counter()
+    try:
+        nbytes = peer(sample)
+    except Exception as error:  # noqa: BLE001 -- that it cannot, and why, is what is asked
+        return {"bytes": None, "why": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
+    return {"bytes": nbytes, "seconds": perf_counter() - begin}
+
+
+def errors_table(rows: list[Row]) -> str:
+    """Prediction against measurement, by kind and mode, and together."""
+    rows = about_memory(rows)
+    ordered = sorted(rows, key=lambda row: (row["kind"], row["mode"]))
+    body = [
+        [kind, mode, *_errors(list(group))]
+        for (kind, mode), group in groupby(ordered, key=lambda row: (row["kind"], row["mode"]))
+    ]
+    return markdown(
+        [*body, ["all", "", *_errors(rows)]],
+        ["attention", "mode", "cases", "no figure", "median error", "95%", "worst", "most under",
+         "within the bound", "bound / measured"],
+    )  # fmt: skip
+
+
+def _errors(rows: Sequence[Row]) -> list[str]:
+    good = [row for row in rows if row["outcome"] == "ok"]
+    counts = [str(len(rows)), str(len(rows) - len(good))]
+    if not good:
+        return [*counts, "", "", "", "", "", ""]
+    signed = [(row["predicted"] - row["measured"]) / row["measured"] for row in good]
+    size = sorted(map(abs, signed))
+    within = sum(row["measured"] <= row["upper"] for row in good)
+    return [
+        *counts,
+        _percent(median(size)),
+        _percent(size[-(-95 * len(size) // 100) - 1]),
+        _percent(size[-1]),
+        _percent(max(0.0, -min(signed))),
+        str(within),
+        f"{median(row['upper'] / row['measured'] for row in good):.4f}",
+    ]
+
+
+def peers_table(rows: list[Row]) -> str:
+    """All that predict, on the cases that were measured."""
+    rows = about_memory(rows)
+    good = [row for row in rows if row["outcome"] == "ok" and row["peers"]]
+    return markdown(
+        ([name, *_peer(name, good)] for name in PEERS),
+        ["prediction by", "cases", "cannot", "median error", "worst", "under", "median seconds"],
+    )
+
+
+def _peer(name: str, rows: Iterable[Row]) -> list[str]:
+    asked = [(row["peers"][name], row["measured"]) for row in rows]
+    said = [(answer["bytes"], measured, answer["seconds"]) for answer, measured in asked
+            if answer["bytes"] is not None]  # fmt: skip
+    counts = [str(len(asked)), str(len(asked) - len(said))]
+    if not said:
+        return [*counts, "", "", "", ""]
+    size = [abs(nbytes - measured) / measured for nbytes, measured, _ in said]
+    under = sum(nbytes < measured for nbytes, measured, _ in said) / len(said)
+    seconds = median(seconds for *_, seconds in said)
+    return [*counts, _percent(median(size)), _percent(max(size)), f"{under:.1%}", f"{seconds:.4f}"]
+
+
+def reasons_table(rows: list[Row]) -> str:
+    """Why a peer has no prediction, and how often."""
+    rows = about_memory(rows)
+    found: dict[tuple[str, str], int] = {}
+    for row in rows:
+        for name, answer in row["peers"].items():
+            if answer["bytes"] is None:
+                found[name, answer["why"]] = found.get((name, answer["why"]), 0) + 1
+    return markdown(
+        ([name, count, why] for (name, why), count in found.items()),
+        ["prediction by", "cases", "why it cannot"],
+    )
+
+
+def _percent(share: float) -> str:
+    return f"{share:.3%}"
+
+
+def steps(scope: Scope) -> list[Step]:
+    """The cases."""
+    cases, longest, peered = (QUICK, QUICK_LONGEST, 8) if scope.quick else (CASES, LONGEST, PEERED)
+    batch = scope.batch(timeout=TIMEOUT)
+    found = islice(samples(SEED, longest=longest), cases)
+    return [
+        (f"memory {n} {KINDS[n % len(KINDS)]}",
+         partial(case_row, KINDS[n % len(KINDS)], sample, batch, n < peered))
+        for n, sample in enumerate(found)
+    ]  # fmt: skip
+
+
+def about_memory(rows: Rows) -> Rows:
+    """The rows of this half."""
+    return [row for row in rows if row["about"] == "memory"]

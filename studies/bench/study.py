@@ -1,0 +1,199 @@
+"""What a study is, and how one becomes files: data first, then the picture and three sentences.
+
+`planner study NAME` writes NAME.MACHINE.json (the rows, with the command that repeats them and where they
+were measured), .csv (the same rows), .png, .svg and .md. A study that is interrupted goes on where it
+stopped when the same command runs again.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import Any, NamedTuple
+
+import torch
+
+from attention.errors import AttentionPlannerError, ConfigError
+from planner.measuring.server import Batch
+from planner.report.plot.figure import written
+from studies.bench.catalogue import QUESTIONS
+from studies.bench.records import Row, Step, collect, machine, write
+
+Rows = list[Row]
+
+
+class Said(NamedTuple):
+    """What a study has to say, a sentence each."""
+
+    asked: str
+    found: str
+    seeds: str
+    """Where the reports that this project began with say otherwise, and why; or that they do not."""
+
+
+def many(ratio: float) -> str:
+    """How many times: whole from 10 on, to two decimals below."""
+    return f"{ratio:.0f}" if ratio >= 10 else f"{ratio:.2f}"
+
+
+def together(names: Sequence[str]) -> str:
+    """`a, b and c`."""
+    *first, last = names
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def rounded_up(value: float, digits: int) -> float:
+    """Rounded up to so many decimals, for what is said to be the most."""
+    unit = 10.0**digits
+    return math.ceil(round(value * unit, 6)) / unit
+
+
+@dataclass
+class Scope:
+    """How much of a study to run, and where."""
+
+    device: torch.device
+    quick: bool
+    _open: ExitStack = field(default_factory=ExitStack)
+
+    def batch(self, **options: Any) -> Batch:
+        """What measures runs in processes of their own, on the study's device; ended with the study. Options
+        as `planner.measuring.server.Batch` takes them."""
+        kind: Any = self.device.type
+        return self._open.enter_context(Batch(kind, **options))
+
+    def close(self) -> None:
+        self._open.close()
+
+
+class Study(NamedTuple):
+    """One question. Rows are plain data; everything else is computed from them."""
+
+    steps: Callable[[Scope], list[Step]]
+    """What makes the rows, step by step; `quick` asks for so few that all studies take minutes."""
+    tables: Mapping[str, Callable[[Rows], str]]
+    """Markdown tables by name; docs show them by it."""
+    draw: Callable[[Any, Rows], None]
+    """Draws into an empty matplotlib Figure; see `planner.report.plot.figure`."""
+    said: Callable[[Rows], Said]
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    """Those on which it can run."""
+    independent: bool = False
+    """Whether rows are left out whose steps end in an error; otherwise such an error ends the study."""
+
+
+class Answer(NamedTuple):
+    """A study that has run."""
+
+    name: str
+    said: Said
+    files: tuple[Path, ...]
+    failed: Mapping[str, str]
+    """Cases that gave no row: which, and why."""
+
+
+def command(name: str, device: torch.device, quick: bool) -> str:
+    """What a reader runs to repeat it."""
+    return f"planner study {name}" + " --quick" * quick + f" --device {device.type}" * (device.type != "cpu")
+
+
+def able(names: Sequence[str], device: str, every: bool) -> list[str]:
+    """The studies that run on this device. ConfigError where one was named that does not; `every`: none was
+    named, and those that do not are left out."""
+    found = [name for name in names if device in study(name).devices]
+    unable = [name for name in names if name not in found]
+    if unable and not every:
+        raise ConfigError(
+            f"on {device} there is no study {', '.join(unable)}: they run on "
+            f"{' or '.join(study(unable[0]).devices)}"
+        )
+    return found
+
+
+def run(name: str, *, device: torch.device, quick: bool, out: Path) -> Answer:
+    """Runs a study and writes its files into `out`, which is made if it is not there. NothingRanError where
+    no case ran; then no file is written."""
+    writable(out)
+    found = study(name)
+    asked = command(name, device, quick)
+    stem = name + "-quick" * quick
+    with _scope(device, quick) as scope:
+        rows, failed, source = collect(
+            stem, asked, device, found.steps(scope), folder=out, independent=found.independent
+        )
+    base = out / f"{stem}.{machine(device)}"
+    files = [base.with_name(f"{base.name}.{kind}") for kind in ("json", "csv", "md", "png", "svg")]
+    # The rows are on disk by now: whatever goes wrong from here on loses none of them.
+    said = found.said(rows)
+    write(files[1], as_csv(rows))
+    write(files[2], as_markdown(name, source, rows, failed))
+    written(files[3:], lambda figure: found.draw(figure, rows), f"study {name}:")
+    return Answer(name, said, tuple(files), failed)
+
+
+@contextmanager
+def _scope(device: torch.device, quick: bool) -> Iterator[Scope]:
+    scope = Scope(device, quick)
+    try:
+        yield scope
+    finally:
+        scope.close()
+
+
+def writable(out: Path) -> None:
+    """Makes the folder; AttentionPlannerError where nothing can be written into it."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        why = "it is a file" if out.is_file() else error.strerror
+        raise AttentionPlannerError(
+            f"--out {out} cannot be written into ({why}); choose another folder"
+        ) from None
+
+
+def as_csv(rows: Rows) -> str:
+    """The rows as CSV, what is nested under dotted names; a cell that a row lacks is empty."""
+    flat = [dict(_flat(row)) for row in rows]
+    names = list(dict.fromkeys(name for row in flat for name in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(flat)
+    return text.getvalue()
+
+
+def _flat(row: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in row.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, " ".join(map(str, value)) if isinstance(value, list | tuple) else value
+
+
+def as_markdown(name: str, source: str, rows: Rows, failed: Mapping[str, str]) -> str:
+    """The question, the three sentences, what gave no row, the tables, the command and where it ran."""
+    found = study(name)
+    said = found.said(rows)
+    lost = "".join(f"\n{line}" for line in did_not_run(failed))
+    tables = "\n\n".join(table(rows) for table in found.tables.values())
+    return f"# {QUESTIONS[name]}\n\n{said.asked}\n{said.found}\n{said.seeds}{lost}\n\n{tables}\n\n{source}\n"
+
+
+def did_not_run(failed: Mapping[str, str]) -> list[str]:
+    """A line for each case that gave no row."""
+    return [f"Did not run: {label}: {why}" for label, why in failed.items()]
+
+
+def study(name: str) -> Study:
+    """The study of a name. Imports torch."""
+    found: Study = import_module(f"studies.{name.replace('-', '_')}").STUDY
+    return found

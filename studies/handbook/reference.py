@@ -1,0 +1,316 @@
+"""What pages show of the code: every command's help, the library's names, tables of its constants.
+
+Signatures, fields and what is said of them are read from the source, so that they are written there alone.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module
+from types import ModuleType, NoneType, UnionType
+from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin
+
+import typer
+
+import attention
+import planner
+from planner.cli.app import app
+from planner.cli.main import main
+from planner.gpus import Gpu, find
+from planner.quality.profiles import ASSUMED, DEFAULT, PRESETS
+from planner.question.space import MAX_BRANCHES, Space
+from planner.search import candidates
+from planner.speed.rates import default_rates
+from studies.bench.records import markdown
+
+WIDTH: Final = 88
+"""Columns of help and of signatures."""
+WRITTEN: Final = "Written by `python -m studies.handbook.pages` from the code."
+NAMES: Final[dict[str, tuple[str, Sequence[str]]]] = {
+    "attention": ("What runs.", attention.__all__),
+    "planner": ("What decides.", planner.__all__),
+    "planner.question.asked": ("What `planner.recommend` may be asked.", ("Asked",)),
+    "planner.answers.recommendation": ("What a recommendation is made of.",
+                                       ("Search", "Pick", "Quality", "Why", "Without")),
+    "planner.answers.tuned": ("What a trial of tuning is.", ("Trial",)),
+    "planner.answers.verified": ("A pick as it ran.", ("Verified",)),
+    "planner.gpus": ("Known cards.", ("Gpu", "find", "known", "matching", "generic")),
+    "planner.quality.profiles": ("Where attention's mass lies.", ("preset",)),
+    "planner.quality.profile_file": ("The same, measured.", ("profile_from",)),
+    "planner.quality.mass": ("How much of it a config keeps.", ("mass_of",)),
+    "planner.quality.reach": ("How far it hears.", ("layers",)),
+    "planner.speed.rates": ("What a unit of work costs.", ("Rates", "SpeedFit", "default_rates")),
+    "planner.memory.allocator": ("PyTorch's caching allocator, replayed.",
+                                 ("replay", "Replay", "Oom", "fits", "smallest_cap", "Allocator")),
+    "planner.memory.allocator_settings": ("Its settings.", ("AllocatorSettings",)),
+    "planner.calibration": ("What measuring a device told.", ("load", "Terms", "Domain")),
+    "planner.measuring.records": ("Measurements in files.", ("append", "read")),
+    "planner.search.verify": ("Picks, run here.", ("verify",)),
+    "attention.config": ("Base of all values.", ("Value",)),
+}  # fmt: skip
+"""What the library's page has, module by module."""
+
+
+# The command line.
+
+
+def command_line() -> str:
+    """The page of all commands: what `--help` prints of each."""
+    group: Any = typer.main.get_command(app)
+    codes = " ".join((main.__doc__ or "").partition(": ")[2].split())
+    parts = [
+        "# Command line",
+        f"{WRITTEN} `planner COMMAND --help` prints the same; `planner` is also `python -m planner`.",
+        f"Exit codes: {codes}",
+        _fence(_help(group, "planner"), "text"),
+    ]
+    for name, command in group.commands.items():
+        parts += [f"## planner {name}", _fence(_help(command, f"planner {name}"), "text")]
+    return "\n\n".join(parts) + "\n"
+
+
+def _help(command: Any, name: str) -> str:
+    context = command.make_context(
+        name, [], resilient_parsing=True, terminal_width=WIDTH, max_content_width=WIDTH
+    )
+    return "\n".join(line.rstrip() for line in command.get_help(context).splitlines())
+
+
+def _fence(body: str, language: str) -> str:
+    return f"```{language}\n{body}\n```"
+
+
+# The library.
+
+
+def library() -> str:
+    """The page of the library: every public name, what it takes, what it is."""
+    parts = ["# Library", f"{WRITTEN} Names of other modules may change from one version to the next."]
+    for module, (about, names) in NAMES.items():
+        parts += [f"## {module}", about]
+        home = import_module(module)
+        for name in names:
+            parts += list(_entry(home, name))
+    return "\n\n".join(parts) + "\n"
+
+
+def _entry(home: ModuleType, name: str) -> Iterator[str]:
+    found = getattr(home, name)
+    [node] = ast.parse(textwrap.dedent(inspect.getsource(found))).body
+    node = _Plain(import_module(found.__module__)).visit(node)
+    yield f"### {name}"
+    if isinstance(node, ast.FunctionDef):
+        yield _fence(_signature(node), "python")
+        yield inspect.getdoc(found) or ""
+    elif isinstance(node, ast.ClassDef):
+        bases = ", ".join(ast.unparse(base) for base in node.bases)
+        yield _fence(f"class {name}({bases})" if bases else f"class {name}", "python")
+        yield _about(node)
+        members = [*_fields(node), *_methods(node)]
+        if members:
+            yield "\n".join(members)
+
+
+class _Plain(ast.NodeTransformer):
+    """Types and constants as a reader understands them without the module: `int` for `Positive`."""
+
+    def __init__(self, module: ModuleType) -> None:
+        self.known = vars(module)
+
+    def visit_Subscript(self, node: ast.Subscript) -> Any:
+        if ast.unparse(node.value) == "Annotated" and isinstance(node.slice, ast.Tuple):
+            return self.visit(node.slice.elts[0])
+        return self.generic_visit(node)
+
+    def visit_BinOp(self, node: ast.BinOp) -> Any:
+        # `16 * MIB` says more than its product; unions of types are another matter.
+        return self.generic_visit(node) if isinstance(node.op, ast.BitOr) else node
+
+    def visit_Name(self, node: ast.Name) -> ast.AST:
+        found = self.known.get(node.id)
+        if node.id.isupper() and isinstance(found, int | float | str):
+            return ast.Constant(found)
+        if get_origin(found) in (Annotated, Literal, Union, UnionType, tuple):
+            return ast.Name(_plain(found))
+        return node
+
+
+def _plain(kind: Any) -> str:
+    """A type, without what validates it."""
+    origin, inside = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return _plain(inside[0])
+    if origin is Literal:
+        return f"Literal[{', '.join(map(repr, inside))}]"
+    if origin in (Union, UnionType):
+        return " | ".join(map(_plain, inside))
+    if origin is not None:
+        return f"{origin.__name__}[{', '.join(map(_plain, inside))}]"
+    return {Ellipsis: "...", NoneType: "None"}.get(kind) or str(getattr(kind, "__name__", kind))
+
+
+def _signature(node: ast.FunctionDef) -> str:
+    """A function's first line, or a line an argument where that is too long."""
+    returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
+    arguments = _arguments(node.args)
+    short = f"{node.name}({', '.join(arguments)}){returns}"
+    if len(short) <= WIDTH:
+        return short
+    return f"{node.name}(\n" + "".join(f"    {line},\n" for line in arguments) + f"){returns}"
+
+
+def _arguments(given: ast.arguments) -> list[str]:
+    first = len(given.args) - len(given.defaults)
+    found = [
+        _argument(one, given.defaults[at - first] if at >= first else None)
+        for at, one in enumerate(given.args)
+    ]
+    if given.vararg or given.kwonlyargs:
+        found.append("*" + (ast.unparse(given.vararg) if given.vararg else ""))
+    found += [_argument(*one) for one in zip(given.kwonlyargs, given.kw_defaults, strict=True)]
+    if given.kwarg:
+        found.append(f"**{ast.unparse(given.kwarg)}")
+    return found
+
+
+def _argument(argument: ast.arg, default: ast.expr | None) -> str:
+    return ast.unparse(argument) + (f" = {ast.unparse(default)}" if default is not None else "")
+
+
+def _about(node: ast.ClassDef | ast.FunctionDef) -> str:
+    return ast.get_docstring(node) or ""
+
+
+def _fields(node: ast.ClassDef) -> Iterator[str]:
+    """A line a field: its name, type, default, and the docstring under it."""
+    for at, each in enumerate(node.body):
+        if not isinstance(each, ast.AnnAssign) or not isinstance(each.target, ast.Name):
+            continue
+        if each.target.id.startswith("_"):
+            continue
+        after = node.body[at + 1] if at + 1 < len(node.body) else None
+        said = ""
+        if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
+            said = " ".join(inspect.cleandoc(str(after.value.value)).split())
+        default = _default(each.value)
+        yield (
+            f"- `{each.target.id}`: `{ast.unparse(each.annotation)}`"
+            + f", default `{default}`" * bool(default)
+            + f". {said}" * bool(said)
+        )
+
+
+def _default(value: ast.expr | None) -> str:
+    """The default as the source has it, taken out of pydantic's `Field`."""
+    if isinstance(value, ast.Call) and ast.unparse(value.func) in ("Field", "field"):
+        return next((ast.unparse(one.value) for one in value.keywords if one.arg == "default"), "")
+    return "" if value is None else ast.unparse(value)
+
+
+def _methods(node: ast.ClassDef) -> Iterator[str]:
+    """A line a public method or property: how it is called, and its docstring."""
+    for each in node.body:
+        if not isinstance(each, ast.FunctionDef) or each.name.startswith("_"):
+            continue
+        returns = ast.unparse(each.returns) if each.returns else ""
+        if {ast.unparse(one) for one in each.decorator_list} & {"property", "cached_property"}:
+            said = f"`{each.name}`: `{returns}`"
+        else:
+            said = f"`{each.name}({', '.join(_arguments(each.args)[1:])}) -> {returns}`"
+        about = " ".join(_about(each).split())
+        yield f"- {said}" + f". {about}" * bool(about)
+
+
+# Constants.
+
+
+def profiles_table() -> str:
+    """The presets of where attention's mass lies."""
+    rows = [
+        (
+            f"`{name}`" + " (default)" * (name == DEFAULT),
+            f"{profile.sink_mass:g}",
+            ", ".join(f"{a:g} at {b:g}" for a, b in zip(profile.shares, profile.scales, strict=True)),
+            f"{profile.far_mass:g}",
+            profile.source.removesuffix(ASSUMED),
+        )
+        for name, profile in PRESETS.items()
+    ]
+    return markdown(rows, ["preset", "sinks", "exponentials: share at scale, tokens", "far", "after"])
+
+
+def grid_table() -> str:
+    """The dimensions of the grid and of the full space."""
+
+    def each(values: Sequence[float]) -> str:
+        return ", ".join(f"{value:,g}" for value in values)
+
+    def ends(values: Sequence[float]) -> str:
+        return f"{len(values)} from {min(values):,g} to {max(values):,g}"
+
+    def mebibytes(values: Sequence[int]) -> list[float]:
+        return [value / (1 << 20) for value in values]
+
+    def powers(exponents: tuple[int, int]) -> str:
+        low, high = mebibytes([1 << power for power in exponents])
+        return f"powers of two from {low:g} to {high:g}"
+
+    rows = [
+        ("attention", ", ".join(Space().kinds), "the same"),
+        (
+            "block size",
+            f"{each(candidates.BLOCK_SIZES)}; dilated_sparse not the last",
+            ends(candidates.FREE_BLOCK_SIZES),
+        ),
+        ("window", "powers of two blocks and three times those, until all is seen", "any number of blocks"),
+        (
+            "global tokens",
+            each(candidates.GLOBAL_TOKENS),
+            f"any blocks, to {candidates.MOST_GLOBAL:,} tokens",
+        ),
+        ("fraction of blocks kept", each(candidates.RATIOS), f"{candidates.LEAST_RATIO:g} to 1"),
+        ("branches", f"1 to {MAX_BRANCHES}, dilated_sparse to 3", f"1 to {MAX_BRANCHES}"),
+        ("first segment, dilated", each(candidates.SEGMENTS), "any"),
+        ("first segment, dilated_sparse", each(candidates.SPARSE_SEGMENTS), "any"),
+        (
+            "growth of segments from branch to branch",
+            f"{each(candidates.GROWTHS)}; dilated_sparse {candidates.GROWTHS[-1]}",
+            f"any to {candidates.MOST_GROWTH:,}",
+        ),
+        ("growth of rates", each(candidates.GROWTHS), f"any to {candidates.MOST_RATE_GROWTH}"),
+        ("workspace, MiB", each(mebibytes(candidates.WORKSPACES)), powers(candidates.FREE_WORKSPACES)),
+        ("backend", "`auto`; where that is FlexAttention, `sdpa` too", "the same"),
+    ]
+    return markdown(rows, ["dimension", "the grid", "the full space"])
+
+
+CARDS: Final = ("gtx1080", "v100-sxm2-16gb", "rtx4090", "a100-sxm4-80gb", "h100", "b200")
+WIDTHS: Final = (64, 128)
+"""Channels a head."""
+
+
+def rates_table() -> str:
+    """What share of its peak in float16 a card is taken to reach, where nobody has measured it."""
+    head = [f"{step}, {width} channels" for step in ("forward", "backward") for width in WIDTHS]
+    return markdown([_rates_row(find(name)) for name in CARDS], ["card", "capability", *head])
+
+
+def _rates_row(gpu: Gpu) -> list[str]:
+    rates = default_rates(gpu)
+    shares = []
+    for costs, flops in ((rates.forward["float16"], 4), (rates.backward["float16"], 10)):
+        for width in WIDTHS:
+            seconds = costs["work"] * width + costs["pairs"]
+            shares.append(f"{flops * width / seconds / rates.peak['float16']:.0%}")
+    return [gpu.name, ".".join(map(str, gpu.capability)), *shares]
+
+
+TABLES: Final[dict[str, Callable[[], str]]] = {
+    "profiles": profiles_table,
+    "grid": grid_table,
+    "default-rates": rates_table,
+}
+"""Tables of constants, by name."""

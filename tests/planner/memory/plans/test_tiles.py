@@ -1,0 +1,74 @@
+"""Plans against the runs that they describe: a change to one that forgets the other fails here."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from itertools import islice
+from statistics import median
+
+import pytest
+import torch
+
+from planner.fitting.samples import PLAIN, Sample, samples
+from planner.measuring.child import _call
+from planner.measuring.footprint import footprints
+from planner.memory.machines import this_cpu
+from planner.memory.plan import plan_of
+
+CPU = torch.device("cpu")
+CASES = 24
+WORK, STEPS = 1e7, 12
+"""Small, so that all cases together take seconds."""
+MANY, LARGE = 200, 3e7
+"""Of the slow suite."""
+SLACK = 4096
+"""Bytes that a small tensor or two take, e.g. lists of blocks."""
+
+
+@cache
+def found() -> list[Sample]:
+    return list(islice(samples(77, longest=4096, work=WORK, steps=STEPS, kinds=PLAIN), CASES))
+
+
+@cache
+def peaks(number: int) -> tuple[int, int]:
+    return peaks_of(found()[number], 1 + number % 2)
+
+
+def peaks_of(sample: Sample, threads: int) -> tuple[int, int]:
+    """(predicted, measured) bytes of a first call."""
+    config, workload = sample
+    usual = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        call = _call(config, workload, CPU)
+        call.start_cold()
+        [cold] = footprints([call], CPU)
+        call.start_cold()
+    finally:
+        torch.set_num_threads(usual)
+    machine = replace(this_cpu(workload.dtype), threads=threads)
+    return plan_of(config, workload, machine).peak()[1], call.nbytes + cold.peak
+
+
+def check(sample: Sample, predicted: int, measured: int) -> None:
+    off = predicted - measured
+    assert off <= max(SLACK, 0.01 * measured), (off, measured, *sample)
+    assert off >= -max(SLACK, 0.005 * measured), (off, measured, *sample)
+
+
+@pytest.mark.parametrize("number", range(CASES))
+def test_a_plan_says_what_its_run_allocates(number: int):
+    check(found()[number], *peaks(number))
+
+
+def test_most_plans_are_right_to_the_byte():
+    assert median(abs(predicted - measured) for predicted, measured in map(peaks, range(CASES))) == 0
+
+
+@pytest.mark.slow
+def test_many_plans_say_what_their_runs_allocate(seed: int):
+    drawn = samples(seed, longest=4096, work=LARGE, steps=STEPS, kinds=PLAIN)
+    for number, sample in enumerate(islice(drawn, MANY)):
+        check(sample, *peaks_of(sample, 1 + number % 2))
