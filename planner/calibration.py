@@ -73,6 +73,31 @@ class Domain(Value):
         return tuple(found)
 
 
+class SpeedFit(Value):
+    """Rates fitted to a device's runs, and how far they are off on runs that they were not fitted to."""
+
+    rates: Rates
+    fitted: Annotated[int, Field(ge=1)]
+    """Runs fitted to."""
+    held_out: Annotated[int, Field(ge=0)]
+    errors: Floats = ()
+    """(predicted - measured) / measured of the held-out runs, ascending."""
+    median_error: Annotated[float, Field(ge=0)] = 0.0
+    """Median of their sizes."""
+    rank_correlation: Annotated[float, Field(ge=-1, le=1)] = 0.0
+    """Spearman's, of predicted and measured seconds of the held-out runs."""
+    noise: Annotated[float, Field(ge=0)] = 0.0
+    """Median spread of a held-out run's repetitions, relative: below it nothing can be told."""
+
+    def summary(self) -> str:
+        """In a sentence."""
+        return (
+            f"seconds: fitted to {self.fitted} timed runs; on {self.held_out} held-out ones off by "
+            f"{self.median_error:.1%} (median), rank correlation {self.rank_correlation:.3f}, where repeated "
+            f"calls spread by {self.noise:.1%}"
+        )
+
+
 class Calibration(Value):
     """Platform terms of a device and how far predictions were off on held-out runs."""
 
@@ -224,28 +249,3 @@ def save(calibration: Calibration, path: str | Path) -> None:
 def as_record(calibration: Calibration) -> dict[str, Any]:
     """The calibration as plain data."""
     return calibration.model_dump(mode="json")
-
-
-class SpeedFit(Value):
-    """Rates fitted to a device's runs, and how far they are off on runs that they were not fitted to."""
-
-    rates: Rates
-    fitted: Annotated[int, Field(ge=1)]
-    """Runs fitted to."""
-    held_out: Annotated[int, Field(ge=0)]
-    errors: Floats = ()
-    """(predicted - measured) / measured of the held-out runs, ascending."""
-    median_error: Annotated[float, Field(ge=0)] = 0.0
-    """Median of their sizes."""
-    rank_correlation: Annotated[float, Field(ge=-1, le=1)] = 0.0
-    """Spearman's, of predicted and measured seconds of the held-out runs."""
-    noise: Annotated[float, Field(ge=0)] = 0.0
-    """Median spread of a held-out run's repetitions, relative: below it nothing can be told."""
-
-    def summary(self) -> str:
-        """In a sentence."""
-        return (
-            f"seconds: fitted to {self.fitted} timed runs; on {self.held_out} held-out ones off by "
-            f"{self.median_error:.1%} (median), rank correlation {self.rank_correlation:.3f}, where repeated "
-            f"calls spread by {self.noise:.1%}"
-        )

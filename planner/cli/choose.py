@@ -12,9 +12,8 @@ from attention.errors import ConfigError
 from planner.cli.app import DONE, INTERRUPTED, NOTHING_FITS, command, ink, print_data, progress_line, steps
 from planner.cli.options import Asked, Given, flags, say
 from planner.cli.options_choose import Allowed, Card, Gates
-from planner.cli.predict import LONGEST, MOST_TRIALS
 from planner.question.asked import TRIALS
-from planner.question.runs import TRIAL_RUNS, TRIAL_TIMEOUT, TUNING_TRIALS
+from planner.question.runs import MAXIMUM_TIMEOUT, MAXIMUM_TRIALS, TRIAL_RUNS, TRIAL_TIMEOUT, TUNING_TRIALS
 
 
 @command("recommend", "planner recommend --vram 8GB --seq 131072")
@@ -33,7 +32,9 @@ def recommend(
     sizes: Asked,
     gates: Gates,
     space: Allowed,
-    trials: Annotated[int, typer.Option(min=0, max=MOST_TRIALS, help="Of Optuna, after the grid.")] = TRIALS,
+    trials: Annotated[
+        int, typer.Option(min=0, max=MAXIMUM_TRIALS, help="Of Optuna, after the grid.")
+    ] = TRIALS,
     sampler: Annotated[
         str, typer.Option(metavar="NAME", help="tpe, random, nsga2, nsga3, cmaes, ...")
     ] = "tpe",
@@ -118,8 +119,12 @@ def tune(
         str, typer.Option(metavar="TOKENS", help="Tokens: 131072, 128K or 1M.", show_default=False)
     ],
     device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where to run.")] = "cpu",
-    trials: Annotated[int, typer.Option(min=1, max=MOST_TRIALS, help="Configs to measure.")] = TUNING_TRIALS,
-    timeout: Annotated[float, typer.Option(max=LONGEST, help="Seconds that one may take.")] = TRIAL_TIMEOUT,
+    trials: Annotated[
+        int, typer.Option(min=1, max=MAXIMUM_TRIALS, help="Configs to measure.")
+    ] = TUNING_TRIALS,
+    timeout: Annotated[
+        float, typer.Option(max=MAXIMUM_TIMEOUT, help="Seconds that one may take.")
+    ] = TRIAL_TIMEOUT,
     runs: Annotated[int, typer.Option(min=1, help="Warm calls of each that are timed.")] = TRIAL_RUNS,
     sizes: Asked,
     gates: Gates,

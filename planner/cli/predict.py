@@ -1,10 +1,10 @@
-"""Commands that predict, choose and measure: options in, a call of the library, data on stdout and all else
-on stderr."""
+"""The commands that predict: gpus, estimate, max-seq and compare. Options in, a call of the library, data on
+stdout and all else on stderr."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated
 
 import typer
 
@@ -20,10 +20,6 @@ from planner.cli.app import (
 from planner.cli.options import AnyLength, Format, Given, Place, Sizes, flags, say
 from planner.units import parse_bytes, parse_count
 from planner.workload import Workload
-
-MOST_TRIALS: Final = 100_000
-LONGEST: Final = 1e6
-"""Seconds, of any run: twelve days."""
 
 
 @command("gpus", "planner gpus --name 'rtx 40'")

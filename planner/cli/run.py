@@ -12,8 +12,7 @@ from attention.config import AttentionConfig
 from attention.errors import ConfigError
 from planner.cli.app import CRASHED, DONE, INTERRUPTED, WRONG, command, print_data, progress_line, steps
 from planner.cli.options import Format, Given, flags, say
-from planner.cli.predict import LONGEST
-from planner.question.runs import CALIBRATION_RUNS
+from planner.question.runs import CALIBRATION_RUNS, MAXIMUM_TIMEOUT
 from planner.units import parse_bytes
 from planner.workload import Workload
 
@@ -24,7 +23,7 @@ def measure(
     workload: Workload,
     config: AttentionConfig,
     device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where to run.")] = "cpu",
-    timeout: Annotated[float, typer.Option(max=LONGEST, help="Seconds for everything.")] = 120,
+    timeout: Annotated[float, typer.Option(max=MAXIMUM_TIMEOUT, help="Seconds for everything.")] = 120,
     runs: Annotated[int, typer.Option(max=1_000_000, help="Warm calls that are timed.")] = 3,
     cap: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Hold the run to so much memory: 8GB, 500MiB.")

@@ -1,4 +1,4 @@
-"""What is run here by default: how often, and for how long."""
+"""What is run here: how often and for how long by default, and at most."""
 
 from __future__ import annotations
 
@@ -12,3 +12,6 @@ TRIAL_RUNS: Final = 3
 """Warm calls of a trial, of whose times the median counts."""
 CALIBRATION_RUNS: Final = 140
 """Enough that 99% of held-out runs is less than all of them."""
+MAXIMUM_TRIALS: Final = 100_000
+MAXIMUM_TIMEOUT: Final = 1e6
+"""Seconds, of any run: twelve days."""
