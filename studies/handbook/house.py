@@ -1,0 +1,142 @@
+"""The rooms of the house, from the imports as they are: who imports whom, in layers, as a table and a picture.
+
+A room is a folder of `planner/` or `studies/`, or a module on its top level; `attention/` is one.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+from matplotlib.patches import FancyBboxPatch
+
+from studies.bench.records import markdown
+from studies.handbook.reader import ROOT
+
+PACKAGES: Final = ("attention", "planner", "studies")
+COLOURS: Final = {"attention": "#fde2c8", "planner": "#d6e4f5", "studies": "#dcefd9"}
+QUESTIONS: Final = "studies"
+"""The room of all modules on the top level of studies/: each is a question of its own."""
+
+
+def modules() -> dict[str, ast.Module]:
+    """Every module of the three packages, parsed, by its dotted name."""
+    parsed = {}
+    for package in PACKAGES:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+            parsed[name] = ast.parse(path.read_text(encoding="utf-8"))
+    return parsed
+
+
+def imported(tree: ast.Module, known: Mapping[str, ast.Module]) -> Iterator[str]:
+    """The modules among `known` that a module imports, wherever in the file it does so."""
+    for node in ast.walk(tree):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            while name and name not in known:
+                name = name.rpartition(".")[0]
+            if name:
+                yield name
+
+
+def room(module: str) -> str:
+    """The room that a module lies in: `planner.search.tune` in `planner.search`."""
+    package, *rest = module.split(".")
+    if package == "attention":
+        return package
+    if package == "studies":
+        return ".".join([package, *rest[:1]]) if len(rest) > 1 or rest in (["bench"], ["handbook"]) else QUESTIONS
+    return ".".join([package, *rest[:1]])
+
+
+def arrows() -> dict[str, set[str]]:
+    """For each room those that it imports from. The packages' own `__init__` are doors, not rooms."""
+    parsed = modules()
+    to: dict[str, set[str]] = {}
+    for name, tree in parsed.items():
+        if name in ("planner", "studies"):
+            continue
+        here = to.setdefault(room(name), set())
+        here |= {room(other) for other in imported(tree, parsed) if other not in ("planner", "studies")}
+        here.discard(room(name))
+    return to
+
+
+def layers() -> list[list[str]]:
+    """The rooms in rows, top to bottom: each imports from rows below its own alone. ValueError where rooms
+    import each other in a circle."""
+    to = arrows()
+    rows: list[list[str]] = []
+    placed: set[str] = set()
+    while len(placed) < len(to):
+        row = sorted(name for name in to if name not in placed and to[name] <= placed)
+        if not row:
+            raise ValueError(f"a circle of imports among {sorted(set(to) - placed)}")
+        rows.append(row)
+        placed.update(row)
+    return rows[::-1]
+
+
+def path(name: str) -> str:
+    """A room as a path: a folder with its slash, or a file."""
+    place = ROOT / name.replace(".", "/")
+    return f"{name.replace('.', '/')}{'/' if place.is_dir() else '.py'}"
+
+
+def purpose(name: str) -> str:
+    """The first sentence of a room's docstring."""
+    text = " ".join((ast.get_docstring(modules()[name]) or "").split())
+    return text.partition(". ")[0].rstrip(".").partition(": ")[2] or text.partition(". ")[0].rstrip(".")
+
+
+def table() -> str:
+    """Markdown: the rooms from the top down, what each is for, and those that it imports from directly."""
+    to = arrows()
+    rows = [
+        (f"`{path(name)}`", _first_sentence(name), ", ".join(_nearest(name, to)) or "nothing of the house")
+        for row in layers()
+        for name in row
+    ]
+    return markdown(rows, ["room", "what it is for", "stands on"])
+
+
+def _first_sentence(name: str) -> str:
+    text = " ".join((ast.get_docstring(modules()[name]) or "").split())
+    return text.partition(". ")[0].rstrip(".")
+
+
+def _nearest(name: str, to: Mapping[str, set[str]]) -> list[str]:
+    """Rooms that a room imports from, without those that it reaches through another of them as well."""
+
+    def below(start: str) -> set[str]:
+        return {start}.union(*(below(other) for other in to[start])) if to[start] else {start}
+
+    through = {further for other in to[name] for further in below(other) - {other}}
+    return sorted(f"`{path(other)}`" for other in to[name] - through)
+
+
+def draw(figure: Any) -> None:
+    """The rooms in rows: what lies lower is imported by what lies higher, never the other way round."""
+    rows = layers()
+    width = max(map(len, rows))
+    figure.set_size_inches(1.75 * width, 0.75 * len(rows))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set(xlim=(0, width), ylim=(len(rows), 0))
+    axes.axis("off")
+    for y, row in enumerate(rows):
+        for x, name in enumerate(row):
+            left = x + (width - len(row)) / 2
+            axes.add_patch(
+                FancyBboxPatch(
+                    (left + 0.08, y + 0.2), 0.84, 0.6, boxstyle="round,pad=0,rounding_size=0.08",
+                    facecolor=COLOURS[name.partition(".")[0]], edgecolor="#5b6470", linewidth=0.8,
+                )
+            )  # fmt: skip
+            axes.text(left + 0.5, y + 0.5, path(name).replace("/", "/\n", 1) if "." in name else path(name),
+                      ha="center", va="center", fontsize=9)  # fmt: skip
