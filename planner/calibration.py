@@ -20,7 +20,6 @@ from pydantic import BeforeValidator, Field
 from attention.config import AttentionConfig, Value, as_tuple
 from attention.errors import AttentionPlannerError, ConfigError
 from planner.files import make_folder, read_bytes, write_whole
-from planner.speed.rates import Rates
 from planner.workload import Workload
 
 SCHEMA_VERSION: Final = 1
@@ -71,6 +70,38 @@ class Domain(Value):
         if workload.seq > self.longest:
             found.append(f"{workload.seq:,} tokens (measured up to {self.longest:,})")
         return tuple(found)
+
+
+Costs = dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]]
+"""Seconds for each unit of a total; names as in `planner.speed.work.NAMES`, those left out cost nothing."""
+
+
+class Rates(Value):
+    """Seconds for each unit of work on a device, by pass and dtype."""
+
+    device: str
+    """`cpu`, or a GPU's key."""
+    source: str
+    """Where they come from: `measured ...`, or `NOT_MEASURED` and of what."""
+    workers: Annotated[int, Field(ge=1)] = 1
+    """Threads or multiprocessors that share a kernel call; 1 if not known."""
+    forward: dict[str, Costs]
+    """By dtype."""
+    backward: dict[str, Costs]
+    peak: dict[str, Annotated[float, Field(gt=0)]]
+    """FLOP/s by dtype, to which utilisation is relative."""
+    bandwidth: Annotated[float, Field(gt=0)]
+    """Bytes a second of the device's memory."""
+
+    def costs(self, step: Literal["forward", "backward"], dtype: str) -> Costs:
+        """Of a pass in a dtype; ConfigError if there are none."""
+        found: dict[str, Costs] = getattr(self, step)
+        if dtype not in found:
+            raise ConfigError(
+                f"no speed of {dtype} is known on {self.device}, only of {', '.join(sorted(found))}; use one "
+                "of these" + (" or calibrate" if self.device == "cpu" else "")
+            )
+        return found[dtype]
 
 
 class SpeedFit(Value):

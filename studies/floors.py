@@ -10,43 +10,18 @@ from typing import Any, Final
 
 import torch
 
-from attention import AttentionConfig, SparsePatternConfig, build
-from attention.config import PatternType
+from attention import AttentionConfig, build
 from attention.pool import buffers_for
 from planner.measuring.footprint import footprint
 from planner.report.plot.figure import BLUE, ORANGE, RED, title
+from studies.bench.attentions import HEAD_DIM, HEADS, configs
 from studies.bench.records import Row, Step, markdown
 from studies.bench.study import Rows, Said, Scope, Study, rounded_up
 
 MIB = 1 << 20
-HEADS, HEAD_DIM = 8, 64
 SEQ, QUICK = 131_072, 8192
 SEEDS: Final = (128, 408)
 """MB of buffers for one call, as the seeds count them, at least and at most."""
-
-
-def configs() -> dict[str, AttentionConfig]:
-    """The attentions of the table, by name."""
-    lengths, rates = (2048, 4096, 8192, 16384), (1, 2, 4, 8)
-
-    def sparse(kind: PatternType, **fields: Any) -> AttentionConfig:
-        branches: dict[str, Any] = {}
-        if kind == "dilated_sparse":
-            branches = {"segment_lengths": lengths[:3], "dilation_rates": rates[:3]}
-        pattern = SparsePatternConfig(pattern_type=kind, block_size=128, **fields)
-        return AttentionConfig(variant="block_sparse", pattern=pattern, **branches)
-
-    return {
-        "local_window": sparse("local_window", local_window_size=1024),
-        "global_local": sparse("global_local", local_window_size=1024, global_tokens=128),
-        "dilated_sparse": sparse("dilated_sparse", sparsity_ratio=0.01),
-        **{
-            f"dilated, {n} branch{'es' if n > 1 else ''}": AttentionConfig(
-                variant="dilated", segment_lengths=lengths[:n], dilation_rates=rates[:n]
-            )
-            for n in (1, 2, 3, 4)
-        },
-    }
 
 
 def floor_row(name: str, config: AttentionConfig, dtype: torch.dtype, seq: int = SEQ) -> Row:

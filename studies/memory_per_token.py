@@ -13,12 +13,11 @@ from attention.config import AdaptiveConfig, AttentionConfig, MultiheadConfig, S
 from planner.measuring.server import Batch
 from planner.report.plot.figure import INK, KINDS, MUTED, title, token_axis
 from planner.workload import Workload
-from studies import floors
-from studies.bench import memory_rows
+from studies.bench import attentions, memory_rows
+from studies.bench.attentions import HEAD_DIM, HEADS
 from studies.bench.memory_rows import MIB, place
 from studies.bench.records import Row, Step, markdown
 from studies.bench.study import Rows, Said, Scope, Study, rounded_up
-from studies.floors import HEAD_DIM, HEADS
 
 LENGTHS: Final = tuple(2048 << n for n in range(10))
 MEASURED, QUICK = (2048, 4096, 8192, 16_384), (512,)
@@ -41,7 +40,7 @@ UNIT: Final = MIB / 1000
 
 def configs() -> dict[str, AttentionConfig]:
     """The attentions, by kind."""
-    some = floors.configs()
+    some = attentions.configs()
     adaptive = AdaptiveConfig(num_heads=HEADS, head_dim=HEAD_DIM)
     chosen = SparsePatternConfig(sparsity_ratio=0.01, block_size=128)
     parts = MultiheadConfig(embed_dim=HEADS * HEAD_DIM, num_heads=HEADS)

@@ -23,10 +23,10 @@ from planner.gpus import Gpu, find
 from planner.memory.estimate import MemoryEstimate, estimate
 from planner.report.plot.figure import BLUE, INK, MUTED, ORANGE, RED, named, title, tokens
 from planner.workload import ITEMSIZE, Dtype, Mode, Workload
-from studies.bench.attentions import one_of_each
+from studies.bench.attentions import HEAD_DIM, HEADS, configs, one_of_each
 from studies.bench.records import OK, Row, Step, markdown, timed
 from studies.bench.study import Rows, Said, Scope, Study, rounded_up
-from studies.floors import HEAD_DIM, HEADS, SEQ, configs
+from studies.floors import SEQ
 
 MILLION = 1_048_576
 COUNTS: Final = (MILLION, 10 * MILLION)

@@ -19,13 +19,13 @@ from numpy.typing import NDArray
 
 from attention.errors import AttentionPlannerError
 from planner import gpus
-from planner.calibration import SpeedFit
+from planner.calibration import Costs, Rates, SpeedFit
 from planner.configs import columns_of
 from planner.fitting.samples import Sample
 from planner.fitting.speed_runs import LONGER, timing_samples
 from planner.measuring.measure import Device, Measurement
 from planner.memory.machines import Cpu, Cuda, Machine, this_cpu, units_of
-from planner.speed.rates import HOST, Costs, Rates, default_cpu_rates, default_rates, with_double
+from planner.speed.rates import HOST, default_cpu_rates, default_rates, with_double
 from planner.speed.seconds import kernel_of, seconds_of, utilisation
 from planner.speed.work import Work, goes_apart, work_of
 

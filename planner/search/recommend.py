@@ -12,6 +12,7 @@ from attention.config import AttentionConfig
 from attention.errors import ConfigError
 from planner import gpus
 from planner.answers.recommendation import Pick, Quality, Recommendation, Role, Search
+from planner.calibration import Rates
 from planner.cli.command_line import recommend_command
 from planner.memory.estimate import calibration_for, machine_of
 from planner.quality.profiles import Profile
@@ -27,7 +28,7 @@ from planner.search.relax import NothingFitsError, relaxations
 from planner.search.samplers import check_sampler
 from planner.search.scenario import Scenario
 from planner.search.solve import SAME, Found, enumerate_grid, exact, order, pareto, passing
-from planner.speed.rates import Rates, default_rates
+from planner.speed.rates import default_rates
 from planner.storage.study import Storage
 from planner.units import parse_bytes, parse_count
 from planner.workload import Workload

@@ -19,53 +19,24 @@ Defaults are not measured on the device they are for, and say so. Where they com
 
 from __future__ import annotations
 
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator
 
-from attention.config import Value, as_tuple
+from attention.config import as_tuple
 from attention.errors import ConfigError
+from planner.calibration import Costs, Rates
 from planner.gpus import Gpu
 from planner.memory.machines import Cpu, Machine
 from planner.workload import ITEMSIZE
 
 NOT_MEASURED: Final = "documented defaults: not measured"
 Floats = Annotated[tuple[float, ...], BeforeValidator(as_tuple)]
-Costs = dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]]
-"""Seconds for each unit of a total; names as in `planner.speed.work.NAMES`, those left out cost nothing."""
 
 HOST: Final = ("launches", "gathers", "gates", "tiles", "passes")
 """What a GPU's host does."""
 OPERATOR: Final = 5e-6
 """Seconds of the host's time an operator."""
-
-
-class Rates(Value):
-    """Seconds for each unit of work on a device, by pass and dtype."""
-
-    device: str
-    """`cpu`, or a GPU's key."""
-    source: str
-    """Where they come from: `measured ...`, or `NOT_MEASURED` and of what."""
-    workers: Annotated[int, Field(ge=1)] = 1
-    """Threads or multiprocessors that share a kernel call; 1 if not known."""
-    forward: dict[str, Costs]
-    """By dtype."""
-    backward: dict[str, Costs]
-    peak: dict[str, Annotated[float, Field(gt=0)]]
-    """FLOP/s by dtype, to which utilisation is relative."""
-    bandwidth: Annotated[float, Field(gt=0)]
-    """Bytes a second of the device's memory."""
-
-    def costs(self, step: Literal["forward", "backward"], dtype: str) -> Costs:
-        """Of a pass in a dtype; ConfigError if there are none."""
-        found: dict[str, Costs] = getattr(self, step)
-        if dtype not in found:
-            raise ConfigError(
-                f"no speed of {dtype} is known on {self.device}, only of {', '.join(sorted(found))}; use one "
-                "of these" + (" or calibrate" if self.device == "cpu" else "")
-            )
-        return found[dtype]
 
 
 def default_rates(device: Gpu | Machine) -> Rates:

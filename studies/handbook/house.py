@@ -1,6 +1,7 @@
-"""The rooms of the house, from the imports as they are: who imports whom, in layers, as a table and a picture.
+"""The rooms of the house from the imports as they are: what each stands on, as a table and a picture.
 
-A room is a folder of `planner/` or `studies/`, or a module on its top level; `attention/` is one.
+A room is a folder of `planner/` or `studies/`, or a module on the top level of `planner/`; `attention/` is
+one room, and so are the questions on the top level of `studies/`.
 """
 
 from __future__ import annotations
@@ -16,8 +17,6 @@ from studies.handbook.reader import ROOT
 
 PACKAGES: Final = ("attention", "planner", "studies")
 COLOURS: Final = {"attention": "#fde2c8", "planner": "#d6e4f5", "studies": "#dcefd9"}
-QUESTIONS: Final = "studies"
-"""The room of all modules on the top level of studies/: each is a question of its own."""
 
 
 def modules() -> dict[str, ast.Module]:
@@ -46,13 +45,10 @@ def imported(tree: ast.Module, known: Mapping[str, ast.Module]) -> Iterator[str]
 
 
 def room(module: str) -> str:
-    """The room that a module lies in: `planner.search.tune` in `planner.search`."""
+    """The room that a module lies in: `planner.search.tune` in `planner.search`, a study in `studies`."""
     package, *rest = module.split(".")
-    if package == "attention":
-        return package
-    if package == "studies":
-        return ".".join([package, *rest[:1]]) if len(rest) > 1 or rest in (["bench"], ["handbook"]) else QUESTIONS
-    return ".".join([package, *rest[:1]])
+    question = package == "studies" and rest[:1] not in (["bench"], ["handbook"])
+    return package if package == "attention" or question else ".".join([package, *rest[:1]])
 
 
 def arrows() -> dict[str, set[str]]:
@@ -87,12 +83,6 @@ def path(name: str) -> str:
     """A room as a path: a folder with its slash, or a file."""
     place = ROOT / name.replace(".", "/")
     return f"{name.replace('.', '/')}{'/' if place.is_dir() else '.py'}"
-
-
-def purpose(name: str) -> str:
-    """The first sentence of a room's docstring."""
-    text = " ".join((ast.get_docstring(modules()[name]) or "").split())
-    return text.partition(". ")[0].rstrip(".").partition(": ")[2] or text.partition(". ")[0].rstrip(".")
 
 
 def table() -> str:

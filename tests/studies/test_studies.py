@@ -14,7 +14,7 @@ from attention.errors import AttentionPlannerError, ConfigError, UnavailableErro
 from planner.measuring.footprint import footprint
 from planner.report.plot import figure
 from studies import floors, peers
-from studies.bench import catalogue, records, study
+from studies.bench import attentions, catalogue, records, study
 
 CPU = torch.device("cpu")
 
@@ -23,13 +23,13 @@ SOME = ("local_window", "global_local", "dilated_sparse", "dilated, 4 branches")
 FLOORS = [
     pytest.param(dtype, name, marks=() if name in SOME and dtype == torch.bfloat16 else pytest.mark.slow)
     for dtype in (torch.bfloat16, torch.float32)
-    for name in floors.configs()
+    for name in attentions.configs()
 ]
 
 
 @pytest.mark.parametrize("dtype, name", FLOORS)
 def test_no_attention_goes_above_its_floor_by_more_than_the_bar(name: str, dtype: torch.dtype):
-    row = floors.floor_row(name, floors.configs()[name], dtype, seq=4096)
+    row = floors.floor_row(name, attentions.configs()[name], dtype, seq=4096)
     assert row["floor"] <= row["forward"] <= row["forward_limit"]
     assert 2 * row["floor"] <= row["training"] <= row["training_limit"]
 
@@ -37,7 +37,7 @@ def test_no_attention_goes_above_its_floor_by_more_than_the_bar(name: str, dtype
 @pytest.mark.parametrize("causal", [False, True])
 def test_dilated_memory_does_not_depend_on_the_number_of_branches(causal: bool):
     def peak(branches: int) -> int:
-        module = build(floors.configs()[f"dilated, {branches} branches"])
+        module = build(attentions.configs()[f"dilated, {branches} branches"])
         q, k, v = torch.randn(3, 1, 4096, 8, 64)
         with torch.no_grad():
             module(q, k, v, is_causal=causal)
@@ -48,10 +48,10 @@ def test_dilated_memory_does_not_depend_on_the_number_of_branches(causal: bool):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", list(floors.configs()))
+@pytest.mark.parametrize("name", list(attentions.configs()))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_the_bar_holds_at_131072_tokens(name: str, dtype: torch.dtype):
-    row = floors.floor_row(name, floors.configs()[name], dtype)
+    row = floors.floor_row(name, attentions.configs()[name], dtype)
     assert row["forward"] <= row["forward_limit"]
     assert row["training"] <= row["training_limit"]
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from attention.errors import AttentionPlannerError
-from planner.calibration import SpeedFit
+from planner.calibration import Rates, SpeedFit
 from planner.fitting.speed import (
     fit,
     held_out_errors,
@@ -21,7 +21,7 @@ from planner.fitting.speed import (
 )
 from planner.measuring.measure import Environment, Measurement
 from planner.memory.machines import Cpu
-from planner.speed.rates import Rates, default_cpu_rates
+from planner.speed.rates import default_cpu_rates
 from planner.speed.seconds import seconds_of
 
 PLACE = Environment(

@@ -14,10 +14,11 @@ import pytest
 from attention.config import AttentionConfig
 from attention.errors import ConfigError
 from planner import gpus
+from planner.calibration import Rates
 from planner.configs import Columns
 from planner.fitting.speed_runs import KINDS, timing_samples
 from planner.memory.machines import Cpu, Cuda
-from planner.speed.rates import NOT_MEASURED, Rates, default_cpu_rates, default_rates
+from planner.speed.rates import NOT_MEASURED, default_cpu_rates, default_rates
 from planner.speed.seconds import seconds, seconds_of, utilisation
 from planner.workload import Dtype, Mode, Workload
 
