@@ -10,7 +10,7 @@ import ast
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
-from matplotlib.patches import FancyBboxPatch
+from matplotlib.patches import Rectangle
 
 from studies.bench.records import markdown
 from studies.handbook.reader import ROOT
@@ -89,44 +89,50 @@ def table() -> str:
     """Markdown: the rooms from the top down, what each is for, and those that it imports from directly."""
     to = arrows()
     rows = [
-        (f"`{path(name)}`", _first_sentence(name), ", ".join(_nearest(name, to)) or "nothing of the house")
+        (f"`{path(name)}`", _purpose(name), ", ".join(f"`{path(other)}`" for other in nearest(name, to)))
         for row in layers()
         for name in row
     ]
     return markdown(rows, ["room", "what it is for", "stands on"])
 
 
-def _first_sentence(name: str) -> str:
+def _purpose(name: str) -> str:
+    """The first sentence of a room's docstring."""
     text = " ".join((ast.get_docstring(modules()[name]) or "").split())
     return text.partition(". ")[0].rstrip(".")
 
 
-def _nearest(name: str, to: Mapping[str, set[str]]) -> list[str]:
+def nearest(name: str, to: Mapping[str, set[str]]) -> list[str]:
     """Rooms that a room imports from, without those that it reaches through another of them as well."""
 
     def below(start: str) -> set[str]:
-        return {start}.union(*(below(other) for other in to[start])) if to[start] else {start}
+        return {start}.union(*(below(other) for other in to[start]))
 
     through = {further for other in to[name] for further in below(other) - {other}}
-    return sorted(f"`{path(other)}`" for other in to[name] - through)
+    return sorted(to[name] - through)
 
 
 def draw(figure: Any) -> None:
-    """The rooms in rows: what lies lower is imported by what lies higher, never the other way round."""
-    rows = layers()
+    """The rooms in rows, a line from each to those that it stands on: what lies lower is imported by what
+    lies higher, never the other way round."""
+    rows, to = layers(), arrows()
     width = max(map(len, rows))
-    figure.set_size_inches(1.75 * width, 0.75 * len(rows))
+    figure.set_layout_engine("none")
+    figure.set_size_inches(1.8 * width, 0.72 * len(rows))
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(0, width), ylim=(len(rows), 0))
     axes.axis("off")
-    for y, row in enumerate(rows):
-        for x, name in enumerate(row):
-            left = x + (width - len(row)) / 2
-            axes.add_patch(
-                FancyBboxPatch(
-                    (left + 0.08, y + 0.2), 0.84, 0.6, boxstyle="round,pad=0,rounding_size=0.08",
-                    facecolor=COLOURS[name.partition(".")[0]], edgecolor="#5b6470", linewidth=0.8,
-                )
-            )  # fmt: skip
-            axes.text(left + 0.5, y + 0.5, path(name).replace("/", "/\n", 1) if "." in name else path(name),
-                      ha="center", va="center", fontsize=9)  # fmt: skip
+    middles = {
+        name: (x + (width - len(row)) / 2 + 0.5, y + 0.5)
+        for y, row in enumerate(rows)
+        for x, name in enumerate(row)
+    }
+    for name, (x, y) in middles.items():
+        for other in nearest(name, to):
+            axes.plot(*zip((x, y), middles[other], strict=True), color="#b9c0c8", linewidth=1, zorder=0)
+        size, colour = (0.8, 0.56), COLOURS[name.partition(".")[0]]
+        axes.add_patch(
+            Rectangle((x - size[0] / 2, y - size[1] / 2), *size, facecolor=colour, edgecolor="#5b6470")
+        )
+        label = path(name).replace("/", "/\n", 1) if "." in name else path(name)
+        axes.text(x, y, label, ha="center", va="center", fontsize=9)

@@ -20,7 +20,7 @@ from planner.report.plot.figure import drawn
 from studies.bench.catalogue import QUESTIONS
 from studies.bench.records import Row, load, source
 from studies.bench.study import study
-from studies.handbook import reference
+from studies.handbook import house, reference
 from studies.handbook.reader import ROOT, follow
 
 DOCS: Final = ROOT / "docs"
@@ -30,6 +30,12 @@ WHOLE: Final[dict[str, Callable[[], str]]] = {
     "reference/api.md": reference.library,
 }
 """Pages that are generated whole."""
+DRAWN: Final[dict[str, dict[str, Callable[[Any], None]]]] = {
+    "docs/contributing.md": {"house.svg": house.draw}
+}
+"""Pictures that a page has of the code."""
+TABLES: Final = {**reference.TABLES, "rooms": house.table}
+"""Tables of the code, by name."""
 MISSING: Final = "Not measured yet."
 PLACE: Final = re.compile(r"(<!-- (?P<kind>table|said): (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 PICTURE: Final = re.compile(r"<!-- picture: (?P<name>[\w-]+) -->")
@@ -54,6 +60,8 @@ def stale(page: Path) -> dict[Path, bytes]:
         followed = follow(filled(page.read_text(encoding="utf-8")), name)
         files = {page: followed.text.encode()}
         files |= {PICTURES / picture: content for picture, content in followed.pictures.items()}
+        for picture, draw in DRAWN.get(name, {}).items():
+            [files[PICTURES / picture]] = drawn(["svg"], draw, f"{picture}:")
     return {path: content for path, content in files.items() if not same(path, content)}
 
 
@@ -80,8 +88,8 @@ def filled(text: str) -> str:
         name = match["name"]
         if match["kind"] == "said":
             body = _each(name, lambda rows: "\n".join(f"- {said}" for said in study(name).said(rows)))
-        elif name in reference.TABLES:
-            body = reference.TABLES[name]()
+        elif name in TABLES:
+            body = TABLES[name]()
         else:
             body = _each(tables[name], study(tables[name]).tables[name])
         return f"{match[1]}\n{body}\n\n{match[4]}"
