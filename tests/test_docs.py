@@ -12,7 +12,7 @@ import pytest
 import attention
 import planner
 from studies.bench import catalogue
-from studies.handbook import pages, reader, reference
+from studies.handbook import pages, reader, reference, site
 
 ROOT = pages.ROOT
 README = ROOT / "README.md"
@@ -98,8 +98,7 @@ def test_an_output_stands_under_its_command():
 
 
 def test_the_site_has_every_page():
-    settings = (pages.DOCS / "site" / "mkdocs.yml").read_text(encoding="utf-8")
-    listed = re.findall(r"^ +- ([\w/-]+\.md)$", settings, re.MULTILINE)
+    listed = re.findall(r'"([\w/-]+\.md)"', site.SETTINGS.read_text(encoding="utf-8"))
     there = {page.relative_to(pages.DOCS).as_posix() for page in pages.pages() if page != README}
     assert sorted(listed) == sorted(there)
 
@@ -202,6 +201,17 @@ def test_the_site_shows_a_studys_picture_where_there_is_data_and_no_remarks(monk
     assert pages.for_site(text, "../pictures") == (
         f"A\n\n![{question}](../pictures/study-fits-0.svg)\n\na CPU\n\n\n"
     )
+
+
+def test_the_sites_pages_are_all_pages_without_remarks_and_with_pictures(monkeypatch, tmp_path):
+    monkeypatch.setattr(site, "pictures", lambda: [("study-fits-0.svg", b"<svg/>")])
+    site.prepare(tmp_path / "pages")
+    made = {path.relative_to(tmp_path / "pages").as_posix() for path in (tmp_path / "pages").rglob("*.md")}
+    assert made == {page.relative_to(pages.DOCS).as_posix() for page in pages.pages() if page != README}
+    assert (tmp_path / "pages/pictures/study-fits-0.svg").read_bytes() == b"<svg/>"
+    assert "<!-- " not in (tmp_path / "pages/index.md").read_text()
+    shown = (tmp_path / "pages/explanation/memory.md").read_text()
+    assert "<!-- output" not in shown
 
 
 # No path of anyone's machine.
