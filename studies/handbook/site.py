@@ -1,7 +1,7 @@
 """Builds the site into build/site: `python -m studies.handbook.site`. Needs the extra `docs`.
 
-Pages go to build/pages first, as the site shows them: remarks of this folder gone, and the pictures of studies
-in their places, drawn from the committed data.
+Pages go to build/pages first, as the site shows them: without remarks of this folder, pictures of studies in
+their places, drawn from the committed data.
 """
 
 from __future__ import annotations
