@@ -25,9 +25,10 @@ from planner.fitting.samples import Sample
 from planner.fitting.speed_runs import LONGER, timing_samples
 from planner.measuring.measure import Device, Measurement
 from planner.memory.machines import Cpu, Cuda, Machine, this_cpu, units_of
+from planner.memory.plan import goes_apart
 from planner.speed.rates import HOST, Costs, Rates, default_cpu_rates, default_rates, with_double
 from planner.speed.seconds import kernel_of, seconds_of, utilisation
-from planner.speed.work import Work, goes_apart, work_of
+from planner.speed.work import Work, work_of
 
 Floats = NDArray[np.float64]
 

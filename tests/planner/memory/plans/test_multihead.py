@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from attention import AttentionConfig, MultiheadConfig, SparsePatternConfig
+from planner.configs import Columns
 from planner.measuring.child import _call
 from planner.measuring.footprint import footprints
 from planner.memory.machines import Cpu, this_cpu
-from planner.memory.plan import plan_of, sized
+from planner.memory.plan import case_of, plan_of
 from planner.memory.plans import tiles as plans
 from planner.memory.plans.multihead import multihead
 from planner.memory.table import Table
@@ -156,7 +157,8 @@ def test_arrays_give_what_ints_give(checkpoint, mode):
     branches = ((64, 1), (256, 2))
 
     def plan(seq, workspace, pool):
-        case = sized(workload, machine("bfloat16"), seq, workspace, pool, 1 << 62)
+        columns = Columns("dense", seq=seq, workspace=workspace)
+        case = case_of(columns, workload, machine("bfloat16"))._replace(pool=pool)
         table = Table()
         multihead(table, case, lambda t, c: plans.dilated(t, c, branches), bias=True, checkpoint=checkpoint)
         return table.done()

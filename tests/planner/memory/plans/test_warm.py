@@ -12,10 +12,11 @@ import torch
 
 from attention import AttentionConfig, MultiheadConfig, SparsePatternConfig
 from attention.sizes.row_bounds import window_rows
+from planner.configs import Columns
 from planner.measuring.child import _call
 from planner.measuring.footprint import footprints
 from planner.memory.machines import Cpu, this_cpu
-from planner.memory.plan import plan_of, sized
+from planner.memory.plan import case_of, plan_of
 from planner.memory.plans import tiles as plans
 from planner.memory.table import Plan, Table
 from planner.workload import Workload
@@ -148,8 +149,10 @@ def test_arrays_give_what_ints_give(dtype, mode):
     workload = Workload(seq=1, heads=2, head_dim=16, dtype=dtype, mode=mode, causal=True)
 
     def peak_plan(seq, workspace, pool, pool_bytes, entries, cache_bytes):
-        case = sized(workload, machine(dtype), seq, workspace, pool, pool_bytes)
-        case = case._replace(warm=True, cache_entries=entries, cache_bytes=cache_bytes)
+        case = case_of(Columns("dense", seq=seq, workspace=workspace), workload, machine(dtype))
+        case = case._replace(
+            warm=True, pool=pool, pool_bytes=pool_bytes, cache_entries=entries, cache_bytes=cache_bytes
+        )
         table = Table()
         plans.inputs(table, case)
         plans.block_sparse(table, case, window_rows(16, -(-seq // 16), 64, 0, True))
