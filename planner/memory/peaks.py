@@ -12,8 +12,8 @@ import numpy as np
 
 from attention.errors import ConfigError
 from planner.configs import Columns, Ints
+from planner.memory.dispatch import goes_apart, planned
 from planner.memory.machines import Machine
-from planner.memory.plan import goes_apart, planned
 from planner.workload import Workload
 
 AT_ONCE: Final = 8192

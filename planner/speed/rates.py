@@ -21,16 +21,15 @@ from __future__ import annotations
 
 from typing import Annotated, Final, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
-from attention.config import Value, as_tuple
+from attention.config import Value
 from attention.errors import ConfigError
 from planner.gpus import Gpu
 from planner.memory.machines import Cpu, Machine
 from planner.workload import ITEMSIZE
 
 NOT_MEASURED: Final = "documented defaults: not measured"
-Floats = Annotated[tuple[float, ...], BeforeValidator(as_tuple)]
 Costs = dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]]
 """Seconds for each unit of a total; names as in `planner.speed.work.NAMES`, those left out cost nothing."""
 

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from attention.config import AttentionConfig
 from attention.errors import ConfigError
 from planner.configs import Columns, columns_of
+from planner.memory.dispatch import goes_apart
 from planner.memory.machines import Cpu, Machine
-from planner.memory.plan import goes_apart
 from planner.speed.rates import HOST, Costs, Rates, default_rates
 from planner.speed.row_runs import Amount
 from planner.speed.work import Kernel, Totals, Work, cpu_kernel, gpu_kernel, work_of

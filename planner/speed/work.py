@@ -17,8 +17,8 @@ from attention.sizes.adaptive import gate_rows
 from attention.sizes.arrays import ceil_div, choose, least, most, somewhere
 from attention.sizes.shape import Shape
 from planner.configs import Columns
+from planner.memory.dispatch import shape_of
 from planner.memory.machines import Machine
-from planner.memory.plan import shape_of
 from planner.speed import calls as work_calls
 from planner.speed.calls import Calls, Program
 from planner.speed.row_runs import Amount, Run, rounded_down, rounded_up, runs_of

@@ -17,8 +17,8 @@ from attention.sizes.shape import Shape
 from attention.sizes.tiles import sparse_extent
 from planner.configs import Columns, columns_of
 from planner.fitting.speed_runs import timing_samples
+from planner.memory.dispatch import goes_apart, shape_of
 from planner.memory.machines import Cpu, Cuda
-from planner.memory.plan import goes_apart, shape_of
 from planner.speed.calls import Calls
 from planner.speed.rates import default_cpu_rates
 from planner.speed.work import NAMES, backward, cpu_kernel, forward, gpu_kernel, work_of

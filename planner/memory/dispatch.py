@@ -20,7 +20,7 @@ from planner.memory.plans import adaptive as plans_adaptive
 from planner.memory.plans import multihead as plans_multihead
 from planner.memory.plans import tiles as plans
 from planner.memory.plans import weights as plans_weights
-from planner.memory.table import Plan, Table
+from planner.memory.table import Plan, PlanTable
 from planner.workload import Workload
 
 UNBOUNDED = 1 << 62
@@ -31,39 +31,39 @@ def plan_of(config: AttentionConfig, workload: Workload, machine: Machine, *, wa
     first left in pool and caches."""
     columns = columns_of(config, workload.seq)
     apart = bool(goes_apart(columns, workload, machine))
-    asked = asked_of(config, workload) if workload.weights else None
-    return planned(columns, workload, machine, apart=apart, asked=asked, warm=warm)
+    returned = returned_weights(config, workload) if workload.weights else None
+    return planned(columns, workload, machine, apart=apart, returned=returned, warm=warm)
 
 
 def planned(
     columns: Columns, workload: Workload, machine: Machine, *, apart: bool,
-    asked: plans_weights.Asked | None = None, warm: bool = False,
+    returned: plans_weights.ReturnedWeights | None = None, warm: bool = False,
 ) -> Plan:  # fmt: skip
-    """The plan of candidates of which `goes_apart` holds for all or for none. `asked`: the weights that the
-    call returns beside out. `workload.seq` is not read."""
+    """The plan of candidates of which `goes_apart` holds for all or for none. `returned`: the weights that
+    the call returns beside out. `workload.seq` is not read."""
     case = case_of(columns, workload, machine)._replace(warm=warm)
-    table = Table()
+    table = PlanTable()
 
-    def attention(table: Table, case: plans.Case) -> None:
+    def attention(table: PlanTable, case: plans.Case) -> None:
         _attention(table, case, columns, apart)
 
-    def attend(table: Table, case: plans.Case) -> None:
-        if asked is None:
+    def attend(table: PlanTable, case: plans.Case) -> None:
+        if returned is None:
             attention(table, case)
         else:
-            plans_weights.weighted(table, case, attention, asked)
+            plans_weights.weighted(table, case, attention, returned)
 
     outer = columns.multihead
     if outer is None:
         plans.inputs(table, case)
         attend(table, case)
     else:
-        checkpoint = outer.checkpoint and asked is None
+        checkpoint = outer.checkpoint and returned is None
         plans_multihead.multihead(table, case, attend, bias=outer.bias, checkpoint=checkpoint)
     return table.done()
 
 
-def _attention(table: Table, case: plans.Case, columns: Columns, apart: bool) -> None:
+def _attention(table: PlanTable, case: plans.Case, columns: Columns, apart: bool) -> None:
     """The attention alone, over q, k and v."""
     if columns.variant == "adaptive":
         rows = columns.rows(case.shape.causal)
@@ -117,18 +117,18 @@ def goes_flex(backend: Backend, rows: Rows, seq: Count, workload: Workload) -> C
     return runs * flex_is_lean(rows, seq, floor) if backend == "auto" else runs
 
 
-def asked_of(config: AttentionConfig, workload: Workload) -> plans_weights.Asked:
+def returned_weights(config: AttentionConfig, workload: Workload) -> plans_weights.ReturnedWeights:
     """The weights that a call returns; see `attention.ops.weights.weights_block`."""
     if config.adaptive:
         rows = columns_of(config, workload.seq).rows(workload.causal)
         active = active_of_choice(-(-workload.seq // rows.size), rows.lists, workload.causal)
-        return plans_weights.Asked(rows.size, active, branches=0, own=True)
+        return plans_weights.ReturnedWeights(rows.size, active, branches=0, own=True)
     from attention.layout import DEFAULT_BLOCK_SIZE, count_active  # NumPy, which nothing else here needs
 
     size = config.pattern.block_size if config.pattern else DEFAULT_BLOCK_SIZE
     active = count_active(config, workload.seq, workload.causal)
     branches = len(config.branches) if config.variant == "dilated" else 0
-    return plans_weights.Asked(size, active, branches, own=False)
+    return plans_weights.ReturnedWeights(size, active, branches, own=False)
 
 
 def case_of(columns: Columns, workload: Workload, machine: Machine) -> plans.Case:

@@ -16,8 +16,8 @@ from attention import AttentionConfig, build
 from attention.ops import flex
 from attention.sizes.flex import FLEX_SHARE
 from planner.configs import Columns, columns_of
+from planner.memory.dispatch import goes_apart, goes_flex, has_flex, plan_of, shape_of
 from planner.memory.machines import Cpu, Cuda
-from planner.memory.plan import goes_apart, goes_flex, has_flex, plan_of, shape_of
 from planner.workload import Workload
 
 PATTERNS = {"local_window": 0, "global_local": 0, "dilated_sparse": 2}
@@ -145,7 +145,7 @@ def test_a_config_has_its_plan_without_numpy_or_torch():
         "import sys; sys.modules['torch'] = sys.modules['numpy'] = None\n"
         "from attention.config import AttentionConfig, SparsePatternConfig\n"
         "from planner.memory.machines import Cpu, Cuda\n"
-        "from planner.memory.plan import plan_of\n"
+        "from planner.memory.dispatch import plan_of\n"
         "from planner.workload import Workload\n"
         "window = SparsePatternConfig(pattern_type='local_window', local_window_size=512)\n"
         "for config in (AttentionConfig(variant='dense'),\n"
