@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import ast
-import io
 import re
 import tokenize
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -23,7 +23,15 @@ def module_of(path: Path) -> str:
 
 
 MODULES = {module_of(path): path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))}
-TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+
+
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+TREES = {name: tree_of(path) for name, path in MODULES.items()}
 
 
 def imports(tree: ast.Module) -> Iterator[tuple[str, str, str]]:
@@ -42,17 +50,32 @@ def ours(module: str, name: str = "") -> str | None:
     return next((known for known in (f"{module}.{name}", module) if known in MODULES), None)
 
 
+@cache
+def defined(module: str) -> set[str]:
+    """Names at a module's top level, exported ones included."""
+    names: set[str] = set()
+    for node in ast.walk(TREES[module]):
+        match node:
+            case ast.FunctionDef(name=name) | ast.ClassDef(name=name) | ast.Name(id=name):
+                names.add(name)
+            case ast.Constant(value=str(name)):  # of a lazy package's table
+                names.add(name)
+            case ast.alias(name=name, asname=other):
+                names.add(other or name)
+    return names
+
+
 # ---- imports
 
 
 def test_every_import_of_ours_exists():
-    """An editable install of another checkout would serve what this one no longer has."""
-    paths = [*MODULES.values(), *(ROOT / "tests").rglob("*.py")]
+    """An editable install of another checkout would serve modules that this one no longer has."""
     missing = {
-        f"{path.relative_to(ROOT)}: {module}"
-        for path in paths
-        for module, _, _ in imports(ast.parse(path.read_text(encoding="utf-8")))
-        if module.partition(".")[0] in PACKAGES and module not in MODULES
+        f"{path.relative_to(ROOT)}: {module} {name}"
+        for path in (*MODULES.values(), *TESTS)
+        for module, name, _ in imports(tree_of(path))
+        if module.partition(".")[0] in PACKAGES
+        and (module not in MODULES or (name and ours(module, name) == module and name not in defined(module)))
     }
     assert not missing
 
@@ -202,23 +225,22 @@ CITED_FILE = re.compile(
 CITED_MODULE = re.compile(r"`((?:attention|planner|studies)(?:\.[A-Za-z_]\w*)+)`")
 
 
-def notes(source: str) -> Iterator[str]:
+def notes(path: Path) -> Iterator[str]:
     """Comments and docstrings, those of fields too."""
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.COMMENT:
-            yield token.string
-    for node in ast.walk(ast.parse(source)):
+    with path.open("rb") as source:
+        yield from (one.string for one in tokenize.tokenize(source.readline) if one.type == tokenize.COMMENT)
+    for node in ast.walk(tree_of(path)):
         match node:
             case ast.Expr(value=ast.Constant(value=str(text))):
                 yield text
 
 
-def prose() -> Iterator[tuple[str, str]]:
+@cache
+def prose() -> list[tuple[str, str]]:
     """(place, text) of all pages, of the packages' modules whole, and of what tests say beside their code."""
-    for path in [*PAGES, *MODULES.values()]:
-        yield str(path.relative_to(ROOT)), path.read_text(encoding="utf-8")
-    for path in sorted((ROOT / "tests").rglob("*.py")):
-        yield str(path.relative_to(ROOT)), "\n".join(notes(path.read_text(encoding="utf-8")))
+    whole = {path: path.read_text(encoding="utf-8") for path in (*PAGES, *MODULES.values())}
+    beside = {path: "\n".join(notes(path)) for path in TESTS}
+    return [(str(path.relative_to(ROOT)), text) for path, text in (whole | beside).items()]
 
 
 def test_cited_files_exist():
@@ -234,18 +256,6 @@ def test_cited_files_exist():
         and not any(file.endswith("/" + cited) for file in files)
     }
     assert not missing
-
-
-def defined(module: str) -> set[str]:
-    """Names at a module's top level, exported ones included."""
-    names: set[str] = set()
-    for node in ast.walk(TREES[module]):
-        match node:
-            case ast.FunctionDef(name=name) | ast.ClassDef(name=name) | ast.Name(id=name):
-                names.add(name)
-            case ast.Constant(value=str(name)):
-                names.add(name)
-    return names
 
 
 def is_there(dotted: str) -> bool:
@@ -264,3 +274,17 @@ def test_cited_modules_and_names_exist():
         if not is_there(cited)
     }
     assert not missing
+
+
+def test_what_a_file_is_cited_for_is_in_it():
+    """Sources of figures: `attention/sizes/flex.py flex_list_bytes`."""
+    places = {str(path.relative_to(ROOT)): name for name, path in MODULES.items()}
+    cited = {
+        match.groups()
+        for tree in TREES.values()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        if (match := re.fullmatch(r"([\w/]+\.py) (\w+)(?:\.\w+)?", node.value))
+    }
+    assert cited
+    assert not {(file, name) for file, name in cited if name not in defined(places[file])}
