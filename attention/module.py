@@ -123,13 +123,12 @@ class Attention(nn.Module):
             return dilated_extent(by_rate, shape) if rows is None else sparse_extent(rows, shape)
 
         by_rate = sorted(branches, key=lambda branch: branch[1])
-        everything = len(branches) == 1 and branches[0][0] >= shape.seq and branches[0][1] == 1
         return Problem(
             shape=shape,
             tiles=program,
             extent=extent,
             scale=self._scale(shape),
             covers=layout is not None or any(rate == 1 for _, rate in branches),
-            whole=layout is None and everything and shape.heads == shape.kv_heads,
+            whole=layout is None and bool(shape.is_whole(branches)),
             buffers=self.scratch,
         )

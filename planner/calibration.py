@@ -35,7 +35,7 @@ UNMEASURED: Final = 0.05
 OUTSIDE: Final = 2.0
 """Factor on the margin, and percent added to it, outside of what was measured: judgement."""
 
-Floats = Annotated[tuple[float, ...], BeforeValidator(as_tuple)]
+Numbers = Annotated[tuple[float, ...], BeforeValidator(as_tuple)]
 Names = Annotated[tuple[str, ...], BeforeValidator(as_tuple)]
 
 
@@ -111,7 +111,7 @@ class SpeedFit(Value):
     fitted: Annotated[int, Field(ge=1)]
     """Runs fitted to."""
     held_out: Annotated[int, Field(ge=0)]
-    errors: Floats = ()
+    errors: Numbers = ()
     """(predicted - measured) / measured of the held-out runs, ascending."""
     median_error: Annotated[float, Field(ge=0)] = 0.0
     """Median of their sizes."""
@@ -148,7 +148,7 @@ class Calibration(Value):
     """Runs that the terms were fitted to."""
     fitted_longest: Annotated[int, Field(ge=1)]
     """Tokens of the longest of them."""
-    errors: Annotated[Floats, Field(min_length=1)]
+    errors: Annotated[Numbers, Field(min_length=1)]
     """(measured - predicted) / (predicted + SMALL) of the held-out runs, ascending."""
     domain: Domain
     failed: Annotated[int, Field(ge=0)] = 0

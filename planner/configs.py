@@ -1,18 +1,16 @@
-"""Many configs of one kind as columns of arrays: what candidates are to the models of memory, speed and
-quality. Imports no torch.
+"""Configs of one kind as columns, one config as columns of one: what the models of memory, speed and quality
+take. Imports no torch, and no NumPy: a column is an int, or an array that the caller made.
 
 columns = Columns("block_sparse", "local_window", seq=131072, block_size=sizes, window=windows)
 columns.config(7, workload)
+columns_of(config, seq=131072)
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
-from typing import Any, TypeAlias
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from attention.config import (
     MIB,
@@ -26,11 +24,17 @@ from attention.config import (
     Variant,
 )
 from attention.errors import ConfigError
-from attention.sizes.row_bounds import Rows, pattern_rows
+from attention.sizes.arrays import ceil_div, row_blocks
+from attention.sizes.row_bounds import Rows, chosen_rows, pattern_rows
 from planner.workload import Workload
 
-Ints = NDArray[np.int64]
-Column: TypeAlias = int | Ints
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+Ints: TypeAlias = "NDArray[np.int64]"
+Floats: TypeAlias = "NDArray[np.float64]"
+Column: TypeAlias = "int | Ints"
 """The same for all candidates, or one each."""
 
 
@@ -87,36 +91,47 @@ class Columns:
         def some(value: Any) -> Any:
             if isinstance(value, tuple):
                 return tuple(map(some, value))
-            return value[which] if isinstance(value, np.ndarray) else value
+            return value[which] if _is_array(value) else value
 
         taken = Columns(**{name: some(getattr(self, name)) for name in _GIVEN})
         taken._rows.update({causal: Rows(*map(some, rows)) for causal, rows in self._rows.items()})
         return taken
 
+    @property
+    def branches(self) -> tuple[tuple[Any, Any], ...]:
+        """(segment length, dilation rate) of each branch; dense attention is one as long as the sequence."""
+        if self.variant == "dense":
+            return ((self.seq, 1),)
+        return tuple(zip(self.lengths, self.rates, strict=True))
+
     def rows(self, causal: bool) -> Rows:
-        """The widest rows of block_sparse candidates; found once, which may take longer than all that builds
-        on them."""
+        """The widest rows of block_sparse candidates, or of what adaptive ones choose; computed once, which
+        may take longer than all that builds on them."""
         if causal not in self._rows:
             given: Any = self
-            self._rows[causal] = pattern_rows(
-                self.pattern_type, given.block_size, given.seq, causal, window=given.window,
-                global_tokens=given.global_tokens, ratio=given.sparsity_ratio, lengths=given.lengths,
-                rates=given.rates,
-            )  # fmt: skip
+            if self.variant == "adaptive":
+                chosen = row_blocks(given.sparsity_ratio, ceil_div(given.seq, given.block_size))
+                self._rows[causal] = chosen_rows(given.block_size, chosen)
+            else:
+                self._rows[causal] = pattern_rows(
+                    self.pattern_type, given.block_size, given.seq, causal, window=given.window,
+                    global_tokens=given.global_tokens, ratio=given.sparsity_ratio, lengths=given.lengths,
+                    rates=given.rates,
+                )  # fmt: skip
         return self._rows[causal]
 
     def _arrays(self) -> Iterator[NDArray[Any]]:
         for name in _GIVEN:
             value = getattr(self, name)
             for column in value if isinstance(value, tuple) else (value,):
-                if isinstance(column, np.ndarray):
+                if _is_array(column):
                     yield column
 
     def config(self, at: int, workload: Workload) -> AttentionConfig:
         """The config of one candidate; an adaptive one's scorer takes heads and channels of `workload`."""
 
         def one(column: Any) -> Any:
-            return column[at].item() if isinstance(column, np.ndarray) else column
+            return column[at].item() if _is_array(column) else column
 
         parts: dict[str, Any] = {}
         if self.variant == "block_sparse":
@@ -141,6 +156,11 @@ class Columns:
             pool_bytes=self.pool_bytes, multihead=self.multihead, cache_entries=self.cache_entries,
             cache_bytes=self.cache_bytes, **parts,
         )  # fmt: skip
+
+
+def _is_array(column: Any) -> bool:
+    """Whether a column has a value for each candidate; a NumPy scalar is one value for all."""
+    return getattr(column, "ndim", 0) > 0
 
 
 _GIVEN: tuple[str, ...] = tuple(one.name for one in fields(Columns) if one.init)

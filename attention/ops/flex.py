@@ -17,10 +17,8 @@ from torch import Tensor
 from attention.config import AttentionConfig
 from attention.errors import UnavailableError
 from attention.layout import Layout
-from attention.sizes.flex import flex_is_lean
+from attention.sizes.flex import FLEX_CAPABILITY, flex_is_lean, flex_takes_blocks
 from attention.sizes.row_bounds import rows_of
-
-CAPABILITY = (8, 0)
 
 
 def resolve(config: AttentionConfig, q: Tensor, k: Tensor, is_causal: bool) -> str:
@@ -43,13 +41,13 @@ def unfit(config: AttentionConfig, q: Tensor) -> str | None:
     if q.device.type != "cuda":
         return f"compiled FlexAttention trains on CUDA only, the tensors are on {q.device}"
     capability = torch.cuda.get_device_capability(q.device)
-    if capability < CAPABILITY:
-        have, need = (".".join(map(str, version)) for version in (capability, CAPABILITY))
+    if capability < FLEX_CAPABILITY:
+        have, need = (".".join(map(str, version)) for version in (capability, FLEX_CAPABILITY))
         return f"it needs compute capability {need}, this GPU has {have}"
     if q.dtype == torch.float64:
         return "it has no float64 kernels"
     block = config.pattern.block_size if config.pattern else 0
-    if block < 16 or block & (block - 1):
+    if not flex_takes_blocks(block):
         return f"block_size must be a power of two from 16, got {block}"
     return None
 

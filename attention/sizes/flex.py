@@ -5,8 +5,16 @@ from __future__ import annotations
 from attention.sizes.arrays import Count, ceil_div, most
 from attention.sizes.row_bounds import Rows
 
+FLEX_CAPABILITY = (8, 0)
+"""Compute capability from which compiled FlexAttention runs."""
+
 FLEX_SHARE = 16
 """`backend="auto"` takes FlexAttention where its lists are at most one such part of q, k, v and out."""
+
+
+def flex_takes_blocks(size: Count) -> Count:
+    """1 if FlexAttention takes blocks of so many tokens, a power of two from 16; else 0."""
+    return (size >= 16) * (size & (size - 1) == 0) * 1
 
 
 def flex_list_bytes(rows: Rows, seq: Count) -> Count:

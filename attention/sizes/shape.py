@@ -209,11 +209,19 @@ class Shape(NamedTuple):
         starts = range(0, keys.length, limit)
         return tuple(keys.cut(begin, min(begin + limit, keys.length)) for begin in starts)
 
-    def within(self, branches: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
+    def within(self, branches: tuple[tuple[Count, Count], ...]) -> tuple[tuple[Count, Count], ...]:
         """The branches with lengths and rates that this sequence can tell apart: a segment longer than
         it, or a rate beyond all its positions and heads, means the same as one just as large."""
-        limit = max(self.seq, self.heads)
-        return tuple((min(length, self.seq), min(rate, limit)) for length, rate in branches)
+        limit = most(self.seq, self.heads)
+        return tuple((least(length, self.seq), least(rate, limit)) for length, rate in branches)
+
+    def is_whole(self, branches: tuple[tuple[Count, Count], ...]) -> Count:
+        """1 if branches, as `within` gives them, are one kernel call over all of q, k and v: a single one
+        that covers the sequence at rate 1, with as many kv heads as heads; else 0."""
+        if len(branches) != 1:
+            return 0
+        length, rate = branches[0]
+        return (length >= self.seq) * (rate == 1) * (self.heads == self.kv_heads) * 1
 
     def head_groups(self) -> tuple[tuple[int, int], ...]:
         """(first query head, step) of the groups whose g-th member reads kv head g."""

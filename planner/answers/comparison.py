@@ -23,7 +23,7 @@ class Side(NamedTuple):
     """Bytes that were allocated, where it was measured."""
 
 
-class Buffer(NamedTuple):
+class BufferChange(NamedTuple):
     """A named buffer that is not the same in both."""
 
     name: str
@@ -42,7 +42,7 @@ class Comparison(NamedTuple):
     """Settings that differ, by name."""
     components: dict[str, tuple[int, int]]
     """Every component that either has, and what the allocator adds to them."""
-    buffers: tuple[Buffer, ...]
+    buffers: tuple[BufferChange, ...]
     """Those that differ, the largest difference first."""
 
 
@@ -109,12 +109,12 @@ def _flat(found: MemoryEstimate) -> dict[str, Any]:
     return asked
 
 
-def _buffers(a: MemoryEstimate, b: MemoryEstimate) -> tuple[Buffer, ...]:
+def _buffers(a: MemoryEstimate, b: MemoryEstimate) -> tuple[BufferChange, ...]:
     ours, theirs = ({line.name: line for line in found.lines} for found in (a, b))
     differ = []
     for name in dict.fromkeys([*ours, *theirs]):
         line = theirs.get(name) or ours[name]
         sizes = [lines[name].bytes if name in lines else 0 for lines in (ours, theirs)]
         if sizes[0] != sizes[1]:
-            differ.append(Buffer(name, line.component, sizes[0], sizes[1], line.source))
+            differ.append(BufferChange(name, line.component, sizes[0], sizes[1], line.source))
     return tuple(sorted(differ, key=lambda buffer: -abs(buffer.b - buffer.a)))

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from planner.fitting.samples import Sample
-    from planner.measuring.records import Replay
+    from planner.measuring.records import RecordedRuns
     from planner.measuring.server import Batch
 
 FITTED_SHARE: Final = 5
@@ -43,12 +43,12 @@ TIMEOUT: Final = 300.0
 REPETITIONS: Final = 9
 """Warm calls of a timed run, of which the median counts."""
 
-Progress = Callable[[int, int, str], None]
+RunProgress = Callable[[int, int, str], None]
 """Told (runs done, runs in all, what comes next)."""
 
 
 def calibrated(
-    device: Device, *, seed: int, runs: int, progress: Progress | None, path: str | Path | None,
+    device: Device, *, seed: int, runs: int, progress: RunProgress | None, path: str | Path | None,
     threads: int | None, speed: bool,
 ) -> Calibration:  # fmt: skip
     """What `planner.calibrate` returns, and saves."""
@@ -98,8 +98,8 @@ def _timed_runs(device: Device, seed: int) -> tuple[list[Sample], list[Sample]]:
 
 
 def _measured(
-    device: Device, batch: Batch, samples: Sequence[Sample], known: Replay, kept: Path,
-    steps: tuple[int, int], progress: Progress | None,
+    device: Device, batch: Batch, samples: Sequence[Sample], known: RecordedRuns, kept: Path,
+    steps: tuple[int, int], progress: RunProgress | None,
 ) -> list[Measurement]:  # fmt: skip
     """A measurement of each sample, made now and kept if there is none. `steps`: (done before, of all)."""
     from planner.measuring import records
@@ -282,13 +282,13 @@ def _key(device: Device, start: Measurement) -> str:
     return gpus.find(start.environment.device or "").key
 
 
-def _known(kept: Path, start: Measurement, repetitions: int = 1) -> Replay:
+def _known(kept: Path, start: Measurement, repetitions: int = 1) -> RecordedRuns:
     """Runs that an interrupted calibration left, of those that this device and torch made; those timed so
     many times."""
     from planner.measuring import records
 
     found = records.read(kept) if kept.exists() else []
-    return records.Replay(m for m in found if _place(m) == _place(start) and m.runs == repetitions)
+    return records.RecordedRuns(m for m in found if _place(m) == _place(start) and m.runs == repetitions)
 
 
 def _place(m: Measurement) -> tuple[object, ...]:

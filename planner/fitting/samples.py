@@ -25,15 +25,15 @@ from planner.workload import Dtype, Mode, Workload
 
 T = TypeVar("T")
 
-Kind = Literal[
+SampleKind = Literal[
     "dense", "dilated", "local_window", "global_local", "dilated_sparse", "adaptive", "multihead", "weights"
 ]
-KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
+KINDS: Final[tuple[SampleKind, ...]] = get_args(SampleKind)
 """Attentions, block-sparse ones by their pattern; `multihead`, any of them between projections, and
 `weights`, a block-sparse one whose weights are asked for."""
-PLAIN: Final[tuple[Kind, ...]] = KINDS[:5]
+PLAIN: Final[tuple[SampleKind, ...]] = KINDS[:5]
 """Those without parts of their own beside the attention."""
-SPARSE: Final[tuple[Kind, ...]] = KINDS[2:5]
+SPARSE: Final[tuple[SampleKind, ...]] = KINDS[2:5]
 
 WORK: Final = 1 << 31
 """Pairs x channels: a second or so on two cores, all of a measurement's calls together."""
@@ -62,7 +62,7 @@ def samples(
     work: float = WORK,
     floor_bytes: int = FLOOR_BYTES,
     steps: float = STEPS,
-    kinds: Sequence[Kind] = KINDS,
+    kinds: Sequence[SampleKind] = KINDS,
 ) -> Iterator[Sample]:
     """Samples without end, the kinds in turn; sequences of `shortest` to `longest` tokens.
 
@@ -78,7 +78,7 @@ def samples(
 
 
 def _within(
-    rng: random.Random, kind: Kind, lengths: tuple[int, int], bounds: tuple[float, int, float]
+    rng: random.Random, kind: SampleKind, lengths: tuple[int, int], bounds: tuple[float, int, float]
 ) -> Sample:
     for _ in range(TRIES):
         sample = _sample(rng, kind, _tokens(rng, *lengths))
@@ -150,7 +150,7 @@ def _tokens(rng: random.Random, shortest: int, longest: int) -> int:
     return min(max(tokens, shortest), longest)
 
 
-def _sample(rng: random.Random, kind: Kind, seq: int) -> Sample:
+def _sample(rng: random.Random, kind: SampleKind, seq: int) -> Sample:
     sizes: dict[str, Any] = {"heads": rng.choice((1, 2, 3, 4, 8, 12)), "head_dim": _head_dim(rng)}
     shared = [count for count in range(1, sizes["heads"] + 1) if sizes["heads"] % count == 0]
     kv_heads = rng.choice((None, rng.choice(shared)))
@@ -192,7 +192,7 @@ def _settings(rng: random.Random) -> dict[str, Any]:
     }
 
 
-def _attention(rng: random.Random, kind: Kind, seq: int, sizes: dict[str, int]) -> dict[str, Any]:
+def _attention(rng: random.Random, kind: SampleKind, seq: int, sizes: dict[str, int]) -> dict[str, Any]:
     """What an AttentionConfig of this kind consists of, settings apart."""
     if kind == "dense":
         return {"variant": "dense"}
@@ -247,4 +247,4 @@ def _one(rng: random.Random, values: tuple[T, ...]) -> T:
     return rng.choice(values)
 
 
-__all__ = ["KINDS", "PLAIN", "Kind", "Sample", "active_pairs", "samples", "steps_of", "work_of"]
+__all__ = ["KINDS", "PLAIN", "Sample", "SampleKind", "active_pairs", "samples", "steps_of", "work_of"]

@@ -15,21 +15,19 @@ from statistics import median
 from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from attention.errors import AttentionPlannerError
 from planner import gpus
 from planner.calibration import Costs, Rates, SpeedFit
-from planner.configs import columns_of
+from planner.configs import Floats, columns_of
 from planner.fitting.samples import Sample
 from planner.fitting.speed_runs import LONGER, timing_samples
 from planner.measuring.measure import Device, Measurement
+from planner.memory.dispatch import goes_apart
 from planner.memory.machines import Cpu, Cuda, Machine, this_cpu, units_of
 from planner.speed.rates import HOST, default_cpu_rates, default_rates, with_double
 from planner.speed.seconds import kernel_of, seconds_of, utilisation
-from planner.speed.work import Work, goes_apart, work_of
-
-Floats = NDArray[np.float64]
+from planner.speed.work import Work, work_of
 
 RUNS: Final = 168
 """Timed runs of a calibration: four of each kind, dtype and mode."""
@@ -75,7 +73,7 @@ class _Row(NamedTuple):
     work: Work
 
 
-class Unit(NamedTuple):
+class Coefficient(NamedTuple):
     """What a coefficient is of."""
 
     step: Literal["forward", "backward"]
@@ -186,9 +184,9 @@ def _work(m: Measurement, rates: Rates) -> Work:
     return work_of(columns, m.workload, machine, kernel_of(rates), apart=apart)
 
 
-def _units(rows: Sequence[_Row]) -> tuple[Floats, list[Unit]]:
+def _units(rows: Sequence[_Row]) -> tuple[Floats, list[Coefficient]]:
     """([runs, units], the units that occur)."""
-    columns: dict[Unit, Floats] = {}
+    columns: dict[Coefficient, Floats] = {}
     for index, (m, work) in enumerate(rows):
         shares = m.device == "cpu"
         for step in STEPS:
@@ -197,12 +195,12 @@ def _units(rows: Sequence[_Row]) -> tuple[Floats, list[Unit]]:
                 if not count:
                     continue
                 common = name in SHARED or (step == "backward" and shares and name != "matmul")
-                unit = Unit(step, "" if common else m.workload.dtype, name)
+                unit = Coefficient(step, "" if common else m.workload.dtype, name)
                 columns.setdefault(unit, np.zeros(len(rows)))[index] += count
     return np.stack(list(columns.values()), axis=1), list(columns)
 
 
-def _cost(rates: Rates, unit: Unit) -> float:
+def _cost(rates: Rates, unit: Coefficient) -> float:
     """A default for a unit; of a shared one, float32's."""
     by_dtype: dict[str, Costs] = getattr(rates, unit.step)
     costs = by_dtype.get(unit.dtype or "float32") or next(iter(by_dtype.values()))
@@ -252,7 +250,7 @@ def nnls(a: Floats, b: Floats) -> Floats:
     return found
 
 
-def _rates(start: Rates, found: dict[Unit, float], rows: Sequence[_Row]) -> Rates:
+def _rates(start: Rates, found: dict[Coefficient, float], rows: Sequence[_Row]) -> Rates:
     """The rates of the dtypes that were run; units that no run had keep their default."""
     costs: dict[str, dict[str, Costs]] = {"forward": {}, "backward": {}}
     dtypes = sorted({row.measurement.workload.dtype for row in rows})

@@ -19,7 +19,7 @@ from planner.measuring.measure import Device
 from planner.workload import Dtype, Mode, Workload
 
 KINDS: Final = ("local_window", "dilated", "dilated_sparse", "dense", "global_local", "adaptive", "multihead")
-"""Of attention; see `planner.fitting.samples.Kind`."""
+"""Of attention; see `planner.fitting.samples.SampleKind`."""
 DTYPES: Final[tuple[Dtype, ...]] = ("float32", "bfloat16", "float16")
 WORK: Final[dict[Device, tuple[float, float]]] = {"cpu": (1e8, 1.5e9), "cuda": (1e11, 5e12)}
 """Least and most of a forward, as `planner.fitting.samples.work_of` has it: on two cores 8 to 150 ms."""

@@ -1,10 +1,9 @@
-"""What a measuring process does: see `planner.measuring.measure`, which starts it and reads its answer."""
+"""What a measuring process does: see `planner.measuring.process`, which starts it and reads its answer."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import gc
 import json
 import os
 import platform
@@ -13,7 +12,6 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from time import monotonic, perf_counter, sleep
@@ -21,13 +19,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from attention.config import AttentionConfig
 from attention.errors import AttentionPlannerError, OutOfMemoryError
+from planner.measuring.call import ModuleCall, call_of
 from planner.workload import Workload
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
-
-    from attention.pool import Buffers
 
 Say = Callable[..., None]
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
@@ -141,74 +137,6 @@ def _trial(task: dict[str, Any], say: Say) -> dict[str, Any]:
     return with_emergency_release(everything, nothing_kept, device)
 
 
-@dataclass(frozen=True)
-class _Call:
-    """A module with what it is called on."""
-
-    module: nn.Module
-    inputs: tuple[Tensor, ...]
-    grad: Tensor | None
-    workload: Workload
-    buffers: Buffers
-
-    def __call__(self) -> object:
-        """One call, and in training its backward. Gives everything that a caller would hold."""
-        import torch
-
-        q, k, v = self.inputs * (3 // len(self.inputs))
-        with torch.set_grad_enabled(self.grad is not None):
-            found = self.module(
-                q, k, v, is_causal=self.workload.causal, return_attention_weights=self.workload.weights
-            )
-        out = found[0] if isinstance(found, tuple) else found
-        if self.grad is not None:
-            out.backward(self.grad)
-        return found
-
-    def drop_gradients(self) -> None:
-        for tensor in (*self.inputs, *self.module.parameters()):
-            tensor.grad = None
-
-    def start_cold(self) -> None:
-        """Nothing is left of earlier calls."""
-        self.drop_gradients()
-        gc.collect()
-        self.buffers.release()
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes allocated between calls: parameters, inputs, the incoming gradient."""
-        tensors = [*self.inputs, *self.module.parameters(), *self.module.buffers()]
-        if self.grad is not None:
-            tensors.append(self.grad)
-        storages = (x.untyped_storage() for x in tensors)
-        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
-
-
-def _call(config: AttentionConfig, workload: Workload, device: torch.device) -> _Call:
-    import torch
-
-    from attention.factories import build
-    from attention.pool import buffers_for
-
-    torch.manual_seed(0)
-    dtype, training = getattr(torch, workload.dtype), workload.mode == "training"
-    module = build(config, device).to(dtype)
-
-    def normal(*sizes: int, requires_grad: bool = False) -> Tensor:
-        where = (workload.batch, workload.seq, *sizes)
-        return torch.randn(where, dtype=dtype, device=device, requires_grad=requires_grad)
-
-    if config.multihead:
-        inputs: tuple[Tensor, ...] = (normal(config.multihead.embed_dim, requires_grad=training),)
-        grad = normal(config.multihead.embed_dim) if training else None
-    else:
-        heads = (workload.heads, workload.groups, workload.groups)
-        inputs = tuple(normal(n, workload.head_dim, requires_grad=training) for n in heads)
-        grad = normal(workload.heads, workload.head_dim) if training else None
-    return _Call(module, inputs, grad, workload, buffers_for(config))
-
-
 def _measured_cpu(
     config: AttentionConfig, workload: Workload, task: dict[str, Any], say: Say
 ) -> dict[str, Any]:
@@ -222,7 +150,7 @@ def _measured_cpu(
     before = _status("VmRSS")
     with _held_to(task["cap_bytes"]):
         say(stage="making the inputs")
-        call = _call(config, workload, torch.device("cpu"))
+        call = call_of(config, workload, torch.device("cpu"))
         say(environment=_environment(torch.device("cpu")) | _how(config, workload, call))
         say(stage="in the first call")
         call()
@@ -262,7 +190,7 @@ def _measured_cuda(
         torch.cuda.set_per_process_memory_fraction(min(task["cap_bytes"] / total, 1.0), device)
 
     say(stage="making the inputs")
-    call = _call(config, workload, device)
+    call = call_of(config, workload, device)
     say(environment=_environment(device) | _how(config, workload, call))
     say(stage="in the first call")
     torch.cuda.synchronize(device)
@@ -291,7 +219,7 @@ def _measured_cuda(
     return figures | _timed(call, task, device)
 
 
-def _timed(call: _Call, task: dict[str, Any], device: torch.device) -> dict[str, float]:
+def _timed(call: ModuleCall, task: dict[str, Any], device: torch.device) -> dict[str, float]:
     """Seconds of warm calls. Asked for a reference, each is timed between two calls of the same small dense
     attention, which tells how fast the device was at just that time."""
     import torch
@@ -404,7 +332,7 @@ def _environment(device: torch.device) -> dict[str, Any]:
     return known
 
 
-def _how(config: AttentionConfig, workload: Workload, call: _Call) -> dict[str, str]:
+def _how(config: AttentionConfig, workload: Workload, call: ModuleCall) -> dict[str, str]:
     """Backend and fused kernel."""
     import torch
 

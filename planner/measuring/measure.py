@@ -1,39 +1,31 @@
-"""Truth: a config on a workload, run in a process of its own. Imports no torch; the process does.
-
-The child (`planner/measuring/child.py`) gets its task on stdin and answers, a JSON object a line, in a file
-of its own; what it or a library prints goes elsewhere and is kept for diagnosis only. So whatever happens
-to it, out of memory, a crash or a hang, is a `Measurement` and leaves the caller as it was.
+"""Truth: a config on a workload, run in a process of its own (`planner/measuring/process.py`), so that out
+of memory, a crash or a hang is a `Measurement` too. Imports no torch; the process does.
 """
 
 from __future__ import annotations
 
-import fcntl
 import importlib.util
 import json
 import math
 import os
 import platform
 import signal
-import subprocess
 import sys
-import tempfile
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import IO, Annotated, Any, Final, Literal, NamedTuple, Self, get_args
+from typing import Annotated, Any, Final, Literal, Self, get_args
 
 from pydantic import BeforeValidator, model_validator
 
 from attention.config import AttentionConfig, Value, as_tuple
 from attention.errors import ConfigError, UnavailableError
+from planner.measuring.process import Ended, run
 from planner.workload import Workload
 
 SCHEMA_VERSION: Final = 1
-TAIL = 4000
-"""Characters of the child's output that are looked at when it failed."""
 
-Kind = Literal["ok", "oom", "crash", "timeout", "error"]
+Outcome = Literal["ok", "oom", "crash", "timeout", "error"]
 Device = Literal["cpu", "cuda"]
-Bytes = int | None
+OptionalBytes = int | None
 Sizes = Annotated[tuple[int, ...], BeforeValidator(as_tuple)]
 
 SETTINGS = (
@@ -90,26 +82,26 @@ class Measurement(Value):
     config: AttentionConfig
     workload: Workload
     device: Device
-    kind: Kind
+    kind: Outcome
     """`ok`; `oom`, memory ran out; `error`, refused by the library; `timeout`, ran longer than allowed;
     `crash`, everything else: ended by a signal, or an exception that nobody expected."""
     message: str | None = None
     """Why it is not `ok`."""
-    allocated: Bytes = None
+    allocated: OptionalBytes = None
     """Most bytes allocated at once in a first call, pool and caches empty: parameters, inputs (in
     training the incoming gradient and the gradients too) and all that ran. CPU: see
     `planner.measuring.footprint`; NumPy arrays (layouts) are not among it. CUDA: blocks of the caching
     allocator."""
-    allocated_warm: Bytes = None
+    allocated_warm: OptionalBytes = None
     """The same in a second, equal call, what pool and caches hold by then included."""
-    reserved: Bytes = None
+    reserved: OptionalBytes = None
     """CUDA: most bytes that the caching allocator held in the first call. CPU: None."""
-    device_peak: Bytes = None
+    device_peak: OptionalBytes = None
     """CUDA: what the driver lost to this process: `context`, `reserved`, and what was taken outside
     torch's allocator by the end. None on the CPU, and without nvidia-smi."""
-    context: Bytes = None
+    context: OptionalBytes = None
     """CUDA: what the driver lost to starting. None on the CPU, and without nvidia-smi."""
-    resident: Bytes = None
+    resident: OptionalBytes = None
     """CPU: highest resident size up to the end of the first call, above that before the inputs were
     made. Code that the first call loads and thread-local buffers count, so it has a noise of some MiB.
     CUDA: None."""
@@ -122,12 +114,12 @@ class Measurement(Value):
     that time. `seconds / reference` is the median of the runs' ratios."""
     largest: Sizes = ()
     """CPU: the largest single allocations of the first call, descending."""
-    requested: Bytes = None
+    requested: OptionalBytes = None
     """oom: bytes asked for last, if the platform said."""
-    available: Bytes = None
+    available: OptionalBytes = None
     """oom: bytes that were free then, if the platform said."""
     runs: int
-    cap_bytes: Bytes = None
+    cap_bytes: OptionalBytes = None
     """Memory that the run was held to."""
     environment: Environment
 
@@ -161,9 +153,9 @@ def measure(
     ConfigError if config, workload or an argument cannot be right; UnavailableError if it can be seen
     from here that the device is not there.
     """
-    _check(config, workload)
-    _check_arguments(device, timeout, runs, threads, cap_bytes)
-    _check_device(device, cap_bytes)
+    check_sizes(config, workload)
+    check_arguments(device, timeout, runs, threads, cap_bytes)
+    check_device(device, cap_bytes)
     task = {
         "config": config.model_dump(mode="json"),
         "workload": workload.model_dump(mode="json"),
@@ -174,11 +166,11 @@ def measure(
         "reference": False,
         "cap_bytes": cap_bytes,
     }
-    return _measurement(config, workload, task, _run(json.dumps(task), timeout), timeout)
+    return measurement_of(config, workload, task, run(json.dumps(task), timeout), timeout)
 
 
-def _measurement(
-    config: AttentionConfig, workload: Workload, task: dict[str, Any], ended: _Ended, timeout: float
+def measurement_of(
+    config: AttentionConfig, workload: Workload, task: dict[str, Any], ended: Ended, timeout: float
 ) -> Measurement:
     """What a child that ended tells about its task."""
     environment: dict[str, Any] = {
@@ -199,8 +191,8 @@ def _measurement(
     )
 
 
-def _check(config: AttentionConfig, workload: Workload) -> None:
-    """The parts of a config that name sizes name those of the workload."""
+def check_sizes(config: AttentionConfig, workload: Workload) -> None:
+    """ConfigError unless the parts of a config that name sizes name those of the workload."""
     sizes = {"heads": workload.heads, "head_dim": workload.head_dim}
     named: list[tuple[str, dict[str, int]]] = []
     if config.multihead:
@@ -224,9 +216,10 @@ def _check(config: AttentionConfig, workload: Workload) -> None:
             )
 
 
-def _check_arguments(
+def check_arguments(
     device: str, timeout: float, runs: int, threads: int | None, cap_bytes: int | None
 ) -> None:
+    """ConfigError for what no measurement can be asked for."""
     if device not in get_args(Device):
         raise ConfigError(f"device must be 'cpu' or 'cuda', got {device!r}")
     if not (timeout > 0 and math.isfinite(timeout)):
@@ -238,8 +231,8 @@ def _check_arguments(
             raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}")
 
 
-def _check_device(device: str, cap_bytes: int | None) -> None:
-    """Raises UnavailableError for what can be seen to be missing without starting anything."""
+def check_device(device: str, cap_bytes: int | None) -> None:
+    """UnavailableError for what can be seen to be missing without starting anything."""
     if importlib.util.find_spec("torch") is None:
         raise UnavailableError("measuring needs torch, which is not installed here: pip install torch")
     if device == "cpu" and cap_bytes is not None and sys.platform != "linux":
@@ -257,79 +250,7 @@ def _check_device(device: str, cap_bytes: int | None) -> None:
         raise UnavailableError("no CUDA device to measure on: this machine has none; use device='cpu'")
 
 
-# The child finds this very checkout, whatever its working directory holds.
-_START = (
-    "import sys; root, answer = sys.argv[1:]; root in sys.path or sys.path.insert(0, root); "
-    "from planner.measuring.child import main; main(int(answer))"
-)
-
-
-def _command(answer: int) -> list[str]:
-    """The child; it writes its answer to the file descriptor `answer`."""
-    return [sys.executable, "-P", "-c", _START, str(Path(__file__).resolve().parents[2]), str(answer)]
-
-
-class _Ended(NamedTuple):
-    """How a child ended."""
-
-    code: int
-    timed_out: bool
-    said: dict[str, Any]
-    """The lines of its answer, later over earlier."""
-    tail: str
-    """The end of what it printed."""
-
-
-def _run(task: str, timeout: float) -> _Ended:
-    """Runs the child in a session of its own, which is killed whole if it takes too long or if anything
-    (Ctrl-C) ends the wait."""
-    with tempfile.TemporaryFile() as answer, tempfile.TemporaryFile() as log:
-        handed = above_standard(answer.fileno())
-        try:
-            process = subprocess.Popen(
-                _command(handed), stdin=subprocess.PIPE, stdout=log, stderr=log, pass_fds=(handed,),
-                start_new_session=True,
-            )  # fmt: skip
-        finally:
-            os.close(handed)
-        timed_out = False
-        try:
-            process.communicate(task.encode(), timeout)
-        except subprocess.TimeoutExpired:
-            timed_out = True
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-            if process.stdin:
-                process.stdin.close()
-        return _Ended(process.returncode, timed_out, _said(answer), _tail(log))
-
-
-def above_standard(file: int) -> int:
-    """Another descriptor of an open file, above those of the standard streams: where one of these is closed,
-    what is opened gets its number, and a child has that number for the stream."""
-    return fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, 3)
-
-
-def _said(answer: IO[bytes]) -> dict[str, Any]:
-    """All whole lines of an answer as one object; a child that is killed may leave half a line."""
-    answer.seek(0)
-    said: dict[str, Any] = {}
-    for line in answer.read().splitlines():
-        try:
-            said |= json.loads(line)
-        except ValueError:
-            break
-    return said
-
-
-def _tail(log: IO[bytes]) -> str:
-    log.seek(max(log.seek(0, os.SEEK_END) - TAIL, 0))
-    return log.read().decode(errors="replace").strip()
-
-
-def _outcome(ended: _Ended, timeout: float) -> dict[str, Any]:
+def _outcome(ended: Ended, timeout: float) -> dict[str, Any]:
     """Kind, figures and message of a Measurement."""
     if "outcome" in ended.said:
         outcome: dict[str, Any] = ended.said["outcome"]

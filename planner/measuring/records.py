@@ -71,7 +71,7 @@ def read(path: str | Path) -> list[Measurement]:
     return found
 
 
-class Replay:
+class RecordedRuns:
     """The newest measurement of each config, workload, device and cap, by date, then by order."""
 
     def __init__(self, measurements: Iterable[Measurement]) -> None:
@@ -96,9 +96,9 @@ class Replay:
         return iter(self._newest.values())
 
 
-def replay(path: str | Path) -> Replay:
+def replay(path: str | Path) -> RecordedRuns:
     """The records of a file, for looking up."""
-    return Replay(read(path))
+    return RecordedRuns(read(path))
 
 
 @contextlib.contextmanager

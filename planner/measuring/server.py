@@ -14,38 +14,24 @@ import os
 import select
 import signal
 import subprocess
-import sys
 import tempfile
-from pathlib import Path
 from time import monotonic
 from typing import IO, Any, Final, Self
 
 from attention.config import AttentionConfig
+from planner.measuring import process
 from planner.measuring.measure import (
     Device,
     Measurement,
-    _check,
-    _check_arguments,
-    _check_device,
-    _Ended,
-    _measurement,
-    _tail,
-    above_standard,
+    check_arguments,
+    check_device,
+    check_sizes,
+    measurement_of,
 )
 from planner.workload import Workload
 
 START_SECONDS: Final = 300
 """What a server may take to load torch, and to notice that a run's time is over."""
-
-_SERVE: Final = (
-    "import sys; root, answer = sys.argv[1:]; root in sys.path or sys.path.insert(0, root); "
-    "from planner.measuring.child import serve; serve(int(answer))"
-)
-
-
-def _command(answer: int) -> list[str]:
-    """The server; it writes its answers to the file descriptor `answer`."""
-    return [sys.executable, "-P", "-c", _SERVE, str(Path(__file__).resolve().parents[2]), str(answer)]
 
 
 class Batch:
@@ -57,8 +43,8 @@ class Batch:
     ) -> None:  # fmt: skip
         """`timeout`: seconds for each run. `reference`: see `Measurement.reference`. The rest as in
         `planner.measuring.measure`, with its errors."""
-        _check_arguments(device, timeout, runs, threads, None)
-        _check_device(device, None)
+        check_arguments(device, timeout, runs, threads, None)
+        check_device(device, None)
         self._task = {
             "device": device, "runs": runs, "threads": threads, "memory": memory,
             "reference": reference, "cap_bytes": None,
@@ -75,7 +61,7 @@ class Batch:
 
     def measure(self, config: AttentionConfig, workload: Workload) -> Measurement:
         """Runs `config` on `workload` in a process of its own; whatever happens to it is a measurement."""
-        _check(config, workload)
+        check_sizes(config, workload)
         task = {
             **self._task,
             "config": config.model_dump(mode="json"),
@@ -90,7 +76,7 @@ class Batch:
             raise
         if not self._server.alive:
             self._end()
-        return _measurement(config, workload, task, ended, self._timeout)
+        return measurement_of(config, workload, task, ended, self._timeout)
 
     def _end(self) -> None:
         if self._server is not None:
@@ -105,18 +91,18 @@ class _Server:
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 -- `end` closes it
         read, low = os.pipe()
         self._answer, self._left = read, b""
-        write = above_standard(low)
+        write = process.above_standard(low)
         os.close(low)
         self.alive = True
         try:
             self._process = subprocess.Popen(
-                _command(write), stdin=subprocess.PIPE, stdout=self._log, stderr=self._log,
+                process.command("serve", write), stdin=subprocess.PIPE, stdout=self._log, stderr=self._log,
                 pass_fds=(write,), start_new_session=True,
             )  # fmt: skip
         finally:
             os.close(write)
 
-    def run(self, task: dict[str, Any], seconds: float) -> _Ended:
+    def run(self, task: dict[str, Any], seconds: float) -> process.Ended:
         """How one task ended; `alive` says whether there can be another."""
         self._log.seek(0)
         self._log.truncate()
@@ -133,9 +119,9 @@ class _Server:
                 continue  # half a line of a run that was killed, or the empty one after it
             if "ended" in said:
                 ended = said["ended"]
-                return _Ended(ended["code"], ended["timed_out"], said, _tail(self._log))
+                return process.Ended(ended["code"], ended["timed_out"], said, process.tail(self._log))
         timed_out = self.end(close=False)
-        return _Ended(self._process.returncode, timed_out, said, _tail(self._log))
+        return process.Ended(self._process.returncode, timed_out, said, process.tail(self._log))
 
     def _line(self, deadline: float) -> bytes | None:
         """The next line of the answers; None if the server is gone or is not heard of in time."""

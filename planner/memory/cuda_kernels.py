@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from typing import Literal
 
+from attention.errors import ConfigError
 from attention.sizes.arrays import Count, ceil_div, least, most, up
-from planner.memory.cuda_process import _EFFICIENT, _FLASH, FLOAT32, Line, _known
+from planner.memory.cuda_process import FLOAT32, DeviceLine
 
-Kernel = Literal["flash", "efficient", "flex", "plain"]
+KernelName = Literal["flash", "efficient", "flex", "plain"]
+
+_FLASH = "flash_api.cpp of PyTorch's flash attention 2"
+_EFFICIENT = "attention_backward.cu and kernel_backward.h of PyTorch's memory-efficient attention"
 
 
 def forward_lines(
-    kernel: Kernel,
+    kernel: KernelName,
     *,
     batch: Count,
     heads: Count,
@@ -19,7 +23,7 @@ def forward_lines(
     keys: Count,
     head_dim: Count,
     itemsize: int,
-) -> tuple[Line, ...]:
+) -> tuple[DeviceLine, ...]:
     """What one forward call of a kernel allocates beside its output.
 
     Omitted: flash attention's split-key accumulators, which it uses only where B x H x Q / 64 leaves most
@@ -38,7 +42,7 @@ def forward_lines(
         )
     if kernel == "flex":
         return (_scratch("log-sum-exp", FLOAT32 * rows, "float32 B H Q; Inductor's flex_attention lowering"),)
-    _known(kernel)
+    _check_plain(kernel)
     scores = 2 * itemsize * rows * keys
     return (
         _scratch("log-sum-exp", itemsize * rows, "B H Q; attention/ops/kernels.py"),
@@ -47,7 +51,7 @@ def forward_lines(
 
 
 def backward_lines(
-    kernel: Kernel,
+    kernel: KernelName,
     *,
     batch: Count,
     heads: Count,
@@ -58,7 +62,7 @@ def backward_lines(
     itemsize: int,
     capability: tuple[int, int] = (8, 0),
     deterministic_sms: int | None = None,
-) -> tuple[Line, ...]:
+) -> tuple[DeviceLine, ...]:
     """What one backward call of a kernel allocates beside dq, dk and dv.
 
     `deterministic_sms` is the card's number of multiprocessors where deterministic algorithms are asked
@@ -87,7 +91,7 @@ def backward_lines(
     if kernel == "flex":
         source = "assumption: float32 B H Q for delta and as much for the gradient of lse; Inductor may fuse"
         return (_scratch("delta", 2 * FLOAT32 * rows, source),)
-    _known(kernel)
+    _check_plain(kernel)
     return (
         _scratch("delta", itemsize * rows, "B H Q; attention/ops/kernels.py"),
         _scratch("scores", 3 * itemsize * rows * keys, "B H Q K, three times; attention/ops/kernels.py"),
@@ -97,7 +101,7 @@ def backward_lines(
 def _efficient_backward(
     batch: Count, heads: Count, queries: Count, keys: Count, head_dim: Count, itemsize: int,
     capability: tuple[int, int],
-) -> tuple[Line, ...]:  # fmt: skip
+) -> tuple[DeviceLine, ...]:  # fmt: skip
     """Delta, and accumulators that depend on the tile (rows x columns) of the kernel that is chosen.
 
     The tile is 64 x 64 up to D = 64. Above, 16-bit kernels have 128 x 128, 128 x 64 or 64 x 64, by shared
@@ -138,5 +142,10 @@ def _efficient_backward(
     )
 
 
-def _scratch(name: str, count: Count, source: str) -> Line:
-    return Line(name, "workspace", count, source, True)
+def _scratch(name: str, count: Count, source: str) -> DeviceLine:
+    return DeviceLine(name, "workspace", count, source, True)
+
+
+def _check_plain(kernel: str) -> None:
+    if kernel != "plain":
+        raise ConfigError(f"kernel must be 'flash', 'efficient', 'flex' or 'plain', got {kernel!r}")

@@ -38,12 +38,10 @@ _DISPLAY = {
     "headless": (0, "judgement: nothing is drawn on this card"),
     "desktop": (DESKTOP_BYTES, "judgement: 0.9 GiB; a Linux desktop had 692 MiB (StackOverflow 70074789)"),
 }
-_FLASH = "flash_api.cpp of PyTorch's flash attention 2"
-_EFFICIENT = "attention_backward.cu and kernel_backward.h of PyTorch's memory-efficient attention"
 
 
 @dataclass(frozen=True)
-class Line:
+class DeviceLine:
     """One named share of memory."""
 
     name: str
@@ -58,7 +56,7 @@ class Line:
     """Whether PyTorch's caching allocator holds it."""
 
 
-def total(lines: Iterable[Line]) -> Count:
+def total(lines: Iterable[DeviceLine]) -> Count:
     """Bytes of all lines together."""
     count: Count = 0
     for line in lines:
@@ -72,7 +70,7 @@ def device_lines(
     display: Display = "headless",
     others_bytes: int = 0,
     context_bytes: int | None = None,
-) -> tuple[Line, ...]:
+) -> tuple[DeviceLine, ...]:
     """What lies outside the allocator: context, display, other users of the card.
 
     `context_bytes` is a measured context, `others_bytes` what the user says others hold. Memory that NCCL
@@ -88,13 +86,13 @@ def device_lines(
         context, source = context_bytes, "measured on this device"
     drawn, why = _DISPLAY[display]
     return (
-        Line("CUDA context", "context", context, source, False),
-        Line("display", "context", drawn, why, False),
-        Line("other processes", "context", others_bytes, "as given", False),
+        DeviceLine("CUDA context", "context", context, source, False),
+        DeviceLine("display", "context", drawn, why, False),
+        DeviceLine("other processes", "context", others_bytes, "as given", False),
     )
 
 
-def library_lines(capability: tuple[int, int], *, handles: int = 1) -> tuple[Line, ...]:
+def library_lines(capability: tuple[int, int], *, handles: int = 1) -> tuple[DeviceLine, ...]:
     """Workspaces of cuBLAS and cuBLASLt, one a (handle, stream); there from the first matrix product on.
 
     `CUBLAS_WORKSPACE_CONFIG` is taken to be unset. In builds that share one workspace the second is nil.
@@ -107,11 +105,8 @@ def library_lines(capability: tuple[int, int], *, handles: int = 1) -> tuple[Lin
         else ":4096:2:16:8, 8,519,680 bytes"
     )
     return (
-        Line("cuBLAS workspace", "workspace", each * handles, source, True),
-        Line("cuBLASLt workspace", "workspace", MIB * handles, "1 MiB by default (pytorch #73328)", True),
+        DeviceLine("cuBLAS workspace", "workspace", each * handles, source, True),
+        DeviceLine(
+            "cuBLASLt workspace", "workspace", MIB * handles, "1 MiB by default (pytorch #73328)", True
+        ),
     )
-
-
-def _known(kernel: str) -> None:
-    if kernel != "plain":
-        raise ConfigError(f"kernel must be 'flash', 'efficient', 'flex' or 'plain', got {kernel!r}")

@@ -16,13 +16,13 @@ from planner.calibration import Bound, Calibration, bound_of, shipped
 from planner.memory import cuda_process as device_share
 from planner.memory.allocator import replay, smallest_cap
 from planner.memory.allocator_settings import AllocatorSettings
+from planner.memory.cuda_process import Display
+from planner.memory.dispatch import plan_of
 from planner.memory.machines import Cpu, Cuda, Machine, this_cpu, units_of
-from planner.memory.plan import plan_of
 from planner.memory.table import COMPONENTS, Plan
 from planner.workload import Dtype, Workload
 
 SCHEMA_VERSION: Final = 1
-Display = Literal["headless", "desktop"]
 
 
 class Line(Value):
@@ -158,7 +158,7 @@ def _on_cpu(
 
 def _on_gpu(
     config: AttentionConfig, workload: Workload, gpu: gpus.Gpu, calibration: Calibration | None,
-    settings: AllocatorSettings, outside: tuple[device_share.Line, ...], given: bool,
+    settings: AllocatorSettings, outside: tuple[device_share.DeviceLine, ...], given: bool,
 ) -> MemoryEstimate:  # fmt: skip
     _refuse_unfit(config, workload, gpu)
     machine: Machine = Cuda(gpu.capability)
@@ -197,7 +197,7 @@ def _on_gpu(
     )
 
 
-def _libraries(config: AttentionConfig, gpu: gpus.Gpu) -> tuple[device_share.Line, ...]:
+def _libraries(config: AttentionConfig, gpu: gpus.Gpu) -> tuple[device_share.DeviceLine, ...]:
     """cuBLAS's workspace, which any matrix product of the process takes; cuBLASLt's where a projection
     with a bias is part of the module."""
     blas, light = device_share.library_lines(gpu.capability)

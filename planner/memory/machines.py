@@ -128,7 +128,7 @@ FLASH_CHANNELS = 256
 """The most that flash attention takes."""
 
 
-def _mask_copy(kernel: cuda_kernels.Kernel, call: Call) -> Count:
+def _mask_copy(kernel: cuda_kernels.KernelName, call: Call) -> Count:
     """The mask with rows as the efficient kernel wants them; see `attention.ops.kernels._aligned`."""
     return call.masked * up(call.keys, 8) * call.itemsize if kernel == "efficient" else 0
 
@@ -139,7 +139,7 @@ class Cuda:
 
     capability: tuple[int, int]
 
-    def kernels(self, call: Call) -> tuple[cuda_kernels.Kernel, ...]:
+    def kernels(self, call: Call) -> tuple[cuda_kernels.KernelName, ...]:
         """Those that calls of this size run on, as `attention.ops.kernels.choose` has it; the second only
         those with an additive mask, which flash does not take."""
         if call.itemsize == 8:

@@ -86,7 +86,7 @@ class Plan(NamedTuple):
                     yield buffer.name, int(buffer.bytes)
 
 
-class Table:
+class PlanTable:
     """A plan in the making."""
 
     def __init__(self) -> None:

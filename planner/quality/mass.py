@@ -17,19 +17,19 @@ from typing import TypeAlias
 import numpy as np
 
 from attention.config import AttentionConfig
-from planner.configs import Column, Columns, columns_of
+from planner.configs import Column, Columns, Floats, Ints, columns_of
 from planner.quality import sampled_blocks as quality_rows
 from planner.quality.profiles import Profile
 from planner.quality.sampled_blocks import common, subsets
 from planner.quality.sampled_queries import points
-from planner.quality.sums import Floats, Ints, cells, permitted, segments, windows
+from planner.quality.sums import cells, permitted, segments, windows
 from planner.workload import Workload
 
 KEPT = 2
 """Of the fields of dilated_sparse and adaptive, the fraction of blocks kept."""
 FLAT = 1e-5
 """A uniform share's fall over the sequence."""
-Seen: TypeAlias = Callable[[int, int], Floats]
+_Seen: TypeAlias = Callable[[int, int], Floats]
 """(key, first query) to the queries from there on that keep the key, [N]."""
 _CHUNK = 32  # candidates at a time: what is computed for them stays within a cache
 
@@ -142,7 +142,7 @@ def _windows(
     return _mean(w, kept, permitted(a, ends, n, causal), ends), _sinks(seen, seq, sinks, causal)
 
 
-def _sinks(seen: Seen, seq: Ints, sinks: int, causal: bool) -> Floats:
+def _sinks(seen: _Seen, seq: Ints, sinks: int, causal: bool) -> Floats:
     """[N], share of the permitted sinks that a query keeps, from counts of the queries that keep each."""
     total = np.zeros(seq.shape)
     for k in range(sinks):

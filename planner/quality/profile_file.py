@@ -18,9 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attention.errors import ConfigError
+from planner.configs import Floats
 from planner.quality.profiles import PRESETS, Profile
-
-Floats = NDArray[np.float64]
 
 QUERIES: Final = 256
 """Queries measured, of each head and batch entry taken."""

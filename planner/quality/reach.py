@@ -19,13 +19,12 @@ from numpy.typing import NDArray
 
 from attention.config import AttentionConfig
 from attention.sizes.arrays import row_blocks
-from planner.configs import Columns, columns_of
+from planner.configs import Columns, Ints, columns_of
 from planner.quality.mass import KEPT, distinct, shape_of
 from planner.quality.sampled_blocks import Patterns
 from planner.workload import Workload
 
 Bools: TypeAlias = NDArray[np.bool_]
-Ints: TypeAlias = NDArray[np.int64]
 
 NEVER = 1 << 62
 

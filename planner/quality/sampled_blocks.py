@@ -15,7 +15,8 @@ import numpy as np
 
 from attention.layout import Branches
 from attention.sizes.arrays import row_blocks
-from planner.quality.sums import Floats, Ints, Number, series, triangle
+from planner.configs import Floats, Ints
+from planner.quality.sums import Number, series, triangle
 
 ROWS = 128
 """Query blocks looked at; all of them where there are no more."""

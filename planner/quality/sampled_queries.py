@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from planner.configs import Floats, Ints
 from planner.quality.sampled_blocks import common, subsets
-from planner.quality.sums import Floats, Ints, series
+from planner.quality.sums import series
 
 POINTS = 4096
 """Queries looked at of irregular dilated branches; all of them where there are no more."""

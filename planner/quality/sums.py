@@ -9,10 +9,9 @@ from __future__ import annotations
 from typing import Any, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
-Floats: TypeAlias = NDArray[np.float64]
-Ints: TypeAlias = NDArray[np.int64]
+from planner.configs import Floats, Ints
+
 Number: TypeAlias = Any
 """An int, a float or an array of them."""
 

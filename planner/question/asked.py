@@ -12,7 +12,7 @@ from attention.errors import ConfigError
 if TYPE_CHECKING:
     from planner.calibration import Calibration
     from planner.gpus import Gpu
-    from planner.memory.estimate import Display
+    from planner.memory.cuda_process import Display
     from planner.quality.profiles import Profile
     from planner.question.space import Space
     from planner.workload import Dtype, Mode

@@ -18,7 +18,7 @@ from attention.config import (
 )
 from attention.errors import ConfigError
 from planner.configs import Columns, Ints
-from planner.memory.plan import goes_flex
+from planner.memory.dispatch import goes_flex
 from planner.question.space import MAX_BRANCHES, Kind, Space, is_sparse, pattern_of, variant_of
 from planner.workload import Workload
 
@@ -142,7 +142,7 @@ def _dilated(space: Space, seq: int) -> Iterator[tuple[Lists, Mapping[str, Any]]
 
 def _dilated_sparse(space: Space, seq: int) -> Iterator[tuple[Lists, Mapping[str, Any]]]:
     for block in space.block_sizes or BLOCK_SIZES[:-1]:
-        if not _divides(block, space.segments):
+        if not divides(block, space.segments):
             continue
         whole = -(-seq // block) * block
         for lists in branch_lists(space, seq, block, SPARSE_SEGMENTS, (8,)):
@@ -152,7 +152,7 @@ def _dilated_sparse(space: Space, seq: int) -> Iterator[tuple[Lists, Mapping[str
                 yield lists, {"block_size": block, "sparsity_ratio": ratio}
 
 
-def _divides(block: int, segments: Sequence[int] | None) -> bool:
+def divides(block: int, segments: Sequence[int] | None) -> bool:
     return all(length % block == 0 for length in segments or ())
 
 

@@ -10,9 +10,9 @@ from typing import Any, Literal
 from planner.calibration import Calibration
 from planner.gpus import Gpu
 from planner.memory import cuda_process as device_share
+from planner.memory.dispatch import has_flex
 from planner.memory.estimate import calibration_for, machine_of
 from planner.memory.machines import Machine
-from planner.memory.plan import has_flex
 from planner.quality.profiles import Profile
 from planner.question.asked import Gates, Objective
 from planner.speed import seconds as speed

@@ -18,7 +18,7 @@ from planner.search.candidates import (
     MOST_RATE_GROWTH,
     UNIT,
     Lists,
-    _divides,
+    divides,
     most_window,
     widest_window,
 )
@@ -40,7 +40,7 @@ class Trial(Protocol):
 def chosen(trial: Trial, space: Space, workload: Workload, *, flex: bool = False) -> Columns:
     """One candidate of the full space, as the trial suggests it."""
     sizes = space.block_sizes or FREE_BLOCK_SIZES
-    fitting = tuple(size for size in sizes if _divides(size, space.segments))
+    fitting = tuple(size for size in sizes if divides(size, space.segments))
     kinds = tuple(kind for kind in space.kinds if kind != "dilated_sparse" or fitting)
     kind: Kind = kinds[0] if len(kinds) == 1 else trial.suggest_categorical("kind", kinds)
     fields: dict[str, Any] = {

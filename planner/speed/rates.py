@@ -19,11 +19,8 @@ Defaults are not measured on the device they are for, and say so. Where they com
 
 from __future__ import annotations
 
-from typing import Annotated, Final
+from typing import Final
 
-from pydantic import BeforeValidator
-
-from attention.config import as_tuple
 from attention.errors import ConfigError
 from planner.calibration import Costs, Rates
 from planner.gpus import Gpu
@@ -31,7 +28,6 @@ from planner.memory.machines import Cpu, Machine
 from planner.workload import ITEMSIZE
 
 NOT_MEASURED: Final = "documented defaults: not measured"
-Floats = Annotated[tuple[float, ...], BeforeValidator(as_tuple)]
 
 HOST: Final = ("launches", "gathers", "gates", "tiles", "passes")
 """What a GPU's host does."""

@@ -21,10 +21,11 @@ from attention.config import AttentionConfig
 from attention.errors import ConfigError
 from planner.calibration import Costs, Rates
 from planner.configs import Columns, columns_of
+from planner.memory.dispatch import goes_apart
 from planner.memory.machines import Cpu, Machine
 from planner.speed.rates import HOST, default_rates
 from planner.speed.row_runs import Amount
-from planner.speed.work import Kernel, Totals, Work, cpu_kernel, goes_apart, gpu_kernel, work_of
+from planner.speed.work import Kernel, Totals, Work, cpu_kernel, gpu_kernel, work_of
 from planner.workload import Workload
 
 Seconds = NDArray[np.float64]

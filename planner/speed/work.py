@@ -14,12 +14,11 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Final, NamedTuple
 
 from attention.sizes.adaptive import gate_rows
-from attention.sizes.arrays import ceil_div, choose, least, most, row_blocks, somewhere
-from attention.sizes.row_bounds import chosen_rows
+from attention.sizes.arrays import ceil_div, choose, least, most, somewhere
 from attention.sizes.shape import Shape
 from planner.configs import Columns
+from planner.memory.dispatch import shape_of
 from planner.memory.machines import Machine
-from planner.memory.plan import UNBOUNDED, goes_flex, has_flex, sized
 from planner.speed import calls as work_calls
 from planner.speed.calls import Calls, Program
 from planner.speed.row_runs import Amount, Run, rounded_down, rounded_up, runs_of
@@ -203,29 +202,10 @@ class Work(NamedTuple):
     """None in inference."""
 
 
-def goes_apart(columns: Columns, workload: Workload, machine: Machine) -> Any:
-    """Whether a candidate is a single kernel call (dense attention, compiled FlexAttention) and no program
-    of tiles; an array if it differs among candidates."""
-    if columns.variant == "adaptive":
-        return False
-    if columns.variant == "block_sparse":
-        seq: Any = columns.seq
-        return has_flex(workload, machine) and goes_flex(
-            columns.backend, columns.rows(workload.causal), seq, workload
-        )
-    if workload.heads != workload.groups:
-        return False
-    if columns.variant == "dense":
-        return True
-    if len(columns.lengths) > 1:
-        return False
-    return (columns.lengths[0] >= columns.seq) & (columns.rates[0] == 1)
-
-
 def work_of(columns: Columns, workload: Workload, machine: Machine, kernel: Kernel, *, apart: bool) -> Work:
     """Of candidates of which `goes_apart` holds for all or for none; `workload.seq` is not read."""
     given: Any = columns
-    shape = sized(workload, machine, given.seq, given.workspace, 0, UNBOUNDED).shape
+    shape = shape_of(columns, workload, machine)
     outer, trains = columns.multihead, workload.mode == "training"
     program, once = _program(columns, shape, apart, workload.batch)
     total = forward(program.calls, program.tiles, shape, kernel)
@@ -239,7 +219,7 @@ def work_of(columns: Columns, workload: Workload, machine: Machine, kernel: Kern
     total = backward(program.calls, program.tiles, back, kernel, whole=once)
     _beside(total, columns, shape, 2, apart)
     if columns.variant == "adaptive":
-        kept, size = _kept(columns), given.block_size
+        kept, size = columns.rows(workload.causal).lists, given.block_size
         total["gated"] = shape.heads * shape.seq * kept * size
         total["gates"] = shape.heads * kept * rounded_up(ceil_div(shape.seq, size), gate_rows(shape, size))
         total["scored"] = total["scored"] + 2 * total["gated"] * shape.head_dim
@@ -250,7 +230,7 @@ def _program(columns: Columns, shape: Shape, apart: bool, batch: int) -> tuple[P
     """The program of a pass, and whether it takes the whole batch at once."""
     given: Any = columns
     if columns.variant == "adaptive":
-        rows = chosen_rows(given.block_size, _kept(columns))
+        rows = columns.rows(shape.causal)
         return work_calls.block_sparse(_chosen(rows.lists, shape, given.block_size), rows, shape), False
     if columns.variant == "block_sparse":
         fields: dict[str, Any] = {
@@ -264,18 +244,7 @@ def _program(columns: Columns, shape: Shape, apart: bool, batch: int) -> tuple[P
         return work_calls.block_sparse(runs, rows, shape), False
     if apart:
         return work_calls.whole(shape, batch), True
-    if columns.variant == "dense":
-        return work_calls.dilated([(shape.seq, 1)], shape), False
-    limit = most(shape.seq, shape.heads)
-    pairs = zip(given.lengths, given.rates, strict=True)
-    branches = [(least(length, shape.seq), least(rate, limit)) for length, rate in pairs]
-    return work_calls.dilated(branches, shape), False
-
-
-def _kept(columns: Columns) -> Amount:
-    """Blocks that a row of an adaptive attention keeps."""
-    given: Any = columns
-    return row_blocks(given.sparsity_ratio, ceil_div(given.seq, given.block_size))
+    return work_calls.dilated(shape.within(columns.branches), shape), False
 
 
 def _chosen(kept: Amount, shape: Shape, size: Amount) -> list[Run]:
@@ -295,7 +264,7 @@ def _beside(total: Totals, columns: Columns, shape: Shape, times: int, apart: bo
     if apart and columns.variant == "block_sparse":
         total["flex"], total["work"] = total["work"] * (1 + FLEX_TILE / given.block_size), 0
     if columns.variant == "adaptive":
-        rows = chosen_rows(given.block_size, _kept(columns))
+        rows = columns.rows(shape.causal)
         products, ranked = work_calls.scoring(rows, shape, columns.score_dim or shape.head_dim)
         total["scored"], total["ranked"] = products * times, ranked
     if columns.multihead is not None:

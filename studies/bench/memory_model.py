@@ -19,7 +19,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 
 from attention.pool import buffers_for
 from planner.fitting.samples import KINDS, Sample, samples
-from planner.measuring.child import _call
+from planner.measuring.call import call_of
 from planner.measuring.server import Batch
 from planner.memory.estimate import estimate
 from studies.bench.records import Row, Step, markdown
@@ -50,7 +50,7 @@ def arithmetic(sample: Sample) -> int:
 def tracked(sample: Sample) -> int:
     """`MemTracker`'s peak over a call with real tensors."""
     config, workload = sample
-    call = _call(config, workload, CPU)
+    call = call_of(config, workload, CPU)
     call.start_cold()
     tracker = MemTracker()
     tracker.track_external(call.module, *call.inputs, *([] if call.grad is None else [call.grad]))

@@ -6,9 +6,9 @@ from itertools import islice
 from unittest import mock
 
 import numpy as np
-import planner.columns
 import pytest
 
+import planner.configs
 from attention.errors import ConfigError
 from planner.configs import Columns, columns_of
 from planner.fitting.samples import samples
@@ -41,7 +41,7 @@ def test_rows_are_found_once_and_are_those_of_the_candidates_taken():
     fresh = columns.take(some)
     assert columns.rows(True) is columns.rows(True)
     taken = columns.take(some)
-    with mock.patch.object(planner.columns, "pattern_rows", side_effect=AssertionError):
+    with mock.patch.object(planner.configs, "pattern_rows", side_effect=AssertionError):
         known = taken.rows(True)
         with pytest.raises(AssertionError):
             taken.rows(False)

@@ -30,7 +30,7 @@ COLUMNS: Final = 64
 LEAST_WORK: Final = 16**3
 """Products of at most so many multiplications stay with torch (mkldnn_gemm_min_size)."""
 
-Floats = NDArray[np.float32]
+Singles = NDArray[np.float32]
 
 
 @lru_cache(maxsize=4096)
@@ -111,7 +111,7 @@ def _blocks(
 def _imbalance(
     rows: int, inner: int, columns: int, threads: int, depth: int, candidates: NDArray[np.int64],
     work: NDArray[np.int64], chunk: int, split: int,
-) -> Floats:  # fmt: skip
+) -> Singles:  # fmt: skip
     """How unevenly threads would share, the mean of five shares: oneDNN's get_imbalance, in its precision."""
     single, share = np.float32, threads // split
     across = -(-columns // min(columns, COLUMNS))
@@ -120,15 +120,15 @@ def _imbalance(
     left_over = (single(chunks) * single(chunk) - single(across)) / single(across)
     idle = single((threads - share * split) / threads)
     depths = _distance(np.array(inner), split * depth)
-    found: Floats = (_distance(work, share) + beyond + left_over + idle + depths) / single(5)
+    found: Singles = (_distance(work, share) + beyond + left_over + idle + depths) / single(5)
     return found
 
 
-def _distance(work: NDArray[np.int64], unit: int) -> Floats:
+def _distance(work: NDArray[np.int64], unit: int) -> Singles:
     """How far `work` is from a multiple of `unit`, as a share of it (calculate_spatial_disbalance)."""
     rest = work % unit
     away = np.where(work < unit, unit - rest, np.minimum(unit - rest, rest))
-    found: Floats = (away / unit).astype(np.float32)
+    found: Singles = (away / unit).astype(np.float32)
     return found
 
 

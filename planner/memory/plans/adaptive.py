@@ -1,7 +1,7 @@
 """The memory plan of an adaptive attention: choosing blocks, attending over them, and in training what the
 scorer learns; see `attention/adaptive.py`. Imports no torch.
 
-Letters as in `plans.py`, and n blocks, of which a row keeps k; E channels of a score.
+Letters as in `planner/memory/plans/tiles.py`, and n blocks, of which a row keeps k; E channels of a score.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from attention.sizes.row_bounds import chosen_rows
 from attention.sizes.tiles import pieces, sparse_extent
 from planner.memory.plans import tiles as plans
 from planner.memory.plans.tiles import Case
-from planner.memory.table import Table
+from planner.memory.table import PlanTable
 
 SIZES = "attention/sizes/adaptive.py"
 
@@ -27,7 +27,7 @@ def scorer_of(case: Case, size: Count, kept: Count, channels: Count | None) -> S
     )  # fmt: skip
 
 
-def adaptive(table: Table, case: Case, scorer: Scorer) -> None:
+def adaptive(table: PlanTable, case: Case, scorer: Scorer) -> None:
     """Choice and attention, and in training the backward pass."""
     numbers = _parameters(case, scorer)
     if not case.run:
@@ -38,7 +38,7 @@ def adaptive(table: Table, case: Case, scorer: Scorer) -> None:
               f"{SIZES} choosing_sizes")  # fmt: skip
     table.free("scratch of the choice")
 
-    def turn(table: Table) -> bool:
+    def turn(table: PlanTable) -> bool:
         """The scorer learns before the attention does."""
         table.free("hidden positions")
         goes = case.turn is None or case.turn(table)
@@ -53,7 +53,7 @@ def adaptive(table: Table, case: Case, scorer: Scorer) -> None:
         table.free("hidden positions")
 
 
-def _hide(table: Table, case: Case, scorer: Scorer, *, backward: bool) -> None:
+def _hide(table: PlanTable, case: Case, scorer: Scorer, *, backward: bool) -> None:
     """The mask of lists that hold the last block, if that is short; under `causal` only its own rows do."""
     shape = case.shape.backward() if backward else case.shape
     extent = sparse_extent(chosen_rows(scorer.size, scorer.kept), shape)
@@ -69,7 +69,7 @@ def _hide(table: Table, case: Case, scorer: Scorer, *, backward: bool) -> None:
     table.add(f"{name} of backward" if backward else name, "masks", found * itemsize * short, "N H K e")
 
 
-def _learn(table: Table, case: Case, scorer: Scorer) -> None:
+def _learn(table: PlanTable, case: Case, scorer: Scorer) -> None:
     """From the gradient of out to that of the chosen scores, and on to those of the projections."""
     shape, numbers = case.shape, _parameters(case, scorer)
     table.phase("backward, gate")

@@ -1,8 +1,8 @@
 """The memory plan of an attention between projections; see `attention/multihead.py`. Imports no torch.
 
-The three streams are one tensor, as in self-attention. Letters as in `plans.py`, and E = H D channels of
-the model, R = E + 2 G D rows of the input projections. Products are made one after another, each with
-scratch of its own where a library takes that from torch.
+The three streams are one tensor, as in self-attention. Letters as in `planner/memory/plans/tiles.py`, and
+E = H D channels of the model, R = E + 2 G D rows of the input projections. Products are made one after
+another, each with scratch of its own where a library takes that from torch.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from collections.abc import Callable
 
 from attention.sizes.arrays import Count, most
 from planner.memory.plans.tiles import Case
-from planner.memory.table import Table
+from planner.memory.table import PlanTable
 
 KEPT = ("memory_pool", "pattern_cache")
 """Components that a forward pass leaves behind, whoever needs its results."""
 
 
 def multihead(
-    table: Table, case: Case, attend: Callable[[Table, Case], None], *, bias: bool, checkpoint: bool
+    table: PlanTable, case: Case, attend: Callable[[PlanTable, Case], None], *, bias: bool, checkpoint: bool
 ) -> None:
     """Input projections, attention, output projection, and in training their gradients. `attend` adds the
     attention itself. `checkpoint`: backward repeats the forward pass, of which nothing was saved."""
@@ -36,7 +36,7 @@ def multihead(
         case = case._replace(run=1)
     _project(table, case)
 
-    def turn(table: Table) -> bool:
+    def turn(table: PlanTable) -> bool:
         """The output projection, forward unless that was done before, and its gradients."""
         if not repeats:
             _result(table, case)
@@ -85,7 +85,7 @@ def _tokens(case: Case) -> Count:
     return case.batch * case.shape.seq
 
 
-def _inputs(table: Table, case: Case, bias: bool) -> None:
+def _inputs(table: PlanTable, case: Case, bias: bool) -> None:
     e = case.shape.itemsize
     table.add("parameters", "parameters", parameter_bytes(case, bias), "(R + E) (E + 1 if biased) e")
     table.add("input", "qkv", case.channels * e, "B S E e")
@@ -93,7 +93,7 @@ def _inputs(table: Table, case: Case, bias: bool) -> None:
         table.add("gradient of the result", "gradients", case.channels * e, "B S E e")
 
 
-def _project(table: Table, case: Case) -> None:
+def _project(table: PlanTable, case: Case) -> None:
     for name, heads, width in (
         ("q", "H", _width(case)),
         ("k", "G", _kv_width(case)),
@@ -104,13 +104,13 @@ def _project(table: Table, case: Case) -> None:
         _product(table, case, _tokens(case), _width(case), width, forward=True)
 
 
-def _result(table: Table, case: Case) -> None:
+def _result(table: PlanTable, case: Case) -> None:
     table.phase("output projection")
     table.add("result", "output", case.channels * case.shape.itemsize, "B S E e")
     _product(table, case, _tokens(case), _width(case), _width(case), forward=True)
 
 
-def _gradients(table: Table, case: Case, name: str, widths: tuple[Count, ...], bias: bool) -> None:
+def _gradients(table: PlanTable, case: Case, name: str, widths: tuple[Count, ...], bias: bool) -> None:
     """Of the parameters of projections to so many channels each."""
     width, e = _width(case), case.shape.itemsize
     rows: Count = sum(widths)
@@ -123,21 +123,21 @@ def _gradients(table: Table, case: Case, name: str, widths: tuple[Count, ...], b
 
 
 def _product(
-    table: Table, case: Case, rows: Count, inner: Count, columns: Count, forward: bool = False
+    table: PlanTable, case: Case, rows: Count, inner: Count, columns: Count, forward: bool = False
 ) -> None:
     """A projection's scratch, in the phase of its result. Going `forward`, weights are a transposed view."""
     _scratch(table, case.machine.product(rows, inner, columns, second_turned=forward))
 
 
-def _scratch(table: Table, count: Count) -> None:
+def _scratch(table: PlanTable, count: Count) -> None:
     table.add("product scratch", "workspace", count, "of the library; see planner/memory/onednn/gemm.py")
     table.free("product scratch")
 
 
-class _Unsaved(Table):
+class _Unsaved(PlanTable):
     """Adds a forward pass of which nothing is saved to a table, under names of its own."""
 
-    def __init__(self, table: Table, prefix: str) -> None:
+    def __init__(self, table: PlanTable, prefix: str) -> None:
         super().__init__()
         self._table, self._prefix = table, prefix
         self._alive: list[str] = []

@@ -28,7 +28,7 @@ from attention.sizes.tiles import (
     sparse_extent,
 )
 from planner.memory.machines import Bytes, Call, Machine
-from planner.memory.table import Table
+from planner.memory.table import PlanTable
 
 POOLED = "arena kept by the pool"
 
@@ -56,7 +56,7 @@ class Case(NamedTuple):
     """Forward passes of one call: 2 where backward repeats the forward pass."""
     run: int = 0
     """Which of those this one is."""
-    turn: Callable[[Table], bool] | None = None
+    turn: Callable[[PlanTable], bool] | None = None
     """What happens between forward and backward, and whether backward follows; None for nothing in
     between."""
 
@@ -75,7 +75,7 @@ class Case(NamedTuple):
         """Bytes of the log-sum-exp."""
         return self.batch * self.shape.seq * self.shape.heads * self.shape.wide
 
-    def goes_back(self, table: Table) -> bool:
+    def goes_back(self, table: PlanTable) -> bool:
         """Whether a backward pass follows, now that the forward pass is done."""
         return self.trains and (self.turn is None or self.turn(table))
 
@@ -87,7 +87,7 @@ def pooled(switch: str, pool_bytes: int | None, seq: Count) -> Count:
     return (seq >= (POOL_FROM_TOKENS if switch == "auto" else 0)) * 1
 
 
-def inputs(table: Table, case: Case) -> None:
+def inputs(table: PlanTable, case: Case) -> None:
     """q, k, v, and in training the incoming gradient."""
     e = case.shape.itemsize
     table.add("q", "qkv", case.channels * e, "B S H D e")
@@ -97,7 +97,7 @@ def inputs(table: Table, case: Case) -> None:
         table.add("gradient of out", "gradients", case.channels * e, "B S H D e")
 
 
-def whole(table: Table, case: Case) -> None:
+def whole(table: PlanTable, case: Case) -> None:
     """Dense attention with as many kv heads as heads: one kernel call over everything."""
     shape, e = case.shape, case.shape.itemsize
     call = Call(case.batch, shape.heads, shape.seq, shape.seq, shape.head_dim, e, causal=shape.causal)
@@ -123,7 +123,7 @@ def whole(table: Table, case: Case) -> None:
         table.free("backward scratch")
 
 
-def program(table: Table, case: Case, extent_of: Callable[[Shape], Extent]) -> None:
+def program(table: PlanTable, case: Case, extent_of: Callable[[Shape], Extent]) -> None:
     """An attention of tiles: forward, and in training backward."""
     shape, e = case.shape, case.shape.itemsize
     extent = extent_of(shape)
@@ -167,7 +167,7 @@ def program(table: Table, case: Case, extent_of: Callable[[Shape], Extent]) -> N
 
 
 def program_backward(
-    table: Table,
+    table: PlanTable,
     case: Case,
     extent_of: Callable[[Shape], Extent],
     forward_arena: Count,
@@ -211,7 +211,7 @@ def program_backward(
     _leave(table, "backward arena", f"backward {POOLED}", most(kept - there, 0))
 
 
-def _hidden(table: Table, kind: Kind, count: Count, shape: Shape) -> None:
+def _hidden(table: PlanTable, kind: Kind, count: Count, shape: Shape) -> None:
     """The mask of shared lists that hold the last block, if that is short. Under a causal mask only the
     last row sees that block, and its causal mask hides what is past the end."""
     applies = kind.gathers and not kind.own and not shape.causal
@@ -225,7 +225,7 @@ def _arena(case: Case, own: Count, other: Count) -> tuple[Count, Count]:
     return size, size * case.pool * (size <= case.pool_bytes)
 
 
-def _leave(table: Table, name: str, kept_name: str, kept: Count) -> None:
+def _leave(table: PlanTable, name: str, kept_name: str, kept: Count) -> None:
     """Ends a buffer's use; what the pool keeps of it stays."""
     table.free(name)
     table.phase(f"after {name}")
@@ -269,7 +269,7 @@ def _mask(nbytes: Count, uses: Count, keeps: Count) -> Mask:
     return Mask(nbytes - staying - there, staying, there)
 
 
-def _make(table: Table, name: str, mask: Mask) -> None:
+def _make(table: PlanTable, name: str, mask: Mask) -> None:
     """A mask, of which what does not stay is to be freed under its name."""
     formula = "attention/sizes/tiles.py Extent.mask"
     table.add(name, "masks", mask.passing, formula)
@@ -289,7 +289,7 @@ def _taken(kernel: Callable[[Call], Bytes], call: Call, kind: Kind) -> Bytes:
     return kernel(call) if somewhere(kind.exists) else Bytes(0, 0)
 
 
-def flex(table: Table, case: Case, rows: Rows) -> None:
+def flex(table: PlanTable, case: Case, rows: Rows) -> None:
     """Block-sparse attention by compiled FlexAttention; see `attention/ops/flex.py`."""
     shape, e = case.shape, case.shape.itemsize
     call = Call(case.batch, shape.heads, shape.seq, shape.seq, shape.head_dim, e)
@@ -297,7 +297,7 @@ def flex(table: Table, case: Case, rows: Rows) -> None:
     table.phase("forward")
     table.add("out", "output", case.channels * e, "B S H D e")
     table.add("block lists", "sparse_indices", flex_list_bytes(rows, shape.seq),
-              "attention/sizes/tiles.py flex_list_bytes")  # fmt: skip
+              "attention/sizes/flex.py flex_list_bytes")  # fmt: skip
     table.add("log-sum-exp", "saved_for_backward" if case.trains else "temp_buffers",
               found.result - case.channels * e, "float32 B H S")  # fmt: skip
     if not case.trains:
@@ -312,12 +312,12 @@ def flex(table: Table, case: Case, rows: Rows) -> None:
     table.free("backward scratch")
 
 
-def dilated(table: Table, case: Case, branches: Sequence[tuple[Count, Count]]) -> None:
+def dilated(table: PlanTable, case: Case, branches: Sequence[tuple[Count, Count]]) -> None:
     """Dilated attention, and dense attention with fewer kv heads: branches smallest rate first."""
     program(table, case, _once(case.shape, lambda shape: dilated_extent(branches, shape)))
 
 
-def block_sparse(table: Table, case: Case, rows: Rows) -> None:
+def block_sparse(table: PlanTable, case: Case, rows: Rows) -> None:
     """Block-sparse attention by views and gathers."""
     program(table, case, _once(case.shape, lambda shape: sparse_extent(rows, shape)))
 

@@ -1,6 +1,6 @@
 """The memory plan of attention weights on request; see `attention/ops/weights.py`. Imports no torch.
 
-Letters as in `plans.py`, and n active blocks a head, of b x b weights each.
+Letters as in `planner/memory/plans/tiles.py`, and n active blocks a head, of b x b weights each.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from attention.sizes.arena import arena_bytes
 from attention.sizes.arrays import Count
 from attention.sizes.weights import weights_sizes
 from planner.memory.plans.tiles import Case
-from planner.memory.table import Table
+from planner.memory.table import PlanTable
 
 
-class Asked(NamedTuple):
+class ReturnedWeights(NamedTuple):
     """Which weights are returned."""
 
     size: Count
@@ -28,29 +28,31 @@ class Asked(NamedTuple):
     """Whether every head of every batch item has blocks of its own."""
 
 
-def weighted(table: Table, case: Case, attend: Callable[[Table, Case], None], asked: Asked) -> None:
+def weighted(
+    table: PlanTable, case: Case, attend: Callable[[PlanTable, Case], None], returned: ReturnedWeights
+) -> None:
     """What `attend` adds, and after its forward pass the weights, which live to the end."""
 
-    def turn(table: Table) -> bool:
-        _weights(table, case, asked)
+    def turn(table: PlanTable) -> bool:
+        _weights(table, case, returned)
         return case.turn is None or case.turn(table)
 
     attend(table, case._replace(turn=turn, keeps_lse=True))
     if not case.trains:
-        _weights(table, case, asked)
+        _weights(table, case, returned)
 
 
-def _weights(table: Table, case: Case, asked: Asked) -> None:
+def _weights(table: PlanTable, case: Case, returned: ReturnedWeights) -> None:
     shape, lanes = case.shape, case.batch * case.shape.heads
     table.phase("weights")
     if not case.trains:
         table.add("log-sum-exp of the weights", "temp_buffers", case.lse_bytes, "B S H w")
-    indices = asked.active * 16 * (lanes if asked.own else 1)
+    indices = returned.active * 16 * (lanes if returned.own else 1)
     table.add("indices of the weights", "sparse_indices", indices, "16 n, or 16 B H n")
-    values = lanes * asked.active * asked.size * asked.size * shape.itemsize
+    values = lanes * returned.active * returned.size * returned.size * shape.itemsize
     table.add("weights", "weights", values, "B H n b b e")
     table.add("scratch of the weights", "workspace",
-              arena_bytes(weights_sizes(shape, asked.size, asked.active, asked.branches)),
+              arena_bytes(weights_sizes(shape, returned.size, returned.active, returned.branches)),
               "attention/sizes/weights.py")  # fmt: skip
     table.free("scratch of the weights")
     if not case.trains:

@@ -50,7 +50,7 @@ def join(parts: Iterable[Inside]) -> Html:
     )
 
 
-class Column(NamedTuple):
+class Heading(NamedTuple):
     """A column of a table."""
 
     name: str
@@ -58,7 +58,7 @@ class Column(NamedTuple):
     """How it is set: `number`, `bar`, `word` (never broken, so nothing that is anyone's text), or as text."""
 
 
-def table(caption: str, columns: Sequence[Column], rows: Iterable[Sequence[Inside]], kind: str = "") -> Html:
+def table(caption: str, columns: Sequence[Heading], rows: Iterable[Sequence[Inside]], kind: str = "") -> Html:
     """A table; the first cell of a row is its heading. Roles are said because a narrow screen shows rows as
     blocks, which browsers then take for no table."""
     head = tag(
@@ -73,7 +73,7 @@ def table(caption: str, columns: Sequence[Column], rows: Iterable[Sequence[Insid
     )  # fmt: skip
 
 
-def _cells(columns: Sequence[Column], row: Sequence[Inside]) -> Iterable[Html]:
+def _cells(columns: Sequence[Heading], row: Sequence[Inside]) -> Iterable[Html]:
     for at, (column, cell) in enumerate(zip(columns, row, strict=True)):
         if at == 0:
             yield tag("th", cell, scope="row", role="rowheader", class_=column.kind or None)

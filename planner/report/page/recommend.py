@@ -8,7 +8,7 @@ from typing import Final
 from planner.answers.recommendation import Pick, Recommendation
 from planner.answers.verified import Verified
 from planner.report.page.charts import SHAPES, Axis, Mark, delta, pair, points
-from planner.report.page.html import Column, Html, Section, join, page, pairs, table, tag
+from planner.report.page.html import Heading, Html, Section, join, page, pairs, table, tag
 from planner.report.page.sections import budget, layout, program, provenance, tiles
 from planner.report.text import words
 from planner.report.text.recommend import changed, dimension, reasons, searched, seconds, shape
@@ -71,9 +71,9 @@ def _tiles(found: Recommendation, verified: Sequence[Verified]) -> Html:
 
 def _picks(found: Recommendation) -> Section:
     columns = [
-        Column("pick", "word"), Column("attention", "word"), Column("config"), Column("tokens", "number"),
-        Column("memory", "number"), Column("time", "number"), Column("mass", "number"),
-        Column("layers", "number"),
+        Heading("pick", "word"), Heading("attention", "word"), Heading("config"), Heading("tokens", "number"),
+        Heading("memory", "number"), Heading("time", "number"), Heading("mass", "number"),
+        Heading("layers", "number"),
     ]  # fmt: skip
     rows = [(one.role, *_figures(one)) for one in found.alternatives]
     return Section("picks", "Three to choose from", table("Picks of what nothing surpasses", columns, rows))
@@ -92,9 +92,9 @@ def _why(found: Recommendation) -> Section:
     if not steps:
         return Section("why", "Why this one", said)
     columns = [
-        Column("one step"), Column("time", "number"), Column("", "bar"), Column("memory", "number"),
-        Column("", "bar"), Column("mass", "number"), Column("", "bar"), Column("layers", "number"),
-        Column("fails", "fails"),
+        Heading("one step"), Heading("time", "number"), Heading("", "bar"), Heading("memory", "number"),
+        Heading("", "bar"), Heading("mass", "number"), Heading("", "bar"), Heading("layers", "number"),
+        Heading("fails", "fails"),
     ]  # fmt: skip
     times = [step.seconds / found.seconds - 1 if found.seconds > 0 else 0.0 for step in steps]
     memory = [float(step.upper - found.memory.upper) for step in steps]
@@ -130,8 +130,9 @@ def _pareto(found: Recommendation) -> Section:
     most = max(one.upper for one in drawn) or 1
     marks = [_mark(one, roles.get(one, ""), most) for one in drawn]
     columns = [
-        Column("attention", "word"), Column("config"), Column("tokens", "number"), Column("memory", "number"),
-        Column("time", "number"), Column("mass", "number"), Column("layers", "number"), Column("pick"),
+        Heading("attention", "word"), Heading("config"), Heading("tokens", "number"),
+        Heading("memory", "number"), Heading("time", "number"), Heading("mass", "number"),
+        Heading("layers", "number"), Heading("pick"),
     ]  # fmt: skip
     rows = [(*_figures(one), roles.get(one, "")) for one in drawn]
     what = "What nothing surpasses in memory, time and mass together"
@@ -161,8 +162,8 @@ def _share(value: float) -> str:
 
 def _measured(results: Sequence[Verified]) -> Section:
     columns = [
-        Column("pick"), Column("memory", "number"), Column("at most", "number"), Column("", "bar"),
-        Column("time", "number"), Column("predicted", "number"), Column("", "bar"), Column("outcome"),
+        Heading("pick"), Heading("memory", "number"), Heading("at most", "number"), Heading("", "bar"),
+        Heading("time", "number"), Heading("predicted", "number"), Heading("", "bar"), Heading("outcome"),
     ]  # fmt: skip
     most = max(max(one.upper, one.allocated or 0) for one in results) or 1
     longest = max(max(one.predicted, one.seconds or 0.0) for one in results) or 1.0

@@ -11,7 +11,7 @@ from attention.layout_cells import Floats
 from planner.memory.estimate import MemoryEstimate
 from planner.quality.profiles import DEFAULT, PRESETS
 from planner.report.page.charts import SHADES, bar, matrix, strip
-from planner.report.page.html import Column, Html, Section, join, pairs, table, tag
+from planner.report.page.html import Heading, Html, Section, join, pairs, table, tag
 from planner.report.seen import Seen, cells, seen, strips
 from planner.report.text.estimate import label, waterfall
 from planner.report.text.layout import figures, percent
@@ -46,7 +46,12 @@ def budget(memory: MemoryEstimate, whole: int, reserve: int) -> Section:
             rows.append((name, drawn, format_bytes(count), f"{count / most:.1%}"))
             start += count
     rows.append(("the budget", bar(0, whole / most, "whole"), format_bytes(whole), "100.0%"))
-    columns = [Column("share"), Column("", "bar"), Column("bytes", "number"), Column("of it", "number")]
+    columns = [
+        Heading("share"),
+        Heading("", "bar"),
+        Heading("bytes", "number"),
+        Heading("of it", "number"),
+    ]
     body = [
         table("What the budget is made of at the peak of memory", columns, rows, "bars shares"),
         tag("p", f"The peak is in {memory.at!r}. Upper bound: {memory.confidence}."),
@@ -113,7 +118,7 @@ def _heads(found: Seen) -> Html | None:
     if not rows:
         return None
     first = max(len(one.positions) for one in strips(found))
-    columns = [Column("segment / rate"), Column("heads"), Column("", "bar")]
+    columns = [Heading("segment / rate"), Heading("heads"), Heading("", "bar")]
     return table(
         f"Which of the first {first} positions of a segment heads take", columns, rows, "bars strips"
     )

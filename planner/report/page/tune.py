@@ -7,7 +7,7 @@ from typing import Final
 
 from planner.answers.tuned import Trial, Tuned
 from planner.report.page.charts import SHAPES, Axis, Mark, points
-from planner.report.page.html import Column, Section, join, page, pairs, table, tag
+from planner.report.page.html import Heading, Section, join, page, pairs, table, tag
 from planner.report.page.sections import budget, layout, program, provenance, tiles
 from planner.report.text import words
 from planner.report.text.recommend import seconds, shape
@@ -66,9 +66,9 @@ def _trials(found: Tuned) -> Section:
         ("trials", f"{len(found.trials):,} measured; {failed:,} did not run within the budget"),
     ]
     columns = [
-        Column("trial", "number"), Column("time", "number"), Column("predicted", "number"),
-        Column("memory", "number"), Column("at most", "number"), Column("attention", "word"),
-        Column("config"), Column("outcome"),
+        Heading("trial", "number"), Heading("time", "number"), Heading("predicted", "number"),
+        Heading("memory", "number"), Heading("at most", "number"), Heading("attention", "word"),
+        Heading("config"), Heading("outcome"),
     ]  # fmt: skip
     rows = [
         (one.number, seconds(one.seconds) if one.seconds is not None else "-", seconds(one.predicted),

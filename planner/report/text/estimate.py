@@ -18,7 +18,7 @@ BAR: Final = 41
 _LABELS: Final = {"qkv": "q, k, v", "output": "out"}
 
 
-class Step(NamedTuple):
+class Bar(NamedTuple):
     """One share of a peak, on top of those before it."""
 
     name: str
@@ -26,17 +26,17 @@ class Step(NamedTuple):
     bytes: int
 
 
-def waterfall(found: MemoryEstimate) -> tuple[Step, ...]:
+def waterfall(found: MemoryEstimate) -> tuple[Bar, ...]:
     """The peak of what the device loses, share by share: components of what is allocated, what the caching
     allocator adds, what lies outside of it."""
     shares = {name: count for name, count in found.components.items() if name != "context"}
     shares["rounding"] = found.allocated - sum(shares.values())
     shares["cached segments"] = found.reserved - found.allocated
     shares["context"] = found.device - found.reserved
-    steps: list[Step] = []
+    steps: list[Bar] = []
     for name, count in shares.items():
         if count > 0:
-            steps.append(Step(name, sum(step.bytes for step in steps), count))
+            steps.append(Bar(name, sum(step.bytes for step in steps), count))
     return tuple(steps)
 
 

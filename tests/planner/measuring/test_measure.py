@@ -22,6 +22,7 @@ from attention import (
     SparsePatternConfig,
     UnavailableError,
 )
+from planner.measuring import process
 from planner.measuring.footprint import footprint, footprints
 from planner.measuring.measure import Measurement, measure
 from planner.measuring.records import read
@@ -66,7 +67,7 @@ def of(name: str) -> Measurement:
 def child(monkeypatch, script: str) -> None:
     """Measuring processes run this script; `answer` is where they answer."""
     start = f"import json, os, signal, sys, time; sys.stdin.read(); answer = int(sys.argv[1])\n{script}"
-    monkeypatch.setattr(measuring, "_command", lambda answer: [sys.executable, "-c", start, str(answer)])
+    monkeypatch.setattr(process, "command", lambda _, answer: [sys.executable, "-c", start, str(answer)])
 
 
 # ---- what is measured
@@ -178,7 +179,8 @@ def test_ctrl_c_kills_the_process(tmp_path):
         "import importlib, sys; from attention import AttentionConfig\n"
         "from planner.workload import Workload\n"
         "m = importlib.import_module('planner.measuring.measure')\n"
-        f"m._command = lambda answer: [sys.executable, '-c', {sleep!r}]\n"
+        "from planner.measuring import process\n"
+        f"process.command = lambda _, answer: [sys.executable, '-c', {sleep!r}]\n"
         "m.measure(AttentionConfig(variant='dense'), Workload(seq=8))"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE)
@@ -220,7 +222,7 @@ def gone(pid: int) -> bool:
     ],
 )  # fmt: skip
 def test_config_and_workload_must_agree(monkeypatch, config, message):
-    monkeypatch.setattr(measuring, "_command", None)
+    monkeypatch.setattr(process, "command", None)
     with pytest.raises(ConfigError, match=message):
         measure(config, SMALL)
 
@@ -231,7 +233,7 @@ def test_config_and_workload_must_agree(monkeypatch, config, message):
      {"threads": 0}, {"cap_bytes": 0}, {"cap_bytes": 1.5}, {"runs": True}],
 )  # fmt: skip
 def test_arguments_that_cannot_be_right_are_refused(monkeypatch, options):
-    monkeypatch.setattr(measuring, "_command", None)
+    monkeypatch.setattr(process, "command", None)
     with pytest.raises(ConfigError, match=next(iter(options))):
         measure(DENSE, SMALL, **options)
 
@@ -312,13 +314,12 @@ def test_a_closed_standard_stream_is_no_crash_of_what_is_measured(closed, tmp_pa
     code = (
         f"import os\nfor file in {closed}: os.close(file)\n"
         "from planner.measuring.measure import measure\nfrom planner.measuring.server import Batch\n"
-        "import planner.measuring.measure, planner.measuring.server, sys\n"
+        "import planner.measuring.process, sys\n"
         'child = "import json, os, sys; sys.stdin.readline(); assert all(os.fstat(n) for n in range(3)); "\n'
         "child += \"say = lambda said: os.write(int(sys.argv[1]), json.dumps(said).encode() + b'\\\\n'); \"\n"
         "child += \"say({'outcome': {'kind': 'ok', 'seconds': 1.0}}); \"\n"
         "child += \"say({'ended': {'code': 0, 'timed_out': False}})\"\n"
-        "for module in (sys.modules['planner.measuring.measure'], planner.measuring.server):\n"
-        "    module._command = lambda answer: [sys.executable, '-c', child, str(answer)]\n"
+        "planner.measuring.process.command = lambda _, answer: [sys.executable, '-c', child, str(answer)]\n"
         "from attention import AttentionConfig\nfrom planner.workload import Workload\n"
         "asked = AttentionConfig(variant='dense'), Workload(seq=64)\n"
         "with Batch() as batch: found = [measure(*asked), batch.measure(*asked)]\n"

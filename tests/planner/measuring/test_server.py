@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from attention import AttentionConfig, ConfigError, SparsePatternConfig
+from planner.measuring import process
 from planner.measuring import server as batch
 from planner.measuring.measure import measure
 from planner.measuring.server import Batch
@@ -24,7 +25,7 @@ def server(monkeypatch, script: str) -> None:
         "def say(line): os.write(answer, json.dumps(line).encode() + b'\\n')\n"
         f"for n, line in enumerate(sys.stdin):\n    task = json.loads(line); {script}"
     )
-    monkeypatch.setattr(batch, "_command", lambda answer: [sys.executable, "-c", start, str(answer)])
+    monkeypatch.setattr(process, "command", lambda _, answer: [sys.executable, "-c", start, str(answer)])
 
 
 def test_a_batch_measures_what_single_runs_do():
@@ -86,6 +87,6 @@ def test_what_a_server_prints_is_told_of_a_crash(monkeypatch):
 
 
 def test_arguments_are_checked_before_anything_starts(monkeypatch):
-    monkeypatch.setattr(batch, "_command", None)
+    monkeypatch.setattr(process, "command", None)
     with pytest.raises(ConfigError, match="runs"):
         Batch(runs=0)

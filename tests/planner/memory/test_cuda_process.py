@@ -8,7 +8,7 @@ import pytest
 from attention import ConfigError
 from planner.gpus import known
 from planner.memory.cuda_kernels import backward_lines, forward_lines
-from planner.memory.cuda_process import Line, device_lines, library_lines, total
+from planner.memory.cuda_process import DeviceLine, device_lines, library_lines, total
 
 MIB = 1 << 20
 KERNELS = ["flash", "efficient", "flex", "plain"]
@@ -206,7 +206,7 @@ def test_every_known_architecture_has_a_context():
 
 
 def test_lines_are_values():
-    line = Line("a", "context", 1, "as given", False)
+    line = DeviceLine("a", "context", 1, "as given", False)
     assert line == dataclasses.replace(line)
     with pytest.raises(dataclasses.FrozenInstanceError):
         line.bytes = 2  # type: ignore[misc]

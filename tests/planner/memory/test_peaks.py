@@ -9,9 +9,9 @@ from attention.config import AttentionConfig, MultiheadConfig, SparsePatternConf
 from attention.errors import ConfigError
 from attention.layout import row_blocks, row_budget
 from planner.configs import Columns
+from planner.memory.dispatch import plan_of
 from planner.memory.machines import Cpu, Cuda
 from planner.memory.peaks import AT_ONCE, peaks
-from planner.memory.plan import plan_of
 from planner.workload import Workload
 
 PATTERNS = ["local_window", "global_local"]

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from attention.errors import ConfigError
+from planner.memory.dispatch import plan_of
 from planner.memory.machines import Cuda
-from planner.memory.plan import plan_of
 from planner.question.space import KINDS, Space
 from planner.search.candidates import WORKSPACES, grid
 from planner.search.suggest import chosen, full_size, parameters

@@ -17,11 +17,11 @@ from attention.sizes.shape import Shape
 from attention.sizes.tiles import sparse_extent
 from planner.configs import Columns, columns_of
 from planner.fitting.speed_runs import timing_samples
+from planner.memory.dispatch import goes_apart, shape_of
 from planner.memory.machines import Cpu, Cuda
-from planner.memory.plan import case_of
 from planner.speed.calls import Calls
 from planner.speed.rates import default_cpu_rates
-from planner.speed.work import NAMES, backward, cpu_kernel, forward, goes_apart, gpu_kernel, work_of
+from planner.speed.work import NAMES, backward, cpu_kernel, forward, gpu_kernel, work_of
 from planner.workload import Workload
 
 KERNEL = cpu_kernel(2)
@@ -79,8 +79,8 @@ def both(config, workload):
     """[(exact, closed form)] of the forward and the backward of one batch item."""
     workload = workload.model_copy(update={"mode": "training", "batch": 1})
     machine = replace(MACHINE, dtype=workload.dtype)
-    shape = case_of(config, workload, machine).shape
     columns = columns_of(config, workload.seq)
+    shape = shape_of(columns, workload, machine)
     if goes_apart(columns, workload, machine):
         return []
     work = work_of(columns, workload, machine, KERNEL, apart=False)
@@ -139,13 +139,8 @@ def test_flex_is_one_call_where_its_lists_are_short_beside_the_floor():
     seq = np.array([1 << 18, 1 << 20])
     columns = Columns("block_sparse", "global_local", seq=seq, block_size=128, window=1024, global_tokens=64)
     workload, ampere = Workload(seq=1), Cuda((8, 0))
-    assert goes_apart(columns, workload, ampere).tolist() == [True, False]
-    assert np.all(goes_apart(replace(columns, backend="flex"), workload, ampere))
-    for machine, backend in ((ampere, "sdpa"), (Cuda((7, 5)), "auto"), (MACHINE, "auto")):
-        assert not np.any(goes_apart(replace(columns, backend=backend), workload, machine))
     for at, apart in enumerate((True, False)):
         one = columns_of(columns.config(at, workload), int(seq[at]))
-        assert bool(goes_apart(one, workload, ampere)) == apart
         work = work_of(one, workload, ampere, gpu_kernel(100), apart=apart)
         assert (work.forward["flex"] > 0, work.forward["work"] > 0) == (apart, not apart)
 

@@ -12,10 +12,10 @@ import torch
 from attention import AdaptiveConfig, AttentionConfig, SparsePatternConfig
 from attention.sizes.adaptive import Scorer, active_of_choice, choosing_sizes, gate_sizes, learning_sizes
 from attention.sizes.shape import Shape
-from planner.measuring.child import _call
+from planner.measuring.call import call_of
 from planner.measuring.footprint import footprints
+from planner.memory.dispatch import plan_of
 from planner.memory.machines import this_cpu
-from planner.memory.plan import plan_of
 from planner.workload import Workload
 
 SLACK = 4096
@@ -24,7 +24,7 @@ OVER, UNDER = 0.04, 0.005
 
 
 def measured(config: AttentionConfig, workload: Workload) -> int:
-    call = _call(config, workload, torch.device("cpu"))
+    call = call_of(config, workload, torch.device("cpu"))
     call.start_cold()
     (cold,) = footprints([call], torch.device("cpu"))
     return call.nbytes + cold.peak

@@ -11,13 +11,14 @@ import pytest
 import torch
 
 from attention import AttentionConfig, MultiheadConfig, SparsePatternConfig
-from planner.measuring.child import _call
+from planner.configs import Columns
+from planner.measuring.call import call_of
 from planner.measuring.footprint import footprints
+from planner.memory.dispatch import case_of, plan_of
 from planner.memory.machines import Cpu, this_cpu
-from planner.memory.plan import plan_of, sized
 from planner.memory.plans import tiles as plans
 from planner.memory.plans.multihead import multihead
-from planner.memory.table import Table
+from planner.memory.table import PlanTable
 from planner.workload import Workload
 
 CASES = 14
@@ -31,7 +32,7 @@ def machine(dtype: str) -> Cpu:
 
 def measured(config: AttentionConfig, workload: Workload) -> int:
     """Peak of a first call, and in training of its backward."""
-    call = _call(config, workload, torch.device("cpu"))
+    call = call_of(config, workload, torch.device("cpu"))
     call.start_cold()
     return call.nbytes + footprints([call], torch.device("cpu"))[0].peak
 
@@ -156,8 +157,9 @@ def test_arrays_give_what_ints_give(checkpoint, mode):
     branches = ((64, 1), (256, 2))
 
     def plan(seq, workspace, pool):
-        case = sized(workload, machine("bfloat16"), seq, workspace, pool, 1 << 62)
-        table = Table()
+        columns = Columns("dense", seq=seq, workspace=workspace)
+        case = case_of(columns, workload, machine("bfloat16"))._replace(pool=pool)
+        table = PlanTable()
         multihead(table, case, lambda t, c: plans.dilated(t, c, branches), bias=True, checkpoint=checkpoint)
         return table.done()
 

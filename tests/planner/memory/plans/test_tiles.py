@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from planner.fitting.samples import PLAIN, Sample, samples
-from planner.measuring.child import _call
+from planner.measuring.call import call_of
 from planner.measuring.footprint import footprints
+from planner.memory.dispatch import plan_of
 from planner.memory.machines import this_cpu
-from planner.memory.plan import plan_of
 
 CPU = torch.device("cpu")
 CASES = 24
@@ -42,7 +42,7 @@ def peaks_of(sample: Sample, threads: int) -> tuple[int, int]:
     usual = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        call = _call(config, workload, CPU)
+        call = call_of(config, workload, CPU)
         call.start_cold()
         [cold] = footprints([call], CPU)
         call.start_cold()

@@ -12,12 +12,13 @@ import torch
 
 from attention import AttentionConfig, MultiheadConfig, SparsePatternConfig
 from attention.sizes.row_bounds import window_rows
-from planner.measuring.child import _call
+from planner.configs import Columns
+from planner.measuring.call import call_of
 from planner.measuring.footprint import footprints
+from planner.memory.dispatch import case_of, plan_of
 from planner.memory.machines import Cpu, this_cpu
-from planner.memory.plan import plan_of, sized
 from planner.memory.plans import tiles as plans
-from planner.memory.table import Plan, Table
+from planner.memory.table import Plan, PlanTable
 from planner.workload import Workload
 
 CASES = 12
@@ -31,7 +32,7 @@ def machine(dtype: str) -> Cpu:
 
 def measured(config: AttentionConfig, workload: Workload) -> tuple[int, int]:
     """Peaks of a first and of a second call."""
-    call = _call(config, workload, torch.device("cpu"))
+    call = call_of(config, workload, torch.device("cpu"))
     call.start_cold()
     cold, _, warm = footprints([call, call.drop_gradients, call], torch.device("cpu"))
     return call.nbytes + cold.peak, call.nbytes + warm.peak
@@ -148,9 +149,11 @@ def test_arrays_give_what_ints_give(dtype, mode):
     workload = Workload(seq=1, heads=2, head_dim=16, dtype=dtype, mode=mode, causal=True)
 
     def peak_plan(seq, workspace, pool, pool_bytes, entries, cache_bytes):
-        case = sized(workload, machine(dtype), seq, workspace, pool, pool_bytes)
-        case = case._replace(warm=True, cache_entries=entries, cache_bytes=cache_bytes)
-        table = Table()
+        case = case_of(Columns("dense", seq=seq, workspace=workspace), workload, machine(dtype))
+        case = case._replace(
+            warm=True, pool=pool, pool_bytes=pool_bytes, cache_entries=entries, cache_bytes=cache_bytes
+        )
+        table = PlanTable()
         plans.inputs(table, case)
         plans.block_sparse(table, case, window_rows(16, -(-seq // 16), 64, 0, True))
         return table.done()

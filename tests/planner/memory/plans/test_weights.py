@@ -12,17 +12,17 @@ import torch
 from attention import AttentionConfig, SparsePatternConfig
 from attention.sizes.shape import Shape
 from attention.sizes.weights import weights_sizes
-from planner.measuring.child import _call
+from planner.measuring.call import call_of
 from planner.measuring.footprint import footprints
+from planner.memory.dispatch import plan_of
 from planner.memory.machines import this_cpu
-from planner.memory.plan import plan_of
 from planner.workload import Workload
 
 SLACK = 4096
 
 
 def measured(config: AttentionConfig, workload: Workload) -> int:
-    call = _call(config, workload, torch.device("cpu"))
+    call = call_of(config, workload, torch.device("cpu"))
     call.start_cold()
     (cold,) = footprints([call], torch.device("cpu"))
     return call.nbytes + cold.peak

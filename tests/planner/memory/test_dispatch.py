@@ -1,18 +1,23 @@
-"""Which plan a config has: where FlexAttention runs, the planner and the library say the same."""
+"""Which plan a config has: where FlexAttention runs, and where one kernel call is all, the planner and the
+library say the same."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from attention import AttentionConfig, build
 from attention.ops import flex
 from attention.sizes.flex import FLEX_SHARE
-from planner.configs import Columns
+from planner.configs import Columns, columns_of
+from planner.memory.dispatch import goes_apart, goes_flex, has_flex, plan_of, shape_of
 from planner.memory.machines import Cpu, Cuda
-from planner.memory.plan import goes_flex, has_flex, plan_of
 from planner.workload import Workload
 
 PATTERNS = {"local_window": 0, "global_local": 0, "dilated_sparse": 2}
@@ -101,3 +106,53 @@ def test_where_flex_runs_at_all():
     assert not has_flex(workload, Cpu(2))
     assert not has_flex(workload.model_copy(update={"dtype": "float64"}), AMPERE)
     assert not has_flex(workload.model_copy(update={"weights": True}), AMPERE)
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(1, 1), (2, 2), (4, 2)])
+def test_one_kernel_call_over_everything_is_what_the_module_makes_of_it(heads, kv_heads):
+    """Also of one token, whose only rate is 1."""
+    branches = [((1,), (1,)), ((8,), (5,)), ((8,), (1,)), ((64,), (1,)), ((64,), (2,)), ((64, 64), (1, 2))]
+    configs = [AttentionConfig(variant="dense")] + [
+        AttentionConfig(variant="dilated", segment_lengths=lengths, dilation_rates=rates, uncovered="zero")
+        for lengths, rates in branches
+    ]
+    for config in configs:
+        module = build(config)
+        for seq in (1, 7, 8, 64, 100):
+            workload = Workload(seq=seq, heads=heads, kv_heads=kv_heads, head_dim=8, dtype="float32")
+            columns = columns_of(config, seq)
+            problem = module._problem(shape_of(columns, workload, Cpu(2)), None)
+            assert bool(goes_apart(columns, workload, Cpu(2))) == problem.whole, (config, seq)
+            many = replace(columns, seq=np.array([seq, seq]))
+            assert np.all(np.asarray(goes_apart(many, workload, Cpu(2)), bool) == problem.whole)
+
+
+def test_candidates_are_apart_one_by_one_as_together():
+    seq = np.array([1 << 18, 1 << 20])
+    columns = Columns("block_sparse", "global_local", seq=seq, block_size=128, window=1024, global_tokens=64)
+    workload = Workload(seq=1)
+    assert goes_apart(columns, workload, AMPERE).tolist() == [True, False]
+    assert np.all(goes_apart(replace(columns, backend="flex"), workload, AMPERE))
+    for machine, backend in ((AMPERE, "sdpa"), (Cuda((7, 5)), "auto"), (Cpu(2), "auto")):
+        assert not np.any(goes_apart(replace(columns, backend=backend), workload, machine))
+    for at, apart in enumerate((True, False)):
+        one = columns_of(columns.config(at, workload), int(seq[at]))
+        assert bool(goes_apart(one, workload, AMPERE)) == apart
+
+
+def test_a_config_has_its_plan_without_numpy_or_torch():
+    code = (
+        "import sys; sys.modules['torch'] = sys.modules['numpy'] = None\n"
+        "from attention.config import AttentionConfig, SparsePatternConfig\n"
+        "from planner.memory.machines import Cpu, Cuda\n"
+        "from planner.memory.dispatch import plan_of\n"
+        "from planner.workload import Workload\n"
+        "window = SparsePatternConfig(pattern_type='local_window', local_window_size=512)\n"
+        "for config in (AttentionConfig(variant='dense'),\n"
+        "        AttentionConfig(variant='block_sparse', pattern=window),\n"
+        "        AttentionConfig(variant='dilated', segment_lengths=(64, 512), dilation_rates=(1, 4))):\n"
+        "    for machine in (Cpu(2), Cuda((8, 0))):\n"
+        "        assert plan_of(config, Workload(seq=4096, mode='training'), machine).peak()[1]\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert not done.returncode, done.stderr

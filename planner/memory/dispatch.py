@@ -1,0 +1,169 @@
+"""From columns of candidates, or one config, and a workload to the memory plan. Imports no torch, and NumPy
+only for weights and where it is given NumPy's arrays.
+
+A config is columns of one: which implementation runs, and which plan is its, is decided here alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from attention.config import AttentionConfig, Backend
+from attention.sizes.adaptive import active_of_choice
+from attention.sizes.arrays import Count
+from attention.sizes.flex import FLEX_CAPABILITY, flex_is_lean, flex_takes_blocks
+from attention.sizes.row_bounds import Rows
+from attention.sizes.shape import Shape, chunk_tokens
+from planner.configs import Columns, columns_of
+from planner.memory.machines import Cpu, Cuda, Machine
+from planner.memory.plans import adaptive as plans_adaptive
+from planner.memory.plans import multihead as plans_multihead
+from planner.memory.plans import tiles as plans
+from planner.memory.plans import weights as plans_weights
+from planner.memory.table import Plan, PlanTable
+from planner.workload import Workload
+
+UNBOUNDED = 1 << 62
+
+
+def plan_of(config: AttentionConfig, workload: Workload, machine: Machine, *, warm: bool = False) -> Plan:
+    """The plan of one call, and in training of its backward. `warm`: of a second equal call, with what the
+    first left in pool and caches."""
+    columns = columns_of(config, workload.seq)
+    apart = bool(goes_apart(columns, workload, machine))
+    returned = returned_weights(config, workload) if workload.weights else None
+    return planned(columns, workload, machine, apart=apart, returned=returned, warm=warm)
+
+
+def planned(
+    columns: Columns, workload: Workload, machine: Machine, *, apart: bool,
+    returned: plans_weights.ReturnedWeights | None = None, warm: bool = False,
+) -> Plan:  # fmt: skip
+    """The plan of candidates of which `goes_apart` holds for all or for none. `returned`: the weights that
+    the call returns beside out. `workload.seq` is not read."""
+    case = case_of(columns, workload, machine)._replace(warm=warm)
+    table = PlanTable()
+
+    def attention(table: PlanTable, case: plans.Case) -> None:
+        _attention(table, case, columns, apart)
+
+    def attend(table: PlanTable, case: plans.Case) -> None:
+        if returned is None:
+            attention(table, case)
+        else:
+            plans_weights.weighted(table, case, attention, returned)
+
+    outer = columns.multihead
+    if outer is None:
+        plans.inputs(table, case)
+        attend(table, case)
+    else:
+        checkpoint = outer.checkpoint and returned is None
+        plans_multihead.multihead(table, case, attend, bias=outer.bias, checkpoint=checkpoint)
+    return table.done()
+
+
+def _attention(table: PlanTable, case: plans.Case, columns: Columns, apart: bool) -> None:
+    """The attention alone, over q, k and v."""
+    if columns.variant == "adaptive":
+        rows = columns.rows(case.shape.causal)
+        scorer = plans_adaptive.scorer_of(case, rows.size, rows.lists, columns.score_dim)
+        plans_adaptive.adaptive(table, case, scorer)
+    elif columns.variant == "block_sparse":
+        plan = plans.flex if apart else plans.block_sparse
+        plan(table, case, columns.rows(case.shape.causal))
+    elif apart:
+        plans.whole(table, case)
+    else:
+        plans.dilated(table, case, _by_rate(case.shape.within(columns.branches)))
+
+
+def _by_rate(branches: tuple[tuple[Count, Count], ...]) -> tuple[tuple[Count, Count], ...]:
+    """Branches smallest rate first, as those of arrays are already."""
+    if all(type(rate) is int for _, rate in branches):
+        return tuple(sorted(branches, key=lambda branch: branch[1]))
+    return branches
+
+
+def goes_apart(columns: Columns, workload: Workload, machine: Machine) -> Any:
+    """Whether a candidate is a single kernel call (dense attention, compiled FlexAttention) and no program
+    of tiles; an array if it differs among candidates. `workload.seq` is not read."""
+    if columns.variant == "adaptive":
+        return False
+    if columns.variant == "block_sparse":
+        seq: Any = columns.seq
+        return has_flex(workload, machine) and goes_flex(
+            columns.backend, columns.rows(workload.causal), seq, workload
+        )
+    shape = shape_of(columns, workload, machine)
+    return shape.is_whole(shape.within(columns.branches))
+
+
+def has_flex(workload: Workload, machine: Machine) -> bool:
+    """Whether compiled FlexAttention runs such workloads there; see `attention.ops.flex.unfit`."""
+    return (
+        isinstance(machine, Cuda)
+        and machine.capability >= FLEX_CAPABILITY
+        and workload.dtype != "float64"
+        and not workload.weights
+    )
+
+
+def goes_flex(backend: Backend, rows: Rows, seq: Count, workload: Workload) -> Count:
+    """1 if compiled FlexAttention runs a block_sparse pattern where `has_flex`, else 0; `workload.seq` is not
+    read. See `attention.ops.flex.resolve`."""
+    floor = workload.floor // workload.seq * seq
+    runs = (backend != "sdpa") * flex_takes_blocks(rows.size)
+    return runs * flex_is_lean(rows, seq, floor) if backend == "auto" else runs
+
+
+def returned_weights(config: AttentionConfig, workload: Workload) -> plans_weights.ReturnedWeights:
+    """The weights that a call returns; see `attention.ops.weights.weights_block`."""
+    if config.adaptive:
+        rows = columns_of(config, workload.seq).rows(workload.causal)
+        active = active_of_choice(-(-workload.seq // rows.size), rows.lists, workload.causal)
+        return plans_weights.ReturnedWeights(rows.size, active, branches=0, own=True)
+    from attention.layout import DEFAULT_BLOCK_SIZE, count_active  # NumPy, which nothing else here needs
+
+    size = config.pattern.block_size if config.pattern else DEFAULT_BLOCK_SIZE
+    active = count_active(config, workload.seq, workload.causal)
+    branches = len(config.branches) if config.variant == "dilated" else 0
+    return plans_weights.ReturnedWeights(size, active, branches, own=False)
+
+
+def case_of(columns: Columns, workload: Workload, machine: Machine) -> plans.Case:
+    """Sizes, mode and settings of the candidates' calls; `workload.seq` is not read."""
+    seq: Any = columns.seq
+    return plans.Case(
+        batch=workload.batch,
+        shape=shape_of(columns, workload, machine),
+        trains=workload.mode == "training",
+        machine=machine,
+        keeps_lse=workload.weights,
+        pool=plans.pooled(columns.pool, columns.pool_bytes, seq),
+        pool_bytes=UNBOUNDED if columns.pool_bytes is None else columns.pool_bytes,
+        cache_entries=columns.cache_entries,
+        cache_bytes=columns.cache_bytes,
+    )
+
+
+def shape_of(columns: Columns, workload: Workload, machine: Machine) -> Shape:
+    """Shape of the candidates' calls, as `attention.inputs.shape_of` has it of tensors; `workload.seq` is not
+    read."""
+    cpu = isinstance(machine, Cpu)
+    sixteen = cpu and workload.itemsize == 2
+    sizes: dict[str, Any] = {
+        "seq": columns.seq,
+        "heads": workload.heads,
+        "kv_heads": workload.groups,
+        "head_dim": workload.head_dim,
+        "itemsize": workload.itemsize,
+        "workspace": columns.workspace,
+    }
+    return Shape(
+        **sizes,
+        causal=workload.causal,
+        chunk=chunk_tokens(cpu=cpu, **sizes),
+        packs=sixteen and isinstance(machine, Cpu) and workload.dtype in machine.units,
+        widens=sixteen,
+    )
