@@ -4,7 +4,6 @@ Imports no torch."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Final
 
 import numpy as np
@@ -14,6 +13,7 @@ from planner.answers.recommendation import Step, Why, Without
 from planner.search import evaluate
 from planner.search.climb import neighbours
 from planner.search.evaluate import Point, gain, gains
+from planner.search.gates import GATES, MASS, MEMORY
 from planner.search.picks import pick
 from planner.search.scenario import Scenario
 from planner.search.solve import Found, first, order, passing
@@ -39,25 +39,19 @@ def explain(scenario: Scenario, found: Found, best: Point) -> Why:
 
 def _without(scenario: Scenario, found: Found, best: Point) -> Iterator[Without]:
     """Each constraint without which the answer would be better."""
-    gates = scenario.gates
-    loosened = {
-        "memory": scenario.but(budget=1 << 60),
-        "mass": scenario.but(gates=replace(gates, min_mass=None)),
-        "reach": scenario.but(gates=replace(gates, layers=None)),
-        "seconds": scenario.but(gates=replace(gates, max_seconds=None)),
-    }
-    for name, other in loosened.items():
-        if other == scenario or (name == "memory" and scenario.free_length):
+    for gate in GATES:
+        other = gate.loosened(scenario)
+        if other == scenario or (gate is MEMORY and scenario.free_length):
             continue
         _, good = passing(other, found.table)
         good &= gains(other, best, found.table.seq, found.table.figures) > GAIN
         which, table = np.flatnonzero(good), found.table
-        if name == "mass":
+        if gate is MASS:
             which = table.may_reach(other, which)
             table = table.settled(scenario, which)
         new = first(other, table, order(other, table, which))
         if new is not None and gain(scenario, best, new) > GAIN:
-            yield Without(constraint=name, gain=gain(scenario, best, new), pick=pick(new))
+            yield Without(constraint=gate.name, gain=gain(scenario, best, new), pick=pick(new))
 
 
 def _runner_up(scenario: Scenario, found: Found, best: Point) -> Point | None:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Final
 
 import numpy as np
 
 from attention.errors import AttentionPlannerError
-from planner.configs import Ints
 from planner.question.space import Space
 from planner.search.candidates import grid
-from planner.search.evaluate import memory_of
+from planner.search.evaluate import Point, failed, memory_of
+from planner.search.gates import MASS, MEMORY, REACH, SECONDS, Gate
 from planner.search.scenario import Scenario
 from planner.search.solve import Found, Table, enumerate_grid, first, order, passing, tabulate
 from planner.units import bytes_option, format_bytes
@@ -46,38 +46,20 @@ def _passes(scenario: Scenario, space: Space) -> bool:
 
 
 def _relaxed(scenario: Scenario, space: Space, found: Found, reserved: int) -> Iterator[str]:
-    table, gates = found.table, scenario.gates
+    table = found.table
     if scenario.free_length:
         # Nothing passes at any length: see what a short sequence needs.
         scenario = replace(scenario, workload=scenario.at(4096), objective="speed")
         table = tabulate(scenario, grid(space, scenario.workload, flex=scenario.flex))
-    roomy = scenario.but(budget=1 << 60)
-    _, good = passing(roomy, table)
-    if good.any():
-        needed = _least_memory(roomy, table, np.flatnonzero(good))
-        if needed is not None and needed > scenario.budget:
-            whole = needed + reserved
-            yield f"--vram {bytes_option(whole)} (needs {format_bytes(whole)})"
+    needed = _memory_needed(scenario, table)
+    if needed is not None and needed > scenario.budget:
+        whole = needed + reserved
+        yield f"--vram {bytes_option(whole)} (needs {format_bytes(whole)})"
     yield from _shorter(scenario, space)
-    if gates.min_mass is not None:
-        loose = scenario.but(gates=replace(gates, min_mass=None))
-        which = np.flatnonzero(passing(loose, table)[1])
-        settled = table.settled(scenario, which)
-        best = first(loose, settled, _by_mass(settled, which))
-        if best is not None and best.mass < gates.min_mass:
-            yield f"--min-mass {math.floor(best.mass * 1000) / 1000:g}"
-    if gates.layers is not None:
-        loose = scenario.but(gates=replace(gates, layers=None))
-        _, good = passing(loose, table)
-        best = first(loose, table, order(loose, table, np.flatnonzero(good)))
-        if best is not None and (best.layers is None or best.layers > gates.layers):
-            yield f"--layers {best.layers or 0}"
-    if gates.max_seconds is not None:
-        loose = scenario.but(gates=replace(gates, max_seconds=None))
-        _, good = passing(loose, table)
-        best = first(loose, table, order(replace(loose, objective="speed"), table, np.flatnonzero(good)))
-        if best is not None and best.seconds > gates.max_seconds:
-            yield f"--max-seconds {_rounded_up(best.seconds):.6g}"
+    for gate, said in _SAID.items():
+        nearest = _nearest(scenario, table, gate)
+        if nearest is not None:
+            yield said(nearest)
     for changes in _workloads(scenario):
         for change, update in changes:
             if _passes(replace(scenario, workload=scenario.workload.model_copy(update=update)), space):
@@ -91,22 +73,42 @@ def _rounded_up(value: float) -> float:
     return math.ceil(value / step + 1e-9) * step
 
 
-def _by_mass(table: Table, which: Ints) -> Ints:
-    return which[np.argsort(-table.figures.mass[which], kind="stable")]
+_SAID: Final[dict[Gate, Callable[[Point], str]]] = {
+    MASS: lambda point: f"--min-mass {math.floor(point.mass * 1000) / 1000:g}",
+    REACH: lambda point: f"--layers {point.layers or 0}",
+    SECONDS: lambda point: f"--max-seconds {_rounded_up(point.seconds):.6g}",
+}
+"""The option that lets a candidate through a gate."""
 
 
-def _least_memory(scenario: Scenario, table: Table, which: Ints) -> int | None:
-    """The least upper bound of those that pass all else."""
+def _nearest(scenario: Scenario, table: Table, gate: Gate) -> Point | None:
+    """Of what passes all other gates, the candidate to loosen this one for; None where nothing needs that."""
+    if gate.limit(scenario) is None:
+        return None
+    loose = gate.loosened(scenario)
+    which = np.flatnonzero(passing(loose, table)[1])
+    if gate is MASS:
+        table = table.settled(scenario, which)
+        ordered = which[np.argsort(-table.figures.mass[which], kind="stable")]
+    else:
+        ordered = order(replace(loose, objective="speed") if gate is SECONDS else loose, table, which)
+    best = first(loose, table, ordered)
+    return best if best is not None and gate.name in failed(scenario, best) else None
+
+
+def _memory_needed(scenario: Scenario, table: Table) -> int | None:
+    """The smallest upper bound of candidates that pass all gates but that of memory; None if none does."""
+    loose = MEMORY.loosened(scenario)
+    which = np.flatnonzero(passing(loose, table)[1])
     leanest = which[np.argsort(table.figures.memory[which], kind="stable")]
-    found = [leanest[at : at + TRIED] for at in range(0, leanest.size, TRIED)]
-    for chunk in found:
-        reached = chunk[table.reaching(scenario, chunk)]
+    for at in range(0, leanest.size, TRIED):
+        chunk = leanest[at : at + TRIED]
+        reached = chunk[table.reaching(loose, chunk)]
         if reached.size:
-            exact = (
-                memory_of(scenario, table.config(at, scenario), int(table.seq[at])).upper
-                for at in reached.tolist()
+            return min(
+                memory_of(loose, table.config(one, loose), int(table.seq[one])).upper
+                for one in reached.tolist()
             )
-            return min(exact)
     return None
 
 

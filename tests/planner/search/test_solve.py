@@ -9,8 +9,8 @@ from planner.question.asked import Gates
 from planner.question.space import Space
 from planner.search import evaluate
 from planner.search.candidates import grid
+from planner.search.evaluate import CLEARLY
 from planner.search.recommend import scenario_of
-from planner.search.scenario import CLEARLY
 from planner.search.solve import enumerate_grid, order, passing, tabulate
 
 QUESTIONS = [
