@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attention.config import AttentionConfig
+from planner.bisection import largest
 from planner.configs import Columns, Ints, columns_of
 from planner.quality.mass import shape_of
 from planner.search import evaluate
@@ -206,10 +207,7 @@ def _longest_exactly(scenario: Scenario, config: AttentionConfig, most: int) -> 
     low, step = high - 1, 1
     while low > 0 and not fits(low):
         high, low, step = low, max(low - 2 * step, 0), 2 * step
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low * unit
+    return largest(fits, low, high) * unit
 
 
 def _reaching_in_order(scenario: Scenario, table: Table, ordered: Ints) -> Iterator[int]:
