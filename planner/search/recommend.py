@@ -12,10 +12,10 @@ from attention.config import AttentionConfig
 from attention.errors import ConfigError
 from planner import gpus
 from planner.answers.recommendation import Pick, Quality, Recommendation, Role, Search
-from planner.cli.command_line import recommend_command
 from planner.memory.estimate import calibration_for, machine_of
 from planner.quality.profiles import Profile
 from planner.question.asked import LAYERS, MIN_MASS, TRIALS, Asked, Gates, Objective
+from planner.question.command import recommend_command
 from planner.question.space import Space
 from planner.search.candidates import grid
 from planner.search.climb import climbed

@@ -10,33 +10,37 @@ from typing import Final
 import numpy as np
 
 from attention.errors import AttentionPlannerError
+from planner.question.relaxation import Relaxation, cheaper, spelt
 from planner.question.space import Space
 from planner.search.candidates import grid
 from planner.search.evaluate import Point, failed, memory_of
 from planner.search.gates import MASS, MEMORY, REACH, SECONDS, Gate
 from planner.search.scenario import Scenario
 from planner.search.solve import Found, Table, enumerate_grid, first, order, passing, tabulate
-from planner.units import bytes_option, format_bytes
+from planner.units import format_bytes
+from planner.workload import Workload
 
 TRIED: Final = 32
 """Candidates whose exact memory is looked at for the least."""
 
 
 class NothingFitsError(AttentionPlannerError):
-    """No config fits the budget and passes the gates. `relaxations`: changes, each of which would help."""
+    """No config fits the budget and passes the gates. `relaxations`: changes, each of which would help, as
+    options; `changes`: the same as values."""
 
-    def __init__(self, scenario: Scenario, relaxed: tuple[str, ...], seen: int) -> None:
-        self.relaxations = relaxed
+    def __init__(self, scenario: Scenario, changes: tuple[Relaxation, ...], seen: int) -> None:
+        self.changes = changes
+        self.relaxations = tuple(map(spelt, changes))
         where = "the CPU" if isinstance(scenario.card, str) else scenario.card.name
-        said = f"; what would: {', or '.join(relaxed)}" if relaxed else ""
+        help = f"; what would: {', or '.join(self.relaxations)}" if changes else ""
         super().__init__(
-            f"none of {seen:,} candidates passes on {where} with {format_bytes(scenario.budget)} for it{said}"
+            f"none of {seen:,} candidates passes on {where} with {format_bytes(scenario.budget)} for it{help}"
         )
 
 
-def relaxations(scenario: Scenario, space: Space, found: Found, reserved: int) -> tuple[str, ...]:
-    """The smallest change of one thing each with which something passes, as options; `reserved`: bytes that
-    the budget of the scenario is without."""
+def relaxations(scenario: Scenario, space: Space, found: Found, reserved: int) -> tuple[Relaxation, ...]:
+    """The smallest change of one thing each with which something passes; `reserved`: bytes that the budget of
+    the scenario is without."""
     return tuple(_relaxed(scenario, space, found, reserved))
 
 
@@ -45,7 +49,7 @@ def _passes(scenario: Scenario, space: Space) -> bool:
     return enumerate_grid(scenario, parts).best is not None
 
 
-def _relaxed(scenario: Scenario, space: Space, found: Found, reserved: int) -> Iterator[str]:
+def _relaxed(scenario: Scenario, space: Space, found: Found, reserved: int) -> Iterator[Relaxation]:
     table = found.table
     if scenario.free_length:
         # Nothing passes at any length: see what a short sequence needs.
@@ -53,17 +57,16 @@ def _relaxed(scenario: Scenario, space: Space, found: Found, reserved: int) -> I
         table = tabulate(scenario, grid(space, scenario.workload, flex=scenario.flex))
     needed = _memory_needed(scenario, table)
     if needed is not None and needed > scenario.budget:
-        whole = needed + reserved
-        yield f"--vram {bytes_option(whole)} (needs {format_bytes(whole)})"
+        yield Relaxation("vram", needed + reserved)
     yield from _shorter(scenario, space)
-    for gate, said in _SAID.items():
+    for gate, change in _CHANGES.items():
         nearest = _nearest(scenario, table, gate)
         if nearest is not None:
-            yield said(nearest)
-    for changes in _workloads(scenario):
-        for change, update in changes:
-            if _passes(replace(scenario, workload=scenario.workload.model_copy(update=update)), space):
-                yield change
+            yield change(nearest)
+    for changes in _smaller(scenario.workload):
+        for one in changes:
+            if _passes(replace(scenario, workload=one.applied(scenario.workload)), space):
+                yield one
                 break
 
 
@@ -73,12 +76,12 @@ def _rounded_up(value: float) -> float:
     return math.ceil(value / step + 1e-9) * step
 
 
-_SAID: Final[dict[Gate, Callable[[Point], str]]] = {
-    MASS: lambda point: f"--min-mass {math.floor(point.mass * 1000) / 1000:g}",
-    REACH: lambda point: f"--layers {point.layers or 0}",
-    SECONDS: lambda point: f"--max-seconds {_rounded_up(point.seconds):.6g}",
+_CHANGES: Final[dict[Gate, Callable[[Point], Relaxation]]] = {
+    MASS: lambda point: Relaxation("min_mass", math.floor(point.mass * 1000) / 1000),
+    REACH: lambda point: Relaxation("layers", point.layers or 0),
+    SECONDS: lambda point: Relaxation("max_seconds", _rounded_up(point.seconds)),
 }
-"""The option that lets a candidate through a gate."""
+"""What lets a candidate through a gate."""
 
 
 def _nearest(scenario: Scenario, table: Table, gate: Gate) -> Point | None:
@@ -112,20 +115,15 @@ def _memory_needed(scenario: Scenario, table: Table) -> int | None:
     return None
 
 
-def _shorter(scenario: Scenario, space: Space) -> Iterator[str]:
+def _shorter(scenario: Scenario, space: Space) -> Iterator[Relaxation]:
     """The longest sequence at which something passes."""
     free = replace(scenario, objective="seq")
     best = enumerate_grid(free, grid(space, free.workload, flex=free.flex, free_length=True)).best
     if best is not None and best.seq < scenario.workload.seq:
-        yield f"--seq {best.seq}"
+        yield Relaxation("seq", best.seq)
 
 
-def _workloads(scenario: Scenario) -> Iterator[list[tuple[str, dict[str, object]]]]:
-    """Smaller workloads, dimension by dimension, the smallest change first: the option, what it changes."""
-    workload = scenario.workload
-    if workload.mode == "training":
-        yield [("--mode inference", {"mode": "inference"})]
-    if workload.itemsize > 2:
-        yield [("--dtype float16", {"dtype": "float16"})]
-    halves = [workload.batch >> power for power in range(1, workload.batch.bit_length())]
-    yield [(f"--batch {batch}", {"batch": batch}) for batch in halves]
+def _smaller(workload: Workload) -> Iterator[list[Relaxation]]:
+    """Changes to smaller workloads, dimension by dimension, the smallest change first."""
+    yield from ([change] for change in cheaper(workload))
+    yield [Relaxation("batch", workload.batch >> power) for power in range(1, workload.batch.bit_length())]

@@ -29,10 +29,10 @@ from attention.errors import AttentionPlannerError, ConfigError
 from planner.answers.recommendation import Quality, Recommendation
 from planner.answers.tuned import Trial, Tuned
 from planner.calibration import Calibration, SpeedFit, own_path
-from planner.cli.command_line import tune_command
 from planner.files import make_folder
 from planner.measuring.measure import SETTINGS, Device, Measurement
 from planner.question.asked import Sampler
+from planner.question.command import tune_command
 from planner.question.runs import TRIAL_RUNS, TRIAL_TIMEOUT, TUNING_TRIALS
 from planner.question.space import Space
 from planner.search.evaluate import point

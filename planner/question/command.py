@@ -31,6 +31,15 @@ _SPACE: Final = {
 }  # fmt: skip
 
 
+_SHORTER: Final = {"others_bytes": "others", "context_bytes": "context"}
+"""Arguments whose options have other names."""
+
+
+def option(name: str) -> str:
+    """An argument of `planner.recommend`, or a field of `Space`, as the command line has it: --head-dim."""
+    return _SPACE.get(name) or f"--{_SHORTER.get(name, name).replace('_', '-')}"
+
+
 def recommend_command(vram: str | int | None, seq: str | int | None, asked: Mapping[str, Any]) -> str:
     """As `planner recommend` takes it; `asked` as `planner.question.asked.Asked` has it."""
     gpu = asked.get("gpu")
