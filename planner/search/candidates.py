@@ -19,7 +19,8 @@ from attention.config import (
 from attention.errors import ConfigError
 from planner.configs import Columns, Ints
 from planner.memory.plan import goes_flex
-from planner.question.space import MAX_BRANCHES, Kind, Space, is_sparse, pattern_of, variant_of
+from planner.question.dimensions import AttentionKind, is_sparse, pattern_of, variant_of
+from planner.question.space import MAX_BRANCHES, Space
 from planner.workload import Workload
 
 UNIT: Final = 64
@@ -97,7 +98,7 @@ def _differing(columns: Columns, workload: Workload, *, flex: bool, free_length:
     return np.flatnonzero(possible & (~runs | (workspace == workspace.max())))
 
 
-def _tables(space: Space, kind: Kind, workload: Workload) -> Iterator[dict[str, list[Any]]]:
+def _tables(space: Space, kind: AttentionKind, workload: Workload) -> Iterator[dict[str, list[Any]]]:
     """Columns of all combinations of a kind, one table for each number of branches."""
     workspaces = space.workspaces or WORKSPACES
     if kind == "dense":
@@ -197,7 +198,7 @@ def _lengths(
                 yield (*lengths[:-1], -(-whole // lengths[-2]) * lengths[-2])
 
 
-def _blocks(space: Space, kind: Kind, workload: Workload) -> Iterator[dict[str, Any]]:
+def _blocks(space: Space, kind: AttentionKind, workload: Workload) -> Iterator[dict[str, Any]]:
     """Fields of local_window, global_local and adaptive."""
     for block in space.block_sizes or BLOCK_SIZES:
         if kind == "adaptive":
