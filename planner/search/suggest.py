@@ -34,7 +34,7 @@ from planner.search.candidates import (
 from planner.workload import Workload
 
 
-class Trial(Protocol):
+class Suggestions(Protocol):
     """What chooses: an `optuna.Trial`, or anything with its suggestions."""
 
     def suggest_categorical(self, name: str, choices: Any, /) -> Any: ...
@@ -46,7 +46,7 @@ class Trial(Protocol):
     ) -> float: ...
 
 
-def chosen(trial: Trial, space: Space, workload: Workload, *, flex: bool = False) -> Columns:
+def chosen(trial: Suggestions, space: Space, workload: Workload, *, flex: bool = False) -> Columns:
     """One candidate of the full space, as the trial suggests it."""
     sizes = space.block_sizes or FREE_BLOCK_SIZES
     fitting = tuple(size for size in sizes if _divides(size, space.segments))
@@ -77,7 +77,7 @@ def chosen(trial: Trial, space: Space, workload: Workload, *, flex: bool = False
     )  # fmt: skip
 
 
-_FREE: Final[dict[str, Callable[[Trial, str, int, Workload], Any]]] = {
+_FREE: Final[dict[str, Callable[[Suggestions, str, int, Workload], Any]]] = {
     "window": lambda trial, name, unit, workload: _tokens(trial, name, unit, widest_window(workload)),
     "global_tokens": lambda trial, name, unit, workload: _tokens(trial, name, unit, MOST_GLOBAL),
     "sparsity_ratio": lambda trial, name, unit, workload: trial.suggest_float(
@@ -87,7 +87,7 @@ _FREE: Final[dict[str, Callable[[Trial, str, int, Workload], Any]]] = {
 """(trial, parameter, tokens a block, workload) -> a value, where the caller allows any."""
 
 
-def _nearest(trial: Trial, name: str, values: Sequence[int]) -> int:
+def _nearest(trial: Suggestions, name: str, values: Sequence[int]) -> int:
     """One of ascending values: the nearest to a number, so that a sampler knows which are alike."""
     if len(values) == 1:
         return values[0]
@@ -95,16 +95,16 @@ def _nearest(trial: Trial, name: str, values: Sequence[int]) -> int:
     return min(values, key=lambda value: abs(math.log(value / wanted)))
 
 
-def _tokens(trial: Trial, name: str, unit: int, most: int) -> int:
+def _tokens(trial: Suggestions, name: str, unit: int, most: int) -> int:
     """A number of tokens that is a multiple of `unit`."""
     return max(round(trial.suggest_int(name, 1, max(most, 2), log=True) / unit), 1) * unit
 
 
-def _one(trial: Trial, name: str, values: Sequence[Any]) -> Any:
+def _one(trial: Suggestions, name: str, values: Sequence[Any]) -> Any:
     return values[0] if len(values) == 1 else trial.suggest_categorical(name, tuple(values))
 
 
-def _suggested(trial: Trial, space: Space, seq: int, unit: int) -> Lists:
+def _suggested(trial: Suggestions, space: Space, seq: int, unit: int) -> Lists:
     counts = space.branches or tuple(range(1, MAX_BRANCHES + 1))
     given = space.segments or space.rates
     count = len(given) if given else _one(trial, "branches", counts)
