@@ -22,15 +22,15 @@ from attention.config import AttentionConfig
 from attention.errors import AttentionPlannerError, StorageError
 from planner.cli.options import (
     AnyLength,
-    Asked,
     Given,
     Place,
     Sizes,
+    Unweighted,
     build_any_length,
-    build_asked,
     build_config,
     build_place,
     build_sizes,
+    build_unweighted,
     build_workload,
     say,
 )
@@ -98,7 +98,7 @@ _BUILDERS: Final[dict[Any, Callable[..., Any]]] = {
     Place: build_place,
     Card: build_card,
     Sizes: build_sizes,
-    Asked: build_asked,
+    Unweighted: build_unweighted,
     Gates: build_gates,
     Allowed: build_space,
     Pictured: build_pictured,

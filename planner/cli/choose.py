@@ -10,7 +10,7 @@ import typer
 
 from attention.errors import ConfigError
 from planner.cli.app import DONE, INTERRUPTED, NOTHING_FITS, command, ink, print_data, progress_line, steps
-from planner.cli.options import Asked, Given, flags, say
+from planner.cli.options import Given, Unweighted, flags, say
 from planner.cli.options_choose import Allowed, Card, Gates
 from planner.question.asked import TRIALS
 from planner.question.runs import MAXIMUM_TIMEOUT, MAXIMUM_TRIALS, TRIAL_RUNS, TRIAL_TIMEOUT, TUNING_TRIALS
@@ -29,7 +29,7 @@ def recommend(
         Literal["speed", "seq", "quality"] | None,
         typer.Option(help="What to make best. [default: speed; without --seq the length]"),
     ] = None,
-    sizes: Asked,
+    sizes: Unweighted,
     gates: Gates,
     space: Allowed,
     trials: Annotated[
@@ -126,7 +126,7 @@ def tune(
         float, typer.Option(max=MAXIMUM_TIMEOUT, help="Seconds that one may take.")
     ] = TRIAL_TIMEOUT,
     runs: Annotated[int, typer.Option(min=1, help="Warm calls of each that are timed.")] = TRIAL_RUNS,
-    sizes: Asked,
+    sizes: Unweighted,
     gates: Gates,
     space: Allowed,
     sampler: Annotated[str, typer.Option(metavar="NAME", help="As for `recommend`.")] = "tpe",
