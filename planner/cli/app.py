@@ -34,7 +34,7 @@ from planner.cli.options import (
     build_workload,
     say,
 )
-from planner.cli.options_choose import Allowed, Card, Gates, build_card, build_gates, build_space
+from planner.cli.options_choose import Allowed, Card, Conditions, build_card, build_conditions, build_space
 from planner.cli.options_show import Pictured, View, build_pictured, build_view
 from planner.files import reading_once
 from planner.workload import Workload
@@ -99,7 +99,7 @@ _BUILDERS: Final[dict[Any, Callable[..., Any]]] = {
     Card: build_card,
     Sizes: build_sizes,
     Unweighted: build_unweighted,
-    Gates: build_gates,
+    Conditions: build_conditions,
     Allowed: build_space,
     Pictured: build_pictured,
     View: build_view,

@@ -11,7 +11,7 @@ import typer
 from attention.errors import ConfigError
 from planner.cli.app import DONE, INTERRUPTED, NOTHING_FITS, command, ink, print_data, progress_line, steps
 from planner.cli.options import Given, Unweighted, flags, say
-from planner.cli.options_choose import Allowed, Card, Gates
+from planner.cli.options_choose import Allowed, Card, Conditions
 from planner.question.asked import TRIALS
 from planner.question.runs import MAXIMUM_TIMEOUT, MAXIMUM_TRIALS, TRIAL_RUNS, TRIAL_TIMEOUT, TUNING_TRIALS
 
@@ -30,7 +30,7 @@ def recommend(
         typer.Option(help="What to make best. [default: speed; without --seq the length]"),
     ] = None,
     sizes: Unweighted,
-    gates: Gates,
+    gates: Conditions,
     space: Allowed,
     trials: Annotated[
         int, typer.Option(min=0, max=MAXIMUM_TRIALS, help="Of Optuna, after the grid.")
@@ -127,7 +127,7 @@ def tune(
     ] = TRIAL_TIMEOUT,
     runs: Annotated[int, typer.Option(min=1, help="Warm calls of each that are timed.")] = TRIAL_RUNS,
     sizes: Unweighted,
-    gates: Gates,
+    gates: Conditions,
     space: Allowed,
     sampler: Annotated[str, typer.Option(metavar="NAME", help="As for `recommend`.")] = "tpe",
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the sampler.")] = 0,

@@ -52,11 +52,11 @@ build_card.__signature__ = _of_place.replace(  # type: ignore[attr-defined]
 )
 
 
-Gates = NewType("Gates", dict[str, Any])
+Conditions = NewType("Conditions", dict[str, Any])
 """What an answer has to keep to beside the memory, as `planner.recommend` and `planner.tune` take it."""
 
 
-def build_gates(
+def build_conditions(
     *,
     reserve: Annotated[
         str, typer.Option(metavar="SIZE", help="Of the memory, for the rest of the model: 1.5GB.")
@@ -75,7 +75,7 @@ def build_gates(
         Path | None, typer.Option(metavar="FILE", help="The same, measured: q and k in .npz or .safetensors.")
     ] = None,
     causal: Annotated[bool | None, typer.Option()] = None,
-) -> Gates:
+) -> Conditions:
     """What these options ask for; the profile of a file is measured, causally or not."""
     if profile is not None and profile_from is not None:
         raise ConfigError("--profile and --profile-from say the same thing twice; remove one")
@@ -84,7 +84,7 @@ def build_gates(
         from planner.quality.profile_file import profile_from as measured
 
         known = measured(profile_from, bool(causal))
-    return Gates(
+    return Conditions(
         {"reserve": reserve, "layers": layers or None, "min_mass": min_mass or None,
          "max_seconds": max_seconds, "profile": known}
     )  # fmt: skip
