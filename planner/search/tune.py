@@ -37,7 +37,7 @@ from planner.question.runs import TRIAL_RUNS, TRIAL_TIMEOUT, TUNING_TRIALS
 from planner.question.space import Space
 from planner.search.evaluate import point
 from planner.search.recommend import question
-from planner.search.refine import answer
+from planner.search.refine import judge
 from planner.search.samplers import check_sampler, sampler_of
 from planner.search.scenario import Scenario
 from planner.search.suggest import chosen, parameters
@@ -363,7 +363,7 @@ class _Tuning:
                 trial = self._ask(study)
                 columns = chosen(trial, self.space, self.scenario.workload, flex=self.scenario.flex)
                 config = columns.config(0, self.scenario.workload)
-                judged = answer(self.scenario, columns)
+                judged = judge(self.scenario, columns)
                 good = all(excess <= 0 for excess in judged.excess.values())
                 for name, excess in judged.excess.items():
                     trial.set_constraint(name, excess)
