@@ -16,7 +16,7 @@ import optuna
 from attention.config import AttentionConfig
 from attention.errors import ConfigError
 from planner.configs import Columns, columns_of
-from planner.question.asked import Progress, Sampler
+from planner.question.asked import OnTrial, Sampler
 from planner.question.space import Space
 from planner.search import evaluate
 from planner.search.evaluate import Figures, Point
@@ -52,7 +52,7 @@ def refine(
     sampler: Sampler = "tpe",
     seed: int = 0,
     storage: Storage | None = None,
-    progress: Progress | None = None,
+    progress: OnTrial | None = None,
 ) -> Refined:
     """The best config that `trials` trials find; `starts` are tried first.
 
@@ -145,9 +145,6 @@ def judge(scenario: Scenario, columns: Columns) -> Judged:
         "seq": -math.log(max(int(np.max(columns.seq)), 1)) + 1e-6 * math.log(max(seconds, 1e-12)),
     }[scenario.objective]
     return Judged(columns, figures, value, excess)
-
-
-# Studies.
 
 
 __all__ = ["Refined", "Sampler", "Storage", "judge", "open_study", "refine"]
