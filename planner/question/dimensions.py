@@ -159,7 +159,7 @@ def dimensions_of(kind: AttentionKind) -> Iterator[Dimension]:
     return (dimension for dimension in DIMENSIONS.values() if kind in dimension.kinds)
 
 
-def kind_of(config: AttentionConfig) -> AttentionKind:
+def attention_kind(config: AttentionConfig) -> AttentionKind:
     """Which attention a config is."""
     if config.variant == "block_sparse":
         assert config.pattern is not None

@@ -143,7 +143,7 @@ def _dilated(space: Space, seq: int) -> Iterator[tuple[Lists, Mapping[str, Any]]
 
 def _dilated_sparse(space: Space, seq: int) -> Iterator[tuple[Lists, Mapping[str, Any]]]:
     for block in space.block_sizes or BLOCK_SIZES[:-1]:
-        if not _divides(block, space.segments):
+        if not divides(block, space.segments):
             continue
         whole = -(-seq // block) * block
         for lists in branch_lists(space, seq, block, SPARSE_SEGMENTS, (8,)):
@@ -153,7 +153,8 @@ def _dilated_sparse(space: Space, seq: int) -> Iterator[tuple[Lists, Mapping[str
                 yield lists, {"block_size": block, "sparsity_ratio": ratio}
 
 
-def _divides(block: int, segments: Sequence[int] | None) -> bool:
+def divides(block: int, segments: Sequence[int] | None) -> bool:
+    """Whether all segments, where any are given, are whole blocks."""
     return all(length % block == 0 for length in segments or ())
 
 

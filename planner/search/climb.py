@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from attention.config import MIB, AttentionConfig
 from attention.errors import ConfigError
-from planner.question.dimensions import Step, dimensions_of, kind_of
+from planner.question.dimensions import Step, attention_kind, dimensions_of
 from planner.question.space import Space
 from planner.search.evaluate import Point, failed, gain, point, seconds_of
 from planner.search.scenario import Scenario
@@ -66,7 +66,7 @@ def neighbours(
     """(dimension, value now, value then, the config) of each dimension times each factor."""
     unit = config.pattern.block_size if config.pattern else UNIT
     for factor in factors:
-        for dimension in dimensions_of(kind_of(config)):
+        for dimension in dimensions_of(attention_kind(config)):
             if dimension.step is None:
                 continue
             value = dimension.of(config)

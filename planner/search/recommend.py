@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, Unpack, get_args
+from typing import Any, Final, NamedTuple, Unpack, get_args
 
 import numpy as np
 
@@ -31,9 +31,6 @@ from planner.speed.rates import Rates, default_rates
 from planner.storage.study import Storage
 from planner.units import parse_bytes, parse_count
 from planner.workload import Workload
-
-if TYPE_CHECKING:
-    pass
 
 SHOWN: Final = 16
 """Points of the Pareto set that an answer has."""
@@ -178,16 +175,16 @@ def _starts(scenario: Scenario, found: Found) -> list[AttentionConfig]:
     ordered = order(scenario, found.table, np.flatnonzero(good))
     chosen: dict[tuple[object, ...], AttentionConfig] = {}
     if found.best is not None:
-        chosen[kind_of(found.best.config)] = found.best.config
+        chosen[family_of(found.best.config)] = found.best.config
     for at in ordered[:LOOKED_AT].tolist():
         config = found.table.config(at, scenario)
-        chosen.setdefault(kind_of(config), config)
+        chosen.setdefault(family_of(config), config)
         if len(chosen) == STARTS:
             break
     return list(chosen.values())
 
 
-def kind_of(config: AttentionConfig) -> tuple[object, ...]:
+def family_of(config: AttentionConfig) -> tuple[object, ...]:
     """Variant, pattern and block size: what makes configs different in kind."""
     pattern = config.pattern
     return config.variant, len(config.branches), pattern and (pattern.pattern_type, pattern.block_size)

@@ -11,9 +11,9 @@ from planner.configs import Columns
 from planner.question.dimensions import (
     DIMENSIONS,
     AttentionKind,
+    attention_kind,
     dimensions_of,
     is_sparse,
-    kind_of,
     pattern_of,
     variant_of,
 )
@@ -27,7 +27,7 @@ from planner.search.candidates import (
     MOST_RATE_GROWTH,
     UNIT,
     Lists,
-    _divides,
+    divides,
     most_window,
     widest_window,
 )
@@ -49,7 +49,7 @@ class Suggestions(Protocol):
 def chosen(trial: Suggestions, space: Space, workload: Workload, *, flex: bool = False) -> Columns:
     """One candidate of the full space, as the trial suggests it."""
     sizes = space.block_sizes or FREE_BLOCK_SIZES
-    fitting = tuple(size for size in sizes if _divides(size, space.segments))
+    fitting = tuple(size for size in sizes if divides(size, space.segments))
     kinds = tuple(kind for kind in space.kinds if kind != "dilated_sparse" or fitting)
     kind: AttentionKind = kinds[0] if len(kinds) == 1 else trial.suggest_categorical("kind", kinds)
     fields: dict[str, Any] = {
@@ -130,7 +130,7 @@ def _suggested(trial: Suggestions, space: Space, seq: int, unit: int) -> Lists:
 
 def parameters(config: AttentionConfig, space: Space, workload: Workload) -> dict[str, Any] | None:
     """What a trial has to suggest to arrive at a config; None if the full space has no such config."""
-    kind = kind_of(config)
+    kind = attention_kind(config)
     values: dict[str, Any] = {
         dimension.parameter: dimension.of(config)
         for dimension in dimensions_of(kind)

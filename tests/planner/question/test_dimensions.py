@@ -11,7 +11,7 @@ import pytest
 from attention import AttentionConfig, SparsePatternConfig
 from planner.cli.options_choose import build_space
 from planner.configs import Columns
-from planner.question.dimensions import DIMENSIONS, KINDS, dimensions_of, kind_of, variant_of
+from planner.question.dimensions import DIMENSIONS, KINDS, attention_kind, dimensions_of, variant_of
 from planner.question.space import Space
 from planner.search.suggest import chosen
 from planner.workload import Workload
@@ -54,7 +54,7 @@ def test_a_trial_is_asked_for_what_its_attention_has(kind):
     space = Space(variants=(variant_of(kind),), **sparse, **values)
     trial = optuna.create_study().ask()
     config = chosen(trial, space, WORKLOAD).config(0, WORKLOAD)
-    assert kind_of(config) == kind
+    assert attention_kind(config) == kind
     lengths = {name for name in trial.params if name.startswith(("first_segment", "growth", "rate_growth"))}
     assert trial.params.keys() - lengths == {each.parameter for each in theirs}
 
