@@ -1,7 +1,8 @@
 """The command that repeats an answer, from what a caller of `planner.recommend` or `planner.tune` wrote.
 
 What has no text (a profile that was measured, a calibration in memory) is FILE there. Where trials are kept
-is left out: a storage's address may have a password in it. Imports no torch.
+is left out: a storage's address may have a password in it. Answers hold this command wherever they are asked
+for, and so it is made here, below search and command line alike. Imports no torch.
 """
 
 from __future__ import annotations
@@ -107,8 +108,8 @@ def _profile(given: Any) -> Iterator[str]:
     elif given is not None:
         from planner.quality.profiles import PRESETS
 
-        known = PRESETS.get(given.name) == given
-        yield from ("--profile", given.name) if known else ("--profile-from", "FILE")
+        preset = PRESETS.get(given.name) == given
+        yield from ("--profile", given.name) if preset else ("--profile-from", "FILE")
 
 
 def _restrictions(space: Space) -> Iterator[str]:

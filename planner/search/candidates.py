@@ -55,7 +55,7 @@ def grid(space: Space, workload: Workload, *, flex: bool = False, free_length: b
     `workload.seq` says how far segments and windows are worth trying; `free_length`: shorter sequences are of
     interest too.
     """
-    found = []
+    parts = []
     for kind in space.kinds:
         for rows in _tables(space, kind, workload):
             lists: dict[str, Any] = {name: np.array(values) for name, values in rows.items()}
@@ -72,14 +72,14 @@ def grid(space: Space, workload: Workload, *, flex: bool = False, free_length: b
                 which = _differing(
                     columns, workload, flex=flex, free_length=free_length, alone=len(backends) == 1
                 )
-                found.append(columns.take(which))
-    found = [columns for columns in found if len(columns)]
-    if not found:
+                parts.append(columns.take(which))
+    parts = [columns for columns in parts if len(columns)]
+    if not parts:
         raise ConfigError(
             "the restrictions leave no candidate: allow more variants, patterns, block sizes or branches "
             "(segment lengths must be multiples of the block size)"
         )
-    return found
+    return parts
 
 
 def _differing(columns: Columns, workload: Workload, *, flex: bool, free_length: bool, alone: bool) -> Ints:
@@ -127,8 +127,8 @@ def _branched(
         by_count.setdefault(len(lengths), []).extend(
             {**named, **fields, "workspace": workspace} for workspace in workspaces
         )
-    for _, found in sorted(by_count.items()):
-        yield _transposed(found)
+    for _, alike in sorted(by_count.items()):
+        yield _transposed(alike)
 
 
 def _transposed(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
@@ -171,13 +171,13 @@ def branch_lists(
         counts = (len(space.segments),)
     elif space.rates is not None:
         counts = (len(space.rates),)
-    found: dict[Lists, None] = {}
+    lists: dict[Lists, None] = {}
     for count in counts:
         for lengths in _lengths(space, seq, unit, firsts, growths, count):
             for factor in GROWTHS if count > 1 else (1,):
                 rates = space.rates or tuple(factor**n for n in range(count))
-                found[lengths, rates] = None
-    return list(found)
+                lists[lengths, rates] = None
+    return list(lists)
 
 
 def _lengths(
@@ -218,8 +218,8 @@ def window_sizes(block: int, workload: Workload) -> list[int]:
     """Tokens of the windows worth trying: 2^k and 3 x 2^(k-1) blocks, up to those that see everything."""
     most = most_window(block, workload)
     powers = range(0 if workload.causal else 1, most.bit_length() + 1)
-    found = {min(n, most) for power in powers for n in (1 << power, 3 << power >> 1)}
-    return sorted(n * block for n in found if n >= (1 if workload.causal else 2))
+    counts = {min(n, most) for power in powers for n in (1 << power, 3 << power >> 1)}
+    return sorted(n * block for n in counts if n >= (1 if workload.causal else 2))
 
 
 def most_window(block: int, workload: Workload) -> int:

@@ -28,22 +28,22 @@ def climbed(scenario: Scenario, space: Space, best: Point) -> Point:
     """The best point that single steps lead to, each to the best neighbour in the space that passes."""
     if scenario.free_length:
         return best  # there a neighbour has another length, and is found by the grid
-    known: dict[AttentionConfig, Point | None] = {best.config: best}
+    tried: dict[AttentionConfig, Point | None] = {best.config: best}
     for _ in range(MOVES):
         for factors in STEPS:
-            found = best
+            ahead = best
             for *_, config in neighbours(best.config, factors):
-                if config not in known:
+                if config not in tried:
                     # What is no faster than the best so far is none that helps, however the rest of it is.
-                    known[config] = _passing(scenario, space, config, found)
-                other = known[config]
-                if other is not None and gain(scenario, found, other) > 0:
-                    found = other
-            if found is not best:
+                    tried[config] = _passing(scenario, space, config, ahead)
+                other = tried[config]
+                if other is not None and gain(scenario, ahead, other) > 0:
+                    ahead = other
+            if ahead is not best:
                 break
         else:
             break
-        best = found
+        best = ahead
     return best
 
 
@@ -54,10 +54,10 @@ def _passing(scenario: Scenario, space: Space, config: AttentionConfig, best: Po
     try:
         if scenario.objective == "speed" and seconds_of(scenario, config, best.seq) >= best.seconds:
             return None
-        found = point(scenario, config, best.seq)
+        other = point(scenario, config, best.seq)
     except ConfigError:
         return None
-    return None if failed(scenario, found) else found
+    return None if failed(scenario, other) else other
 
 
 def neighbours(

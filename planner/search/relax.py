@@ -16,7 +16,7 @@ from planner.search.candidates import grid
 from planner.search.evaluate import Point, failed, memory_of
 from planner.search.gates import MASS, MEMORY, REACH, SECONDS, Gate
 from planner.search.scenario import Scenario
-from planner.search.solve import Found, Table, enumerate_grid, first, order, passing, tabulate
+from planner.search.solve import Solved, Table, enumerate_grid, first, order, passing, tabulate
 from planner.units import format_bytes
 from planner.workload import Workload
 
@@ -38,10 +38,10 @@ class NothingFitsError(AttentionPlannerError):
         )
 
 
-def relaxations(scenario: Scenario, space: Space, found: Found, reserved: int) -> tuple[Relaxation, ...]:
+def relaxations(scenario: Scenario, space: Space, solved: Solved, reserved: int) -> tuple[Relaxation, ...]:
     """The smallest change of one thing each with which something passes; `reserved`: bytes that the budget of
     the scenario is without."""
-    return tuple(_relaxed(scenario, space, found, reserved))
+    return tuple(_relaxed(scenario, space, solved, reserved))
 
 
 def _passes(scenario: Scenario, space: Space) -> bool:
@@ -49,8 +49,8 @@ def _passes(scenario: Scenario, space: Space) -> bool:
     return enumerate_grid(scenario, parts).best is not None
 
 
-def _relaxed(scenario: Scenario, space: Space, found: Found, reserved: int) -> Iterator[Relaxation]:
-    table = found.table
+def _relaxed(scenario: Scenario, space: Space, solved: Solved, reserved: int) -> Iterator[Relaxation]:
+    table = solved.table
     if scenario.free_length:
         # Nothing passes at any length: see what a short sequence needs.
         scenario = replace(scenario, workload=scenario.at(4096), objective="speed")
