@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     from planner.calibration import Calibration
     from planner.measuring.measure import Device
     from planner.question.asked import Asked, Sampler
-    from planner.search.tune import Measure
-    from planner.search.tune import Progress as TuneProgress
+    from planner.search.tune import Measure, TuningProgress
 
 
 def recommend(
@@ -80,7 +79,7 @@ def tune(
     measure: Measure | None = None,
     records: str | Path | None = None,
     learn: bool = False,
-    progress: Callable[[TuneProgress], None] | None = None,
+    progress: Callable[[TuningProgress], None] | None = None,
     **asked: Any,
 ) -> Tuned:
     """Measures up to `trials` configs on this device and returns the fastest that runs within `vram` and, as

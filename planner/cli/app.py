@@ -22,19 +22,19 @@ from attention.config import AttentionConfig
 from attention.errors import AttentionPlannerError, StorageError
 from planner.cli.options import (
     AnyLength,
-    Asked,
     Given,
     Place,
     Sizes,
+    Unweighted,
     build_any_length,
-    build_asked,
     build_config,
     build_place,
     build_sizes,
+    build_unweighted,
     build_workload,
     say,
 )
-from planner.cli.options_choose import Allowed, Card, Gates, build_card, build_gates, build_space
+from planner.cli.options_choose import Allowed, Card, Conditions, build_card, build_conditions, build_space
 from planner.cli.options_show import Pictured, View, build_pictured, build_view
 from planner.files import reading_once
 from planner.workload import Workload
@@ -98,8 +98,8 @@ _BUILDERS: Final[dict[Any, Callable[..., Any]]] = {
     Place: build_place,
     Card: build_card,
     Sizes: build_sizes,
-    Asked: build_asked,
-    Gates: build_gates,
+    Unweighted: build_unweighted,
+    Conditions: build_conditions,
     Allowed: build_space,
     Pictured: build_pictured,
     View: build_view,

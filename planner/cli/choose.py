@@ -10,8 +10,8 @@ import typer
 
 from attention.errors import ConfigError
 from planner.cli.app import DONE, INTERRUPTED, NOTHING_FITS, command, ink, print_data, progress_line, steps
-from planner.cli.options import Asked, Given, flags, say
-from planner.cli.options_choose import Allowed, Card, Gates
+from planner.cli.options import Given, Unweighted, flags, say
+from planner.cli.options_choose import Allowed, Card, Conditions
 from planner.question.asked import TRIALS
 from planner.question.runs import MAXIMUM_TIMEOUT, MAXIMUM_TRIALS, TRIAL_RUNS, TRIAL_TIMEOUT, TUNING_TRIALS
 
@@ -29,8 +29,8 @@ def recommend(
         Literal["speed", "seq", "quality"] | None,
         typer.Option(help="What to make best. [default: speed; without --seq the length]"),
     ] = None,
-    sizes: Asked,
-    gates: Gates,
+    sizes: Unweighted,
+    gates: Conditions,
     space: Allowed,
     trials: Annotated[
         int, typer.Option(min=0, max=MAXIMUM_TRIALS, help="Of Optuna, after the grid.")
@@ -126,8 +126,8 @@ def tune(
         float, typer.Option(max=MAXIMUM_TIMEOUT, help="Seconds that one may take.")
     ] = TRIAL_TIMEOUT,
     runs: Annotated[int, typer.Option(min=1, help="Warm calls of each that are timed.")] = TRIAL_RUNS,
-    sizes: Asked,
-    gates: Gates,
+    sizes: Unweighted,
+    gates: Conditions,
     space: Allowed,
     sampler: Annotated[str, typer.Option(metavar="NAME", help="As for `recommend`.")] = "tpe",
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the sampler.")] = 0,

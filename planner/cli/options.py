@@ -79,7 +79,7 @@ AnyLength = NewType("AnyLength", Workload)
 """A workload whose length is for the command to fill in."""
 Sizes = NewType("Sizes", AnyLength)
 """One that no file has a say in."""
-Asked = NewType("Asked", Sizes)
+Unweighted = NewType("Unweighted", Sizes)
 """One that does not ask for the weights."""
 
 
@@ -102,9 +102,9 @@ def build_sizes(**given: Any) -> Sizes:
     return Sizes(build_any_length(**given))
 
 
-def build_asked(**given: Any) -> Asked:
+def build_unweighted(**given: Any) -> Unweighted:
     """As `build_sizes`, without `weights`."""
-    return Asked(build_sizes(**given))
+    return Unweighted(build_sizes(**given))
 
 
 def without(builder: Callable[..., Any], *names: str) -> inspect.Signature:
@@ -115,7 +115,7 @@ def without(builder: Callable[..., Any], *names: str) -> inspect.Signature:
 
 build_any_length.__signature__ = without(build_workload, "seq")  # type: ignore[attr-defined]
 build_sizes.__signature__ = without(build_workload, "seq", "config")  # type: ignore[attr-defined]
-build_asked.__signature__ = without(build_workload, "seq", "config", "weights")  # type: ignore[attr-defined]
+build_unweighted.__signature__ = without(build_workload, "seq", "config", "weights")  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,9 @@ see `planner.cli.options`."""
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NewType
+from typing import TYPE_CHECKING, Annotated, Any, Final, NewType
 
 import typer
 
@@ -13,6 +14,7 @@ from attention.config import Backend, Switch
 from attention.errors import ConfigError
 from planner.cli.options import Place, build_place, counts
 from planner.question.asked import LAYERS, MIN_MASS
+from planner.question.dimensions import DIMENSIONS, Dimension, Written
 from planner.units import parse_bytes
 
 if TYPE_CHECKING:
@@ -50,11 +52,11 @@ build_card.__signature__ = _of_place.replace(  # type: ignore[attr-defined]
 )
 
 
-Gates = NewType("Gates", dict[str, Any])
+Conditions = NewType("Conditions", dict[str, Any])
 """What an answer has to keep to beside the memory, as `planner.recommend` and `planner.tune` take it."""
 
 
-def build_gates(
+def build_conditions(
     *,
     reserve: Annotated[
         str, typer.Option(metavar="SIZE", help="Of the memory, for the rest of the model: 1.5GB.")
@@ -73,7 +75,7 @@ def build_gates(
         Path | None, typer.Option(metavar="FILE", help="The same, measured: q and k in .npz or .safetensors.")
     ] = None,
     causal: Annotated[bool | None, typer.Option()] = None,
-) -> Gates:
+) -> Conditions:
     """What these options ask for; the profile of a file is measured, causally or not."""
     if profile is not None and profile_from is not None:
         raise ConfigError("--profile and --profile-from say the same thing twice; remove one")
@@ -82,7 +84,7 @@ def build_gates(
         from planner.quality.profile_file import profile_from as measured
 
         known = measured(profile_from, bool(causal))
-    return Gates(
+    return Conditions(
         {"reserve": reserve, "layers": layers or None, "min_mass": min_mass or None,
          "max_seconds": max_seconds, "profile": known}
     )  # fmt: skip
@@ -92,49 +94,48 @@ Allowed = NewType("Allowed", "Space")
 """A space, named without loading what it is made of."""
 
 
-def _list(help: str) -> Any:
-    return typer.Option(metavar="LIST", help=help)
-
-
-def build_space(
-    *,
-    variant: Annotated[str | None, _list("Only dense, dilated, block_sparse, adaptive.")] = None,
-    pattern: Annotated[str | None, _list("Only local_window, global_local, dilated_sparse.")] = None,
-    block_size: Annotated[str | None, _list("Only these: 64,128.")] = None,
-    window: Annotated[str | None, _list("Only these, in tokens: 1K,4K.")] = None,
-    global_tokens: Annotated[str | None, _list("Only these: 64,256.")] = None,
-    sparsity: Annotated[str | None, _list("Only these fractions of blocks kept: 0.01,0.1.")] = None,
-    branches: Annotated[str | None, _list("Only so many branches: 2,3.")] = None,
-    segments: Annotated[str | None, _list("Exactly these segment lengths: 2K,8K.")] = None,
-    rates: Annotated[str | None, _list("Exactly these dilation rates: 1,4.")] = None,
-    workspace: Annotated[str | None, _list("Only these sizes: 1MiB,16MiB.")] = None,
-    backend: Annotated[Backend | None, typer.Option(help="Only this backend.")] = None,
-    pool: Annotated[Switch, typer.Option(help="Keep scratch buffers between calls.")] = "auto",
-) -> Allowed:
-    """What may be chosen, as these options restrict it."""
+def build_space(**given: Any) -> Allowed:
+    """What may be chosen, as the options of all dimensions restrict it."""
     from planner.question.space import Space
 
-    given: dict[str, Any] = {
-        "variants": _names(variant),
-        "patterns": _names(pattern),
-        "block_sizes": counts(block_size, "--block-size") or None,
-        "windows": counts(window, "--window") or None,
-        "global_tokens": counts(global_tokens, "--global-tokens") or None,
-        "ratios": _floats(sparsity, "--sparsity"),
-        "branches": counts(branches, "--branches") or None,
-        "segments": counts(segments, "--segments") or None,
-        "rates": counts(rates, "--rates") or None,
-        "workspaces": _sizes(workspace, "--workspace"),
-        "backend": backend,
+    values = {
+        dimension.field: _READ[dimension.written](given[dimension.argument], dimension.option)
+        for dimension in DIMENSIONS.values()
+        if dimension.argument in given
     }
-    return Allowed(Space(pool=pool, **{name: value for name, value in given.items() if value is not None}))
+    return Allowed(Space(**{field: value for field, value in values.items() if value is not None}))
 
 
-def _names(text: str | None) -> tuple[str, ...] | None:
+_NAMES: Final[dict[str, tuple[Any, str | None]]] = {
+    "backend": (Backend | None, None),
+    "pool": (Switch, "auto"),
+}
+"""(type, default) of options that take one name."""
+
+
+def _parameter(dimension: Dimension) -> inspect.Parameter:
+    """The option of a dimension."""
+    metavar = None if dimension.written == "name" else "LIST"
+    kind, default = _NAMES.get(dimension.field, (str | None, None))
+    option = typer.Option(metavar=metavar, help=dimension.help)
+    return inspect.Parameter(
+        dimension.argument,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=default,
+        annotation=Annotated[kind, option],
+    )
+
+
+build_space.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+    list(map(_parameter, DIMENSIONS.values()))
+)
+
+
+def _names(text: str | None, what: str) -> tuple[str, ...] | None:
     return None if text is None else tuple(part.strip() for part in text.split(","))
 
 
-def _floats(text: str | None, what: str) -> tuple[float, ...] | None:
+def _shares(text: str | None, what: str) -> tuple[float, ...] | None:
     try:
         return None if text is None else tuple(map(float, text.split(",")))
     except ValueError:
@@ -143,3 +144,13 @@ def _floats(text: str | None, what: str) -> tuple[float, ...] | None:
 
 def _sizes(text: str | None, what: str) -> tuple[int, ...] | None:
     return None if text is None else tuple(parse_bytes(part, what) for part in text.split(","))
+
+
+_READ: Final[dict[Written, Callable[[Any, str], Any]]] = {
+    "names": _names,
+    "counts": lambda text, what: counts(text, what) or None,
+    "shares": _shares,
+    "bytes": _sizes,
+    "name": lambda text, what: text,
+}
+"""(text, option) -> the value that an option has."""

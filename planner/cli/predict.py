@@ -98,10 +98,11 @@ def max_seq(
     It is a multiple of the block size, and fits at the upper bound. Where not even one block fits, the exit
     code is 3, and options that would change that are named.
     """
+    from planner.question.relaxation import spelt
     from planner.search.longest import longest
 
     found = longest(config, workload, parse_bytes(vram, "--vram"), place.device, place.options)
-    fits = found.fits
+    fits, changes = found.fits, [spelt(change, exactly=True) for change in found.relaxations]
     if format == "table":
         from planner.report.text.estimate import longest_text
 
@@ -112,11 +113,11 @@ def max_seq(
             "budget": found.budget,
             "fits": fits.model_dump(mode="json") if fits else None,
             "beyond": found.beyond.model_dump(mode="json"),
-            "relaxations": list(found.relaxations),
+            "relaxations": changes,
         }
         print_data(data, format)
     if fits is None:
-        say(f"nothing fits {vram}; what would: {', or '.join(found.relaxations)}")
+        say(f"nothing fits {vram}; what would: {', or '.join(changes)}")
     return DONE if fits else NOTHING_FITS
 
 

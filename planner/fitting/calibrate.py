@@ -18,6 +18,7 @@ from attention.errors import AttentionPlannerError, ConfigError
 from planner.calibration import SMALL, Calibration, Domain, Terms, own_path, save
 from planner.files import make_folder
 from planner.measuring.measure import Device, Measurement
+from planner.question.runs import OnStep
 
 if TYPE_CHECKING:
     import numpy as np
@@ -42,13 +43,11 @@ TIMEOUT: Final = 300.0
 """Seconds that one run may take."""
 REPETITIONS: Final = 9
 """Warm calls of a timed run, of which the median counts."""
-
-RunProgress = Callable[[int, int, str], None]
 """Told (runs done, runs in all, what comes next)."""
 
 
 def calibrated(
-    device: Device, *, seed: int, runs: int, progress: RunProgress | None, path: str | Path | None,
+    device: Device, *, seed: int, runs: int, progress: OnStep | None, path: str | Path | None,
     threads: int | None, speed: bool,
 ) -> Calibration:  # fmt: skip
     """What `planner.calibrate` returns, and saves."""
@@ -99,7 +98,7 @@ def _timed_runs(device: Device, seed: int) -> tuple[list[Sample], list[Sample]]:
 
 def _measured(
     device: Device, batch: Batch, samples: Sequence[Sample], known: RecordedRuns, kept: Path,
-    steps: tuple[int, int], progress: RunProgress | None,
+    steps: tuple[int, int], progress: OnStep | None,
 ) -> list[Measurement]:  # fmt: skip
     """A measurement of each sample, made now and kept if there is none. `steps`: (done before, of all)."""
     from planner.measuring import records

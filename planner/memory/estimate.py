@@ -12,6 +12,7 @@ from pydantic import BeforeValidator
 from attention.config import AttentionConfig, Value, as_tuple
 from attention.errors import ConfigError
 from planner import gpus
+from planner.bisection import largest
 from planner.calibration import Bound, Calibration, bound_of, shipped
 from planner.memory import cuda_process as device_share
 from planner.memory.allocator import replay, smallest_cap
@@ -263,11 +264,7 @@ def _longest(fits: Callable[[int], bool]) -> int:
     low = 1
     while fits(2 * low):
         low *= 2
-    high = 2 * low
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+    return largest(fits, low, 2 * low)
 
 
 __all__ = ["Bound", "Line", "MemoryEstimate", "estimate", "max_sequence"]

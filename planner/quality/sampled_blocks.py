@@ -17,6 +17,7 @@ from attention.layout import Branches
 from attention.sizes.arrays import row_blocks
 from planner.configs import Floats, Ints
 from planner.quality.sums import Number, series, triangle
+from planner.sampling import stratified
 
 ROWS = 128
 """Query blocks looked at; all of them where there are no more."""
@@ -101,7 +102,7 @@ def _sample(blocks: Ints, unit: Ints) -> tuple[Ints, Ints, Ints, Floats]:
     every = np.where(inside, entry // parts, 0)
     stratum = np.minimum(unit, blocks)[:, None] / ROWS
     stratum = stratum * np.exp2(np.ceil(np.log2(n / (stratum * ROWS))))
-    later = ((np.arange(1, ROWS) + _spread()[1:]) * stratum).astype(np.int64)
+    later = (stratified(_spread())[1:] * stratum).astype(np.int64)
     count = np.where(later < n, np.minimum(stratum, n - np.arange(1, ROWS) * stratum), 0.0)
     # Of the first stratum, runs that grow: their ends, then rows in their middles.
     ends = np.rint(np.expm1(np.arange(FIRST + 2) / (FIRST + 1) * np.log1p(stratum)))

@@ -14,6 +14,7 @@ import numpy as np
 from planner.configs import Floats, Ints
 from planner.quality.sampled_blocks import common, subsets
 from planner.quality.sums import series
+from planner.sampling import golden, stratified
 
 POINTS = 4096
 """Queries looked at of irregular dilated branches; all of them where there are no more."""
@@ -42,8 +43,7 @@ def _points(
     n = seq[:, None]
     count = min(POINTS, int(seq.max(initial=1)))
     at = np.arange(count)
-    # One query of each stratum; which one, by the golden ratio: without a period that residues could have.
-    spread = ((at + (at * 0.6180339887498949) % 1.0) * n / count).astype(np.int64)
+    spread = (stratified(golden(at)) * n / count).astype(np.int64)
     q = np.where(n <= count, np.minimum(at, n - 1), spread)
     weights = np.where(n <= count, (at < n) / n, 1.0 / count)
     offsets = [q % np.minimum(s[:, None], n) for s in lengths]

@@ -32,7 +32,8 @@ NEEDED: Final[dict[str, tuple[str, ...]]] = {
 }  # fmt: skip
 """Packages of samplers that Optuna does not bring."""
 
-Progress = Callable[[int, int], None]
+OnTrial = Callable[[int, int], None]
+"""Called with (trials done, trials in all) before each."""
 Objective = Literal["speed", "seq", "quality"]
 
 
@@ -70,7 +71,7 @@ class Asked(TypedDict, total=False):
     """Where trials are kept and gone on with: a journal file, or a URL of Optuna's."""
     study: str | None
     """Their name there."""
-    progress: Progress | None
+    progress: OnTrial | None
     calibration: Calibration | None
     allocator: str
     display: Display

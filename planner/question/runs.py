@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final
 
 TUNING_TRIALS: Final = 30
@@ -15,3 +16,6 @@ CALIBRATION_RUNS: Final = 140
 MAXIMUM_TRIALS: Final = 100_000
 MAXIMUM_TIMEOUT: Final = 1e6
 """Seconds, of any run: twelve days."""
+
+OnStep = Callable[[int, int, str], None]
+"""Called with (steps done, steps in all, what comes next)."""

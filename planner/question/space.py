@@ -1,32 +1,20 @@
-"""The dimensions of the search, and which values of each a caller allows. Imports no torch."""
+"""Which values of each dimension of the search a caller allows. Imports no torch."""
 
 from __future__ import annotations
 
 import math
-from typing import Annotated, Final, Literal, Self, get_args
+from typing import Annotated, Final, Self, get_args
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from attention.config import Backend, Counts, PatternType, Switch, Value, Variant, as_tuple
+from planner.question.dimensions import DIMENSIONS, KINDS, AttentionKind, is_sparse, variant_of
 
 MAX_BRANCHES: Final = 4
 MOST_VALUES: Final = 1 << 14
 """Combinations of the values that a caller lists."""
-
-Kind = Literal["dense", "dilated", "local_window", "global_local", "dilated_sparse", "adaptive"]
-KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
-_BRANCHED: Final = ("dilated", "dilated_sparse")
-DIMENSIONS: Final[dict[str, tuple[str, ...]]] = {
-    "patterns": get_args(PatternType),
-    "block_sizes": (*get_args(PatternType), "adaptive"),
-    "windows": ("local_window", "global_local"),
-    "global_tokens": ("global_local",),
-    "ratios": ("dilated_sparse", "adaptive"),
-    "branches": _BRANCHED,
-    "segments": _BRANCHED,
-    "rates": _BRANCHED,
-}
-"""Which attentions have each dimension that not all have."""
+_OF_SOME: Final = tuple(dimension for dimension in DIMENSIONS.values() if dimension.of_some)
+"""Dimensions that not all attentions have."""
 
 Ratios = Annotated[tuple[Annotated[float, Field(gt=0.0, le=1.0)], ...], BeforeValidator(as_tuple)]
 Variants = Annotated[tuple[Variant, ...], BeforeValidator(as_tuple), Field(min_length=1)]
@@ -64,12 +52,11 @@ class Space(Value):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        for name in ("block_sizes", "windows", "global_tokens", "ratios", "branches", "segments", "rates",
-                     "workspaces"):  # fmt: skip
+        for name in DIMENSIONS:
             if getattr(self, name) == ():
                 raise ValueError(f"{name} allows nothing; give at least one value, or leave it out")
-        values = math.prod(len(given) for name in DIMENSIONS if (given := getattr(self, name)))
-        if values * len(self.workspaces or (0,)) > MOST_VALUES:
+        lists = [self.workspaces, *(getattr(self, dimension.field) for dimension in _OF_SOME)]
+        if math.prod(len(values) for values in lists if values) > MOST_VALUES:
             raise ValueError(
                 f"the lists have more than {MOST_VALUES:,} combinations, and all are looked at; give fewer"
             )
@@ -95,48 +82,33 @@ class Space(Value):
             raise ValueError(
                 f"rates={list(self.rates)} leave positions without output; the first must be 1 for dilated"
             )
-        for name, having in DIMENSIONS.items():
-            if getattr(self, name) is not None and not set(having) & set(self.kinds):
+        for name, kinds in ((dimension.field, dimension.kinds) for dimension in _OF_SOME):
+            if getattr(self, name) is not None and not set(kinds) & set(self.kinds):
                 raise ValueError(
-                    f"{name} are of {' and '.join(having)}, and none of those is allowed; "
+                    f"{name} are of {' and '.join(kinds)}, and none of those is allowed; "
                     f"leave {name} out, or allow one"
                 )
         return self
 
     @property
-    def kinds(self) -> tuple[Kind, ...]:
+    def kinds(self) -> tuple[AttentionKind, ...]:
         """Attentions that are allowed, block-sparse ones by their pattern."""
         variants, patterns = self.variants, self.patterns or get_args(PatternType)
-        restricted = {name for name in DIMENSIONS if getattr(self, name) is not None}
-        found: list[Kind] = []
-        for kind in KINDS:
-            if variants is not None:
-                allowed = variant_of(kind) in variants
-            else:
-                has = not restricted or any(kind in DIMENSIONS[name] for name in restricted)
-                allowed = has and kind != "adaptive"
+        restricted = [one for one in _OF_SOME if getattr(self, one.field) is not None]
+
+        def allowed(kind: AttentionKind) -> bool:
             if is_sparse(kind) and kind not in patterns:
-                allowed = False
+                return False
             if kind == "dilated" and self.rates and self.rates[0] != 1:
-                allowed = False
-            if allowed:
-                found.append(kind)
-        return tuple(found)
+                return False
+            if variants is not None:
+                return variant_of(kind) in variants
+            return kind != "adaptive" and (not restricted or any(kind in one.kinds for one in restricted))
+
+        return tuple(filter(allowed, KINDS))
 
     def backends(self, flex: bool) -> tuple[Backend, ...]:
         """Those to try on a device that has FlexAttention (`flex`) or not."""
         if self.backend is not None:
             return (self.backend,)
         return ("auto", "sdpa") if flex else ("auto",)
-
-
-def variant_of(kind: Kind) -> Variant:
-    return "block_sparse" if is_sparse(kind) else kind  # type: ignore[return-value]
-
-
-def pattern_of(kind: Kind) -> PatternType | None:
-    return kind if is_sparse(kind) else None  # type: ignore[return-value]
-
-
-def is_sparse(kind: Kind) -> bool:
-    return kind in get_args(PatternType)

@@ -19,7 +19,8 @@ from attention.config import (
 from attention.errors import ConfigError
 from planner.configs import Columns, Ints
 from planner.memory.dispatch import goes_flex
-from planner.question.space import MAX_BRANCHES, Kind, Space, is_sparse, pattern_of, variant_of
+from planner.question.dimensions import AttentionKind, is_sparse, pattern_of, variant_of
+from planner.question.space import MAX_BRANCHES, Space
 from planner.workload import Workload
 
 UNIT: Final = 64
@@ -54,7 +55,7 @@ def grid(space: Space, workload: Workload, *, flex: bool = False, free_length: b
     `workload.seq` says how far segments and windows are worth trying; `free_length`: shorter sequences are of
     interest too.
     """
-    found = []
+    parts = []
     for kind in space.kinds:
         for rows in _tables(space, kind, workload):
             lists: dict[str, Any] = {name: np.array(values) for name, values in rows.items()}
@@ -71,14 +72,14 @@ def grid(space: Space, workload: Workload, *, flex: bool = False, free_length: b
                 which = _differing(
                     columns, workload, flex=flex, free_length=free_length, alone=len(backends) == 1
                 )
-                found.append(columns.take(which))
-    found = [columns for columns in found if len(columns)]
-    if not found:
+                parts.append(columns.take(which))
+    parts = [columns for columns in parts if len(columns)]
+    if not parts:
         raise ConfigError(
             "the restrictions leave no candidate: allow more variants, patterns, block sizes or branches "
             "(segment lengths must be multiples of the block size)"
         )
-    return found
+    return parts
 
 
 def _differing(columns: Columns, workload: Workload, *, flex: bool, free_length: bool, alone: bool) -> Ints:
@@ -97,7 +98,7 @@ def _differing(columns: Columns, workload: Workload, *, flex: bool, free_length:
     return np.flatnonzero(possible & (~runs | (workspace == workspace.max())))
 
 
-def _tables(space: Space, kind: Kind, workload: Workload) -> Iterator[dict[str, list[Any]]]:
+def _tables(space: Space, kind: AttentionKind, workload: Workload) -> Iterator[dict[str, list[Any]]]:
     """Columns of all combinations of a kind, one table for each number of branches."""
     workspaces = space.workspaces or WORKSPACES
     if kind == "dense":
@@ -126,8 +127,8 @@ def _branched(
         by_count.setdefault(len(lengths), []).extend(
             {**named, **fields, "workspace": workspace} for workspace in workspaces
         )
-    for _, found in sorted(by_count.items()):
-        yield _transposed(found)
+    for _, alike in sorted(by_count.items()):
+        yield _transposed(alike)
 
 
 def _transposed(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
@@ -153,6 +154,7 @@ def _dilated_sparse(space: Space, seq: int) -> Iterator[tuple[Lists, Mapping[str
 
 
 def divides(block: int, segments: Sequence[int] | None) -> bool:
+    """Whether all segments, where any are given, are whole blocks."""
     return all(length % block == 0 for length in segments or ())
 
 
@@ -169,13 +171,13 @@ def branch_lists(
         counts = (len(space.segments),)
     elif space.rates is not None:
         counts = (len(space.rates),)
-    found: dict[Lists, None] = {}
+    lists: dict[Lists, None] = {}
     for count in counts:
         for lengths in _lengths(space, seq, unit, firsts, growths, count):
             for factor in GROWTHS if count > 1 else (1,):
                 rates = space.rates or tuple(factor**n for n in range(count))
-                found[lengths, rates] = None
-    return list(found)
+                lists[lengths, rates] = None
+    return list(lists)
 
 
 def _lengths(
@@ -197,7 +199,7 @@ def _lengths(
                 yield (*lengths[:-1], -(-whole // lengths[-2]) * lengths[-2])
 
 
-def _blocks(space: Space, kind: Kind, workload: Workload) -> Iterator[dict[str, Any]]:
+def _blocks(space: Space, kind: AttentionKind, workload: Workload) -> Iterator[dict[str, Any]]:
     """Fields of local_window, global_local and adaptive."""
     for block in space.block_sizes or BLOCK_SIZES:
         if kind == "adaptive":
@@ -216,8 +218,8 @@ def window_sizes(block: int, workload: Workload) -> list[int]:
     """Tokens of the windows worth trying: 2^k and 3 x 2^(k-1) blocks, up to those that see everything."""
     most = most_window(block, workload)
     powers = range(0 if workload.causal else 1, most.bit_length() + 1)
-    found = {min(n, most) for power in powers for n in (1 << power, 3 << power >> 1)}
-    return sorted(n * block for n in found if n >= (1 if workload.causal else 2))
+    counts = {min(n, most) for power in powers for n in (1 << power, 3 << power >> 1)}
+    return sorted(n * block for n in counts if n >= (1 if workload.causal else 2))
 
 
 def most_window(block: int, workload: Workload) -> int:

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from attention.config import MIB, AttentionConfig
 from attention.errors import ConfigError
+from planner.question.dimensions import Step, attention_kind, dimensions_of
 from planner.question.space import Space
 from planner.search.evaluate import Point, failed, gain, point, seconds_of
 from planner.search.scenario import Scenario
@@ -27,22 +28,22 @@ def climbed(scenario: Scenario, space: Space, best: Point) -> Point:
     """The best point that single steps lead to, each to the best neighbour in the space that passes."""
     if scenario.free_length:
         return best  # there a neighbour has another length, and is found by the grid
-    known: dict[AttentionConfig, Point | None] = {best.config: best}
+    tried: dict[AttentionConfig, Point | None] = {best.config: best}
     for _ in range(MOVES):
         for factors in STEPS:
-            found = best
+            ahead = best
             for *_, config in neighbours(best.config, factors):
-                if config not in known:
+                if config not in tried:
                     # What is no faster than the best so far is none that helps, however the rest of it is.
-                    known[config] = _passing(scenario, space, config, found)
-                other = known[config]
-                if other is not None and gain(scenario, found, other) > 0:
-                    found = other
-            if found is not best:
+                    tried[config] = _passing(scenario, space, config, ahead)
+                other = tried[config]
+                if other is not None and gain(scenario, ahead, other) > 0:
+                    ahead = other
+            if ahead is not best:
                 break
         else:
             break
-        best = found
+        best = ahead
     return best
 
 
@@ -53,10 +54,10 @@ def _passing(scenario: Scenario, space: Space, config: AttentionConfig, best: Po
     try:
         if scenario.objective == "speed" and seconds_of(scenario, config, best.seq) >= best.seconds:
             return None
-        found = point(scenario, config, best.seq)
+        other = point(scenario, config, best.seq)
     except ConfigError:
         return None
-    return None if failed(scenario, found) else found
+    return None if failed(scenario, other) else other
 
 
 def neighbours(
@@ -65,46 +66,30 @@ def neighbours(
     """(dimension, value now, value then, the config) of each dimension times each factor."""
     unit = config.pattern.block_size if config.pattern else UNIT
     for factor in factors:
-        for name, value in _dimensions(config).items():
-            after = _times(name, value, factor, unit)
+        for dimension in dimensions_of(attention_kind(config)):
+            if dimension.step is None:
+                continue
+            value = dimension.of(config)
+            after = _stepped(dimension.step, value, factor, unit)
             if after == value:
                 continue
             try:
-                yield name, _said(value), _said(after), _changed(config, name, after)
+                yield dimension.attribute, _text(value), _text(after), dimension.changed(config, after)
             except ConfigError:
                 continue
 
 
-def _dimensions(config: AttentionConfig) -> dict[str, Any]:
-    """What a config's attention depends on, and its workspace."""
-    found: dict[str, Any] = {}
-    pattern = config.pattern
-    if pattern is not None:
-        found["block_size"] = pattern.block_size
-        if config.variant == "adaptive" or pattern.pattern_type == "dilated_sparse":
-            found["sparsity_ratio"] = pattern.sparsity_ratio
-        else:
-            found["local_window_size"] = pattern.local_window_size
-            if pattern.pattern_type == "global_local":
-                found["global_tokens"] = pattern.global_tokens
-    if config.segment_lengths:
-        found["segment_lengths"] = config.segment_lengths
-    if len(config.dilation_rates) > 1:
-        found["dilation_rates"] = config.dilation_rates
-    return found | {"workspace_bytes": config.workspace_bytes}
-
-
-def _times(name: str, value: Any, factor: float, unit: int) -> Any:
-    """A dimension's value times a factor: windows, global tokens and segments in whole blocks of `unit`,
-    what is a power of two by powers of two."""
-    if name == "dilation_rates":
-        return tuple(math.ceil(rate * factor) if rate > 1 else 1 for rate in value)
-    if isinstance(value, tuple):
+def _stepped(step: Step, value: Any, factor: float, unit: int) -> Any:
+    """A value times a factor, as far as its dimension takes such steps; blocks have `unit` tokens."""
+    if isinstance(value, tuple) and step == "blocks":
         return tuple(_whole(length * factor, unit) for length in value)
-    if isinstance(value, float):
-        return min(float(f"{value * factor:.3g}"), 1.0)
-    if name in ("local_window_size", "global_tokens"):
+    if step == "blocks":
         return _whole(value * factor, unit)
+    if step == "rates":
+        rates = tuple(math.ceil(rate * factor) if rate > 1 else 1 for rate in value)
+        return rates if len(value) > 1 else value
+    if step == "share":
+        return min(float(f"{value * factor:.3g}"), 1.0)
     return max(round(value * factor), 1) if factor in STEPS[0] else value
 
 
@@ -112,13 +97,7 @@ def _whole(tokens: float, unit: int) -> int:
     return max(round(tokens / unit), 1) * unit
 
 
-def _changed(config: AttentionConfig, name: str, after: Any) -> AttentionConfig:
-    if config.pattern is not None and name in type(config.pattern).model_fields:
-        return config.model_copy(update={"pattern": config.pattern.model_copy(update={name: after})})
-    return config.model_copy(update={name: after})
-
-
-def _said(value: Any) -> str:
+def _text(value: Any) -> str:
     if isinstance(value, tuple):
         return ",".join(map(str, value))
     if isinstance(value, int) and value >= MIB and value % MIB == 0:

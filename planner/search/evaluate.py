@@ -19,6 +19,7 @@ from planner.memory.estimate import MemoryEstimate, estimate
 from planner.memory.peaks import peaks
 from planner.quality import mass as quality
 from planner.quality import reach
+from planner.search.gates import MASS, MEMORY, REACH, SECONDS
 from planner.search.scenario import Scenario
 from planner.speed import seconds as speed
 
@@ -163,24 +164,20 @@ def _point(scenario: Scenario, config: AttentionConfig, seq: int) -> Point:
 
 
 def excess(scenario: Scenario, memory: Any, seconds: Any, mass: Any) -> dict[str, Any]:
-    """By how much each constraint but reach is exceeded, 0 or less where it is met; floats, or arrays."""
-    gates = scenario.gates
-    found = {"memory": (memory - scenario.budget) / scenario.budget}
-    if gates.min_mass is not None:
-        found["mass"] = gates.min_mass - mass
-    if gates.max_seconds is not None:
-        found["seconds"] = (seconds - gates.max_seconds) / gates.max_seconds
-    return found
+    """By how much each gate but reach is exceeded, 0 or less where it is met; floats, or arrays."""
+    shares = {
+        "memory": MEMORY.excess(scenario, memory),
+        "mass": MASS.excess(scenario, mass),
+        "seconds": SECONDS.excess(scenario, seconds),
+    }
+    return {name: share for name, share in shares.items() if share is not None}
 
 
 def failed(scenario: Scenario, found: Point) -> tuple[str, ...]:
-    """The constraints that a config does not meet: `memory`, `mass`, `seconds`, `reach`."""
-    beyond = excess(scenario, found.memory.upper, found.seconds, found.mass)
-    wrong = [name for name, share in beyond.items() if share > 0]
-    most = scenario.gates.layers
-    if most is not None and (found.layers is None or found.layers > most):
-        wrong.append("reach")
-    return tuple(wrong)
+    """The gates that a config does not pass, by name."""
+    shares = excess(scenario, found.memory.upper, found.seconds, found.mass)
+    shares["reach"] = REACH.excess(scenario, found.layers) or 0.0
+    return tuple(name for name, share in shares.items() if share > 0)
 
 
 def gain(scenario: Scenario, old: Point, new: Point) -> float:

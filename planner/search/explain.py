@@ -4,7 +4,6 @@ Imports no torch."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Final
 
 import numpy as np
@@ -14,9 +13,10 @@ from planner.answers.recommendation import Step, Why, Without
 from planner.search import evaluate
 from planner.search.climb import neighbours
 from planner.search.evaluate import Point, gain, gains
+from planner.search.gates import GATES, MASS, MEMORY
 from planner.search.picks import pick
 from planner.search.scenario import Scenario
-from planner.search.solve import Found, first, order, passing
+from planner.search.solve import Solved, first, order, passing
 
 GAIN: Final = 0.005
 """A constraint binds if without it the answer would be better by more than this."""
@@ -24,10 +24,10 @@ LOOKED_AT: Final = 64
 """Candidates behind the best among which the runner-up is looked for."""
 
 
-def explain(scenario: Scenario, found: Found, best: Point) -> Why:
+def explain(scenario: Scenario, solved: Solved, best: Point) -> Why:
     """The reasons for `best`."""
-    without = tuple(sorted(_without(scenario, found, best), key=lambda one: -one.gain))
-    runner_up = _runner_up(scenario, found, best)
+    without = tuple(sorted(_without(scenario, solved, best), key=lambda one: -one.gain))
+    runner_up = _runner_up(scenario, solved, best)
     return Why(
         binding=without[0].constraint if without else None,
         without=without,
@@ -37,46 +37,40 @@ def explain(scenario: Scenario, found: Found, best: Point) -> Why:
     )
 
 
-def _without(scenario: Scenario, found: Found, best: Point) -> Iterator[Without]:
+def _without(scenario: Scenario, solved: Solved, best: Point) -> Iterator[Without]:
     """Each constraint without which the answer would be better."""
-    gates = scenario.gates
-    loosened = {
-        "memory": scenario.but(budget=1 << 60),
-        "mass": scenario.but(gates=replace(gates, min_mass=None)),
-        "reach": scenario.but(gates=replace(gates, layers=None)),
-        "seconds": scenario.but(gates=replace(gates, max_seconds=None)),
-    }
-    for name, other in loosened.items():
-        if other == scenario or (name == "memory" and scenario.free_length):
+    for gate in GATES:
+        other = gate.loosened(scenario)
+        if other == scenario or (gate is MEMORY and scenario.free_length):
             continue
-        _, good = passing(other, found.table)
-        good &= gains(other, best, found.table.seq, found.table.figures) > GAIN
-        which, table = np.flatnonzero(good), found.table
-        if name == "mass":
+        _, good = passing(other, solved.table)
+        good &= gains(other, best, solved.table.seq, solved.table.figures) > GAIN
+        which, table = np.flatnonzero(good), solved.table
+        if gate is MASS:
             which = table.may_reach(other, which)
             table = table.settled(scenario, which)
         new = first(other, table, order(other, table, which))
         if new is not None and gain(scenario, best, new) > GAIN:
-            yield Without(constraint=name, gain=gain(scenario, best, new), pick=pick(new))
+            yield Without(constraint=gate.name, gain=gain(scenario, best, new), pick=pick(new))
 
 
-def _runner_up(scenario: Scenario, found: Found, best: Point) -> Point | None:
+def _runner_up(scenario: Scenario, solved: Solved, best: Point) -> Point | None:
     """The grid's best of another shape."""
-    _, good = passing(scenario, found.table)
-    ordered = order(scenario, found.table, np.flatnonzero(good))
+    _, good = passing(scenario, solved.table)
+    ordered = order(scenario, solved.table, np.flatnonzero(good))
     ordered = ordered[: LOOKED_AT * 16]
-    others = ordered[~found.table.shaped(best.config, ordered)]
-    return first(scenario, found.table, others[:LOOKED_AT])
+    others = ordered[~solved.table.shaped(best.config, ordered)]
+    return first(scenario, solved.table, others[:LOOKED_AT])
 
 
 def _steps(scenario: Scenario, best: Point) -> Iterator[Step]:
     """One step down and one up in each dimension that there is."""
     for dimension, before, after, config in neighbours(best.config):
         try:
-            found = evaluate.point(scenario, config, best.seq)
+            other = evaluate.point(scenario, config, best.seq)
         except ConfigError:
             continue
         yield Step(
-            dimension=dimension, before=before, after=after, seconds=found.seconds, upper=found.memory.upper,
-            mass=found.mass, layers=found.layers, failed=evaluate.failed(scenario, found),
+            dimension=dimension, before=before, after=after, seconds=other.seconds, upper=other.memory.upper,
+            mass=other.mass, layers=other.layers, failed=evaluate.failed(scenario, other),
         )  # fmt: skip

@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from attention.config import AttentionConfig
+from planner.bisection import largest
 from planner.gpus import Gpu
 from planner.memory.estimate import MemoryEstimate, estimate, max_sequence
-from planner.units import format_bytes
+from planner.question.relaxation import Relaxation, cheaper
 from planner.workload import Workload
 
 LEAST_WORKSPACE = 64 * 1024
@@ -23,8 +24,8 @@ class Longest(NamedTuple):
     """None if not even one block does."""
     beyond: MemoryEstimate
     """Of one block more."""
-    relaxations: tuple[str, ...]
-    """Where nothing fits: options, each of which lets one block fit."""
+    relaxations: tuple[Relaxation, ...]
+    """Where nothing fits: changes, each of which lets one block fit."""
 
 
 def longest(
@@ -46,39 +47,28 @@ def longest(
 
 def _relaxations(
     config: AttentionConfig, workload: Workload, budget: int, device: str | Gpu, options: dict[str, Any]
-) -> Iterator[str]:
-    """The smallest change of one option each that lets this workload fit."""
+) -> Iterator[Relaxation]:
+    """The smallest change of one thing each that lets this workload fit."""
 
-    def fits(config: AttentionConfig = config, more: dict[str, Any] | None = None, **changes: Any) -> bool:
-        asked = workload.model_copy(update=changes)
-        return estimate(config, asked, device, **{**options, **(more or {})}).upper <= budget
+    def fits(asked: Workload = workload, config: AttentionConfig = config, **more: Any) -> bool:
+        return estimate(config, asked, device, **{**options, **more}).upper <= budget
 
-    if workload.batch > 1 and (batch := _largest(workload.batch - 1, lambda n: fits(batch=n))):
-        yield f"--batch {batch}"
-    if workload.mode == "training" and fits(mode="inference"):
-        yield "--mode inference"
-    if workload.dtype in ("float32", "float64") and fits(dtype="float16"):
-        yield "--dtype float16"
-    if options.get("display") == "desktop" and fits(more={"display": "headless"}):
-        yield "--display headless"
+    batch = _below(workload.batch, lambda n: fits(workload.model_copy(update={"batch": n})))
+    if batch:
+        yield Relaxation("batch", batch)
+    yield from (change for change in cheaper(workload) if fits(change.applied(workload)))
+    if options.get("display") == "desktop" and fits(display="headless"):
+        yield Relaxation("display", "headless")
     if others := options.get("others_bytes"):
-        most = _largest(others - 1, lambda n: fits(more={"others_bytes": n})) or 0
-        if most or fits(more={"others_bytes": 0}):
-            yield f"--others {most}" if most else "no others on the card"
-    if config.workspace_bytes > LEAST_WORKSPACE and fits(
-        config.model_copy(update={"workspace_bytes": LEAST_WORKSPACE})
-    ):
-        yield f"a config with workspace_bytes={LEAST_WORKSPACE}"
-    needed = estimate(config, workload, device, **options).upper
-    yield f"--vram {needed} ({format_bytes(needed)})"
+        fewer = _below(others, lambda n: fits(others_bytes=n))
+        if fewer or fits(others_bytes=0):
+            yield Relaxation("others_bytes", fewer)
+    lean = config.model_copy(update={"workspace_bytes": LEAST_WORKSPACE})
+    if config.workspace_bytes > LEAST_WORKSPACE and fits(config=lean):
+        yield Relaxation("workspace_bytes", LEAST_WORKSPACE)
+    yield Relaxation("vram", estimate(config, workload, device, **options).upper)
 
 
-def _largest(limit: int, fits: Callable[[int], bool]) -> int | None:
-    """The largest of 1..limit that fits, where smaller ones fit too; None if 1 does not."""
-    if limit < 1 or not fits(1):
-        return None
-    low, high = 1, limit + 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+def _below(limit: int, fits: Callable[[int], bool]) -> int:
+    """The largest number from 1 to below `limit` that fits, where smaller ones fit too; 0 if 1 does not."""
+    return largest(fits, 1, limit) if limit > 1 and fits(1) else 0

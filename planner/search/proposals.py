@@ -15,7 +15,7 @@ from typing import Any, Final, NamedTuple
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
 
-from planner.question.space import Kind
+from planner.question.dimensions import AttentionKind
 
 EXPLORED: Final = 0.5
 """Share of the trials in which all kinds take turns."""
@@ -42,9 +42,9 @@ class Turns:
     """Says what the next of `trials` trials is to fix, told of those before. `explores`: nothing is
     known to be good yet."""
 
-    def __init__(self, kinds: Sequence[Kind], trials: int, *, explores: bool) -> None:
+    def __init__(self, kinds: Sequence[AttentionKind], trials: int, *, explores: bool) -> None:
         self.kinds, self.exploring = kinds, trials * EXPLORED * explores
-        self.leaders: dict[Kind, Leader] = {}
+        self.leaders: dict[AttentionKind, Leader] = {}
         self.stepped: set[frozenset[tuple[str, Any]]] = set()
 
     def told(
@@ -52,7 +52,7 @@ class Turns:
     ) -> None:
         """Of a trial that has ended."""
         self.stepped.add(frozenset(params.items()))
-        kind: Kind = params.get("kind", self.kinds[0])
+        kind: AttentionKind = params.get("kind", self.kinds[0])
         if kind not in self.leaders or rank < self.leaders[kind].rank:
             self.leaders[kind] = Leader(rank, params, distributions)
 
@@ -67,7 +67,7 @@ class Turns:
                 return step
         return {"kind": kinds[number % len(kinds)]} if len(self.kinds) > 1 else {}
 
-    def _step(self, kind: Kind) -> dict[str, Any] | None:
+    def _step(self, kind: AttentionKind) -> dict[str, Any] | None:
         """The best of a kind with one dimension changed, as no trial had it; None if all such were tried."""
         leader = self.leaders[kind]
         for change in _changes(leader):

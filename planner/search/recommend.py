@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, Unpack, get_args
+from typing import Any, Final, NamedTuple, Unpack, get_args
 
 import numpy as np
 
@@ -13,10 +13,10 @@ from attention.errors import ConfigError
 from planner import gpus
 from planner.answers.recommendation import Pick, Quality, Recommendation, Role, Search
 from planner.calibration import Rates
-from planner.cli.command_line import recommend_command
 from planner.memory.estimate import calibration_for, machine_of
 from planner.quality.profiles import Profile
 from planner.question.asked import LAYERS, MIN_MASS, TRIALS, Asked, Gates, Objective
+from planner.question.command import recommend_command
 from planner.question.space import Space
 from planner.search.candidates import grid
 from planner.search.climb import climbed
@@ -27,14 +27,11 @@ from planner.search.refine import STARTS, Refined, refine
 from planner.search.relax import NothingFitsError, relaxations
 from planner.search.samplers import check_sampler
 from planner.search.scenario import Scenario
-from planner.search.solve import SAME, Found, enumerate_grid, exact, order, pareto, passing
+from planner.search.solve import SAME, Solved, enumerate_grid, exact, order, pareto, passing
 from planner.speed.rates import default_rates
 from planner.storage.study import Storage
 from planner.units import parse_bytes, parse_count
 from planner.workload import Workload
-
-if TYPE_CHECKING:
-    pass
 
 SHOWN: Final = 16
 """Points of the Pareto set that an answer has."""
@@ -61,7 +58,7 @@ _PLACE: Final = ("calibration", "allocator", "display", "others_bytes", "context
 
 
 def question(vram: str | int | None = None, seq: str | int | None = None, **asked: Unpack[Asked]) -> Question:
-    """The same, with what the answer was found from."""
+    """Answers what `planner.recommend` is asked; the answer, with what it rests on."""
     wrong = set(asked) - set(Asked.__annotations__)
     if wrong:
         raise TypeError(f"recommend() got unexpected arguments: {', '.join(sorted(wrong))}")
@@ -71,22 +68,22 @@ def question(vram: str | int | None = None, seq: str | int | None = None, **aske
     space, seed, trials = asked.get("space") or Space(), asked.get("seed", 0), asked.get("trials", TRIALS)
     name = fingerprint(scenario, space)
     parts = grid(space, scenario.workload, flex=scenario.flex, free_length=scenario.free_length)
-    found = enumerate_grid(scenario, parts)
+    solved = enumerate_grid(scenario, parts)
     refined = None
     if trials:
         storage = asked.get("storage")
-        kept = Storage(storage, asked.get("study") or f"recommend-{name[:12]}", name) if storage else None
+        store = Storage(storage, asked.get("study") or f"recommend-{name[:12]}", name) if storage else None
         refined = refine(
-            scenario, space, _starts(scenario, found), trials=trials, sampler=asked.get("sampler", "tpe"),
-            seed=seed, storage=kept, progress=asked.get("progress"),
+            scenario, space, _starts(scenario, solved), trials=trials, sampler=asked.get("sampler", "tpe"),
+            seed=seed, storage=store, progress=asked.get("progress"),
         )  # fmt: skip
-    best = better(scenario, found.best, refined.best if refined else None)
+    best = better(scenario, solved.best, refined.best if refined else None)
     if best is None:
-        raise NothingFitsError(scenario, relaxations(scenario, space, found, reserved), found.seen)
+        raise NothingFitsError(scenario, relaxations(scenario, space, solved, reserved), solved.seen)
     if trials:
         best = climbed(scenario, space, best)
-    answer = _answer(scenario, found, refined, best, reserved, seed, recommend_command(vram, seq, asked))
-    return Question(scenario, space, name, found.best, best, answer)
+    answer = _answer(scenario, solved, refined, best, reserved, seed, recommend_command(vram, seq, asked))
+    return Question(scenario, space, name, solved.best, best, answer)
 
 
 def _refuse_idle(asked: Asked) -> None:
@@ -146,20 +143,24 @@ def scenario_of(vram: str | int | None, seq: str | int | None, asked: Asked) -> 
             raise ConfigError(f"seq must be at most {MOST_TOKENS:,} tokens, got {tokens:,}")
     workload = Workload(seq=tokens, **sizes)
     profile = asked.get("profile")
-    known = profile if isinstance(profile, Profile) else profiles.preset(profile or profiles.DEFAULT)
+    attends = profile if isinstance(profile, Profile) else profiles.preset(profile or profiles.DEFAULT)
     options: dict[str, Any] = {name: asked[name] for name in _PLACE if name in asked}
     if card != "cpu" and options.get("threads") is not None:
         raise ConfigError("threads is for gpu='cpu' only; leave it out")
     rates = speed_rates_of(card, workload, options)
-    return Scenario(workload, card, budget - reserved, aim, known, rates, gates, options), reserved
+    return Scenario(workload, card, budget - reserved, aim, attends, rates, gates, options), reserved
 
 
 def speed_rates_of(card: Any, workload: Workload, options: dict[str, Any]) -> Rates:
     """Measured rates of the device, where a calibration has them for the dtype; else documented defaults."""
     machine = machine_of(card, workload.dtype, options.get("threads"))
-    known = options.get("calibration") or calibration_for(card, machine, workload.dtype)
-    if known is not None and known.speed is not None and workload.dtype in known.speed.rates.forward:
-        return known.speed.rates
+    calibration = options.get("calibration") or calibration_for(card, machine, workload.dtype)
+    if (
+        calibration is not None
+        and calibration.speed is not None
+        and workload.dtype in calibration.speed.rates.forward
+    ):
+        return calibration.speed.rates
     return default_rates(card if isinstance(card, gpus.Gpu) else machine)
 
 
@@ -173,33 +174,33 @@ def better(scenario: Scenario, old: Point | None, new: Point | None) -> Point | 
     return new if by > 0 else old
 
 
-def _starts(scenario: Scenario, found: Found) -> list[AttentionConfig]:
+def _starts(scenario: Scenario, solved: Solved) -> list[AttentionConfig]:
     """What the search begins with: the grid's optimum, then its best of each shape."""
-    _, good = passing(scenario, found.table)
-    ordered = order(scenario, found.table, np.flatnonzero(good))
+    _, good = passing(scenario, solved.table)
+    ordered = order(scenario, solved.table, np.flatnonzero(good))
     chosen: dict[tuple[object, ...], AttentionConfig] = {}
-    if found.best is not None:
-        chosen[kind_of(found.best.config)] = found.best.config
+    if solved.best is not None:
+        chosen[family_of(solved.best.config)] = solved.best.config
     for at in ordered[:LOOKED_AT].tolist():
-        config = found.table.config(at, scenario)
-        chosen.setdefault(kind_of(config), config)
+        config = solved.table.config(at, scenario)
+        chosen.setdefault(family_of(config), config)
         if len(chosen) == STARTS:
             break
     return list(chosen.values())
 
 
-def kind_of(config: AttentionConfig) -> tuple[object, ...]:
+def family_of(config: AttentionConfig) -> tuple[object, ...]:
     """Variant, pattern and block size: what makes configs different in kind."""
     pattern = config.pattern
     return config.variant, len(config.branches), pattern and (pattern.pattern_type, pattern.block_size)
 
 
 def _answer(
-    scenario: Scenario, found: Found, refined: Refined | None, best: Point, reserved: int, seed: int,
+    scenario: Scenario, solved: Solved, refined: Refined | None, best: Point, reserved: int, seed: int,
     command: str,
 ) -> Recommendation:  # fmt: skip
-    picks, front = _front(scenario, found, best)
-    grid_best = found.best
+    picks, front = _front(scenario, solved, best)
+    grid_best = solved.best
     return Recommendation(
         versions=versions(),
         calibration=rests_on(scenario),
@@ -214,23 +215,23 @@ def _answer(
         memory=best.memory,
         seconds=best.seconds,
         quality=Quality(profile=scenario.profile.name, mass=best.mass, layers=best.layers),
-        why=explain(scenario, found, best),
+        why=explain(scenario, solved, best),
         alternatives=picks,
         pareto=front,
         search=Search(
-            grid=found.seen, fit=found.fit, passed=found.passed,
+            grid=solved.seen, fit=solved.fit, passed=solved.passed,
             trials=refined.trials if refined else 0,
             gain=gain(scenario, grid_best, best) if grid_best else 0.0,
         ),
     )  # fmt: skip
 
 
-def _front(scenario: Scenario, found: Found, best: Point) -> tuple[tuple[Pick, ...], tuple[Pick, ...]]:
+def _front(scenario: Scenario, solved: Solved, best: Point) -> tuple[tuple[Pick, ...], tuple[Pick, ...]]:
     """(the three picks, some SHOWN of the Pareto set with the picks and the answer among them), exactly."""
-    table, which = found.table, pareto(scenario, found)
+    table, which = solved.table, pareto(scenario, solved)
     points: dict[int, Point | None] = {-1: best}
 
-    def known(index: int) -> Point | None:
+    def exactly(index: int) -> Point | None:
         if index not in points:
             points[index] = exact(scenario, table, index)
         return points[index]
@@ -243,40 +244,40 @@ def _front(scenario: Scenario, found: Found, best: Point) -> tuple[tuple[Pick, .
             np.append(table.figures.mass[which], best.mass),
             np.append(table.seq[which], best.seq),
         )
-        wrong = [int(here[at]) for at in chosen if known(int(here[at])) is None]
+        wrong = [int(here[at]) for at in chosen if exactly(int(here[at])) is None]
         if not wrong:
             break
         which = which[~np.isin(which, wrong)]
     spread = np.linspace(0, which.size, min(SHOWN, which.size + 1)).round().astype(int)
-    shown = [known(int(at)) for at in here[sorted({*spread.tolist(), *chosen, which.size})]]
-    different = {found.config: found for found in shown if found}
+    shown = [exactly(int(at)) for at in here[sorted({*spread.tolist(), *chosen, which.size})]]
+    different = {point.config: point for point in shown if point}
     roles: tuple[Role, ...] = ("fastest", "balanced", "widest")
-    picked = [known(int(here[at])) for at in chosen]
-    picks = [pick(found, role) for found, role in zip(picked, roles, strict=True) if found]
-    front = [pick(found) for found in sorted(different.values(), key=lambda point: point.seconds)]
+    picked = [exactly(int(here[at])) for at in chosen]
+    picks = [pick(point, role) for point, role in zip(picked, roles, strict=True) if point]
+    front = [pick(point) for point in sorted(different.values(), key=lambda point: point.seconds)]
     # Arrays know memory a little less exactly than `exact`, by which some are surpassed after all.
     named = {one.config for one in picks} | {best.config}
-    kept = named | {one.config for one in unsurpassed(front)}
-    return tuple(picks), tuple(one for one in front if one.config in kept)
+    good = named | {one.config for one in unsurpassed(front)}
+    return tuple(picks), tuple(one for one in front if one.config in good)
 
 
 def versions() -> dict[str, str | None]:
     """Of what an answer depends on; torch's, though it is not loaded, because memory is its own."""
-    found: dict[str, str | None] = {}
+    installed: dict[str, str | None] = {}
     for name in ("attention-planner", "torch", "numpy", "optuna"):
         try:
-            found[name] = version(name)
+            installed[name] = version(name)
         except PackageNotFoundError:
-            found[name] = None
-    return found
+            installed[name] = None
+    return installed
 
 
 def rests_on(scenario: Scenario) -> str:
     """What memory and seconds rest on."""
-    known = scenario.calibration
+    calibration = scenario.calibration
     memory = (
-        f"memory: {known.device} calibrated with torch {known.torch} on {known.date[:10]}"
-        if known
+        f"memory: {calibration.device} calibrated with torch {calibration.torch} on {calibration.date[:10]}"
+        if calibration
         else "memory: not measured on this device"
     )
     return f"{memory}; seconds: {scenario.rates.source}"

@@ -16,7 +16,7 @@ import optuna
 from attention.config import AttentionConfig
 from attention.errors import ConfigError
 from planner.configs import Columns, columns_of
-from planner.question.asked import Progress, Sampler
+from planner.question.asked import OnTrial, Sampler
 from planner.question.space import Space
 from planner.search import evaluate
 from planner.search.evaluate import Figures, Point
@@ -52,7 +52,7 @@ def refine(
     sampler: Sampler = "tpe",
     seed: int = 0,
     storage: Storage | None = None,
-    progress: Progress | None = None,
+    progress: OnTrial | None = None,
 ) -> Refined:
     """The best config that `trials` trials find; `starts` are tried first.
 
@@ -67,25 +67,25 @@ def refine(
     study.sampler = sampler_of(sampler, seed + done, STARTUP if starts else COLD_STARTUP)
     if not done:
         for config in starts:
-            known = parameters(config, space, scenario.workload)
-            if known is not None:
-                study.enqueue_trial(known, skip_if_exists=True)
+            params = parameters(config, space, scenario.workload)
+            if params is not None:
+                study.enqueue_trial(params, skip_if_exists=True)
     queued = done + len(study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.WAITING,)))
-    seen: dict[AttentionConfig, Answer] = {}
+    seen: dict[AttentionConfig, Judged] = {}
     turns = Turns(space.kinds, trials, explores=not starts)
 
-    def judged(trial: Any, config: AttentionConfig, columns: Columns) -> Answer:
+    def considered(trial: Any, config: AttentionConfig, columns: Columns) -> Judged:
         if config not in seen:
-            seen[config] = answer(scenario, columns)
+            seen[config] = judge(scenario, columns)
         # As the config has them: what was suggested may have been rounded far.
-        known = parameters(config, space, scenario.workload) or trial.params
-        turns.told(seen[config].rank, known, trial.distributions)
+        params = parameters(config, space, scenario.workload) or trial.params
+        turns.told(seen[config].rank, params, trial.distributions)
         return seen[config]
 
     for earlier in old:
         if "config" in earlier.user_attrs:
             config = AttentionConfig(**earlier.user_attrs["config"])
-            judged(earlier, config, columns_of(config, scenario.workload.seq))
+            considered(earlier, config, columns_of(config, scenario.workload.seq))
     for number in range(done, trials):
         if progress:
             progress(number, trials)
@@ -94,19 +94,19 @@ def refine(
         trial = study.ask()
         columns = chosen(trial, space, scenario.workload, flex=scenario.flex)
         config = columns.config(0, scenario.workload)
-        found = judged(trial, config, columns)
-        for name, share in found.excess.items():
+        judgement = considered(trial, config, columns)
+        for name, share in judgement.excess.items():
             trial.set_constraint(name, share)
         trial.set_user_attr("config", config.model_dump(mode="json", exclude_defaults=True))
-        study.tell(trial, found.value)
-    good = [found for found in seen.values() if all(share <= 0 for share in found.excess.values())]
-    table = tabled([found.columns for found in good], [found.figures for found in good if found.figures])
+        study.tell(trial, judgement.value)
+    good = [one for one in seen.values() if all(share <= 0 for share in one.excess.values())]
+    table = tabled([one.columns for one in good], [one.figures for one in good if one.figures])
     best = first(scenario, table, order(scenario, table, np.arange(len(table))))
     return Refined(best, max(trials, done))
 
 
 @dataclass(frozen=True)
-class Answer:
+class Judged:
     """One candidate of a trial."""
 
     columns: Columns
@@ -123,17 +123,17 @@ class Answer:
         return sum(max(share, 0.0) for share in self.excess.values()), self.value
 
 
-def answer(scenario: Scenario, columns: Columns) -> Answer:
+def judge(scenario: Scenario, columns: Columns) -> Judged:
     """What the models have for one candidate; with the length free, at the longest that fits."""
     if scenario.free_length:
         table = tabulate(scenario, [columns])
         if not len(table):
-            return Answer(columns, None, IMPOSSIBLE, {"memory": 1.0})
+            return Judged(columns, None, IMPOSSIBLE, {"memory": 1.0})
         columns = replace(columns, seq=int(table.seq[0]))
-        found = table.figures
+        figures = table.figures
     else:
-        found = evaluate.figures(scenario, columns)
-    memory, seconds, mass = (float(column[0]) for column in found)
+        figures = evaluate.figures(scenario, columns)
+    memory, seconds, mass = (float(column[0]) for column in figures)
     excess = evaluate.excess(scenario, memory, seconds, mass)
     if scenario.gates.layers is not None:
         # Asked only of those that pass the rest: it takes longest.
@@ -144,10 +144,7 @@ def answer(scenario: Scenario, columns: Columns) -> Answer:
         "quality": -mass + 1e-6 * math.log(max(seconds, 1e-12)),
         "seq": -math.log(max(int(np.max(columns.seq)), 1)) + 1e-6 * math.log(max(seconds, 1e-12)),
     }[scenario.objective]
-    return Answer(columns, found, value, excess)
+    return Judged(columns, figures, value, excess)
 
 
-# Studies.
-
-
-__all__ = ["Refined", "Sampler", "Storage", "answer", "open_study", "refine"]
+__all__ = ["Refined", "Sampler", "Storage", "judge", "open_study", "refine"]

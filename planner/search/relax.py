@@ -3,41 +3,45 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Final
 
 import numpy as np
 
 from attention.errors import AttentionPlannerError
-from planner.configs import Ints
+from planner.question.relaxation import Relaxation, cheaper, spelt
 from planner.question.space import Space
 from planner.search.candidates import grid
-from planner.search.evaluate import memory_of
+from planner.search.evaluate import Point, failed, memory_of
+from planner.search.gates import MASS, MEMORY, REACH, SECONDS, Gate
 from planner.search.scenario import Scenario
-from planner.search.solve import Found, Table, enumerate_grid, first, order, passing, tabulate
-from planner.units import bytes_option, format_bytes
+from planner.search.solve import Solved, Table, enumerate_grid, first, order, passing, tabulate
+from planner.units import format_bytes
+from planner.workload import Workload
 
 TRIED: Final = 32
 """Candidates whose exact memory is looked at for the least."""
 
 
 class NothingFitsError(AttentionPlannerError):
-    """No config fits the budget and passes the gates. `relaxations`: changes, each of which would help."""
+    """No config fits the budget and passes the gates. `relaxations`: changes, each of which would help, as
+    options; `changes`: the same as values."""
 
-    def __init__(self, scenario: Scenario, relaxed: tuple[str, ...], seen: int) -> None:
-        self.relaxations = relaxed
+    def __init__(self, scenario: Scenario, changes: tuple[Relaxation, ...], seen: int) -> None:
+        self.changes = changes
+        self.relaxations = tuple(map(spelt, changes))
         where = "the CPU" if isinstance(scenario.card, str) else scenario.card.name
-        said = f"; what would: {', or '.join(relaxed)}" if relaxed else ""
+        help = f"; what would: {', or '.join(self.relaxations)}" if changes else ""
         super().__init__(
-            f"none of {seen:,} candidates passes on {where} with {format_bytes(scenario.budget)} for it{said}"
+            f"none of {seen:,} candidates passes on {where} with {format_bytes(scenario.budget)} for it{help}"
         )
 
 
-def relaxations(scenario: Scenario, space: Space, found: Found, reserved: int) -> tuple[str, ...]:
-    """The smallest change of one thing each with which something passes, as options; `reserved`: bytes that
-    the budget of the scenario is without."""
-    return tuple(_relaxed(scenario, space, found, reserved))
+def relaxations(scenario: Scenario, space: Space, solved: Solved, reserved: int) -> tuple[Relaxation, ...]:
+    """The smallest change of one thing each with which something passes; `reserved`: bytes that the budget of
+    the scenario is without."""
+    return tuple(_relaxed(scenario, space, solved, reserved))
 
 
 def _passes(scenario: Scenario, space: Space) -> bool:
@@ -45,43 +49,24 @@ def _passes(scenario: Scenario, space: Space) -> bool:
     return enumerate_grid(scenario, parts).best is not None
 
 
-def _relaxed(scenario: Scenario, space: Space, found: Found, reserved: int) -> Iterator[str]:
-    table, gates = found.table, scenario.gates
+def _relaxed(scenario: Scenario, space: Space, solved: Solved, reserved: int) -> Iterator[Relaxation]:
+    table = solved.table
     if scenario.free_length:
         # Nothing passes at any length: see what a short sequence needs.
         scenario = replace(scenario, workload=scenario.at(4096), objective="speed")
         table = tabulate(scenario, grid(space, scenario.workload, flex=scenario.flex))
-    roomy = scenario.but(budget=1 << 60)
-    _, good = passing(roomy, table)
-    if good.any():
-        needed = _least_memory(roomy, table, np.flatnonzero(good))
-        if needed is not None and needed > scenario.budget:
-            whole = needed + reserved
-            yield f"--vram {bytes_option(whole)} (needs {format_bytes(whole)})"
+    needed = _memory_needed(scenario, table)
+    if needed is not None and needed > scenario.budget:
+        yield Relaxation("vram", needed + reserved)
     yield from _shorter(scenario, space)
-    if gates.min_mass is not None:
-        loose = scenario.but(gates=replace(gates, min_mass=None))
-        which = np.flatnonzero(passing(loose, table)[1])
-        settled = table.settled(scenario, which)
-        best = first(loose, settled, _by_mass(settled, which))
-        if best is not None and best.mass < gates.min_mass:
-            yield f"--min-mass {math.floor(best.mass * 1000) / 1000:g}"
-    if gates.layers is not None:
-        loose = scenario.but(gates=replace(gates, layers=None))
-        _, good = passing(loose, table)
-        best = first(loose, table, order(loose, table, np.flatnonzero(good)))
-        if best is not None and (best.layers is None or best.layers > gates.layers):
-            yield f"--layers {best.layers or 0}"
-    if gates.max_seconds is not None:
-        loose = scenario.but(gates=replace(gates, max_seconds=None))
-        _, good = passing(loose, table)
-        best = first(loose, table, order(replace(loose, objective="speed"), table, np.flatnonzero(good)))
-        if best is not None and best.seconds > gates.max_seconds:
-            yield f"--max-seconds {_rounded_up(best.seconds):.6g}"
-    for changes in _workloads(scenario):
-        for change, update in changes:
-            if _passes(replace(scenario, workload=scenario.workload.model_copy(update=update)), space):
-                yield change
+    for gate, change in _CHANGES.items():
+        nearest = _nearest(scenario, table, gate)
+        if nearest is not None:
+            yield change(nearest)
+    for changes in _smaller(scenario.workload):
+        for one in changes:
+            if _passes(replace(scenario, workload=one.applied(scenario.workload)), space):
+                yield one
                 break
 
 
@@ -91,39 +76,54 @@ def _rounded_up(value: float) -> float:
     return math.ceil(value / step + 1e-9) * step
 
 
-def _by_mass(table: Table, which: Ints) -> Ints:
-    return which[np.argsort(-table.figures.mass[which], kind="stable")]
+_CHANGES: Final[dict[Gate, Callable[[Point], Relaxation]]] = {
+    MASS: lambda point: Relaxation("min_mass", math.floor(point.mass * 1000) / 1000),
+    REACH: lambda point: Relaxation("layers", point.layers or 0),
+    SECONDS: lambda point: Relaxation("max_seconds", _rounded_up(point.seconds)),
+}
+"""What lets a candidate through a gate."""
 
 
-def _least_memory(scenario: Scenario, table: Table, which: Ints) -> int | None:
-    """The least upper bound of those that pass all else."""
+def _nearest(scenario: Scenario, table: Table, gate: Gate) -> Point | None:
+    """Of what passes all other gates, the candidate to loosen this one for; None where nothing needs that."""
+    if gate.limit(scenario) is None:
+        return None
+    loose = gate.loosened(scenario)
+    which = np.flatnonzero(passing(loose, table)[1])
+    if gate is MASS:
+        table = table.settled(scenario, which)
+        ordered = which[np.argsort(-table.figures.mass[which], kind="stable")]
+    else:
+        ordered = order(replace(loose, objective="speed") if gate is SECONDS else loose, table, which)
+    best = first(loose, table, ordered)
+    return best if best is not None and gate.name in failed(scenario, best) else None
+
+
+def _memory_needed(scenario: Scenario, table: Table) -> int | None:
+    """The smallest upper bound of candidates that pass all gates but that of memory; None if none does."""
+    loose = MEMORY.loosened(scenario)
+    which = np.flatnonzero(passing(loose, table)[1])
     leanest = which[np.argsort(table.figures.memory[which], kind="stable")]
-    found = [leanest[at : at + TRIED] for at in range(0, leanest.size, TRIED)]
-    for chunk in found:
-        reached = chunk[table.reaching(scenario, chunk)]
+    for at in range(0, leanest.size, TRIED):
+        chunk = leanest[at : at + TRIED]
+        reached = chunk[table.reaching(loose, chunk)]
         if reached.size:
-            exact = (
-                memory_of(scenario, table.config(at, scenario), int(table.seq[at])).upper
-                for at in reached.tolist()
+            return min(
+                memory_of(loose, table.config(one, loose), int(table.seq[one])).upper
+                for one in reached.tolist()
             )
-            return min(exact)
     return None
 
 
-def _shorter(scenario: Scenario, space: Space) -> Iterator[str]:
+def _shorter(scenario: Scenario, space: Space) -> Iterator[Relaxation]:
     """The longest sequence at which something passes."""
     free = replace(scenario, objective="seq")
     best = enumerate_grid(free, grid(space, free.workload, flex=free.flex, free_length=True)).best
     if best is not None and best.seq < scenario.workload.seq:
-        yield f"--seq {best.seq}"
+        yield Relaxation("seq", best.seq)
 
 
-def _workloads(scenario: Scenario) -> Iterator[list[tuple[str, dict[str, object]]]]:
-    """Smaller workloads, dimension by dimension, the smallest change first: the option, what it changes."""
-    workload = scenario.workload
-    if workload.mode == "training":
-        yield [("--mode inference", {"mode": "inference"})]
-    if workload.itemsize > 2:
-        yield [("--dtype float16", {"dtype": "float16"})]
-    halves = [workload.batch >> power for power in range(1, workload.batch.bit_length())]
-    yield [(f"--batch {batch}", {"batch": batch}) for batch in halves]
+def _smaller(workload: Workload) -> Iterator[list[Relaxation]]:
+    """Changes to smaller workloads, dimension by dimension, the smallest change first."""
+    yield from ([change] for change in cheaper(workload))
+    yield [Relaxation("batch", workload.batch >> power) for power in range(1, workload.batch.bit_length())]

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attention.config import AttentionConfig
+from planner.bisection import largest
 from planner.configs import Columns, Ints, columns_of
 from planner.quality.mass import shape_of
 from planner.search import evaluate
@@ -93,7 +94,7 @@ class Table(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Found:
+class Solved:
     """What the grid has."""
 
     table: Table
@@ -157,7 +158,7 @@ def _lost(longest: int, seq: Any) -> Any:
     return np.floor(np.log(longest / seq) / np.log1p(SAME))
 
 
-def enumerate_grid(scenario: Scenario, parts: Sequence[Columns]) -> Found:
+def enumerate_grid(scenario: Scenario, parts: Sequence[Columns]) -> Solved:
     """The grid's optimum."""
     table = tabulate(scenario, parts)
     fits = int(passing(scenario, table)[0].sum())
@@ -165,17 +166,17 @@ def enumerate_grid(scenario: Scenario, parts: Sequence[Columns]) -> Found:
         table = _shortened(scenario, table)
     good = np.flatnonzero(passing(scenario, table)[1])
     best = first(scenario, table, order(scenario, table, good))
-    return Found(table, best, sum(map(len, parts)), fits, good.size)
+    return Solved(table, best, sum(map(len, parts)), fits, good.size)
 
 
 def first(scenario: Scenario, table: Table, ordered: Ints) -> Point | None:
     """The figures of the first of candidates that passes everything. Where the length is free, arrays say a
     little too much of it, and the best of the first few is taken."""
-    found = (exact(scenario, table, index) for index in _reaching_in_order(scenario, table, ordered))
-    passed = (point for point in found if point is not None)
-    points = list(itertools.islice(passed, CLOSE if scenario.free_length else 1))
-    longest = max((point.seq for point in points), default=1)
-    return min(points, key=lambda one: (_lost(longest, one.seq), one.seconds), default=None)
+    points = (exact(scenario, table, index) for index in _reaching_in_order(scenario, table, ordered))
+    passed = (point for point in points if point is not None)
+    nearest = list(itertools.islice(passed, CLOSE if scenario.free_length else 1))
+    longest = max((point.seq for point in nearest), default=1)
+    return min(nearest, key=lambda one: (_lost(longest, one.seq), one.seconds), default=None)
 
 
 def exact(scenario: Scenario, table: Table, index: int) -> Point | None:
@@ -188,8 +189,8 @@ def exact(scenario: Scenario, table: Table, index: int) -> Point | None:
         seq = _longest_exactly(scenario, config, seq)
         if seq == 0:
             return None
-    found = evaluate.point(scenario, config, seq)
-    return None if evaluate.failed(scenario, found) else found
+    point = evaluate.point(scenario, config, seq)
+    return None if evaluate.failed(scenario, point) else point
 
 
 def _longest_exactly(scenario: Scenario, config: AttentionConfig, most: int) -> int:
@@ -206,10 +207,7 @@ def _longest_exactly(scenario: Scenario, config: AttentionConfig, most: int) -> 
     low, step = high - 1, 1
     while low > 0 and not fits(low):
         high, low, step = low, max(low - 2 * step, 0), 2 * step
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low * unit
+    return largest(fits, low, high) * unit
 
 
 def _reaching_in_order(scenario: Scenario, table: Table, ordered: Ints) -> Iterator[int]:
@@ -325,13 +323,13 @@ def _table_units(table: Table) -> Ints:
 # The Pareto set.
 
 
-def pareto(scenario: Scenario, found: Found) -> Ints:
+def pareto(scenario: Scenario, solved: Solved) -> Ints:
     """Candidates that pass everything and that none surpasses in memory, time and mass (and length, where it
     is free) together, fastest first.
 
     Costs that differ by less than half a percent count as equal, or the set is mostly of twins.
     """
-    table = found.table
+    table = solved.table
     _, good = passing(scenario, table)
     left = np.flatnonzero(good)
     memory, seconds, mass = (column[left] for column in table.figures)
@@ -363,4 +361,4 @@ def pareto(scenario: Scenario, found: Found) -> Ints:
     return np.array(sorted(front, key=lambda at: float(table.figures.seconds[at])), np.int64)
 
 
-__all__ = ["Found", "Table", "enumerate_grid", "exact", "first", "order", "pareto", "passing", "tabulate"]
+__all__ = ["Solved", "Table", "enumerate_grid", "exact", "first", "order", "pareto", "passing", "tabulate"]

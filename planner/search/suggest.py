@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, Protocol
 
 from attention.config import AttentionConfig
 from planner.configs import Columns
-from planner.question.space import MAX_BRANCHES, Kind, Space, is_sparse, pattern_of, variant_of
+from planner.question.dimensions import (
+    DIMENSIONS,
+    AttentionKind,
+    attention_kind,
+    dimensions_of,
+    is_sparse,
+    pattern_of,
+    variant_of,
+)
+from planner.question.space import MAX_BRANCHES, Space
 from planner.search.candidates import (
     FREE_BLOCK_SIZES,
     FREE_WORKSPACES,
@@ -25,7 +34,7 @@ from planner.search.candidates import (
 from planner.workload import Workload
 
 
-class Trial(Protocol):
+class Suggestions(Protocol):
     """What chooses: an `optuna.Trial`, or anything with its suggestions."""
 
     def suggest_categorical(self, name: str, choices: Any, /) -> Any: ...
@@ -37,43 +46,29 @@ class Trial(Protocol):
     ) -> float: ...
 
 
-def chosen(trial: Trial, space: Space, workload: Workload, *, flex: bool = False) -> Columns:
+def chosen(trial: Suggestions, space: Space, workload: Workload, *, flex: bool = False) -> Columns:
     """One candidate of the full space, as the trial suggests it."""
     sizes = space.block_sizes or FREE_BLOCK_SIZES
     fitting = tuple(size for size in sizes if divides(size, space.segments))
     kinds = tuple(kind for kind in space.kinds if kind != "dilated_sparse" or fitting)
-    kind: Kind = kinds[0] if len(kinds) == 1 else trial.suggest_categorical("kind", kinds)
+    kind: AttentionKind = kinds[0] if len(kinds) == 1 else trial.suggest_categorical("kind", kinds)
     fields: dict[str, Any] = {
         "workspace": 1 << trial.suggest_int("workspace_log2", *FREE_WORKSPACES)
         if space.workspaces is None
         else _one(trial, "workspace", space.workspaces)
     }
     unit = UNIT
-    if kind not in ("dense", "dilated"):
-        unit = fields["block_size"] = _nearest(
-            trial, "block_size", fitting if kind == "dilated_sparse" else sizes
-        )
-    if kind in ("dilated_sparse", "adaptive"):
-        ratio = (
-            trial.suggest_float("sparsity_ratio", LEAST_RATIO, 1.0, log=True)
-            if space.ratios is None
-            else _one(trial, "sparsity_ratio", space.ratios)
-        )
-        fields["sparsity_ratio"] = float(f"{ratio:.3g}")
-    if kind in ("local_window", "global_local"):
-        fields["window"] = (
-            _tokens(trial, "window", unit, widest_window(workload))
-            if space.windows is None
-            else _one(trial, "window", space.windows)
-        )
+    for dimension in dimensions_of(kind):
+        name, allowed = dimension.parameter, getattr(space, dimension.field)
+        if name == "block_size":
+            unit = fields[name] = _nearest(trial, name, fitting if kind == "dilated_sparse" else sizes)
+        elif name in _FREE:
+            fields[name] = _one(trial, name, allowed) if allowed else _FREE[name](trial, name, unit, workload)
+    if "window" in fields:
         fields["window"] = min(fields["window"], unit * most_window(unit, workload))
-    if kind == "global_local":
-        fields["global_tokens"] = (
-            _tokens(trial, "global_tokens", unit, MOST_GLOBAL)
-            if space.global_tokens is None
-            else _one(trial, "global_tokens", space.global_tokens)
-        )
-    if kind in ("dilated", "dilated_sparse"):
+    if "sparsity_ratio" in fields:
+        fields["sparsity_ratio"] = float(f"{fields['sparsity_ratio']:.3g}")
+    if kind in DIMENSIONS["branches"].kinds:
         fields["lengths"], fields["rates"] = _suggested(trial, space, workload.seq, unit)
     backends = space.backends(flex and is_sparse(kind))
     return Columns(
@@ -82,7 +77,17 @@ def chosen(trial: Trial, space: Space, workload: Workload, *, flex: bool = False
     )  # fmt: skip
 
 
-def _nearest(trial: Trial, name: str, values: Sequence[int]) -> int:
+_FREE: Final[dict[str, Callable[[Suggestions, str, int, Workload], Any]]] = {
+    "window": lambda trial, name, unit, workload: _tokens(trial, name, unit, widest_window(workload)),
+    "global_tokens": lambda trial, name, unit, workload: _tokens(trial, name, unit, MOST_GLOBAL),
+    "sparsity_ratio": lambda trial, name, unit, workload: trial.suggest_float(
+        name, LEAST_RATIO, 1.0, log=True
+    ),
+}
+"""(trial, parameter, tokens a block, workload) -> a value, where the caller allows any."""
+
+
+def _nearest(trial: Suggestions, name: str, values: Sequence[int]) -> int:
     """One of ascending values: the nearest to a number, so that a sampler knows which are alike."""
     if len(values) == 1:
         return values[0]
@@ -90,16 +95,16 @@ def _nearest(trial: Trial, name: str, values: Sequence[int]) -> int:
     return min(values, key=lambda value: abs(math.log(value / wanted)))
 
 
-def _tokens(trial: Trial, name: str, unit: int, most: int) -> int:
+def _tokens(trial: Suggestions, name: str, unit: int, most: int) -> int:
     """A number of tokens that is a multiple of `unit`."""
     return max(round(trial.suggest_int(name, 1, max(most, 2), log=True) / unit), 1) * unit
 
 
-def _one(trial: Trial, name: str, values: Sequence[Any]) -> Any:
+def _one(trial: Suggestions, name: str, values: Sequence[Any]) -> Any:
     return values[0] if len(values) == 1 else trial.suggest_categorical(name, tuple(values))
 
 
-def _suggested(trial: Trial, space: Space, seq: int, unit: int) -> Lists:
+def _suggested(trial: Suggestions, space: Space, seq: int, unit: int) -> Lists:
     counts = space.branches or tuple(range(1, MAX_BRANCHES + 1))
     given = space.segments or space.rates
     count = len(given) if given else _one(trial, "branches", counts)
@@ -125,31 +130,26 @@ def _suggested(trial: Trial, space: Space, seq: int, unit: int) -> Lists:
 
 def parameters(config: AttentionConfig, space: Space, workload: Workload) -> dict[str, Any] | None:
     """What a trial has to suggest to arrive at a config; None if the full space has no such config."""
-    pattern = config.pattern
-    kind = pattern.pattern_type if pattern and config.variant == "block_sparse" else config.variant
-    workspace = config.workspace_bytes
-    found: dict[str, Any] = {"kind": kind, "workspace": workspace, "backend": config.backend}
-    found["workspace_log2"] = workspace.bit_length() - 1
-    if pattern:
-        found["block_size"] = pattern.block_size
-        if kind in ("dilated_sparse", "adaptive"):
-            found["sparsity_ratio"] = pattern.sparsity_ratio
-        else:
-            found["window"] = pattern.local_window_size
-            found["global_tokens"] = pattern.global_tokens
+    kind = attention_kind(config)
+    values: dict[str, Any] = {
+        dimension.parameter: dimension.of(config)
+        for dimension in dimensions_of(kind)
+        if dimension.parameter and dimension.attribute
+    }
+    values |= {"kind": kind, "workspace_log2": config.workspace_bytes.bit_length() - 1}
     lengths, rates = config.segment_lengths, config.dilation_rates
     if lengths:
-        found |= {"branches": len(lengths), "first_segment": lengths[0]}
+        values |= {"branches": len(lengths), "first_segment": lengths[0]}
         for n in range(1, len(lengths)):
-            found[f"growth_{n}"] = lengths[n] // lengths[n - 1]
-            found[f"rate_growth_{n}"] = rates[n] // rates[n - 1]
-    told = _Told(found)
+            values[f"growth_{n}"] = lengths[n] // lengths[n - 1]
+            values[f"rate_growth_{n}"] = rates[n] // rates[n - 1]
+    told = _Told(values)
     try:
         # As on a device where a trial chooses the backend too.
         made = chosen(told, space, workload, flex=True).config(0, workload)
     except KeyError:
         return None
-    return {name: found[name] for name in told.asked} if made == config else None
+    return {name: values[name] for name in told.asked} if made == config else None
 
 
 class _Told:

@@ -29,15 +29,15 @@ from attention.errors import AttentionPlannerError, ConfigError
 from planner.answers.recommendation import Quality, Recommendation
 from planner.answers.tuned import Trial, Tuned
 from planner.calibration import Calibration, SpeedFit, own_path
-from planner.cli.command_line import tune_command
 from planner.files import make_folder
 from planner.measuring.measure import SETTINGS, Device, Measurement
 from planner.question.asked import Sampler
+from planner.question.command import tune_command
 from planner.question.runs import TRIAL_RUNS, TRIAL_TIMEOUT, TUNING_TRIALS
 from planner.question.space import Space
 from planner.search.evaluate import point
 from planner.search.recommend import question
-from planner.search.refine import answer
+from planner.search.refine import judge
 from planner.search.samplers import check_sampler, sampler_of
 from planner.search.scenario import Scenario
 from planner.search.suggest import chosen, parameters
@@ -54,7 +54,7 @@ WORST: Final = 50.0
 Measure = Callable[[AttentionConfig, Workload], Measurement]
 
 
-class Progress(NamedTuple):
+class TuningProgress(NamedTuple):
     """How far it is."""
 
     measured: int
@@ -66,7 +66,7 @@ class Progress(NamedTuple):
 def tuned(
     vram: str | int, seq: str | int, *, device: Device, trials: int, timeout: float, runs: int,
     sampler: Sampler, seed: int, storage: str | None, study: str | None, measure: Measure | None,
-    records: str | Path | None, learn: bool, progress: Callable[[Progress], None] | None,
+    records: str | Path | None, learn: bool, progress: Callable[[TuningProgress], None] | None,
     asked: dict[str, Any],
 ) -> Tuned:  # fmt: skip
     """What `planner.tune` returns."""
@@ -264,7 +264,7 @@ class _Tuning:
 
     def __init__(
         self, analytic: Recommendation, scenario: Scenario, space: Space, storage: Storage, measure: Measure,
-        limits: dict[str, Any], progress: Callable[[Progress], None] | None,
+        limits: dict[str, Any], progress: Callable[[TuningProgress], None] | None,
     ) -> None:  # fmt: skip
         self.analytic, self.scenario, self.space = analytic, scenario, space
         self.storage, self.measure, self.progress = storage, measure, progress
@@ -363,7 +363,7 @@ class _Tuning:
                 trial = self._ask(study)
                 columns = chosen(trial, self.space, self.scenario.workload, flex=self.scenario.flex)
                 config = columns.config(0, self.scenario.workload)
-                judged = answer(self.scenario, columns)
+                judged = judge(self.scenario, columns)
                 good = all(excess <= 0 for excess in judged.excess.values())
                 for name, excess in judged.excess.items():
                     trial.set_constraint(name, excess)
@@ -391,7 +391,7 @@ class _Tuning:
 
     def _report(self, wanted: int, last: Trial | None = None) -> None:
         if self.progress:
-            self.progress(Progress(len(self.trials), wanted, last, self._best()))
+            self.progress(TuningProgress(len(self.trials), wanted, last, self._best()))
 
     def _tell(self, study: optuna.Study, trial: optuna.Trial, found: Trial, *, new: bool) -> None:
         """Keeps what came of a trial; if another took this worker for dead, and the trial up, as one more."""
@@ -566,4 +566,4 @@ def default_storage(name: str) -> str:
     return str(own_path("x").parents[1] / "tunings" / f"{name[:16]}.journal")
 
 
-__all__ = ["Measure", "Progress", "Trial", "Tuned", "stored", "tuned"]
+__all__ = ["Measure", "Trial", "Tuned", "TuningProgress", "stored", "tuned"]

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Final
 
 from attention.errors import ConfigError
 from planner.answers.recommendation import Pick, Recommendation
 from planner.answers.verified import Verified
 from planner.measuring.measure import Device, Measurement
+from planner.question.runs import OnStep
 
 TIMEOUT: Final = 300.0
 """Seconds that one pick may take."""
 
 
-Progress = Callable[[int, int, str], None]
-
-
 def verify(
-    found: Recommendation, *, timeout: float = TIMEOUT, progress: Progress | None = None
+    found: Recommendation, *, timeout: float = TIMEOUT, progress: OnStep | None = None
 ) -> list[Verified]:
     """Runs the answer and each pick once, in processes of their own.
 

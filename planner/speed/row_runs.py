@@ -13,14 +13,13 @@ import numpy as np
 from attention.config import PatternType
 from attention.sizes.arrays import ceil_div, choose, lcm, least, most, row_blocks, somewhere
 from attention.sizes.row_bounds import Rows
+from planner.sampling import golden
 
 Amount: TypeAlias = Any
 """A number, whole or a mean, or an array of many: as `attention.sizes.arrays.Count`, not always an int."""
 
 SAMPLES: Final = 16
 """Rows of a dilated_sparse pattern that are looked at, spread evenly over every segment length."""
-GOLDEN: Final = 0.6180339887498949
-"""Multiples of it fall evenly into every interval, modulo 1 (Weyl), and so modulo every segment."""
 
 
 class Run(NamedTuple):
@@ -131,7 +130,7 @@ def _sampled(
     sizes = [(1.0 * length, 1.0 * rate) for length, rate in branches]
     last, total, changes = blocks - 1.0, 0.0 * blocks, 0.0 * blocks
     for sample in range(SAMPLES):
-        row = rounded_down((sample * GOLDEN + 0.5) % 1 * blocks)
+        row = rounded_down(golden(sample, 0.5) * blocks)
         here = least(_offsets(row, blocks, sizes, shared, causal) + 1, budget)
         after = least(_offsets(least(row + 1, last), blocks, sizes, shared, causal) + 1, budget)
         total = total + here

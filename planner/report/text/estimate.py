@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Final, NamedTuple
 
 from planner.memory.estimate import MemoryEstimate
+from planner.question.relaxation import spelt
 from planner.report.text import words
 from planner.search.longest import Longest
 from planner.units import format_bytes
@@ -123,7 +124,7 @@ def longest_text(found: Longest) -> str:
         ]
     what = "next block" if found.fits else "one block"
     rows += [(what, f"{asked.workload.seq:,} tokens: {_bytes(asked.upper)}")]
-    rows += [("would fit", change) for change in found.relaxations]
+    rows += [("would fit", spelt(change, exactly=True)) for change in found.relaxations]
     notes = [line for note in asked.notes for line in wrapped(f"note: {note}", "  ")]
     return "\n\n".join("\n".join(part) for part in (head, _pairs(rows), notes) if part)
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from planner.answers.tuned import Trial, Tuned
 from planner.report.text import words
 from planner.report.text.recommend import pairs, seconds, shape
-from planner.search.tune import Progress
+from planner.search.tune import TuningProgress
 from planner.units import format_bytes
 
 
-def said(now: Progress) -> str:
+def said(now: TuningProgress) -> str:
     """One trial that ended, and the best so far."""
     assert now.last is not None
     best = f"best {seconds(now.best.seconds)}" if now.best and now.best.seconds else "none has run yet"

@@ -10,7 +10,8 @@ import pytest
 from attention.errors import ConfigError
 from planner.memory.dispatch import plan_of
 from planner.memory.machines import Cuda
-from planner.question.space import KINDS, Space
+from planner.question.dimensions import KINDS
+from planner.question.space import Space
 from planner.search.candidates import WORKSPACES, grid
 from planner.search.suggest import chosen, full_size, parameters
 from planner.workload import Workload

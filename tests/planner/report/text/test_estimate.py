@@ -122,15 +122,18 @@ def test_where_nothing_fits_each_relaxation_would_and_none_is_larger_than_it_mus
     assert found.beyond.workload.seq == 64
     assert found.beyond.upper > budget
     batch, *others = found.relaxations
-    assert others == [f"--vram {found.beyond.upper} ({found.beyond.upper / 1e6:.2f} MB)"]
-    fewer = int(batch.removeprefix("--batch "))
+    assert others == [("vram", found.beyond.upper)]
+    assert batch.what == "batch"
+    fewer = batch.value
 
     def upper(batch: int) -> int:
         asked = workload.model_copy(update={"seq": 64, "batch": batch})
         return estimate(DENSE, asked, "cpu", threads=2).upper
 
     assert upper(fewer) <= budget < upper(fewer + 1)
-    assert "would fit" in "\n".join(shown(longest_text(found)))
+    text = "\n".join(shown(longest_text(found)))
+    assert f"would fit    --batch {fewer}\n" in text
+    assert f"would fit    --vram {found.beyond.upper} ({found.beyond.upper / 1e6:.2f} MB)" in text
 
 
 def test_a_crowded_card_can_be_emptied():
@@ -139,10 +142,11 @@ def test_a_crowded_card_can_be_emptied():
     budget = context + 10**8
     options = {"display": "desktop", "others_bytes": 0}
     found = longest(DENSE, Workload(seq=1), budget, card, options)
-    assert found.relaxations[0] == "--display headless"
+    assert found.relaxations[0] == ("display", "headless")
     options = {"display": "headless", "others_bytes": 10**9}
     most, *_ = longest(DENSE, Workload(seq=1), budget, card, options).relaxations
-    held = int(most.removeprefix("--others "))
+    assert most.what == "others_bytes"
+    held = most.value
     fits = [estimate(DENSE, Workload(seq=64), card, others_bytes=n).upper <= budget for n in (held, held + 1)]
     assert fits == [True, False]
 

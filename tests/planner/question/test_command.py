@@ -9,9 +9,9 @@ import pytest
 from typer.testing import CliRunner
 
 from planner import gpus
-from planner.cli.command_line import recommend_command, tune_command
 from planner.cli.main import app
 from planner.quality.profiles import PRESETS
+from planner.question.command import recommend_command, tune_command
 from planner.question.space import Space
 
 FEW = "--variant block_sparse --pattern local_window,global_local --block-size 64 --layers 0"

@@ -1,7 +1,8 @@
 """The command that repeats an answer, from what a caller of `planner.recommend` or `planner.tune` wrote.
 
 What has no text (a profile that was measured, a calibration in memory) is FILE there. Where trials are kept
-is left out: a storage's address may have a password in it. Imports no torch.
+is left out: a storage's address may have a password in it. Answers hold this command wherever they are asked
+for, and so it is made here, below search and command line alike. Imports no torch.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from planner import gpus
 from planner.question.asked import LAYERS, MIN_MASS, TRIALS
+from planner.question.dimensions import DIMENSIONS
 from planner.units import parse_bytes, parse_count
 from planner.workload import Workload
 
@@ -24,11 +26,15 @@ _PLAIN: Final = {
     "allocator": ("", "--allocator"), "display": ("headless", "--display"), "threads": (None, "--threads"),
 }  # fmt: skip
 """(default, option) of what is written as it is."""
-_SPACE: Final = {
-    "variants": "--variant", "patterns": "--pattern", "block_sizes": "--block-size", "windows": "--window",
-    "global_tokens": "--global-tokens", "ratios": "--sparsity", "branches": "--branches",
-    "segments": "--segments", "rates": "--rates", "backend": "--backend", "pool": "--pool",
-}  # fmt: skip
+_SHORTER: Final = {"others_bytes": "others", "context_bytes": "context"}
+"""Arguments whose options have other names."""
+
+
+def option(name: str) -> str:
+    """An argument of `planner.recommend`, or a field of `Space`, as the command line has it: --head-dim."""
+    if name in DIMENSIONS:
+        return DIMENSIONS[name].option
+    return f"--{_SHORTER.get(name, name).replace('_', '-')}"
 
 
 def recommend_command(vram: str | int | None, seq: str | int | None, asked: Mapping[str, Any]) -> str:
@@ -102,18 +108,18 @@ def _profile(given: Any) -> Iterator[str]:
     elif given is not None:
         from planner.quality.profiles import PRESETS
 
-        known = PRESETS.get(given.name) == given
-        yield from ("--profile", given.name) if known else ("--profile-from", "FILE")
+        preset = PRESETS.get(given.name) == given
+        yield from ("--profile", given.name) if preset else ("--profile-from", "FILE")
 
 
 def _restrictions(space: Space) -> Iterator[str]:
     fields = type(space).model_fields
-    for name, option in _SPACE.items():
-        given = getattr(space, name)
-        if given != fields[name].default:
-            yield from (option, ",".join(map(str, given)) if isinstance(given, tuple) else str(given))
-    if space.workspaces is not None:
-        yield from ("--workspace", ",".join(map(_bytes, space.workspaces)))
+    # Sizes in bytes come last, as they always have.
+    for dimension in sorted(DIMENSIONS.values(), key=lambda one: one.written == "bytes"):
+        given = getattr(space, dimension.field)
+        if given != fields[dimension.field].default:
+            text = _bytes if dimension.written == "bytes" else str
+            yield from (dimension.option, ",".join(map(text, given)) if isinstance(given, tuple) else given)
 
 
 def _bytes(count: int) -> str:
