@@ -22,6 +22,7 @@ from attention.sizes.arrays import (
     row_blocks,
     somewhere,
 )
+from attention.sizes.window import window_blocks
 
 
 class Rows(NamedTuple):
@@ -85,8 +86,7 @@ def chosen_rows(size: Count, kept: Count) -> Rows:
 
 def window_rows(size: Count, blocks: Count, window: Count, global_tokens: Count, causal: bool) -> Rows:
     """Of local_window (no global tokens) and global_local."""
-    reach = least(window // (size if causal else 2 * size), blocks)
-    shared = least(ceil_div(global_tokens, size), blocks)
+    reach, shared = window_blocks(window, global_tokens, size, blocks, causal)
     if causal:
         apart = (shared > 0) * (blocks - 1 > shared + reach)
         return Rows(

@@ -13,6 +13,7 @@ import numpy as np
 from attention.config import PatternType
 from attention.sizes.arrays import ceil_div, choose, lcm, least, most, row_blocks, somewhere
 from attention.sizes.row_bounds import Rows
+from attention.sizes.window import window_blocks
 
 Amount: TypeAlias = Any
 """A number, whole or a mean, or an array of many: as `attention.sizes.arrays.Count`, not always an int."""
@@ -49,8 +50,8 @@ def runs_of(
             for length, rate in zip(lengths, rates, strict=True)
         ]
         return _dilated_sparse(blocks, rows, row_blocks(ratio, blocks), branches, causal)
-    reach = least(window // (size if causal else 2 * size), blocks)
-    shared = least(ceil_div(global_tokens, size), blocks) if kind == "global_local" else 0 * blocks
+    tokens = global_tokens if kind == "global_local" else 0
+    reach, shared = window_blocks(window, tokens, size, blocks, causal)
     return _window_causal(blocks, reach, shared) if causal else _window(blocks, reach, shared)
 
 
