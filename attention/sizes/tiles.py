@@ -72,79 +72,193 @@ class Extent(NamedTuple):
     """(queries, keys) of the causal mask that is added to scores; (0, 0) if none is."""
 
 
-def sparse_extent(rows: Rows, shape: Shape) -> Extent:
-    """Of a block-sparse program; see `attention/block_sparse.py`, which makes it."""
-    size, group = rows.size, shape.kv_heads
-    together = shape.chunk_rows(rows)
-    wide = shape.goes_wide(rows)
-    queries, tile = least(size, shape.seq), least(together * size, shape.seq)
-    adjacent, keys = rows.span > 0, least(most(rows.span, 1) * size, shape.seq)
-    views = shape.span_rows(rows)
+class _Sparse(NamedTuple):
+    """What the calls of a block-sparse program have in common. A row is what one query block sees."""
+
+    rows: Rows
+    shape: Shape
+    together: Count
+    """Rows that a call takes at most."""
+    queries: Count
+    """Tokens of a row's queries."""
+    tile: Count
+    """Tokens of the queries of `together` rows."""
+    wide: Count
+    """1 if sliding rows are cut by what they share (`Shape.goes_wide`), else 0."""
+    short: Count
+    """Tokens of the last block where it is shorter than the others, else 0."""
+    masked: Count
+    """Blocks of keys that a call has under an additive causal mask; 0 where none is added: not causal, or
+    the row's own block is a call by itself."""
+    cut: Count
+    """1 if causal and a row has blocks before those under the mask, which are further calls, else 0."""
+    keys: Count
+    """Keys of the widest adjacent row."""
+    views: Count
+    """Rows of a call over overlapping views."""
+    longest: Count
+    """Keys of the longest call of such rows, before the kernel's limit."""
+    few: Count
+    """Keys a view that the kernel may copy where it is given `views` of them."""
+    split: Count
+    """1 if an adjacent row takes several calls, which are merged: because of the mask, or of what the kernel
+    may copy; else 0."""
+    listed: Count
+    """Blocks of a list that a call gathers."""
+    list_split: Count
+    """1 if the longest list is longer than that, so that its parts are merged, else 0."""
+
+    @property
+    def adjacent(self) -> Count:
+        """Whether some row's blocks are adjacent."""
+        return self.rows.span > 0
+
+    @property
+    def dense(self) -> Count:
+        """1 if a call's query heads are all heads, else 0."""
+        return (self.shape.heads == self.shape.kv_heads) * 1
+
+    @property
+    def masks(self) -> Count:
+        """Rows of the additive causal mask of a call over one row: its queries, or 0."""
+        return self.queries * (self.masked > 0)
+
+
+def _sparse(rows: Rows, shape: Shape) -> _Sparse:
+    """The common part of the program of these rows."""
+    size, together, views = rows.size, shape.chunk_rows(rows), shape.span_rows(rows)
+    keys = least(most(rows.span, 1) * size, shape.seq)
     masked: Count = 0
-    longest, mask, cut, alone = keys, (0, 0), 0 * keys, 0 * keys
+    cut, longest = 0 * keys, keys
     if shape.causal:
-        masked, widest = shape.mask_blocks(rows), most(rows.span, rows.lists)
-        mask, cut = (size * (masked > 0), masked * size), (widest > most(masked, 1)) * 1
-        # Where no mask is added, a row's own block is a call of its own, or a wide tile's.
-        alone = most((masked == 0) * 1, wide)
+        masked = shape.mask_blocks(rows)
+        cut = (most(rows.span, rows.lists) > most(masked, 1)) * 1
         longest = _longest(least(rows.span, shape.full_blocks(size)), masked, shape.seq, size)
-    few = shape.pack_tokens(views)
-    split = most(cut, (few < longest) * 1)
-    # The last block may be short, and under a causal mask be the one whose row is the widest.
-    short = shape.seq % size
-    tail_keys = _longest(rows.span, masked, shape.seq, size) if shape.causal else keys
-    full = shape.full_blocks(size)
-    wanted, last = rows.full_lists, rows.lists
-    if shape.causal:
-        wanted, last = _split(least(rows.full_lists, full), masked), _split(rows.lists, masked)
-    # A list of the row's own block alone is, where no mask is added, that block's own call.
-    has_lists = (rows.lists > 0) * most((masked > 0) * 1, (rows.lists > 1) * 1, 1 - shape.causal)
-    listed, at_once = shape.list_blocks(rows), least(together, most(rows.many, 1))
-    long_queries = least(most(rows.alike * size, tile * wide), tile)
-    # Of a wide tile's calls the first has all rows, the others at most half.
-    halves = choose(wide, least(ceil_div(together, 2) * size, tile), 0)
-    too_long = (shape.pack_tokens(1) < keys) * long_queries
-    masks = queries * (masked > 0)
-    hidden = at_once * queries * (shape.heads if rows.own else 1) * (short > 0)
-    dense = (shape.heads == group) * 1
-    lists = Kind(
-        "lists", heads=shape.heads if rows.own else group, views=at_once, queries=queries,
-        keys=least(listed, most(wanted, 1), full) * size, unit=size, gathers=True,
-        exists=has_lists, dense=1 if rows.own else dense, masked=masks if shape.causal else hidden,
-        own=rows.own, moves=rows.moves, largest=(together, least(listed, full) * size),
-        later=at_once * queries * most(cut, (listed < rows.lists) * 1),
+    few, listed = shape.pack_tokens(views), shape.list_blocks(rows)
+    return _Sparse(
+        rows=rows, shape=shape, together=together, queries=least(size, shape.seq),
+        tile=least(together * size, shape.seq), wide=shape.goes_wide(rows), short=shape.seq % size,
+        masked=masked, cut=cut, keys=keys, views=views, longest=longest, few=few,
+        split=most(cut, (few < longest) * 1), listed=listed, list_split=(listed < rows.lists) * 1,
     )  # fmt: skip
-    single = Kind(
-        "view", heads=group, views=1, queries=queries, keys=least(longest, shape.pack_tokens(1)),
-        exists=adjacent, dense=dense, masked=masks, later=queries * split,
-    )  # fmt: skip
+
+
+def sparse_extent(rows: Rows, shape: Shape) -> Extent:
+    """The extent of a block-sparse program, which `attention/block_sparse.py` makes of rows no wider than
+    `rows`."""
+    common = _sparse(rows, shape)
+    single, lists = _single(common), _lists(common)
     kinds = (
         single,
-        single._replace(
-            name="last view", queries=most(short, 1), keys=least(tail_keys, shape.pack_tokens(1)),
-            exists=adjacent * (short > 0) * shape.causal, later=short * split,
-        ),
-        single._replace(
-            name="views", views=views, keys=least(longest, few), step=size,
-            exists=adjacent * (views > 1), later=views * queries * split,
-        ),
-        Kind(
-            "long view", heads=group, views=1, queries=long_queries, keys=least(keys, shape.pack_tokens(1)),
-            exists=adjacent * ((rows.alike > 1) | (wide > 0)), dense=dense, later=most(halves, too_long),
-        ),
+        _last_single(common, single),
+        _overlapping(common, single),
+        _long(common),
         lists,
-        lists._replace(
-            name="last list", views=1, queries=most(short, 1), keys=least(listed, most(last, 1)) * size,
-            exists=lists.exists * (short > 0) * shape.causal,
-        ),
-        Kind(
-            "own blocks", heads=group, views=choose(most(wide, rows.lists > 0), together, views),
-            queries=queries, keys=queries, whole=True, exists=alone, dense=dense, later=tile * wide,
-        ),
-    )  # fmt: skip
-    merges = most(wide, cut, (listed < rows.lists) * 1, (few < longest) * adjacent)
+        _last_lists(common, lists),
+        _own_blocks(common),
+    )
+    too_long = (common.few < common.longest) * common.adjacent
+    merges = most(common.wide, common.cut, common.list_split, too_long)
     tokens = most(*(kind.views * kind.queries * kind.exists for kind in kinds))
+    mask = (rows.size * (common.masked > 0), common.masked * rows.size) if shape.causal else (0, 0)
     return Extent(least(tokens, shape.seq), kinds, merges, mask)
+
+
+def _single(common: _Sparse) -> Kind:
+    """One row's queries over adjacent blocks. Exists where a row's blocks are adjacent. It is merged into
+    what came before where that row takes several calls."""
+    shape = common.shape
+    return Kind(
+        "view", heads=shape.kv_heads, views=1, queries=common.queries,
+        keys=least(common.longest, shape.pack_tokens(1)), exists=common.adjacent, dense=common.dense,
+        masked=common.masks, later=common.queries * common.split,
+    )  # fmt: skip
+
+
+def _last_single(common: _Sparse, single: Kind) -> Kind:
+    """The last row over adjacent blocks, where its block is short: under a causal mask, and only there, it
+    may be the widest, and is a kind of its own."""
+    rows, shape, short = common.rows, common.shape, common.short
+    keys = common.keys
+    if shape.causal:
+        keys = _longest(rows.span, common.masked, shape.seq, rows.size)
+    return single._replace(
+        name="last view", queries=most(short, 1), keys=least(keys, shape.pack_tokens(1)),
+        exists=common.adjacent * (short > 0) * shape.causal, later=short * common.split,
+    )  # fmt: skip
+
+
+def _overlapping(common: _Sparse, single: Kind) -> Kind:
+    """Several rows, whose adjacent blocks move on by one a row, as views that overlap. Exists where a call
+    may take more than one of them (`Shape.span_rows`)."""
+    views = common.views
+    return single._replace(
+        name="views", views=views, keys=least(common.longest, common.few), step=common.rows.size,
+        exists=common.adjacent * (views > 1), later=views * common.queries * common.split,
+    )  # fmt: skip
+
+
+def _long(common: _Sparse) -> Kind:
+    """Several rows as one long view over the same adjacent blocks. Exists where consecutive rows see the
+    same, or where a tile is wide: then it takes what the tile's rows share. It is merged into what came
+    before in a wide tile, whose first call has all its rows and the others at most half of them, and where
+    the keys are more than the kernel may copy."""
+    rows, shape, tile, wide = common.rows, common.shape, common.tile, common.wide
+    limit = shape.pack_tokens(1)
+    queries = least(most(rows.alike * rows.size, tile * wide), tile)
+    halves = choose(wide, least(ceil_div(common.together, 2) * rows.size, tile), 0)
+    too_long = (limit < common.keys) * queries
+    return Kind(
+        "long view", heads=shape.kv_heads, views=1, queries=queries, keys=least(common.keys, limit),
+        exists=common.adjacent * ((rows.alike > 1) | (wide > 0)), dense=common.dense,
+        later=most(halves, too_long),
+    )  # fmt: skip
+
+
+def _lists(common: _Sparse) -> Kind:
+    """Rows of equally long lists over gathered blocks. Exists where rows are lists; but where, under a
+    causal mask, none is added, a list of the row's own block alone is that block's own call. It is merged
+    into what came before where rows have blocks before those under the mask, or lists are cut."""
+    rows, shape, listed, masked = common.rows, common.shape, common.listed, common.masked
+    full = shape.full_blocks(rows.size)
+    wanted = rows.full_lists
+    if shape.causal:
+        wanted = _split(least(wanted, full), masked)
+    views = least(common.together, most(rows.many, 1))
+    # Without a causal mask what is added hides the end of the sequence, for each view.
+    hidden = views * common.queries * (shape.heads if rows.own else 1) * (common.short > 0)
+    return Kind(
+        "lists", heads=shape.heads if rows.own else shape.kv_heads, views=views, queries=common.queries,
+        keys=least(listed, most(wanted, 1), full) * rows.size, unit=rows.size, gathers=True,
+        exists=(rows.lists > 0) * most((masked > 0) * 1, (rows.lists > 1) * 1, 1 - shape.causal),
+        dense=1 if rows.own else common.dense, masked=common.masks if shape.causal else hidden,
+        own=rows.own, moves=rows.moves, largest=(common.together, least(listed, full) * rows.size),
+        later=views * common.queries * most(common.cut, common.list_split),
+    )  # fmt: skip
+
+
+def _last_lists(common: _Sparse, lists: Kind) -> Kind:
+    """The last row over gathered blocks, where its block is short: as in `_last_single`, under a causal
+    mask."""
+    rows, shape, short = common.rows, common.shape, common.short
+    wanted = _split(rows.lists, common.masked) if shape.causal else rows.lists
+    return lists._replace(
+        name="last list", views=1, queries=most(short, 1),
+        keys=least(common.listed, most(wanted, 1)) * rows.size,
+        exists=lists.exists * (short > 0) * shape.causal,
+    )  # fmt: skip
+
+
+def _own_blocks(common: _Sparse) -> Kind:
+    """Rows over their own blocks alone, under the kernel's own causal mask. Exists under a causal mask where
+    none is added or the tile is wide. It is merged into what came before in a wide tile."""
+    shape, wide, queries = common.shape, common.wide, common.queries
+    exists = most((common.masked == 0) * 1, wide) if shape.causal else 0 * common.keys
+    return Kind(
+        "own blocks", heads=shape.kv_heads,
+        views=choose(most(wide, common.rows.lists > 0), common.together, common.views), queries=queries,
+        keys=queries, whole=True, exists=exists, dense=common.dense, later=common.tile * wide,
+    )  # fmt: skip
 
 
 def _split(blocks: Count, masked: Count) -> Count:
