@@ -14,14 +14,14 @@ from typing import NamedTuple
 
 from attention.sizes.arrays import (
     Count,
+    any_of,
     ceil_div,
-    choose,
     each,
     lcm,
-    least,
-    most,
-    somewhere,
+    maximum,
+    minimum,
     up,
+    where,
 )
 from attention.sizes.row_bounds import Rows
 from attention.sizes.shape import Shape
@@ -127,19 +127,19 @@ class _Sparse(NamedTuple):
 def _sparse(rows: Rows, shape: Shape) -> _Sparse:
     """The common part of the program of these rows."""
     size, together, views = rows.size, shape.chunk_rows(rows), shape.span_rows(rows)
-    keys = least(most(rows.span, 1) * size, shape.seq)
+    keys = minimum(maximum(rows.span, 1) * size, shape.seq)
     masked: Count = 0
     cut, longest = 0 * keys, keys
     if shape.causal:
         masked = shape.mask_blocks(rows)
-        cut = (most(rows.span, rows.lists) > most(masked, 1)) * 1
-        longest = _longest(least(rows.span, shape.full_blocks(size)), masked, shape.seq, size)
+        cut = (maximum(rows.span, rows.lists) > maximum(masked, 1)) * 1
+        longest = _longest(minimum(rows.span, shape.full_blocks(size)), masked, shape.seq, size)
     few, listed = shape.pack_tokens(views), shape.list_blocks(rows)
     return _Sparse(
-        rows=rows, shape=shape, together=together, queries=least(size, shape.seq),
-        tile=least(together * size, shape.seq), wide=shape.goes_wide(rows), short=shape.seq % size,
+        rows=rows, shape=shape, together=together, queries=minimum(size, shape.seq),
+        tile=minimum(together * size, shape.seq), wide=shape.goes_wide(rows), short=shape.seq % size,
         masked=masked, cut=cut, keys=keys, views=views, longest=longest, few=few,
-        split=most(cut, (few < longest) * 1), listed=listed, list_split=(listed < rows.lists) * 1,
+        split=maximum(cut, (few < longest) * 1), listed=listed, list_split=(listed < rows.lists) * 1,
     )  # fmt: skip
 
 
@@ -158,10 +158,10 @@ def sparse_extent(rows: Rows, shape: Shape) -> Extent:
         _own_blocks(common),
     )
     too_long = (common.few < common.longest) * common.adjacent
-    merges = most(common.wide, common.cut, common.list_split, too_long)
-    tokens = most(*(kind.views * kind.queries * kind.exists for kind in kinds))
+    merges = maximum(common.wide, common.cut, common.list_split, too_long)
+    tokens = maximum(*(kind.views * kind.queries * kind.exists for kind in kinds))
     mask = (rows.size * (common.masked > 0), common.masked * rows.size) if shape.causal else (0, 0)
-    return Extent(least(tokens, shape.seq), kinds, merges, mask)
+    return Extent(minimum(tokens, shape.seq), kinds, merges, mask)
 
 
 def _single(common: _Sparse) -> Kind:
@@ -170,7 +170,7 @@ def _single(common: _Sparse) -> Kind:
     shape = common.shape
     return Kind(
         "view", heads=shape.kv_heads, views=1, queries=common.queries,
-        keys=least(common.longest, shape.pack_tokens(1)), exists=common.adjacent, dense=common.dense,
+        keys=minimum(common.longest, shape.pack_tokens(1)), exists=common.adjacent, dense=common.dense,
         masked=common.masks, later=common.queries * common.split,
     )  # fmt: skip
 
@@ -183,7 +183,7 @@ def _last_single(common: _Sparse, single: Kind) -> Kind:
     if shape.causal:
         keys = _longest(rows.span, common.masked, shape.seq, rows.size)
     return single._replace(
-        name="last view", queries=most(short, 1), keys=least(keys, shape.pack_tokens(1)),
+        name="last view", queries=maximum(short, 1), keys=minimum(keys, shape.pack_tokens(1)),
         exists=common.adjacent * (short > 0) * shape.causal, later=short * common.split,
     )  # fmt: skip
 
@@ -193,7 +193,7 @@ def _overlapping(common: _Sparse, single: Kind) -> Kind:
     may take more than one of them (`Shape.span_rows`)."""
     views = common.views
     return single._replace(
-        name="views", views=views, keys=least(common.longest, common.few), step=common.rows.size,
+        name="views", views=views, keys=minimum(common.longest, common.few), step=common.rows.size,
         exists=common.adjacent * (views > 1), later=views * common.queries * common.split,
     )  # fmt: skip
 
@@ -205,13 +205,13 @@ def _long(common: _Sparse) -> Kind:
     the keys are more than the kernel may copy."""
     rows, shape, tile, wide = common.rows, common.shape, common.tile, common.wide
     limit = shape.pack_tokens(1)
-    queries = least(most(rows.alike * rows.size, tile * wide), tile)
-    halves = choose(wide, least(ceil_div(common.together, 2) * rows.size, tile), 0)
+    queries = minimum(maximum(rows.alike * rows.size, tile * wide), tile)
+    halves = where(wide, minimum(ceil_div(common.together, 2) * rows.size, tile), 0)
     too_long = (limit < common.keys) * queries
     return Kind(
-        "long view", heads=shape.kv_heads, views=1, queries=queries, keys=least(common.keys, limit),
+        "long view", heads=shape.kv_heads, views=1, queries=queries, keys=minimum(common.keys, limit),
         exists=common.adjacent * ((rows.alike > 1) | (wide > 0)), dense=common.dense,
-        later=most(halves, too_long),
+        later=maximum(halves, too_long),
     )  # fmt: skip
 
 
@@ -223,17 +223,17 @@ def _lists(common: _Sparse) -> Kind:
     full = shape.full_blocks(rows.size)
     wanted = rows.full_lists
     if shape.causal:
-        wanted = _split(least(wanted, full), masked)
-    views = least(common.together, most(rows.many, 1))
+        wanted = _split(minimum(wanted, full), masked)
+    views = minimum(common.together, maximum(rows.many, 1))
     # Without a causal mask what is added hides the end of the sequence, for each view.
     hidden = views * common.queries * (shape.heads if rows.own else 1) * (common.short > 0)
     return Kind(
         "lists", heads=shape.heads if rows.own else shape.kv_heads, views=views, queries=common.queries,
-        keys=least(listed, most(wanted, 1), full) * rows.size, unit=rows.size, gathers=True,
-        exists=(rows.lists > 0) * most((masked > 0) * 1, (rows.lists > 1) * 1, 1 - shape.causal),
+        keys=minimum(listed, maximum(wanted, 1), full) * rows.size, unit=rows.size, gathers=True,
+        exists=(rows.lists > 0) * maximum((masked > 0) * 1, (rows.lists > 1) * 1, 1 - shape.causal),
         dense=1 if rows.own else common.dense, masked=common.masks if shape.causal else hidden,
-        own=rows.own, moves=rows.moves, largest=(common.together, least(listed, full) * rows.size),
-        later=views * common.queries * most(common.cut, common.list_split),
+        own=rows.own, moves=rows.moves, largest=(common.together, minimum(listed, full) * rows.size),
+        later=views * common.queries * maximum(common.cut, common.list_split),
     )  # fmt: skip
 
 
@@ -243,8 +243,8 @@ def _last_lists(common: _Sparse, lists: Kind) -> Kind:
     rows, shape, short = common.rows, common.shape, common.short
     wanted = _split(rows.lists, common.masked) if shape.causal else rows.lists
     return lists._replace(
-        name="last list", views=1, queries=most(short, 1),
-        keys=least(common.listed, most(wanted, 1)) * rows.size,
+        name="last list", views=1, queries=maximum(short, 1),
+        keys=minimum(common.listed, maximum(wanted, 1)) * rows.size,
         exists=lists.exists * (short > 0) * shape.causal,
     )  # fmt: skip
 
@@ -253,22 +253,22 @@ def _own_blocks(common: _Sparse) -> Kind:
     """Rows over their own blocks alone, under the kernel's own causal mask. Exists under a causal mask where
     none is added or the tile is wide. It is merged into what came before in a wide tile."""
     shape, wide, queries = common.shape, common.wide, common.queries
-    exists = most((common.masked == 0) * 1, wide) if shape.causal else 0 * common.keys
+    exists = maximum((common.masked == 0) * 1, wide) if shape.causal else 0 * common.keys
     return Kind(
         "own blocks", heads=shape.kv_heads,
-        views=choose(most(wide, common.rows.lists > 0), common.together, common.views), queries=queries,
+        views=where(maximum(wide, common.rows.lists > 0), common.together, common.views), queries=queries,
         keys=queries, whole=True, exists=exists, dense=common.dense, later=common.tile * wide,
     )  # fmt: skip
 
 
 def _split(blocks: Count, masked: Count) -> Count:
     """Blocks of the larger call of a causal row of so many: those under the mask, or those before."""
-    return most(least(blocks, masked), blocks - most(masked, 1))
+    return maximum(minimum(blocks, masked), blocks - maximum(masked, 1))
 
 
 def _longest(span: Count, masked: Count, seq: Count, size: Count) -> Count:
     """Most keys of a causal call of rows of `span` blocks: those under the mask, or those before."""
-    return least(most(_split(span, masked), 1) * size, seq)
+    return minimum(maximum(_split(span, masked), 1) * size, seq)
 
 
 def branch_kind(order: int, before: bool = False) -> str:
@@ -281,14 +281,14 @@ def dilated_extent(branches: Sequence[tuple[Count, Count]], shape: Shape) -> Ext
     """Of a dilated program; see `attention/dilated.py`, which makes it. Its first tile has the largest
     calls. Branches come with their smallest rates first."""
     repeat = shape.heads // shape.kv_heads
-    tile = least(shape.tile_tokens, shape.seq)
+    tile = minimum(shape.tile_tokens, shape.seq)
     kinds, merges = [], (len(branches) > 1) * 1
     for order, (length, rate) in enumerate(branches):
         period = lcm(rate, repeat)
         inside = length <= tile
-        views = choose(inside, tile // length, 1)
-        queries = ceil_div(choose(inside, length, tile), rate)
-        keys = ceil_div(least(length, shape.seq), rate)
+        views = where(inside, tile // length, 1)
+        queries = ceil_div(where(inside, length, tile), rate)
+        keys = ceil_div(minimum(length, shape.seq), rate)
         cut = (tile % length != 0) * (tile < shape.seq)
         kind = Kind(
             branch_kind(order), ceil_div(shape.heads, period), views, queries, keys,
@@ -296,26 +296,27 @@ def dilated_extent(branches: Sequence[tuple[Count, Count]], shape: Shape) -> Ext
         )  # fmt: skip
         if shape.causal:
             # A segment's part in a tile, and its keys before.
-            merges = most(merges, cut)
+            merges = maximum(merges, cut)
             kinds.append(kind._replace(keys=queries, whole=True))
             # Where tiles begin at multiples of a tile in every segment, the last of them may be short.
             even = (length % tile == 0) | (length >= shape.seq)
-            tiles, last = least(length, shape.seq) // tile, shape.seq // tile * tile % length
+            tiles, last = minimum(length, shape.seq) // tile, shape.seq // tile * tile % length
             before, inner = (tiles - 1) * tile, tile
             uneven = cut * (1 - even)
-            if somewhere(uneven):
+            if any_of(uneven):
                 before, inner = each(_before, uneven, (before, inner), length, tile, shape.seq)
-            behind, part = ceil_div(before, rate), least(queries, most(ceil_div(inner, rate), 1))
+            behind, part = ceil_div(before, rate), minimum(queries, maximum(ceil_div(inner, rate), 1))
             kind = kind._replace(
-                name=branch_kind(order, before=True), views=1, queries=part, keys=most(behind, 1), later=part,
-                exists=cut * choose(even, (tiles > 1) * 1, 1),
+                name=branch_kind(order, before=True), views=1, queries=part, keys=maximum(behind, 1),
+                later=part, exists=cut * where(even, (tiles > 1) * 1, 1),
             )  # fmt: skip
             tail = kind._replace(
-                name=f"branch {order + 1}, last before", queries=most(ceil_div(shape.seq % tile, rate), 1),
-                keys=most(ceil_div(last, rate), 1), exists=cut * even * (shape.seq % tile > 0) * (last > 0),
+                name=f"branch {order + 1}, last before", queries=maximum(ceil_div(shape.seq % tile, rate), 1),
+                keys=maximum(ceil_div(last, rate), 1),
+                exists=cut * even * (shape.seq % tile > 0) * (last > 0),
             )  # fmt: skip
             kinds.append(_cut(tail._replace(later=tail.queries), shape, inside))
-        merges = most(merges, (shape.pack_tokens(1) < kind.keys) * (1 - inside) * kind.exists)
+        merges = maximum(merges, (shape.pack_tokens(1) < kind.keys) * (1 - inside) * kind.exists)
         kinds.append(_cut(kind, shape, inside))
     return Extent(tile, tuple(kinds), merges, (0, 0))
 
@@ -334,8 +335,8 @@ def _cut(kind: Kind, shape: Shape, inside: Count) -> Kind:
     """The kind with its keys cut to what a kernel may copy, which whole segments are not."""
     few = shape.pack_tokens(1)
     split = (few < kind.keys) * (1 - inside)
-    later = choose(split, kind.views * kind.queries, kind.later)
-    return kind._replace(keys=choose(split, least(kind.keys, few), kind.keys), later=later)
+    later = where(split, kind.views * kind.queries, kind.later)
+    return kind._replace(keys=where(split, minimum(kind.keys, few), kind.keys), later=later)
 
 
 def forward_sizes(extent: Extent, shape: Shape, keeps_lse: bool) -> dict[str, Count]:
@@ -344,8 +345,8 @@ def forward_sizes(extent: Extent, shape: Shape, keeps_lse: bool) -> dict[str, Co
     part: Count = 0
     listed: Count = 0
     for kind in extent.kinds:
-        part = most(part, kind.heads * kind.later * kind.exists)
-        listed = most(listed, kind.heads * kind.views * kind.keys * kind.exists * kind.gathers)
+        part = maximum(part, kind.heads * kind.later * kind.exists)
+        listed = maximum(listed, kind.heads * kind.views * kind.keys * kind.exists * kind.gathers)
     return {
         "total": extent.tokens * shape.heads * dim * shape.wide * extent.merges * narrow,
         "part": part * dim * shape.wide * extent.merges * narrow,
@@ -372,11 +373,11 @@ def cut(kind: Kind, shape: Shape) -> Cut:
     if kind.gathers:
         views, keys = kind.largest
         width = shape.gather_width(kind.heads * views, kind.unit)
-        return Cut(width, *shape.piece(kind.heads, views, kind.unit, least(keys, width), kind.unit))
+        return Cut(width, *shape.piece(kind.heads, views, kind.unit, minimum(keys, width), kind.unit))
     width = kind.keys
     if kind.step is not None:
         overlaps = (kind.views > 1) * (kind.keys > kind.step)
-        width = choose(overlaps, least(width, shape.overlap_width), width)
+        width = where(overlaps, minimum(width, shape.overlap_width), width)
     return Cut(width, *shape.piece(kind.heads, kind.views, kind.queries, width, kind.unit, kind.whole))
 
 
@@ -394,12 +395,12 @@ def pieces(extent: Extent, shape: Shape) -> tuple[Piece, ...]:
     found = []
     for kind in extent.kinds:
         by = cut(kind, shape)
-        width = least(kind.keys, by.width)
+        width = minimum(kind.keys, by.width)
         column = kind.views * width
         if kind.step is not None:
             overlaps = (kind.views > 1) * (kind.keys > kind.step)
-            column = choose(overlaps, (kind.views - 1) * kind.step + width, column)
-        found.append(Piece(least(by.views, kind.views), least(by.keys, width), column))
+            column = where(overlaps, (kind.views - 1) * kind.step + width, column)
+        found.append(Piece(minimum(by.views, kind.views), minimum(by.keys, width), column))
     return tuple(found)
 
 
@@ -411,7 +412,9 @@ def sums_in_full(shape: Shape) -> Count:
 
 def slab_rows(shape: Shape) -> Count:
     """Rows of all kv heads that a sink hands over at a time."""
-    return most(shape.workspace // 64 // (shape.kv_heads * shape.head_dim * shape.wide), 1) * shape.kv_heads
+    return (
+        maximum(shape.workspace // 64 // (shape.kv_heads * shape.head_dim * shape.wide), 1) * shape.kv_heads
+    )
 
 
 def backward_sizes(extent: Extent, shape: Shape) -> dict[str, Count]:
@@ -427,24 +430,24 @@ def backward_sizes(extent: Extent, shape: Shape) -> dict[str, Count]:
     slabs: Count = 0
     for kind, piece in zip(extent.kinds, pieces(extent, shape), strict=True):
         rows = kind.heads * piece.views * piece.keys * kind.exists
-        queries = most(queries, kind.heads * piece.views * kind.queries * kind.exists)
+        queries = maximum(queries, kind.heads * piece.views * kind.queries * kind.exists)
         overlaps: Count = 0
         if kind.step is not None:
             overlaps = (kind.views > 1) * (kind.keys > kind.step) * kind.exists
         spread = piece.column * shape.kv_heads * overlaps
-        keys = most(keys, spread, rows * (1 - overlaps))
+        keys = maximum(keys, spread, rows * (1 - overlaps))
         if kind.gathers:
             held = piece.column * kind.heads * kind.exists
-            listed, slabs = most(listed, held), most(slabs, kind.exists)
-            differ = least(held, up(shape.seq, kind.unit) * shape.kv_heads)
+            listed, slabs = maximum(listed, held), maximum(slabs, kind.exists)
+            differ = minimum(held, up(shape.seq, kind.unit) * shape.kv_heads)
             if kind.moves:
                 blocks = piece.column // kind.views // kind.unit + kind.views - 1
-                differ = least(differ, blocks * kind.unit * kind.heads)
-            sums = most(sums, differ * kind.exists)
+                differ = minimum(differ, blocks * kind.unit * kind.heads)
+            sums = maximum(sums, differ * kind.exists)
         else:
-            sums = most(sums, spread * apart)
-            shares = most(shares, rows * (1 - overlaps))
-            slabs = most(slabs, overlaps * apart)
+            sums = maximum(sums, spread * apart)
+            shares = maximum(shares, rows * (1 - overlaps))
+            slabs = maximum(slabs, overlaps * apart)
     slab = slab_rows(shape) * slabs * dim
     total = shape.seq * shape.kv_heads * dim * wide * full
     return {
@@ -461,6 +464,6 @@ def backward_sizes(extent: Extent, shape: Shape) -> dict[str, Count]:
         "dk of a call": sums * dim * wide,
         "dv of a call": sums * dim * wide,
         "share": shares * dim * wide * apart * shape.widens,
-        "slab": slab * choose(full, wide, shape.itemsize),
+        "slab": slab * where(full, wide, shape.itemsize),
         "wide slab": slab * wide * apart,
     }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, TypeAlias
 
-from attention.sizes.arrays import ceil_div, choose, least, most
+from attention.sizes.arrays import ceil_div, maximum, minimum, where
 
 Amount: TypeAlias = Any
 """An int, or an int64 array of many: as `attention.sizes.arrays.Count`, for callers of either kind."""
@@ -20,8 +20,8 @@ def window_blocks(
     """(reach, shared) in blocks of `size` tokens. A causal window looks back by all its tokens, another one
     by half of them to either side; what is left of a block does not count. Of the `global_tokens` that begin
     a sequence the last one's block counts whole; local_window has none."""
-    reach = least(window // (size if causal else 2 * size), blocks)
-    return reach, least(ceil_div(global_tokens, size), blocks)
+    reach = minimum(window // (size if causal else 2 * size), blocks)
+    return reach, minimum(ceil_div(global_tokens, size), blocks)
 
 
 def window_spans(
@@ -32,6 +32,6 @@ def window_spans(
 
     Without a causal mask these are also the rows that keep block `row`.
     """
-    start = choose(row < shared, 0, most(row - reach, 0))
-    stop = row + 1 if causal else choose(row < shared, blocks, least(row + reach + 1, blocks))
-    return (0, least(shared, start)), (start, stop)
+    start = where(row < shared, 0, maximum(row - reach, 0))
+    stop = row + 1 if causal else where(row < shared, blocks, minimum(row + reach + 1, blocks))
+    return (0, minimum(shared, start)), (start, stop)

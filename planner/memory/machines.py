@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from attention.sizes.arrays import Count, each, most, somewhere, up
+from attention.sizes.arrays import Count, any_of, each, maximum, up
 from planner.memory import cpu_kernels, cuda_kernels
 from planner.memory import cuda_process as device
 from planner.memory.onednn.units import UNITS, Unit
@@ -146,7 +146,7 @@ class Cuda:
             return ("plain",)
         if self.capability < (8, 0) or call.itemsize != 2 or call.head_dim > FLASH_CHANNELS:
             return ("efficient",)
-        return ("flash", "efficient") if somewhere(call.masked > 0) else ("flash",)
+        return ("flash", "efficient") if any_of(call.masked > 0) else ("flash",)
 
     def forward(self, call: Call) -> Bytes:
         out = call.views * call.heads * call.queries * call.head_dim * call.itemsize
@@ -159,7 +159,7 @@ class Cuda:
             applies = 1 if number == 0 else (call.masked > 0) * 1
             results.append((out + lines[0].bytes) * applies)
             scratch.append((device.total(lines[1:]) + _mask_copy(kernel, call)) * applies)
-        return Bytes(most(*results), most(*scratch))
+        return Bytes(maximum(*results), maximum(*scratch))
 
     def backward(self, call: Call) -> Bytes:
         dim = up(call.head_dim, 8)
@@ -172,7 +172,7 @@ class Cuda:
             applies = 1 if number == 0 else (call.masked > 0) * 1
             scratch.append((device.total(lines) + _mask_copy(kernel, call)) * applies)
         result = call.views * call.heads * (call.queries + 2 * call.keys) * dim * call.itemsize
-        return Bytes(result, most(*scratch))
+        return Bytes(result, maximum(*scratch))
 
     def product(
         self, rows: Count, inner: Count, columns: Count, turned: bool = False, second_turned: bool = False

@@ -13,7 +13,7 @@ from typing import Any, Final
 import numpy as np
 
 from attention.errors import ConfigError
-from attention.sizes.arrays import Count, ceil_div, least, most, row_blocks
+from attention.sizes.arrays import Count, ceil_div, maximum, minimum, row_blocks
 from planner.configs import Columns, Ints
 from planner.memory.machines import Machine
 from planner.memory.plan import UNBOUNDED, goes_flex, has_flex, sized
@@ -121,6 +121,6 @@ def _flex(table: Table, case: plans.Case, columns: Columns) -> None:
 def _within(case: plans.Case, columns: Columns) -> list[tuple[Count, Count]]:
     """As `Shape.within` has it."""
     seq = case.shape.seq
-    limit = most(seq, case.shape.heads)
+    limit = maximum(seq, case.shape.heads)
     pairs: Any = zip(columns.lengths, columns.rates, strict=True)
-    return [(least(length, seq), least(rate, limit)) for length, rate in pairs]
+    return [(minimum(length, seq), minimum(rate, limit)) for length, rate in pairs]

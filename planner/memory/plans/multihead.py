@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from attention.sizes.arrays import Count, most
+from attention.sizes.arrays import Count, maximum
 from planner.memory.plans.tiles import Case
 from planner.memory.table import Table
 
@@ -117,7 +117,7 @@ def _gradients(table: Table, case: Case, name: str, widths: tuple[Count, ...], b
     table.phase(f"backward, weights of the {name}")
     table.add(f"weight gradient, {name}", "gradients", rows * width * e, "(E or R) E e")
     scratch = [case.machine.product(each, _tokens(case), width, turned=True) for each in widths]
-    _scratch(table, most(*scratch))
+    _scratch(table, maximum(*scratch))
     table.phase(f"backward, biases of the {name}")
     table.add(f"bias gradient, {name}", "gradients", rows * e * bias, "(E or R) e")
 
