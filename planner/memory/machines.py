@@ -46,10 +46,15 @@ class Machine(Protocol):
         ...
 
     def product(
-        self, rows: Count, inner: Count, columns: Count, turned: bool = False, second_turned: bool = False
+        self,
+        rows: Count,
+        inner: Count,
+        columns: Count,
+        transposed: bool = False,
+        second_transposed: bool = False,
     ) -> Count:
-        """What [rows, inner] @ [inner, columns] takes besides its result; `turned`: the first is a transposed
-        view, `second_turned`: the second is."""
+        """What [rows, inner] @ [inner, columns] takes besides its result; `transposed`: the first is a
+        transposed view, `second_transposed`: the second is."""
         ...
 
 
@@ -85,7 +90,12 @@ class Cpu:
         raise AssertionError("compiled FlexAttention runs on CUDA only")
 
     def product(
-        self, rows: Count, inner: Count, columns: Count, turned: bool = False, second_turned: bool = False
+        self,
+        rows: Count,
+        inner: Count,
+        columns: Count,
+        transposed: bool = False,
+        second_transposed: bool = False,
     ) -> Count:
         unit = self.products
         if unit is None:
@@ -93,7 +103,9 @@ class Cpu:
         from planner.memory.onednn import gemm  # loads NumPy, which no other estimate needs
 
         def one(rows: int, inner: int, columns: int) -> tuple[int]:
-            return (gemm.scratch_bytes(unit, rows, inner, columns, self.threads, turned, second_turned),)
+            return (
+                gemm.scratch_bytes(unit, rows, inner, columns, self.threads, transposed, second_transposed),
+            )
 
         return each(one, 1 + 0 * (rows + inner + columns), (0,), rows, inner, columns)[0]
 
@@ -175,7 +187,12 @@ class Cuda:
         return Bytes(result, maximum(*scratch))
 
     def product(
-        self, rows: Count, inner: Count, columns: Count, turned: bool = False, second_turned: bool = False
+        self,
+        rows: Count,
+        inner: Count,
+        columns: Count,
+        transposed: bool = False,
+        second_transposed: bool = False,
     ) -> Count:
         return 0  # cuBLAS works in a workspace of its own, which is a line of the device's
 

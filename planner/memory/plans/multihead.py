@@ -116,7 +116,7 @@ def _gradients(table: Table, case: Case, name: str, widths: tuple[Count, ...], b
     rows: Count = sum(widths)
     table.phase(f"backward, weights of the {name}")
     table.add(f"weight gradient, {name}", "gradients", rows * width * e, "(E or R) E e")
-    scratch = [case.machine.product(each, _tokens(case), width, turned=True) for each in widths]
+    scratch = [case.machine.product(each, _tokens(case), width, transposed=True) for each in widths]
     _scratch(table, maximum(*scratch))
     table.phase(f"backward, biases of the {name}")
     table.add(f"bias gradient, {name}", "gradients", rows * e * bias, "(E or R) e")
@@ -126,7 +126,7 @@ def _product(
     table: Table, case: Case, rows: Count, inner: Count, columns: Count, forward: bool = False
 ) -> None:
     """A projection's scratch, in the phase of its result. Going `forward`, weights are a transposed view."""
-    _scratch(table, case.machine.product(rows, inner, columns, second_turned=forward))
+    _scratch(table, case.machine.product(rows, inner, columns, second_transposed=forward))
 
 
 def _scratch(table: Table, count: Count) -> None:
