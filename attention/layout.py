@@ -126,9 +126,9 @@ def row_budget(config: AttentionConfig, seq: int) -> int:
 def widest_rows(branches: tuple[tuple[int, int], ...], blocks: int, causal: bool) -> tuple[int, int]:
     """(blocks of the widest row of a dilated_sparse layout without a budget, of the widest but the last).
     `branches`: (length, rate) in blocks."""
-    found = Branches.over(branches, blocks, causal)
-    rows = found.telling_rows()
-    kept = found.kept(rows, blocks)
+    offered = Branches.over(branches, blocks, causal)
+    rows = offered.telling_rows()
+    kept = offered.kept(rows, blocks)
     return int(kept.max()), int(kept[rows < blocks - 1].max(initial=0))
 
 
@@ -256,7 +256,7 @@ class Branches:
 
     @classmethod
     def over(cls, branches: Iterable[tuple[int, int]], blocks: int, causal: bool) -> Branches:
-        """Of (length, rate) in blocks."""
+        """The branches from their (length, rate) in blocks."""
         # A repeated branch offers nothing that its first copy has not offered just before.
         unique = dict.fromkeys((min(length, blocks), min(rate, blocks)) for length, rate in branches)
         pairs = np.array(list(unique), np.int64)

@@ -65,7 +65,7 @@ class _Pass:
     shape: Shape
     scratch: Scratch
     dtype: torch.dtype
-    """Of the mask, and of what the kernels are given."""
+    """The type of the mask, and of what the kernels are given."""
     mask: Tensor | None
     cuts: Mapping[str, Cut]
     """How backward cuts the calls of each kind."""
@@ -112,7 +112,7 @@ class _BackwardItem(NamedTuple):
     """One batch item of a backward pass: gradients have the shapes of what they belong to."""
 
     grad: Tensor
-    """Of out."""
+    """The gradient of out."""
     q: Tensor
     k: Tensor
     v: Tensor
@@ -208,12 +208,12 @@ def _forward(
     return out, lse
 
 
-def _is_clean(*found: Tensor) -> bool:
+def _is_clean(*outputs: Tensor) -> bool:
     """Whether a kernel's masks kept out all that they hide: NaN and infinity that come through show in what
     the kernel returns. True on a GPU, where asking would wait for it."""
-    if found[0].device.type != "cpu":
+    if outputs[0].device.type != "cpu":
         return True
-    return all(math.isfinite(end) for x in found for end in torch.aminmax(x))
+    return all(math.isfinite(end) for x in outputs for end in torch.aminmax(x))
 
 
 def _forward_again(tile: Tile, item: _Item, begun: _Pass) -> None:
@@ -229,8 +229,8 @@ def _forward_again(tile: Tile, item: _Item, begun: _Pass) -> None:
 
 
 def _correct(q: Tensor, k: Tensor, out: Tensor, lse: Tensor, scale: float) -> None:
-    """Of a query whose few scores are all minus infinity or NaN torch's CPU kernel says that out and lse are
-    zero: lse is minus infinity, or both are NaN."""
+    """Puts right what torch's CPU kernel says of a query whose few scores are all minus infinity or NaN: that
+    out and lse are zero. lse is minus infinity, or both are NaN."""
     places = (lse == 0).nonzero()
     for some in places.split(max((1 << 20) // (k.shape[2] * k.shape[3]), 1)):
         n, h, t = some.unbind(1)
@@ -267,8 +267,8 @@ def _forward_tile(tile: Tile, lists: Sequence[Listed | None], item: _Item, begun
     if tile.merge and lse is None:
         size = (tile.stop - tile.start, out.shape[1])
         lse, lse_from = scratch.get("lse", size, kernels.lse_dtype(out.dtype)).fill_(-torch.inf), tile.start
-    for call, found in zip(tile.calls, lists, strict=True):
-        keys = fetch(call.keys, k, v, scratch, found)
+    for call, listing in zip(tile.calls, lists, strict=True):
+        keys = fetch(call.keys, k, v, scratch, listing)
         for span in call.queries:
             part, part_lse = kernels.forward(
                 view(span, q), keys.k, keys.v, scale=begun.problem.scale, **begun.bias(call, span, keys)

@@ -146,10 +146,10 @@ class _Work:
 
     def _product(self, name: str, rows: Tensor, x: Tensor, keys: Tensor) -> Tensor:
         """rows [rows, tokens, D] times x [S, D] at the keys [rows, tokens]: [rows, tokens, tokens]."""
-        found = self._get("keys", rows.shape, rows.dtype)
-        narrow = found if x.dtype == found.dtype else self._get("row", found.shape, x.dtype)
+        gathered = self._get("keys", rows.shape, rows.dtype)
+        narrow = gathered if x.dtype == gathered.dtype else self._get("row", gathered.shape, x.dtype)
         torch.index_select(x, 0, keys.view(-1), out=narrow.view(-1, x.shape[1]))
-        if narrow is not found:
-            found.copy_(narrow)
+        if narrow is not gathered:
+            gathered.copy_(narrow)
         product = self._get(name, (*keys.shape, keys.shape[1]), rows.dtype)
-        return torch.bmm(rows, found.transpose(1, 2), out=product)
+        return torch.bmm(rows, gathered.transpose(1, 2), out=product)

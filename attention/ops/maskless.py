@@ -1,4 +1,4 @@
-"""The same attention by calls that compute no pair which does not see each other. Holds no tensors.
+"""Attention without masks: tiles whose calls compute no pair that does not see each other. No tensors.
 
 A kernel hides a key by giving it the weight zero, and zero times NaN or infinity is NaN: a query would
 learn of a key that it may not see. Here a causal triangle of T queries is halved: the later half of the

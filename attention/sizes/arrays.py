@@ -58,12 +58,12 @@ def each(
     if not _many(condition):
         return function(*given) if condition else tuple(otherwise)
     numpy = _numpy()
-    found = [numpy.array(numpy.broadcast_to(one, condition.shape)) for one in otherwise]  # type: ignore[attr-defined]
+    columns = [numpy.array(numpy.broadcast_to(one, condition.shape)) for one in otherwise]  # type: ignore[attr-defined]
     taken = [numpy.broadcast_to(one, condition.shape) for one in given]  # type: ignore[attr-defined]
     for at in numpy.flatnonzero(condition).tolist():
-        for column, value in zip(found, function(*(int(one[at]) for one in taken)), strict=True):
+        for column, value in zip(columns, function(*(int(one[at]) for one in taken)), strict=True):
             column[at] = value
-    return tuple(found)
+    return tuple(columns)
 
 
 def floor_power_of_two(a: Count) -> Count:

@@ -32,12 +32,12 @@ class Rows(NamedTuple):
     size: Count
     """Tokens a block."""
     span: Count
-    """Of rows whose blocks are adjacent; 0 if there are none, or rows are mixed beyond telling: then all
-    count as lists."""
+    """Blocks of rows whose blocks are adjacent; 0 if there are none, or rows are mixed beyond telling: then
+    all count as lists."""
     lists: Count
-    """Of the other rows; 0 if there are none."""
+    """Blocks of the other rows; 0 if there are none."""
     full_lists: Count
-    """Of those that are whole blocks: under a causal mask the last row, which may be short, sees most."""
+    """`lists` without the last row where that is short: under a causal mask it sees most."""
     alike: Count
     """Most consecutive rows that see the same adjacent blocks."""
     slides: Count
@@ -53,7 +53,7 @@ class Rows(NamedTuple):
 
 
 def rows_of(config: AttentionConfig, seq: int, causal: bool) -> Rows:
-    """Of the layout of a block_sparse config, or of an adaptive one's choice."""
+    """The widest rows of the layout of a block_sparse config, or of what an adaptive one chooses."""
     pattern = config.pattern
     assert pattern is not None
     if config.variant == "adaptive":
@@ -70,7 +70,8 @@ def pattern_rows(
     kind: PatternType | None, size: Count, seq: Count, causal: bool, *, window: Count, global_tokens: Count,
     ratio: float, lengths: Sequence[Count], rates: Sequence[Count],
 ) -> Rows:  # fmt: skip
-    """Of a block_sparse pattern by its fields, of which it reads its own. Lengths are in tokens."""
+    """The widest rows of a block_sparse pattern from its fields, of which its kind reads its own. Lengths are
+    in tokens."""
     blocks = ceil_div(seq, size)
     if kind == "dilated_sparse":
         in_blocks = [length // size for length in lengths]
@@ -80,12 +81,13 @@ def pattern_rows(
 
 
 def chosen_rows(size: Count, kept: Count) -> Rows:
-    """Of an adaptive attention that keeps `kept` blocks a row."""
+    """The widest rows of an adaptive attention, all of which keep `kept` blocks at most."""
     return Rows(size, span=0 * kept, lists=kept, full_lists=kept, alike=0 * kept, slides=0 * kept, own=True)
 
 
 def window_rows(size: Count, blocks: Count, window: Count, global_tokens: Count, causal: bool) -> Rows:
-    """Of local_window (no global tokens) and global_local."""
+    """The widest rows of local_window (no global tokens) and global_local: closed forms of the rule in
+    `attention/sizes/window.py`."""
     reach, shared = window_blocks(window, global_tokens, size, blocks, causal)
     if causal:
         apart = (shared > 0) * (blocks - 1 > shared + reach)
@@ -123,7 +125,8 @@ def dilated_sparse_rows(
     size: Count, blocks: Count, budget: Count, lengths: Sequence[Count], rates: Sequence[Count], causal: bool,
     short: Count,
 ) -> Rows:  # fmt: skip
-    """Of dilated_sparse; lengths and rates of the branches in blocks. `short`: whether the last block is."""
+    """The widest rows of dilated_sparse; lengths and rates of the branches are in blocks. `short`: whether
+    the last block is."""
     lengths = [minimum(length, blocks) for length in lengths]
     longest = maximum(*lengths)
     near = reduce(lambda a, b: a * b, [(rate == 1) * 1 for rate in rates])  # every row is adjacent
@@ -141,8 +144,8 @@ def dilated_sparse_rows(
             pairs = zip(sides[: len(lengths)], sides[len(lengths) :], strict=True)
             return widest_rows(tuple(pairs), blocks, causal)
 
-        found = each(rows_of_one, unknown, (widest, full), blocks, *lengths, *rates)
-        widest, full = found[0], where(short * causal > 0, found[1], found[0])
+        counted = each(rows_of_one, unknown, (widest, full), blocks, *lengths, *rates)
+        widest, full = counted[0], where(short * causal > 0, counted[1], counted[0])
     widest, full = minimum(budget, widest), minimum(budget, full)
     # Rows at an end of a segment see the same blocks until the window leaves that end: half a window, or up
     # to a whole one where segments of several lengths share it, of which some end on one side.

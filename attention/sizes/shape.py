@@ -125,7 +125,7 @@ class Shape(NamedTuple):
 
     @property
     def column_rows(self) -> Count:
-        """The same in rows of one kv head."""
+        """`column_tokens` in rows of one kv head."""
         return self.column_tokens * self.kv_heads
 
     @property
@@ -135,8 +135,8 @@ class Shape(NamedTuple):
         return maximum(self.workspace // 4 // (2 * self.head_dim * self.wide), 1)
 
     def backward(self) -> Shape:
-        """The same for the backward pass: calls of fewer queries, where several views' keys would be too
-        many for a column."""
+        """This shape for the backward pass: its calls have fewer queries, where several views' keys would be
+        too many for a column."""
         return self._replace(chunk=minimum(self.chunk, maximum(self.column_tokens // 2, 1)), packs=False)
 
     def chunk_rows(self, rows: Rows) -> Count:

@@ -51,20 +51,20 @@ class Kind(NamedTuple):
     masked: Count = 0
     """Rows of the additive mask that its calls may have, 0 for none."""
     own: bool = False
-    """Of a gather: whether every head has lists of its own."""
+    """Whether every head has lists of its own, where the kind gathers."""
     moves: bool = False
-    """Of a gather: whether the lists of consecutive views differ by one block only."""
+    """Whether the lists of consecutive views differ by one block only, where the kind gathers."""
     later: Count = 0
     """Most queries of a head in a call that is merged into what came before."""
     largest: tuple[Count, Count] = (1, 1)
-    """Of a gather: (views, keys of a view) of the program's largest, by which backward cuts all of them."""
+    """(views, keys of a view) of the program's largest gather, by which backward cuts all of them."""
 
 
 class Extent(NamedTuple):
     """What a program's calls are at most."""
 
     tokens: Count
-    """Of a tile."""
+    """Tokens of a tile."""
     kinds: tuple[Kind, ...]
     merges: Count
     """1 if some tile merges parts, else 0."""
@@ -278,7 +278,7 @@ def branch_kind(order: int, before: bool = False) -> str:
 
 
 def dilated_extent(branches: Sequence[tuple[Count, Count]], shape: Shape) -> Extent:
-    """Of a dilated program; see `attention/dilated.py`, which makes it. Its first tile has the largest
+    """The extent of a dilated program, which `attention/dilated.py` makes. Its first tile has the largest
     calls. Branches come with their smallest rates first."""
     repeat = shape.heads // shape.kv_heads
     tile = minimum(shape.tile_tokens, shape.seq)
@@ -326,9 +326,9 @@ def _before(length: int, tile: int, seq: int) -> tuple[int, int]:
     """(most tokens of a segment before a tile that goes on with it, most that such a tile has of it)."""
     places = length // gcd(length, tile)  # where in a segment tiles can begin
     starts = range(tile, min(seq, (places + 1) * tile), tile)
-    found = [(start % length, min(tile, length - start % length, seq - start)) for start in starts]
-    found = [both for both in found if both[0]] or [(0, 0)]
-    return max(before for before, _ in found), max(inner for _, inner in found)
+    parts = [(start % length, min(tile, length - start % length, seq - start)) for start in starts]
+    parts = [both for both in parts if both[0]] or [(0, 0)]
+    return max(before for before, _ in parts), max(inner for _, inner in parts)
 
 
 def _cut(kind: Kind, shape: Shape, inside: Count) -> Kind:
@@ -369,7 +369,7 @@ class Cut(NamedTuple):
 
 
 def cut(kind: Kind, shape: Shape) -> Cut:
-    """Of a kind's calls; see `attention.ops.program.Call.columns` and `Shape.piece`."""
+    """How backward cuts the calls of a kind; see `attention.ops.program.Call.columns` and `Shape.piece`."""
     if kind.gathers:
         views, keys = kind.largest
         width = shape.gather_width(kind.heads * views, kind.unit)
@@ -391,8 +391,8 @@ class Piece(NamedTuple):
 
 
 def pieces(extent: Extent, shape: Shape) -> tuple[Piece, ...]:
-    """Of each kind."""
-    found = []
+    """The pieces of each kind's largest call."""
+    cuts = []
     for kind in extent.kinds:
         by = cut(kind, shape)
         width = minimum(kind.keys, by.width)
@@ -400,8 +400,8 @@ def pieces(extent: Extent, shape: Shape) -> tuple[Piece, ...]:
         if kind.step is not None:
             overlaps = (kind.views > 1) * (kind.keys > kind.step)
             column = where(overlaps, (kind.views - 1) * kind.step + width, column)
-        found.append(Piece(minimum(by.views, kind.views), minimum(by.keys, width), column))
-    return tuple(found)
+        cuts.append(Piece(minimum(by.views, kind.views), minimum(by.keys, width), column))
+    return tuple(cuts)
 
 
 def sums_in_full(shape: Shape) -> Count:
