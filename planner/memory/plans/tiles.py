@@ -297,7 +297,7 @@ def flex(table: Table, case: Case, rows: Rows) -> None:
     table.phase("forward")
     table.add("out", "output", case.channels * e, "B S H D e")
     table.add("block lists", "sparse_indices", flex_list_bytes(rows, shape.seq),
-              "attention/sizes/tiles.py flex_list_bytes")  # fmt: skip
+              "attention/sizes/flex.py flex_list_bytes")  # fmt: skip
     table.add("log-sum-exp", "saved_for_backward" if case.trains else "temp_buffers",
               found.result - case.channels * e, "float32 B H S")  # fmt: skip
     if not case.trains:
