@@ -123,7 +123,7 @@ def _plain_int(value: Any) -> Any:
 MOST_TOKENS: Final = 1 << 40
 MOST_HEADS: Final = 1 << 16
 MOST_CHANNELS: Final = 1 << 20
-"""Of a head."""
+"""The channels of a head."""
 MOST_BRANCHES: Final = 16
 """Which keys are met twice takes a time that grows by factors with each further branch."""
 MOST_BYTES: Final = 1 << 60

@@ -49,21 +49,21 @@ def build(config: AttentionConfig, device: torch.device | str | None = None) -> 
 def _device(device: torch.device | str) -> torch.device:
     """The device, if there is one by this name."""
     try:
-        found = torch.device(device)
+        resolved = torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise ConfigError(
             f"device must be one of torch's, such as 'cpu' or 'cuda', got {device!r}"
         ) from error
-    if found.type not in ("cpu", "cuda", "meta"):
+    if resolved.type not in ("cpu", "cuda", "meta"):
         raise UnavailableError(f"this library runs on 'cpu' and 'cuda', got device {str(device)!r}")
-    if found.type == "cuda":
+    if resolved.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (found.index or 0) >= count:
+        if (resolved.index or 0) >= count:
             raise UnavailableError(
                 f"device {str(device)!r} is not to be had: torch {torch.__version__} finds {count} CUDA "
                 "devices here; use 'cpu', or a build of torch and a machine that have it"
             )
-    return found
+    return resolved
 
 
 def create_dilated_attention(

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from attention.config import AttentionConfig, SparsePatternConfig
 from attention.errors import ConfigError, InputError
 from attention.sizes.arrays import row_blocks
+from attention.sizes.window import window_blocks, window_spans
 
 Ints = NDArray[np.int64]
 Columns = NDArray[np.unsignedinteger[Any]]
@@ -125,9 +126,9 @@ def row_budget(config: AttentionConfig, seq: int) -> int:
 def widest_rows(branches: tuple[tuple[int, int], ...], blocks: int, causal: bool) -> tuple[int, int]:
     """(blocks of the widest row of a dilated_sparse layout without a budget, of the widest but the last).
     `branches`: (length, rate) in blocks."""
-    found = Branches.over(branches, blocks, causal)
-    rows = found.telling_rows()
-    kept = found.kept(rows, blocks)
+    offered = Branches.over(branches, blocks, causal)
+    rows = offered.telling_rows()
+    kept = offered.kept(rows, blocks)
     return int(kept.max()), int(kept[rows < blocks - 1].max(initial=0))
 
 
@@ -189,25 +190,22 @@ def spans(
 
     The second span holds the row's own block; the first, often empty, what lies apart from it.
     """
-    shared = 0  # first blocks that every row keeps
+    zero = np.zeros_like(i)
     if config.variant == "dense":
-        start, stop = np.zeros_like(i), np.full_like(i, blocks)
+        apart, start, stop = zero, zero, np.full_like(i, blocks)
     elif config.variant == "dilated":
         # Every branch's span holds i, so their union is one span.
         ends = [_segment_span(i, min(length, seq), size, seq) for length in config.segment_lengths]
-        start = np.minimum.reduce([first for first, _ in ends])
+        apart, start = zero, np.minimum.reduce([first for first, _ in ends])
         stop = np.maximum.reduce([last for _, last in ends])
     else:
         pattern = _pattern(config)
-        reach = min(pattern.local_window_size // (size if causal else 2 * size), blocks)
-        if pattern.pattern_type == "global_local":
-            shared = min(-(-pattern.global_tokens // size), blocks)
-        start = np.where(i < shared, 0, np.maximum(i - reach, 0))
-        stop = np.where(i < shared, blocks, np.minimum(i + reach + 1, blocks))
+        tokens = pattern.global_tokens if pattern.pattern_type == "global_local" else 0
+        reach, shared = window_blocks(pattern.local_window_size, tokens, size, blocks, causal)
+        (_, apart), (start, stop) = window_spans(i, reach, shared, blocks, causal)
     if causal:
         stop = i + 1
-    apart = np.minimum(shared, start)
-    return np.stack([np.zeros_like(i), start], axis=1), np.stack([apart, stop], axis=1)
+    return np.stack([zero, start], axis=1), np.stack([apart, stop], axis=1)
 
 
 def _segment_span(i: Ints, length: int, size: int, seq: int) -> tuple[Ints, Ints]:
@@ -258,7 +256,7 @@ class Branches:
 
     @classmethod
     def over(cls, branches: Iterable[tuple[int, int]], blocks: int, causal: bool) -> Branches:
-        """Of (length, rate) in blocks."""
+        """The branches from their (length, rate) in blocks."""
         # A repeated branch offers nothing that its first copy has not offered just before.
         unique = dict.fromkeys((min(length, blocks), min(rate, blocks)) for length, rate in branches)
         pairs = np.array(list(unique), np.int64)

@@ -133,9 +133,9 @@ class MultiheadAttention(nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, is_causal: bool, wanted: bool
     ) -> tuple[Tensor, AttentionWeights | None]:
         q, k, v = self._project(query, key, value)
-        found = self.attention(q, k, v, is_causal, wanted)
+        result = self.attention(q, k, v, is_causal, wanted)
         del q, k, v  # unless autograd saved them, before the output is projected
-        out, weights = found if isinstance(found, tuple) else (found, None)
+        out, weights = result if isinstance(result, tuple) else (result, None)
         return self.out_proj(out.flatten(2)), weights
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
@@ -146,12 +146,12 @@ class MultiheadAttention(nn.Module):
         trains = torch.is_grad_enabled() and any(x.requires_grad for x in given)
         # Autocast sees into operators and not into a function of one's own.
         if trains and not torch.is_autocast_enabled(query.device.type):
-            found: tuple[Tensor, ...] = _Projections.apply(  # type: ignore[no-untyped-call]
+            projected: tuple[Tensor, ...] = _Projections.apply(  # type: ignore[no-untyped-call]
                 query, key, value, weight, bias, widths, self.attention.scratch
             )
         else:
-            found = _projected((query, key, value), weight, bias, widths)
-        return tuple(x.unflatten(-1, (-1, self.head_dim)) for x in found)
+            projected = _projected((query, key, value), weight, bias, widths)
+        return tuple(x.unflatten(-1, (-1, self.head_dim)) for x in projected)
 
 
 def _projected(
@@ -187,12 +187,12 @@ class _Projections(torch.autograd.Function):
     def backward(ctx: Any, saved: Sequence[Tensor], *grads: Tensor) -> Gradients:
         *streams, weight = saved
         ofs = [grad.flatten(0, -2) for grad in grads]
-        found: list[Tensor | None] = [None] * 3
+        of_streams: list[Tensor | None] = [None] * 3
         for first, of, rows in zip(ctx.firsts, ofs, weight.split(ctx.widths), strict=True):
             if not ctx.needs_input_grad[first]:
                 continue
-            total = found[first]
-            found[first] = of @ rows if total is None else total.addmm_(of, rows)
+            total = of_streams[first]
+            of_streams[first] = of @ rows if total is None else total.addmm_(of, rows)
         of_weight = of_bias = None
         if ctx.needs_input_grad[3]:
             of_weight = torch.empty_like(weight)
@@ -202,7 +202,7 @@ class _Projections(torch.autograd.Function):
             of_bias = weight.new_empty(weight.shape[0])
             for of, rows in zip(ofs, of_bias.split(ctx.widths), strict=True):
                 torch.sum(of, 0, out=rows)
-        shaped = [None if of is None else of.view(x.shape) for of, x in zip(found, streams, strict=True)]
+        shaped = [None if of is None else of.view(x.shape) for of, x in zip(of_streams, streams, strict=True)]
         return *shaped, of_weight, of_bias, None, None
 
 

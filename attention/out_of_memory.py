@@ -31,8 +31,8 @@ def _ran_out(error: Exception) -> bool:
 
 def _requested_bytes(message: str) -> int | None:
     """The size that an allocator's message names, to the digits that it gives."""
-    found = _REQUESTED.search(message)
-    return int(float(found[1]) * 1024 ** _UNITS.index(found[2])) if found else None
+    match = _REQUESTED.search(message)
+    return int(float(match[1]) * 1024 ** _UNITS.index(match[2])) if match else None
 
 
 def _readable(nbytes: int | None) -> str:

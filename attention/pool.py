@@ -118,12 +118,12 @@ class BufferPool:
         with self._lock:
             free = self._free.get(wanted)
             storage = free.pop()[1] if free else None  # the one used last is warm
-        found = storage is not None
+        reused = storage is not None
         if storage is None:
             storage = torch.empty(wanted.nbytes, dtype=torch.uint8, device=wanted.device).untyped_storage()
         with self._lock:
-            self._hits += found
-            self._misses += not found
+            self._hits += reused
+            self._misses += not reused
             self._lent[storage] = wanted
             self._peak = max(self._peak, self._held() + self._on_loan())
         return tensor.set_(storage, 0, tuple(shape), ())

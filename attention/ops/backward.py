@@ -23,14 +23,14 @@ def once(run: Callable[..., Gradients]) -> Callable[..., Gradients]:
     def backward(ctx: Any, *grads: Tensor | None) -> Gradients:
         saved = ctx.saved_tensors  # read once: a checkpoint gives them once
         with torch.no_grad():
-            found = with_emergency_release(lambda: run(ctx, saved, *grads), ctx.buffers, saved[0].device)
+            gradients = with_emergency_release(lambda: run(ctx, saved, *grads), ctx.buffers, saved[0].device)
         if not torch.is_grad_enabled():
-            return found
+            return gradients
         # create_graph=True; whether the graph is ever used shows later: by what the gradients came from, or
         # by the anchor where that asks for none.
         anchor = torch.empty(0, requires_grad=True)
         sources = (anchor, *saved, *(x for x in grads if x is not None))
-        return tuple(None if x is None else _Once.apply(x, *sources) for x in found)  # type: ignore[no-untyped-call]
+        return tuple(None if x is None else _Once.apply(x, *sources) for x in gradients)  # type: ignore[no-untyped-call]
 
     return backward
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -64,6 +64,8 @@ class _Pass:
     problem: Problem
     shape: Shape
     scratch: Scratch
+    dtype: torch.dtype
+    """The type of the mask, and of what the kernels are given."""
     mask: Tensor | None
     cuts: Mapping[str, Cut]
     """How backward cuts the calls of each kind."""
@@ -92,15 +94,55 @@ class _Pass:
         return {"bias": mask_bias(call, span, keys, self.mask, begin)}
 
 
+class _Item(NamedTuple):
+    """One batch item of a forward pass. H query heads, G heads of keys and values."""
+
+    q: Tensor
+    """[S, H, D]."""
+    k: Tensor
+    """[S, G, D], like v."""
+    v: Tensor
+    out: Tensor
+    """[S, H, D]."""
+    lse: Tensor | None
+    """[S, H]; None where nobody asks for it."""
+
+
+class _BackwardItem(NamedTuple):
+    """One batch item of a backward pass: gradients have the shapes of what they belong to."""
+
+    grad: Tensor
+    """The gradient of out."""
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    lse: Tensor
+    dq: Tensor
+    dk: Tensor
+    """Sums over tiles, like dv: in the gradient's own type, or in single precision (`sums_in_full`)."""
+    dv: Tensor
+
+
+class _Column(NamedTuple):
+    """Some of a call's keys, from its key `begin` on, and the sink that takes their gradients."""
+
+    call: Call
+    begin: int
+    keys: Fetched
+    sink: Sink
+
+
 def _begun(
     problem: Problem, shape: Shape, extent: Extent, sizes: dict[str, int], other: int, dtype: torch.dtype,
     device: torch.device,
 ) -> _Pass:  # fmt: skip
-    """A pass; `dtype`: of its mask; `other`: bytes that the training step's other pass reserves."""
+    """A pass; `other`: bytes that the training step's other pass reserves."""
     key = (*extent.mask, dtype, device)
     mask = problem.buffers.masks.get(key, lambda: causal_mask(*key)) if extent.mask[1] else None
     scratch = Scratch(problem.buffers.pool_for(shape.seq), device, sizes, other)
-    return _Pass(problem, shape, scratch, mask, {kind.name: cut(kind, shape) for kind in extent.kinds})
+    cuts = {kind.name: cut(kind, shape) for kind in extent.kinds}
+    return _Pass(problem, shape, scratch, dtype, mask, cuts)
 
 
 class Attend(torch.autograd.Function):
@@ -122,8 +164,7 @@ class Attend(torch.autograd.Function):
         if grad is None:
             return None, None, None, None
         grad = grad if grad.stride(-1) == 1 and 0 not in grad.stride() else grad.contiguous()
-        q, k, v, out, lse = saved
-        return *_gradients(grad, q, k, v, out, lse, ctx.problem), None
+        return *_gradients(grad, saved, ctx.problem), None
 
 
 def attend(
@@ -159,39 +200,37 @@ def _forward(
     begun = _begun(problem, shape, extent, sizes, other, q.dtype, q.device)
     with begun.scratch:
         for b in range(q.shape[0]):
-            item = (q[b], k[b], v[b], out[b], None if lse is None else lse[b])
-            for tile, lists in _ahead(problem.tiles(b, shape), k[b]):
-                _forward_tile(tile, lists, *item, begun)
-                if tile.masks and not _is_clean(out[b, tile.start : tile.stop]):
-                    _forward_again(tile, *item, begun)
+            item = _Item(q[b], k[b], v[b], out[b], None if lse is None else lse[b])
+            for tile, lists in _ahead(problem.tiles(b, shape), item.k):
+                _forward_tile(tile, lists, item, begun)
+                if tile.masks and not _is_clean(item.out[tile.start : tile.stop]):
+                    _forward_again(tile, item, begun)
     return out, lse
 
 
-def _is_clean(*found: Tensor) -> bool:
+def _is_clean(*outputs: Tensor) -> bool:
     """Whether a kernel's masks kept out all that they hide: NaN and infinity that come through show in what
     the kernel returns. True on a GPU, where asking would wait for it."""
-    if found[0].device.type != "cpu":
+    if outputs[0].device.type != "cpu":
         return True
-    return all(math.isfinite(end) for x in found for end in torch.aminmax(x))
+    return all(math.isfinite(end) for x in outputs for end in torch.aminmax(x))
 
 
-def _forward_again(
-    tile: Tile, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, begun: _Pass
-) -> None:
+def _forward_again(tile: Tile, item: _Item, begun: _Pass) -> None:
     """`_forward_tile` without masks, in scratch of its own."""
     tile = maskless(tile, begun.shape)
-    if lse is not None:
-        lse[tile.start : tile.stop].fill_(-torch.inf)
-    fresh = replace(begun, scratch=FreshScratch(q.device), mask=None)
-    _forward_tile(tile, [None] * len(tile.calls), q, k, v, out, lse, fresh)
-    if lse is not None:
-        nothing = lse[tile.start : tile.stop]
+    if item.lse is not None:
+        item.lse[tile.start : tile.stop].fill_(-torch.inf)
+    fresh = replace(begun, scratch=FreshScratch(item.q.device), mask=None)
+    _forward_tile(tile, [None] * len(tile.calls), item, fresh)
+    if item.lse is not None:
+        nothing = item.lse[tile.start : tile.stop]
         nothing.masked_fill_(nothing == -torch.inf, 0.0)
 
 
 def _correct(q: Tensor, k: Tensor, out: Tensor, lse: Tensor, scale: float) -> None:
-    """Of a query whose few scores are all minus infinity or NaN torch's CPU kernel says that out and lse are
-    zero: lse is minus infinity, or both are NaN."""
+    """Puts right what torch's CPU kernel says of a query whose few scores are all minus infinity or NaN: that
+    out and lse are zero. lse is minus infinity, or both are NaN."""
     places = (lse == 0).nonzero()
     for some in places.split(max((1 << 20) // (k.shape[2] * k.shape[3]), 1)):
         n, h, t = some.unbind(1)
@@ -220,24 +259,16 @@ def _ahead(tiles: Iterable[Tile], k: Tensor) -> Iterator[tuple[Tile, Sequence[Li
     yield from made
 
 
-def _forward_tile(
-    tile: Tile,
-    lists: Sequence[Listed | None],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor | None,
-    begun: _Pass,
-) -> None:
-    """Fills out [S, H, D], and lse [S, H] if there is one, for the tile's tokens."""
+def _forward_tile(tile: Tile, lists: Sequence[Listed | None], item: _Item, begun: _Pass) -> None:
+    """Fills the item's out, and lse if there is one, for the tile's tokens."""
+    q, k, v, out, lse = item
     scratch, lse_from = begun.scratch, 0
     total, origin = _accumulator("total", tile, out, scratch) if tile.merge else (out, 0)
     if tile.merge and lse is None:
         size = (tile.stop - tile.start, out.shape[1])
         lse, lse_from = scratch.get("lse", size, kernels.lse_dtype(out.dtype)).fill_(-torch.inf), tile.start
-    for call, found in zip(tile.calls, lists, strict=True):
-        keys = fetch(call.keys, k, v, scratch, found)
+    for call, listing in zip(tile.calls, lists, strict=True):
+        keys = fetch(call.keys, k, v, scratch, listing)
         for span in call.queries:
             part, part_lse = kernels.forward(
                 view(span, q), keys.k, keys.v, scale=begun.problem.scale, **begun.bias(call, span, keys)
@@ -280,21 +311,20 @@ def _merge(total: Tensor, total_lse: Tensor, part: Tensor, part_lse: Tensor, scr
     total_lse.copy_(lse)
 
 
-def _gradients(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, problem: Problem
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv), without masks where those let something through."""
-    found = _backward(grad, q, k, v, out, lse, problem)
-    if not problem.shape.causal or _is_clean(*found):
-        return found
-    del found
-    return _backward(grad, q, k, v, out, lse, problem, masks=False)
+def _gradients(grad: Tensor, saved: Sequence[Tensor], problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv) from the gradient of out and what forward saved: q, k, v, out and lse. They are computed
+    without masks where those let something through."""
+    gradients = _backward(grad, saved, problem)
+    if not problem.shape.causal or _is_clean(*gradients):
+        return gradients
+    del gradients
+    return _backward(grad, saved, problem, masks=False)
 
 
 def _backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, problem: Problem,
-    masks: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    grad: Tensor, saved: Sequence[Tensor], problem: Problem, masks: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v, out, lse = saved
     if problem.whole and not problem.shape.widens and masks:
         heads_first = (x.transpose(1, 2) for x in (grad, q, k, v, out, lse))
         grads = kernels.backward(*heads_first, scale=problem.scale, causal=problem.shape.causal)
@@ -313,28 +343,26 @@ def _backward(
         begun = _begun(problem, shape, extent, problem.backward_sizes, other, wide, q.device)
     else:
         roomy = shape._replace(chunk=max(shape.chunk, VIEWS_AT_ONCE))
-        begun = _Pass(problem, roomy, FreshScratch(q.device), None, {})
+        begun = _Pass(problem, roomy, FreshScratch(q.device), wide, None, {})
     with begun.scratch as scratch:
         for b in range(q.shape[0]):
             sums = (dk[b], dv[b])
             if sums_in_full(shape):
                 size, dtype = dk.shape[1:], kernels.lse_dtype(dk.dtype)
                 sums = (scratch.get("dk", size, dtype).zero_(), scratch.get("dv", size, dtype).zero_())
-            item = (grad[b], q[b], k[b], v[b], out[b], lse[b], dq[b], *sums)
+            item = _BackwardItem(grad[b], q[b], k[b], v[b], out[b], lse[b], dq[b], *sums)
             for tile in problem.tiles(b, shape):
-                _backward_tile(tile if masks else maskless(tile, shape), *item, begun, wide)
+                _backward_tile(tile if masks else maskless(tile, shape), item, begun)
             if sums_in_full(shape):
                 dk[b].copy_(sums[0])
                 dv[b].copy_(sums[1])
     return dq, dk, dv
 
 
-def _backward_tile(
-    tile: Tile, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    dq: Tensor, dk: Tensor, dv: Tensor, begun: _Pass, wide: torch.dtype,
-) -> None:  # fmt: skip
-    """Fills dq for the tile's tokens and adds to dk and dv what those queries contribute."""
-    scratch, shape = begun.scratch, begun.shape
+def _backward_tile(tile: Tile, item: _BackwardItem, begun: _Pass) -> None:
+    """Fills the item's dq for the tile's tokens and adds to dk and dv what those queries contribute."""
+    k, v, dq, dk, dv = item.k, item.v, item.dq, item.dk, item.dv
+    scratch, shape, wide = begun.scratch, begun.shape, begun.dtype
     total, origin = _accumulator("dq", tile, dq, scratch)
     for call in tile.calls:
         by = begun.cut(call)
@@ -348,21 +376,21 @@ def _backward_tile(
                 if wide != k.dtype and part.overlaps:
                     wide_k = widened(part, k, wide, "wide k", scratch)
                     keys = Fetched(wide_k, widened(part, v, wide, "wide v", scratch), None)
+            column = _Column(call, begin, keys, sink)
             for span in call.queries:
-                target = view(span, total, origin)
-                _add_gradients(call, begin, part, span, keys, sink, target, grad, q, out, lse, begun, wide)
+                _add_gradients(column, span, view(span, total, origin), item, begun)
             sink.finish()
+            del column  # or its keys would outlive the next ones' being fetched
     if total is not dq:
         dq[tile.start : tile.stop].copy_(total)
 
 
-def _add_gradients(
-    call: Call, begin: int, part: Span | Gather, span: Span, keys: Fetched, sink: Sink, target: Tensor,
-    grad: Tensor, q: Tensor, out: Tensor, lse: Tensor, begun: _Pass, wide: torch.dtype,
-) -> None:  # fmt: skip
-    """Gradients of one part of a call's keys by the fused backward, in pieces: in single precision on a
-    CPU, whose 16-bit backward takes many times its forward (docs/explanation/speed.md)."""
-    scratch = begun.scratch
+def _add_gradients(column: _Column, span: Span, target: Tensor, item: _BackwardItem, begun: _Pass) -> None:
+    """Adds the gradients of the queries `span` over a column of keys, dq to `target` [N, H, T, D] and dk and
+    dv to the column's sink, by the fused backward in pieces: in single precision on a CPU, whose 16-bit
+    backward takes many times its forward (docs/explanation/speed.md)."""
+    call, begin, keys, sink = column
+    scratch, wide, length = begun.scratch, begun.dtype, keys.k.shape[2]
 
     def in_wide(name: str, x: Tensor) -> Tensor:
         """Tokens before heads: the kernel would copy a gradient that lies otherwise."""
@@ -371,16 +399,17 @@ def _add_gradients(
         n, h, t, d = x.shape
         return scratch.get(name, (n, t, h, d), wide).transpose(1, 2).copy_(x)
 
-    lse_rows = rows(span, lse)
+    lse_rows = rows(span, item.lse)
     mask = begun.bias(call, span, keys, begin)
     bias = mask.get("bias")
     if bias is not None:
-        bias = bias.expand(*lse_rows.shape, part.length)
+        bias = bias.expand(*lse_rows.shape, length)
     by = begun.cut(call)
-    width = part.length if call.mask == "causal" else by.keys  # that mask ties keys to queries
+    width = length if call.mask == "causal" else by.keys  # that mask ties keys to queries
     for n in _slices(span.batch, by.views):
-        args = [in_wide(name, view(span, x)[n]) for name, x in (("do", grad), ("q", q), ("out", out))]
-        for c in _slices(part.length, width):
+        sources = (("do", item.grad), ("q", item.q), ("out", item.out))
+        args = [in_wide(name, view(span, x)[n]) for name, x in sources]
+        for c in _slices(length, width):
             dq, dk, dv = kernels.backward(
                 args[0], args[1], in_wide("wide k", keys.k[n, :, c]), in_wide("wide v", keys.v[n, :, c]),
                 args[2], lse_rows[n], scale=begun.problem.scale, causal=mask.get("causal", False),

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,16 @@ from attention.sizes.adaptive import gate_rows, gate_sizes, gate_tokens
 from attention.sizes.shape import Shape
 
 
+class Gating(NamedTuple):
+    """What a gate needs to know of the attention besides its tensors."""
+
+    shape: Shape
+    size: int
+    """Tokens a block."""
+    scale: float
+    buffers: Buffers
+
+
 class Gate(torch.autograd.Function):
     """`out` [B, S, H, D] as it is; backward gives a chosen block's score the gradient of a bias on its
     logits: the sum over the block of dS = P (do v^T - delta). `scores`, `blocks`: [B, H, rows, kept]."""
@@ -25,28 +35,41 @@ class Gate(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, out: Tensor, scores: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor,
-        blocks: Tensor, size: int, scale: float, shape: Shape, buffers: Buffers,
+        blocks: Tensor, gating: Gating,
     ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(out, q, k, v, lse, blocks)
-        ctx.size, ctx.scale, ctx.shape, ctx.dtype = size, scale, shape, scores.dtype
-        ctx.buffers = buffers
+        ctx.gating, ctx.buffers, ctx.dtype = gating, gating.buffers, scores.dtype
         return out.view_as(out)
 
     @staticmethod
     @once
     def backward(ctx: Any, saved: Sequence[Tensor], grad: Tensor) -> Gradients:
         out, q, k, v, lse, blocks = saved
-        found = torch.zeros(blocks.shape, dtype=ctx.dtype, device=q.device)
-        with Scratch(Buffers.OFF, q.device, gate_sizes(ctx.shape, ctx.size)) as scratch:
-            work = _Work(ctx.shape, ctx.size, ctx.scale, scratch)
+        of_scores = torch.zeros(blocks.shape, dtype=ctx.dtype, device=q.device)
+        shape, size, scale, _ = ctx.gating
+        with Scratch(Buffers.OFF, q.device, gate_sizes(shape, size)) as scratch:
+            work = _Work(shape, size, scale, scratch)
             for b in range(q.shape[0]):
                 for h in range(q.shape[2]):
                     g = h * k.shape[2] // q.shape[2]
-                    work.head(
+                    head = _Head(
                         grad[b, :, h], out[b, :, h], q[b, :, h], k[b, :, g], v[b, :, g],
-                        lse[b, :, h], blocks[b, h], found[b, h],
+                        lse[b, :, h], blocks[b, h],
                     )  # fmt: skip
-        return grad, found, *[None] * 9
+                    work.head(head, of_scores[b, h])
+        return grad, of_scores, *[None] * 6
+
+
+class _Head(NamedTuple):
+    """One query head: lse [S], blocks [rows, kept] and all others [S, D]; `grad` is of out."""
+
+    grad: Tensor
+    out: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    lse: Tensor
+    blocks: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +82,9 @@ class _Work:
     scale: float
     scratch: Scratch
 
-    def head(
-        self, grad: Tensor, out: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, blocks: Tensor,
-        found: Tensor,
-    ) -> None:  # fmt: skip
-        """Fills found [rows, kept] from blocks [rows, kept], lse [S] and all others [S, D]."""
+    def head(self, head: _Head, of_scores: Tensor) -> None:
+        """Fills `of_scores` [rows, kept], the gradient of the scores of the head's blocks."""
+        grad, out, q, k, v, lse, blocks = head
         for first, last in self._rows(len(blocks)):
             queries = self._load("q", q, first, last).mul_(self.scale)
             do = self._load("grad", grad, first, last)
@@ -86,7 +107,7 @@ class _Work:
                 scores = self._product("scores", do[skip:], v, keys).sub_(delta[skip:]).mul_(weights)
                 scores.masked_fill_(hidden, 0.0)  # after the product: what is hidden may be NaN
                 sums = torch.sum(scores, (1, 2), out=self._get("sums", (len(keys),), scores.dtype))
-                found[first + skip : last, column].copy_(sums)
+                of_scores[first + skip : last, column].copy_(sums)
 
     def _rows(self, blocks: int) -> Iterator[tuple[int, int]]:
         step = gate_rows(self.shape, self.size)
@@ -125,10 +146,10 @@ class _Work:
 
     def _product(self, name: str, rows: Tensor, x: Tensor, keys: Tensor) -> Tensor:
         """rows [rows, tokens, D] times x [S, D] at the keys [rows, tokens]: [rows, tokens, tokens]."""
-        found = self._get("keys", rows.shape, rows.dtype)
-        narrow = found if x.dtype == found.dtype else self._get("row", found.shape, x.dtype)
+        gathered = self._get("keys", rows.shape, rows.dtype)
+        narrow = gathered if x.dtype == gathered.dtype else self._get("row", gathered.shape, x.dtype)
         torch.index_select(x, 0, keys.view(-1), out=narrow.view(-1, x.shape[1]))
-        if narrow is not found:
-            found.copy_(narrow)
+        if narrow is not gathered:
+            gathered.copy_(narrow)
         product = self._get(name, (*keys.shape, keys.shape[1]), rows.dtype)
-        return torch.bmm(rows, found.transpose(1, 2), out=product)
+        return torch.bmm(rows, gathered.transpose(1, 2), out=product)

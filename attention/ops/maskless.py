@@ -1,4 +1,4 @@
-"""The same attention by calls that compute no pair which does not see each other. Holds no tensors.
+"""Attention without masks: tiles whose calls compute no pair that does not see each other. No tensors.
 
 A kernel hides a key by giving it the weight zero, and zero times NaN or infinity is NaN: a query would
 learn of a key that it may not see. Here a causal triangle of T queries is halved: the later half of the
@@ -10,6 +10,7 @@ as long; `attention/ops/execute.py` says when they are worth it.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from attention.ops.program import Call, Tile
 from attention.sizes.shape import Shape, Span
@@ -52,40 +53,50 @@ def _own_blocks(queries: Span, shape: Shape) -> tuple[tuple[Span, ...], Span]:
     return spans, queries._replace(head=0, heads=shape.kv_heads, head_step=1)
 
 
+class _Rectangles(NamedTuple):
+    """`height` queries from position `query` of every view, and `width` keys from position `key`; and those
+    further on by height + width, `copies` in all (by one, where a single query meets itself)."""
+
+    query: int
+    key: int
+    height: int
+    width: int
+    copies: int
+
+
 def _triangle(queries: tuple[Span, ...], keys: Span, kind: str, first: bool) -> Iterator[Call]:
     """Calls in which query t of every view sees keys 0..t."""
     length = keys.length
-    yield from _rectangles(queries, keys, kind, 0, 0, 1, 1, length, first)
+    yield from _calls(queries, keys, kind, _Rectangles(0, 0, 1, 1, length), first)
     half = 1
     while half < length:
         pairs, rest = divmod(length, 2 * half)
-        yield from _rectangles(queries, keys, kind, half, 0, half, half, pairs)
+        yield from _calls(queries, keys, kind, _Rectangles(half, 0, half, half, pairs))
         if rest > half:
             begin = pairs * 2 * half
-            yield from _rectangles(queries, keys, kind, begin + half, begin, rest - half, half, 1)
+            yield from _calls(queries, keys, kind, _Rectangles(begin + half, begin, rest - half, half, 1))
         half *= 2
 
 
-def _rectangles(
-    queries: tuple[Span, ...], keys: Span, kind: str, query: int, key: int, height: int, width: int,
-    count: int, first: bool = False,
-) -> Iterator[Call]:  # fmt: skip
-    """Calls of `height` queries from position `query` of every view and `width` keys from position `key`,
-    and of those further on by height + width, `count` in all (by one, where a single query meets itself)."""
+def _calls(
+    queries: tuple[Span, ...], keys: Span, kind: str, rectangles: _Rectangles, first: bool = False
+) -> Iterator[Call]:
+    """Calls over the rectangles of a triangle."""
+    query, key, height, width, copies = rectangles
     apart = 1 if query == key else height + width
 
     def spread(span: Span, begin: int, length: int) -> list[Span]:
         step = apart * span.step
         start = span.start + begin * span.step
-        if span.batch == 1 or count * step == span.batch_step:
-            places = span._replace(start=start, length=length, batch=span.batch * count, batch_step=step)
-            return [places] if count else []
-        if span.batch <= count:
+        if span.batch == 1 or copies * step == span.batch_step:
+            places = span._replace(start=start, length=length, batch=span.batch * copies, batch_step=step)
+            return [places] if copies else []
+        if span.batch <= copies:
             return [
-                span._replace(start=start + n * span.batch_step, length=length, batch=count, batch_step=step)
+                span._replace(start=start + n * span.batch_step, length=length, batch=copies, batch_step=step)
                 for n in range(span.batch)
             ]
-        return [span._replace(start=start + n * step, length=length) for n in range(count)]
+        return [span._replace(start=start + n * step, length=length) for n in range(copies)]
 
     for *parts, seen in zip(
         *(spread(span, query, height) for span in queries), spread(keys, key, width), strict=True

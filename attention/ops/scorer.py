@@ -20,7 +20,7 @@ from attention.sizes.shape import Shape
 
 
 def scoring_dtype(weight: Tensor, q: Tensor) -> torch.dtype:
-    """Of all sums: single precision or better."""
+    """The type of all sums: single precision or better."""
     return torch.promote_types(weight.dtype, lse_dtype(q.dtype))
 
 
@@ -44,7 +44,7 @@ class Scoring:
         """Fills out [n, H, D] with the means of blocks of x [S, G, D] as each of H heads sees them; the last
         block's is over the tokens that it has."""
         size, step = self.sizes.size, self.sizes.mean_tokens(self.shape)
-        found = out.unflatten(1, (x.shape[1], -1))
+        by_group = out.unflatten(1, (x.shape[1], -1))
         for begin in range(0, len(x), step):
             tokens = x[begin : begin + step]
             if x.dtype != out.dtype:
@@ -53,10 +53,10 @@ class Scoring:
             whole, rest = tokens[: full * size], tokens[full * size :]
             if full:
                 blocks = whole.unflatten(0, (full, size))
-                torch.sum(blocks, 1, out=found[first : first + full, :, 0]).div_(size)
+                torch.sum(blocks, 1, out=by_group[first : first + full, :, 0]).div_(size)
             if len(rest):
-                torch.sum(rest, 0, out=found[first + full, :, 0]).div_(len(rest))
-        found[:, :, 1:].copy_(found[:, :, :1])
+                torch.sum(rest, 0, out=by_group[first + full, :, 0]).div_(len(rest))
+        by_group[:, :, 1:].copy_(by_group[:, :, :1])
         return out
 
     def project(self, name: str, means: Tensor, weight: Tensor) -> Tensor:

@@ -126,13 +126,13 @@ class GatherSink:
             for part in _slabs(len(inside), slab_rows(self.shape) * self.lanes // self.dk.shape[1]):
                 index = torch.from_numpy(wanted[inside[part]]).to(device)
                 size = (len(index), rows.shape[1])
-                found = torch.index_select(rows, 0, index, out=self.scratch.get("slab", size, rows.dtype))
+                current = torch.index_select(rows, 0, index, out=self.scratch.get("slab", size, rows.dtype))
                 added = sums[part] if whole else sums[torch.from_numpy(inside[part]).to(device)]
-                if found.dtype == added.dtype:
-                    found += added
+                if current.dtype == added.dtype:
+                    current += added
                 else:
-                    found.copy_(self.scratch.get("wide slab", size, added.dtype).copy_(found).add_(added))
-                rows.index_copy_(0, index, found)
+                    current.copy_(self.scratch.get("wide slab", size, added.dtype).copy_(current).add_(added))
+                rows.index_copy_(0, index, current)
 
 
 def _slabs(total: int, size: int) -> Iterator[slice]:

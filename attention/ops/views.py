@@ -50,20 +50,20 @@ class Listed(NamedTuple):
 
 
 def listed(keys: Gather, k: Tensor) -> Listed:
-    """Of a gather from k [S, heads, D]."""
+    """What a gather from k [S, heads, D] copies."""
     index, hidden = gather_index(keys, k.shape[0], k.shape[1])
     return Listed(torch.from_numpy(index).to(k.device, non_blocking=True), hidden)
 
 
 def fetch(
-    keys: Span | Gather, k: Tensor, v: Tensor, scratch: Scratch, found: Listed | None = None,
+    keys: Span | Gather, k: Tensor, v: Tensor, scratch: Scratch, listing: Listed | None = None,
     dtype: torch.dtype | None = None,
 ) -> Fetched:  # fmt: skip
-    """The call's keys and values; good until the next gather is fetched into the same scratch. `found`:
+    """The call's keys and values; good until the next gather is fetched into the same scratch. `listing`:
     what a gather lists, where that is known. `dtype`: of the mask, if not theirs."""
     if isinstance(keys, Span):
         return Fetched(view(keys, k), view(keys, v), None)
-    wanted, hidden = found or listed(keys, k)
+    wanted, hidden = listing or listed(keys, k)
     heads, dim = k.shape[1:]
     copies = []
     for name, x in (("k", k), ("v", v)):

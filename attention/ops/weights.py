@@ -105,8 +105,8 @@ def attention_weights(
             pairs = index[b] if index.dim() == 4 else index[None]
             for begin in range(0, count, step):
                 part = pairs[:, begin : begin + step]
-                found = work.weights(q[b], k[b], lse[b], part)
-                values[b, :, begin : begin + step].copy_(found)
+                weights = work.weights(q[b], k[b], lse[b], part)
+                values[b, :, begin : begin + step].copy_(weights)
     return AttentionWeights(index, values, (q.shape[0], shape.heads, shape.seq, shape.seq), size)
 
 
@@ -147,7 +147,7 @@ class _Work:
     size: int
     scale: float
     branches: tuple[tuple[int, int], ...]
-    """Of a dilated config."""
+    """The branches of a dilated config, else none."""
     scratch: Scratch
 
     def weights(self, q: Tensor, k: Tensor, lse: Tensor, pairs: Tensor) -> Tensor:
@@ -161,9 +161,9 @@ class _Work:
         scores = self._get("scores", (shape.heads * count, size, size), keys.dtype)
         torch.bmm(queries, keys.transpose(1, 2), out=scores)
         scores.mul_(self.scale).sub_(log_sum).exp_()
-        found = scores.view(shape.heads, count, size, size)
-        self._select(found, query, key)
-        return found
+        weights = scores.view(shape.heads, count, size, size)
+        self._select(weights, query, key)
+        return weights
 
     def _get(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         return self.scratch.get(name, shape, dtype)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from attention.sizes.arrays import Count, ceil_div, least, most
+from attention.sizes.arrays import Count, ceil_div, maximum, minimum
 from attention.sizes.shape import Shape
 
 
@@ -42,18 +42,18 @@ class Scorer(NamedTuple):
         """Tokens of all heads that are widened at a time for their blocks' means: whole blocks, which fit a
         quarter of the workspace if one does."""
         block_bytes = self.size * shape.heads * shape.head_dim * self.wide
-        return least(most(shape.workspace // 4 // block_bytes, 1) * self.size, shape.seq)
+        return minimum(maximum(shape.workspace // 4 // block_bytes, 1) * self.size, shape.seq)
 
     def choosing_rows(self, shape: Shape) -> Count:
         """Rows of blocks of all heads that are scored against all key blocks at a time."""
         blocks = self.blocks(shape)
         row_bytes = shape.heads * (blocks * self.wide + self.kept * (self.wide + 25)) + blocks
-        return least(most(shape.workspace // row_bytes, 1), blocks)
+        return minimum(maximum(shape.workspace // row_bytes, 1), blocks)
 
     def learning_rows(self, shape: Shape) -> Count:
         """Rows of blocks of all heads whose scores' gradients are spread over all key blocks at a time."""
         row_bytes = shape.heads * ((self.blocks(shape) + self.channels) * self.wide + self.kept * 8)
-        return least(most(shape.workspace // row_bytes, 1), self.blocks(shape))
+        return minimum(maximum(shape.workspace // row_bytes, 1), self.blocks(shape))
 
 
 def _projecting(shape: Shape, scorer: Scorer) -> dict[str, Count]:
@@ -101,7 +101,7 @@ def learning_sizes(shape: Shape, scorer: Scorer) -> dict[str, Count]:
 
 def gate_tokens(shape: Shape, size: Count) -> Count:
     """Tokens of a block as the gate sees it: a block is never longer than the sequence."""
-    return least(size, shape.seq)
+    return minimum(size, shape.seq)
 
 
 def gate_rows(shape: Shape, size: Count) -> Count:
@@ -109,7 +109,7 @@ def gate_rows(shape: Shape, size: Count) -> Count:
     row_bytes = 0 * size
     for nbytes in _gate_sizes(shape, size, 1 + 0 * size).values():
         row_bytes = row_bytes + nbytes
-    return least(most(shape.workspace // row_bytes, 1), ceil_div(shape.seq, size))
+    return minimum(maximum(shape.workspace // row_bytes, 1), ceil_div(shape.seq, size))
 
 
 def gate_sizes(shape: Shape, size: Count) -> dict[str, Count]:

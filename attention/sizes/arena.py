@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from attention.sizes.arrays import Count, floor_power_of_two, most, up
+from attention.sizes.arrays import Count, floor_power_of_two, maximum, up
 
 ALIGNMENT = 256
 """Buffers of an arena begin at multiples of this many bytes."""
@@ -19,7 +19,9 @@ SMALLEST_BUCKET = 4096
 
 def bucket_bytes(nbytes: Count) -> Count:
     """The size class of a pool's buffer: at least 4,096, 16 steps per power of two, waste under 7%."""
-    return most(up(nbytes, floor_power_of_two(most(nbytes - 1, SMALLEST_BUCKET)) // 16), SMALLEST_BUCKET)
+    return maximum(
+        up(nbytes, floor_power_of_two(maximum(nbytes - 1, SMALLEST_BUCKET)) // 16), SMALLEST_BUCKET
+    )
 
 
 def arena_bytes(sizes: Mapping[str, Count]) -> Count:

@@ -25,45 +25,45 @@ def up(a: Count, b: Count) -> Count:
     return -(-a // b) * b
 
 
-def least(first: Count, *others: Count) -> Count:
-    """The smallest."""
+def minimum(first: Count, *others: Count) -> Count:
+    """The smallest of the arguments, of arrays entry by entry."""
     for other in others:
         first = _numpy().minimum(first, other) if _many(first) or _many(other) else min(first, other)
     return first
 
 
-def most(first: Count, *others: Count) -> Count:
-    """The largest."""
+def maximum(first: Count, *others: Count) -> Count:
+    """The largest of the arguments, of arrays entry by entry."""
     for other in others:
         first = _numpy().maximum(first, other) if _many(first) or _many(other) else max(first, other)
     return first
 
 
-def choose(condition: Count, then: Count, otherwise: Count) -> Count:
+def where(condition: Count, then: Count, otherwise: Count) -> Count:
     """`then` where `condition` holds, else `otherwise`; both are computed."""
     if _many(condition):
         return _numpy().where(condition, then, otherwise)  # type: ignore[no-any-return]
     return then if condition else otherwise
 
 
-def somewhere(condition: Count) -> bool:
+def any_of(condition: Count) -> bool:
     """Whether a condition holds, or for arrays, anywhere."""
     return bool(_numpy().any(condition) if _many(condition) else condition)
 
 
 def each(
-    function: Callable[..., tuple[int, ...]], where: Count, otherwise: Sequence[Count], *given: Count
+    function: Callable[..., tuple[int, ...]], condition: Count, otherwise: Sequence[Count], *given: Count
 ) -> tuple[Count, ...]:
-    """What `function`, which takes ints only, has where `where` holds, one by one; elsewhere `otherwise`."""
-    if not _many(where):
-        return function(*given) if where else tuple(otherwise)
+    """What `function`, which takes ints only, has where `condition` holds, one by one; else `otherwise`."""
+    if not _many(condition):
+        return function(*given) if condition else tuple(otherwise)
     numpy = _numpy()
-    found = [numpy.array(numpy.broadcast_to(one, where.shape)) for one in otherwise]  # type: ignore[attr-defined]
-    taken = [numpy.broadcast_to(one, where.shape) for one in given]  # type: ignore[attr-defined]
-    for at in numpy.flatnonzero(where).tolist():
-        for column, value in zip(found, function(*(int(one[at]) for one in taken)), strict=True):
+    columns = [numpy.array(numpy.broadcast_to(one, condition.shape)) for one in otherwise]  # type: ignore[attr-defined]
+    taken = [numpy.broadcast_to(one, condition.shape) for one in given]  # type: ignore[attr-defined]
+    for at in numpy.flatnonzero(condition).tolist():
+        for column, value in zip(columns, function(*(int(one[at]) for one in taken)), strict=True):
             column[at] = value
-    return tuple(found)
+    return tuple(columns)
 
 
 def floor_power_of_two(a: Count) -> Count:
@@ -101,4 +101,4 @@ def _numpy() -> Any:
 
 def row_blocks(ratio: float, blocks: Count) -> Count:
     """Blocks that a row may keep of `blocks`: a fraction `ratio` of them, at least one."""
-    return most(floor(ratio * blocks + 0.5), 1)
+    return maximum(floor(ratio * blocks + 0.5), 1)

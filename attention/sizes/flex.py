@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from attention.sizes.arrays import Count, ceil_div, most
+from attention.sizes.arrays import Count, ceil_div, maximum
 from attention.sizes.row_bounds import Rows
 
 FLEX_CAPABILITY = (8, 0)
@@ -22,7 +22,7 @@ def flex_list_bytes(rows: Rows, seq: Count) -> Count:
     of full blocks, each a count and a row as wide as the widest; see `attention.ops.flex.block_lists`. All
     batch items share them. With a global block, which all rows see, they grow with the square of `seq`."""
     # The counts are four, and of a row's blocks one at most is partial, by queries and by keys.
-    return 4 * ceil_div(seq, rows.size) * (6 + most(rows.span, rows.lists) + rows.seen)
+    return 4 * ceil_div(seq, rows.size) * (6 + maximum(rows.span, rows.lists) + rows.seen)
 
 
 def flex_is_lean(rows: Rows, seq: Count, floor: Count) -> Count:

@@ -13,15 +13,16 @@ from typing import NamedTuple
 from attention.config import AttentionConfig, PatternType
 from attention.sizes.arrays import (
     Count,
+    any_of,
     ceil_div,
-    choose,
     each,
     lcm,
-    least,
-    most,
+    maximum,
+    minimum,
     row_blocks,
-    somewhere,
+    where,
 )
+from attention.sizes.window import window_blocks
 
 
 class Rows(NamedTuple):
@@ -31,12 +32,12 @@ class Rows(NamedTuple):
     size: Count
     """Tokens a block."""
     span: Count
-    """Of rows whose blocks are adjacent; 0 if there are none, or rows are mixed beyond telling: then all
-    count as lists."""
+    """Blocks of rows whose blocks are adjacent; 0 if there are none, or rows are mixed beyond telling: then
+    all count as lists."""
     lists: Count
-    """Of the other rows; 0 if there are none."""
+    """Blocks of the other rows; 0 if there are none."""
     full_lists: Count
-    """Of those that are whole blocks: under a causal mask the last row, which may be short, sees most."""
+    """`lists` without the last row where that is short: under a causal mask it sees most."""
     alike: Count
     """Most consecutive rows that see the same adjacent blocks."""
     slides: Count
@@ -52,7 +53,7 @@ class Rows(NamedTuple):
 
 
 def rows_of(config: AttentionConfig, seq: int, causal: bool) -> Rows:
-    """Of the layout of a block_sparse config, or of an adaptive one's choice."""
+    """The widest rows of the layout of a block_sparse config, or of what an adaptive one chooses."""
     pattern = config.pattern
     assert pattern is not None
     if config.variant == "adaptive":
@@ -69,7 +70,8 @@ def pattern_rows(
     kind: PatternType | None, size: Count, seq: Count, causal: bool, *, window: Count, global_tokens: Count,
     ratio: float, lengths: Sequence[Count], rates: Sequence[Count],
 ) -> Rows:  # fmt: skip
-    """Of a block_sparse pattern by its fields, of which it reads its own. Lengths are in tokens."""
+    """The widest rows of a block_sparse pattern from its fields, of which its kind reads its own. Lengths are
+    in tokens."""
     blocks = ceil_div(seq, size)
     if kind == "dilated_sparse":
         in_blocks = [length // size for length in lengths]
@@ -79,41 +81,41 @@ def pattern_rows(
 
 
 def chosen_rows(size: Count, kept: Count) -> Rows:
-    """Of an adaptive attention that keeps `kept` blocks a row."""
+    """The widest rows of an adaptive attention, all of which keep `kept` blocks at most."""
     return Rows(size, span=0 * kept, lists=kept, full_lists=kept, alike=0 * kept, slides=0 * kept, own=True)
 
 
 def window_rows(size: Count, blocks: Count, window: Count, global_tokens: Count, causal: bool) -> Rows:
-    """Of local_window (no global tokens) and global_local."""
-    reach = least(window // (size if causal else 2 * size), blocks)
-    shared = least(ceil_div(global_tokens, size), blocks)
+    """The widest rows of local_window (no global tokens) and global_local: closed forms of the rule in
+    `attention/sizes/window.py`."""
+    reach, shared = window_blocks(window, global_tokens, size, blocks, causal)
     if causal:
         apart = (shared > 0) * (blocks - 1 > shared + reach)
         return Rows(
             size,
-            span=least(shared + reach + 1, blocks),
+            span=minimum(shared + reach + 1, blocks),
             lists=(shared + reach + 1) * apart,
             full_lists=(shared + reach + 1) * apart,
             alike=1 + 0 * blocks,
             slides=(shared == 0) * (blocks - reach >= 2),
-            many=most(blocks - 1 - shared - reach, 0),
+            many=maximum(blocks - 1 - shared - reach, 0),
             moves=True,
-            seen=choose(shared > 0, blocks, least(reach + 1, blocks)),
+            seen=where(shared > 0, blocks, minimum(reach + 1, blocks)),
         )
     full = 2 * reach + 1
     apart = (shared > 0) * (blocks - 1 - reach > shared)
     # Rows that see everything: the global ones, and those whose window reaches both ends.
-    lists = (shared + least(full, blocks - shared - 1)) * apart
-    everything = most(shared, most(least(reach, blocks - 1) - most(blocks - 1 - reach, 0) + 1, 0))
-    span = choose(shared > 0, blocks, least(full, blocks))
+    lists = (shared + minimum(full, blocks - shared - 1)) * apart
+    everything = maximum(shared, maximum(minimum(reach, blocks - 1) - maximum(blocks - 1 - reach, 0) + 1, 0))
+    span = where(shared > 0, blocks, minimum(full, blocks))
     return Rows(
         size,
         span=span,
         lists=lists,
         full_lists=lists,
-        alike=most(everything, 1),
+        alike=maximum(everything, 1),
         slides=(shared == 0) * (blocks - 2 * reach >= 2),
-        many=most(blocks - 1 - shared - reach, 0),
+        many=maximum(blocks - 1 - shared - reach, 0),
         moves=True,
         seen=span,
     )
@@ -123,43 +125,44 @@ def dilated_sparse_rows(
     size: Count, blocks: Count, budget: Count, lengths: Sequence[Count], rates: Sequence[Count], causal: bool,
     short: Count,
 ) -> Rows:  # fmt: skip
-    """Of dilated_sparse; lengths and rates of the branches in blocks. `short`: whether the last block is."""
-    lengths = [least(length, blocks) for length in lengths]
-    longest = most(*lengths)
+    """The widest rows of dilated_sparse; lengths and rates of the branches are in blocks. `short`: whether
+    the last block is."""
+    lengths = [minimum(length, blocks) for length in lengths]
+    longest = maximum(*lengths)
     near = reduce(lambda a, b: a * b, [(rate == 1) * 1 for rate in rates])  # every row is adjacent
     regular, others = _others(lengths, rates)
     # Where segments nest, some row is at the end of all of them: of the longest, which may be the last row.
     last_apart = (longest == blocks) * causal * (short > 0)
     # What one branch alone offers a row that is at the end of its segment, or else the last but one.
-    at_least = most(*(_alone(length, rate, blocks) for length, rate in zip(lengths, rates, strict=True)))
-    widest = full = least(most(1 + others, at_least), blocks)
-    unknown = (budget > at_least) * most(1 - regular, last_apart * (1 - near))
-    if somewhere(unknown):
+    at_least = maximum(*(_alone(length, rate, blocks) for length, rate in zip(lengths, rates, strict=True)))
+    widest = full = minimum(maximum(1 + others, at_least), blocks)
+    unknown = (budget > at_least) * maximum(1 - regular, last_apart * (1 - near))
+    if any_of(unknown):
         from attention.layout import widest_rows  # loads NumPy, which few configs need
 
         def rows_of_one(blocks: int, *sides: int) -> tuple[int, int]:
             pairs = zip(sides[: len(lengths)], sides[len(lengths) :], strict=True)
             return widest_rows(tuple(pairs), blocks, causal)
 
-        found = each(rows_of_one, unknown, (widest, full), blocks, *lengths, *rates)
-        widest, full = found[0], choose(short * causal > 0, found[1], found[0])
-    widest, full = least(budget, widest), least(budget, full)
+        counted = each(rows_of_one, unknown, (widest, full), blocks, *lengths, *rates)
+        widest, full = counted[0], where(short * causal > 0, counted[1], counted[0])
+    widest, full = minimum(budget, widest), minimum(budget, full)
     # Rows at an end of a segment see the same blocks until the window leaves that end: half a window, or up
     # to a whole one where segments of several lengths share it, of which some end on one side.
-    half = choose(longest == least(*lengths), budget // 2 + 1, budget)
-    alike = 1 + 0 * widest if causal else choose(budget < longest, half, longest)
+    half = where(longest == minimum(*lengths), budget // 2 + 1, budget)
+    alike = 1 + 0 * widest if causal else where(budget < longest, half, longest)
     # A row goes at most `widest` - 1 steps along a branch, at a segment's end all of them to one side.
     steps = (widest - 1) * (1 if causal else 2)
-    along = (least(steps, (length - 1) // rate) for length, rate in zip(lengths, rates, strict=True))
+    along = (minimum(steps, (length - 1) // rate) for length, rate in zip(lengths, rates, strict=True))
     return Rows(
         size, widest * near, widest * (1 - near), full * (1 - near), alike * near, (widest < longest) * near,
-        seen=least(sum(along, 1), blocks),
+        seen=minimum(sum(along, 1), blocks),
     )  # fmt: skip
 
 
 def _alone(length: Count, rate: Count, blocks: Count) -> Count:
     """Blocks of the widest row but the last that a single branch makes."""
-    return choose(length < blocks, length - 1, most(blocks - 2, 0)) // rate + 1
+    return where(length < blocks, length - 1, maximum(blocks - 2, 0)) // rate + 1
 
 
 def _others(lengths: Sequence[Count], rates: Sequence[Count]) -> tuple[Count, Count]:
@@ -174,7 +177,7 @@ def _others(lengths: Sequence[Count], rates: Sequence[Count]) -> tuple[Count, Co
     total: Count = 0
     for count in range(1, len(order) + 1):
         for chosen in itertools.combinations(order, count):
-            inside = least(*(length for length, _ in chosen))
+            inside = minimum(*(length for length, _ in chosen))
             step = reduce(lcm, (rate for _, rate in chosen))
             met = (inside - 1) // step
             total = total + (met if count % 2 else -met)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from attention.sizes.arrays import Count, choose, floor_power_of_two, least, most
+from attention.sizes.arrays import Count, floor_power_of_two, maximum, minimum, where
 from attention.sizes.row_bounds import Rows
 
 MOST_VIEWS = 65_535
@@ -104,7 +104,7 @@ class Shape(NamedTuple):
         widens, q, out and its gradient too."""
         per_token = self.token_bytes + (2 + 3 * self.widens) * self.heads * self.head_dim * self.wide
         per_token += 2 * self.kv_token_bytes * self.packs
-        return floor_power_of_two(most(self.workspace // per_token, 1))
+        return floor_power_of_two(maximum(self.workspace // per_token, 1))
 
     @property
     def list_bytes(self) -> Count:
@@ -121,54 +121,54 @@ class Shape(NamedTuple):
     def column_tokens(self) -> Count:
         """Key tokens that backward works on at a time: their dk and dv in single precision take three
         eighths of the workspace, and so do k and v where those are widened too."""
-        return most(self.list_bytes // (2 * self.kv_heads * self.head_dim * self.wide), 1)
+        return maximum(self.list_bytes // (2 * self.kv_heads * self.head_dim * self.wide), 1)
 
     @property
     def column_rows(self) -> Count:
-        """The same in rows of one kv head."""
+        """`column_tokens` in rows of one kv head."""
         return self.column_tokens * self.kv_heads
 
     @property
     def piece_rows(self) -> Count:
         """Keys of all heads together whose dk and dv the backward kernel returns at once: what stays in
         a CPU's cache."""
-        return most(self.workspace // 4 // (2 * self.head_dim * self.wide), 1)
+        return maximum(self.workspace // 4 // (2 * self.head_dim * self.wide), 1)
 
     def backward(self) -> Shape:
-        """The same for the backward pass: calls of fewer queries, where several views' keys would be too
-        many for a column."""
-        return self._replace(chunk=least(self.chunk, most(self.column_tokens // 2, 1)), packs=False)
+        """This shape for the backward pass: its calls have fewer queries, where several views' keys would be
+        too many for a column."""
+        return self._replace(chunk=minimum(self.chunk, maximum(self.column_tokens // 2, 1)), packs=False)
 
     def chunk_rows(self, rows: Rows) -> Count:
         """Rows of blocks that a call takes together; where lists are gathered, as many as those allow."""
-        chunk = least(most(self.chunk // least(rows.size, self.seq), 1), MOST_VIEWS)
+        chunk = minimum(maximum(self.chunk // minimum(rows.size, self.seq), 1), MOST_VIEWS)
         block_bytes = 2 * rows.size * (self.token_bytes if rows.own else self.kv_token_bytes)
-        listed = most(self.list_bytes // (most(rows.lists, 1) * block_bytes), 1)
-        return choose(rows.lists > 0, least(chunk, listed), chunk)
+        listed = maximum(self.list_bytes // (maximum(rows.lists, 1) * block_bytes), 1)
+        return where(rows.lists > 0, minimum(chunk, listed), chunk)
 
     def span_rows(self, rows: Rows) -> Count:
         """Rows that a call over overlapping views takes together: what the kernel copies of them fits.
         Where no rows slide, or those that do are cut by what they share, others go one by one."""
-        keys = most(least(rows.span * rows.size, self.seq), 1)
-        views = least(self.chunk_rows(rows), most(self.pack_tokens(1) // keys, 1))
-        return choose((rows.slides > 0) * (1 - self.goes_wide(rows)), views, 1)
+        keys = maximum(minimum(rows.span * rows.size, self.seq), 1)
+        views = minimum(self.chunk_rows(rows), maximum(self.pack_tokens(1) // keys, 1))
+        return where((rows.slides > 0) * (1 - self.goes_wide(rows)), views, 1)
 
     def list_blocks(self, rows: Rows) -> Count:
         """Blocks of a list that a call gathers; a longer one is cut."""
         block_bytes = 2 * rows.size * (self.token_bytes if rows.own else self.kv_token_bytes)
-        return least(most(rows.lists, 1), most(self.list_bytes // block_bytes, 1))
+        return minimum(maximum(rows.lists, 1), maximum(self.list_bytes // block_bytes, 1))
 
     def full_blocks(self, size: Count) -> Count:
         """Blocks that a row of `size` queries may see at most: under a causal mask only the last, short row
         sees the last, short block."""
-        blocks = most(self.seq // size, 1)
+        blocks = maximum(self.seq // size, 1)
         return blocks if self.causal else blocks + 1
 
     def pack_tokens(self, views: Count) -> Count:
         """Keys a view that a call may have, so that what the kernel copies of them fits."""
         if not self.packs:
             return 0 * views + self.seq * MOST_VIEWS
-        return most(self.pack_bytes // (2 * self.kv_token_bytes * views), 1)
+        return maximum(self.pack_bytes // (2 * self.kv_token_bytes * views), 1)
 
     def goes_wide(self, rows: Rows) -> Count:
         """1 if sliding rows are worth cutting by what they share, else 0."""
@@ -179,19 +179,19 @@ class Shape(NamedTuple):
         """Blocks of keys, the queries' own the last, that a causal call has under an additive mask, whose
         bytes are bounded; 0 if one block is the most: then the own block is a call under the kernel's
         own causal mask."""
-        blocks = least(
-            most(rows.span, rows.lists), self.workspace // 16 // (rows.size * rows.size * self.wide)
+        blocks = minimum(
+            maximum(rows.span, rows.lists), self.workspace // 16 // (rows.size * rows.size * self.wide)
         )
         return blocks * ((blocks > 1) | ((blocks == 1) & (rows.lists == 1)))
 
     def gather_width(self, lanes: Count, unit: Count) -> Count:
         """Keys of a list that backward gathers at a time; `lanes`: rows of one kv head a position."""
-        return most(self.column_rows // lanes // unit, 1) * unit
+        return maximum(self.column_rows // lanes // unit, 1) * unit
 
     @property
     def overlap_width(self) -> Count:
         """Keys of overlapping views that backward works on at a time: views begin within half a column."""
-        return most(self.column_tokens // 2, 1)
+        return maximum(self.column_tokens // 2, 1)
 
     def piece(self, heads: Count, views: Count, queries: Count, keys: Count, unit: Count = 1,
               whole: bool = False) -> tuple[Count, Count]:  # fmt: skip
@@ -199,9 +199,11 @@ class Shape(NamedTuple):
         and dv are more than `piece_rows`, unless they must stay `whole`; views are taken together as far
         as what the kernel returns is no more than two chunks."""
         limit = self.piece_rows // heads
-        width = keys if whole else least(keys, most(limit // unit, 1) * unit)
-        few = most(least(2 * self.chunk * self.heads // (heads * (2 * keys + queries)), limit // keys), 1)
-        return choose(width < keys, 1, least(few, views)), width
+        width = keys if whole else minimum(keys, maximum(limit // unit, 1) * unit)
+        few = maximum(
+            minimum(2 * self.chunk * self.heads // (heads * (2 * keys + queries)), limit // keys), 1
+        )
+        return where(width < keys, 1, minimum(few, views)), width
 
     def key_ranges(self, keys: Span) -> tuple[Span, ...]:
         """The span's keys, cut so that what a kernel copies of each part fits `pack_bytes`."""
@@ -212,8 +214,8 @@ class Shape(NamedTuple):
     def within(self, branches: tuple[tuple[Count, Count], ...]) -> tuple[tuple[Count, Count], ...]:
         """The branches with lengths and rates that this sequence can tell apart: a segment longer than
         it, or a rate beyond all its positions and heads, means the same as one just as large."""
-        limit = most(self.seq, self.heads)
-        return tuple((least(length, self.seq), least(rate, limit)) for length, rate in branches)
+        limit = maximum(self.seq, self.heads)
+        return tuple((minimum(length, self.seq), minimum(rate, limit)) for length, rate in branches)
 
     def is_whole(self, branches: tuple[tuple[Count, Count], ...]) -> Count:
         """1 if branches, as `within` gives them, are one kernel call over all of q, k and v: a single one
@@ -240,7 +242,7 @@ def chunk_tokens(
     """
     floor = seq * (heads + kv_heads)
     if cpu:
-        tokens = least(1024, workspace // (32 * heads * head_dim), floor // (64 * heads))
+        tokens = minimum(1024, workspace // (32 * heads * head_dim), floor // (64 * heads))
     else:
-        tokens = least(workspace // (4 * heads * head_dim * itemsize), floor // (128 * heads))
-    return most(tokens, 1)
+        tokens = minimum(workspace // (4 * heads * head_dim * itemsize), floor // (128 * heads))
+    return maximum(tokens, 1)

@@ -14,14 +14,14 @@ from typing import NamedTuple
 
 from attention.sizes.arrays import (
     Count,
+    any_of,
     ceil_div,
-    choose,
     each,
     lcm,
-    least,
-    most,
-    somewhere,
+    maximum,
+    minimum,
     up,
+    where,
 )
 from attention.sizes.row_bounds import Rows
 from attention.sizes.shape import Shape
@@ -51,20 +51,20 @@ class Kind(NamedTuple):
     masked: Count = 0
     """Rows of the additive mask that its calls may have, 0 for none."""
     own: bool = False
-    """Of a gather: whether every head has lists of its own."""
+    """Whether every head has lists of its own, where the kind gathers."""
     moves: bool = False
-    """Of a gather: whether the lists of consecutive views differ by one block only."""
+    """Whether the lists of consecutive views differ by one block only, where the kind gathers."""
     later: Count = 0
     """Most queries of a head in a call that is merged into what came before."""
     largest: tuple[Count, Count] = (1, 1)
-    """Of a gather: (views, keys of a view) of the program's largest, by which backward cuts all of them."""
+    """(views, keys of a view) of the program's largest gather, by which backward cuts all of them."""
 
 
 class Extent(NamedTuple):
     """What a program's calls are at most."""
 
     tokens: Count
-    """Of a tile."""
+    """Tokens of a tile."""
     kinds: tuple[Kind, ...]
     merges: Count
     """1 if some tile merges parts, else 0."""
@@ -72,89 +72,203 @@ class Extent(NamedTuple):
     """(queries, keys) of the causal mask that is added to scores; (0, 0) if none is."""
 
 
-def sparse_extent(rows: Rows, shape: Shape) -> Extent:
-    """Of a block-sparse program; see `attention/block_sparse.py`, which makes it."""
-    size, group = rows.size, shape.kv_heads
-    together = shape.chunk_rows(rows)
-    wide = shape.goes_wide(rows)
-    queries, tile = least(size, shape.seq), least(together * size, shape.seq)
-    adjacent, keys = rows.span > 0, least(most(rows.span, 1) * size, shape.seq)
-    views = shape.span_rows(rows)
+class _Sparse(NamedTuple):
+    """What the calls of a block-sparse program have in common. A row is what one query block sees."""
+
+    rows: Rows
+    shape: Shape
+    together: Count
+    """Rows that a call takes at most."""
+    queries: Count
+    """Tokens of a row's queries."""
+    tile: Count
+    """Tokens of the queries of `together` rows."""
+    wide: Count
+    """1 if sliding rows are cut by what they share (`Shape.goes_wide`), else 0."""
+    short: Count
+    """Tokens of the last block where it is shorter than the others, else 0."""
+    masked: Count
+    """Blocks of keys that a call has under an additive causal mask; 0 where none is added: not causal, or
+    the row's own block is a call by itself."""
+    cut: Count
+    """1 if causal and a row has blocks before those under the mask, which are further calls, else 0."""
+    keys: Count
+    """Keys of the widest adjacent row."""
+    views: Count
+    """Rows of a call over overlapping views."""
+    longest: Count
+    """Keys of the longest call of such rows, before the kernel's limit."""
+    few: Count
+    """Keys a view that the kernel may copy where it is given `views` of them."""
+    split: Count
+    """1 if an adjacent row takes several calls, which are merged: because of the mask, or of what the kernel
+    may copy; else 0."""
+    listed: Count
+    """Blocks of a list that a call gathers."""
+    list_split: Count
+    """1 if the longest list is longer than that, so that its parts are merged, else 0."""
+
+    @property
+    def adjacent(self) -> Count:
+        """Whether some row's blocks are adjacent."""
+        return self.rows.span > 0
+
+    @property
+    def dense(self) -> Count:
+        """1 if a call's query heads are all heads, else 0."""
+        return (self.shape.heads == self.shape.kv_heads) * 1
+
+    @property
+    def masks(self) -> Count:
+        """Rows of the additive causal mask of a call over one row: its queries, or 0."""
+        return self.queries * (self.masked > 0)
+
+
+def _sparse(rows: Rows, shape: Shape) -> _Sparse:
+    """The common part of the program of these rows."""
+    size, together, views = rows.size, shape.chunk_rows(rows), shape.span_rows(rows)
+    keys = minimum(maximum(rows.span, 1) * size, shape.seq)
     masked: Count = 0
-    longest, mask, cut, alone = keys, (0, 0), 0 * keys, 0 * keys
+    cut, longest = 0 * keys, keys
     if shape.causal:
-        masked, widest = shape.mask_blocks(rows), most(rows.span, rows.lists)
-        mask, cut = (size * (masked > 0), masked * size), (widest > most(masked, 1)) * 1
-        # Where no mask is added, a row's own block is a call of its own, or a wide tile's.
-        alone = most((masked == 0) * 1, wide)
-        longest = _longest(least(rows.span, shape.full_blocks(size)), masked, shape.seq, size)
-    few = shape.pack_tokens(views)
-    split = most(cut, (few < longest) * 1)
-    # The last block may be short, and under a causal mask be the one whose row is the widest.
-    short = shape.seq % size
-    tail_keys = _longest(rows.span, masked, shape.seq, size) if shape.causal else keys
-    full = shape.full_blocks(size)
-    wanted, last = rows.full_lists, rows.lists
-    if shape.causal:
-        wanted, last = _split(least(rows.full_lists, full), masked), _split(rows.lists, masked)
-    # A list of the row's own block alone is, where no mask is added, that block's own call.
-    has_lists = (rows.lists > 0) * most((masked > 0) * 1, (rows.lists > 1) * 1, 1 - shape.causal)
-    listed, at_once = shape.list_blocks(rows), least(together, most(rows.many, 1))
-    long_queries = least(most(rows.alike * size, tile * wide), tile)
-    # Of a wide tile's calls the first has all rows, the others at most half.
-    halves = choose(wide, least(ceil_div(together, 2) * size, tile), 0)
-    too_long = (shape.pack_tokens(1) < keys) * long_queries
-    masks = queries * (masked > 0)
-    hidden = at_once * queries * (shape.heads if rows.own else 1) * (short > 0)
-    dense = (shape.heads == group) * 1
-    lists = Kind(
-        "lists", heads=shape.heads if rows.own else group, views=at_once, queries=queries,
-        keys=least(listed, most(wanted, 1), full) * size, unit=size, gathers=True,
-        exists=has_lists, dense=1 if rows.own else dense, masked=masks if shape.causal else hidden,
-        own=rows.own, moves=rows.moves, largest=(together, least(listed, full) * size),
-        later=at_once * queries * most(cut, (listed < rows.lists) * 1),
+        masked = shape.mask_blocks(rows)
+        cut = (maximum(rows.span, rows.lists) > maximum(masked, 1)) * 1
+        longest = _longest(minimum(rows.span, shape.full_blocks(size)), masked, shape.seq, size)
+    few, listed = shape.pack_tokens(views), shape.list_blocks(rows)
+    return _Sparse(
+        rows=rows, shape=shape, together=together, queries=minimum(size, shape.seq),
+        tile=minimum(together * size, shape.seq), wide=shape.goes_wide(rows), short=shape.seq % size,
+        masked=masked, cut=cut, keys=keys, views=views, longest=longest, few=few,
+        split=maximum(cut, (few < longest) * 1), listed=listed, list_split=(listed < rows.lists) * 1,
     )  # fmt: skip
-    single = Kind(
-        "view", heads=group, views=1, queries=queries, keys=least(longest, shape.pack_tokens(1)),
-        exists=adjacent, dense=dense, masked=masks, later=queries * split,
-    )  # fmt: skip
+
+
+def sparse_extent(rows: Rows, shape: Shape) -> Extent:
+    """The extent of a block-sparse program, which `attention/block_sparse.py` makes of rows no wider than
+    `rows`."""
+    common = _sparse(rows, shape)
+    single, lists = _single(common), _lists(common)
     kinds = (
         single,
-        single._replace(
-            name="last view", queries=most(short, 1), keys=least(tail_keys, shape.pack_tokens(1)),
-            exists=adjacent * (short > 0) * shape.causal, later=short * split,
-        ),
-        single._replace(
-            name="views", views=views, keys=least(longest, few), step=size,
-            exists=adjacent * (views > 1), later=views * queries * split,
-        ),
-        Kind(
-            "long view", heads=group, views=1, queries=long_queries, keys=least(keys, shape.pack_tokens(1)),
-            exists=adjacent * ((rows.alike > 1) | (wide > 0)), dense=dense, later=most(halves, too_long),
-        ),
+        _last_single(common, single),
+        _overlapping(common, single),
+        _long(common),
         lists,
-        lists._replace(
-            name="last list", views=1, queries=most(short, 1), keys=least(listed, most(last, 1)) * size,
-            exists=lists.exists * (short > 0) * shape.causal,
-        ),
-        Kind(
-            "own blocks", heads=group, views=choose(most(wide, rows.lists > 0), together, views),
-            queries=queries, keys=queries, whole=True, exists=alone, dense=dense, later=tile * wide,
-        ),
+        _last_lists(common, lists),
+        _own_blocks(common),
+    )
+    too_long = (common.few < common.longest) * common.adjacent
+    merges = maximum(common.wide, common.cut, common.list_split, too_long)
+    tokens = maximum(*(kind.views * kind.queries * kind.exists for kind in kinds))
+    mask = (rows.size * (common.masked > 0), common.masked * rows.size) if shape.causal else (0, 0)
+    return Extent(minimum(tokens, shape.seq), kinds, merges, mask)
+
+
+def _single(common: _Sparse) -> Kind:
+    """One row's queries over adjacent blocks. Exists where a row's blocks are adjacent. It is merged into
+    what came before where that row takes several calls."""
+    shape = common.shape
+    return Kind(
+        "view", heads=shape.kv_heads, views=1, queries=common.queries,
+        keys=minimum(common.longest, shape.pack_tokens(1)), exists=common.adjacent, dense=common.dense,
+        masked=common.masks, later=common.queries * common.split,
     )  # fmt: skip
-    merges = most(wide, cut, (listed < rows.lists) * 1, (few < longest) * adjacent)
-    tokens = most(*(kind.views * kind.queries * kind.exists for kind in kinds))
-    return Extent(least(tokens, shape.seq), kinds, merges, mask)
+
+
+def _last_single(common: _Sparse, single: Kind) -> Kind:
+    """The last row over adjacent blocks, where its block is short: under a causal mask, and only there, it
+    may be the widest, and is a kind of its own."""
+    rows, shape, short = common.rows, common.shape, common.short
+    keys = common.keys
+    if shape.causal:
+        keys = _longest(rows.span, common.masked, shape.seq, rows.size)
+    return single._replace(
+        name="last view", queries=maximum(short, 1), keys=minimum(keys, shape.pack_tokens(1)),
+        exists=common.adjacent * (short > 0) * shape.causal, later=short * common.split,
+    )  # fmt: skip
+
+
+def _overlapping(common: _Sparse, single: Kind) -> Kind:
+    """Several rows, whose adjacent blocks move on by one a row, as views that overlap. Exists where a call
+    may take more than one of them (`Shape.span_rows`)."""
+    views = common.views
+    return single._replace(
+        name="views", views=views, keys=minimum(common.longest, common.few), step=common.rows.size,
+        exists=common.adjacent * (views > 1), later=views * common.queries * common.split,
+    )  # fmt: skip
+
+
+def _long(common: _Sparse) -> Kind:
+    """Several rows as one long view over the same adjacent blocks. Exists where consecutive rows see the
+    same, or where a tile is wide: then it takes what the tile's rows share. It is merged into what came
+    before in a wide tile, whose first call has all its rows and the others at most half of them, and where
+    the keys are more than the kernel may copy."""
+    rows, shape, tile, wide = common.rows, common.shape, common.tile, common.wide
+    limit = shape.pack_tokens(1)
+    queries = minimum(maximum(rows.alike * rows.size, tile * wide), tile)
+    halves = where(wide, minimum(ceil_div(common.together, 2) * rows.size, tile), 0)
+    too_long = (limit < common.keys) * queries
+    return Kind(
+        "long view", heads=shape.kv_heads, views=1, queries=queries, keys=minimum(common.keys, limit),
+        exists=common.adjacent * ((rows.alike > 1) | (wide > 0)), dense=common.dense,
+        later=maximum(halves, too_long),
+    )  # fmt: skip
+
+
+def _lists(common: _Sparse) -> Kind:
+    """Rows of equally long lists over gathered blocks. Exists where rows are lists; but where, under a
+    causal mask, none is added, a list of the row's own block alone is that block's own call. It is merged
+    into what came before where rows have blocks before those under the mask, or lists are cut."""
+    rows, shape, listed, masked = common.rows, common.shape, common.listed, common.masked
+    full = shape.full_blocks(rows.size)
+    wanted = rows.full_lists
+    if shape.causal:
+        wanted = _split(minimum(wanted, full), masked)
+    views = minimum(common.together, maximum(rows.many, 1))
+    # Without a causal mask what is added hides the end of the sequence, for each view.
+    hidden = views * common.queries * (shape.heads if rows.own else 1) * (common.short > 0)
+    return Kind(
+        "lists", heads=shape.heads if rows.own else shape.kv_heads, views=views, queries=common.queries,
+        keys=minimum(listed, maximum(wanted, 1), full) * rows.size, unit=rows.size, gathers=True,
+        exists=(rows.lists > 0) * maximum((masked > 0) * 1, (rows.lists > 1) * 1, 1 - shape.causal),
+        dense=1 if rows.own else common.dense, masked=common.masks if shape.causal else hidden,
+        own=rows.own, moves=rows.moves, largest=(common.together, minimum(listed, full) * rows.size),
+        later=views * common.queries * maximum(common.cut, common.list_split),
+    )  # fmt: skip
+
+
+def _last_lists(common: _Sparse, lists: Kind) -> Kind:
+    """The last row over gathered blocks, where its block is short: as in `_last_single`, under a causal
+    mask."""
+    rows, shape, short = common.rows, common.shape, common.short
+    wanted = _split(rows.lists, common.masked) if shape.causal else rows.lists
+    return lists._replace(
+        name="last list", views=1, queries=maximum(short, 1),
+        keys=minimum(common.listed, maximum(wanted, 1)) * rows.size,
+        exists=lists.exists * (short > 0) * shape.causal,
+    )  # fmt: skip
+
+
+def _own_blocks(common: _Sparse) -> Kind:
+    """Rows over their own blocks alone, under the kernel's own causal mask. Exists under a causal mask where
+    none is added or the tile is wide. It is merged into what came before in a wide tile."""
+    shape, wide, queries = common.shape, common.wide, common.queries
+    exists = maximum((common.masked == 0) * 1, wide) if shape.causal else 0 * common.keys
+    return Kind(
+        "own blocks", heads=shape.kv_heads,
+        views=where(maximum(wide, common.rows.lists > 0), common.together, common.views), queries=queries,
+        keys=queries, whole=True, exists=exists, dense=common.dense, later=common.tile * wide,
+    )  # fmt: skip
 
 
 def _split(blocks: Count, masked: Count) -> Count:
     """Blocks of the larger call of a causal row of so many: those under the mask, or those before."""
-    return most(least(blocks, masked), blocks - most(masked, 1))
+    return maximum(minimum(blocks, masked), blocks - maximum(masked, 1))
 
 
 def _longest(span: Count, masked: Count, seq: Count, size: Count) -> Count:
     """Most keys of a causal call of rows of `span` blocks: those under the mask, or those before."""
-    return least(most(_split(span, masked), 1) * size, seq)
+    return minimum(maximum(_split(span, masked), 1) * size, seq)
 
 
 def branch_kind(order: int, before: bool = False) -> str:
@@ -164,17 +278,17 @@ def branch_kind(order: int, before: bool = False) -> str:
 
 
 def dilated_extent(branches: Sequence[tuple[Count, Count]], shape: Shape) -> Extent:
-    """Of a dilated program; see `attention/dilated.py`, which makes it. Its first tile has the largest
+    """The extent of a dilated program, which `attention/dilated.py` makes. Its first tile has the largest
     calls. Branches come with their smallest rates first."""
     repeat = shape.heads // shape.kv_heads
-    tile = least(shape.tile_tokens, shape.seq)
+    tile = minimum(shape.tile_tokens, shape.seq)
     kinds, merges = [], (len(branches) > 1) * 1
     for order, (length, rate) in enumerate(branches):
         period = lcm(rate, repeat)
         inside = length <= tile
-        views = choose(inside, tile // length, 1)
-        queries = ceil_div(choose(inside, length, tile), rate)
-        keys = ceil_div(least(length, shape.seq), rate)
+        views = where(inside, tile // length, 1)
+        queries = ceil_div(where(inside, length, tile), rate)
+        keys = ceil_div(minimum(length, shape.seq), rate)
         cut = (tile % length != 0) * (tile < shape.seq)
         kind = Kind(
             branch_kind(order), ceil_div(shape.heads, period), views, queries, keys,
@@ -182,26 +296,27 @@ def dilated_extent(branches: Sequence[tuple[Count, Count]], shape: Shape) -> Ext
         )  # fmt: skip
         if shape.causal:
             # A segment's part in a tile, and its keys before.
-            merges = most(merges, cut)
+            merges = maximum(merges, cut)
             kinds.append(kind._replace(keys=queries, whole=True))
             # Where tiles begin at multiples of a tile in every segment, the last of them may be short.
             even = (length % tile == 0) | (length >= shape.seq)
-            tiles, last = least(length, shape.seq) // tile, shape.seq // tile * tile % length
+            tiles, last = minimum(length, shape.seq) // tile, shape.seq // tile * tile % length
             before, inner = (tiles - 1) * tile, tile
             uneven = cut * (1 - even)
-            if somewhere(uneven):
+            if any_of(uneven):
                 before, inner = each(_before, uneven, (before, inner), length, tile, shape.seq)
-            behind, part = ceil_div(before, rate), least(queries, most(ceil_div(inner, rate), 1))
+            behind, part = ceil_div(before, rate), minimum(queries, maximum(ceil_div(inner, rate), 1))
             kind = kind._replace(
-                name=branch_kind(order, before=True), views=1, queries=part, keys=most(behind, 1), later=part,
-                exists=cut * choose(even, (tiles > 1) * 1, 1),
+                name=branch_kind(order, before=True), views=1, queries=part, keys=maximum(behind, 1),
+                later=part, exists=cut * where(even, (tiles > 1) * 1, 1),
             )  # fmt: skip
             tail = kind._replace(
-                name=f"branch {order + 1}, last before", queries=most(ceil_div(shape.seq % tile, rate), 1),
-                keys=most(ceil_div(last, rate), 1), exists=cut * even * (shape.seq % tile > 0) * (last > 0),
+                name=f"branch {order + 1}, last before", queries=maximum(ceil_div(shape.seq % tile, rate), 1),
+                keys=maximum(ceil_div(last, rate), 1),
+                exists=cut * even * (shape.seq % tile > 0) * (last > 0),
             )  # fmt: skip
             kinds.append(_cut(tail._replace(later=tail.queries), shape, inside))
-        merges = most(merges, (shape.pack_tokens(1) < kind.keys) * (1 - inside) * kind.exists)
+        merges = maximum(merges, (shape.pack_tokens(1) < kind.keys) * (1 - inside) * kind.exists)
         kinds.append(_cut(kind, shape, inside))
     return Extent(tile, tuple(kinds), merges, (0, 0))
 
@@ -211,17 +326,17 @@ def _before(length: int, tile: int, seq: int) -> tuple[int, int]:
     """(most tokens of a segment before a tile that goes on with it, most that such a tile has of it)."""
     places = length // gcd(length, tile)  # where in a segment tiles can begin
     starts = range(tile, min(seq, (places + 1) * tile), tile)
-    found = [(start % length, min(tile, length - start % length, seq - start)) for start in starts]
-    found = [both for both in found if both[0]] or [(0, 0)]
-    return max(before for before, _ in found), max(inner for _, inner in found)
+    parts = [(start % length, min(tile, length - start % length, seq - start)) for start in starts]
+    parts = [both for both in parts if both[0]] or [(0, 0)]
+    return max(before for before, _ in parts), max(inner for _, inner in parts)
 
 
 def _cut(kind: Kind, shape: Shape, inside: Count) -> Kind:
     """The kind with its keys cut to what a kernel may copy, which whole segments are not."""
     few = shape.pack_tokens(1)
     split = (few < kind.keys) * (1 - inside)
-    later = choose(split, kind.views * kind.queries, kind.later)
-    return kind._replace(keys=choose(split, least(kind.keys, few), kind.keys), later=later)
+    later = where(split, kind.views * kind.queries, kind.later)
+    return kind._replace(keys=where(split, minimum(kind.keys, few), kind.keys), later=later)
 
 
 def forward_sizes(extent: Extent, shape: Shape, keeps_lse: bool) -> dict[str, Count]:
@@ -230,8 +345,8 @@ def forward_sizes(extent: Extent, shape: Shape, keeps_lse: bool) -> dict[str, Co
     part: Count = 0
     listed: Count = 0
     for kind in extent.kinds:
-        part = most(part, kind.heads * kind.later * kind.exists)
-        listed = most(listed, kind.heads * kind.views * kind.keys * kind.exists * kind.gathers)
+        part = maximum(part, kind.heads * kind.later * kind.exists)
+        listed = maximum(listed, kind.heads * kind.views * kind.keys * kind.exists * kind.gathers)
     return {
         "total": extent.tokens * shape.heads * dim * shape.wide * extent.merges * narrow,
         "part": part * dim * shape.wide * extent.merges * narrow,
@@ -254,15 +369,15 @@ class Cut(NamedTuple):
 
 
 def cut(kind: Kind, shape: Shape) -> Cut:
-    """Of a kind's calls; see `attention.ops.program.Call.columns` and `Shape.piece`."""
+    """How backward cuts the calls of a kind; see `attention.ops.program.Call.columns` and `Shape.piece`."""
     if kind.gathers:
         views, keys = kind.largest
         width = shape.gather_width(kind.heads * views, kind.unit)
-        return Cut(width, *shape.piece(kind.heads, views, kind.unit, least(keys, width), kind.unit))
+        return Cut(width, *shape.piece(kind.heads, views, kind.unit, minimum(keys, width), kind.unit))
     width = kind.keys
     if kind.step is not None:
         overlaps = (kind.views > 1) * (kind.keys > kind.step)
-        width = choose(overlaps, least(width, shape.overlap_width), width)
+        width = where(overlaps, minimum(width, shape.overlap_width), width)
     return Cut(width, *shape.piece(kind.heads, kind.views, kind.queries, width, kind.unit, kind.whole))
 
 
@@ -276,17 +391,17 @@ class Piece(NamedTuple):
 
 
 def pieces(extent: Extent, shape: Shape) -> tuple[Piece, ...]:
-    """Of each kind."""
-    found = []
+    """The pieces of each kind's largest call."""
+    cuts = []
     for kind in extent.kinds:
         by = cut(kind, shape)
-        width = least(kind.keys, by.width)
+        width = minimum(kind.keys, by.width)
         column = kind.views * width
         if kind.step is not None:
             overlaps = (kind.views > 1) * (kind.keys > kind.step)
-            column = choose(overlaps, (kind.views - 1) * kind.step + width, column)
-        found.append(Piece(least(by.views, kind.views), least(by.keys, width), column))
-    return tuple(found)
+            column = where(overlaps, (kind.views - 1) * kind.step + width, column)
+        cuts.append(Piece(minimum(by.views, kind.views), minimum(by.keys, width), column))
+    return tuple(cuts)
 
 
 def sums_in_full(shape: Shape) -> Count:
@@ -297,7 +412,9 @@ def sums_in_full(shape: Shape) -> Count:
 
 def slab_rows(shape: Shape) -> Count:
     """Rows of all kv heads that a sink hands over at a time."""
-    return most(shape.workspace // 64 // (shape.kv_heads * shape.head_dim * shape.wide), 1) * shape.kv_heads
+    return (
+        maximum(shape.workspace // 64 // (shape.kv_heads * shape.head_dim * shape.wide), 1) * shape.kv_heads
+    )
 
 
 def backward_sizes(extent: Extent, shape: Shape) -> dict[str, Count]:
@@ -313,24 +430,24 @@ def backward_sizes(extent: Extent, shape: Shape) -> dict[str, Count]:
     slabs: Count = 0
     for kind, piece in zip(extent.kinds, pieces(extent, shape), strict=True):
         rows = kind.heads * piece.views * piece.keys * kind.exists
-        queries = most(queries, kind.heads * piece.views * kind.queries * kind.exists)
+        queries = maximum(queries, kind.heads * piece.views * kind.queries * kind.exists)
         overlaps: Count = 0
         if kind.step is not None:
             overlaps = (kind.views > 1) * (kind.keys > kind.step) * kind.exists
         spread = piece.column * shape.kv_heads * overlaps
-        keys = most(keys, spread, rows * (1 - overlaps))
+        keys = maximum(keys, spread, rows * (1 - overlaps))
         if kind.gathers:
             held = piece.column * kind.heads * kind.exists
-            listed, slabs = most(listed, held), most(slabs, kind.exists)
-            differ = least(held, up(shape.seq, kind.unit) * shape.kv_heads)
+            listed, slabs = maximum(listed, held), maximum(slabs, kind.exists)
+            differ = minimum(held, up(shape.seq, kind.unit) * shape.kv_heads)
             if kind.moves:
                 blocks = piece.column // kind.views // kind.unit + kind.views - 1
-                differ = least(differ, blocks * kind.unit * kind.heads)
-            sums = most(sums, differ * kind.exists)
+                differ = minimum(differ, blocks * kind.unit * kind.heads)
+            sums = maximum(sums, differ * kind.exists)
         else:
-            sums = most(sums, spread * apart)
-            shares = most(shares, rows * (1 - overlaps))
-            slabs = most(slabs, overlaps * apart)
+            sums = maximum(sums, spread * apart)
+            shares = maximum(shares, rows * (1 - overlaps))
+            slabs = maximum(slabs, overlaps * apart)
     slab = slab_rows(shape) * slabs * dim
     total = shape.seq * shape.kv_heads * dim * wide * full
     return {
@@ -347,6 +464,6 @@ def backward_sizes(extent: Extent, shape: Shape) -> dict[str, Count]:
         "dk of a call": sums * dim * wide,
         "dv of a call": sums * dim * wide,
         "share": shares * dim * wide * apart * shape.widens,
-        "slab": slab * choose(full, wide, shape.itemsize),
+        "slab": slab * where(full, wide, shape.itemsize),
         "wide slab": slab * wide * apart,
     }

@@ -6,7 +6,7 @@ computed for some active blocks of all heads at a time. Sizes are ints, or NumPy
 
 from __future__ import annotations
 
-from attention.sizes.arrays import Count, least, most
+from attention.sizes.arrays import Count, maximum, minimum
 from attention.sizes.shape import Shape
 
 
@@ -15,7 +15,7 @@ def weights_step(shape: Shape, size: Count, active: Count, branches: int) -> Cou
     of_one = 0 * size
     for nbytes in _sizes(shape, size, 1 + 0 * size, branches).values():
         of_one = of_one + nbytes
-    return least(active, most(shape.workspace // of_one, 1))
+    return minimum(active, maximum(shape.workspace // of_one, 1))
 
 
 def weights_sizes(shape: Shape, size: Count, active: Count, branches: int) -> dict[str, Count]:

@@ -26,7 +26,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from attention.sizes.arrays import Count, ceil_div, least
+from attention.sizes.arrays import Count, ceil_div, minimum
 
 KEY_BLOCK: Final = 512
 """Keys that are worked on together (kv_split_size in every case of lines 1168-1200 and 1225-1264)."""
@@ -134,7 +134,7 @@ def _accumulated(itemsize: int) -> int:
 def _blocks(queries: Count, keys: Count) -> tuple[Count, Count]:
     """(queries, keys) of a block of scores: qSplitSize and kvSplitSize, lines 421 and 881."""
     tall = 32 + 32 * (queries >= MEDIUM_QUERIES) + 192 * (queries >= LONG_QUERIES)
-    return least(queries, tall), least(keys, KEY_BLOCK)
+    return minimum(queries, tall), minimum(keys, KEY_BLOCK)
 
 
 def _packed(
@@ -148,5 +148,5 @@ def _packed(
     enough, ratio = (16, 1) if float16 else (64, 4)
     tall, _ = _blocks(queries, keys)
     blocks = ceil_div(views * heads * ceil_div(queries, tall), threads)
-    worked = blocks * tall * (least(queries, keys) if causal else keys)
+    worked = blocks * tall * (minimum(queries, keys) if causal else keys)
     return (keys >= enough) & (queries >= enough) & (worked >= ratio * views * heads * keys)

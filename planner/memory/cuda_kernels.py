@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from attention.errors import ConfigError
-from attention.sizes.arrays import Count, ceil_div, least, most, up
+from attention.sizes.arrays import Count, ceil_div, maximum, minimum, up
 from planner.memory.cuda_process import FLOAT32, DeviceLine
 
 KernelName = Literal["flash", "efficient", "flex", "plain"]
@@ -115,7 +115,7 @@ def _efficient_backward(
     kept = 0 * queries
     if itemsize == 2:
         blocks = ceil_div(keys, 64)
-        splits = least(blocks, most(200 // group, 1))
+        splits = minimum(blocks, maximum(200 // group, 1))
         kept = 2 * splits * 64 * up(head_dim, 128) * wide
     product = 0 * group * queries * head_dim
     if itemsize == 2 and capability == (7, 0):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from attention.sizes.arrays import Count, each, most, somewhere, up
+from attention.sizes.arrays import Count, any_of, each, maximum, up
 from planner.memory import cpu_kernels, cuda_kernels
 from planner.memory import cuda_process as device
 from planner.memory.onednn.units import UNITS, Unit
@@ -46,10 +46,15 @@ class Machine(Protocol):
         ...
 
     def product(
-        self, rows: Count, inner: Count, columns: Count, turned: bool = False, second_turned: bool = False
+        self,
+        rows: Count,
+        inner: Count,
+        columns: Count,
+        transposed: bool = False,
+        second_transposed: bool = False,
     ) -> Count:
-        """What [rows, inner] @ [inner, columns] takes besides its result; `turned`: the first is a transposed
-        view, `second_turned`: the second is."""
+        """What [rows, inner] @ [inner, columns] takes besides its result; `transposed`: the first is a
+        transposed view, `second_transposed`: the second is."""
         ...
 
 
@@ -85,7 +90,12 @@ class Cpu:
         raise AssertionError("compiled FlexAttention runs on CUDA only")
 
     def product(
-        self, rows: Count, inner: Count, columns: Count, turned: bool = False, second_turned: bool = False
+        self,
+        rows: Count,
+        inner: Count,
+        columns: Count,
+        transposed: bool = False,
+        second_transposed: bool = False,
     ) -> Count:
         unit = self.products
         if unit is None:
@@ -93,7 +103,9 @@ class Cpu:
         from planner.memory.onednn import gemm  # loads NumPy, which no other estimate needs
 
         def one(rows: int, inner: int, columns: int) -> tuple[int]:
-            return (gemm.scratch_bytes(unit, rows, inner, columns, self.threads, turned, second_turned),)
+            return (
+                gemm.scratch_bytes(unit, rows, inner, columns, self.threads, transposed, second_transposed),
+            )
 
         return each(one, 1 + 0 * (rows + inner + columns), (0,), rows, inner, columns)[0]
 
@@ -146,7 +158,7 @@ class Cuda:
             return ("plain",)
         if self.capability < (8, 0) or call.itemsize != 2 or call.head_dim > FLASH_CHANNELS:
             return ("efficient",)
-        return ("flash", "efficient") if somewhere(call.masked > 0) else ("flash",)
+        return ("flash", "efficient") if any_of(call.masked > 0) else ("flash",)
 
     def forward(self, call: Call) -> Bytes:
         out = call.views * call.heads * call.queries * call.head_dim * call.itemsize
@@ -159,7 +171,7 @@ class Cuda:
             applies = 1 if number == 0 else (call.masked > 0) * 1
             results.append((out + lines[0].bytes) * applies)
             scratch.append((device.total(lines[1:]) + _mask_copy(kernel, call)) * applies)
-        return Bytes(most(*results), most(*scratch))
+        return Bytes(maximum(*results), maximum(*scratch))
 
     def backward(self, call: Call) -> Bytes:
         dim = up(call.head_dim, 8)
@@ -172,10 +184,15 @@ class Cuda:
             applies = 1 if number == 0 else (call.masked > 0) * 1
             scratch.append((device.total(lines) + _mask_copy(kernel, call)) * applies)
         result = call.views * call.heads * (call.queries + 2 * call.keys) * dim * call.itemsize
-        return Bytes(result, most(*scratch))
+        return Bytes(result, maximum(*scratch))
 
     def product(
-        self, rows: Count, inner: Count, columns: Count, turned: bool = False, second_turned: bool = False
+        self,
+        rows: Count,
+        inner: Count,
+        columns: Count,
+        transposed: bool = False,
+        second_transposed: bool = False,
     ) -> Count:
         return 0  # cuBLAS works in a workspace of its own, which is a line of the device's
 

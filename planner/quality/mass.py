@@ -17,6 +17,7 @@ from typing import TypeAlias
 import numpy as np
 
 from attention.config import AttentionConfig
+from attention.sizes.window import window_blocks, window_spans
 from planner.configs import Column, Columns, Floats, Ints, columns_of
 from planner.quality import sampled_blocks as quality_rows
 from planner.quality.profiles import Profile
@@ -121,8 +122,7 @@ def _windows(
     """(mass of the exponentials, share of the permitted sinks kept) of local_window and global_local."""
     n, b = seq[:, None], size[:, None]
     blocks = -(-n // b)
-    reach = np.minimum(window[:, None] // (b if causal else 2 * b), blocks)
-    head = np.minimum(-(-shared[:, None] // b), blocks)
+    reach, head = window_blocks(window[:, None], shared[:, None], b, blocks, causal)
     if (seq == seq[0]).all():
         n = n[:1]  # what all have in common is computed once
     ends = cells(n[:, 0], causal)
@@ -130,14 +130,13 @@ def _windows(
 
     def seen(k: int, begin: int) -> Floats:
         """Queries from `begin` on that keep key k."""
-        at = k // b
-        low = np.maximum(np.maximum(k if causal else 0, (at - reach) * b), begin)
-        high = np.minimum((at + reach + 1) * b, n)
-        near = np.maximum(high - low, 0)
+        # The rows that keep a block are those that it keeps; causal, of those the later ones alone.
+        (_, apart), (start, stop) = window_spans(k // b, reach, head, blocks, causal=False)
+        low = np.maximum(k if causal else start * b, begin)
+        queries = np.maximum(np.minimum(stop * b, n) - low, 0)
         if not causal:
-            near = near + np.maximum(np.minimum(head * b, np.minimum(low, n)) - begin, 0)
-        everyone = np.maximum(n - max(begin, k if causal else 0), 0)
-        return np.asarray(np.where(at < head, everyone, near)[:, 0] * (k < seq))
+            queries = queries + np.maximum(np.minimum(apart * b, n) - begin, 0)
+        return np.asarray(queries[:, 0] * (k < seq))
 
     return _mean(w, kept, permitted(a, ends, n, causal), ends), _sinks(seen, seq, sinks, causal)
 

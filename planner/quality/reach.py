@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from attention.config import AttentionConfig
 from attention.sizes.arrays import row_blocks
+from attention.sizes.window import window_blocks
 from planner.configs import Columns, Ints, columns_of
 from planner.quality.mass import KEPT, distinct, shape_of
 from planner.quality.sampled_blocks import Patterns
@@ -123,8 +124,7 @@ def _windows(seq: Ints, size: Ints, window: Ints, shared: Ints, causal: bool) ->
     its last token too, which sees all of the block: counting blocks is counting tokens.
     """
     blocks = -(-seq // size)
-    reach = np.minimum(window // (size if causal else 2 * size), blocks)
-    head = np.minimum(-(-shared // size), blocks)
+    reach, head = window_blocks(window, shared, size, blocks, causal)
     gap = np.maximum(blocks - 1 - head, 0)  # blocks to walk over
     steps = np.where(reach > 0, -(-gap // np.maximum(reach, 1)), np.where(gap > 0, NEVER, 0))
     steps = np.maximum(steps, 1)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from attention.sizes.arrays import choose, lcm, least, most, somewhere
+from attention.sizes.arrays import any_of, lcm, maximum, minimum, where
 from attention.sizes.row_bounds import Rows
 from attention.sizes.shape import WIDE, Shape
 from planner.speed.row_runs import Amount, Run, rounded_up
@@ -64,46 +64,46 @@ def dilated(branches: Sequence[tuple[Amount, Amount]], shape: Shape) -> Program:
     """See `attention/dilated.py`; lengths and rates are no longer than the sequence."""
     calls: list[Calls] = []
     seq: Amount = shape.seq
-    tile = least(shape.tile_tokens, seq)
+    tile = minimum(shape.tile_tokens, seq)
     tiles = rounded_up(seq, tile)
-    densest = most(*(seq / rate for _, rate in branches))
+    densest = maximum(*(seq / rate for _, rate in branches))
     first_found: Amount = 0
     for length, rate in branches:
         period = lcm(rate, shape.heads // shape.kv_heads)
-        offsets: Amount = least(period, shape.heads)
+        offsets: Amount = minimum(period, shape.heads)
         heads = shape.heads / offsets
-        offsets = least(offsets, choose(rate > length, length * (period // rate), offsets))
+        offsets = minimum(offsets, where(rate > length, length * (period // rate), offsets))
         # The first branch's parts are taken as they are: the one with the smallest rate.
         first = (seq / rate >= densest) * (1 - first_found)
-        first_found = most(first_found, first)
+        first_found = maximum(first_found, first)
         segments, tail = seq // length, seq % length
         inside = (length <= tile) * 1
         even = ((tile % length == 0) | (tiles == 1)) * 1
-        complete = inside * choose(even, segments, most(tiles * (tile - length + 1) // length, 0))
-        positions: Amount = most(length / rate, 1)
-        filled = least(tiles, complete)  # tiles with whole segments
+        complete = inside * where(even, segments, maximum(tiles * (tile - length + 1) // length, 0))
+        positions: Amount = maximum(length / rate, 1)
+        filled = minimum(tiles, complete)  # tiles with whole segments
         calls.append(
             Calls(
-                offsets * filled, complete / most(filled, 1), heads, positions, positions,
+                offsets * filled, complete / maximum(filled, 1), heads, positions, positions,
                 causal=int(shape.causal), later=1 - first,
             )
         )  # fmt: skip
         tokens = seq - complete * length
-        pieces = choose(inside * even, (tail > 0) * 1, tiles + (length % tile > 0) * segments)
-        queries: Amount = tokens / most(pieces, 1) / rate
+        pieces = where(inside * even, (tail > 0) * 1, tiles + (length % tile > 0) * segments)
+        queries: Amount = tokens / maximum(pieces, 1) / rate
         # Of segments that are not one whole view, weighted by their tokens.
-        keys = (tokens - tail) / most(tokens, 1) * positions + tail / most(tokens, 1) * tail / rate
+        keys = (tokens - tail) / maximum(tokens, 1) * positions + tail / maximum(tokens, 1) * tail / rate
         number = offsets * pieces
         later = 1 - first
-        part = Calls(number, 1, heads, most(queries, 1), most(keys, 1), later=later)
+        part = Calls(number, 1, heads, maximum(queries, 1), maximum(keys, 1), later=later)
         if shape.causal:
             calls.append(part._replace(keys=part.queries, causal=1))
-            apart = rounded_up(tokens, most(length, 1))
-            before = most(pieces - apart, 0)
+            apart = rounded_up(tokens, maximum(length, 1))
+            before = maximum(pieces - apart, 0)
             # Half of the segment's pairs less the halves that the parts have of their own.
-            ahead = most(pieces * (keys - queries), 0)
-            seen: Amount = ahead / 2 / most(before, 1)
-            part = part._replace(number=offsets * before, keys=most(seen, 1), later=(before > 0) * 1)
+            ahead = maximum(pieces * (keys - queries), 0)
+            seen: Amount = ahead / 2 / maximum(before, 1)
+            part = part._replace(number=offsets * before, keys=maximum(seen, 1), later=(before > 0) * 1)
         calls.append(_cut(part, shape))
     return Program(calls, tiles)
 
@@ -113,7 +113,7 @@ def block_sparse(runs: Sequence[Run], rows: Rows, shape: Shape) -> Program:
     calls: list[Calls] = []
     tiles: Amount = 0
     for run in runs:
-        if not somewhere(run.rows > 0):
+        if not any_of(run.rows > 0):
             continue
         part = _lists(run, rows, shape) if run.kind == "list" else _spans(run, rows, shape)
         calls += part.calls
@@ -127,34 +127,34 @@ def _spans(run: Run, rows: Rows, shape: Shape) -> Program:
     together = shape.chunk_rows(rows)
     base = Calls(run.rows, 1, shape.kv_heads, size, run.width * size, spans=shape.heads // shape.kv_heads)
     if run.kind == "long":
-        number = run.runs * rounded_up(run.rows / most(run.runs, 1), together)
-        queries = run.rows / most(number, 1) * size
-        return Program([_cut(base._replace(number=number, queries=most(queries, 1)), shape)], number)
+        number = run.runs * rounded_up(run.rows / maximum(run.runs, 1), together)
+        queries = run.rows / maximum(number, 1) * size
+        return Program([_cut(base._replace(number=number, queries=maximum(queries, 1)), shape)], number)
     number, calls = run.rows, []
     wide: Amount = 0
     if run.kind == "slide":
         wide = shape.goes_wide(rows) * (run.width >= WIDE * together)
-        number = run.runs * rounded_up(run.rows / most(run.runs, 1), shape.span_rows(rows))
-        views = run.rows / most(number, 1)
+        number = run.runs * rounded_up(run.rows / maximum(run.runs, 1), shape.span_rows(rows))
+        views = run.rows / maximum(number, 1)
         base = base._replace(number=number, views=views, step=size)
     narrow = base._replace(number=number * (1 - wide))
     if shape.causal:
         masked = shape.mask_blocks(rows)
-        own = least(most(masked, 1), run.width)
+        own = minimum(maximum(masked, 1), run.width)
         if run.kind == "single":  # widths from 1 on, evenly
-            widest = most(2 * run.width - 1, 1)
-            over = most(widest - most(masked, 1), 0)
+            widest = maximum(2 * run.width - 1, 1)
+            over = maximum(widest - maximum(masked, 1), 0)
             rest: Amount = over / widest
             left: Amount = (over + 1) / 2
             own = (run.width - rest * left) * 1
         else:
-            left = most(run.width - own, 0)
+            left = maximum(run.width - own, 0)
             rest = (left > 0) * 1
         calls.append(narrow._replace(keys=own * size, causal=(masked == 0) * 1))
-        narrow = narrow._replace(number=narrow.number * rest, keys=most(left, 1) * size, later=1)
+        narrow = narrow._replace(number=narrow.number * rest, keys=maximum(left, 1) * size, later=1)
     calls.append(_cut(narrow, shape))
     tiles = narrow.number if not shape.causal else number * (1 - wide)
-    if somewhere(wide > 0):
+    if any_of(wide > 0):
         split = rounded_up(run.rows, together) * wide
         tiles = tiles + split
         calls += _wide(run, split, together, size, shape)
@@ -165,12 +165,12 @@ def _wide(run: Run, number: Amount, together: Amount, size: float, shape: Shape)
     """Tiles of `together` sliding rows, by what all of them share, each half of them, and so on."""
     calls = []
     spans = shape.heads // shape.kv_heads
-    rows = run.rows / most(number, 1)  # of a tile, on average
+    rows = run.rows / maximum(number, 1)  # of a tile, on average
     width = run.width - int(shape.causal)
     base = Calls(number, 1, shape.kv_heads, rows * size, 1, spans=spans)
-    calls.append(_cut(base._replace(keys=most(width - rows + 1, 1) * size), shape))
+    calls.append(_cut(base._replace(keys=maximum(width - rows + 1, 1) * size), shape))
     level = 0
-    while somewhere(rows > 1.5 * 2**level):
+    while any_of(rows > 1.5 * 2**level):
         part = rows / 2 ** (level + 1)
         # Blocks that a half sees beyond what both see: as many as the other half has rows.
         exists = number * 2 ** (level + 1) * (part >= 0.75)
@@ -187,18 +187,18 @@ def _lists(run: Run, rows: Rows, shape: Shape) -> Program:
     """Rows whose blocks are gathered."""
     size = shape.seq / rounded_up(shape.seq, rows.size)
     step, cut = shape.chunk_rows(rows), shape.list_blocks(rows)
-    number = run.runs * rounded_up(run.rows / most(run.runs, 1), step) * (run.rows > 0)
+    number = run.runs * rounded_up(run.rows / maximum(run.runs, 1), step) * (run.rows > 0)
     repeat = 1 if rows.own else shape.heads // shape.kv_heads
     base = Calls(
-        number, run.rows / most(number, 1), shape.heads if rows.own else shape.kv_heads, size, rows.size,
-        repeat, unit=rows.size, largest=(step, least(cut, shape.full_blocks(rows.size)) * rows.size),
+        number, run.rows / maximum(number, 1), shape.heads if rows.own else shape.kv_heads, size, rows.size,
+        repeat, unit=rows.size, largest=(step, minimum(cut, shape.full_blocks(rows.size)) * rows.size),
     )  # fmt: skip
     calls = []
     width = run.width
     left = width
     if shape.causal:
         masked = shape.mask_blocks(rows)
-        own = choose(masked > 0, least(width, most(masked, 1), cut), 1)
+        own = where(masked > 0, minimum(width, maximum(masked, 1), cut), 1)
         # Under no mask the row's own block is a view, else the list's end is a gather.
         alone = base._replace(
             number=number * (masked == 0), heads=shape.kv_heads, keys=size, unit=0, causal=1,
@@ -207,8 +207,8 @@ def _lists(run: Run, rows: Rows, shape: Shape) -> Program:
         calls += [alone, base._replace(number=number * (masked > 0), keys=own * rows.size)]
         left = width - own
     parts = rounded_up(left, cut)
-    each = left / most(parts, 1)
-    later = choose(parts > 0, 1 if shape.causal else (parts - 1) / most(parts, 1), 0)
+    each = left / maximum(parts, 1)
+    later = where(parts > 0, 1 if shape.causal else (parts - 1) / maximum(parts, 1), 0)
     calls.append(base._replace(number=number * parts, keys=each * rows.size, later=later))
     return Program(calls, number)
 
@@ -217,9 +217,9 @@ def _cut(call: Calls, shape: Shape) -> Calls:
     """The same with keys cut to what a kernel may copy."""
     if not shape.packs:
         return call
-    parts = rounded_up(call.keys, shape.pack_tokens(most(call.views, 1)))
-    later = (parts - 1 + call.later) / most(parts, 1)
-    return call._replace(number=call.number * parts, keys=call.keys / most(parts, 1), later=later)
+    parts = rounded_up(call.keys, shape.pack_tokens(maximum(call.views, 1)))
+    later = (parts - 1 + call.later) / maximum(parts, 1)
+    return call._replace(number=call.number * parts, keys=call.keys / maximum(parts, 1), later=later)
 
 
 def scoring(rows: Rows, shape: Shape, channels: Amount) -> tuple[Amount, Amount]:

@@ -11,8 +11,9 @@ from typing import Any, Final, Literal, NamedTuple, TypeAlias
 import numpy as np
 
 from attention.config import PatternType
-from attention.sizes.arrays import ceil_div, choose, lcm, least, most, row_blocks, somewhere
+from attention.sizes.arrays import any_of, ceil_div, lcm, maximum, minimum, row_blocks, where
 from attention.sizes.row_bounds import Rows
+from attention.sizes.window import window_blocks
 from planner.sampling import golden
 
 Amount: TypeAlias = Any
@@ -44,32 +45,32 @@ def runs_of(
     blocks = ceil_div(seq, size)
     if kind == "dilated_sparse":
         branches = [
-            (least(most(length // size, 1), blocks), least(rate, blocks))
+            (minimum(maximum(length // size, 1), blocks), minimum(rate, blocks))
             for length, rate in zip(lengths, rates, strict=True)
         ]
         return _dilated_sparse(blocks, rows, row_blocks(ratio, blocks), branches, causal)
-    reach = least(window // (size if causal else 2 * size), blocks)
-    shared = least(ceil_div(global_tokens, size), blocks) if kind == "global_local" else 0 * blocks
+    tokens = global_tokens if kind == "global_local" else 0
+    reach, shared = window_blocks(window, tokens, size, blocks, causal)
     return _window_causal(blocks, reach, shared) if causal else _window(blocks, reach, shared)
 
 
 def _window(blocks: Amount, reach: Amount, shared: Amount) -> list[Run]:
     """Rows below `shared` see everything; row i sees those blocks and i - reach to i + reach."""
     n, local = blocks, (shared == 0) * 1
-    inside = local * most(n - 2 * reach, 0)
+    inside = local * maximum(n - 2 * reach, 0)
     # Rows whose window, with the shared blocks, spans everything.
-    first = most(n - 1 - reach, shared)
-    last = least(shared + reach, n - 1)
-    full = choose(inside > 0, 0 * n, most(last - first + 1, 0))
+    first = maximum(n - 1 - reach, shared)
+    last = minimum(shared + reach, n - 1)
+    full = where(inside > 0, 0 * n, maximum(last - first + 1, 0))
     # Rows behind the shared blocks that reach back to them, each one block wider than the one before.
-    growing = most(least(shared + reach, n - 1, n - 2 - reach) - shared + 1, 0) * (inside == 0)
-    ends = choose(inside > 0, 2 * least(reach, n), choose(local, n - full, growing))
-    wide = choose(
+    growing = maximum(minimum(shared + reach, n - 1, n - 2 - reach) - shared + 1, 0) * (inside == 0)
+    ends = where(inside > 0, 2 * minimum(reach, n), where(local, n - full, growing))
+    wide = where(
         inside > 0, (3 * reach + 1) / 2,
-        choose(local, (least(reach, n) + n) / 2, shared + reach + 1 + (growing - 1) / 2),
+        where(local, (minimum(reach, n) + n) / 2, shared + reach + 1 + (growing - 1) / 2),
     )  # fmt: skip
-    lists = (1 - local) * most(n - 1 - shared - reach, 0)
-    steady = (1 - local) * most(n - shared - 2 * reach - 1, 0)
+    lists = (1 - local) * maximum(n - 1 - shared - reach, 0)
+    steady = (1 - local) * maximum(n - shared - 2 * reach - 1, 0)
     shrinking = lists - steady
     return [
         Run("slide", inside, 2 * reach + 1),
@@ -83,7 +84,7 @@ def _window(blocks: Amount, reach: Amount, shared: Amount) -> list[Run]:
 def _window_causal(blocks: Amount, reach: Amount, shared: Amount) -> list[Run]:
     """Row i sees i - reach to i, and the blocks below `shared`."""
     local = (shared == 0) * 1
-    growing = least(choose(local, reach, shared + reach + 1), blocks)
+    growing = minimum(where(local, reach, shared + reach + 1), blocks)
     rest = blocks - growing
     return [
         Run("single", growing, (growing + 1) / 2, growing),
@@ -97,24 +98,24 @@ def _dilated_sparse(
 ) -> list[Run]:
     """With rates of 1 alone, windows within segments (here, the longest); else lists."""
     listed, width, runs = (rows.lists > 0) * 1, blocks, 1 + 0 * blocks
-    if somewhere(listed):
+    if any_of(listed):
         width, runs = _sampled(blocks, budget, branches, causal)
     near = (1 - listed) * blocks
-    longest = most(*(length for length, _ in branches))
-    segments: Amount = most(blocks / longest, 1)
-    widest: Amount = least(rows.span, longest)
+    longest = maximum(*(length for length, _ in branches))
+    segments: Amount = maximum(blocks / longest, 1)
+    widest: Amount = minimum(rows.span, longest)
     whole = (widest >= longest) * 1
     lists = Run("list", listed * blocks, width, runs)
     if causal:
-        growing = least(near, segments * choose(whole, widest, widest - 1))
+        growing = minimum(near, segments * where(whole, widest, widest - 1))
         return [
-            Run("single", growing, choose(whole, (widest + 1) / 2, widest / 2), growing),
+            Run("single", growing, where(whole, (widest + 1) / 2, widest / 2), growing),
             Run("slide", near - growing, widest, segments),
             lists,
         ]
-    held = choose(whole, near, least(near, segments * 2 * ((widest + 1) // 2)))
+    held = where(whole, near, minimum(near, segments * 2 * ((widest + 1) // 2)))
     return [
-        Run("long", held, widest, choose(whole, segments, 2 * segments)),
+        Run("long", held, widest, where(whole, segments, 2 * segments)),
         Run("slide", near - held, widest, segments),
         lists,
     ]
@@ -131,11 +132,11 @@ def _sampled(
     last, total, changes = blocks - 1.0, 0.0 * blocks, 0.0 * blocks
     for sample in range(SAMPLES):
         row = rounded_down(golden(sample, 0.5) * blocks)
-        here = least(_offsets(row, blocks, sizes, shared, causal) + 1, budget)
-        after = least(_offsets(least(row + 1, last), blocks, sizes, shared, causal) + 1, budget)
+        here = minimum(_offsets(row, blocks, sizes, shared, causal) + 1, budget)
+        after = minimum(_offsets(minimum(row + 1, last), blocks, sizes, shared, causal) + 1, budget)
         total = total + here
         changes = changes + (here != after)
-    return total / SAMPLES, least(1 + changes / SAMPLES * blocks, blocks)
+    return total / SAMPLES, minimum(1 + changes / SAMPLES * blocks, blocks)
 
 
 def _offsets(
@@ -148,14 +149,14 @@ def _offsets(
     sides: list[list[Amount]] = [left]
     if not causal:
         rooms = zip(left, sizes, strict=True)
-        sides.append([least(length, blocks - row + place) - 1 - place for place, (length, _) in rooms])
+        sides.append([minimum(length, blocks - row + place) - 1 - place for place, (length, _) in rooms])
     total: Amount = 0
     for side in sides:
         for index, (room, (_, rate)) in enumerate(zip(side, sizes, strict=True)):
             total = total + rounded_down(room / rate)
             met: Amount = 0
             for other, step in zip(side, shared[index], strict=False):
-                met = most(met, rounded_down(least(room, other) / step))
+                met = maximum(met, rounded_down(minimum(room, other) / step))
             total = total - met
     return total
 

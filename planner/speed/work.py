@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Final, NamedTuple
 
 from attention.sizes.adaptive import gate_rows
-from attention.sizes.arrays import ceil_div, choose, least, most, somewhere
+from attention.sizes.arrays import any_of, ceil_div, maximum, minimum, where
 from attention.sizes.shape import Shape
 from planner.configs import Columns
 from planner.memory.dispatch import shape_of
@@ -64,7 +64,7 @@ class Kernel(NamedTuple):
         """Queries a block in a call of `queries`."""
         size: Amount = self.query_blocks[-1][1]
         for least_queries, block in reversed(self.query_blocks[:-1]):
-            size = choose(queries >= least_queries, block, size)
+            size = where(queries >= least_queries, block, size)
         return size
 
 
@@ -91,13 +91,13 @@ def forward(calls: Iterable[Calls], tiles: Amount, shape: Shape, kernel: Kernel)
             call,
             launches,
             lanes,
-            most(call.views // 1, 1) * call.heads * blocks,
+            maximum(call.views // 1, 1) * call.heads * blocks,
             call.keys,
             kernel,
             dim,
         )
         total["merged"] = total["merged"] + launches * call.later * lanes * call.queries * dim
-        if somewhere(call.unit > 0):
+        if any_of(call.unit > 0):
             total["gathers"] = total["gathers"] + call.number
             total["gathered"] = total["gathered"] + call.number * lanes * call.keys * dim
     return total
@@ -117,24 +117,24 @@ def backward(
             _add_kernel(total, call, call.number, lanes, items, call.keys, kernel, dim)
             continue
         overlaps = (call.views > 1) * (call.step > 0) * (call.keys > call.step)
-        gathers = somewhere(call.unit > 0)
+        gathers = any_of(call.unit > 0)
         if gathers:
             held, listed = call.largest
             width = shape.gather_width(call.heads * held, call.unit)
-            column = least(call.keys, width)
-            views, keys = shape.piece(call.heads, held, call.unit, least(listed, width), call.unit)
+            column = minimum(call.keys, width)
+            views, keys = shape.piece(call.heads, held, call.unit, minimum(listed, width), call.unit)
         else:
-            column = choose(overlaps, least(call.keys, shape.overlap_width), call.keys)
+            column = where(overlaps, minimum(call.keys, shape.overlap_width), call.keys)
             views, keys = shape.piece(call.heads, call.views, call.queries, column)
-            keys = choose(call.causal, column, keys)  # what the kernel masks is not cut
+            keys = where(call.causal, column, keys)  # what the kernel masks is not cut
         columns = rounded_up(call.keys, column)
         cuts = rounded_up(column, keys) * columns
         keys = call.keys / cuts
-        groups = most(rounded_up(call.views, views), 1)
+        groups = maximum(rounded_up(call.views, views), 1)
         together = call.views / groups
         lanes = call.heads * together
         launches = call.number * call.spans * groups * cuts
-        items = most(together // 1, 1) * call.heads
+        items = maximum(together // 1, 1) * call.heads
         if kernel.shares_keys:
             items = items * rounded_up(keys, kernel.key_block)
         _add_kernel(total, call, launches, lanes, items, keys, kernel, dim)
@@ -148,7 +148,7 @@ def backward(
             shared = call.number * call.heads * ((call.views - 1) * call.step + call.keys)
             total["widened"] = total["widened"] + dim * (
                 call.spans * 3 * every * call.queries * columns
-                + 2 * choose(overlaps, shared, call.spans * own)
+                + 2 * where(overlaps, shared, call.spans * own)
             )
     return total
 
@@ -156,9 +156,9 @@ def backward(
 def _present(calls: Iterable[Calls]) -> Iterator[Calls]:
     """Those that occur for some candidate, with sizes that can be divided by."""
     for call in calls:
-        if somewhere(call.number > 0):
+        if any_of(call.number > 0):
             yield call._replace(
-                views=most(call.views, 1), queries=most(call.queries, 1), keys=most(call.keys, 1)
+                views=maximum(call.views, 1), queries=maximum(call.queries, 1), keys=maximum(call.keys, 1)
             )
 
 
@@ -171,11 +171,11 @@ def _add_kernel(
     block = kernel.query_block(call.queries)
     blocks = rounded_up(call.queries, block)
     seen = keys
-    if somewhere(call.causal):
+    if any_of(call.causal):
         # Under its own causal mask it computes whole blocks of keys, those that lie ahead left out.
         full = rounded_down(keys / kernel.key_block)
         halves = full * (full + 1) / 2 * kernel.key_block**2 + (keys - full * kernel.key_block) * keys
-        seen = choose(call.causal, halves / keys, keys)
+        seen = where(call.causal, halves / keys, keys)
     idle = rounded_up(items, kernel.workers) * kernel.workers / items
     pairs = launches * lanes * call.queries * seen * idle
     total["work"] = total["work"] + pairs * dim
@@ -250,7 +250,7 @@ def _program(columns: Columns, shape: Shape, apart: bool, batch: int) -> tuple[P
 def _chosen(kept: Amount, shape: Shape, size: Amount) -> list[Run]:
     """The rows of an adaptive attention; see `attention.block_sparse.chosen_tiles`."""
     blocks = ceil_div(shape.seq, size)
-    growing = least(kept - 1, blocks) * int(shape.causal)
+    growing = minimum(kept - 1, blocks) * int(shape.causal)
     return [
         Run("list", growing, (growing + 1) / 2, growing),
         Run("list", blocks - growing, kept),

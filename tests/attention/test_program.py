@@ -15,10 +15,10 @@ from needs import extent_of
 from attention import block_sparse
 from attention import dilated as dilated_module
 from attention.layout import build_layout
-from attention.ops import program as programs_module
 from attention.ops.maskless import maskless
 from attention.ops.program import Call, Gather, Tile
 from attention.reference import multiplicity
+from attention.sizes import shape as shape_module
 from attention.sizes.row_bounds import chosen_rows, rows_of
 from attention.sizes.shape import Shape, Span, chunk_tokens
 from attention.sizes.tiles import cut
@@ -180,7 +180,7 @@ def test_many_random_programs_meet_the_oracles_pairs(program):
 @causal_or_not
 @pytest.mark.parametrize("config", FIXED.values(), ids=FIXED.keys())
 def test_the_limit_of_views_cuts_no_pair_and_doubles_none(config, causal, monkeypatch):
-    monkeypatch.setattr(programs_module, "MOST_VIEWS", 3)
+    monkeypatch.setattr(shape_module, "MOST_VIEWS", 3)
     shape = shape_of(150, causal=causal, workspace=1 << 24, chunk=1024)
     assert_right(config, shape)
     for tile in tiles_of(config, shape) if config.variant == "block_sparse" else []:

@@ -37,13 +37,13 @@ single = np.float32
 
 
 class Product(NamedTuple):
-    """[rows, inner] @ [inner, columns]. `second_turned`: the second is a transposed view."""
+    """[rows, inner] @ [inner, columns]. `second_transposed`: the second is a transposed view."""
 
     rows: int
     inner: int
     columns: int
     threads: int
-    second_turned: bool = False
+    second_transposed: bool = False
 
 
 class Way(NamedTuple):
@@ -190,7 +190,7 @@ def _two_by_two(rows: int, columns: int, tall: int) -> tuple[int, int, int]:
     return tall, over, beside
 
 
-def chunked(product: Product, turned: bool) -> Way:
+def chunked(product: Product, transposed: bool) -> Way:
     """The division of a product whose first matrix is transposed, or has one row: the best of blocks of up to
     64 rows and 64 columns, some of which are worked on together."""
     rows, inner, columns, threads, _ = product
@@ -210,12 +210,12 @@ def chunked(product: Product, turned: bool) -> Way:
                     pieces = parts(rows, height * row_blocks) * parts(columns, wide * column_blocks)
                     if most_shares == 1 and pieces < 3 * workers and pieces % workers:
                         continue
-                    way = _stepped(product, turned, shares, height, row_blocks, column_blocks)
+                    way = _stepped(product, transposed, shares, height, row_blocks, column_blocks)
                     score = _score(product, way)
                     if score > best:
                         found, best, any_found = way, score, True
         if not any_found:
-            way = _stepped(product, turned, shares, least, 1, 1)
+            way = _stepped(product, transposed, shares, least, 1, 1)
             score = _score(product, way)
             if score > best:
                 found, best = way, score
@@ -243,28 +243,28 @@ def _heights(rows: int, tall: int, least: int) -> Iterator[int]:
 
 
 def _stepped(
-    product: Product, turned: bool, shares: int, height: int, row_blocks: int, column_blocks: int
+    product: Product, transposed: bool, shares: int, height: int, row_blocks: int, column_blocks: int
 ) -> Way:
     """With the inner dimension in as few calls as the second cache has room for."""
     inner, threads = product.inner, product.threads // shares * shares
     way = Way(
         threads, height, min(64, product.columns), up(inner, 2), inner, row_blocks, column_blocks,
-        depth_threads=shares, copies=turned, packed=64 if turned or product.rows == 1 else STEP,
+        depth_threads=shares, copies=transposed, packed=64 if transposed or product.rows == 1 else STEP,
     )  # fmt: skip
     if inner < STEP:
-        way = way._replace(copies=turned or inner % 2 > 0)
+        way = way._replace(copies=transposed or inner % 2 > 0)
     else:
         depth = min(up(parts(inner, shares), 2), STEP)
         most = batch = parts(parts(inner, depth), shares)
         needed = _needed(product, _placed(product, way._replace(depth=depth, batch=batch)))
         # Rows that lie a power of two apart are better read on.
-        patience = 2 if not turned and inner >= 4096 and inner & (inner - 1) == 0 else 0
+        patience = 2 if not transposed and inner >= 4096 and inner & (inner - 1) == 0 else 0
         if needed // L2 > patience and batch > 1:
             longer, shorter = max(batch // (needed // L2), 1), parts(batch, parts(needed, L2))
             left, less = most % longer, most % shorter
             batch = shorter if less == 0 or not (left == 0 or less < left) else longer
         together = depth * batch
-        if not turned and inner % STEP and together > STEP:
+        if not transposed and inner % STEP and together > STEP:
             way = way._replace(depth=min(inner, together), fills=True)
         elif inner % depth == 0 and inner % together == 0:
             way = way._replace(depth=together)
@@ -272,7 +272,7 @@ def _stepped(
             way = way._replace(depth=together, batch=2)
         else:
             way = way._replace(depth=depth, batch=batch)
-        way = way._replace(copies=turned or (not way.fills and inner % 2 > 0))
+        way = way._replace(copies=transposed or (not way.fills and inner % 2 > 0))
     return _placed(product, way)
 
 

@@ -41,9 +41,9 @@ def shared(product: Product) -> Way | None:
 
 def _in_one_dimension(product: Product) -> Way | None:
     """Where one dimension is small: maybe_small_dims_heuristics."""
-    rows, inner, columns, threads, second_turned = product
+    rows, inner, columns, threads, second_transposed = product
     way = Way(threads, rows, columns, inner, inner, fills=inner % STEP > 0 and not _even(inner))
-    if rows <= 32 and second_turned:
+    if rows <= 32 and second_transposed:
         wide = min(columns, 32)
         share = up(parts(columns, threads), wide)
         busy = parts(columns, share) >= BUSY * threads and rows * inner <= L2
@@ -73,7 +73,7 @@ def _in_all(product: Product) -> Way | None:
         division = _Division.of(product, threads, by_rows, by_inner, by_columns, high)
         if division.worth_it():
             found = _better(found, division.choice())
-    if found and not product.second_turned and not found.keeps_second:
+    if found and not product.second_transposed and not found.keeps_second:
         # Each thread would pack the second matrix again for each strip; tiles are of all rows now.
         rows, columns = found.division.rows.threads, found.division.columns.threads
         inner = found.division.inner_threads

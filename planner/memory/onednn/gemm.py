@@ -35,33 +35,39 @@ Singles = NDArray[np.float32]
 
 @lru_cache(maxsize=4096)
 def scratch_bytes(
-    unit: Unit, rows: int, inner: int, columns: int, threads: int, turned: bool, second_turned: bool = False
+    unit: Unit,
+    rows: int,
+    inner: int,
+    columns: int,
+    threads: int,
+    transposed: bool,
+    second_transposed: bool = False,
 ) -> int:
-    """Scratch of [rows, inner] @ [inner, columns]. `turned`: the first is a transposed view; `second_turned`:
-    the second is, as weights are in a projection."""
+    """Scratch of [rows, inner] @ [inner, columns]. `transposed`: the first is a transposed view;
+    `second_transposed`: the second is, as weights are in a projection."""
     if rows * inner * columns <= LEAST_WORK:
         return 0
     half = unit in ("avx512_fp16", "amx_fp16")
-    if half and second_turned and 1 in (rows, columns):
+    if half and second_transposed and 1 in (rows, columns):
         return 0  # torch multiplies a vector of float16 itself
     if columns == 1:  # torch asks for the transposed product
-        rows, columns, turned, second_turned = 1, rows, False, not turned
-    turned = turned and rows > 1
+        rows, columns, transposed, second_transposed = 1, rows, False, not transposed
+    transposed = transposed and rows > 1
     if unit in ("amx_bf16", "amx_fp16"):
-        product = Product(rows, inner, columns, threads, second_turned)
-        way = (None if turned or rows == 1 else shared(product)) or chunked(product, turned)
+        product = Product(rows, inner, columns, threads, second_transposed)
+        way = (None if transposed or rows == 1 else shared(product)) or chunked(product, transposed)
         if half or not small(way):
             return taken(product, way)
-    return _vector_bytes(rows, inner, columns, threads, turned, single=half)
+    return _vector_bytes(rows, inner, columns, threads, transposed, single=half)
 
 
-def _vector_bytes(rows: int, inner: int, columns: int, threads: int, turned: bool, single: bool) -> int:
+def _vector_bytes(rows: int, inner: int, columns: int, threads: int, transposed: bool, single: bool) -> int:
     """Of a vector unit. `single`: copies are in single precision."""
     size, step = (4, 16) if single else (2, 32)
-    depth = min(inner, 1024 if inner > 1024 and not turned and rows > 1 else 512)
+    depth = min(inner, 1024 if inner > 1024 and not transposed and rows > 1 else 512)
     # A copy also keeps apart long rows that would meet in the cache.
-    copies = turned or single or (rows >= 1024 and inner >= 4096 and _power_of_two(inner))
-    together, chunk, split = _blocks(rows, inner, columns, threads, turned, depth, copies, single)
+    copies = transposed or single or (rows >= 1024 and inner >= 4096 and _power_of_two(inner))
+    together, chunk, split = _blocks(rows, inner, columns, threads, transposed, depth, copies, single)
     packed = size * COLUMNS * up(depth, step)
     if split > 1:  # threads share the inner dimension, and each has sums for all of the result
         sums = 4 * rows * columns
@@ -76,7 +82,14 @@ def _vector_bytes(rows: int, inner: int, columns: int, threads: int, turned: boo
 
 
 def _blocks(
-    rows: int, inner: int, columns: int, threads: int, turned: bool, depth: int, copies: bool, single: bool
+    rows: int,
+    inner: int,
+    columns: int,
+    threads: int,
+    transposed: bool,
+    depth: int,
+    copies: bool,
+    single: bool,
 ) -> tuple[int, int, int]:
     """(rows of a block, blocks of columns that are worked on together, threads for the inner dimension):
     those that threads share most evenly, the first of equals, larger blocks first."""
@@ -84,7 +97,7 @@ def _blocks(
     least, splits = min(32, rows), 1
     if threads > across:
         least = min(16, rows)
-        if (turned or rows == 1) and inner >= 2048 and (single or _power_of_two(inner)):
+        if (transposed or rows == 1) and inner >= 2048 and (single or _power_of_two(inner)):
             splits = min(threads, 4)
     candidates = np.arange(min(256, rows), least - 1, -1)
     found, best = (1, 1, 1), np.float32(1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from attention.sizes.adaptive import Scorer, choosing_sizes, gate_sizes, learning_sizes
 from attention.sizes.arena import arena_bytes
-from attention.sizes.arrays import Count, most
+from attention.sizes.arrays import Count, maximum
 from attention.sizes.row_bounds import chosen_rows
 from attention.sizes.tiles import pieces, sparse_extent
 from planner.memory.plans import tiles as plans
@@ -62,7 +62,7 @@ def _hide(table: PlanTable, case: Case, scorer: Scorer, *, backward: bool) -> No
     for kind, piece in zip(extent.kinds, pieces(extent, shape), strict=True):
         column = piece.column if backward else kind.views * kind.keys
         views = kind.views if shape.causal else 1
-        found = most(found, kind.heads * column // views * kind.gathers * kind.exists)
+        found = maximum(found, kind.heads * column // views * kind.gathers * kind.exists)
     short = shape.seq % scorer.size > 0
     name = "hidden positions"
     table.phase(f"backward, {name}" if backward else name)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from attention.sizes.arrays import Count, most
+from attention.sizes.arrays import Count, maximum
 from planner.memory.plans.tiles import Case
 from planner.memory.table import PlanTable
 
@@ -116,8 +116,8 @@ def _gradients(table: PlanTable, case: Case, name: str, widths: tuple[Count, ...
     rows: Count = sum(widths)
     table.phase(f"backward, weights of the {name}")
     table.add(f"weight gradient, {name}", "gradients", rows * width * e, "(E or R) E e")
-    scratch = [case.machine.product(each, _tokens(case), width, turned=True) for each in widths]
-    _scratch(table, most(*scratch))
+    scratch = [case.machine.product(each, _tokens(case), width, transposed=True) for each in widths]
+    _scratch(table, maximum(*scratch))
     table.phase(f"backward, biases of the {name}")
     table.add(f"bias gradient, {name}", "gradients", rows * e * bias, "(E or R) e")
 
@@ -126,7 +126,7 @@ def _product(
     table: PlanTable, case: Case, rows: Count, inner: Count, columns: Count, forward: bool = False
 ) -> None:
     """A projection's scratch, in the phase of its result. Going `forward`, weights are a transposed view."""
-    _scratch(table, case.machine.product(rows, inner, columns, second_turned=forward))
+    _scratch(table, case.machine.product(rows, inner, columns, second_transposed=forward))
 
 
 def _scratch(table: PlanTable, count: Count) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from attention.sizes.arena import POOL_FROM_TOKENS, arena_bytes, bucket_bytes
-from attention.sizes.arrays import Count, choose, most, somewhere
+from attention.sizes.arrays import Count, any_of, maximum, where
 from attention.sizes.flex import flex_list_bytes
 from attention.sizes.row_bounds import Rows
 from attention.sizes.shape import Shape
@@ -155,7 +155,7 @@ def program(table: PlanTable, case: Case, extent_of: Callable[[Shape], Extent]) 
         _hidden(table, kind, kind.views * kind.keys * e, shape)
         result = f"{kind.name}: part"
         table.add(result, "temp_buffers", found.result * kind.exists, "N T H (D e + w)")
-        scratch = most(found.scratch, merging) * kind.exists
+        scratch = maximum(found.scratch, merging) * kind.exists
         table.add(f"{kind.name}: scratch", "workspace", scratch, "of the kernel, or of the merge")
         table.free(result, f"{kind.name}: scratch", f"{kind.name}: hidden positions")
     table.free("causal mask")
@@ -182,9 +182,9 @@ def program_backward(
     # The forward pass's arena, kept, is taken again.
     there = _arena(case, forward_arena, arena)[1]
     if case.warm:
-        table.kept(f"backward {POOLED}", "memory_pool", most(kept - there, 0),
+        table.kept(f"backward {POOLED}", "memory_pool", maximum(kept - there, 0),
                    "a pool's buffer, of the call before")  # fmt: skip
-        there = most(there, kept)
+        there = maximum(there, kept)
     number = shape.wide if shape.widens else e
     _, mask = _masks(case, extent_of)
     for n, (kind, piece) in enumerate(zip(extent.kinds, pieces(extent, shape), strict=True)):
@@ -208,7 +208,7 @@ def program_backward(
             f"{kind.name}: dq, dk, dv", f"{kind.name}: backward scratch", f"{kind.name}: hidden positions"
         )
     table.free("causal mask of backward")
-    _leave(table, "backward arena", f"backward {POOLED}", most(kept - there, 0))
+    _leave(table, "backward arena", f"backward {POOLED}", maximum(kept - there, 0))
 
 
 def _hidden(table: PlanTable, kind: Kind, count: Count, shape: Shape) -> None:
@@ -221,7 +221,7 @@ def _hidden(table: PlanTable, kind: Kind, count: Count, shape: Shape) -> None:
 
 def _arena(case: Case, own: Count, other: Count) -> tuple[Count, Count]:
     """(bytes that a pass takes, bytes that the pool keeps of them): see `attention.ops.scratch.Scratch`."""
-    size = choose(case.pool, bucket_bytes(most(own, other)), own) * (own > 0)
+    size = where(case.pool, bucket_bytes(maximum(own, other)), own) * (own > 0)
     return size, size * case.pool * (size <= case.pool_bytes)
 
 
@@ -279,14 +279,14 @@ def _make(table: PlanTable, name: str, mask: Mask) -> None:
 def _call(kind: Kind, views: Count, keys: Count, shape: Shape, itemsize: int | None = None) -> Call:
     # A kind that does not exist may have no queries; a kernel has some.
     return Call(
-        views, kind.heads, most(kind.queries, 1), keys, shape.head_dim, itemsize or shape.itemsize,
+        views, kind.heads, maximum(kind.queries, 1), keys, shape.head_dim, itemsize or shape.itemsize,
         causal=kind.whole, dense=kind.dense, masked=kind.masked,
     )  # fmt: skip
 
 
 def _taken(kernel: Callable[[Call], Bytes], call: Call, kind: Kind) -> Bytes:
     """What a kernel takes for a call of this kind; not computed where no candidate has such calls."""
-    return kernel(call) if somewhere(kind.exists) else Bytes(0, 0)
+    return kernel(call) if any_of(kind.exists) else Bytes(0, 0)
 
 
 def flex(table: PlanTable, case: Case, rows: Rows) -> None:

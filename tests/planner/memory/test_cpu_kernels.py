@@ -175,9 +175,9 @@ PACKED = {"views": 1, "heads": 4, "queries": 256, "keys": 65, "head_dim": 5, "it
 
 def test_packed_keys_and_values_are_padded_to_even_sizes():
     keys, values = 4 * 65 * 6, 4 * 66 * 5
-    queries, turned = 2 * 64 * 6, 2 * 65 * 5
+    queries, transposed = 2 * 64 * 6, 2 * 65 * 5
     weights = 2 * 64 * 1  # one column more, for each thread's 64 queries
-    assert packing(**PACKED) == 2 * (keys + values + queries + turned + weights)
+    assert packing(**PACKED) == 2 * (keys + values + queries + transposed + weights)
     even = PACKED | {"keys": 64, "head_dim": 6}
     assert packing(**even) == 2 * (2 * 4 * 64 * 6 + 2 * 64 * 6)
 

@@ -46,17 +46,17 @@ def test_what_is_deeper_than_a_block_is_summed_for_all_columns_that_go_together(
     assert deep - shallow == 8 * 4 * 17 * 64  # nine blocks of columns
 
 
-@pytest.mark.parametrize("turned", [False, True])
-def test_float16_without_a_matrix_unit_is_copied_in_single_precision(turned):
+@pytest.mark.parametrize("transposed", [False, True])
+def test_float16_without_a_matrix_unit_is_copied_in_single_precision(transposed):
     packed, sums, copied = 4 * 64 * 512, 4 * 17 * 64, 4 * 17 * (512 + 16)
     expected = 4 * 128 + 640 + packed + sums + copied
-    assert scratch_bytes("avx512_fp16", 17, 512, 64, 1, turned) == expected
+    assert scratch_bytes("avx512_fp16", 17, 512, 64, 1, transposed) == expected
 
 
 def test_a_matrix_unit_keeps_few_rows_and_takes_columns_for_each_thread():
     # 64 columns are 32 for each of two threads, in two tiles; 64 numbers of each are packed.
     expected = 3 * 128 + 2 * (640 + 2 * 32 * 64 + 2 * TILE)
-    assert scratch_bytes("amx_bf16", 16, 64, 64, 2, False, second_turned=True) == expected
+    assert scratch_bytes("amx_bf16", 16, 64, 64, 2, False, second_transposed=True) == expected
 
 
 def test_a_matrix_unit_shares_rows_where_the_inner_dimension_is_short():
@@ -67,15 +67,15 @@ def test_a_matrix_unit_shares_rows_where_the_inner_dimension_is_short():
 
 def test_a_matrix_unit_packs_all_columns_once_unless_their_matrix_is_transposed():
     strip, all_columns = 2 * 32 * 128, 2 * 96 * 128
-    plain, turned = (scratch_bytes("amx_bf16", 64, 128, 96, 1, False, second) for second in (False, True))
-    assert (plain, turned) == tuple(3 * 128 + 640 + packed + 4 * TILE for packed in (all_columns, strip))
+    plain, transposed = (scratch_bytes("amx_bf16", 64, 128, 96, 1, False, second) for second in (False, True))
+    assert (plain, transposed) == tuple(3 * 128 + 640 + packed + 4 * TILE for packed in (all_columns, strip))
 
 
 def test_a_matrix_unit_sums_blocks_of_the_inner_dimension_in_single_precision():
     # 1000 are 352 three times, one after another for each 32 columns; the last tile is filled up in one more.
     packed, sums = 3 * 2 * 32 * 352, 4 * 64 * 32
     expected = 4 * 128 + 640 + packed + sums + 5 * TILE
-    assert scratch_bytes("amx_bf16", 64, 1000, 96, 1, False, second_turned=True) == expected
+    assert scratch_bytes("amx_bf16", 64, 1000, 96, 1, False, second_transposed=True) == expected
 
 
 def test_a_matrix_unit_copies_a_transposed_matrix():
@@ -94,8 +94,8 @@ def test_a_matrix_unit_leaves_small_blocks_of_bfloat16_to_the_vector_unit():
 
 @pytest.mark.parametrize("unit", ["avx512_fp16", "amx_fp16"])
 def test_torch_multiplies_a_vector_of_float16_by_transposed_weights_itself(unit):
-    assert scratch_bytes(unit, 1, 128, 64, 1, False, second_turned=True) == 0
-    assert scratch_bytes(unit, 1, 128, 64, 1, False, second_turned=False) > 0
+    assert scratch_bytes(unit, 1, 128, 64, 1, False, second_transposed=True) == 0
+    assert scratch_bytes(unit, 1, 128, 64, 1, False, second_transposed=False) > 0
 
 
 def test_a_unit_multiplies_the_cpus_type_only():
@@ -123,9 +123,11 @@ def test_the_unit_is_what_linux_names(monkeypatch, flags, bfloat16, float16, pac
 def test_arrays_give_what_ints_give(unit):
     machine = Cpu(2, products=unit)
     rows = np.array([1, 5, 64, 300])
-    for turned, second in ((False, False), (False, True), (True, False)):
-        found = machine.product(rows, 48, 96, turned, second)
-        assert found.tolist() == [machine.product(count, 48, 96, turned, second) for count in rows.tolist()]
+    for transposed, second in ((False, False), (False, True), (True, False)):
+        found = machine.product(rows, 48, 96, transposed, second)
+        assert found.tolist() == [
+            machine.product(count, 48, 96, transposed, second) for count in rows.tolist()
+        ]
 
 
 @pytest.mark.parametrize("unit", ["amx_bf16", "amx_fp16"])
@@ -133,13 +135,13 @@ def test_any_number_of_threads_finds_a_way(unit):
     rng = random.Random(unit)
     for _ in range(30):
         rows, inner, columns = (int(2 ** rng.uniform(0, 13)) for _ in range(3))
-        threads, turned = rng.choice((1, 5, 16, 64, 224)), rng.random() < 0.3
-        taken = scratch_bytes(unit, rows, inner, columns, threads, turned, rng.random() < 0.5)
+        threads, transposed = rng.choice((1, 5, 16, 64, 224)), rng.random() < 0.3
+        taken = scratch_bytes(unit, rows, inner, columns, threads, transposed, rng.random() < 0.5)
         assert taken >= 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("kind", ["plain", "turned", "second turned", "biased"])
+@pytest.mark.parametrize("kind", ["plain", "transposed", "second transposed", "biased"])
 @pytest.mark.parametrize("threads", [1, 2, 3, 8], indirect=True)
 def test_the_profiler_counts_the_same(kind, dtype, threads):
     machine = replace(this_cpu(str(dtype).removeprefix("torch.")), threads=threads)
@@ -153,15 +155,17 @@ def test_the_profiler_counts_the_same(kind, dtype, threads):
         inner = rng.choice((8, 32, 33, 64, rng.randint(2, 100), rng.randint(2, 1100), 1024, 2048))
         first, second = torch.zeros(rows, inner, dtype=dtype), torch.zeros(inner, columns, dtype=dtype)
         weights, bias = torch.zeros(columns, inner, dtype=dtype), torch.zeros(columns, dtype=dtype)
-        if kind == "turned":
+        if kind == "transposed":
             first = torch.zeros(inner, rows, dtype=dtype).t()
-        if kind in ("plain", "turned"):
+        if kind in ("plain", "transposed"):
             runs.append(lambda a=first, b=second: torch.mm(a, b))
         else:
             added = bias if kind == "biased" else None
             runs.append(lambda a=first, w=weights, b=added: torch.nn.functional.linear(a, w, b))
-        turned, second_turned = kind == "turned", kind in ("second turned", "biased")
-        said.append(((rows, inner, columns), machine.product(rows, inner, columns, turned, second_turned)))
+        transposed, second_transposed = kind == "transposed", kind in ("second transposed", "biased")
+        said.append(
+            ((rows, inner, columns), machine.product(rows, inner, columns, transposed, second_transposed))
+        )
         runs[-1]()  # what oneDNN keeps of a first call
     for found, (sizes, expected) in zip(footprints(runs, CPU), said, strict=True):
         assert found.peak - found.kept == expected, sizes
