@@ -112,7 +112,7 @@ def count_active(config: AttentionConfig, seq: int, causal: bool, *, block_size:
     if not is_dilated_sparse(config):
         start, stop = spans(config, seq, size, np.arange(blocks, dtype=np.int64), blocks, causal)
         return int((stop - start).sum())
-    branches, budget = Branches.of(config, blocks, causal), row_budget(config, seq)
+    branches, budget = BranchRows.of(config, blocks, causal), row_budget(config, seq)
     return sum(repeats * int(branches.kept(rows, budget).sum()) for rows, repeats in branches.distinct_rows())
 
 
@@ -126,7 +126,7 @@ def row_budget(config: AttentionConfig, seq: int) -> int:
 def widest_rows(branches: tuple[tuple[int, int], ...], blocks: int, causal: bool) -> tuple[int, int]:
     """(blocks of the widest row of a dilated_sparse layout without a budget, of the widest but the last).
     `branches`: (length, rate) in blocks."""
-    offered = Branches.over(branches, blocks, causal)
+    offered = BranchRows.over(branches, blocks, causal)
     rows = offered.telling_rows()
     kept = offered.kept(rows, blocks)
     return int(kept.max()), int(kept[rows < blocks - 1].max(initial=0))
@@ -234,7 +234,7 @@ def _ranges(start: Ints, stop: Ints, blocks: int) -> Columns:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Branches:
+class BranchRows:
     """The branches of a dilated_sparse pattern over `blocks` blocks, as arrays [T, 1].
 
     Branch t offers row i the offsets d != 0 that keep its segment and are multiples of its rate,
@@ -250,12 +250,12 @@ class Branches:
     causal: bool
 
     @classmethod
-    def of(cls, config: AttentionConfig, blocks: int, causal: bool) -> Branches:
+    def of(cls, config: AttentionConfig, blocks: int, causal: bool) -> BranchRows:
         size = _pattern(config).block_size
         return cls.over([(length // size, rate) for length, rate in config.branches], blocks, causal)
 
     @classmethod
-    def over(cls, branches: Iterable[tuple[int, int]], blocks: int, causal: bool) -> Branches:
+    def over(cls, branches: Iterable[tuple[int, int]], blocks: int, causal: bool) -> BranchRows:
         """The branches from their (length, rate) in blocks."""
         # A repeated branch offers nothing that its first copy has not offered just before.
         unique = dict.fromkeys((min(length, blocks), min(rate, blocks)) for length, rate in branches)
@@ -357,7 +357,7 @@ def union_size(sets: Iterable[tuple[int, Ints, Ints]], rows: int) -> Ints:
 
 def _dilated_sparse(config: AttentionConfig, seq: int, blocks: int, causal: bool) -> tuple[Ints, Columns]:
     """(counts [blocks], cols) of the dilated_sparse pattern."""
-    branches, budget = Branches.of(config, blocks, causal), row_budget(config, seq)
+    branches, budget = BranchRows.of(config, blocks, causal), row_budget(config, seq)
     parts = [(rows, repeats, branches.kept(rows, budget)) for rows, repeats in branches.distinct_rows()]
     counts = np.concatenate([np.tile(kept, repeats) for _, repeats, kept in parts])
     cols: Columns = np.empty(int(counts.sum()), column_dtype(blocks))
@@ -372,7 +372,7 @@ def _dilated_sparse(config: AttentionConfig, seq: int, blocks: int, causal: bool
     return counts, cols
 
 
-def _write_rows(out: Columns, rows: Ints, kept: Ints, branches: Branches, reach: tuple[Ints, Ints]) -> None:
+def _write_rows(out: Columns, rows: Ints, kept: Ints, branches: BranchRows, reach: tuple[Ints, Ints]) -> None:
     """Fill `out` [sum of kept] with the columns of `rows`, ascending in each, from their reach [T, rows]."""
     rates, pointers = branches.rates, _pointers(kept)
     widest = sum((side.max(axis=1, initial=0, keepdims=True) // rates).sum() for side in reach) + 1

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attention.config import AttentionConfig
-from attention.layout import Branches, Ints, grid_of, is_dilated_sparse, row_budget, spans, union_size
+from attention.layout import BranchRows, Ints, grid_of, is_dilated_sparse, row_budget, spans, union_size
 
 Floats = NDArray[np.float64]
 SAMPLED: Final = 64
@@ -88,7 +88,7 @@ def _before(config: AttentionConfig, seq: int, causal: bool, i: Ints, edges: Int
     if config.variant == "dilated":
         return _progressions(*_of_head(config, seq, causal, i, head), i, edges)
     if is_dilated_sparse(config):
-        branches = Branches.of(config, count, causal)
+        branches = BranchRows.of(config, count, causal)
         reach = branches.select(i, row_budget(config, seq))
         return _progressions(branches.rates, *reach, np.ones_like(i), i, edges)
     start, stop = spans(config, seq, size, i, count, causal)

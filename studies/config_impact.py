@@ -38,7 +38,7 @@ def configs() -> dict[str, AttentionConfig]:
     return {"A": sparse(0.01, 64, (2048,), (1,)), "B": sparse(0.02, 256, (65_536, 131_072), (1, 2))}
 
 
-class Claim(NamedTuple):
+class BreakdownClaim(NamedTuple):
     """A line of the seeds' breakdown, of A and of B: bytes, and None where it has none. What stands here
     against it: how many bytes, and why."""
 
@@ -55,15 +55,15 @@ def _of(*components: str) -> Callable[[Row], int]:
 
 TOGETHER: Final = (128 * MIB, 305 * MIB)
 CLAIMS: Final = (
-    Claim("q, k, v and out", None, None, _of("qkv", "output"), "nothing runs below it"),
-    Claim("segment buffers", 64 * 2 * MIB, 128 * MIB, lambda row: 0, "segments are views"),
-    Claim("pattern indices", 200 * 1024, 13 * MIB, lambda row: row["layout"],
+    BreakdownClaim("q, k, v and out", None, None, _of("qkv", "output"), "nothing runs below it"),
+    BreakdownClaim("segment buffers", 64 * 2 * MIB, 128 * MIB, lambda row: 0, "segments are views"),
+    BreakdownClaim("pattern indices", 200 * 1024, 13 * MIB, lambda row: row["layout"],
           "2 bytes a block, in host memory"),
-    Claim("temporary arrays", MIB, 64 * MIB, _of("workspace", "temp_buffers", "rounding"),
+    BreakdownClaim("temporary arrays", MIB, 64 * MIB, _of("workspace", "temp_buffers", "rounding"),
           "one tile, whatever the segment, and cuBLAS's workspace"),
-    Claim("segment structures", 0, 100 * MIB, _of("memory_pool", "pattern_cache", "masks"),
+    BreakdownClaim("segment structures", 0, 100 * MIB, _of("memory_pool", "pattern_cache", "masks"),
           "no segment has any"),
-    Claim("together", *TOGETHER, lambda row: row["allocated"], "q, k, v and out counted"),
+    BreakdownClaim("together", *TOGETHER, lambda row: row["allocated"], "q, k, v and out counted"),
 )  # fmt: skip
 """As the report on configurations has them; its MB are MiB."""
 

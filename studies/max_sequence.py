@@ -42,7 +42,7 @@ of 32 MiB that keeps the heap steady, buffers of threads, and for training the c
 first backward and holes in the heap, where blocks below 32 MiB lie."""
 
 
-class Claim(NamedTuple):
+class LengthClaim(NamedTuple):
     """A limit on 8 GB as the seeds report it, the memory that they count there, and a config of that kind."""
 
     what: str
@@ -51,17 +51,17 @@ class Claim(NamedTuple):
     config: AttentionConfig
 
 
-def claims() -> list[Claim]:
+def claims() -> list[LengthClaim]:
     """The seeds' limits, all of one card of 8 GB."""
     here = one_of_each()
     pool, none = (here["dilated"].model_copy(update={"pool": switch}) for switch in ("on", "off"))
     return [
-        Claim("block-sparse, base", 65_536, "264.2 MB", here["dilated_sparse"]),
-        Claim("block-sparse, configuration A", 131_072, "128 MB", here["dilated_sparse"]),
-        Claim("block-sparse, multihead", 65_536, "2,250.3 MB", here["multihead"]),
-        Claim("block-sparse, adaptive", 32_768, "137.2 MB", here["adaptive"]),
-        Claim("improved dilated, with a pool", 65_536, "0.59 GB", pool),
-        Claim("improved dilated, without a pool", 24_576, "no figure, but 0.72 GB at 65,536", none),
+        LengthClaim("block-sparse, base", 65_536, "264.2 MB", here["dilated_sparse"]),
+        LengthClaim("block-sparse, configuration A", 131_072, "128 MB", here["dilated_sparse"]),
+        LengthClaim("block-sparse, multihead", 65_536, "2,250.3 MB", here["multihead"]),
+        LengthClaim("block-sparse, adaptive", 32_768, "137.2 MB", here["adaptive"]),
+        LengthClaim("improved dilated, with a pool", 65_536, "0.59 GB", pool),
+        LengthClaim("improved dilated, without a pool", 24_576, "no figure, but 0.72 GB at 65,536", none),
     ]
 
 
@@ -77,7 +77,7 @@ def card_row(kind: str, config: AttentionConfig, mode: Mode, budget: int) -> Row
     }  # fmt: skip
 
 
-def seeds_row(claim: Claim) -> Row:
+def seeds_row(claim: LengthClaim) -> Row:
     """The longest of that kind on the seeds' card, beside what they say."""
     row = card_row(claim.what, claim.config, "inference", 8)
     return row | {"part": "seeds", "said": claim.seq, "counted": claim.counted, "pool": claim.config.pool}

@@ -242,14 +242,14 @@ def draw(figure: Any, rows: Rows) -> None:
     )
 
 
-Case = tuple[Row, str]
+NamedRow = tuple[Row, str]
 
 
-def _cases(rows: Rows) -> list[Case]:
+def _cases(rows: Rows) -> list[NamedRow]:
     return [(row, state) for row in rows for state in STATES]
 
 
-def _alike(rows: Rows) -> list[Case]:
+def _alike(rows: Rows) -> list[NamedRow]:
     """The cases in which a pool makes no clear difference."""
     return [case for case in _cases(rows) if verdict(*case) == "no clear difference"]
 

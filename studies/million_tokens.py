@@ -42,7 +42,7 @@ ALL: Final = 1.0
 that a row keeps as many at either length. Of a million tokens they reach less than its usual share."""
 
 
-class Claim(NamedTuple):
+class MemoryClaim(NamedTuple):
     """What the seeds say a million tokens need, in GB, and the attention here of that kind."""
 
     what: str
@@ -51,10 +51,10 @@ class Claim(NamedTuple):
 
 
 CLAIMS: Final = (
-    Claim("block-sparse, base", 4.06, "dilated_sparse"),
-    Claim("block-sparse, adaptive", 4.09, "adaptive"),
-    Claim("block-sparse, multihead", 33.68, "multihead"),
-    Claim("standard attention", 1000.0, "dense"),
+    MemoryClaim("block-sparse, base", 4.06, "dilated_sparse"),
+    MemoryClaim("block-sparse, adaptive", 4.09, "adaptive"),
+    MemoryClaim("block-sparse, multihead", 33.68, "multihead"),
+    MemoryClaim("standard attention", 1000.0, "dense"),
 )
 CLAIMED_ON: Final = "gtx1080"
 NEAR: Final = 0.05
@@ -164,7 +164,7 @@ def ring_row(seq: int, dtype: Dtype, mode: Mode) -> Row:
     }  # fmt: skip
 
 
-def claim_row(claim: Claim) -> Row:
+def claim_row(claim: MemoryClaim) -> Row:
     """What the seeds say of a million tokens beside what is predicted for their card, float16, inference."""
     found = estimate(one_of_each()[claim.kind], Workload(seq=MILLION), CLAIMED_ON)
     return {

@@ -31,7 +31,7 @@ ALL: Final = 0.995
 """Of the mass: what keeps as much leaves nothing out that could be told."""
 
 
-class Claim(NamedTuple):
+class RangeClaim(NamedTuple):
     """A line of the seeds' table of practical limits on 8 GB, as it is written there."""
 
     range: str
@@ -41,11 +41,11 @@ class Claim(NamedTuple):
 
 
 CLAIMS: Final = (
-    Claim("< 16K", 4096, "ImprovedDilatedAttention (no pool)"),
-    Claim("16K - 64K", 65_536, "ImprovedDilatedAttention (with pool)"),
-    Claim("64K - 256K", 262_144, "Ring Attention; requires better GPU"),
-    Claim("256K - 1M", 1_048_576, "Block Sparse Ring; 95% sparsity needed"),
-    Claim("> 1M", 4_194_304, "Distributed Block Sparse; multi-GPU required"),
+    RangeClaim("< 16K", 4096, "ImprovedDilatedAttention (no pool)"),
+    RangeClaim("16K - 64K", 65_536, "ImprovedDilatedAttention (with pool)"),
+    RangeClaim("64K - 256K", 262_144, "Ring Attention; requires better GPU"),
+    RangeClaim("256K - 1M", 1_048_576, "Block Sparse Ring; 95% sparsity needed"),
+    RangeClaim("> 1M", 4_194_304, "Distributed Block Sparse; multi-GPU required"),
 )
 
 

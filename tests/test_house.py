@@ -180,26 +180,6 @@ def types_of(body: Iterable[ast.stmt]) -> Iterator[str]:
                 yield from types_of([*node.body, *node.orelse])
 
 
-TWICE = {
-    # name of a type: the modules that still define it beside each other; these are to go.
-    "attention": {"Branches": {"attention.config", "attention.layout"}},
-    "planner": {
-        "Answer": {"planner.answers.read", "planner.search.refine"},
-        "Floats": {"planner.configs", "planner.search.evaluate"},
-        "Patterns": {"planner.quality.sampled_blocks", "planner.question.space"},
-        "Progress": {"planner.question.asked", "planner.search.tune", "planner.search.verify"},
-        "Trial": {"planner.answers.tuned", "planner.search.suggest"},
-    },
-    "studies": {
-        "Case": {"studies.bench.trade_offs", "studies.memory_pool"},
-        "Claim": {
-            "studies.config_impact", "studies.max_sequence", "studies.million_tokens",
-            "studies.practical_limits",
-        },
-    },
-}  # fmt: skip
-
-
 @pytest.mark.parametrize("package", PACKAGES)
 def test_the_name_of_a_type_means_one_thing(package: str):
     homes: dict[str, set[str]] = defaultdict(set)
@@ -209,8 +189,7 @@ def test_the_name_of_a_type_means_one_thing(package: str):
                 if not name.startswith("_"):
                     homes[name].add(module)
     twice = {name: modules for name, modules in homes.items() if len(modules) > 1}
-    allowed = TWICE[package]
-    assert not {name: modules for name, modules in twice.items() if not modules <= allowed.get(name, set())}
+    assert not twice
 
 
 # ---- what is cited

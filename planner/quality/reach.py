@@ -22,7 +22,7 @@ from attention.sizes.arrays import row_blocks
 from attention.sizes.window import window_blocks
 from planner.configs import Columns, Ints, columns_of
 from planner.quality.mass import KEPT, distinct, shape_of
-from planner.quality.sampled_blocks import Patterns
+from planner.quality.sampled_blocks import PatternRows
 from planner.workload import Workload
 
 Bools: TypeAlias = NDArray[np.bool_]
@@ -150,7 +150,7 @@ def _dilated_sparse(
     unique = dict.fromkeys((min(s, blocks), min(r, blocks)) for s, r in branches)
     pairs = np.array(list(unique), np.int64)
     chains = all(fine <= coarse and coarse % fine == 0 for fine, coarse in itertools.pairwise(pairs[:, 1]))
-    rows = Patterns(lengths=pairs[:, :1], rates=pairs[:, 1:], blocks=blocks, causal=causal, chains=chains)
+    rows = PatternRows(lengths=pairs[:, :1], rates=pairs[:, 1:], blocks=blocks, causal=causal, chains=chains)
     seen = np.zeros(blocks, np.bool_)
     fresh = np.array([blocks - 1])
     seen[fresh] = True

@@ -13,7 +13,7 @@ from functools import reduce
 
 import numpy as np
 
-from attention.layout import Branches
+from attention.layout import BranchRows
 from attention.sizes.arrays import row_blocks
 from planner.configs import Floats, Ints
 from planner.quality.sums import Number, series, triangle
@@ -40,7 +40,7 @@ def common(steps: Iterable[Ints]) -> Ints:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Patterns(Branches):
+class PatternRows(BranchRows):
     """Rows of many patterns at once: `lengths`, `rates` [T, rows], `blocks` [rows], or one for all;
     rates ascend and each divides the next where `chains`."""
 
@@ -189,7 +189,7 @@ def dilated_sparse(
     return mass, kept
 
 
-def _patterns(grid: _Grid, lengths: Sequence[Ints], rates: Sequence[Ints], chains: bool) -> Patterns:
+def _patterns(grid: _Grid, lengths: Sequence[Ints], rates: Sequence[Ints], chains: bool) -> PatternRows:
     """The branches of every row of a grid. Small numbers, because half as wide ones divide in half the
     time."""
     blocks = grid.blocks
@@ -199,7 +199,7 @@ def _patterns(grid: _Grid, lengths: Sequence[Ints], rates: Sequence[Ints], chain
     def each(values: Ints) -> Ints:
         return np.broadcast_to(values, grid.rows.shape).ravel().astype(kind)
 
-    return Patterns(
+    return PatternRows(
         lengths=np.stack([each(np.minimum(s[:, None] // grid.size, blocks)) for s in lengths]),
         rates=np.stack([each(r[:, None]) for r in rates]),
         blocks=each(blocks),  # type: ignore[arg-type]  # arithmetic on it is elementwise
@@ -208,7 +208,9 @@ def _patterns(grid: _Grid, lengths: Sequence[Ints], rates: Sequence[Ints], chain
     )
 
 
-def _selected(grid: _Grid, w: Floats, branches: Patterns, ratio: Floats, sinks: int) -> tuple[Floats, Floats]:
+def _selected(
+    grid: _Grid, w: Floats, branches: PatternRows, ratio: Floats, sinks: int
+) -> tuple[Floats, Floats]:
     shape, count = grid.rows.shape, len(branches.rates)
     kind = branches.rates.dtype
     budget = np.asarray(row_blocks(ratio, grid.blocks[:, 0]))[:, None]  # type: ignore[arg-type]

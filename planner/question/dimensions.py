@@ -16,7 +16,7 @@ KINDS: Final[tuple[AttentionKind, ...]] = get_args(AttentionKind)
 
 Written = Literal["names", "counts", "shares", "bytes", "name"]
 """What an option takes: a list of such, or one name."""
-Step = Literal["doubling", "blocks", "share", "rates"]
+Stride = Literal["doubling", "blocks", "share", "rates"]
 """How a value changes by a step: times a power of two; in whole blocks; up to 1; but for rates of 1."""
 
 
@@ -37,7 +37,7 @@ class Dimension(NamedTuple):
     have it."""
     attribute: str = ""
     """Of a config or of its pattern; empty for what others decide."""
-    step: Step | None = None
+    step: Stride | None = None
     """None for what no step changes."""
 
     @property

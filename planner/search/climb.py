@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from attention.config import MIB, AttentionConfig
 from attention.errors import ConfigError
-from planner.question.dimensions import Step, attention_kind, dimensions_of
+from planner.question.dimensions import Stride, attention_kind, dimensions_of
 from planner.question.space import Space
 from planner.search.evaluate import Point, failed, gain, point, seconds_of
 from planner.search.scenario import Scenario
@@ -79,7 +79,7 @@ def neighbours(
                 continue
 
 
-def _stepped(step: Step, value: Any, factor: float, unit: int) -> Any:
+def _stepped(step: Stride, value: Any, factor: float, unit: int) -> Any:
     """A value times a factor, as far as its dimension takes such steps; blocks have `unit` tokens."""
     if isinstance(value, tuple) and step == "blocks":
         return tuple(_whole(length * factor, unit) for length in value)

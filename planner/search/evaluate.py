@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from attention.config import AttentionConfig
 from planner.calibration import least_upper
-from planner.configs import Columns, Ints
+from planner.configs import Columns, Floats, Ints
 from planner.memory.estimate import MemoryEstimate, estimate
 from planner.memory.peaks import peaks
 from planner.quality import mass as quality
@@ -23,7 +23,6 @@ from planner.search.gates import MASS, MEMORY, REACH, SECONDS
 from planner.search.scenario import Scenario
 from planner.speed import seconds as speed
 
-Floats = NDArray[np.float64]
 CLEARLY: Final = 1e-9
 """By more than this a mass is below the gate, whatever was rounded on the way."""
 

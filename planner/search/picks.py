@@ -8,8 +8,8 @@ from operator import le
 import numpy as np
 
 from planner.answers.recommendation import Pick, Role
-from planner.configs import Ints
-from planner.search.evaluate import Floats, Point
+from planner.configs import Floats, Ints
+from planner.search.evaluate import Point
 
 
 def unsurpassed(points: Sequence[Pick]) -> list[Pick]:

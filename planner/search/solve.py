@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 
 from attention.config import AttentionConfig
 from planner.bisection import largest
-from planner.configs import Columns, Ints, columns_of
+from planner.configs import Columns, Floats, Ints, columns_of
 from planner.quality.mass import shape_of
 from planner.search import evaluate
-from planner.search.evaluate import Figures, Floats, Point
+from planner.search.evaluate import Figures, Point
 from planner.search.scenario import Scenario
 
 UNIT: Final = 64
