@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from attention.config import AdaptiveConfig, AttentionConfig, SparsePatternConfig
 from attention.errors import ConfigError, InputError
 from attention.layout import (
-    Branches,
+    BranchRows,
     Layout,
     build_layout,
     column_dtype,
@@ -139,7 +139,7 @@ def test_the_widest_rows_are_found_without_looking_at_all(causal):
     for _ in range(600):
         blocks = rng.randint(1, 150)
         branches = tuple((rng.randint(1, blocks + 5), rng.randint(1, 9)) for _ in range(rng.randint(1, 4)))
-        kept = Branches.over(branches, blocks, causal).kept(np.arange(blocks), blocks)
+        kept = BranchRows.over(branches, blocks, causal).kept(np.arange(blocks), blocks)
         expected = int(kept.max()), int(kept[:-1].max(initial=0))
         assert widest_rows(branches, blocks, causal) == expected, (branches, blocks)
 
