@@ -264,10 +264,7 @@ class AttentionConfig(Value):
 
 def _check_parts(config: AttentionConfig) -> None:
     """Each variant has the parts that it needs and none that it cannot use."""
-    needs = {
-        "pattern": ("block_sparse", "adaptive"),
-        "adaptive": ("adaptive",),
-    }
+    needs = {"pattern": ("block_sparse", "adaptive"), "adaptive": ("adaptive",)}
     for part, variants in needs.items():
         present = getattr(config, part) is not None
         if config.variant in variants and not present:

@@ -15,12 +15,7 @@ import torch
 from torch import nn
 
 from attention.adaptive import AdaptiveAttention
-from attention.config import (
-    AdaptiveConfig,
-    AttentionConfig,
-    MultiheadConfig,
-    SparsePatternConfig,
-)
+from attention.config import AdaptiveConfig, AttentionConfig, MultiheadConfig, SparsePatternConfig
 from attention.errors import ConfigError, UnavailableError
 from attention.module import Attention
 from attention.multihead import MultiheadAttention
@@ -180,10 +175,7 @@ def _taken(
     options: dict[str, Any], part: type[Any], defaults: dict[str, Any] | None = None
 ) -> dict[str, Any]:
     """Moves the fields of `part` out of `options`."""
-    return {
-        **(defaults or {}),
-        **{name: options.pop(name) for name in part.model_fields if name in options},
-    }
+    return {**(defaults or {}), **{name: options.pop(name) for name in part.model_fields if name in options}}
 
 
 def _pattern(options: dict[str, Any], sparsity_ratio: float | None) -> SparsePatternConfig:

@@ -77,8 +77,9 @@ class MultiheadAttention(nn.Module):
         wanted = need_weights or return_attention_weights
         return with_emergency_release(
             lambda: self._whole(query, key, value, is_causal, wanted, average_attn_weights),
-            self.attention.scratch, query.device,
-        )  # fmt: skip
+            self.attention.scratch,
+            query.device,
+        )
 
     def _whole(
         self, query: Tensor, key: Tensor, value: Tensor, is_causal: bool, wanted: bool, averaged: bool
@@ -94,9 +95,15 @@ class MultiheadAttention(nn.Module):
         ):
             # Nothing in it is random.
             out = checkpoint(
-                self._attend, query, key, value, is_causal, False,
-                use_reentrant=False, preserve_rng_state=False,
-            )[0]  # fmt: skip
+                self._attend,
+                query,
+                key,
+                value,
+                is_causal,
+                False,
+                use_reentrant=False,
+                preserve_rng_state=False,
+            )[0]
             weights = None
         else:
             out, weights = self._attend(query, key, value, is_causal, wanted)
@@ -172,9 +179,15 @@ class _Projections(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, weight: Tensor, bias: Tensor | None,
-        widths: Sequence[int], buffers: Buffers,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        widths: Sequence[int],
+        buffers: Buffers,
+    ) -> tuple[Tensor, ...]:
         streams = (query, key, value)
         ctx.save_for_backward(*streams, weight)
         ctx.widths, ctx.buffers = widths, buffers

@@ -256,12 +256,7 @@ class Buffers:
     """The pool of calls too short for one."""
 
     def __init__(
-        self,
-        *,
-        switch: Switch = "auto",
-        pool_bytes: int | None = None,
-        cache_entries: int,
-        cache_bytes: int,
+        self, *, switch: Switch = "auto", pool_bytes: int | None = None, cache_entries: int, cache_bytes: int
     ) -> None:
         self._settings = (switch, pool_bytes, cache_entries, cache_bytes)
         self._pool_from = POOL_FROM_TOKENS if switch == "auto" else 0
@@ -298,10 +293,7 @@ def _shared(switch: Switch, pool_bytes: int | None, cache_entries: int, cache_by
         buffers = _living.get(settings)
         if buffers is None:
             buffers = _living[settings] = Buffers(
-                switch=switch,
-                pool_bytes=pool_bytes,
-                cache_entries=cache_entries,
-                cache_bytes=cache_bytes,
+                switch=switch, pool_bytes=pool_bytes, cache_entries=cache_entries, cache_bytes=cache_bytes
             )
         return buffers
 

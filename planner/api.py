@@ -94,7 +94,19 @@ def tune(
     from planner.search.tune import tuned
 
     return tuned(
-        vram, seq, device=device, trials=trials, timeout=timeout, runs=runs, sampler=sampler, seed=seed,
-        storage=storage, study=study, measure=measure, records=records, learn=learn,
-        progress=progress, asked=asked,
-    )  # fmt: skip
+        vram,
+        seq,
+        device=device,
+        trials=trials,
+        timeout=timeout,
+        runs=runs,
+        sampler=sampler,
+        seed=seed,
+        storage=storage,
+        study=study,
+        measure=measure,
+        records=records,
+        learn=learn,
+        progress=progress,
+        asked=asked,
+    )

@@ -180,9 +180,14 @@ class Bound(NamedTuple):
 
 
 def bound_of(
-    calibration: Calibration | None, config: AttentionConfig, workload: Workload, predicted: int, *,
-    given: bool, device: str = "cpu",
-) -> Bound:  # fmt: skip
+    calibration: Calibration | None,
+    config: AttentionConfig,
+    workload: Workload,
+    predicted: int,
+    *,
+    given: bool,
+    device: str = "cpu",
+) -> Bound:
     """The bound of a prediction on a device. `given`: the calibration was asked for, so that it is used
     even if it is of another torch or device."""
     if calibration is None:

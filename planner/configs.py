@@ -114,10 +114,16 @@ class Columns:
                 self._rows[causal] = chosen_rows(given.block_size, chosen)
             else:
                 self._rows[causal] = pattern_rows(
-                    self.pattern_type, given.block_size, given.seq, causal, window=given.window,
-                    global_tokens=given.global_tokens, ratio=given.sparsity_ratio, lengths=given.lengths,
+                    self.pattern_type,
+                    given.block_size,
+                    given.seq,
+                    causal,
+                    window=given.window,
+                    global_tokens=given.global_tokens,
+                    ratio=given.sparsity_ratio,
+                    lengths=given.lengths,
                     rates=given.rates,
-                )  # fmt: skip
+                )
         return self._rows[causal]
 
     def _arrays(self) -> Iterator[NDArray[Any]]:
@@ -152,10 +158,16 @@ class Columns:
             parts["segment_lengths"] = tuple(map(one, self.lengths))
             parts["dilation_rates"] = tuple(map(one, self.rates))
         return AttentionConfig(
-            variant=self.variant, workspace_bytes=one(self.workspace), backend=self.backend, pool=self.pool,
-            pool_bytes=self.pool_bytes, multihead=self.multihead, cache_entries=self.cache_entries,
-            cache_bytes=self.cache_bytes, **parts,
-        )  # fmt: skip
+            variant=self.variant,
+            workspace_bytes=one(self.workspace),
+            backend=self.backend,
+            pool=self.pool,
+            pool_bytes=self.pool_bytes,
+            multihead=self.multihead,
+            cache_entries=self.cache_entries,
+            cache_bytes=self.cache_bytes,
+            **parts,
+        )
 
 
 def _is_array(column: Any) -> bool:
@@ -179,15 +191,24 @@ def columns_of(config: AttentionConfig, seq: int) -> Columns:
     sizes: dict[str, Any] = {}
     if pattern is not None:
         sizes = {
-            "block_size": pattern.block_size, "window": pattern.local_window_size,
-            "global_tokens": pattern.global_tokens, "sparsity_ratio": pattern.sparsity_ratio,
-        }  # fmt: skip
+            "block_size": pattern.block_size,
+            "window": pattern.local_window_size,
+            "global_tokens": pattern.global_tokens,
+            "sparsity_ratio": pattern.sparsity_ratio,
+        }
     return Columns(
         config.variant,
         pattern.pattern_type if pattern is not None and config.variant == "block_sparse" else None,
-        seq=seq, lengths=config.segment_lengths, rates=config.dilation_rates,
-        workspace=config.workspace_bytes, backend=config.backend, pool=config.pool,
-        pool_bytes=config.pool_bytes, score_dim=config.adaptive.score_dim if config.adaptive else None,
-        multihead=config.multihead, cache_entries=config.cache_entries, cache_bytes=config.cache_bytes,
+        seq=seq,
+        lengths=config.segment_lengths,
+        rates=config.dilation_rates,
+        workspace=config.workspace_bytes,
+        backend=config.backend,
+        pool=config.pool,
+        pool_bytes=config.pool_bytes,
+        score_dim=config.adaptive.score_dim if config.adaptive else None,
+        multihead=config.multihead,
+        cache_entries=config.cache_entries,
+        cache_bytes=config.cache_bytes,
         **sizes,
-    )  # fmt: skip
+    )

@@ -65,11 +65,23 @@ def draw(figure: Any, rows: Rows) -> None:
     least = min([0.95, *(0.99 * bound for bound in bounds)])
     beyond = sum(bound > TOP for bound in bounds)
     if beyond:
-        middle.annotate(f"{beyond} of {len(good)} lie above, up to {max(bounds):,.1f}", (0.98, 0.98),
-                        xycoords="axes fraction", ha="right", va="top", color=MUTED)  # fmt: skip
+        middle.annotate(
+            f"{beyond} of {len(good)} lie above, up to {max(bounds):,.1f}",
+            (0.98, 0.98),
+            xycoords="axes fraction",
+            ha="right",
+            va="top",
+            color=MUTED,
+        )
     middle.axhline(1, color=RED, linewidth=1)
-    middle.annotate("measured", (0.02, 1), xycoords=("axes fraction", "data"), xytext=(0, -12),
-                    textcoords="offset points", color=RED)  # fmt: skip
+    middle.annotate(
+        "measured",
+        (0.02, 1),
+        xycoords=("axes fraction", "data"),
+        xytext=(0, -12),
+        textcoords="offset points",
+        color=RED,
+    )
     middle.set(xscale="log", xlabel="measured, MB", ylabel="upper bound / measured", ylim=(least, TOP))
     middle.grid(axis="y")
     held = held_out(rows)

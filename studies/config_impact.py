@@ -57,14 +57,21 @@ TOGETHER: Final = (128 * MIB, 305 * MIB)
 CLAIMS: Final = (
     BreakdownClaim("q, k, v and out", None, None, _of("qkv", "output"), "nothing runs below it"),
     BreakdownClaim("segment buffers", 64 * 2 * MIB, 128 * MIB, lambda row: 0, "segments are views"),
-    BreakdownClaim("pattern indices", 200 * 1024, 13 * MIB, lambda row: row["layout"],
-          "2 bytes a block, in host memory"),
-    BreakdownClaim("temporary arrays", MIB, 64 * MIB, _of("workspace", "temp_buffers", "rounding"),
-          "one tile, whatever the segment, and cuBLAS's workspace"),
-    BreakdownClaim("segment structures", 0, 100 * MIB, _of("memory_pool", "pattern_cache", "masks"),
-          "no segment has any"),
+    BreakdownClaim(
+        "pattern indices", 200 * 1024, 13 * MIB, lambda row: row["layout"], "2 bytes a block, in host memory"
+    ),
+    BreakdownClaim(
+        "temporary arrays",
+        MIB,
+        64 * MIB,
+        _of("workspace", "temp_buffers", "rounding"),
+        "one tile, whatever the segment, and cuBLAS's workspace",
+    ),
+    BreakdownClaim(
+        "segment structures", 0, 100 * MIB, _of("memory_pool", "pattern_cache", "masks"), "no segment has any"
+    ),
     BreakdownClaim("together", *TOGETHER, lambda row: row["allocated"], "q, k, v and out counted"),
-)  # fmt: skip
+)
 """As the report on configurations has them; its MB are MiB."""
 
 
@@ -157,8 +164,10 @@ PARTS: Final = {
 def bars(rows: Rows) -> list[Bar]:
     """A and B as the seeds have them, predicted for their card, predicted and measured here."""
     card, here = pair(rows, "card"), pair(rows, "here")
-    found = [Bar(f"{row['config']}, the seeds", SEQ, {"seeds": count / SEQ})
-             for row, count in zip(card, TOGETHER, strict=True)]  # fmt: skip
+    found = [
+        Bar(f"{row['config']}, the seeds", SEQ, {"seeds": count / SEQ})
+        for row, count in zip(card, TOGETHER, strict=True)
+    ]
     ways = ((card, "allocated", "predicted"), (here, "allocated", "predicted"), (here, "cold", "measured"))
     for both, key, how in ways:
         for row in both:
@@ -179,8 +188,13 @@ def draw(figure: Any, rows: Rows) -> None:
         for part, size in bar.parts.items():
             axes.barh(height, size, left=end, color=PARTS[part][0])
             end += size
-        axes.annotate(f"{end:,.0f}  ({mib(end * bar.seq)} MiB)", (end, height), xytext=(5, 0),
-                      textcoords="offset points", va="center")  # fmt: skip
+        axes.annotate(
+            f"{end:,.0f}  ({mib(end * bar.seq)} MiB)",
+            (end, height),
+            xytext=(5, 0),
+            textcoords="offset points",
+            va="center",
+        )
     axes.axvline(rows[0]["floor"] / rows[0]["seq"], color=MUTED, linewidth=0.8)
     axes.set_yticks(heights, [bar.name for bar in shown])
     axes.tick_params(axis="y", length=0)
@@ -204,8 +218,10 @@ def said(rows: Rows) -> Said:
     (a, b), (a_here, b_here) = pair(rows, "card"), pair(rows, "here")
     above = rounded_up(max(row["allocated"] / row["floor"] for row in (a, b)) - 1, 3)
     if a_here["cold"] and b_here["cold"]:
-        run = (f"measured on the {place(a_here)} at {a_here['seq']:,} tokens it is "
-               f"{b_here['cold'] / a_here['cold']:.3f} times")  # fmt: skip
+        run = (
+            f"measured on the {place(a_here)} at {a_here['seq']:,} tokens it is "
+            f"{b_here['cold'] / a_here['cold']:.3f} times"
+        )
     else:
         run = f"on the {place(a_here)} they ended so: A {a_here['outcome']}; B {b_here['outcome']}"
     return Said(

@@ -106,9 +106,11 @@ def dilation_table(rows: Rows) -> str:
 
     return table(
         rows,
-        {"the seeds': ms; times the first; KB a token": seeds,
-         "predicted KB a token, as they count": lambda row: f"{seeds_kb(row['planned']):.2f}"},
-    )  # fmt: skip
+        {
+            "the seeds': ms; times the first; KB a token": seeds,
+            "predicted KB a token, as they count": lambda row: f"{seeds_kb(row['planned']):.2f}",
+        },
+    )
 
 
 def draw(figure: Any, rows: Rows) -> None:
@@ -118,13 +120,18 @@ def draw(figure: Any, rows: Rows) -> None:
     time = Panel(
         "time, times\nthe first's",
         (
-            Mark(f"predicted, {card['on']}", lambda row: row["planned"]["seconds"] / card["seconds"], ORANGE,
-                 "D", hollow=True),
+            Mark(
+                f"predicted, {card['on']}",
+                lambda row: row["planned"]["seconds"] / card["seconds"],
+                ORANGE,
+                "D",
+                hollow=True,
+            ),
             Mark(f"reported, {card['on']}", seeds_times, RED, "X"),
             Mark(f"measured, {mine['on']}", lambda row: slower(row, first), BLUE),
         ),
         log=True,
-    )  # fmt: skip
+    )
     memory = memory_panel(first, lambda row: SEEDS_KB if "seeds_ms" in row else None)
     beside(figure, rows, (time, memory, MASS, REACH))
     below = f"{asked(mine)}; {asked(card)}; 8 heads x 64"

@@ -34,11 +34,17 @@ def question(number: int, least: float = LEAST, most: float = MOST) -> dict[str,
     rng = random.Random(f"{SEED} {number}")
     budget = math.exp(rng.uniform(math.log(least), math.log(most)))
     asked: dict[str, Any] = {
-        "vram": int(budget), "gpu": "cpu", "heads": rng.choice((2, 4, 8)),
-        "head_dim": rng.choice((32, 64, 128)), "dtype": rng.choice(("float32", "bfloat16", "float16")),
-        "mode": rng.choice(("inference", "training")), "causal": rng.random() < 0.5,
-        "objective": ("speed", "seq")[number % 2], "layers": None, "min_mass": rng.choice((0.3, 0.5, 0.8)),
-    }  # fmt: skip
+        "vram": int(budget),
+        "gpu": "cpu",
+        "heads": rng.choice((2, 4, 8)),
+        "head_dim": rng.choice((32, 64, 128)),
+        "dtype": rng.choice(("float32", "bfloat16", "float16")),
+        "mode": rng.choice(("inference", "training")),
+        "causal": rng.random() < 0.5,
+        "objective": ("speed", "seq")[number % 2],
+        "layers": None,
+        "min_mass": rng.choice((0.3, 0.5, 0.8)),
+    }
     if asked["objective"] == "speed":
         size = 4 if asked["dtype"] == "float32" else 2
         token = 4 * asked["heads"] * asked["head_dim"] * size * (2 if asked["mode"] == "training" else 1)
@@ -72,9 +78,17 @@ def fits_table(rows: list[Row]) -> str:
     groups = [(name, list(group)) for name, group in groupby(ordered, key=lambda row: row["objective"])]
     return markdown(
         [_fits(name, group) for name, group in [*groups, ("all", rows)]],
-        ["objective", "budgets", "nothing fits", "did not run", "above the budget", "above the bound",
-         "budget used, median", "most"],
-    )  # fmt: skip
+        [
+            "objective",
+            "budgets",
+            "nothing fits",
+            "did not run",
+            "above the budget",
+            "above the bound",
+            "budget used, median",
+            "most",
+        ],
+    )
 
 
 def _fits(name: str, rows: Sequence[Row]) -> list[str]:
@@ -82,10 +96,15 @@ def _fits(name: str, rows: Sequence[Row]) -> list[str]:
     good = [row for row in asked if row["outcome"] == "ok"]
     used = list(map(_used, good))
     return [
-        name, str(len(rows)), str(len(rows) - len(asked)), str(len(asked) - len(good)),
-        str(sum(share > 1 for share in used)), str(sum(row["allocated"] > row["upper"] for row in good)),
-        f"{median(used):.1%}" if used else "", f"{max(used):.1%}" if used else "",
-    ]  # fmt: skip
+        name,
+        str(len(rows)),
+        str(len(rows) - len(asked)),
+        str(len(asked) - len(good)),
+        str(sum(share > 1 for share in used)),
+        str(sum(row["allocated"] > row["upper"] for row in good)),
+        f"{median(used):.1%}" if used else "",
+        f"{max(used):.1%}" if used else "",
+    ]
 
 
 def steps(scope: Scope) -> list[Step]:
@@ -127,11 +146,21 @@ def draw(figure: Any, rows: Rows) -> None:
         shares = [100 * _used(row) for row in mine]
         axes.scatter([row["budget"] / 1e6 for row in mine], shares, c=color, marker=marker, s=26, label=name)
     axes.axhline(100, color=RED, linewidth=1)
-    axes.annotate("the budget", (0, 100), xycoords=("axes fraction", "data"), xytext=(4, 4),
-                  textcoords="offset points", color=RED)  # fmt: skip
+    axes.annotate(
+        "the budget",
+        (0, 100),
+        xycoords=("axes fraction", "data"),
+        xytext=(4, 4),
+        textcoords="offset points",
+        color=RED,
+    )
     most = 100 * max(map(_used, _ran(rows)))
-    axes.set(xscale="log", xlabel="budget, MB", ylabel="allocated at the peak, % of the budget",
-             ylim=(0, max(112, 1.05 * most)))  # fmt: skip
+    axes.set(
+        xscale="log",
+        xlabel="budget, MB",
+        ylabel="allocated at the peak, % of the budget",
+        ylim=(0, max(112, 1.05 * most)),
+    )
     axes.grid(axis="y")
     axes.legend(loc="lower right")
     above = len(_above(rows))

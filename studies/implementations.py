@@ -57,12 +57,13 @@ def cases() -> list[Case]:
         Case("local_window 1024", sparse(kind="local_window", local_window_size=1024), ""),
         Case("global_local 1024, 64 global", sparse(kind="global_local", local_window_size=1024), ""),
         Case("dilated_sparse 4096/1, 1%", base((4096,), (1,)), "", more=_seeds(120.5, SEEDS_KB)),
-        Case("dilated_sparse 2048/1 4096/2, 1%", base((2048, 4096), (1, 2)), "",
-             more=_seeds(117.3, SEEDS_KB)),
+        Case(
+            "dilated_sparse 2048/1 4096/2, 1%", base((2048, 4096), (1, 2)), "", more=_seeds(117.3, SEEDS_KB)
+        ),
         Case("adaptive, 5%", adaptive(BLOCK, 0.05), "", more=_seeds(3011.9)),
         Case("multihead 4096/1, 5%", projected[4096], "", more=_seeds(119.0)),
         Case("multihead 8192/1, 5%", projected[8192], "", more=_seeds(112.5)),
-    ]  # fmt: skip
+    ]
 
 
 def _seeds(ms: float, kb: float | None = None) -> dict[str, float | None]:
@@ -98,21 +99,31 @@ def draw(figure: Any, rows: Rows) -> None:
     here_time = Panel(
         f"ms,\n{mine['on']}",
         (
-            Mark(f"predicted, {mine['on']}", lambda row: 1e3 * row["here"]["expected"]["seconds"], BLUE, "o",
-                 hollow=True),
+            Mark(
+                f"predicted, {mine['on']}",
+                lambda row: 1e3 * row["here"]["expected"]["seconds"],
+                BLUE,
+                "o",
+                hollow=True,
+            ),
             Mark(f"measured, {mine['on']}", _measured_ms, BLUE),
         ),
         log=True,
-    )  # fmt: skip
+    )
     card_time = Panel(
         f"ms,\n{card['on']}",
         (
-            Mark(f"predicted, {card['on']}", lambda row: 1e3 * row["planned"]["seconds"], ORANGE, "D",
-                 hollow=True),
+            Mark(
+                f"predicted, {card['on']}",
+                lambda row: 1e3 * row["planned"]["seconds"],
+                ORANGE,
+                "D",
+                hollow=True,
+            ),
             Mark(f"reported, {card['on']}", lambda row: row.get("seeds_ms"), RED, "X"),
         ),
         log=True,
-    )  # fmt: skip
+    )
     beside(figure, rows, (here_time, card_time, memory_panel(rows[0], lambda row: row.get("seeds_kb")), MASS))
     title(figure, "Implementations, the fastest first", f"{asked(mine)}; {asked(card)}; 8 heads x 64")
 

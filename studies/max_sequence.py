@@ -24,9 +24,16 @@ from studies.bench.study import Rows, Said, Scope, Study, many
 
 GB: Final = 10**9
 CARDS: Final[Mapping[int, str | None]] = {
-    1: None, 2: None, 4: None, 8: "gtx1080", 12: "rtx3060", 16: "rtx4060ti-16gb", 24: "rtx4090",
-    40: "a100-sxm4-40gb", 80: "h100-sxm",
-}  # fmt: skip
+    1: None,
+    2: None,
+    4: None,
+    8: "gtx1080",
+    12: "rtx3060",
+    16: "rtx4060ti-16gb",
+    24: "rtx4090",
+    40: "a100-sxm4-40gb",
+    80: "h100-sxm",
+}
 """By GB; None for the generic card."""
 MODES: Final[tuple[Mode, ...]] = ("inference", "training")
 APART: Final = {12: -4, 16: 1}
@@ -71,10 +78,15 @@ def card_row(kind: str, config: AttentionConfig, mode: Mode, budget: int) -> Row
     card = find(name) if name else generic(budget * GB)
     found = longest(config, Workload(seq=1, mode=mode), budget * GB, card, {})
     return {
-        "part": "cards", "attention": kind, "mode": mode, "gb": budget, "card": card.name,
+        "part": "cards",
+        "attention": kind,
+        "mode": mode,
+        "gb": budget,
+        "card": card.name,
         "seq": found.fits.workload.seq if found.fits else 0,
-        "upper": found.fits.upper if found.fits else None, "beyond": found.beyond.upper,
-    }  # fmt: skip
+        "upper": found.fits.upper if found.fits else None,
+        "beyond": found.beyond.upper,
+    }
 
 
 def seeds_row(claim: LengthClaim) -> Row:
@@ -87,17 +99,24 @@ def capped_row(kind: str, config: AttentionConfig, mode: Mode, budget: int) -> R
     """The longest in float32 on the CPU, run in a process held to `budget` bytes and what it has besides."""
     found = longest(config, Workload(seq=1, mode=mode, dtype="float32"), budget, "cpu", {})
     row: Row = {
-        "part": "capped", "attention": kind, "mode": mode, "budget": budget, "beyond": found.beyond.upper,
+        "part": "capped",
+        "attention": kind,
+        "mode": mode,
+        "budget": budget,
+        "beyond": found.beyond.upper,
         "outcome": "nothing fits",
-    }  # fmt: skip
+    }
     if found.fits is None:
         return row
     workload = found.fits.workload
     ran = measure(config, workload, "cpu", runs=1, timeout=600, cap_bytes=budget + BESIDE[mode])
     return row | {
-        "seq": workload.seq, "upper": found.fits.upper, "outcome": ran.kind, "message": ran.message,
+        "seq": workload.seq,
+        "upper": found.fits.upper,
+        "outcome": ran.kind,
+        "message": ran.message,
         "allocated": ran.allocated,
-    }  # fmt: skip
+    }
 
 
 def steps(scope: Scope) -> list[Step]:
@@ -141,26 +160,44 @@ def capped_table(rows: Rows) -> str:
     """What was predicted to fit, run under a cap."""
     return markdown(
         (
-            [row["attention"], row["mode"], format_bytes(row["budget"]), f"{row.get('seq', 0):,}",
-             row["outcome"], f"{used(row):.1%}" if row["outcome"] == "ok" else "",
-             f"{row['beyond'] / row['budget']:.2%}"]
+            [
+                row["attention"],
+                row["mode"],
+                format_bytes(row["budget"]),
+                f"{row.get('seq', 0):,}",
+                row["outcome"],
+                f"{used(row):.1%}" if row["outcome"] == "ok" else "",
+                f"{row['beyond'] / row['budget']:.2%}",
+            ]
             for row in of_part(rows, "capped")
         ),
-        ["attention", "mode", "budget", "longest predicted", "ran", "of the budget allocated",
-         "bound of one block more"],
-    )  # fmt: skip
+        [
+            "attention",
+            "mode",
+            "budget",
+            "longest predicted",
+            "ran",
+            "of the budget allocated",
+            "bound of one block more",
+        ],
+    )
 
 
 def seeds_table(rows: Rows) -> str:
     """The seeds' limits on 8 GB beside the predicted ones."""
     return markdown(
         (
-            [row["attention"], f"{row['said']:,}", row["counted"], f"{row['seq']:,}",
-             f"{row['seq'] / row['said']:.0f}"]
+            [
+                row["attention"],
+                f"{row['said']:,}",
+                row["counted"],
+                f"{row['seq']:,}",
+                f"{row['seq'] / row['said']:.0f}",
+            ]
             for row in of_part(rows, "seeds")
         ),
         ["the seeds, 8 GB", "their longest", "memory they count there", "predicted here", "times as long"],
-    )  # fmt: skip
+    )
 
 
 def used(row: Row) -> float:
@@ -187,9 +224,11 @@ def draw(figure: Any, rows: Rows) -> None:
     named(panels[0], max(reported), lowest, "where the first reports stop on 8 GB", RED, va="bottom")
     panels[0].invert_yaxis()
     _draw_used(below.subplots(), _ran(rows))
-    title(figure, _headline(of_part(rows, "cards")),
-          "above: predicted, GB above marks, 8 heads x 64, float16; below: run on the CPU in "
-          "float32")  # fmt: skip
+    title(
+        figure,
+        _headline(of_part(rows, "cards")),
+        "above: predicted, GB above marks, 8 heads x 64, float16; below: run on the CPU in float32",
+    )
 
 
 def _draw_longest(axes: Any, rows: Rows, mode: str) -> None:
@@ -225,8 +264,9 @@ def _draw_used(axes: Any, rows: Rows) -> None:
     axes.set_xticks(range(len(groups)), [f"{format_bytes(budget, 0)}\n{mode}" for budget, mode in groups])
     axes.set(ylabel="allocated at the peak,\n% of the budget", xlim=(-0.5, len(groups) - 0.5))
     axes.grid(axis="y")
-    named(axes, 1, 1, "dashes: the bound of one block more", RED, xycoords="axes fraction", va="top",
-          ha="right")  # fmt: skip
+    named(
+        axes, 1, 1, "dashes: the bound of one block more", RED, xycoords="axes fraction", va="top", ha="right"
+    )
 
 
 def _headline(rows: Rows) -> str:

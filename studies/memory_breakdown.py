@@ -127,7 +127,7 @@ PARTS: Final = (
          ("B L H D e", lambda x: x.over(max(x.segments))),
          ("B ceil(S / s) s H D e a branch",
           lambda x: sum(x.over(-(-x.workload.seq // s) * s) for s in x.segments)), AWARE),
-)  # fmt: skip
+)  # a table of parts, a row each  # fmt: skip
 
 CLAIMS: Final[dict[str, tuple[int, int, tuple[str, ...]]]] = {
     "q, k and v": (48, 24, ("q, k and v",)),
@@ -137,11 +137,13 @@ CLAIMS: Final[dict[str, tuple[int, int, tuple[str, ...]]]] = {
     "temporary buffers": (32, 64, ("temporary outputs",)),
     "out": (16, 32, ("out",)),
     "caches of indices, masks, communication": (
-        0, 40, ("dilated-index cache", "causal-mask cache", "communication buffers")
+        0,
+        40,
+        ("dilated-index cache", "causal-mask cache", "communication buffers"),
     ),
     "ring structures": (0, 20, ("ring's state",)),
     "overhead": (19, 30, ("cuBLAS workspace",)),
-}  # fmt: skip
+}
 """The seeds' breakdown, in their MB: of the base with A at 131,072 tokens, of the ring with B at 65,536; and
 the parts that a line is of."""
 RING_SEQ: Final = 65_536
@@ -303,15 +305,29 @@ def settings_table(rows: Rows) -> str:
     mine = [row for row in rows if row["part"] == "setting"]
     return markdown(
         (
-            [row["config"], row["setting"], mib(row["allocated"]),
-             *(mib(row[call]) if row[call] else "did not run" for call in ("cold", "warm")),
-             *(f"{row['kept'][what] / 1024:,.1f}" if row["kept"] else ""
-               for what in ("pool", "layouts", "masks"))]
+            [
+                row["config"],
+                row["setting"],
+                mib(row["allocated"]),
+                *(mib(row[call]) if row[call] else "did not run" for call in ("cold", "warm")),
+                *(
+                    f"{row['kept'][what] / 1024:,.1f}" if row["kept"] else ""
+                    for what in ("pool", "layouts", "masks")
+                ),
+            ]
             for row in mine
         ),
-        ["config", f"setting; {mine[0]['seq']:,} tokens, causal, {place(mine[0])}", "predicted MiB",
-         "first call MiB", "second MiB", "kept in the pool KiB", "in layouts KiB", "in masks KiB"],
-    )  # fmt: skip
+        [
+            "config",
+            f"setting; {mine[0]['seq']:,} tokens, causal, {place(mine[0])}",
+            "predicted MiB",
+            "first call MiB",
+            "second MiB",
+            "kept in the pool KiB",
+            "in layouts KiB",
+            "in masks KiB",
+        ],
+    )
 
 
 def draw(figure: Any, rows: Rows) -> None:
@@ -342,8 +358,13 @@ def _waterfall(axes: Any, row: Row) -> None:
         if whole:
             axes.barh(height, floor / MIB, color=SKY)
         end = (start + count) / MIB
-        axes.annotate(f"{'' if whole else '-'}{mib(count)}", (end, height), xytext=(5, 0),
-                      textcoords="offset points", va="center")  # fmt: skip
+        axes.annotate(
+            f"{'' if whole else '-'}{mib(count)}",
+            (end, height),
+            xytext=(5, 0),
+            textcoords="offset points",
+            va="center",
+        )
     axes.set_yticks(range(len(bars)), [name for name, *_ in bars])
     axes.tick_params(axis="y", length=0)
     axes.margins(x=0.2)

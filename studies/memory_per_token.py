@@ -29,9 +29,15 @@ NEAR: Final = 0.05
 LEAN: Final = {"workspace_bytes": 64 * 1024}
 
 SEEDS: Final = {
-    ("base", 2048): 7.88, ("base", 4096): 5.89, ("base", 8192): 4.90, ("base", 16_384): 4.40,
-    ("base", 32_768): 4.16, ("base", 65_536): 4.03, ("adaptive", 32_768): 4.19, ("multihead", 32_768): 34.49,
-}  # fmt: skip
+    ("base", 2048): 7.88,
+    ("base", 4096): 5.89,
+    ("base", 8192): 4.90,
+    ("base", 16_384): 4.40,
+    ("base", 32_768): 4.16,
+    ("base", 65_536): 4.03,
+    ("adaptive", 32_768): 4.19,
+    ("multihead", 32_768): 34.49,
+}
 """The seeds' "KB" a token, which are MiB x 1000 / tokens, by implementation and tokens: float16, 8 heads of
 64 channels, on a GTX 1080."""
 UNIT: Final = MIB / 1000
@@ -125,25 +131,39 @@ def here_table(rows: Rows) -> str:
     mine = of_part(rows, "here")
     return markdown(
         (
-            [row["attention"], f"{row['seq']:,}", f"{a_token(row):,.1f}",
-             f"{a_token(row, 'cold'):,.1f}" if row["cold"] else row["outcome"]]
+            [
+                row["attention"],
+                f"{row['seq']:,}",
+                f"{a_token(row):,.1f}",
+                f"{a_token(row, 'cold'):,.1f}" if row["cold"] else row["outcome"],
+            ]
             for row in mine
         ),
         ["attention", "tokens", f"bytes a token, {place(mine[0])}, predicted", "measured"],
-    )  # fmt: skip
+    )
 
 
 def seeds_table(rows: Rows) -> str:
     """The seeds' figures and predictions in their unit."""
     return markdown(
         (
-            [row["attention"], f"{row['seq']:,}", f"{row['said'] / UNIT / row['seq']:.2f}",
-             f"{a_token(row) / UNIT:.2f}", f"{row['allocated'] / row['said'] - 1:+.1%}"]
+            [
+                row["attention"],
+                f"{row['seq']:,}",
+                f"{row['said'] / UNIT / row['seq']:.2f}",
+                f"{a_token(row) / UNIT:.2f}",
+                f"{row['allocated'] / row['said'] - 1:+.1%}",
+            ]
             for row in of_part(rows, "seeds")
         ),
-        ["implementation", "tokens", "the seeds, MiB x 1000 / tokens", f"{place(rows[0])}, predicted",
-         "off by"],
-    )  # fmt: skip
+        [
+            "implementation",
+            "tokens",
+            "the seeds, MiB x 1000 / tokens",
+            f"{place(rows[0])}, predicted",
+            "off by",
+        ],
+    )
 
 
 def draw(figure: Any, rows: Rows) -> None:
@@ -153,28 +173,58 @@ def draw(figure: Any, rows: Rows) -> None:
     for name in configs():
         color, marker = KINDS[name]
         card, here = of_part(rows, "card", name), of_part(rows, "here", name)
-        left.plot([row["seq"] for row in card], list(map(a_token, card)), color=color, marker=marker,
-                  markersize=5, label=name)  # fmt: skip
+        left.plot(
+            [row["seq"] for row in card],
+            list(map(a_token, card)),
+            color=color,
+            marker=marker,
+            markersize=5,
+            label=name,
+        )
         right.plot([row["seq"] for row in here], list(map(a_token, here)), color=color, linewidth=1)
         ran = [row for row in here if row["cold"]]
-        right.scatter([row["seq"] for row in ran], [a_token(row, "cold") for row in ran], color=color, s=32,
-                      marker=marker)  # fmt: skip
+        right.scatter(
+            [row["seq"] for row in ran],
+            [a_token(row, "cold") for row in ran],
+            color=color,
+            s=32,
+            marker=marker,
+        )
     base = of_part(rows, "seeds", "base")
-    left.scatter([row["seq"] for row in base], [a_token(row, "said") for row in base], s=110, marker="o",
-                 facecolors="none", edgecolors=INK, zorder=3, label="the seeds' base")  # fmt: skip
+    left.scatter(
+        [row["seq"] for row in base],
+        [a_token(row, "said") for row in base],
+        s=110,
+        marker="o",
+        facecolors="none",
+        edgecolors=INK,
+        zorder=3,
+        label="the seeds' base",
+    )
     floor = a_token(rows[0], "floor")
     for axes, part, how in ((left, "card", "predicted"), (right, "here", "lines predicted, points measured")):
         axes.axhline(floor, color=MUTED, linewidth=1)
         axes.set(title=f"{place(of_part(rows, part)[0])}, {how}", xlabel="tokens", ylim=(3500, None))
         token_axis(axes.xaxis, sorted({row["seq"] for row in of_part(rows, part)}))
         axes.grid(axis="y")
-    left.annotate(f"q, k, v and out: {floor:,.0f}", (1, floor), xytext=(0, -5), color=MUTED, ha="right",
-                  va="top", xycoords=("axes fraction", "data"), textcoords="offset points")  # fmt: skip
+    left.annotate(
+        f"q, k, v and out: {floor:,.0f}",
+        (1, floor),
+        xytext=(0, -5),
+        color=MUTED,
+        ha="right",
+        va="top",
+        xycoords=("axes fraction", "data"),
+        textcoords="offset points",
+    )
     left.set_ylabel("memory, bytes a token")
     left.legend(loc="upper right", ncols=2)
     ends = [a_token(of_part(rows, "card", name)[-1]) for name in configs()]
-    title(figure, f"At {LENGTHS[-1]:,} tokens a token takes {min(ends):,.0f} to {max(ends):,.0f} bytes",
-          f"float16, {HEADS} heads x {HEAD_DIM}")  # fmt: skip
+    title(
+        figure,
+        f"At {LENGTHS[-1]:,} tokens a token takes {min(ends):,.0f} to {max(ends):,.0f} bytes",
+        f"float16, {HEADS} heads x {HEAD_DIM}",
+    )
 
 
 def said(rows: Rows) -> Said:

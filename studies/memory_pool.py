@@ -172,26 +172,50 @@ def pool_table(rows: Rows) -> str:
         for state in STATES:
             found = ratios(row, state)
             seconds, peaks = row["seconds"][state], row["bytes"]
-            body.append([
-                row["attention"], f"{row['seq']:,}", state,
-                *(f"{1000 * median(seconds[switch]):,.0f}" for switch in reversed(SWITCHES)),
-                f"{median(found):.2f}", f"{min(found):.2f} to {max(found):.2f}", verdict(row, state),
-                *(mib(peaks[switch][state]) for switch in reversed(SWITCHES)),
-                f"{memory_ratio(row, state):.4f}", mib(peaks["on"]["held"]),
-            ])  # fmt: skip
+            body.append(
+                [
+                    row["attention"],
+                    f"{row['seq']:,}",
+                    state,
+                    *(f"{1000 * median(seconds[switch]):,.0f}" for switch in reversed(SWITCHES)),
+                    f"{median(found):.2f}",
+                    f"{min(found):.2f} to {max(found):.2f}",
+                    verdict(row, state),
+                    *(mib(peaks[switch][state]) for switch in reversed(SWITCHES)),
+                    f"{memory_ratio(row, state):.4f}",
+                    mib(peaks["on"]["held"]),
+                ]
+            )
     return markdown(
         body,
-        ["attention", "tokens", "call", "without, ms", "with a pool, ms", "ratio", "of all pairs",
-         "the pool is", "peak without, MiB", "with, MiB", "ratio", "held between calls, MiB"],
-    )  # fmt: skip
+        [
+            "attention",
+            "tokens",
+            "call",
+            "without, ms",
+            "with a pool, ms",
+            "ratio",
+            "of all pairs",
+            "the pool is",
+            "peak without, MiB",
+            "with, MiB",
+            "ratio",
+            "held between calls, MiB",
+        ],
+    )
 
 
 def seeds_table(rows: Rows) -> str:
     """The seeds' figures, and the ratios here at the same lengths in warm calls."""
     body = []
     for seq, seen in SEEDS.items():
-        line = [f"{seq:,}", *(f"{ms:,.1f}" for ms in seen.ms), f"{seen.time:.2f}",
-                *(f"{gb:.2f}" for gb in seen.gb), f"{seen.memory:.2f}"]  # fmt: skip
+        line = [
+            f"{seq:,}",
+            *(f"{ms:,.1f}" for ms in seen.ms),
+            f"{seen.time:.2f}",
+            *(f"{gb:.2f}" for gb in seen.gb),
+            f"{seen.memory:.2f}",
+        ]
         for name in configs():
             mine = [row for row in rows if (row["attention"], row["seq"]) == (name, seq)]
             line += [f"{median(ratios(row, 'warm')):.2f}" for row in mine] or [""]
@@ -199,9 +223,17 @@ def seeds_table(rows: Rows) -> str:
         body.append(line)
     return markdown(
         body,
-        ["tokens", "the seeds: without, ms", "with, ms", "ratio", "without, GB", "with, GB", "ratio",
-         *(head for name in configs() for head in (f"{name} here: time", "memory"))],
-    )  # fmt: skip
+        [
+            "tokens",
+            "the seeds: without, ms",
+            "with, ms",
+            "ratio",
+            "without, GB",
+            "with, GB",
+            "ratio",
+            *(head for name in configs() for head in (f"{name} here: time", "memory")),
+        ],
+    )
 
 
 def draw(figure: Any, rows: Rows) -> None:
@@ -210,9 +242,11 @@ def draw(figure: Any, rows: Rows) -> None:
     left, right = figure.subplots(1, 2, sharey=True)
     medians = [median(ratios(*case)) for case in _cases(rows)]
     bottom, top = min(BOTTOM, *medians) - 0.02, max(TOP, *medians) + 0.02
-    series = [(name, state, color, fill)
-              for name, color in zip(configs(), (BLUE, ORANGE), strict=True)
-              for state, fill in (("cold", "white"), ("warm", color))]  # fmt: skip
+    series = [
+        (name, state, color, fill)
+        for name, color in zip(configs(), (BLUE, ORANGE), strict=True)
+        for state, fill in (("cold", "white"), ("warm", color))
+    ]
     for number, (name, state, color, fill) in enumerate(series):
         mine = [row for row in rows if row["attention"] == name]
         places = [row["seq"] * 2 ** (0.12 * (number - 1.5)) for row in mine]

@@ -127,10 +127,12 @@ def predicted_row(kind: str, config: AttentionConfig, seq: int) -> Row:
         for mode in MODES
     }
     return {
-        "part": "predicted", "attention": kind, "seq": seq,
+        "part": "predicted",
+        "attention": kind,
+        "seq": seq,
         "allocated": {name: one.allocated for name, one in found.items()},
         "upper": {name: one.upper for name, one in found.items()},
-    }  # fmt: skip
+    }
 
 
 def ring_bytes(tokens_a_rank: int, dtype: Dtype, mode: Mode) -> int:
@@ -159,19 +161,28 @@ def ring_row(seq: int, dtype: Dtype, mode: Mode) -> Row:
     """How many cards of each size."""
     cards = {name: find(name) for name in RING}
     return {
-        "part": "ring", "seq": seq, "dtype": dtype, "mode": mode, "a_token": ring_bytes(1, dtype, mode),
+        "part": "ring",
+        "seq": seq,
+        "dtype": dtype,
+        "mode": mode,
+        "a_token": ring_bytes(1, dtype, mode),
         "cards": {card.name: cards_needed(seq, dtype, mode, card) for card in cards.values()},
-    }  # fmt: skip
+    }
 
 
 def claim_row(claim: MemoryClaim) -> Row:
     """What the seeds say of a million tokens beside what is predicted for their card, float16, inference."""
     found = estimate(one_of_each()[claim.kind], Workload(seq=MILLION), CLAIMED_ON)
     return {
-        "part": "seeds", "what": claim.what, "said": claim.gigabytes, "attention": claim.kind,
-        "allocated": found.allocated, "upper": found.upper, "usable": find(CLAIMED_ON).usable_bytes,
+        "part": "seeds",
+        "what": claim.what,
+        "said": claim.gigabytes,
+        "attention": claim.kind,
+        "allocated": found.allocated,
+        "upper": found.upper,
+        "usable": find(CLAIMED_ON).usable_bytes,
         "on": found.on,
-    }  # fmt: skip
+    }
 
 
 def steps(scope: Scope) -> list[Step]:
@@ -258,25 +269,42 @@ def ring_table(rows: Rows) -> str:
     names = list(rows[0]["cards"])
     return markdown(
         (
-            [tokens(row["seq"]), row["dtype"], row["mode"], f"{row['a_token']:,}",
-             *(str(row["cards"][name]) for name in names)]
+            [
+                tokens(row["seq"]),
+                row["dtype"],
+                row["mode"],
+                f"{row['a_token']:,}",
+                *(str(row["cards"][name]) for name in names),
+            ]
             for row in rows
         ),
         ["tokens", "dtype", "mode", "ring's bytes a token, arithmetic", *names],
-    )  # fmt: skip
+    )
 
 
 def seeds_table(rows: Rows) -> str:
     """The seeds' GB for a million tokens beside the predicted."""
     return markdown(
         (
-            [row["what"], f"{row['said']:,g}", row["attention"], f"{row['allocated'] / 1e9:.2f}",
-             f"{row['upper'] / 1e9:.2f}", "yes" if row["upper"] <= row["usable"] else "no"]
+            [
+                row["what"],
+                f"{row['said']:,g}",
+                row["attention"],
+                f"{row['allocated'] / 1e9:.2f}",
+                f"{row['upper'] / 1e9:.2f}",
+                "yes" if row["upper"] <= row["usable"] else "no",
+            ]
             for row in of_part(rows, "seeds")
         ),
-        ["the seeds", "their GB", "here", "GB allocated, predicted", "GB of the card, at most",
-         "fits the GTX 1080"],
-    )  # fmt: skip
+        [
+            "the seeds",
+            "their GB",
+            "here",
+            "GB allocated, predicted",
+            "GB of the card, at most",
+            "fits the GTX 1080",
+        ],
+    )
 
 
 def draw(figure: Any, rows: Rows) -> None:
@@ -291,9 +319,12 @@ def draw(figure: Any, rows: Rows) -> None:
     left, right = below.subplots(1, 2)
     _draw_measured(left, measured(rows))
     _draw_ring(right, of_part(rows, "ring"))
-    title(figure, _headline(rows),
-          f"predicted for {HEADS} heads x {HEAD_DIM} on the kernels of an H100; measured on the CPU in "
-          "bfloat16")  # fmt: skip
+    title(
+        figure,
+        _headline(rows),
+        f"predicted for {HEADS} heads x {HEAD_DIM} on the kernels of an H100; measured on the CPU in "
+        "bfloat16",
+    )
 
 
 SERIES: Final = (
@@ -315,8 +346,12 @@ def _draw_predicted(axes: Any, rows: Rows, seq: int) -> None:
             axes.axvline(gb, color=RED, linewidth=1)
             named(axes, gb, len(rows) - 0.3, f"{gb} GB", RED, xytext=(3, 0), va="bottom")
     axes.set_yticks(range(len(rows)), [row["attention"] for row in rows])
-    axes.set(title=f"{seq:,} tokens", xlabel="needed, GB, predicted", xlim=(0, most * 1.08),
-             ylim=(-0.6, len(rows) - 0.2))  # fmt: skip
+    axes.set(
+        title=f"{seq:,} tokens",
+        xlabel="needed, GB, predicted",
+        xlim=(0, most * 1.08),
+        ylim=(-0.6, len(rows) - 0.2),
+    )
     axes.grid(axis="x")
 
 
@@ -327,8 +362,11 @@ def _draw_measured(axes: Any, rows: Rows) -> None:
         grown = f"{row['per_token_ratio']:.2f} times as long a token as {tokens(row['short'])}"
         named(axes, 0, place - 0.36, f"{row['seconds']:.1f} s, {grown}", xytext=(4, 0))
     axes.set_yticks(range(len(rows)), [row["attention"] for row in rows])
-    axes.set(xlabel="resident, GB; red: q, k, v and out", ylim=(len(rows) - 0.4, -0.7),
-             title=f"{rows[0]['seq']:,} tokens, measured")  # fmt: skip
+    axes.set(
+        xlabel="resident, GB; red: q, k, v and out",
+        ylim=(len(rows) - 0.4, -0.7),
+        title=f"{rows[0]['seq']:,} tokens, measured",
+    )
 
 
 def _draw_ring(axes: Any, rows: Rows) -> None:
@@ -341,8 +379,12 @@ def _draw_ring(axes: Any, rows: Rows) -> None:
             pair = [row["cards"][name] for row in rows if (row["seq"], row["mode"]) == line]
             axes.text(at, place, " | ".join(map(str, pair)), ha="center", va="center", color=INK)
     axes.set_yticks(range(len(lines)), [f"{tokens(seq)}, {mode}" for seq, mode in lines])
-    axes.set(xticks=[], xlim=(-0.6, len(names) - 0.4), ylim=(len(lines) - 0.5, -1.2),
-             title="cards of a ring, 16 | 32 bits, by arithmetic")  # fmt: skip
+    axes.set(
+        xticks=[],
+        xlim=(-0.6, len(names) - 0.4),
+        ylim=(len(lines) - 0.5, -1.2),
+        title="cards of a ring, 16 | 32 bits, by arithmetic",
+    )
     axes.spines[["left", "bottom"]].set_visible(False)
     axes.tick_params(left=False)
 

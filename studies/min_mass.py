@@ -122,10 +122,20 @@ def draw(figure: Any, rows: Rows) -> None:
         # At the left end lines are apart; at the right they meet.
         named(axes, *had[0], profile, color, xytext=(-6, 0), ha="right")
     axes.axvline(80, color=RED, linewidth=1, linestyle="--")
-    axes.annotate("the gate", (80, 1), xycoords=("data", "axes fraction"), xytext=(4, -12),
-                  textcoords="offset points", color=RED)  # fmt: skip
-    axes.set(yscale="log", xlabel="mass of dense attention kept at least, %", xlim=(40, 101),
-             ylabel="predicted time, % of dense attention's")  # fmt: skip
+    axes.annotate(
+        "the gate",
+        (80, 1),
+        xycoords=("data", "axes fraction"),
+        xytext=(4, -12),
+        textcoords="offset points",
+        color=RED,
+    )
+    axes.set(
+        yscale="log",
+        xlabel="mass of dense attention kept at least, %",
+        xlim=(40, 101),
+        ylabel="predicted time, % of dense attention's",
+    )
     axes.set_yticks([1, 2, 5, 10, 20, 50, 100], ["1", "2", "5", "10", "20", "50", "100"])
     axes.grid(axis="y")
     title(figure, _headline(rows), "median over cards and lengths, causal")

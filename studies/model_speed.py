@@ -63,11 +63,17 @@ def candidates(count: int) -> list[Columns]:
     for pattern in get_args(PatternType):
         found.append(
             Columns(
-                "block_sparse", pattern, seq=SEQ, workspace=powers(20, 27), block_size=powers(4, 9),
-                window=random.integers(64, 8192, n), global_tokens=random.integers(1, 1024, n),
-                sparsity_ratio=10 ** random.uniform(-3, 0, n), **branches(3, False),
+                "block_sparse",
+                pattern,
+                seq=SEQ,
+                workspace=powers(20, 27),
+                block_size=powers(4, 9),
+                window=random.integers(64, 8192, n),
+                global_tokens=random.integers(1, 1024, n),
+                sparsity_ratio=10 ** random.uniform(-3, 0, n),
+                **branches(3, False),
             )
-        )  # fmt: skip
+        )
     return found
 
 
@@ -142,12 +148,16 @@ def table(rows: Rows) -> str:
     """Seconds of each, beside the bar that this project sets itself."""
     return markdown(
         (
-            [row["what"], f"{row['seconds']:.4f}", f"{row['processor_seconds']:.4f}",
-             "" if row["at_most"] is None else f"{row['at_most']:g}"]
+            [
+                row["what"],
+                f"{row['seconds']:.4f}",
+                f"{row['processor_seconds']:.4f}",
+                "" if row["at_most"] is None else f"{row['at_most']:g}",
+            ]
             for row in rows
         ),
         ["what", "seconds", "of processors", "at most"],
-    )  # fmt: skip
+    )
 
 
 def draw(figure: Any, rows: Rows) -> None:

@@ -30,14 +30,19 @@ from studies.bench.study import Rows, Said, Scope, Study, rounded_up
 QUESTIONS: Final[Mapping[str, dict[str, Any]]] = {
     "8 GB, inference": {"vram": "8GB", "seq": 131_072},
     "H100, causal training": {
-        "gpu": "h100-sxm", "seq": 131_072, "causal": True, "mode": "training", "dtype": "bfloat16",
+        "gpu": "h100-sxm",
+        "seq": 131_072,
+        "causal": True,
+        "mode": "training",
+        "dtype": "bfloat16",
     },
-}  # fmt: skip
+}
 """As `recommend` takes them."""
 SHOWN: Final = {
-    "seconds": ("predicted ms", 1e3), "mb": ("memory, upper bound, MB", 1.0),
+    "seconds": ("predicted ms", 1e3),
+    "mb": ("memory, upper bound, MB", 1.0),
     "mass": ("mass of dense attention, %", 100.0),
-}  # fmt: skip
+}
 """What is shown of a config: its label, and what it is multiplied by."""
 FAINT: Final = "#c3c9ce"
 NAME: Final = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5}
@@ -49,12 +54,17 @@ def front_row(name: str, asked: Mapping[str, Any], trials: int) -> Row:
     found = question(**asked, trials=trials)
     answer = found.answer
     return {
-        "name": name, "asked": dict(asked), "on": answer.on, "task": words.task(answer.workload),
-        "budget": answer.budget, "profile": answer.quality.profile, "grid": answer.search.grid,
+        "name": name,
+        "asked": dict(asked),
+        "on": answer.on,
+        "task": words.task(answer.workload),
+        "budget": answer.budget,
+        "profile": answer.quality.profile,
+        "grid": answer.search.grid,
         "passed": answer.search.passed,
         **_enumerated(found),
         "picks": [_point(one) for one in answer.alternatives],
-    }  # fmt: skip
+    }
 
 
 def _enumerated(found: Question) -> Row:
@@ -71,10 +81,14 @@ def _enumerated(found: Question) -> Row:
 
 def _point(one: Pick) -> Row:
     return {
-        "role": one.role, "kind": kind_of(one.config), "seconds": one.seconds, "mb": one.upper / 1e6,
-        "mass": one.mass, "layers": one.layers,
+        "role": one.role,
+        "kind": kind_of(one.config),
+        "seconds": one.seconds,
+        "mb": one.upper / 1e6,
+        "mass": one.mass,
+        "layers": one.layers,
         "config": one.config.model_dump(mode="json", exclude_defaults=True),
-    }  # fmt: skip
+    }
 
 
 def distinct(table: Table) -> dict[str, list[float]]:
@@ -99,13 +113,18 @@ def picks_table(rows: Rows) -> str:
     """The three picks of each question."""
     return markdown(
         (
-            [row["name"], one["role"], one["kind"], *(_number(one[name], name) for name in SHOWN),
-             one["layers"]]
+            [
+                row["name"],
+                one["role"],
+                one["kind"],
+                *(_number(one[name], name) for name in SHOWN),
+                one["layers"],
+            ]
             for row in rows
             for one in row["picks"]
         ),
         ["question", "pick", "attention", *(label for label, _ in SHOWN.values()), "layers"],
-    )  # fmt: skip
+    )
 
 
 def front_table(rows: Rows) -> str:
@@ -135,8 +154,15 @@ def draw(figure: Any, rows: Rows) -> None:
         _cloud(memory, row, "mb")
         memory.set_ylabel(f"{SHOWN['mb'][0]} of {row['budget'] / 1e6:,.0f}")
         mass.axhline(100 * MIN_MASS, color=MUTED, linewidth=1, linestyle=":")
-        mass.annotate("the gate", (0.02, 100 * MIN_MASS), xycoords=("axes fraction", "data"), xytext=(0, -11),
-                      textcoords="offset points", fontsize=TEXT, color=MUTED)  # fmt: skip
+        mass.annotate(
+            "the gate",
+            (0.02, 100 * MIN_MASS),
+            xycoords=("axes fraction", "data"),
+            xytext=(0, -11),
+            textcoords="offset points",
+            fontsize=TEXT,
+            color=MUTED,
+        )
         mass.set_title(f"{row['on']}, {row['task']}", loc="left")
     kinds = {point["kind"]: KINDS[point["kind"]] for row in rows for point in row["front"]}
     empty = figure.axes[0]
@@ -154,11 +180,18 @@ def _cloud(axes: Any, row: Row, name: str) -> None:
     label, scale = SHOWN[name]
     every, front = row["candidates"], row["front"]
     # As pixels: thousands of shapes would make a vector picture of megabytes.
-    axes.scatter(_ms(every["seconds"]), [scale * y for y in every[name]], color=FAINT, s=3, zorder=1,
-                 rasterized=True)  # fmt: skip
+    axes.scatter(
+        _ms(every["seconds"]), [scale * y for y in every[name]], color=FAINT, s=3, zorder=1, rasterized=True
+    )
     best = itertools.accumulate((scale * point[name] for point in front), max if name == "mass" else min)
-    axes.plot(_ms(point["seconds"] for point in front), list(best), color=INK, linewidth=0.9,
-              drawstyle="steps-post", zorder=2)  # fmt: skip
+    axes.plot(
+        _ms(point["seconds"] for point in front),
+        list(best),
+        color=INK,
+        linewidth=0.9,
+        drawstyle="steps-post",
+        zorder=2,
+    )
     for point in front:
         color, marker = KINDS[point["kind"]]
         axes.scatter(1e3 * point["seconds"], scale * point[name], color=color, marker=marker, s=30, zorder=3)
@@ -167,8 +200,17 @@ def _cloud(axes: Any, row: Row, name: str) -> None:
         places.setdefault((1e3 * one["seconds"], scale * one[name]), []).append(one["role"])
     for place, roles in places.items():
         axes.scatter(*place, s=150, facecolors="none", edgecolors=RED, linewidths=1.5, zorder=4)
-        axes.annotate(", ".join(roles), place, xytext=(-6, 8), textcoords="offset points", ha="right",
-                      color=RED, fontsize=TEXT, zorder=4, bbox=NAME)  # fmt: skip
+        axes.annotate(
+            ", ".join(roles),
+            place,
+            xytext=(-6, 8),
+            textcoords="offset points",
+            ha="right",
+            color=RED,
+            fontsize=TEXT,
+            zorder=4,
+            bbox=NAME,
+        )
     axes.set(xscale="log", xlabel="predicted ms a call", ylabel=label)
     axes.margins(y=0.1)
     plain(axes.xaxis)
@@ -201,6 +243,10 @@ def said(rows: Rows) -> Said:
 
 
 STUDY = Study(
-    steps, {"pareto": picks_table, "pareto-front": front_table}, draw, said, devices=("cpu",),
+    steps,
+    {"pareto": picks_table, "pareto-front": front_table},
+    draw,
+    said,
+    devices=("cpu",),
     independent=True,
-)  # fmt: skip
+)

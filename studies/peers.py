@@ -16,13 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from attention import (
-    AdaptiveConfig,
-    AttentionConfig,
-    SparsePatternConfig,
-    build,
-    build_layout,
-)
+from attention import AdaptiveConfig, AttentionConfig, SparsePatternConfig, build, build_layout
 from attention.adaptive import AdaptiveAttention
 from attention.ops import flex, kernels
 from attention.pool import buffers_for
@@ -161,9 +155,14 @@ def bare_row(pattern: str, dtype: torch.dtype, block: int, kept: int, runs: int,
             runs_of = (versus(alone(rows, name == "copied"), both.peer, cpu, runs) for rows in (2, 4, 8))
             found[name] = max(ratio for *_, ratio in runs_of)
     return {
-        "part": "bare", "seq": seq, "pattern": pattern, "dtype": _name(dtype), "block": block,
-        "kept": kept, **found,
-    }  # fmt: skip
+        "part": "bare",
+        "seq": seq,
+        "pattern": pattern,
+        "dtype": _name(dtype),
+        "block": block,
+        "kept": kept,
+        **found,
+    }
 
 
 def memory_row(
@@ -180,10 +179,18 @@ def memory_row(
         buffers_for(both.config).release()  # a cold start, so that the pool's growth counts
         mine, theirs, plain = (footprint(run, device).peak for run in (both.ours, both.peer, dense))
     return {
-        "part": "memory", "seq": seq, "pattern": pattern, "dtype": _name(dtype), "block": block,
-        "kept": kept, "out": q.nbytes, "ours": mine + both.lists, "flex": theirs + both.mask,
-        "mask": both.mask, "dense": plain,
-    }  # fmt: skip
+        "part": "memory",
+        "seq": seq,
+        "pattern": pattern,
+        "dtype": _name(dtype),
+        "block": block,
+        "kept": kept,
+        "out": q.nbytes,
+        "ours": mine + both.lists,
+        "flex": theirs + both.mask,
+        "mask": both.mask,
+        "dense": plain,
+    }
 
 
 def dense_row(
@@ -238,9 +245,15 @@ def training_row(
 
     seconds, _, ratio = versus(forward, step, device, runs)
     return {
-        "part": "training", "seq": seq, "attention": pattern, "dtype": _name(dtype), "block": block,
-        "kept": kept, "forward_seconds": seconds, "ratio": ratio,
-    }  # fmt: skip
+        "part": "training",
+        "seq": seq,
+        "attention": pattern,
+        "dtype": _name(dtype),
+        "block": block,
+        "kept": kept,
+        "forward_seconds": seconds,
+        "ratio": ratio,
+    }
 
 
 def kernel_row(dtype: torch.dtype, queries: int, keys: int, runs: int) -> Row:
@@ -255,10 +268,14 @@ def kernel_row(dtype: torch.dtype, queries: int, keys: int, runs: int) -> Row:
     seconds, back_seconds, ratio = versus(forward, backward, torch.device("cpu"), runs)
     flops = 4 * views * queries * keys * HEADS * HEAD_DIM
     return {
-        "part": "kernels", "dtype": _name(dtype), "queries": queries, "keys": keys,
+        "part": "kernels",
+        "dtype": _name(dtype),
+        "queries": queries,
+        "keys": keys,
         "forward_gflops": flops / seconds / 1e9,
-        "backward_gflops": 2.5 * flops / back_seconds / 1e9, "ratio": ratio,
-    }  # fmt: skip
+        "backward_gflops": 2.5 * flops / back_seconds / 1e9,
+        "ratio": ratio,
+    }
 
 
 def _inputs(seq: int, dtype: torch.dtype, device: torch.device, heads: int = HEADS) -> list[Tensor]:
@@ -371,25 +388,43 @@ def kernels_table(rows: Rows) -> str:
     rows = of_part(rows, "kernels")
     return markdown(
         (
-            [r["dtype"], r["queries"], r["keys"], f"{r['forward_gflops']:.0f}",
-             f"{r['backward_gflops']:.0f}", f"{r['ratio']:.1f}"]
+            [
+                r["dtype"],
+                r["queries"],
+                r["keys"],
+                f"{r['forward_gflops']:.0f}",
+                f"{r['backward_gflops']:.0f}",
+                f"{r['ratio']:.1f}",
+            ]
             for r in rows
         ),
         ["dtype", "queries", "keys", "forward GFLOP/s", "backward GFLOP/s", "backward / forward time"],
-    )  # fmt: skip
+    )
 
 
 def memory_table(rows: Rows) -> str:
     """MiB of each at its peak."""
     return markdown(
         (
-            [r["pattern"], r["dtype"], f"{r['seq']:,}",
-             *(f"{r[what] / MIB:.2f}" for what in ("out", "ours", "flex", "mask", "dense"))]
+            [
+                r["pattern"],
+                r["dtype"],
+                f"{r['seq']:,}",
+                *(f"{r[what] / MIB:.2f}" for what in ("out", "ours", "flex", "mask", "dense")),
+            ]
             for r in of_part(rows, "memory")
         ),
-        ["pattern", "dtype", "tokens", "output MiB", "peak MiB", "FlexAttention", "its BlockMask",
-         "dense SDPA"],
-    )  # fmt: skip
+        [
+            "pattern",
+            "dtype",
+            "tokens",
+            "output MiB",
+            "peak MiB",
+            "FlexAttention",
+            "its BlockMask",
+            "dense SDPA",
+        ],
+    )
 
 
 def _patterns(quick: bool) -> tuple[str, ...]:
@@ -482,9 +517,11 @@ def draw(figure: Any, rows: Rows) -> None:
 def _draw_flex(axes: Any, rows: Rows) -> None:
     _dots(axes, rows, "pattern")
     axes.axvline(1, color=RED, linewidth=1)
-    axes.set(title=f"against compiled FlexAttention, {rows[0]['seq']:,} tokens",
-             xlabel="its time / ours: right of 1, ours is faster",
-             xlim=(0, max(1.1, axes.get_xlim()[1])))  # fmt: skip
+    axes.set(
+        title=f"against compiled FlexAttention, {rows[0]['seq']:,} tokens",
+        xlabel="its time / ours: right of 1, ours is faster",
+        xlim=(0, max(1.1, axes.get_xlim()[1])),
+    )
 
 
 def _draw_training(axes: Any, rows: Rows) -> None:
@@ -524,8 +561,12 @@ def _draw_dense(axes: Any, rows: Rows) -> None:
     axes.axvline(1, color=RED, linewidth=1)
     heads, seq = rows[0]["heads"], rows[0]["seq"]
     most = max(1.0, *(row["ratio"] for row in rows))
-    axes.set(title=f"against dense SDPA, {seq:,} tokens, {heads} heads", xscale="log",
-             xlabel="our time / its time; grey: share of blocks kept", xlim=(0.03, 2.5 * most))  # fmt: skip
+    axes.set(
+        title=f"against dense SDPA, {seq:,} tokens, {heads} heads",
+        xscale="log",
+        xlabel="our time / its time; grey: share of blocks kept",
+        xlim=(0.03, 2.5 * most),
+    )
     ticks = [tick for tick in (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10) if tick < 2.5 * most]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.set_xticks([], minor=True)
@@ -545,8 +586,11 @@ def _draw_memory(axes: Any, rows: Rows) -> None:
             axes.scatter([row[who] / row["out"] for row in mine], places, color=color, marker=marker, s=28)
     _groups(axes, patterns)
     most = max(row[who] / row["out"] for row in rows for who, *_ in WHO)
-    axes.set(title=f"allocated beside q, k, v, {rows[0]['seq']:,} tokens", xlim=(0, 1.1 * most),
-             xlabel="peak, lists and mask included, in outputs")  # fmt: skip
+    axes.set(
+        title=f"allocated beside q, k, v, {rows[0]['seq']:,} tokens",
+        xlim=(0, 1.1 * most),
+        xlabel="peak, lists and mask included, in outputs",
+    )
     axes.legend(loc="center", bbox_to_anchor=(0.62, 0.5), handletextpad=0.1)
 
 

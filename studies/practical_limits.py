@@ -116,9 +116,14 @@ def _cells(row: Row) -> list[str]:
         return [*head, f"nothing fits; {', or '.join(row['relaxations'])}", "", "", "", "", ""]
     widest = row["widest"]
     return [
-        *head, row["attention"], f"{row['upper'] / 1e9:.2f}", seconds(row["seconds"]), f"{row['mass']:.0%}",
-        f"{widest['attention']}, {widest['mass']:.0%}", seconds(widest["seconds"]),
-    ]  # fmt: skip
+        *head,
+        row["attention"],
+        f"{row['upper'] / 1e9:.2f}",
+        seconds(row["seconds"]),
+        f"{row['mass']:.0%}",
+        f"{widest['attention']}, {widest['mass']:.0%}",
+        seconds(widest["seconds"]),
+    ]
 
 
 def _short(card: str) -> str:
@@ -157,9 +162,12 @@ def draw(figure: Any, rows: Rows) -> None:
     for axes, mode in zip(figure.subplots(len(modes), squeeze=False)[:, 0], modes, strict=True):
         _draw_grid(axes, [row for row in rows if row["mode"] == mode], mode)
     axes.set_xlabel("tokens")
-    title(figure, f"The fastest attention that fits the card and keeps {MIN_MASS:.0%} of the mass",
-          "predicted time of a call and memory at most, float16, 8 heads x 64; grey: what keeps most, "
-          "and its time")  # fmt: skip
+    title(
+        figure,
+        f"The fastest attention that fits the card and keeps {MIN_MASS:.0%} of the mass",
+        "predicted time of a call and memory at most, float16, 8 heads x 64; grey: what keeps most, "
+        "and its time",
+    )
 
 
 def _draw_grid(axes: Any, rows: Rows, mode: str) -> None:

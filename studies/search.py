@@ -44,10 +44,16 @@ def scenario(number: int) -> dict[str, Any]:
     budget = min(np.exp(rng.uniform(np.log(1e9), np.log(80e9))), float(gpu.usable_bytes))
     heads = rng.choice((1, 4, 8, 16, 32))
     asked: dict[str, Any] = {
-        "vram": int(budget), "gpu": gpu.key, "heads": heads, "head_dim": rng.choice((32, 64, 128)),
-        "kv_heads": rng.choice((None, max(heads // 4, 1))), "dtype": rng.choice(dtypes),
-        "mode": rng.choice(("inference", "training")), "causal": rng.random() < 0.5, "objective": objective,
-    }  # fmt: skip
+        "vram": int(budget),
+        "gpu": gpu.key,
+        "heads": heads,
+        "head_dim": rng.choice((32, 64, 128)),
+        "kv_heads": rng.choice((None, max(heads // 4, 1))),
+        "dtype": rng.choice(dtypes),
+        "mode": rng.choice(("inference", "training")),
+        "causal": rng.random() < 0.5,
+        "objective": objective,
+    }
     if objective != "seq":
         sizes = {name: asked[name] for name in ("heads", "head_dim", "kv_heads", "dtype")}
         token = Workload(seq=1, **sizes).floor * (2 if asked["mode"] == "training" else 1)
@@ -85,10 +91,19 @@ def gaps_table(rows: list[Row]) -> str:
     groups = [(name, list(group)) for name, group in groupby(ordered, key=lambda row: row["objective"])]
     return markdown(
         [_gaps(name, group) for name, group in [*groups, ("all", rows)]],
-        ["objective", "questions", "nothing fits", "answer worse than the grid's optimum by more than 1%",
-         "answer better, median", "answer better, most", "cold: within 5%", "cold: within 1%",
-         "cold: nothing found", "cold: better than the grid"],
-    )  # fmt: skip
+        [
+            "objective",
+            "questions",
+            "nothing fits",
+            "answer worse than the grid's optimum by more than 1%",
+            "answer better, median",
+            "answer better, most",
+            "cold: within 5%",
+            "cold: within 1%",
+            "cold: nothing found",
+            "cold: better than the grid",
+        ],
+    )
 
 
 def _gaps(name: str, rows: Sequence[Row]) -> list[str]:
@@ -188,10 +203,19 @@ def draw(figure: Any, rows: Rows) -> None:
     for share, names in ends.items():
         named(left, counts[-1], share, "\n".join(names), INK)
     left.axhline(100, color=INK, linewidth=1)
-    left.annotate("enumeration", (0.02, 100), xycoords=("axes fraction", "data"), xytext=(0, -12),
-                  textcoords="offset points")  # fmt: skip
-    left.set(xscale="log", xlabel="trials from a cold start", ylabel="questions within 5% of the optimum, %",
-             ylim=(-3, 105))  # fmt: skip
+    left.annotate(
+        "enumeration",
+        (0.02, 100),
+        xycoords=("axes fraction", "data"),
+        xytext=(0, -12),
+        textcoords="offset points",
+    )
+    left.set(
+        xscale="log",
+        xlabel="trials from a cold start",
+        ylabel="questions within 5% of the optimum, %",
+        ylim=(-3, 105),
+    )
     left.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     left.margins(x=0.2)
     left.grid(axis="y")
@@ -202,9 +226,13 @@ def draw(figure: Any, rows: Rows) -> None:
     right.set(xlabel="questions, %", ylabel=f"below the optimum, %, {_trials(rows)} trials", ylim=(-3, 105))
     right.grid(axis="y")
     close = _close(rows)
-    title(figure, "Random questions: how near Optuna alone comes to the optimum of the grid" if close is None
-          else f"Optuna alone comes within 5% of the grid's optimum in {close:.0%} of random questions",
-          "analytic models")  # fmt: skip
+    title(
+        figure,
+        "Random questions: how near Optuna alone comes to the optimum of the grid"
+        if close is None
+        else f"Optuna alone comes within 5% of the grid's optimum in {close:.0%} of random questions",
+        "analytic models",
+    )
 
 
 def _answered(rows: Rows) -> Rows:

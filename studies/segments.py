@@ -38,9 +38,11 @@ FIRST: Final = tuple(256 << power for power in range(9))
 QUICK_FIRST: Final = (256, 1024, 65_536)
 KEPT, BLOCK = 0.05, 128
 SERIES: Final = {
-    "dilated, one branch": (ORANGE, "^"), "dilated, three branches": (RED, "s"),
-    "dilated_sparse, one branch": (GREEN, "v"), "dilated_sparse, three branches": (BLUE, "o"),
-}  # fmt: skip
+    "dilated, one branch": (ORANGE, "^"),
+    "dilated, three branches": (RED, "s"),
+    "dilated_sparse, one branch": (GREEN, "v"),
+    "dilated_sparse, three branches": (BLUE, "o"),
+}
 """Colour and marker of each."""
 
 

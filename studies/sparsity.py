@@ -44,8 +44,10 @@ BLOCK: Final = 64
 FRACTIONS: Final = (0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 QUICK_FRACTIONS: Final = (0.01, 0.1, 1.0)
 SERIES: Final = {
-    "nearest blocks": (GREEN, "v"), "spread over rates 1, 4, 16": (BLUE, "o"), "adaptive": KINDS["adaptive"],
-}  # fmt: skip
+    "nearest blocks": (GREEN, "v"),
+    "spread over rates 1, 4, 16": (BLUE, "o"),
+    "adaptive": KINDS["adaptive"],
+}
 """Colour and marker of each."""
 DENSE: Final = "dense"
 
@@ -137,14 +139,17 @@ def draw(figure: Any, rows: Rows) -> None:
 
     panels = (
         Curves(
-            f"time, times dense attention's,\n{mine['on']} (line: predicted)", ratio["expected"],
-            ratio["measured"], log=True, rule=rule,
+            f"time, times dense attention's,\n{mine['on']} (line: predicted)",
+            ratio["expected"],
+            ratio["measured"],
+            log=True,
+            rule=rule,
         ),
         Curves(
             f"predicted time, times dense\nattention's, {card['on']}", ratio["planned"], log=True, rule=rule
         ),
         *five(rows)[2:],
-    )  # fmt: skip
+    )
     curves(figure, rows[1:], panels, along, SERIES)
     title(figure, f"Sparsity, blocks of {BLOCK}", f"{asked(mine)}; {asked(card)}; 8 heads x 64")
 
@@ -158,11 +163,13 @@ def said(rows: Rows) -> Said:
     tenth = next(row for row in rows[1:] if row["x"] == 0.1)
     memory = {
         adaptive: spread(
-            held(row[part]) for row in rows[1:] for part in ("here", "planned")
+            held(row[part])
+            for row in rows[1:]
+            for part in ("here", "planned")
             if (row["series"] == "adaptive") == adaptive
         )
         for adaptive in (False, True)
-    }  # fmt: skip
+    }
     matters = [
         name
         for name, figures in (

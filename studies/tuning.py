@@ -26,10 +26,17 @@ SCENARIOS: Final[tuple[Asked, ...]] = (
     {"vram": "48MB", "seq": 4096, "heads": 8, "head_dim": 64, "dtype": "float32"},
     {"vram": "48MB", "seq": 8192, "heads": 4, "head_dim": 128, "dtype": "bfloat16", "causal": True},
     {"vram": "64MB", "seq": 2048, "heads": 8, "head_dim": 64, "dtype": "bfloat16", "mode": "training"},
-    {"vram": "48MB", "seq": 4096, "heads": 4, "head_dim": 64, "dtype": "float32", "mode": "training",
-     "causal": True},
+    {
+        "vram": "48MB",
+        "seq": 4096,
+        "heads": 4,
+        "head_dim": 64,
+        "dtype": "float32",
+        "mode": "training",
+        "causal": True,
+    },
     {"vram": "32MB", "seq": 16_384, "heads": 2, "head_dim": 64, "dtype": "float16", "causal": True},
-)  # fmt: skip
+)
 """A trial takes tenths of a second; budgets leave room for some configs and not for others."""
 TRIALS: Final = 30
 QUICK: Final[Asked] = {"vram": "16MB", "seq": 512, "heads": 2, "head_dim": 64, "dtype": "float32"}
@@ -62,10 +69,14 @@ def scenario_row(asked: Asked, trials: int) -> Row:
 
 def _figures(trial: Trial) -> Row:
     return {
-        "number": trial.number, "attention": kind_of(trial.config), "outcome": trial.kind,
-        "seconds": trial.seconds, "predicted": trial.predicted, "allocated": trial.allocated,
+        "number": trial.number,
+        "attention": kind_of(trial.config),
+        "outcome": trial.kind,
+        "seconds": trial.seconds,
+        "predicted": trial.predicted,
+        "allocated": trial.allocated,
         "config": trial.config.model_dump(mode="json", exclude_defaults=True),
-    }  # fmt: skip
+    }
 
 
 def steps(scope: Scope) -> list[Step]:
@@ -78,21 +89,38 @@ def tuning_table(rows: Rows) -> str:
     """Each question: the pick and the fastest as measured, and what became of the trials."""
     return markdown(
         (_cells(row) for row in rows),
-        ["tokens", "asked", "models' pick", "measured", "predicted", "fastest", "measured", "times as fast",
-         "pick's rank", "ran", "did not run within the budget"],
-    )  # fmt: skip
+        [
+            "tokens",
+            "asked",
+            "models' pick",
+            "measured",
+            "predicted",
+            "fastest",
+            "measured",
+            "times as fast",
+            "pick's rank",
+            "ran",
+            "did not run within the budget",
+        ],
+    )
 
 
 def _cells(row: Row) -> list[str]:
     pick, best = row["analytic"], row["best"]
     failed = ", ".join(f"{count} {kind}" for kind, count in row["failed"].items())
     return [
-        f"{row['seq']:,}", row["sizes"], pick["attention"],
-        seconds(pick["seconds"]) if pick["seconds"] else pick["outcome"], seconds(pick["predicted"]),
-        best["attention"], seconds(best["seconds"]),
-        f"{row['speedup']:.2f}" if row["speedup"] else "", str(row["rank"] or ""), str(row["ran"]),
+        f"{row['seq']:,}",
+        row["sizes"],
+        pick["attention"],
+        seconds(pick["seconds"]) if pick["seconds"] else pick["outcome"],
+        seconds(pick["predicted"]),
+        best["attention"],
+        seconds(best["seconds"]),
+        f"{row['speedup']:.2f}" if row["speedup"] else "",
+        str(row["rank"] or ""),
+        str(row["ran"]),
         failed or "none",
-    ]  # fmt: skip
+    ]
 
 
 def speeds(row: Row) -> list[tuple[str, float]]:
@@ -118,8 +146,12 @@ def draw(figure: Any, rows: Rows) -> None:
         axes.scatter([], [], color=KINDS[kind][0], marker=KINDS[kind][1], s=34, label=kind)
     axes.set_yticks(range(len(rows)), [f"{row['seq']:,} tokens, {_task(row)}" for row in rows])
     least, most = min(speed for _, speed in found), max(speed for _, speed in found)
-    axes.set(xscale="log", xlabel="speed against the models' pick, measured (right of 1: faster)",
-             xlim=(least / 1.2, most * 1.2), ylim=(len(rows) - 0.5, -0.5))  # fmt: skip
+    axes.set(
+        xscale="log",
+        xlabel="speed against the models' pick, measured (right of 1: faster)",
+        xlim=(least / 1.2, most * 1.2),
+        ylim=(len(rows) - 0.5, -0.5),
+    )
     axes.set_xticks([tick for tick in TICKS if least / 1.2 < tick < most * 1.2])
     axes.set_xticks([], minor=True)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")

@@ -39,8 +39,12 @@ def configs() -> dict[str, AttentionConfig]:
 
     def sparse(ratio: float) -> AttentionConfig:
         pattern = SparsePatternConfig(sparsity_ratio=ratio, block_size=BLOCK)
-        return AttentionConfig(variant="block_sparse", pattern=pattern, segment_lengths=(2048, 4096, 8192),
-                               dilation_rates=(1, 2, 4))  # fmt: skip
+        return AttentionConfig(
+            variant="block_sparse",
+            pattern=pattern,
+            segment_lengths=(2048, 4096, 8192),
+            dilation_rates=(1, 2, 4),
+        )
 
     window = SparsePatternConfig(pattern_type="local_window", block_size=BLOCK, local_window_size=512)
     return {
@@ -51,8 +55,9 @@ def configs() -> dict[str, AttentionConfig]:
     }
 
 
-STYLES: Final = dict(zip(configs(), (KINDS["dense"], KINDS["dilated_sparse"], (BLUE, "o"), (RED, "D")),
-                         strict=True))  # fmt: skip
+STYLES: Final = dict(
+    zip(configs(), (KINDS["dense"], KINDS["dilated_sparse"], (BLUE, "o"), (RED, "D")), strict=True)
+)
 
 
 def stored_row(name: str, seq: int) -> Row:
@@ -114,12 +119,16 @@ def measured_table(rows: Rows) -> str:
     mine = [row for row in rows if row["part"] == "measured"]
     return markdown(
         (
-            [row["attention"], f"{row['seq']:,}", mib(row["allocated"]),
-             mib(row["cold"]) if row["cold"] else row["outcome"]]
+            [
+                row["attention"],
+                f"{row['seq']:,}",
+                mib(row["allocated"]),
+                mib(row["cold"]) if row["cold"] else row["outcome"],
+            ]
             for row in mine
         ),
         ["attention", "tokens", f"{place(mine[0])}, predicted MiB", "measured MiB"],
-    )  # fmt: skip
+    )
 
 
 def claims_table(rows: Rows) -> str:
@@ -127,15 +136,29 @@ def claims_table(rows: Rows) -> str:
     body = []
     for seq, size in SEEDS.items():
         row = stored(rows, SPARSE, seq)
-        body.append([
-            f"{seq:,}", mib(row["dense"]), f"{size}", f"{size * MIB / row['dense']:.1%}",
-            f"{blocks_a_row(row, size * MIB):.2f}", mib(row["rows"] * row["block_bytes"]), mib(row["stored"]),
-        ])  # fmt: skip
+        body.append(
+            [
+                f"{seq:,}",
+                mib(row["dense"]),
+                f"{size}",
+                f"{size * MIB / row['dense']:.1%}",
+                f"{blocks_a_row(row, size * MIB):.2f}",
+                mib(row["rows"] * row["block_bytes"]),
+                mib(row["stored"]),
+            ]
+        )
     return markdown(
         body,
-        ["tokens", "dense, MiB", "the seeds' blocks, MiB", "of dense", f"blocks of {BLOCK} a row",
-         "one block a row, MiB", f"{SPARSE}, here, MiB"],
-    )  # fmt: skip
+        [
+            "tokens",
+            "dense, MiB",
+            "the seeds' blocks, MiB",
+            "of dense",
+            f"blocks of {BLOCK} a row",
+            "one block a row, MiB",
+            f"{SPARSE}, here, MiB",
+        ],
+    )
 
 
 def stored(rows: Rows, attention: str, seq: int) -> Row:
@@ -173,8 +196,14 @@ def draw(figure: Any, rows: Rows) -> None:
     named(left, 8192, SEEDS[8192], "the seeds: 95% sparsity", INK, va="top")
     card = gpus.find(CARD).usable_bytes / MIB
     right.axhline(card, color=MUTED, linestyle="--", linewidth=1)
-    right.annotate(f"{place(rows[0])}, {card / 1024:.1f} GiB", (0.02, card), xytext=(0, 4), color=MUTED,
-                   xycoords=("axes fraction", "data"), textcoords="offset points")  # fmt: skip
+    right.annotate(
+        f"{place(rows[0])}, {card / 1024:.1f} GiB",
+        (0.02, card),
+        xytext=(0, 4),
+        color=MUTED,
+        xycoords=("axes fraction", "data"),
+        textcoords="offset points",
+    )
     left.set(ylabel="memory", title="weights and their indices")
     right.set_title(f"the whole call: lines predicted, {place(rows[0])};\ndots measured, {place(rows[-1])}")
     for axes in (left, right):
@@ -185,8 +214,11 @@ def draw(figure: Any, rows: Rows) -> None:
     left.minorticks_off()
     seq = LENGTHS[-1]
     row = stored(rows, SPARSE, seq)
-    title(figure, f"Weights as active blocks: {row['stored'] / row['dense']:.1%} of dense at {seq:,} tokens",
-          f"{SPARSE}; 8 heads, float16")  # fmt: skip
+    title(
+        figure,
+        f"Weights as active blocks: {row['stored'] / row['dense']:.1%} of dense at {seq:,} tokens",
+        f"{SPARSE}; 8 heads, float16",
+    )
 
 
 def said(rows: Rows) -> Said:

@@ -88,9 +88,15 @@ def unmeasured(config, workload):
     """Stands for a run, where this machine's models recommend another config than those that were tried."""
     place = Environment(python="3", system="Linux", settings={}, date="2026-01-01T00:00:00+00:00")
     return Measurement(
-        config=config, workload=workload, device="cpu", kind="ok", runs=1, environment=place,
-        seconds=10.0, allocated=1 << 20,
-    )  # fmt: skip
+        config=config,
+        workload=workload,
+        device="cpu",
+        kind="ok",
+        runs=1,
+        environment=place,
+        seconds=10.0,
+        allocated=1 << 20,
+    )
 
 
 def went_on(storage: str) -> None:

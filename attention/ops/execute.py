@@ -82,9 +82,16 @@ class _Pass:
         span, keys = call.queries[0], call.keys
         gathers = isinstance(keys, Gather)
         own = Kind(
-            call.kind, span.heads, span.batch, span.length, keys.length, keys.unit, gathers,
-            step=None if isinstance(keys, Gather) else keys.batch_step, largest=(span.batch, keys.length),
-        )  # fmt: skip
+            call.kind,
+            span.heads,
+            span.batch,
+            span.length,
+            keys.length,
+            keys.unit,
+            gathers,
+            step=None if isinstance(keys, Gather) else keys.batch_step,
+            largest=(span.batch, keys.length),
+        )
         return cut(own, self.shape)
 
     def bias(self, call: Call, span: Span, keys: Fetched, begin: int = 0) -> dict[str, Any]:
@@ -134,9 +141,14 @@ class _Column(NamedTuple):
 
 
 def _begun(
-    problem: Problem, shape: Shape, extent: Extent, sizes: dict[str, int], other: int, dtype: torch.dtype,
+    problem: Problem,
+    shape: Shape,
+    extent: Extent,
+    sizes: dict[str, int],
+    other: int,
+    dtype: torch.dtype,
     device: torch.device,
-) -> _Pass:  # fmt: skip
+) -> _Pass:
     """A pass; `other`: bytes that the training step's other pass reserves."""
     key = (*extent.mask, dtype, device)
     mask = problem.buffers.masks.get(key, lambda: causal_mask(*key)) if extent.mask[1] else None
@@ -411,10 +423,16 @@ def _add_gradients(column: _Column, span: Span, target: Tensor, item: _BackwardI
         args = [in_wide(name, view(span, x)[n]) for name, x in sources]
         for c in _slices(length, width):
             dq, dk, dv = kernels.backward(
-                args[0], args[1], in_wide("wide k", keys.k[n, :, c]), in_wide("wide v", keys.v[n, :, c]),
-                args[2], lse_rows[n], scale=begun.problem.scale, causal=mask.get("causal", False),
+                args[0],
+                args[1],
+                in_wide("wide k", keys.k[n, :, c]),
+                in_wide("wide v", keys.v[n, :, c]),
+                args[2],
+                lse_rows[n],
+                scale=begun.problem.scale,
+                causal=mask.get("causal", False),
                 bias=None if bias is None else bias[n, ..., c],
-            )  # fmt: skip
+            )
             target[n].add_(dq)
             sink.add(Part(n, slice(None), c, dk, dv))
             del dq, dk, dv  # before the next piece's are made

@@ -68,9 +68,13 @@ def compiled() -> Any:
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float) -> Tensor:
     """out [B, S, H, D]; differentiable by FlexAttention's own backward."""
     out = compiled()(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
-        block_mask=mask, scale=scale, enable_gqa=q.shape[2] != k.shape[2],
-    )  # fmt: skip
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        block_mask=mask,
+        scale=scale,
+        enable_gqa=q.shape[2] != k.shape[2],
+    )
     return out.transpose(1, 2)  # type: ignore[no-any-return]
 
 

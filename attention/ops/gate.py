@@ -34,9 +34,16 @@ class Gate(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, out: Tensor, scores: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor,
-        blocks: Tensor, gating: Gating,
-    ) -> Tensor:  # fmt: skip
+        ctx: Any,
+        out: Tensor,
+        scores: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lse: Tensor,
+        blocks: Tensor,
+        gating: Gating,
+    ) -> Tensor:
         ctx.save_for_backward(out, q, k, v, lse, blocks)
         ctx.gating, ctx.buffers, ctx.dtype = gating, gating.buffers, scores.dtype
         return out.view_as(out)
@@ -53,9 +60,14 @@ class Gate(torch.autograd.Function):
                 for h in range(q.shape[2]):
                     g = h * k.shape[2] // q.shape[2]
                     head = _Head(
-                        grad[b, :, h], out[b, :, h], q[b, :, h], k[b, :, g], v[b, :, g],
-                        lse[b, :, h], blocks[b, h],
-                    )  # fmt: skip
+                        grad[b, :, h],
+                        out[b, :, h],
+                        q[b, :, h],
+                        k[b, :, g],
+                        v[b, :, g],
+                        lse[b, :, h],
+                        blocks[b, h],
+                    )
                     work.head(head, of_scores[b, h])
         return grad, of_scores, *[None] * 6
 

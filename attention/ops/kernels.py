@@ -99,9 +99,17 @@ def forward(
 
 
 def backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *,
-    scale: float, causal: bool = False, bias: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    scale: float,
+    causal: bool = False,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) of the part that attends q to k, for out and lse of the whole row."""
     kernel, dim = choose(q, bias is not None), q.shape[-1]
     if kernel in ALIGNED and dim % CHANNELS:
@@ -117,15 +125,39 @@ def backward(
         case "flash":
             rng = torch.zeros(2, dtype=torch.uint64, device=q.device)
             return aten._scaled_dot_product_flash_attention_backward(  # type: ignore[no-any-return]
-                grad, q, k, v, out, lse.contiguous(), None, None, q.shape[2], k.shape[2],
-                0.0, causal, rng, rng[:0], scale=scale,
-            )  # fmt: skip
+                grad,
+                q,
+                k,
+                v,
+                out,
+                lse.contiguous(),
+                None,
+                None,
+                q.shape[2],
+                k.shape[2],
+                0.0,
+                causal,
+                rng,
+                rng[:0],
+                scale=scale,
+            )
         case "efficient":
             rng = torch.zeros((), dtype=torch.int64, device=q.device)
             return aten._scaled_dot_product_efficient_attention_backward(  # type: ignore[no-any-return]
-                grad, q, k, v, None if bias is None else _aligned(bias, q, k), out, _padded(lse),
-                rng, rng, 0.0, [True, True, True, False], causal, scale=scale,
-            )[:3]  # fmt: skip
+                grad,
+                q,
+                k,
+                v,
+                None if bias is None else _aligned(bias, q, k),
+                out,
+                _padded(lse),
+                rng,
+                rng,
+                0.0,
+                [True, True, True, False],
+                causal,
+                scale=scale,
+            )[:3]
         case _:
             return _plain_backward(grad, q, k, v, out, lse, scale, causal, bias)
 
@@ -173,9 +205,16 @@ def _plain(
 
 
 def _plain_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    scale: float, causal: bool, bias: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    causal: bool,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
     weights = (_scores(q, k, scale, causal, bias) - lse[..., None]).exp_()
     delta = (grad * out).sum(-1, keepdim=True)
     scores = weights * (grad @ v.transpose(-1, -2) - delta) * scale

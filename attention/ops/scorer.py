@@ -102,9 +102,14 @@ class Scoring:
             chosen[:, rows].copy_(ascending)
 
     def learn(
-        self, grad: Tensor, blocks: Tensor, queries: Tensor, keys: Tensor, query_gradient: Tensor,
+        self,
+        grad: Tensor,
+        blocks: Tensor,
+        queries: Tensor,
+        keys: Tensor,
+        query_gradient: Tensor,
         key_gradient: Tensor,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Adds to the gradients [H, D, E] of the projections what follows from grad [H, n, kept] of the
         scores of blocks [H, n, kept]; after `projected`, with key means in a buffer of their own."""
         heads, rows_all, kept = blocks.shape
@@ -132,9 +137,16 @@ class ChosenScores(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query_weight: Tensor, key_weight: Tensor, q: Tensor, k: Tensor, blocks: Tensor,
-        shape: Shape, sizes: Scorer, buffers: Buffers,
-    ) -> Tensor:  # fmt: skip
+        ctx: Any,
+        query_weight: Tensor,
+        key_weight: Tensor,
+        q: Tensor,
+        k: Tensor,
+        blocks: Tensor,
+        shape: Shape,
+        sizes: Scorer,
+        buffers: Buffers,
+    ) -> Tensor:
         ctx.save_for_backward(query_weight, key_weight, q, k, blocks)
         ctx.shape, ctx.sizes, ctx.buffers = shape, sizes, buffers
         return q.new_zeros((), dtype=scoring_dtype(query_weight, q)).expand(blocks.shape)
@@ -151,9 +163,11 @@ class ChosenScores(torch.autograd.Function):
             for b in range(len(q)):
                 # No name for what lies in the scratch: it would outlive it.
                 scoring.learn(
-                    grad[b], blocks[b],
-                    *scoring.projected(q[b], k[b], query_weight, key_weight, "key means"), *gradients,
-                )  # fmt: skip
+                    grad[b],
+                    blocks[b],
+                    *scoring.projected(q[b], k[b], query_weight, key_weight, "key means"),
+                    *gradients,
+                )
         of_queries, of_keys = (x.to(query_weight.dtype) for x in gradients)
         return of_queries, of_keys, *[None] * 6
 

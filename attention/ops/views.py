@@ -56,9 +56,13 @@ def listed(keys: Gather, k: Tensor) -> Listed:
 
 
 def fetch(
-    keys: Span | Gather, k: Tensor, v: Tensor, scratch: Scratch, listing: Listed | None = None,
+    keys: Span | Gather,
+    k: Tensor,
+    v: Tensor,
+    scratch: Scratch,
+    listing: Listed | None = None,
     dtype: torch.dtype | None = None,
-) -> Fetched:  # fmt: skip
+) -> Fetched:
     """The call's keys and values; good until the next gather is fetched into the same scratch. `listing`:
     what a gather lists, where that is known. `dtype`: of the mask, if not theirs."""
     if isinstance(keys, Span):

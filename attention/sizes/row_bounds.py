@@ -11,17 +11,7 @@ from functools import reduce
 from typing import NamedTuple
 
 from attention.config import AttentionConfig, PatternType
-from attention.sizes.arrays import (
-    Count,
-    any_of,
-    ceil_div,
-    each,
-    lcm,
-    maximum,
-    minimum,
-    row_blocks,
-    where,
-)
+from attention.sizes.arrays import Count, any_of, ceil_div, each, lcm, maximum, minimum, row_blocks, where
 from attention.sizes.window import window_blocks
 
 
@@ -60,16 +50,30 @@ def rows_of(config: AttentionConfig, seq: int, causal: bool) -> Rows:
         blocks = ceil_div(seq, pattern.block_size)
         return chosen_rows(pattern.block_size, row_blocks(pattern.sparsity_ratio, blocks))
     return pattern_rows(
-        pattern.pattern_type, pattern.block_size, seq, causal, window=pattern.local_window_size,
-        global_tokens=pattern.global_tokens, ratio=pattern.sparsity_ratio,
-        lengths=config.segment_lengths, rates=config.dilation_rates,
-    )  # fmt: skip
+        pattern.pattern_type,
+        pattern.block_size,
+        seq,
+        causal,
+        window=pattern.local_window_size,
+        global_tokens=pattern.global_tokens,
+        ratio=pattern.sparsity_ratio,
+        lengths=config.segment_lengths,
+        rates=config.dilation_rates,
+    )
 
 
 def pattern_rows(
-    kind: PatternType | None, size: Count, seq: Count, causal: bool, *, window: Count, global_tokens: Count,
-    ratio: float, lengths: Sequence[Count], rates: Sequence[Count],
-) -> Rows:  # fmt: skip
+    kind: PatternType | None,
+    size: Count,
+    seq: Count,
+    causal: bool,
+    *,
+    window: Count,
+    global_tokens: Count,
+    ratio: float,
+    lengths: Sequence[Count],
+    rates: Sequence[Count],
+) -> Rows:
     """The widest rows of a block_sparse pattern from its fields, of which its kind reads its own. Lengths are
     in tokens."""
     blocks = ceil_div(seq, size)
@@ -122,9 +126,14 @@ def window_rows(size: Count, blocks: Count, window: Count, global_tokens: Count,
 
 
 def dilated_sparse_rows(
-    size: Count, blocks: Count, budget: Count, lengths: Sequence[Count], rates: Sequence[Count], causal: bool,
+    size: Count,
+    blocks: Count,
+    budget: Count,
+    lengths: Sequence[Count],
+    rates: Sequence[Count],
+    causal: bool,
     short: Count,
-) -> Rows:  # fmt: skip
+) -> Rows:
     """The widest rows of dilated_sparse; lengths and rates of the branches are in blocks. `short`: whether
     the last block is."""
     lengths = [minimum(length, blocks) for length in lengths]
@@ -155,9 +164,14 @@ def dilated_sparse_rows(
     steps = (widest - 1) * (1 if causal else 2)
     along = (minimum(steps, (length - 1) // rate) for length, rate in zip(lengths, rates, strict=True))
     return Rows(
-        size, widest * near, widest * (1 - near), full * (1 - near), alike * near, (widest < longest) * near,
+        size,
+        widest * near,
+        widest * (1 - near),
+        full * (1 - near),
+        alike * near,
+        (widest < longest) * near,
         seen=minimum(sum(along, 1), blocks),
-    )  # fmt: skip
+    )
 
 
 def _alone(length: Count, rate: Count, blocks: Count) -> Count:

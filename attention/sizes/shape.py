@@ -193,8 +193,9 @@ class Shape(NamedTuple):
         """Keys of overlapping views that backward works on at a time: views begin within half a column."""
         return maximum(self.column_tokens // 2, 1)
 
-    def piece(self, heads: Count, views: Count, queries: Count, keys: Count, unit: Count = 1,
-              whole: bool = False) -> tuple[Count, Count]:  # fmt: skip
+    def piece(
+        self, heads: Count, views: Count, queries: Count, keys: Count, unit: Count = 1, whole: bool = False
+    ) -> tuple[Count, Count]:
         """(views, keys) of a call that the backward kernel is given at once. Keys are cut if their dk
         and dv are more than `piece_rows`, unless they must stay `whole`; views are taken together as far
         as what the kernel returns is no more than two chunks."""

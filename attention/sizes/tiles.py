@@ -12,17 +12,7 @@ from functools import lru_cache
 from math import gcd
 from typing import NamedTuple
 
-from attention.sizes.arrays import (
-    Count,
-    any_of,
-    ceil_div,
-    each,
-    lcm,
-    maximum,
-    minimum,
-    up,
-    where,
-)
+from attention.sizes.arrays import Count, any_of, ceil_div, each, lcm, maximum, minimum, up, where
 from attention.sizes.row_bounds import Rows
 from attention.sizes.shape import Shape
 
@@ -136,11 +126,23 @@ def _sparse(rows: Rows, shape: Shape) -> _Sparse:
         longest = _longest(minimum(rows.span, shape.full_blocks(size)), masked, shape.seq, size)
     few, listed = shape.pack_tokens(views), shape.list_blocks(rows)
     return _Sparse(
-        rows=rows, shape=shape, together=together, queries=minimum(size, shape.seq),
-        tile=minimum(together * size, shape.seq), wide=shape.goes_wide(rows), short=shape.seq % size,
-        masked=masked, cut=cut, keys=keys, views=views, longest=longest, few=few,
-        split=maximum(cut, (few < longest) * 1), listed=listed, list_split=(listed < rows.lists) * 1,
-    )  # fmt: skip
+        rows=rows,
+        shape=shape,
+        together=together,
+        queries=minimum(size, shape.seq),
+        tile=minimum(together * size, shape.seq),
+        wide=shape.goes_wide(rows),
+        short=shape.seq % size,
+        masked=masked,
+        cut=cut,
+        keys=keys,
+        views=views,
+        longest=longest,
+        few=few,
+        split=maximum(cut, (few < longest) * 1),
+        listed=listed,
+        list_split=(listed < rows.lists) * 1,
+    )
 
 
 def sparse_extent(rows: Rows, shape: Shape) -> Extent:
@@ -172,7 +174,7 @@ def _single(common: _Sparse) -> Kind:
         "view", heads=shape.kv_heads, views=1, queries=common.queries,
         keys=minimum(common.longest, shape.pack_tokens(1)), exists=common.adjacent, dense=common.dense,
         masked=common.masks, later=common.queries * common.split,
-    )  # fmt: skip
+    )  # a row for each kind  # fmt: skip
 
 
 def _last_single(common: _Sparse, single: Kind) -> Kind:
@@ -183,9 +185,12 @@ def _last_single(common: _Sparse, single: Kind) -> Kind:
     if shape.causal:
         keys = _longest(rows.span, common.masked, shape.seq, rows.size)
     return single._replace(
-        name="last view", queries=maximum(short, 1), keys=minimum(keys, shape.pack_tokens(1)),
-        exists=common.adjacent * (short > 0) * shape.causal, later=short * common.split,
-    )  # fmt: skip
+        name="last view",
+        queries=maximum(short, 1),
+        keys=minimum(keys, shape.pack_tokens(1)),
+        exists=common.adjacent * (short > 0) * shape.causal,
+        later=short * common.split,
+    )
 
 
 def _overlapping(common: _Sparse, single: Kind) -> Kind:
@@ -193,9 +198,13 @@ def _overlapping(common: _Sparse, single: Kind) -> Kind:
     may take more than one of them (`Shape.span_rows`)."""
     views = common.views
     return single._replace(
-        name="views", views=views, keys=minimum(common.longest, common.few), step=common.rows.size,
-        exists=common.adjacent * (views > 1), later=views * common.queries * common.split,
-    )  # fmt: skip
+        name="views",
+        views=views,
+        keys=minimum(common.longest, common.few),
+        step=common.rows.size,
+        exists=common.adjacent * (views > 1),
+        later=views * common.queries * common.split,
+    )
 
 
 def _long(common: _Sparse) -> Kind:
@@ -209,10 +218,15 @@ def _long(common: _Sparse) -> Kind:
     halves = where(wide, minimum(ceil_div(common.together, 2) * rows.size, tile), 0)
     too_long = (limit < common.keys) * queries
     return Kind(
-        "long view", heads=shape.kv_heads, views=1, queries=queries, keys=minimum(common.keys, limit),
-        exists=common.adjacent * ((rows.alike > 1) | (wide > 0)), dense=common.dense,
+        "long view",
+        heads=shape.kv_heads,
+        views=1,
+        queries=queries,
+        keys=minimum(common.keys, limit),
+        exists=common.adjacent * ((rows.alike > 1) | (wide > 0)),
+        dense=common.dense,
         later=maximum(halves, too_long),
-    )  # fmt: skip
+    )
 
 
 def _lists(common: _Sparse) -> Kind:
@@ -228,13 +242,21 @@ def _lists(common: _Sparse) -> Kind:
     # Without a causal mask what is added hides the end of the sequence, for each view.
     hidden = views * common.queries * (shape.heads if rows.own else 1) * (common.short > 0)
     return Kind(
-        "lists", heads=shape.heads if rows.own else shape.kv_heads, views=views, queries=common.queries,
-        keys=minimum(listed, maximum(wanted, 1), full) * rows.size, unit=rows.size, gathers=True,
+        "lists",
+        heads=shape.heads if rows.own else shape.kv_heads,
+        views=views,
+        queries=common.queries,
+        keys=minimum(listed, maximum(wanted, 1), full) * rows.size,
+        unit=rows.size,
+        gathers=True,
         exists=(rows.lists > 0) * maximum((masked > 0) * 1, (rows.lists > 1) * 1, 1 - shape.causal),
-        dense=1 if rows.own else common.dense, masked=common.masks if shape.causal else hidden,
-        own=rows.own, moves=rows.moves, largest=(common.together, minimum(listed, full) * rows.size),
+        dense=1 if rows.own else common.dense,
+        masked=common.masks if shape.causal else hidden,
+        own=rows.own,
+        moves=rows.moves,
+        largest=(common.together, minimum(listed, full) * rows.size),
         later=views * common.queries * maximum(common.cut, common.list_split),
-    )  # fmt: skip
+    )
 
 
 def _last_lists(common: _Sparse, lists: Kind) -> Kind:
@@ -243,10 +265,12 @@ def _last_lists(common: _Sparse, lists: Kind) -> Kind:
     rows, shape, short = common.rows, common.shape, common.short
     wanted = _split(rows.lists, common.masked) if shape.causal else rows.lists
     return lists._replace(
-        name="last list", views=1, queries=maximum(short, 1),
+        name="last list",
+        views=1,
+        queries=maximum(short, 1),
         keys=minimum(common.listed, maximum(wanted, 1)) * rows.size,
         exists=lists.exists * (short > 0) * shape.causal,
-    )  # fmt: skip
+    )
 
 
 def _own_blocks(common: _Sparse) -> Kind:
@@ -255,10 +279,16 @@ def _own_blocks(common: _Sparse) -> Kind:
     shape, wide, queries = common.shape, common.wide, common.queries
     exists = maximum((common.masked == 0) * 1, wide) if shape.causal else 0 * common.keys
     return Kind(
-        "own blocks", heads=shape.kv_heads,
-        views=where(maximum(wide, common.rows.lists > 0), common.together, common.views), queries=queries,
-        keys=queries, whole=True, exists=exists, dense=common.dense, later=common.tile * wide,
-    )  # fmt: skip
+        "own blocks",
+        heads=shape.kv_heads,
+        views=where(maximum(wide, common.rows.lists > 0), common.together, common.views),
+        queries=queries,
+        keys=queries,
+        whole=True,
+        exists=exists,
+        dense=common.dense,
+        later=common.tile * wide,
+    )
 
 
 def _split(blocks: Count, masked: Count) -> Count:
@@ -291,9 +321,14 @@ def dilated_extent(branches: Sequence[tuple[Count, Count]], shape: Shape) -> Ext
         keys = ceil_div(minimum(length, shape.seq), rate)
         cut = (tile % length != 0) * (tile < shape.seq)
         kind = Kind(
-            branch_kind(order), ceil_div(shape.heads, period), views, queries, keys,
-            dense=(period == 1) * 1, later=views * queries * (order > 0),
-        )  # fmt: skip
+            branch_kind(order),
+            ceil_div(shape.heads, period),
+            views,
+            queries,
+            keys,
+            dense=(period == 1) * 1,
+            later=views * queries * (order > 0),
+        )
         if shape.causal:
             # A segment's part in a tile, and its keys before.
             merges = maximum(merges, cut)
@@ -307,14 +342,19 @@ def dilated_extent(branches: Sequence[tuple[Count, Count]], shape: Shape) -> Ext
                 before, inner = each(_before, uneven, (before, inner), length, tile, shape.seq)
             behind, part = ceil_div(before, rate), minimum(queries, maximum(ceil_div(inner, rate), 1))
             kind = kind._replace(
-                name=branch_kind(order, before=True), views=1, queries=part, keys=maximum(behind, 1),
-                later=part, exists=cut * where(even, (tiles > 1) * 1, 1),
-            )  # fmt: skip
+                name=branch_kind(order, before=True),
+                views=1,
+                queries=part,
+                keys=maximum(behind, 1),
+                later=part,
+                exists=cut * where(even, (tiles > 1) * 1, 1),
+            )
             tail = kind._replace(
-                name=f"branch {order + 1}, last before", queries=maximum(ceil_div(shape.seq % tile, rate), 1),
+                name=f"branch {order + 1}, last before",
+                queries=maximum(ceil_div(shape.seq % tile, rate), 1),
                 keys=maximum(ceil_div(last, rate), 1),
                 exists=cut * even * (shape.seq % tile > 0) * (last > 0),
-            )  # fmt: skip
+            )
             kinds.append(_cut(tail._replace(later=tail.queries), shape, inside))
         merges = maximum(merges, (shape.pack_tokens(1) < kind.keys) * (1 - inside) * kind.exists)
         kinds.append(_cut(kind, shape, inside))

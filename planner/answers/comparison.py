@@ -83,12 +83,16 @@ def compare(a: Side, b: Side) -> Comparison:
     names = [name for name in (*COMPONENTS, "rounding") if one.get(name) or two.get(name)]
     ours, theirs = _flat(a.estimate), _flat(b.estimate)
     return Comparison(
-        a, b,
-        {name: (ours.get(name), theirs.get(name)) for name in dict.fromkeys([*ours, *theirs])
-         if ours.get(name) != theirs.get(name)},
+        a,
+        b,
+        {
+            name: (ours.get(name), theirs.get(name))
+            for name in dict.fromkeys([*ours, *theirs])
+            if ours.get(name) != theirs.get(name)
+        },
         {name: (one.get(name, 0), two.get(name, 0)) for name in names},
         _buffers(a.estimate, b.estimate),
-    )  # fmt: skip
+    )
 
 
 def _shares(found: MemoryEstimate) -> dict[str, int]:

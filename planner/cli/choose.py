@@ -72,10 +72,20 @@ def recommend(
     try:
         with waits:
             found = choose(
-                card.budget, seq, objective=objective, gpu=card.device, space=space, trials=trials,
-                sampler=sampler, seed=seed, storage=storage, study=study,  # type: ignore[arg-type]
-                **gates, **asked, **card.options,
-            )  # fmt: skip
+                card.budget,
+                seq,
+                objective=objective,
+                gpu=card.device,
+                space=space,
+                trials=trials,
+                sampler=sampler,  # type: ignore[arg-type]
+                seed=seed,
+                storage=storage,
+                study=study,
+                **gates,
+                **asked,
+                **card.options,
+            )
     except NothingFitsError as error:
         say(str(error))
         return NOTHING_FITS
@@ -157,11 +167,23 @@ def tune(
 
     try:
         found = run(
-            vram, seq, device=device, trials=trials, timeout=timeout, runs=runs, sampler=sampler,  # type: ignore[arg-type]
-            seed=seed, storage=storage, study=study, records=append, learn=learn,
+            vram,
+            seq,
+            device=device,
+            trials=trials,
+            timeout=timeout,
+            runs=runs,
+            sampler=sampler,  # type: ignore[arg-type]
+            seed=seed,
+            storage=storage,
+            study=study,
+            records=append,
+            learn=learn,
             progress=lambda now: say(said(now)) if now.last is not None else None,
-            space=space, **gates, **sizes.model_dump(exclude={"seq", "weights"}),
-        )  # fmt: skip
+            space=space,
+            **gates,
+            **sizes.model_dump(exclude={"seq", "weights"}),
+        )
     except NothingFitsError as error:
         say(str(error))
         return NOTHING_FITS

@@ -58,10 +58,16 @@ def build_workload(
 ) -> Workload:
     """The workload that these options describe; what they leave open is the file's, where it has one."""
     options: dict[str, Any] = {
-        "batch": batch, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "dtype": dtype,
-        "mode": mode, "causal": causal, "weights": weights,
+        "batch": batch,
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "dtype": dtype,
+        "mode": mode,
+        "causal": causal,
+        "weights": weights,
         "seq": None if seq is None else parse_count(seq, "--seq"),
-    }  # fmt: skip
+    }
     given = {name: value for name, value in options.items() if value is not None}
     given = {**known_workload(config), **given}
     if "seq" not in given:

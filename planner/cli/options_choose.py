@@ -85,9 +85,14 @@ def build_conditions(
 
         known = measured(profile_from, bool(causal))
     return Conditions(
-        {"reserve": reserve, "layers": layers or None, "min_mass": min_mass or None,
-         "max_seconds": max_seconds, "profile": known}
-    )  # fmt: skip
+        {
+            "reserve": reserve,
+            "layers": layers or None,
+            "min_mass": min_mass or None,
+            "max_seconds": max_seconds,
+            "profile": known,
+        }
+    )
 
 
 Allowed = NewType("Allowed", "Space")

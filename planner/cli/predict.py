@@ -10,13 +10,7 @@ import typer
 
 from attention.config import AttentionConfig
 from attention.errors import ConfigError
-from planner.cli.app import (
-    DONE,
-    NOTHING_FITS,
-    command,
-    ink,
-    print_data,
-)
+from planner.cli.app import DONE, NOTHING_FITS, command, ink, print_data
 from planner.cli.options import AnyLength, Format, Given, Place, Sizes, flags, say
 from planner.units import parse_bytes, parse_count
 from planner.workload import Workload

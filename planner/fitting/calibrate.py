@@ -47,9 +47,15 @@ REPETITIONS: Final = 9
 
 
 def calibrated(
-    device: Device, *, seed: int, runs: int, progress: OnStep | None, path: str | Path | None,
-    threads: int | None, speed: bool,
-) -> Calibration:  # fmt: skip
+    device: Device,
+    *,
+    seed: int,
+    runs: int,
+    progress: OnStep | None,
+    path: str | Path | None,
+    threads: int | None,
+    speed: bool,
+) -> Calibration:
     """What `planner.calibrate` returns, and saves."""
     fitted, held_out = plan_runs(device, seed, runs)
     from planner.measuring.server import Batch
@@ -76,9 +82,12 @@ def calibrated(
         progress(total, total, "done")
     command = f"planner calibrate --device {device} --runs {runs} --seed {seed}"
     found = calibration_of(
-        key, start, measured[: len(fitted)], measured[len(fitted) :],
+        key,
+        start,
+        measured[: len(fitted)],
+        measured[len(fitted) :],
         command + (f" --threads {threads}" if threads else "") + ("" if speed else " --no-speed"),
-    )  # fmt: skip
+    )
     if any(m.kind == "ok" for m in seconds[: len(timed)]):
         from planner.fitting.speed import speed_fit
 
@@ -97,9 +106,14 @@ def _timed_runs(device: Device, seed: int) -> tuple[list[Sample], list[Sample]]:
 
 
 def _measured(
-    device: Device, batch: Batch, samples: Sequence[Sample], known: RecordedRuns, kept: Path,
-    steps: tuple[int, int], progress: OnStep | None,
-) -> list[Measurement]:  # fmt: skip
+    device: Device,
+    batch: Batch,
+    samples: Sequence[Sample],
+    known: RecordedRuns,
+    kept: Path,
+    steps: tuple[int, int],
+    progress: OnStep | None,
+) -> list[Measurement]:
     """A measurement of each sample, made now and kept if there is none. `steps`: (done before, of all)."""
     from planner.measuring import records
 
@@ -247,10 +261,19 @@ def predicted(measurement: Measurement, key: str, context: int | None) -> int:
 
 def _nothing_known(torch: str | None) -> Calibration:
     return Calibration(
-        device="", name="", capability=None, torch=torch or "", threads=None, date="", command="",
-        terms=Terms(), fitted=1, fitted_longest=1, errors=(0.0,),
+        device="",
+        name="",
+        capability=None,
+        torch=torch or "",
+        threads=None,
+        date="",
+        command="",
+        terms=Terms(),
+        fitted=1,
+        fitted_longest=1,
+        errors=(0.0,),
         domain=Domain(variants=(), dtypes=(), modes=(), longest=1),
-    )  # fmt: skip
+    )
 
 
 def _whole(measurements: Iterable[Measurement]) -> list[Measurement]:

@@ -162,9 +162,12 @@ def _sample(rng: random.Random, kind: SampleKind, seq: int) -> Sample:
     parts = _attention(rng, base, seq, sizes)
     if kind == "multihead":
         parts["multihead"] = MultiheadConfig(
-            embed_dim=sizes["heads"] * sizes["head_dim"], num_heads=sizes["heads"], kv_heads=kv_heads,
-            bias=rng.random() < 0.5, checkpoint=rng.random() < 0.2,
-        )  # fmt: skip
+            embed_dim=sizes["heads"] * sizes["head_dim"],
+            num_heads=sizes["heads"],
+            kv_heads=kv_heads,
+            bias=rng.random() < 0.5,
+            checkpoint=rng.random() < 0.2,
+        )
     workload = Workload(
         seq=seq,
         batch=rng.choice((1, 1, 2, 3)),
@@ -200,9 +203,11 @@ def _attention(rng: random.Random, kind: SampleKind, seq: int, sizes: dict[str, 
         lengths, rates = _branches(rng, rng.choice((64, 256, 1000, 1024, 2048)), seq)
         covered = 1 in rates
         return {
-            "variant": "dilated", "segment_lengths": lengths, "dilation_rates": rates,
+            "variant": "dilated",
+            "segment_lengths": lengths,
+            "dilation_rates": rates,
             "uncovered": "refuse" if covered else "zero",
-        }  # fmt: skip
+        }
     block = rng.choice((16, 32, 64, 64, 128, 128, 256))
     if kind == "adaptive":
         pattern = SparsePatternConfig(block_size=block, sparsity_ratio=_ratio(rng))

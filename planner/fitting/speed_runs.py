@@ -62,10 +62,15 @@ def workload_of(rng: random.Random, dtype: Dtype, mode: Mode, seq: int = SHORTES
     """A workload of drawn heads and channels."""
     heads = rng.choice((1, 2, 4, 8, 8, 12, 16))
     return Workload(
-        seq=seq, batch=rng.choice((1, 1, 1, 2)), heads=heads,
-        kv_heads=rng.choice((None, None, None, max(heads // 4, 1))), head_dim=rng.choice((32, 64, 64, 128)),
-        dtype=dtype, mode=mode, causal=rng.random() < 0.4,
-    )  # fmt: skip
+        seq=seq,
+        batch=rng.choice((1, 1, 1, 2)),
+        heads=heads,
+        kv_heads=rng.choice((None, None, None, max(heads // 4, 1))),
+        head_dim=rng.choice((32, 64, 64, 128)),
+        dtype=dtype,
+        mode=mode,
+        causal=rng.random() < 0.4,
+    )
 
 
 def config_of(rng: random.Random, kind: str, workload: Workload) -> AttentionConfig:

@@ -50,9 +50,13 @@ def run(task: str, timeout: float) -> Ended:
         handed = above_standard(answer.fileno())
         try:
             process = subprocess.Popen(
-                command("main", handed), stdin=subprocess.PIPE, stdout=log, stderr=log, pass_fds=(handed,),
+                command("main", handed),
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                pass_fds=(handed,),
                 start_new_session=True,
-            )  # fmt: skip
+            )
         finally:
             os.close(handed)
         timed_out = False

@@ -38,18 +38,28 @@ class Batch:
     """Measures one run after the other; a context manager, whose end ends the server."""
 
     def __init__(
-        self, device: Device = "cpu", *, timeout: float = 120, runs: int = 1, threads: int | None = None,
-        memory: bool = True, reference: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        device: Device = "cpu",
+        *,
+        timeout: float = 120,
+        runs: int = 1,
+        threads: int | None = None,
+        memory: bool = True,
+        reference: bool = False,
+    ) -> None:
         """`timeout`: seconds for each run. `reference`: see `Measurement.reference`. The rest as in
         `planner.measuring.measure`, with its errors."""
         check_arguments(device, timeout, runs, threads, None)
         check_device(device, None)
         self._task = {
-            "device": device, "runs": runs, "threads": threads, "memory": memory,
-            "reference": reference, "cap_bytes": None,
+            "device": device,
+            "runs": runs,
+            "threads": threads,
+            "memory": memory,
+            "reference": reference,
+            "cap_bytes": None,
             "seconds": timeout,
-        }  # fmt: skip
+        }
         self._timeout = timeout
         self._server: _Server | None = None
 
@@ -96,9 +106,13 @@ class _Server:
         self.alive = True
         try:
             self._process = subprocess.Popen(
-                process.command("serve", write), stdin=subprocess.PIPE, stdout=self._log, stderr=self._log,
-                pass_fds=(write,), start_new_session=True,
-            )  # fmt: skip
+                process.command("serve", write),
+                stdin=subprocess.PIPE,
+                stdout=self._log,
+                stderr=self._log,
+                pass_fds=(write,),
+                start_new_session=True,
+            )
         finally:
             os.close(write)
 

@@ -25,10 +25,16 @@ SLOTS: Final = 16  # kRoundUpPowerOfTwoIntervals: request sizes from 1 MiB, doub
 
 # Options torch knows that change nothing here: they are about pinned host memory, locks or graphs.
 _WITHOUT_EFFECT: Final = {
-    "pinned_use_background_threads", "pinned_max_round_threshold_mb", "pinned_max_cached_size_mb",
-    "pinned_use_cuda_host_register", "pinned_num_register_threads", "pinned_reserve_segment_size_mb",
-    "pinned_free_catch_all", "release_lock_on_cudamalloc", "graph_capture_record_stream_reuse",
-}  # fmt: skip
+    "pinned_use_background_threads",
+    "pinned_max_round_threshold_mb",
+    "pinned_max_cached_size_mb",
+    "pinned_use_cuda_host_register",
+    "pinned_num_register_threads",
+    "pinned_reserve_segment_size_mb",
+    "pinned_free_catch_all",
+    "release_lock_on_cudamalloc",
+    "graph_capture_record_stream_reuse",
+}
 _SIZES: Final = {
     "max_split_size_mb": "max_split_size",
     "max_non_split_rounding_mb": "max_non_split_rounding",

@@ -99,9 +99,14 @@ def backward_lines(
 
 
 def _efficient_backward(
-    batch: Count, heads: Count, queries: Count, keys: Count, head_dim: Count, itemsize: int,
+    batch: Count,
+    heads: Count,
+    queries: Count,
+    keys: Count,
+    head_dim: Count,
+    itemsize: int,
     capability: tuple[int, int],
-) -> tuple[DeviceLine, ...]:  # fmt: skip
+) -> tuple[DeviceLine, ...]:
     """Delta, and accumulators that depend on the tile (rows x columns) of the kernel that is chosen.
 
     The tile is 64 x 64 up to D = 64. Above, 16-bit kernels have 128 x 128, 128 x 64 or 64 x 64, by shared

@@ -36,9 +36,14 @@ def plan_of(config: AttentionConfig, workload: Workload, machine: Machine, *, wa
 
 
 def planned(
-    columns: Columns, workload: Workload, machine: Machine, *, apart: bool,
-    returned: plans_weights.ReturnedWeights | None = None, warm: bool = False,
-) -> Plan:  # fmt: skip
+    columns: Columns,
+    workload: Workload,
+    machine: Machine,
+    *,
+    apart: bool,
+    returned: plans_weights.ReturnedWeights | None = None,
+    warm: bool = False,
+) -> Plan:
     """The plan of candidates of which `goes_apart` holds for all or for none. `returned`: the weights that
     the call returns beside out. `workload.seq` is not read."""
     case = case_of(columns, workload, machine)._replace(warm=warm)

@@ -37,8 +37,7 @@ class Line(Value):
 
 
 Lines = Annotated[
-    tuple[Line, ...],
-    BeforeValidator(lambda x: tuple(Line(**y) if isinstance(y, dict) else y for y in x)),
+    tuple[Line, ...], BeforeValidator(lambda x: tuple(Line(**y) if isinstance(y, dict) else y for y in x))
 ]
 Texts = Annotated[tuple[str, ...], BeforeValidator(as_tuple)]
 
@@ -158,9 +157,14 @@ def _on_cpu(
 
 
 def _on_gpu(
-    config: AttentionConfig, workload: Workload, gpu: gpus.Gpu, calibration: Calibration | None,
-    settings: AllocatorSettings, outside: tuple[device_share.DeviceLine, ...], given: bool,
-) -> MemoryEstimate:  # fmt: skip
+    config: AttentionConfig,
+    workload: Workload,
+    gpu: gpus.Gpu,
+    calibration: Calibration | None,
+    settings: AllocatorSettings,
+    outside: tuple[device_share.DeviceLine, ...],
+    given: bool,
+) -> MemoryEstimate:
     _refuse_unfit(config, workload, gpu)
     machine: Machine = Cuda(gpu.capability)
     plan = plan_of(config, workload, machine)

@@ -71,20 +71,32 @@ class Cpu:
     def forward(self, call: Call) -> Bytes:
         return Bytes(
             *cpu_kernels.forward_bytes(
-                views=call.views, heads=call.heads, queries=call.queries, keys=call.keys,
-                head_dim=call.head_dim, itemsize=call.itemsize, threads=self.threads, causal=call.causal,
-                packs=self.dtype in self.units, float16=self.dtype == "float16",
+                views=call.views,
+                heads=call.heads,
+                queries=call.queries,
+                keys=call.keys,
+                head_dim=call.head_dim,
+                itemsize=call.itemsize,
+                threads=self.threads,
+                causal=call.causal,
+                packs=self.dtype in self.units,
+                float16=self.dtype == "float16",
             )
-        )  # fmt: skip
+        )
 
     def backward(self, call: Call) -> Bytes:
         return Bytes(
             *cpu_kernels.backward_bytes(
-                views=call.views, heads=call.heads, queries=call.queries, keys=call.keys,
-                head_dim=call.head_dim, itemsize=call.itemsize, threads=self.threads,
+                views=call.views,
+                heads=call.heads,
+                queries=call.queries,
+                keys=call.keys,
+                head_dim=call.head_dim,
+                itemsize=call.itemsize,
+                threads=self.threads,
                 dense_grad=call.dense,
             )
-        )  # fmt: skip
+        )
 
     def flex(self, call: Call) -> Bytes:
         raise AssertionError("compiled FlexAttention runs on CUDA only")
@@ -165,9 +177,14 @@ class Cuda:
         results, scratch = [], []
         for number, kernel in enumerate(self.kernels(call)):
             lines = cuda_kernels.forward_lines(
-                kernel, batch=call.views, heads=call.heads, queries=call.queries, keys=call.keys,
-                head_dim=up(call.head_dim, 8), itemsize=call.itemsize,
-            )  # fmt: skip
+                kernel,
+                batch=call.views,
+                heads=call.heads,
+                queries=call.queries,
+                keys=call.keys,
+                head_dim=up(call.head_dim, 8),
+                itemsize=call.itemsize,
+            )
             applies = 1 if number == 0 else (call.masked > 0) * 1
             results.append((out + lines[0].bytes) * applies)
             scratch.append((device.total(lines[1:]) + _mask_copy(kernel, call)) * applies)
@@ -178,9 +195,16 @@ class Cuda:
         scratch = []
         for number, kernel in enumerate(self.kernels(call)):
             lines = cuda_kernels.backward_lines(
-                kernel, batch=call.views, heads=call.heads, kv_heads=call.heads, queries=call.queries,
-                keys=call.keys, head_dim=dim, itemsize=call.itemsize, capability=self.capability,
-            )  # fmt: skip
+                kernel,
+                batch=call.views,
+                heads=call.heads,
+                kv_heads=call.heads,
+                queries=call.queries,
+                keys=call.keys,
+                head_dim=dim,
+                itemsize=call.itemsize,
+                capability=self.capability,
+            )
             applies = 1 if number == 0 else (call.masked > 0) * 1
             scratch.append((device.total(lines) + _mask_copy(kernel, call)) * applies)
         result = call.views * call.heads * (call.queries + 2 * call.keys) * dim * call.itemsize
@@ -198,9 +222,13 @@ class Cuda:
 
     def flex(self, call: Call) -> Bytes:
         sizes = {
-            "batch": call.views, "heads": call.heads, "queries": call.queries, "keys": call.keys,
-            "head_dim": call.head_dim, "itemsize": call.itemsize,
-        }  # fmt: skip
+            "batch": call.views,
+            "heads": call.heads,
+            "queries": call.queries,
+            "keys": call.keys,
+            "head_dim": call.head_dim,
+            "itemsize": call.itemsize,
+        }
         out = call.views * call.heads * call.queries * call.head_dim * call.itemsize
         back = cuda_kernels.backward_lines("flex", kv_heads=call.heads, capability=self.capability, **sizes)
         return Bytes(out + device.total(cuda_kernels.forward_lines("flex", **sizes)), device.total(back))

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 COMPONENTS: Final = (
     "qkv", "output", "gradients", "parameters", "saved_for_backward", "weights", "sparse_indices", "masks",
     "pattern_cache", "memory_pool", "workspace", "temp_buffers", "comm_buffers", "ring", "context",
-)  # fmt: skip
+)  # 15 families, a list of words  # fmt: skip
 """The families of the breakdown, as docs/design.md words them, in the order in which they are shown."""
 
 START: Final = "inputs"

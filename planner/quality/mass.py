@@ -155,18 +155,29 @@ def _sinks(seen: _Seen, seq: Ints, sinks: int, causal: bool) -> Floats:
 
 
 def _dilated(
-    a: Floats, w: Floats, seq: Ints, lengths: Sequence[Ints], rates: Sequence[Ints], sinks: int,
+    a: Floats,
+    w: Floats,
+    seq: Ints,
+    lengths: Sequence[Ints],
+    rates: Sequence[Ints],
+    sinks: int,
     workload: Workload,
-) -> tuple[Floats, Floats]:  # fmt: skip
+) -> tuple[Floats, Floats]:
     """(mass of the exponentials, share of the permitted sinks kept)."""
     regular = _regular(seq, lengths, rates)
     kept, first = np.zeros(seq.shape), np.zeros(seq.shape)
     for rule, which in ((_nested, np.flatnonzero(regular)), (points, np.flatnonzero(~regular))):
         if which.size:
             kept[which], first[which] = rule(
-                a, w, seq[which], [s[which] for s in lengths], [r[which] for r in rates], sinks,
-                workload.heads, workload.causal,
-            )  # fmt: skip
+                a,
+                w,
+                seq[which],
+                [s[which] for s in lengths],
+                [r[which] for r in rates],
+                sinks,
+                workload.heads,
+                workload.causal,
+            )
     return kept, first
 
 
@@ -183,9 +194,15 @@ def _regular(seq: Ints, lengths: Sequence[Ints], rates: Sequence[Ints]) -> Ints:
 
 
 def _nested(
-    a: Floats, w: Floats, seq: Ints, lengths: Sequence[Ints], rates: Sequence[Ints], sinks: int, heads: int,
+    a: Floats,
+    w: Floats,
+    seq: Ints,
+    lengths: Sequence[Ints],
+    rates: Sequence[Ints],
+    sinks: int,
+    heads: int,
     causal: bool,
-) -> tuple[Floats, Floats]:  # fmt: skip
+) -> tuple[Floats, Floats]:
     """`_dilated` of regular branches, by inclusion and exclusion over the branches that hold a query.
 
     What several share are the multiples of all their rates in the shortest of their segments.
@@ -193,7 +210,7 @@ def _nested(
     joint = [
         (sign, members, reduce(np.minimum, (lengths[t] for t in members)), common(rates[t] for t in members))
         for sign, members in subsets(len(lengths))
-    ]  # fmt: skip
+    ]
     # Few of these are distinct, over all candidates.
     table = np.concatenate([np.stack([seq, np.minimum(s, seq), r], axis=1) for _, _, s, r in joint])
     distinct, back = np.unique(table, axis=0, return_inverse=True)

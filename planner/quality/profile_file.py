@@ -41,7 +41,7 @@ _UNREADABLE: Final = (
     OSError, EOFError, zipfile.BadZipFile, ValueError, KeyError, OverflowError, MemoryError,
     # Packed in a way that Python has not, encrypted, or torn; headers that are no literals.
     NotImplementedError, RuntimeError, zlib.error, lzma.LZMAError, TypeError, tokenize.TokenError,
-)  # fmt: skip
+)  # list of words with comments on its rows  # fmt: skip
 
 
 def read_tensors(path: Path) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -130,8 +130,9 @@ def _entry(header: dict[str, Any], name: str, available: int) -> tuple[str, list
         raise ValueError(f"{name} claims bytes {str(span)[:80]} of {available}")
     need = math.prod(shape) * np.dtype(_TYPES[dtype]).itemsize
     if need != span[1] - span[0]:
-        raise ValueError(f"{name} of shape {str(shape)[:80]} and type {dtype} takes {need} bytes, not "
-                         f"{span[1] - span[0]}")  # fmt: skip
+        raise ValueError(
+            f"{name} of shape {str(shape)[:80]} and type {dtype} takes {need} bytes, not {span[1] - span[0]}"
+        )
     return dtype, shape, span[0], span[1]
 
 
@@ -191,10 +192,12 @@ def measured(q: NDArray[Any], k: NDArray[Any], causal: bool, *, name: str, sourc
     return Profile(
         name=name,
         source=f"measured on {source}: {len(at)} queries of {len(pairs)} heads, {n} tokens",
-        sink_mass=float(shares[0]) / total, sink_tokens=sinks, far_mass=float(shares[-1]) / total,
+        sink_mass=float(shares[0]) / total,
+        sink_tokens=sinks,
+        far_mass=float(shares[-1]) / total,
         scales=tuple(float(scales[j]) for j in keep),
         shares=tuple(float(shares[1 + j]) / total for j in keep),
-    )  # fmt: skip
+    )
 
 
 def _edges(n: int) -> NDArray[np.int64]:

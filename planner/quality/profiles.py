@@ -106,7 +106,7 @@ PRESETS: Final[Mapping[str, Profile]] = MappingProxyType(
             ),
         )
     }
-)  # fmt: skip
+)  # a row of numbers a profile  # fmt: skip
 """Profiles by name."""
 
 DEFAULT: Final = "balanced"

@@ -89,11 +89,16 @@ def _layers(columns: Columns, workload: Workload, within: int) -> Ints:
     elif columns.variant == "dilated":
         found = np.array(
             [
-                _dilated(row[0], tuple(zip(row[1 : 1 + count], row[1 + count :], strict=True)), causal,
-                         workload.heads, within)
+                _dilated(
+                    row[0],
+                    tuple(zip(row[1 : 1 + count], row[1 + count :], strict=True)),
+                    causal,
+                    workload.heads,
+                    within,
+                )
                 for row in np.stack(whole, axis=1).tolist()
             ]
-        )  # fmt: skip
+        )
     else:
         blocks = -(-whole[0] // whole[1])
         budget = np.asarray(row_blocks(table[:, KEPT], blocks))  # type: ignore[arg-type]

@@ -58,11 +58,7 @@ def disjoint(rates: Ints, reach: Ints, chains: bool) -> Iterator[tuple[int, Ints
     """(sign, step, reach): progressions whose signed sum is the union of those of all branches."""
     if not chains:
         for sign, members in subsets(len(rates)):
-            yield (
-                sign,
-                common(rates[t] for t in members),
-                np.minimum.reduce([reach[t] for t in members]),
-            )
+            yield (sign, common(rates[t] for t in members), np.minimum.reduce([reach[t] for t in members]))
         return
     # A branch adds what lies beyond the reach of all finer ones.
     finer = None
@@ -110,9 +106,11 @@ def _sample(blocks: Ints, unit: Ints) -> tuple[Ints, Ints, Ints, Floats]:
     rows = np.concatenate([early, np.where(later < n, later, 0)], axis=1)
     weights = np.concatenate([np.diff(ends, axis=1), np.maximum(count, 0)], axis=1)
     return (
-        np.where(few, every, rows), np.where(few, entry % parts, 0), np.where(few, parts, 1 + 0 * entry),
+        np.where(few, every, rows),
+        np.where(few, entry % parts, 0),
+        np.where(few, parts, 1 + 0 * entry),
         np.where(few, inside, weights).astype(np.float64),
-    )  # fmt: skip
+    )
 
 
 class _Grid:
@@ -168,9 +166,16 @@ def _mirrored(a: Floats, after: Ints, queries: Ints) -> Floats:
 
 
 def dilated_sparse(
-    a: Floats, w: Floats, seq: Ints, size: Ints, ratio: Floats, lengths: Sequence[Ints],
-    rates: Sequence[Ints], sinks: int, causal: bool,
-) -> tuple[Floats, Floats]:  # fmt: skip
+    a: Floats,
+    w: Floats,
+    seq: Ints,
+    size: Ints,
+    ratio: Floats,
+    lengths: Sequence[Ints],
+    rates: Sequence[Ints],
+    sinks: int,
+    causal: bool,
+) -> tuple[Floats, Floats]:
     """(mass of the exponentials, share of the permitted sinks kept), each [N]; arguments [N]."""
     chains = np.logical_and.reduce(
         [fine <= coarse for fine, coarse in itertools.pairwise(rates)] or [size > 0]

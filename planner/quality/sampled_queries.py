@@ -21,9 +21,15 @@ POINTS = 4096
 
 
 def points(
-    a: Floats, w: Floats, seq: Ints, lengths: Sequence[Ints], rates: Sequence[Ints], sinks: int, heads: int,
+    a: Floats,
+    w: Floats,
+    seq: Ints,
+    lengths: Sequence[Ints],
+    rates: Sequence[Ints],
+    sinks: int,
+    heads: int,
     causal: bool,
-) -> tuple[Floats, Floats]:  # fmt: skip
+) -> tuple[Floats, Floats]:
     """As `dilated_sparse` for dilated branches that are not regular: exact up to POINTS tokens."""
     parts = []
     chunk = max(1, (1 << 20) // (min(POINTS, int(seq.max(initial=1))) * max(len(a), 4)))

@@ -27,9 +27,7 @@ TRIALS: Final = 24
 """Of Optuna, after the grid."""
 
 Sampler = Literal["tpe", "random", "nsga2", "nsga3", "cmaes", "qmc", "gp", "brute"]
-NEEDED: Final[dict[str, tuple[str, ...]]] = {
-    "cmaes": ("cmaes",), "qmc": ("scipy",), "gp": ("scipy", "torch")
-}  # fmt: skip
+NEEDED: Final[dict[str, tuple[str, ...]]] = {"cmaes": ("cmaes",), "qmc": ("scipy",), "gp": ("scipy", "torch")}
 """Packages of samplers that Optuna does not bring."""
 
 OnTrial = Callable[[int, int], None]

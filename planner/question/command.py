@@ -22,9 +22,13 @@ if TYPE_CHECKING:
 
 _SIZES: Final = ("batch", "heads", "kv_heads", "head_dim", "dtype", "mode")
 _PLAIN: Final = {
-    "max_seconds": (None, "--max-seconds"), "sampler": ("tpe", "--sampler"), "seed": (0, "--seed"),
-    "allocator": ("", "--allocator"), "display": ("headless", "--display"), "threads": (None, "--threads"),
-}  # fmt: skip
+    "max_seconds": (None, "--max-seconds"),
+    "sampler": ("tpe", "--sampler"),
+    "seed": (0, "--seed"),
+    "allocator": ("", "--allocator"),
+    "display": ("headless", "--display"),
+    "threads": (None, "--threads"),
+}
 """(default, option) of what is written as it is."""
 _SHORTER: Final = {"others_bytes": "others", "context_bytes": "context"}
 """Arguments whose options have other names."""
@@ -56,9 +60,12 @@ def recommend_command(vram: str | int | None, seq: str | int | None, asked: Mapp
 
 
 def tune_command(
-    vram: str | int, seq: str | int, device: str, measured: Mapping[str, tuple[Any, Any]],
+    vram: str | int,
+    seq: str | int,
+    device: str,
+    measured: Mapping[str, tuple[Any, Any]],
     asked: Mapping[str, Any],
-) -> str:  # fmt: skip
+) -> str:
     """As `planner tune` takes it; `measured`: its own numbers by option, (given, default) each."""
     parts = ["planner", "tune", *_budget(vram, seq)]
     if device != "cpu":

@@ -75,10 +75,18 @@ def seen(config: AttentionConfig, workload: Workload, profile: Profile) -> Seen:
     size, number = units(config, workload.seq)
     counts = row_counts(config, workload.seq, workload.causal)
     return Seen(
-        config, workload, size, number, int(counts.min()), float(counts.mean()), int(counts.max()),
-        number <= COUNTED, layers(config, workload, MOST_LAYERS), mass_of(config, workload, profile),
+        config,
+        workload,
+        size,
+        number,
+        int(counts.min()),
+        float(counts.mean()),
+        int(counts.max()),
+        number <= COUNTED,
+        layers(config, workload, MOST_LAYERS),
+        mass_of(config, workload, profile),
         profile.name,
-    )  # fmt: skip
+    )
 
 
 def _refuse_vast(config: AttentionConfig, seq: int) -> None:

@@ -9,8 +9,16 @@ def log_ticks(low: float, high: float, most: int) -> list[float]:
     """From `low` to `high`, both above 0, some of each power of ten; `most` at most."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     ticks: list[float] = []
-    for parts, every in (((1, 1.5, 2, 3, 5, 7), 1), ((1, 2, 5), 1), ((1, 3), 1), ((1,), 1), ((1,), 2),
-                         ((1,), 4), ((1,), 8), ((1,), 100)):  # fmt: skip
+    for parts, every in (
+        ((1, 1.5, 2, 3, 5, 7), 1),
+        ((1, 2, 5), 1),
+        ((1, 3), 1),
+        ((1,), 1),
+        ((1,), 2),
+        ((1,), 4),
+        ((1,), 8),
+        ((1,), 100),
+    ):
         steps = (float(f"{part}e{power}") for power in powers if power % every == 0 for part in parts)
         ticks = [at for at in steps if low <= at <= high]
         if len(ticks) <= most:

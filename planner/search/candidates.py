@@ -12,10 +12,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from attention.config import (
-    MIB,
-    Backend,
-)
+from attention.config import MIB, Backend
 from attention.errors import ConfigError
 from planner.configs import Columns, Ints
 from planner.memory.dispatch import goes_flex
@@ -66,9 +63,14 @@ def grid(space: Space, workload: Workload, *, flex: bool = False, free_length: b
             backends = space.backends(flex and is_sparse(kind))
             for backend in backends:
                 columns = Columns(
-                    variant_of(kind), pattern_of(kind), seq=workload.seq, backend=backend, pool=space.pool,
-                    **branches, **lists,
-                )  # fmt: skip
+                    variant_of(kind),
+                    pattern_of(kind),
+                    seq=workload.seq,
+                    backend=backend,
+                    pool=space.pool,
+                    **branches,
+                    **lists,
+                )
                 which = _differing(
                     columns, workload, flex=flex, free_length=free_length, alone=len(backends) == 1
                 )

@@ -71,6 +71,12 @@ def _steps(scenario: Scenario, best: Point) -> Iterator[Step]:
         except ConfigError:
             continue
         yield Step(
-            dimension=dimension, before=before, after=after, seconds=other.seconds, upper=other.memory.upper,
-            mass=other.mass, layers=other.layers, failed=evaluate.failed(scenario, other),
-        )  # fmt: skip
+            dimension=dimension,
+            before=before,
+            after=after,
+            seconds=other.seconds,
+            upper=other.memory.upper,
+            mass=other.mass,
+            layers=other.layers,
+            failed=evaluate.failed(scenario, other),
+        )

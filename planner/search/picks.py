@@ -29,9 +29,14 @@ def unsurpassed(points: Sequence[Pick]) -> list[Pick]:
 def pick(found: Point, role: Role = "") -> Pick:
     """A point as a pick."""
     return Pick(
-        role=role, config=found.config, seq=found.seq, upper=found.memory.upper, seconds=found.seconds,
-        mass=found.mass, layers=found.layers,
-    )  # fmt: skip
+        role=role,
+        config=found.config,
+        seq=found.seq,
+        upper=found.memory.upper,
+        seconds=found.seconds,
+        mass=found.mass,
+        layers=found.layers,
+    )
 
 
 def three(seconds: Floats, mass: Floats, seq: Ints) -> tuple[int, int, int]:

@@ -74,9 +74,15 @@ def question(vram: str | int | None = None, seq: str | int | None = None, **aske
         storage = asked.get("storage")
         store = Storage(storage, asked.get("study") or f"recommend-{name[:12]}", name) if storage else None
         refined = refine(
-            scenario, space, _starts(scenario, solved), trials=trials, sampler=asked.get("sampler", "tpe"),
-            seed=seed, storage=store, progress=asked.get("progress"),
-        )  # fmt: skip
+            scenario,
+            space,
+            _starts(scenario, solved),
+            trials=trials,
+            sampler=asked.get("sampler", "tpe"),
+            seed=seed,
+            storage=store,
+            progress=asked.get("progress"),
+        )
     best = better(scenario, solved.best, refined.best if refined else None)
     if best is None:
         raise NothingFitsError(scenario, relaxations(scenario, space, solved, reserved), solved.seen)
@@ -130,9 +136,10 @@ def scenario_of(vram: str | int | None, seq: str | int | None, asked: Asked) -> 
     if aim != "seq" and seq is None:
         raise ConfigError(f"objective {aim!r} needs seq, e.g. seq=131072")
     gates = Gates(
-        layers=asked.get("layers", LAYERS), min_mass=asked.get("min_mass", MIN_MASS),
+        layers=asked.get("layers", LAYERS),
+        min_mass=asked.get("min_mass", MIN_MASS),
         max_seconds=asked.get("max_seconds"),
-    )  # fmt: skip
+    )
     sizes: dict[str, Any] = {name: asked[name] for name in _SIZES if name in asked}
     if seq is None:
         floor = Workload(seq=1, **sizes).floor
@@ -196,9 +203,14 @@ def family_of(config: AttentionConfig) -> tuple[object, ...]:
 
 
 def _answer(
-    scenario: Scenario, solved: Solved, refined: Refined | None, best: Point, reserved: int, seed: int,
+    scenario: Scenario,
+    solved: Solved,
+    refined: Refined | None,
+    best: Point,
+    reserved: int,
+    seed: int,
     command: str,
-) -> Recommendation:  # fmt: skip
+) -> Recommendation:
     picks, front = _front(scenario, solved, best)
     grid_best = solved.best
     return Recommendation(
@@ -219,11 +231,13 @@ def _answer(
         alternatives=picks,
         pareto=front,
         search=Search(
-            grid=solved.seen, fit=solved.fit, passed=solved.passed,
+            grid=solved.seen,
+            fit=solved.fit,
+            passed=solved.passed,
             trials=refined.trials if refined else 0,
             gain=gain(scenario, grid_best, best) if grid_best else 0.0,
         ),
-    )  # fmt: skip
+    )
 
 
 def _front(scenario: Scenario, solved: Solved, best: Point) -> tuple[tuple[Pick, ...], tuple[Pick, ...]]:
@@ -288,8 +302,15 @@ def fingerprint(scenario: Scenario, space: Space) -> str:
     that its file may lie elsewhere."""
     card = scenario.card if isinstance(scenario.card, str) else scenario.card.key
     text = "\n".join(
-        [scenario.workload.to_json(), card, str(scenario.budget), scenario.objective,
-         scenario.profile.model_dump_json(exclude={"source"}), repr(scenario.gates), space.to_json(),
-         repr(sorted(scenario.options.items()))]
-    )  # fmt: skip
+        [
+            scenario.workload.to_json(),
+            card,
+            str(scenario.budget),
+            scenario.objective,
+            scenario.profile.model_dump_json(exclude={"source"}),
+            repr(scenario.gates),
+            space.to_json(),
+            repr(sorted(scenario.options.items())),
+        ]
+    )
     return hashlib.sha256(text.encode()).hexdigest()

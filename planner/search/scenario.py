@@ -76,9 +76,11 @@ class Scenario:
         if context is None and self.calibration is not None:
             context = self.calibration.terms.context
         lines = device_share.device_lines(
-            self.card.architecture, display=self.options.get("display", "headless"),
-            others_bytes=self.options.get("others_bytes", 0), context_bytes=context,
-        )  # fmt: skip
+            self.card.architecture,
+            display=self.options.get("display", "headless"),
+            others_bytes=self.options.get("others_bytes", 0),
+            context_bytes=context,
+        )
         return int(device_share.total(lines)) + int(device_share.library_lines(self.card.capability)[0].bytes)
 
     def at(self, seq: int) -> Workload:

@@ -72,9 +72,13 @@ def chosen(trial: Suggestions, space: Space, workload: Workload, *, flex: bool =
         fields["lengths"], fields["rates"] = _suggested(trial, space, workload.seq, unit)
     backends = space.backends(flex and is_sparse(kind))
     return Columns(
-        variant_of(kind), pattern_of(kind), seq=workload.seq, pool=space.pool,
-        backend=_one(trial, "backend", backends), **fields,
-    )  # fmt: skip
+        variant_of(kind),
+        pattern_of(kind),
+        seq=workload.seq,
+        pool=space.pool,
+        backend=_one(trial, "backend", backends),
+        **fields,
+    )
 
 
 _FREE: Final[dict[str, Callable[[Suggestions, str, int, Workload], Any]]] = {

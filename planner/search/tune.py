@@ -64,11 +64,23 @@ class TuningProgress(NamedTuple):
 
 
 def tuned(
-    vram: str | int, seq: str | int, *, device: Device, trials: int, timeout: float, runs: int,
-    sampler: Sampler, seed: int, storage: str | None, study: str | None, measure: Measure | None,
-    records: str | Path | None, learn: bool, progress: Callable[[TuningProgress], None] | None,
+    vram: str | int,
+    seq: str | int,
+    *,
+    device: Device,
+    trials: int,
+    timeout: float,
+    runs: int,
+    sampler: Sampler,
+    seed: int,
+    storage: str | None,
+    study: str | None,
+    measure: Measure | None,
+    records: str | Path | None,
+    learn: bool,
+    progress: Callable[[TuningProgress], None] | None,
     asked: dict[str, Any],
-) -> Tuned:  # fmt: skip
+) -> Tuned:
     """What `planner.tune` returns."""
     if type(trials) is not int or trials < 1:
         raise ConfigError(f"trials must be at least 1 and whole, got {trials!r}")
@@ -82,11 +94,18 @@ def tuned(
         make_folder(Path(kept.url), "trials")
     with _measuring(measure, device, timeout, runs, records) as run:
         command = tune_command(
-            vram, seq, device,
-            {"--trials": (trials, TUNING_TRIALS), "--timeout": (timeout, TRIAL_TIMEOUT),
-             "--runs": (runs, TRIAL_RUNS), "--sampler": (sampler, "tpe"), "--seed": (seed, 0)},
+            vram,
+            seq,
+            device,
+            {
+                "--trials": (trials, TUNING_TRIALS),
+                "--timeout": (timeout, TRIAL_TIMEOUT),
+                "--runs": (runs, TRIAL_RUNS),
+                "--sampler": (sampler, "tpe"),
+                "--seed": (seed, 0),
+            },
             asked,
-        )  # fmt: skip
+        )
         analytic = first.answer.model_copy(update={"command": command, "seed": seed})
         tuning = _Tuning(
             analytic,
@@ -263,9 +282,15 @@ class _Tuning:
     """One call of `tune`: the study, and what has been measured."""
 
     def __init__(
-        self, analytic: Recommendation, scenario: Scenario, space: Space, storage: Storage, measure: Measure,
-        limits: dict[str, Any], progress: Callable[[TuningProgress], None] | None,
-    ) -> None:  # fmt: skip
+        self,
+        analytic: Recommendation,
+        scenario: Scenario,
+        space: Space,
+        storage: Storage,
+        measure: Measure,
+        limits: dict[str, Any],
+        progress: Callable[[TuningProgress], None] | None,
+    ) -> None:
         self.analytic, self.scenario, self.space = analytic, scenario, space
         self.storage, self.measure, self.progress = storage, measure, progress
         self.limits = limits
@@ -409,18 +434,24 @@ class _Tuning:
             self._keep(study)
 
     def _add(
-        self, study: optuna.Study, found: Trial, params: dict[str, Any],
+        self,
+        study: optuna.Study,
+        found: Trial,
+        params: dict[str, Any],
         distributions: dict[str, BaseDistribution],
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Keeps what was measured as a trial of its own; from one without parameters no sampler learns."""
         value, constraint = _told(found)
         told: dict[str, Any] = {"value": value} if params else {"state": TrialState.FAIL}
         study.add_trial(
             create_trial(
-                **told, params=params, distributions=distributions, constraints={"runs": constraint},
+                **told,
+                params=params,
+                distributions=distributions,
+                constraints={"runs": constraint},
                 user_attrs={_OWNER: _myself(), **self._attributes(found)},
             )
-        )  # fmt: skip
+        )
         number = measured_of(study, self.outdated)[found.config].number
         self.trials[found.config] = found.model_copy(update={"number": number})
 
@@ -437,9 +468,13 @@ class _Tuning:
             self._unsuggested(study, config, old.params, old.distributions, wanted)
 
     def _unsuggested(
-        self, study: optuna.Study, config: AttentionConfig, params: dict[str, Any],
-        distributions: dict[str, BaseDistribution], wanted: int,
-    ) -> None:  # fmt: skip
+        self,
+        study: optuna.Study,
+        config: AttentionConfig,
+        params: dict[str, Any],
+        distributions: dict[str, BaseDistribution],
+        wanted: int,
+    ) -> None:
         """Measures what no sampler was asked for."""
         self._report(wanted)
         self._run(config, PROVISIONAL)
@@ -459,10 +494,15 @@ class _Tuning:
         over = found.kind == "ok" and (found.allocated or 0) > self.scenario.budget
         said = f"it took {found.allocated:,} bytes of {self.scenario.budget:,}" if over else found.message
         self.trials[config] = Trial(
-            number=number, config=config, kind="over" if over else found.kind, message=said,
-            seconds=found.seconds, predicted=expected.seconds, allocated=found.allocated,
+            number=number,
+            config=config,
+            kind="over" if over else found.kind,
+            message=said,
+            seconds=found.seconds,
+            predicted=expected.seconds,
+            allocated=found.allocated,
             upper=expected.memory.upper,
-        )  # fmt: skip
+        )
         return self.trials[config]
 
     def _best(self) -> Trial | None:
@@ -500,13 +540,25 @@ class _Tuning:
         ordered = sorted(self.trials.values(), key=lambda trial: trial.number)
         of, predicted = self.analytic, point(self.scenario, best.config, self.scenario.workload.seq)
         return Tuned(
-            versions=of.versions, calibration=of.calibration, seed=of.seed, command=of.command,
-            config=best.config, workload=of.workload, on=of.on, budget=of.budget, reserve=of.reserve,
+            versions=of.versions,
+            calibration=of.calibration,
+            seed=of.seed,
+            command=of.command,
+            config=best.config,
+            workload=of.workload,
+            on=of.on,
+            budget=of.budget,
+            reserve=of.reserve,
             memory=predicted.memory,
             quality=Quality(profile=of.quality.profile, mass=predicted.mass, layers=predicted.layers),
-            best=best, analytic=analytic, trials=tuple(ordered), kept=kept,
-            storage=self.storage.url, study=self.storage.study, interrupted=interrupted,
-        )  # fmt: skip
+            best=best,
+            analytic=analytic,
+            trials=tuple(ordered),
+            kept=kept,
+            storage=self.storage.url,
+            study=self.storage.study,
+            interrupted=interrupted,
+        )
 
 
 @contextmanager

@@ -25,9 +25,13 @@ def verify(
 
     device: Device = "cpu" if found.on == "cpu" else "cuda"
     answer = Pick(
-        config=found.config, seq=found.workload.seq, upper=found.memory.upper, seconds=found.seconds,
-        mass=found.quality.mass, layers=found.quality.layers,
-    )  # fmt: skip
+        config=found.config,
+        seq=found.workload.seq,
+        upper=found.memory.upper,
+        seconds=found.seconds,
+        mass=found.quality.mass,
+        layers=found.quality.layers,
+    )
     different = {pick.config: pick for pick in reversed((answer, *found.alternatives))}
     results = []
     with Batch(device, timeout=timeout, runs=3) as batch:
@@ -43,9 +47,14 @@ def verify(
 def _verified(pick: Pick, measured: Measurement) -> Verified:
     peak = measured.allocated if measured.device == "cpu" else measured.device_peak or measured.reserved
     return Verified(
-        role=pick.role or "answer", kind=measured.kind, message=measured.message, upper=pick.upper,
-        allocated=peak, predicted=pick.seconds, seconds=measured.seconds,
-    )  # fmt: skip
+        role=pick.role or "answer",
+        kind=measured.kind,
+        message=measured.message,
+        upper=pick.upper,
+        allocated=peak,
+        predicted=pick.seconds,
+        seconds=measured.seconds,
+    )
 
 
 def _same_card(found: Recommendation, measured: Measurement) -> None:

@@ -84,10 +84,15 @@ def dilated(branches: Sequence[tuple[Amount, Amount]], shape: Shape) -> Program:
         filled = minimum(tiles, complete)  # tiles with whole segments
         calls.append(
             Calls(
-                offsets * filled, complete / maximum(filled, 1), heads, positions, positions,
-                causal=int(shape.causal), later=1 - first,
+                offsets * filled,
+                complete / maximum(filled, 1),
+                heads,
+                positions,
+                positions,
+                causal=int(shape.causal),
+                later=1 - first,
             )
-        )  # fmt: skip
+        )
         tokens = seq - complete * length
         pieces = where(inside * even, (tail > 0) * 1, tiles + (length % tile > 0) * segments)
         queries: Amount = tokens / maximum(pieces, 1) / rate
@@ -190,9 +195,15 @@ def _lists(run: Run, rows: Rows, shape: Shape) -> Program:
     number = run.runs * rounded_up(run.rows / maximum(run.runs, 1), step) * (run.rows > 0)
     repeat = 1 if rows.own else shape.heads // shape.kv_heads
     base = Calls(
-        number, run.rows / maximum(number, 1), shape.heads if rows.own else shape.kv_heads, size, rows.size,
-        repeat, unit=rows.size, largest=(step, minimum(cut, shape.full_blocks(rows.size)) * rows.size),
-    )  # fmt: skip
+        number,
+        run.rows / maximum(number, 1),
+        shape.heads if rows.own else shape.kv_heads,
+        size,
+        rows.size,
+        repeat,
+        unit=rows.size,
+        largest=(step, minimum(cut, shape.full_blocks(rows.size)) * rows.size),
+    )
     calls = []
     width = run.width
     left = width
@@ -201,9 +212,13 @@ def _lists(run: Run, rows: Rows, shape: Shape) -> Program:
         own = where(masked > 0, minimum(width, maximum(masked, 1), cut), 1)
         # Under no mask the row's own block is a view, else the list's end is a gather.
         alone = base._replace(
-            number=number * (masked == 0), heads=shape.kv_heads, keys=size, unit=0, causal=1,
+            number=number * (masked == 0),
+            heads=shape.kv_heads,
+            keys=size,
+            unit=0,
+            causal=1,
             spans=shape.heads // shape.kv_heads,
-        )  # fmt: skip
+        )
         calls += [alone, base._replace(number=number * (masked > 0), keys=own * rows.size)]
         left = width - own
     parts = rounded_up(left, cut)

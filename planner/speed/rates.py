@@ -58,9 +58,14 @@ def default_rates(device: Gpu | Machine) -> Rates:
             f"no peak rate of {gpu.name} is known, so that its speed cannot be predicted; calibrate"
         )
     return Rates(
-        device=gpu.key, source=f"{NOT_MEASURED}; {gpu.name}", workers=gpu.sm_count or 1, forward=ahead,
-        backward=behind, peak=peaks, bandwidth=bandwidth,
-    )  # fmt: skip
+        device=gpu.key,
+        source=f"{NOT_MEASURED}; {gpu.name}",
+        workers=gpu.sm_count or 1,
+        forward=ahead,
+        backward=behind,
+        peak=peaks,
+        bandwidth=bandwidth,
+    )
 
 
 def _gpu_costs(gpu: Gpu, dtype: str, peak: float, bandwidth: float) -> tuple[Costs, Costs]:
@@ -90,14 +95,24 @@ def _gpu_costs(gpu: Gpu, dtype: str, peak: float, bandwidth: float) -> tuple[Cos
         beside["pairs"] = 8 * size / bandwidth
         p = back_p = 0.0
     ahead = beside | {
-        "work": 4 * a * unit, "flex": 4 * a * unit / 0.9, "pairs": beside.get("pairs", 4 * p * unit),
-        "launches": 8 * OPERATOR, "gathers": 15 * OPERATOR, "tiles": 4 * OPERATOR, "passes": 20 * OPERATOR,
-    }  # fmt: skip
+        "work": 4 * a * unit,
+        "flex": 4 * a * unit / 0.9,
+        "pairs": beside.get("pairs", 4 * p * unit),
+        "launches": 8 * OPERATOR,
+        "gathers": 15 * OPERATOR,
+        "tiles": 4 * OPERATOR,
+        "passes": 20 * OPERATOR,
+    }
     behind = beside | {
-        "work": 10 * back_a * unit, "flex": 10 * back_a * unit / 0.85,
-        "pairs": 2 * beside.get("pairs", 5 * back_p * unit), "launches": 16 * OPERATOR,
-        "gathers": 25 * OPERATOR, "gates": 25 * OPERATOR, "tiles": 4 * OPERATOR, "passes": 30 * OPERATOR,
-    }  # fmt: skip
+        "work": 10 * back_a * unit,
+        "flex": 10 * back_a * unit / 0.85,
+        "pairs": 2 * beside.get("pairs", 5 * back_p * unit),
+        "launches": 16 * OPERATOR,
+        "gathers": 25 * OPERATOR,
+        "gates": 25 * OPERATOR,
+        "tiles": 4 * OPERATOR,
+        "passes": 30 * OPERATOR,
+    }
     return ahead, behind
 
 
@@ -116,11 +131,17 @@ _BACKWARD: Final[Costs] = {
     "work": 9e-11, "pairs": 2.5e-9, "keys": 1e-9, "queries": 1.2e-8, "summed": 1e-9, "gathered": 7e-9,
     "widened": 1e-9, "tokens": 1e-9, "gated": 3e-9, "launches": 1e-4, "gathers": 4e-4, "tiles": 1e-4,
     "passes": 1e-3, "scored": 1.2e-10, "ranked": 1e-6, "gates": 5e-4,
-}  # fmt: skip
+}  # costs beside those of forward, row by row  # fmt: skip
 _FORWARD_BESIDE: Final[Costs] = {
-    "gathered": 7e-10, "tokens": 5e-10, "launches": 5e-5, "gathers": 9e-5, "tiles": 5e-5, "passes": 3e-4,
-    "scored": 1e-10, "ranked": 5e-8,
-}  # fmt: skip
+    "gathered": 7e-10,
+    "tokens": 5e-10,
+    "launches": 5e-5,
+    "gathers": 9e-5,
+    "tiles": 5e-5,
+    "passes": 3e-4,
+    "scored": 1e-10,
+    "ranked": 5e-8,
+}
 _MATMUL: Final = {
     "float32": (2.8e-11, 2.5e-11),
     "bfloat16": (2.7e-10, 8.1e-10),
@@ -148,9 +169,14 @@ def default_cpu_rates(cpu: Cpu) -> Rates:
         for dtype, peak in CPU_PEAK.items()
     }
     return Rates(
-        device="cpu", source=f"{NOT_MEASURED}; a CPU of {cpu.threads} threads", workers=cpu.threads,
-        forward=ahead, backward=behind, peak=peaks, bandwidth=CPU_BANDWIDTH * cpu.threads,
-    )  # fmt: skip
+        device="cpu",
+        source=f"{NOT_MEASURED}; a CPU of {cpu.threads} threads",
+        workers=cpu.threads,
+        forward=ahead,
+        backward=behind,
+        peak=peaks,
+        bandwidth=CPU_BANDWIDTH * cpu.threads,
+    )
 
 
 def with_double(costs: dict[str, Costs]) -> None:

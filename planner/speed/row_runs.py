@@ -37,9 +37,17 @@ class Run(NamedTuple):
 
 
 def runs_of(
-    kind: PatternType | None, rows: Rows, seq: Amount, causal: bool, *, window: Amount, global_tokens: Amount,
-    ratio: float, lengths: Sequence[Amount], rates: Sequence[Amount],
-) -> list[Run]:  # fmt: skip
+    kind: PatternType | None,
+    rows: Rows,
+    seq: Amount,
+    causal: bool,
+    *,
+    window: Amount,
+    global_tokens: Amount,
+    ratio: float,
+    lengths: Sequence[Amount],
+    rates: Sequence[Amount],
+) -> list[Run]:
     """The runs of a pattern by its fields, of which it reads its own; `rows`: its widest."""
     size = rows.size
     blocks = ceil_div(seq, size)
@@ -66,9 +74,10 @@ def _window(blocks: Amount, reach: Amount, shared: Amount) -> list[Run]:
     growing = maximum(minimum(shared + reach, n - 1, n - 2 - reach) - shared + 1, 0) * (inside == 0)
     ends = where(inside > 0, 2 * minimum(reach, n), where(local, n - full, growing))
     wide = where(
-        inside > 0, (3 * reach + 1) / 2,
+        inside > 0,
+        (3 * reach + 1) / 2,
         where(local, (minimum(reach, n) + n) / 2, shared + reach + 1 + (growing - 1) / 2),
-    )  # fmt: skip
+    )
     lists = (1 - local) * maximum(n - 1 - shared - reach, 0)
     steady = (1 - local) * maximum(n - shared - 2 * reach - 1, 0)
     shrinking = lists - steady

@@ -31,7 +31,7 @@ matrix units less. Compiled for a CPU in bfloat16 it is steeper: 204, 311, 468 G
 NAMES: Final = (
     "work", "pairs", "keys", "queries", "merged", "summed", "gathered", "widened", "launches", "gathers",
     "tiles", "tokens", "matmul", "scored", "ranked", "gated", "gates", "flex", "passes",
-)  # fmt: skip
+)  # 19 names, in the rows in which the docstring explains them  # fmt: skip
 """Of the totals. Numbers are of the tensors' type unless it says otherwise.
 
 `work`: N H T K D, a multiply-add forward for q k^T and one for the weighted sum, what idle workers could
@@ -163,9 +163,15 @@ def _present(calls: Iterable[Calls]) -> Iterator[Calls]:
 
 
 def _add_kernel(
-    total: Totals, call: Calls, launches: Amount, lanes: Amount, items: Amount, keys: Amount, kernel: Kernel,
+    total: Totals,
+    call: Calls,
+    launches: Amount,
+    lanes: Amount,
+    items: Amount,
+    keys: Amount,
+    kernel: Kernel,
     dim: Amount,
-) -> None:  # fmt: skip
+) -> None:
     """Adds what the kernel does in `launches` calls of `lanes` views and heads over `keys` keys, of which
     the workers share `items`."""
     block = kernel.query_block(call.queries)
@@ -234,9 +240,12 @@ def _program(columns: Columns, shape: Shape, apart: bool, batch: int) -> tuple[P
         return work_calls.block_sparse(_chosen(rows.lists, shape, given.block_size), rows, shape), False
     if columns.variant == "block_sparse":
         fields: dict[str, Any] = {
-            "window": given.window, "global_tokens": given.global_tokens, "ratio": given.sparsity_ratio,
-            "lengths": given.lengths, "rates": given.rates,
-        }  # fmt: skip
+            "window": given.window,
+            "global_tokens": given.global_tokens,
+            "ratio": given.sparsity_ratio,
+            "lengths": given.lengths,
+            "rates": given.rates,
+        }
         rows = columns.rows(shape.causal)
         runs = runs_of(columns.pattern_type, rows, shape.seq, shape.causal, **fields)
         if apart:
@@ -251,10 +260,7 @@ def _chosen(kept: Amount, shape: Shape, size: Amount) -> list[Run]:
     """The rows of an adaptive attention; see `attention.block_sparse.chosen_tiles`."""
     blocks = ceil_div(shape.seq, size)
     growing = minimum(kept - 1, blocks) * int(shape.causal)
-    return [
-        Run("list", growing, (growing + 1) / 2, growing),
-        Run("list", blocks - growing, kept),
-    ]
+    return [Run("list", growing, (growing + 1) / 2, growing), Run("list", blocks - growing, kept)]
 
 
 def _beside(total: Totals, columns: Columns, shape: Shape, times: int, apart: bool) -> None:

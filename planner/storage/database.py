@@ -23,7 +23,7 @@ _ASKED = (
     "get_study_system_attrs", "get_all_studies", "_create_new_trial", "_set_trial_param",
     "get_trial_id_from_study_id_trial_number", "_get_best_trial_id", "set_trial_intermediate_value",
     "set_trial_user_attr", "set_trial_system_attr", "get_trial", "_get_trials",
-)  # fmt: skip
+)  # list of words  # fmt: skip
 """All that a study asks of its database, but for `set_trial_state_values`."""
 
 

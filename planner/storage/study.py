@@ -31,9 +31,8 @@ def open_study(storage: Storage | None, sampler: optuna.samplers.BaseSampler) ->
         return optuna.create_study(sampler=sampler)
     try:
         study = optuna.create_study(
-            storage=_open(storage.url), study_name=storage.study, sampler=sampler,
-            load_if_exists=True,
-        )  # fmt: skip
+            storage=_open(storage.url), study_name=storage.study, sampler=sampler, load_if_exists=True
+        )
         known = study.user_attrs.get("question")
         if known is None:
             study.set_user_attr("question", storage.question)

@@ -121,9 +121,19 @@ def errors_table(rows: list[Row]) -> str:
     ]
     return markdown(
         [*body, ["all", "", *_errors(rows)]],
-        ["attention", "mode", "cases", "no figure", "median error", "95%", "worst", "most under",
-         "within the bound", "bound / measured"],
-    )  # fmt: skip
+        [
+            "attention",
+            "mode",
+            "cases",
+            "no figure",
+            "median error",
+            "95%",
+            "worst",
+            "most under",
+            "within the bound",
+            "bound / measured",
+        ],
+    )
 
 
 def _errors(rows: Sequence[Row]) -> list[str]:
@@ -157,8 +167,11 @@ def peers_table(rows: list[Row]) -> str:
 
 def _peer(name: str, rows: Iterable[Row]) -> list[str]:
     asked = [(row["peers"][name], row["measured"]) for row in rows]
-    said = [(answer["bytes"], measured, answer["seconds"]) for answer, measured in asked
-            if answer["bytes"] is not None]  # fmt: skip
+    said = [
+        (answer["bytes"], measured, answer["seconds"])
+        for answer, measured in asked
+        if answer["bytes"] is not None
+    ]
     counts = [str(len(asked)), str(len(asked) - len(said))]
     if not said:
         return [*counts, "", "", "", ""]
@@ -192,10 +205,12 @@ def steps(scope: Scope) -> list[Step]:
     batch = scope.batch(timeout=TIMEOUT)
     found = islice(samples(SEED, longest=longest), cases)
     return [
-        (f"memory {n} {KINDS[n % len(KINDS)]}",
-         partial(case_row, KINDS[n % len(KINDS)], sample, batch, n < peered))
+        (
+            f"memory {n} {KINDS[n % len(KINDS)]}",
+            partial(case_row, KINDS[n % len(KINDS)], sample, batch, n < peered),
+        )
         for n, sample in enumerate(found)
-    ]  # fmt: skip
+    ]
 
 
 def about_memory(rows: Rows) -> Rows:

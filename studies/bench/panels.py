@@ -45,12 +45,24 @@ def beside(figure: Any, rows: Rows, panels: Sequence[Panel]) -> None:
             for mark, number in zip(panel.marks, shown, strict=True):
                 if number is not None:
                     found[mark.name] = axes.scatter(
-                        number, place, marker=mark.marker, s=34, edgecolors=mark.color, linewidths=1.3,
-                        facecolors="none" if mark.hollow else mark.color, zorder=2,
-                    )  # fmt: skip
+                        number,
+                        place,
+                        marker=mark.marker,
+                        s=34,
+                        edgecolors=mark.color,
+                        linewidths=1.3,
+                        facecolors="none" if mark.hollow else mark.color,
+                        zorder=2,
+                    )
             if panel.none and all(number is None for number in shown):
-                axes.annotate(panel.none, (0.04, place), xycoords=("axes fraction", "data"), va="center",
-                              color=MUTED, fontsize=TEXT)  # fmt: skip
+                axes.annotate(
+                    panel.none,
+                    (0.04, place),
+                    xycoords=("axes fraction", "data"),
+                    va="center",
+                    color=MUTED,
+                    fontsize=TEXT,
+                )
         _lines(axes, rows)
         _scale(axes, panel, max((n for shown in numbers for n in shown if n is not None), default=0.0))
     every[0].set_yticks(range(len(rows)), [row["name"] for row in rows])
@@ -109,9 +121,12 @@ class Curves(NamedTuple):
 
 
 def curves(
-    figure: Any, rows: Rows, panels: Sequence[Curves], along: Callable[[Any], None],
+    figure: Any,
+    rows: Rows,
+    panels: Sequence[Curves],
+    along: Callable[[Any], None],
     series: Mapping[str, tuple[str, str]],
-) -> None:  # fmt: skip
+) -> None:
     """Three panels a line and the names of the series after the last; `along` sets the axis of the setting
     (the rows' `x`), `series` has a colour and a marker of each."""
     lines = len(panels) // 3 + 1
@@ -161,5 +176,11 @@ def _level(axes: Any, panel: Curves, top: float | None) -> None:
     if panel.rule:
         level, name = panel.rule
         axes.axhline(level, color=INK, linewidth=1, linestyle=":")
-        axes.annotate(name, (0.02, level), xycoords=("axes fraction", "data"), xytext=(0, 3),
-                      textcoords="offset points", fontsize=TEXT)  # fmt: skip
+        axes.annotate(
+            name,
+            (0.02, level),
+            xycoords=("axes fraction", "data"),
+            xytext=(0, 3),
+            textcoords="offset points",
+            fontsize=TEXT,
+        )

@@ -109,9 +109,14 @@ class Collected(NamedTuple):
 
 
 def collect(
-    name: str, command: str, device: torch.device, steps: Sequence[Step], folder: Path = DATA, *,
+    name: str,
+    command: str,
+    device: torch.device,
+    steps: Sequence[Step],
+    folder: Path = DATA,
+    *,
     independent: bool = False,
-) -> Collected:  # fmt: skip
+) -> Collected:
     """The rows of a study, step by step, with a progress bar. They become the data of this kind of machine
     when all are there; a study that was interrupted goes on where it stopped, if code, machine and question
     are what they were, and what was there already keeps its date. What it goes on from stays beside the data
@@ -294,8 +299,11 @@ def progress() -> Progress:
     """A progress bar on stderr, so that stdout holds the answer alone; nothing where it is no terminal."""
     console = Console(stderr=True)
     columns: list[ProgressColumn] = [
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    ]  # fmt: skip
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    ]
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 

@@ -163,8 +163,19 @@ def errors_table(rows: list[Row]) -> str:
         body += [
             [name, *_errors(list(group))] for name, group in groupby(ordered, key=lambda pair: key(pair[0]))
         ]
-    return markdown(body, ["held-out runs", "runs", "median error", "90%", "worst", "median signed",
-                           "rank correlation", "repeats spread"])  # fmt: skip
+    return markdown(
+        body,
+        [
+            "held-out runs",
+            "runs",
+            "median error",
+            "90%",
+            "worst",
+            "median signed",
+            "rank correlation",
+            "repeats spread",
+        ],
+    )
 
 
 def _errors(held: list[tuple[Row, float]]) -> list[str]:
@@ -203,9 +214,21 @@ def choices_table(rows: list[Row]) -> str:
     if not counts:
         return "No scenario was measured."
     cells = [
-        str(len(counts)), f"{median(counts):g}", f"{hits / len(counts):.0%}", f"{median(first):.1%}",
-        f"{max(five):.1%}", f"{median(ranks):.3f}",
-    ]  # fmt: skip
-    return markdown([cells], ["scenarios", "candidates each", f"fastest among predicted {TOP}",
-                            "lost by taking the first, median", f"lost by the best of {TOP}, worst",
-                            "rank correlation within, median"])  # fmt: skip
+        str(len(counts)),
+        f"{median(counts):g}",
+        f"{hits / len(counts):.0%}",
+        f"{median(first):.1%}",
+        f"{max(five):.1%}",
+        f"{median(ranks):.3f}",
+    ]
+    return markdown(
+        [cells],
+        [
+            "scenarios",
+            "candidates each",
+            f"fastest among predicted {TOP}",
+            "lost by taking the first, median",
+            f"lost by the best of {TOP}, worst",
+            "rank correlation within, median",
+        ],
+    )

@@ -68,14 +68,20 @@ class Here(NamedTuple):
 
 
 def sparse(
-    lengths: Sequence[int] = (), rates: Sequence[int] = (), *, kind: PatternType = "dilated_sparse",
-    block: int = 64, **fields: Any,
-) -> AttentionConfig:  # fmt: skip
+    lengths: Sequence[int] = (),
+    rates: Sequence[int] = (),
+    *,
+    kind: PatternType = "dilated_sparse",
+    block: int = 64,
+    **fields: Any,
+) -> AttentionConfig:
     """A block-sparse config; `fields` are of its pattern."""
     return AttentionConfig(
-        variant="block_sparse", segment_lengths=tuple(lengths), dilation_rates=tuple(rates),
+        variant="block_sparse",
+        segment_lengths=tuple(lengths),
+        dilation_rates=tuple(rates),
         pattern=SparsePatternConfig(pattern_type=kind, block_size=block, **fields),
-    )  # fmt: skip
+    )
 
 
 def dilated(lengths: Sequence[int], rates: Sequence[int]) -> AttentionConfig:
@@ -84,9 +90,10 @@ def dilated(lengths: Sequence[int], rates: Sequence[int]) -> AttentionConfig:
 
 def adaptive(block: int, ratio: float) -> AttentionConfig:
     return AttentionConfig(
-        variant="adaptive", pattern=SparsePatternConfig(block_size=block, sparsity_ratio=ratio),
+        variant="adaptive",
+        pattern=SparsePatternConfig(block_size=block, sparsity_ratio=ratio),
         adaptive=AdaptiveConfig(num_heads=HEADS, head_dim=HEAD_DIM),
-    )  # fmt: skip
+    )
 
 
 def task(seq: int, **sizes: Any) -> Workload:
@@ -114,7 +121,10 @@ def row(case: Case, plan: Plan, place: Here) -> Row:
     """One config: predicted, measured, judged."""
     profile = PRESETS[DEFAULT]
     return {
-        "name": case.name, "series": case.series, "x": case.x, "kind": kind_of(case.config),
+        "name": case.name,
+        "series": case.series,
+        "x": case.x,
+        "kind": kind_of(case.config),
         **(case.more or {}),
         "config": case.config.model_dump(mode="json", exclude_defaults=True),
         "quality": {
@@ -124,7 +134,7 @@ def row(case: Case, plan: Plan, place: Here) -> Row:
         },
         "planned": predicted(case.config, plan),
         "here": measured(case.config, place),
-    }  # fmt: skip
+    }
 
 
 def predicted(config: AttentionConfig, plan: Plan) -> Row:
@@ -143,8 +153,11 @@ def _asked(plan: Plan) -> Row:
     workload, card = plan
     return {
         "on": "CPU" if isinstance(card, str) else card.name.removeprefix("NVIDIA "),
-        "seq": workload.seq, "dtype": workload.dtype, "causal": workload.causal, "floor": workload.floor,
-    }  # fmt: skip
+        "seq": workload.seq,
+        "dtype": workload.dtype,
+        "causal": workload.causal,
+        "floor": workload.floor,
+    }
 
 
 def measured(config: AttentionConfig, place: Here) -> Row:
@@ -153,16 +166,22 @@ def measured(config: AttentionConfig, place: Here) -> Row:
     found: Row = {
         **_asked(place.plan),
         "expected": {name: expected[name] for name in ("allocated", "seconds")},
-        "outcome": "not run", "message": f"is expected to take more than {place.longest:g} s",
-        "allocated": None, "seconds": None, "reference": None,
-    }  # fmt: skip
+        "outcome": "not run",
+        "message": f"is expected to take more than {place.longest:g} s",
+        "allocated": None,
+        "seconds": None,
+        "reference": None,
+    }
     if expected["seconds"] > place.longest:
         return found
     ran = place.batch.measure(config, place.plan.workload)
     return found | {
-        "outcome": ran.kind, "message": ran.message, "allocated": ran.allocated, "seconds": ran.seconds,
+        "outcome": ran.kind,
+        "message": ran.message,
+        "allocated": ran.allocated,
+        "seconds": ran.seconds,
         "reference": ran.reference,
-    }  # fmt: skip
+    }
 
 
 # Figures of rows.
@@ -242,19 +261,37 @@ def table(rows: Rows, more: Mapping[str, Callable[[Row], str]] | None = None) ->
     ]
     return markdown(
         body,
-        ["attention", *more, f"ms ({asked(first['here'])})", "times the first", "predicted ms",
-         "MB allocated", "of q, k, v, out", f"predicted ms ({asked(first['planned'])})", "predicted MB",
-         "of q, k, v, out", "mass", "layers until all is heard of"],
-    )  # fmt: skip
+        [
+            "attention",
+            *more,
+            f"ms ({asked(first['here'])})",
+            "times the first",
+            "predicted ms",
+            "MB allocated",
+            "of q, k, v, out",
+            f"predicted ms ({asked(first['planned'])})",
+            "predicted MB",
+            "of q, k, v, out",
+            "mass",
+            "layers until all is heard of",
+        ],
+    )
 
 
 def _cells(row: Row, ratio: float | None) -> list[str]:
     mine, card = row["here"], row["planned"]
     return [
-        _ms(mine["seconds"]), "" if ratio is None else f"{ratio:.2f}", _ms(mine["expected"]["seconds"]),
-        _mb(mine["allocated"]), _of_floor(mine), _ms(card["seconds"]), _mb(card["allocated"]),
-        _of_floor(card), f"{row['quality']['mass']:.1%}", str(row["quality"]["layers"] or "never"),
-    ]  # fmt: skip
+        _ms(mine["seconds"]),
+        "" if ratio is None else f"{ratio:.2f}",
+        _ms(mine["expected"]["seconds"]),
+        _mb(mine["allocated"]),
+        _of_floor(mine),
+        _ms(card["seconds"]),
+        _mb(card["allocated"]),
+        _of_floor(card),
+        f"{row['quality']['mass']:.1%}",
+        str(row["quality"]["layers"] or "never"),
+    ]
 
 
 def _ms(taken: float | None) -> str:
@@ -298,9 +335,10 @@ MASS: Final = Panel(
     "mass of dense\nattention, %", (Mark("computed", lambda row: 100 * row["quality"]["mass"], GREEN, "s"),)
 )
 REACH: Final = Panel(
-    "layers until\nall is heard of", (Mark("computed", lambda row: row["quality"]["layers"], GREEN, "s"),),
+    "layers until\nall is heard of",
+    (Mark("computed", lambda row: row["quality"]["layers"], GREEN, "s"),),
     none="never",
-)  # fmt: skip
+)
 
 
 def five(rows: Rows) -> tuple[Curves, ...]:
@@ -308,8 +346,10 @@ def five(rows: Rows) -> tuple[Curves, ...]:
     mine, card = rows[0]["here"], rows[0]["planned"]
     return (
         Curves(
-            f"ms, {mine['on']} (line: predicted)", lambda row: 1e3 * row["here"]["expected"]["seconds"],
-            lambda row: None if row["here"]["seconds"] is None else 1e3 * row["here"]["seconds"], log=True,
+            f"ms, {mine['on']} (line: predicted)",
+            lambda row: 1e3 * row["here"]["expected"]["seconds"],
+            lambda row: None if row["here"]["seconds"] is None else 1e3 * row["here"]["seconds"],
+            log=True,
         ),
         Curves(f"predicted ms, {card['on']}", lambda row: 1e3 * row["planned"]["seconds"], log=True),
         Curves(
@@ -318,7 +358,5 @@ def five(rows: Rows) -> tuple[Curves, ...]:
             lambda row: held(row["here"]),
         ),
         Curves("mass of dense attention, %", lambda row: 100 * row["quality"]["mass"]),
-        Curves(
-            "layers until all is heard of", lambda row: row["quality"]["layers"], log=True, none="never"
-        ),
-    )  # fmt: skip
+        Curves("layers until all is heard of", lambda row: row["quality"]["layers"], log=True, none="never"),
+    )

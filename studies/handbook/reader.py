@@ -131,9 +131,15 @@ def _environment(folder: Path) -> dict[str, str]:
 def _shell(script: str, folder: Path) -> str:
     """What a script prints, on stdout and stderr."""
     run = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", script], cwd=folder, env=_environment(folder), encoding="utf-8",
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=TIMEOUT, check=False,
-    )  # fmt: skip
+        ["bash", "-euo", "pipefail", "-c", script],
+        cwd=folder,
+        env=_environment(folder),
+        encoding="utf-8",
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=TIMEOUT,
+        check=False,
+    )
     if run.returncode:
         raise PageError(f"exit code {run.returncode} of\n{script}\n{run.stdout}")
     return run.stdout

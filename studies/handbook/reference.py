@@ -33,8 +33,10 @@ NAMES: Final[dict[str, tuple[str, Sequence[str]]]] = {
     "attention": ("What runs.", attention.__all__),
     "planner": ("What decides.", planner.__all__),
     "planner.question.asked": ("What `planner.recommend` may be asked.", ("Asked",)),
-    "planner.answers.recommendation": ("What a recommendation is made of.",
-                                       ("Search", "Pick", "Quality", "Why", "Without")),
+    "planner.answers.recommendation": (
+        "What a recommendation is made of.",
+        ("Search", "Pick", "Quality", "Why", "Without"),
+    ),
     "planner.answers.tuned": ("What a trial of tuning is.", ("Trial",)),
     "planner.answers.verified": ("A pick as it ran.", ("Verified",)),
     "planner.gpus": ("Known cards.", ("Gpu", "find", "known", "matching", "generic")),
@@ -43,14 +45,16 @@ NAMES: Final[dict[str, tuple[str, Sequence[str]]]] = {
     "planner.quality.mass": ("How much of it a config keeps.", ("mass_of",)),
     "planner.quality.reach": ("How far it hears.", ("layers",)),
     "planner.speed.rates": ("What a unit of work costs.", ("Rates", "default_rates")),
-    "planner.memory.allocator": ("PyTorch's caching allocator, replayed.",
-                                 ("replay", "Replay", "Oom", "fits", "smallest_cap", "Allocator")),
+    "planner.memory.allocator": (
+        "PyTorch's caching allocator, replayed.",
+        ("replay", "Replay", "Oom", "fits", "smallest_cap", "Allocator"),
+    ),
     "planner.memory.allocator_settings": ("Its settings.", ("AllocatorSettings",)),
     "planner.calibration": ("What measuring a device told.", ("load", "Terms", "Domain", "SpeedFit")),
     "planner.measuring.records": ("Measurements in files.", ("append", "read")),
     "planner.search.verify": ("Picks, run here.", ("verify",)),
     "attention.config": ("Base of all values.", ("Value",)),
-}  # fmt: skip
+}
 """What the library's page has, module by module."""
 
 

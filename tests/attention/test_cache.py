@@ -96,9 +96,7 @@ def test_build_may_use_the_cache_itself():
 
 
 @given(
-    max_entries=st.integers(0, 4),
-    max_bytes=st.integers(0, 12),
-    keys=st.lists(st.integers(0, 7), max_size=60),
+    max_entries=st.integers(0, 4), max_bytes=st.integers(0, 12), keys=st.lists(st.integers(0, 7), max_size=60)
 )
 def test_it_does_what_two_ordered_dicts_do(max_entries, max_bytes, keys):
     cache: BoundedCache[int, bytes] = BoundedCache(max_entries=max_entries, max_bytes=max_bytes, size=len)

@@ -510,12 +510,14 @@ def test_pydantics_own_ways_in_are_checked_too():
 
 @pytest.mark.parametrize(
     "parts",
-    [{"variant": "dilated", "segment_lengths": [8] * 17, "dilation_rates": [1] * 17},
-     {"variant": "block_sparse", "pattern": {"block_size": 1 << 41}},
-     {"variant": "dense", "multihead": {"embed_dim": 1 << 25, "num_heads": 1 << 24}},
-     {"variant": "adaptive", "pattern": {}, "adaptive": {"num_heads": 8, "head_dim": 1 << 41}},
-     {"variant": "dense", "workspace_bytes": 1 << 61}],
-)  # fmt: skip
+    [
+        {"variant": "dilated", "segment_lengths": [8] * 17, "dilation_rates": [1] * 17},
+        {"variant": "block_sparse", "pattern": {"block_size": 1 << 41}},
+        {"variant": "dense", "multihead": {"embed_dim": 1 << 25, "num_heads": 1 << 24}},
+        {"variant": "adaptive", "pattern": {}, "adaptive": {"num_heads": 8, "head_dim": 1 << 41}},
+        {"variant": "dense", "workspace_bytes": 1 << 61},
+    ],
+)
 def test_sizes_that_nobody_has_are_refused(parts):
     with pytest.raises(ConfigError, match=r"at most [0-9,]+, beyond which plans take hours|at most 16 items"):
         AttentionConfig.from_json(json.dumps(parts))

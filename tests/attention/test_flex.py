@@ -83,9 +83,7 @@ def assert_is_the_layout(layout, causal):
 
 
 @settings(max_examples=50)
-@given(
-    name=st.sampled_from(sorted(PATTERNS)), seq=st.integers(1, 500), causal=st.booleans(),
-)  # fmt: skip
+@given(name=st.sampled_from(sorted(PATTERNS)), seq=st.integers(1, 500), causal=st.booleans())
 def test_mask_rows_are_the_layout_and_columns_its_transpose(name, seq, causal):
     assert_is_the_layout(build_layout(PATTERNS[name], seq, causal), causal)
 
@@ -121,10 +119,13 @@ def layouts(draw):
     branch = st.tuples(st.integers(1, 200), st.integers(1, 12))
     pattern = draw(st.sampled_from(sorted(PATTERNS)))
     config = patterned(
-        pattern, draw(st.lists(branch, min_size=1, max_size=5)) if pattern == "dilated_sparse" else (),
-        block=block, local_window_size=draw(st.integers(1, 5000)), global_tokens=draw(st.integers(1, 500)),
+        pattern,
+        draw(st.lists(branch, min_size=1, max_size=5)) if pattern == "dilated_sparse" else (),
+        block=block,
+        local_window_size=draw(st.integers(1, 5000)),
+        global_tokens=draw(st.integers(1, 500)),
         sparsity_ratio=draw(st.sampled_from([0.01, 0.02, 0.1, 0.3, 0.5, 1.0])),
-    )  # fmt: skip
+    )
     return config, draw(st.integers(1, 200 * block)), draw(st.booleans())
 
 
@@ -238,8 +239,8 @@ def test_auto_leaves_flex_where_its_lists_are_long_and_who_asks_for_it_gets_it(
 
 @settings(max_examples=100)
 @given(
-    case=layouts(), batch=st.integers(1, 2), kv_heads=st.sampled_from([1, 2]), dim=st.sampled_from([8, 32]),
-)  # fmt: skip
+    case=layouts(), batch=st.integers(1, 2), kv_heads=st.sampled_from([1, 2]), dim=st.sampled_from([8, 32])
+)
 def test_lists_under_auto_are_never_more_than_a_sixteenth_of_q_k_v_and_out(case, batch, kv_heads, dim):
     config, seq, causal = case
     q, k = (Fake(torch.float16, (batch, seq, heads, dim)) for heads in (2, kv_heads))

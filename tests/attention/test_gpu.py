@@ -330,8 +330,10 @@ def test_kernels_are_causal_from_the_first_key(kernel, dtype, seq, monkeypatch):
 
 def test_the_kernel_is_chosen_by_dtype_and_capability():
     modern = torch.cuda.get_device_capability() >= (8, 0)
-    half, single, double = (torch.zeros(1, 1, 1, 64, dtype=t, device="cuda") for t in
-                            (torch.float16, torch.float32, torch.float64))  # fmt: skip
+    half, single, double = (
+        torch.zeros(1, 1, 1, 64, dtype=t, device="cuda")
+        for t in (torch.float16, torch.float32, torch.float64)
+    )
     assert kernels.choose(half, biased=False) == ("flash" if modern else "efficient")
     assert kernels.choose(half, biased=True) == "efficient"
     assert kernels.choose(single, biased=False) == "efficient"

@@ -28,17 +28,24 @@ def configs(draw):
     if variant == "dilated":
         lengths = [length + rate for length, rate in branches]
         return AttentionConfig(
-            variant="dilated", segment_lengths=lengths, dilation_rates=[rate for _, rate in branches],
+            variant="dilated",
+            segment_lengths=lengths,
+            dilation_rates=[rate for _, rate in branches],
             uncovered="zero",
-        )  # fmt: skip
+        )
     pattern = SparsePatternConfig(
-        pattern_type=variant, block_size=size, local_window_size=draw(st.integers(1, 40)),
-        global_tokens=draw(st.integers(1, 20)), sparsity_ratio=draw(st.floats(0.02, 1.0)),
-    )  # fmt: skip
+        pattern_type=variant,
+        block_size=size,
+        local_window_size=draw(st.integers(1, 40)),
+        global_tokens=draw(st.integers(1, 20)),
+        sparsity_ratio=draw(st.floats(0.02, 1.0)),
+    )
     return AttentionConfig(
-        variant="block_sparse", pattern=pattern, segment_lengths=[n * size for n, _ in branches],
+        variant="block_sparse",
+        pattern=pattern,
+        segment_lengths=[n * size for n, _ in branches],
         dilation_rates=[rate for _, rate in branches],
-    )  # fmt: skip
+    )
 
 
 def pairs(config, seq, causal, head):
@@ -59,9 +66,13 @@ def cells(whole, rows, columns):
 
 
 @given(
-    config=configs(), seq=st.integers(1, 60), causal=st.booleans(), rows=st.integers(1, 70),
-    columns=st.integers(1, 70), head=st.integers(0, 5),
-)  # fmt: skip
+    config=configs(),
+    seq=st.integers(1, 60),
+    causal=st.booleans(),
+    rows=st.integers(1, 70),
+    columns=st.integers(1, 70),
+    head=st.integers(0, 5),
+)
 def test_cells_have_the_share_that_is_kept(config, seq, causal, rows, columns, head):
     whole = pairs(config, seq, causal, head)
     assert len(whole) == units(config, seq).number <= SAMPLED
@@ -74,13 +85,15 @@ LONG = [
     AttentionConfig(variant="dense"),
     AttentionConfig(variant="dilated", segment_lengths=[2048, 65536, MILLION], dilation_rates=[1, 8, 64]),
     AttentionConfig(
-        variant="block_sparse", segment_lengths=[4096, MILLION], dilation_rates=[1, 3],
+        variant="block_sparse",
+        segment_lengths=[4096, MILLION],
+        dilation_rates=[1, 3],
         pattern=SparsePatternConfig(block_size=16),
     ),
     AttentionConfig(
         variant="block_sparse", pattern=SparsePatternConfig(pattern_type="global_local", block_size=16)
     ),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("config", LONG, ids=["dense", "dilated", "dilated_sparse", "global_local"])
@@ -112,8 +125,7 @@ def test_a_head_takes_every_so_manyth_position():
 
 def test_adaptive_has_no_layout_to_see():
     config = AttentionConfig(
-        variant="adaptive", pattern=SparsePatternConfig(),
-        adaptive=AdaptiveConfig(num_heads=8, head_dim=64),
-    )  # fmt: skip
+        variant="adaptive", pattern=SparsePatternConfig(), adaptive=AdaptiveConfig(num_heads=8, head_dim=64)
+    )
     with pytest.raises(ConfigError, match="chosen from q and k"):
         shares(config, 4096, False, 4, 4)

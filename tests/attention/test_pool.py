@@ -54,8 +54,9 @@ def test_a_bucket_holds_its_request_and_wastes_less_than_a_fifteenth(nbytes):
 
 def test_there_are_sixteen_buckets_per_power_of_two():
     assert sorted({bucket_bytes(n) for n in range(4097, 16385)}) == [
-        *range(4096 + 256, 8193, 256), *range(8192 + 512, 16385, 512),
-    ]  # fmt: skip
+        *range(4096 + 256, 8193, 256),
+        *range(8192 + 512, 16385, 512),
+    ]
 
 
 # --- the pool ---

@@ -287,8 +287,17 @@ def test_tiles_of_many_programs_fit_the_workspace(program):
     ids=["dilated", "dilated_sparse", "global_local"],
 )
 def test_tiles_of_long_sequences_fit_and_use_the_workspace(config, itemsize, causal, packs):
-    shape = shape_of(40_000, heads=8, kv_heads=8, head_dim=64, itemsize=itemsize, causal=causal, packs=packs,
-                     workspace=1 << 24, chunk=1024)  # fmt: skip
+    shape = shape_of(
+        40_000,
+        heads=8,
+        kv_heads=8,
+        head_dim=64,
+        itemsize=itemsize,
+        causal=causal,
+        packs=packs,
+        workspace=1 << 24,
+        chunk=1024,
+    )
     held = [scratch_bytes(tile, shape) for tile in tiles_of(config, shape)]
     assert max(held) <= shape.workspace
     assert max(held) >= shape.chunk * shape.token_bytes

@@ -84,12 +84,18 @@ def unnested():
     "config, seq, heads, kv_heads, dim, causal",
     [
         (window(64, 256), 6144, 12, 12, 128, True),
-        (AttentionConfig(variant="dilated", segment_lengths=(9,), dilation_rates=(5,), uncovered="zero"),
-         32, 16, 16, 128, True),
+        (
+            AttentionConfig(variant="dilated", segment_lengths=(9,), dilation_rates=(5,), uncovered="zero"),
+            32,
+            16,
+            16,
+            128,
+            True,
+        ),
         (unnested(), 4096, 16, 2, 128, False),
     ],
     ids=["window", "dilated", "unnested segments"],
-)  # fmt: skip
+)
 def test_ordinary_configs_train_in_16_bits(config, seq, heads, kv_heads, dim, causal):
     assert_trains(config, seq, heads, kv_heads, dim, torch.bfloat16, causal)
 

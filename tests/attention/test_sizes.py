@@ -68,8 +68,18 @@ def random_branches(rng: random.Random, most: int, unit: int = 1) -> tuple[tuple
 
 def random_config(rng: random.Random, shape: Shape) -> AttentionConfig | tuple[int, int]:
     """A config, or (block size, blocks a row) of an adaptive attention."""
-    kind = rng.choice(("dense", "dilated", "dilated", "local_window", "global_local", "dilated_sparse",
-                       "dilated_sparse", "adaptive"))  # fmt: skip
+    kind = rng.choice(
+        (
+            "dense",
+            "dilated",
+            "dilated",
+            "local_window",
+            "global_local",
+            "dilated_sparse",
+            "dilated_sparse",
+            "adaptive",
+        )
+    )
     size = rng.choice((16, 32, 64, 64, 128, 128, 256, 512, rng.randint(1, 300)))
     blocks = -(-shape.seq // size)
     if kind == "dense":
@@ -86,9 +96,11 @@ def random_config(rng: random.Random, shape: Shape) -> AttentionConfig | tuple[i
     if kind == "dilated_sparse":
         lengths, rates = random_branches(rng, blocks + 3, size)
         return AttentionConfig(
-            variant="block_sparse", segment_lengths=lengths, dilation_rates=rates,
+            variant="block_sparse",
+            segment_lengths=lengths,
+            dilation_rates=rates,
             pattern=SparsePatternConfig(pattern_type=kind, block_size=size, sparsity_ratio=ratio),
-        )  # fmt: skip
+        )
     if kind == "global_local":
         fields["global_tokens"] = round(2 ** rng.uniform(0, math.log2(shape.seq + 1)))
     window = rng.choice((256, 512, 1024, 4096, round(2 ** rng.uniform(0, math.log2(shape.seq + 1)))))

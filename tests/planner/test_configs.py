@@ -34,9 +34,14 @@ def test_one_of_many():
 
 def test_rows_are_found_once_and_are_those_of_the_candidates_taken():
     columns = Columns(
-        "block_sparse", "dilated_sparse", seq=np.array([4096, 5000, 900]), block_size=64,
-        sparsity_ratio=np.array([0.1, 0.5, 1.0]), lengths=(512, 4096), rates=(1, np.array([1, 2, 3])),
-    )  # fmt: skip
+        "block_sparse",
+        "dilated_sparse",
+        seq=np.array([4096, 5000, 900]),
+        block_size=64,
+        sparsity_ratio=np.array([0.1, 0.5, 1.0]),
+        lengths=(512, 4096),
+        rates=(1, np.array([1, 2, 3])),
+    )
     some = np.array([2, 0])
     fresh = columns.take(some)
     assert columns.rows(True) is columns.rows(True)

@@ -15,7 +15,7 @@ from planner.units import bytes_option, format_bytes, parse_bytes, parse_count
     [("8GB", 8 * 10**9), ("8 gb", 8 * 10**9), ("7.75GiB", int(7.75 * 2**30)), ("512MiB", 2**29),
      ("1000", 1000), (4096, 4096), ("1.5kb", 1500), (".5MB", 500_000), ("80GB", 80 * 10**9),
      ("2.01GB", 2_010_000_000), ("8.GB", 8 * 10**9)],
-)  # fmt: skip
+)  # pairs (text, value)  # fmt: skip
 def test_bytes(text, value):
     assert parse_bytes(text) == value
 
@@ -29,7 +29,7 @@ def test_counts(text, value):
     "text",
     ["", "GB", "8XB", "-8GB", "8GB8", "0", "0GB", "1e9", "nan", "inf", "8,5GB", "٨GB", "9" * 40,
      "1" + "0" * 25, "2000000TB", True, None, 1.5, "8 G B"],
-)  # fmt: skip
+)  # list of words  # fmt: skip
 def test_nonsense_is_refused(text):
     with pytest.raises(ConfigError, match="budget"):
         parse_bytes(text, "budget")
@@ -51,9 +51,14 @@ def test_format(count, text):
 
 @pytest.mark.parametrize(
     "count, text",
-    [(5_211_000_000, "5.22GB"), (8 * 10**9, "8.00GB"), (16_800_000, "16.80MB"), (1_234_567_890_123, "1.24TB"),
-     (512, "512")],
-)  # fmt: skip
+    [
+        (5_211_000_000, "5.22GB"),
+        (8 * 10**9, "8.00GB"),
+        (16_800_000, "16.80MB"),
+        (1_234_567_890_123, "1.24TB"),
+        (512, "512"),
+    ],
+)
 def test_an_option_is_rounded_up(count, text):
     assert bytes_option(count) == text
 

@@ -22,7 +22,7 @@ def test_round_trip():
     "fields",
     [{"seq": 0}, {"seq": -1}, {"seq": 1.0}, {"seq": True}, {"seq": 8, "batch": 0}, {"seq": 8, "kv_heads": 3},
      {"seq": 8, "dtype": "int8"}, {"seq": 8, "mode": "eval"}, {"seq": 8, "sequence": 1}, {}],
-)  # fmt: skip
+)  # list of small dicts  # fmt: skip
 def test_nonsense_is_refused(fields):
     with pytest.raises(ConfigError, match="Workload"):
         Workload(**fields)
@@ -30,9 +30,16 @@ def test_nonsense_is_refused(fields):
 
 @pytest.mark.parametrize(
     "fields",
-    [{"batch": 1 << 41}, {"heads": 1 << 24}, {"heads": 4, "kv_heads": 1 << 50}, {"head_dim": 1 << 41},
-     {"seq": 1 << 41}, {"seq": 1 << 40, "batch": 1 << 20}, {"seq": (1 << 30) + 1, "weights": True}],
-)  # fmt: skip
+    [
+        {"batch": 1 << 41},
+        {"heads": 1 << 24},
+        {"heads": 4, "kv_heads": 1 << 50},
+        {"head_dim": 1 << 41},
+        {"seq": 1 << 41},
+        {"seq": 1 << 40, "batch": 1 << 20},
+        {"seq": (1 << 30) + 1, "weights": True},
+    ],
+)
 def test_sizes_that_nobody_has_are_refused(fields):
     with pytest.raises(ConfigError, match=r"at most [0-9,]+"):
         Workload(**{"seq": 8, **fields})

@@ -25,9 +25,16 @@ class Runs:
     def measure(self, config: AttentionConfig, workload: Workload) -> Measurement:
         self.count += 1
         return Measurement(
-            config=config, workload=workload, device="cpu", kind="ok", runs=1, environment=HERE,
-            allocated=estimate(config, workload, "cpu").allocated, seconds=self.count / 10, reference=0.05,
-        )  # fmt: skip
+            config=config,
+            workload=workload,
+            device="cpu",
+            kind="ok",
+            runs=1,
+            environment=HERE,
+            allocated=estimate(config, workload, "cpu").allocated,
+            seconds=self.count / 10,
+            reference=0.05,
+        )
 
 
 class Small(Scope):

@@ -52,9 +52,15 @@ class Batch:
 
     def measure(self, config, workload):
         return Measurement(
-            config=config, workload=workload, device="cpu", kind="ok", runs=1, environment=HERE, seconds=1.0,
+            config=config,
+            workload=workload,
+            device="cpu",
+            kind="ok",
+            runs=1,
+            environment=HERE,
+            seconds=1.0,
             allocated=self.share,
-        )  # fmt: skip
+        )
 
 
 def test_budgets_are_compared_with_what_was_taken():

@@ -57,9 +57,14 @@ def test_what_does_not_run_has_no_figures():
         def measure(self, config: AttentionConfig, workload: Workload):
             place = Environment(python="3.11", system="Linux", settings={}, date="2026-01-01T00:00:00+00:00")
             return Measurement(
-                config=config, workload=workload, device="cpu", kind="oom", message="memory ran out", runs=1,
+                config=config,
+                workload=workload,
+                device="cpu",
+                kind="oom",
+                message="memory ran out",
+                runs=1,
                 environment=place,
-            )  # fmt: skip
+            )
 
     row = memory_rows.measured(config_impact.configs()["A"], Workload(seq=64), Full())
     assert row["cold"] is None

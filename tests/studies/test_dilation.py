@@ -48,9 +48,11 @@ def test_the_picture_shows_time_memory_mass_and_reach(rows):
     figure = Figure(layout="constrained")
     dilation.draw(figure, rows)
     assert [axes.get_xlabel().replace("\n", " ") for axes in figure.axes] == [
-        "time, times the first's", "memory, times q, k, v and out", "mass of dense attention, %",
+        "time, times the first's",
+        "memory, times q, k, v and out",
+        "mass of dense attention, %",
         "layers until all is heard of",
-    ]  # fmt: skip
+    ]
     assert figure.axes[0].get_xscale() == "log"
     assert len(figure.axes[0].get_yticklabels()) == len(rows)
 

@@ -34,8 +34,9 @@ def test_the_picture_has_both_devices(rows):
     figure = Figure(layout="constrained")
     implementations.draw(figure, rows)
     assert [axes.get_xlabel().replace("\n", " ") for axes in figure.axes][:2] == [
-        "ms, CPU", "ms, GeForce GTX 1080",
-    ]  # fmt: skip
+        "ms, CPU",
+        "ms, GeForce GTX 1080",
+    ]
     assert len(figure.axes[1].collections) == len(rows) + 5
 
 

@@ -27,11 +27,27 @@ ROWS = [
     ),
     card("base", "inference", 8, 40_000, "seeds", said=4000, counted="1 MB", pool="auto"),
     card("none", "inference", 8, 40_000, "seeds", said=1000, counted="1 MB", pool="off"),
-    {"part": "capped", "attention": "dense", "mode": "inference", "budget": 8_000_000, "seq": 640,
-     "upper": 7_900_000, "beyond": 8_100_000, "outcome": "ok", "message": None, "allocated": 7_800_000},
-    {"part": "capped", "attention": "multihead", "mode": "training", "budget": 8_000_000,
-     "beyond": 9_000_000, "outcome": "nothing fits"},
-]  # fmt: skip
+    {
+        "part": "capped",
+        "attention": "dense",
+        "mode": "inference",
+        "budget": 8_000_000,
+        "seq": 640,
+        "upper": 7_900_000,
+        "beyond": 8_100_000,
+        "outcome": "ok",
+        "message": None,
+        "allocated": 7_800_000,
+    },
+    {
+        "part": "capped",
+        "attention": "multihead",
+        "mode": "training",
+        "budget": 8_000_000,
+        "beyond": 9_000_000,
+        "outcome": "nothing fits",
+    },
+]
 
 
 def test_there_is_one_attention_of_each_kind_that_pictures_have_colours_for():

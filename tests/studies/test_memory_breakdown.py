@@ -69,9 +69,14 @@ def test_every_part_belongs_to_one_optimisation_or_stays():
 
 
 @pytest.mark.parametrize(
-    "setting, holds", [("as it is", ("pool", "layouts", "masks")), ("pool='off'", ("layouts", "masks")),
-                       ("cache_entries=0", ("pool",)), ("cache_bytes=64 KiB", ("pool", "layouts"))],
-)  # fmt: skip
+    "setting, holds",
+    [
+        ("as it is", ("pool", "layouts", "masks")),
+        ("pool='off'", ("layouts", "masks")),
+        ("cache_entries=0", ("pool",)),
+        ("cache_bytes=64 KiB", ("pool", "layouts")),
+    ],
+)
 def test_settings_say_what_is_kept_between_calls(setting, holds):
     config = AttentionConfig(**configs()["B"].model_dump() | study.SETTINGS[setting])
     held = study.kept(config, Workload(seq=4096, heads=2, head_dim=32, causal=True), torch.device("cpu"))
@@ -94,8 +99,12 @@ def test_the_picture_is_a_waterfall_for_each_config(rows):
         left, right = drawn.axes
         assert [axes.get_title() for axes in (left, right)] == ["configuration A", "configuration B"]
         names = [label.get_text() for label in left.get_yticklabels()]
-        assert names == ["base, by formula", "ring-style, by formula", *study.OPTIMISATIONS,
-                         "this project, predicted"]  # fmt: skip
+        assert names == [
+            "base, by formula",
+            "ring-style, by formula",
+            *study.OPTIMISATIONS,
+            "this project, predicted",
+        ]
         assert "-1,280.0" in [text.get_text() for text in right.texts]
         assert all("MiB" in axes.get_xlabel() for axes in (left, right))
 

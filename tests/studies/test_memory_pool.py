@@ -22,9 +22,13 @@ def made_up(attention: str = "dilated", seq: int = 16_384, on: tuple[float, ...]
         "off": {"cold": 1000, "warm": 1000, "held": 0},
     }
     return {
-        "attention": attention, "seq": seq, "dtype": "bfloat16", "floor": 900, "bytes": sizes,
+        "attention": attention,
+        "seq": seq,
+        "dtype": "bfloat16",
+        "floor": 900,
+        "bytes": sizes,
         "seconds": {"cold": {"on": [1.0] * len(on), "off": [1.0] * len(on)}, "warm": seconds},
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("name", study.configs())
@@ -57,9 +61,14 @@ def test_pairs_are_run_in_turn():
 
 @pytest.mark.parametrize(
     "on, said",
-    [((0.8, 0.9, 0.95), "faster"), ((1.1, 1.2, 1.05), "slower"), ((0.5, 0.6, 1.01), "no clear difference"),
-     ((0.99, 0.985, 0.995), "no clear difference"), ((1.0, 1.0, 1.0), "no clear difference")],
-)  # fmt: skip
+    [
+        ((0.8, 0.9, 0.95), "faster"),
+        ((1.1, 1.2, 1.05), "slower"),
+        ((0.5, 0.6, 1.01), "no clear difference"),
+        ((0.99, 0.985, 0.995), "no clear difference"),
+        ((1.0, 1.0, 1.0), "no clear difference"),
+    ],
+)
 def test_a_difference_is_one_that_all_pairs_show(on, said):
     assert study.verdict(made_up(on=on), "warm") == said
 
@@ -88,8 +97,13 @@ def test_the_picture_has_both_ratios_and_every_series():
         assert left.get_ylabel() == "with a pool / without"
         assert [axes.get_xlabel() for axes in (left, right)] == ["tokens", "tokens"]
         names = [text.get_text() for text in drawn.legends[0].get_texts()]
-        assert names == ["dilated, cold", "dilated, warm", "dilated_sparse, cold", "dilated_sparse, warm",
-                         "the seeds, GTX 1080"]  # fmt: skip
+        assert names == [
+            "dilated, cold",
+            "dilated, warm",
+            "dilated_sparse, cold",
+            "dilated_sparse, warm",
+            "the seeds, GTX 1080",
+        ]
         assert [text.get_text() for text in left.texts] == ["the seeds: 19.8"]  # above the picture
 
     figure.drawn(["svg"], look)

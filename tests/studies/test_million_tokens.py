@@ -16,10 +16,17 @@ DILATED = one_of_each()["dilated"]
 
 def rows():
     measured = {
-        "part": "measured", "attention": "local_window", "seq": 1024, "short": 256, "heads": 1,
-        "floor": 2_000_000_000, "resident": 2_500_000_000, "before": 1, "seconds": 3.0,
+        "part": "measured",
+        "attention": "local_window",
+        "seq": 1024,
+        "short": 256,
+        "heads": 1,
+        "floor": 2_000_000_000,
+        "resident": 2_500_000_000,
+        "before": 1,
+        "seconds": 3.0,
         "per_token_ratio": 1.5,
-    }  # fmt: skip
+    }
     predicted = [
         million.predicted_row(kind, config, seq)
         for kind, config in one_of_each().items()

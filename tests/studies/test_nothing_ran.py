@@ -66,9 +66,13 @@ class World:
         if self.runs():
             found = estimate(config, workload, "cpu")
             how = {
-                "kind": "ok", "allocated": found.allocated, "allocated_warm": found.allocated,
-                "seconds": 0.2, "spread": 0.1, "reference": 0.05,
-            }  # fmt: skip
+                "kind": "ok",
+                "allocated": found.allocated,
+                "allocated_warm": found.allocated,
+                "seconds": 0.2,
+                "spread": 0.1,
+                "reference": 0.05,
+            }
         return Measurement(config=config, workload=workload, device="cpu", runs=1, environment=HERE, **how)
 
     def step(self, run: Any) -> records.Row:
@@ -105,19 +109,37 @@ def recommended() -> Any:
     workload = Workload(seq=64)
     pick = SimpleNamespace(role="widest", config=DENSE, seconds=2.0, mass=1.0)
     return SimpleNamespace(
-        config=DENSE, workload=workload, memory=SimpleNamespace(upper=10**6), seconds=1.0,
-        quality=SimpleNamespace(mass=1.0), alternatives=[pick],
-    )  # fmt: skip
+        config=DENSE,
+        workload=workload,
+        memory=SimpleNamespace(upper=10**6),
+        seconds=1.0,
+        quality=SimpleNamespace(mass=1.0),
+        alternatives=[pick],
+    )
 
 
 def tuned(**_: Any) -> Tuned:
     workload = Workload(seq=512)
     trial = Trial(number=0, config=DENSE, kind="ok", seconds=0.3, predicted=0.2, upper=2, allocated=1)
     return Tuned(
-        config=DENSE, workload=workload, on="cpu", best=trial, analytic=trial, trials=(trial,), kept=0,
-        storage="x", study="x", versions={}, calibration="none", seed=0, command="", budget=1, reserve=0,
-        memory=estimate(DENSE, workload), quality=Quality(profile="balanced", mass=1.0, layers=1),
-    )  # fmt: skip
+        config=DENSE,
+        workload=workload,
+        on="cpu",
+        best=trial,
+        analytic=trial,
+        trials=(trial,),
+        kept=0,
+        storage="x",
+        study="x",
+        versions={},
+        calibration="none",
+        seed=0,
+        command="",
+        budget=1,
+        reserve=0,
+        memory=estimate(DENSE, workload),
+        quality=Quality(profile="balanced", mass=1.0, layers=1),
+    )
 
 
 def longest(config: AttentionConfig, workload: Workload, budget: int, *_: Any) -> Any:
@@ -137,9 +159,11 @@ def enter(monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(million_tokens, "subprocess", SimpleNamespace(run=world.process))
         monkeypatch.setattr(fits, "recommend", lambda **_: recommended())
         monkeypatch.setattr(practical_limits, "recommend", partial(world.answer, recommended()))
-        monkeypatch.setattr(min_mass, "question", lambda *_, **asked: world.answer(
-            SimpleNamespace(answer=SimpleNamespace(seconds=1.0))
-        ))  # fmt: skip
+        monkeypatch.setattr(
+            min_mass,
+            "question",
+            lambda *_, **asked: world.answer(SimpleNamespace(answer=SimpleNamespace(seconds=1.0))),
+        )
         monkeypatch.setattr(search, "question", partial(world.answer, partial(asked_quickly, question)))
         monkeypatch.setattr(search, "refine", lambda *_, **__: SimpleNamespace(best=None))
         monkeypatch.setattr(max_sequence, "longest", longest)
@@ -152,9 +176,11 @@ def enter(monkeypatch: pytest.MonkeyPatch) -> Any:
         plain = torch.nn.functional.scaled_dot_product_attention
         monkeypatch.setattr(flex, "compiled", lambda: lambda q, k, v, block_mask: plain(q, k, v))
         if found.independent:
-            found = found._replace(steps=lambda scope: [
-                (label, partial(world.step, run)) for label, run in study.study(name).steps(scope)
-            ])  # fmt: skip
+            found = found._replace(
+                steps=lambda scope: [
+                    (label, partial(world.step, run)) for label, run in study.study(name).steps(scope)
+                ]
+            )
         monkeypatch.setattr(study, "study", lambda _: found)
         if not render:  # drawn, but not made a file, which takes longest
             drawn = lambda paths, draw, what: draw(Figure(layout="constrained"))  # noqa: E731

@@ -14,26 +14,69 @@ OUT = 16 << 20
 
 def flexed(pattern, dtype, ratio):
     return {
-        "part": "flex", "seq": 2048, "pattern": pattern, "dtype": dtype, "block": 64, "kept": 3,
-        "gflops": 200.0, "flex_gflops": 100.0, "ratio": ratio,
-    }  # fmt: skip
+        "part": "flex",
+        "seq": 2048,
+        "pattern": pattern,
+        "dtype": dtype,
+        "block": 64,
+        "kept": 3,
+        "gflops": 200.0,
+        "flex_gflops": 100.0,
+        "ratio": ratio,
+    }
 
 
 def of_dtype(dtype):
     return [
         *(flexed(pattern, dtype, ratio) for pattern, ratio in (("local_window", 2.0), ("adaptive", 0.5))),
         *(
-            {"part": "dense", "seq": 4096, "dtype": dtype, "heads": 2, "block": 128, "sparsity": left_out,
-             "ratio": ratio, "seconds": 1.0, "dense_seconds": 4.0}
+            {
+                "part": "dense",
+                "seq": 4096,
+                "dtype": dtype,
+                "heads": 2,
+                "block": 128,
+                "sparsity": left_out,
+                "ratio": ratio,
+                "seconds": 1.0,
+                "dense_seconds": 4.0,
+            }
             for left_out, ratio in ((0.9, 0.125), (0.2, 0.9))
         ),
-        {"part": "training", "seq": 2048, "attention": "local_window", "dtype": dtype, "block": 64, "kept": 9,
-         "forward_seconds": 1.0, "ratio": 3.5},
-        {"part": "bare", "seq": 2048, "pattern": "adaptive", "dtype": dtype, "block": 64, "kept": 3,
-         "in_place": 1.25, "copied": 0.75},
-        {"part": "memory", "seq": 2048, "pattern": "local_window", "dtype": dtype, "block": 64, "kept": 3,
-         "out": OUT, "ours": OUT * 5 // 4, "flex": 3 * OUT, "mask": 1 << 20, "dense": 2 * OUT},
-    ]  # fmt: skip
+        {
+            "part": "training",
+            "seq": 2048,
+            "attention": "local_window",
+            "dtype": dtype,
+            "block": 64,
+            "kept": 9,
+            "forward_seconds": 1.0,
+            "ratio": 3.5,
+        },
+        {
+            "part": "bare",
+            "seq": 2048,
+            "pattern": "adaptive",
+            "dtype": dtype,
+            "block": 64,
+            "kept": 3,
+            "in_place": 1.25,
+            "copied": 0.75,
+        },
+        {
+            "part": "memory",
+            "seq": 2048,
+            "pattern": "local_window",
+            "dtype": dtype,
+            "block": 64,
+            "kept": 3,
+            "out": OUT,
+            "ours": OUT * 5 // 4,
+            "flex": 3 * OUT,
+            "mask": 1 << 20,
+            "dense": 2 * OUT,
+        },
+    ]
 
 
 ROWS = [row for dtype in ("float32", "bfloat16") for row in of_dtype(dtype)]

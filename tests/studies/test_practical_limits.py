@@ -11,8 +11,14 @@ from studies.bench.study import Scope
 
 
 def cell(gb, seq, mode="inference", **more):
-    found = {"outcome": "ok", "attention": "dilated", "upper": 2_500_000_000, "seconds": 0.25, "mass": 0.81,
-             "widest": {"attention": "dense", "seconds": 2000.0, "mass": 1.0}}  # fmt: skip
+    found = {
+        "outcome": "ok",
+        "attention": "dilated",
+        "upper": 2_500_000_000,
+        "seconds": 0.25,
+        "mass": 0.81,
+        "widest": {"attention": "dense", "seconds": 2000.0, "mass": 1.0},
+    }
     return {"card": "NVIDIA GeForce X", "gb": gb, "seq": seq, "mode": mode} | (more or found)
 
 
@@ -27,8 +33,10 @@ def test_a_cell_is_what_recommend_answers():
     row = limits.cell_row("gtx1080", 4096, "inference")
     asked = recommend(seq=4096, gpu="gtx1080", trials=0)
     assert (row["upper"], row["seconds"], row["mass"]) == (
-        asked.memory.upper, asked.seconds, asked.quality.mass
-    )  # fmt: skip
+        asked.memory.upper,
+        asked.seconds,
+        asked.quality.mass,
+    )
     assert row["mass"] >= limits.MIN_MASS
     assert row["widest"]["mass"] >= row["mass"]
     assert row["gb"] == 8

@@ -192,7 +192,7 @@ def test_rows_of_another_version_or_machine_are_measured_anew(tmp_path, monkeypa
     "left",
     ["", "{", "[]", "null", '{"rows": 1}', '{"rows": {"one": 1}, "environment": {}}',
      '{"rows": {"one": {"a": "one"}}, "command": "planner study x", "environment": {"date": "2026-01-01"}}'],
-)  # fmt: skip
+)  # a file's text that just fits without more indentation  # fmt: skip
 def test_a_file_that_no_interrupted_study_leaves_is_begun_anew(tmp_path, capsys, left):
     """Also what earlier versions left, which does not say of when each row is."""
     (tmp_path / f"x.{records.machine(CPU)}.part").write_text(left)
@@ -340,8 +340,7 @@ def test_a_folder_that_cannot_be_written_is_said_before_anything_runs(two_rows, 
 
 
 @pytest.mark.parametrize(
-    "value, digits, said",
-    [(1.1113, 2, 1.12), (1.11, 2, 1.11), (0.3, 1, 0.3), (0.0, 3, 0.0), (2.0001, 0, 3)],
+    "value, digits, said", [(1.1113, 2, 1.12), (1.11, 2, 1.11), (0.3, 1, 0.3), (0.0, 3, 0.0), (2.0001, 0, 3)]
 )
 def test_what_is_the_most_is_not_rounded_down(value, digits, said):
     assert study.rounded_up(value, digits) == said

@@ -21,9 +21,15 @@ CONFIGS = [
 
 def trial(number, seconds, kind="ok"):
     return Trial(
-        number=number, config=CONFIGS[number], kind=kind, seconds=seconds, predicted=0.2, upper=2,
-        allocated=1, message=None if kind == "ok" else "no",
-    )  # fmt: skip
+        number=number,
+        config=CONFIGS[number],
+        kind=kind,
+        seconds=seconds,
+        predicted=0.2,
+        upper=2,
+        allocated=1,
+        message=None if kind == "ok" else "no",
+    )
 
 
 def tuned(pick, *others):
@@ -31,10 +37,24 @@ def tuned(pick, *others):
     best = min((one for one in trials if one.good), key=lambda one: one.seconds)
     workload = Workload(seq=512)
     return Tuned(
-        config=best.config, workload=workload, on="cpu", best=best, analytic=pick, trials=trials, kept=0,
-        storage="x", study="x", versions={}, calibration="none", seed=0, command="", budget=1, reserve=0,
-        memory=estimate(best.config, workload), quality=Quality(profile="balanced", mass=1.0, layers=1),
-    )  # fmt: skip
+        config=best.config,
+        workload=workload,
+        on="cpu",
+        best=best,
+        analytic=pick,
+        trials=trials,
+        kept=0,
+        storage="x",
+        study="x",
+        versions={},
+        calibration="none",
+        seed=0,
+        command="",
+        budget=1,
+        reserve=0,
+        memory=estimate(best.config, workload),
+        quality=Quality(profile="balanced", mass=1.0, layers=1),
+    )
 
 
 def row_of(monkeypatch, found):

@@ -248,9 +248,17 @@ def _stepped(
     """With the inner dimension in as few calls as the second cache has room for."""
     inner, threads = product.inner, product.threads // shares * shares
     way = Way(
-        threads, height, min(64, product.columns), up(inner, 2), inner, row_blocks, column_blocks,
-        depth_threads=shares, copies=transposed, packed=64 if transposed or product.rows == 1 else STEP,
-    )  # fmt: skip
+        threads,
+        height,
+        min(64, product.columns),
+        up(inner, 2),
+        inner,
+        row_blocks,
+        column_blocks,
+        depth_threads=shares,
+        copies=transposed,
+        packed=64 if transposed or product.rows == 1 else STEP,
+    )
     if inner < STEP:
         way = way._replace(copies=transposed or inner % 2 > 0)
     else:

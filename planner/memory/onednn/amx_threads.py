@@ -168,11 +168,15 @@ class _Division(NamedTuple):
     ) -> _Division:
         rows, inner, columns, all_threads, _ = product
         return cls(
-            threads, all_threads,
+            threads,
+            all_threads,
             _Side(rows, by_rows, parts(rows, by_rows), min(rows, 2 * high)),
             _Side(columns, by_columns, parts(columns, by_columns), min(columns, 2 * TILE)),
-            inner, by_inner, parts(inner, by_inner), high,
-        )  # fmt: skip
+            inner,
+            by_inner,
+            parts(inner, by_inner),
+            high,
+        )
 
     def worth_it(self) -> bool:
         """Whether each thread's share is large enough to be one."""
@@ -222,10 +226,16 @@ class _Division(NamedTuple):
     def _way(self, block: _Block, rows: int, columns: int) -> Way:
         fills = self.inner % STEP > 0 and not (_even(block.depth) and _even(self.inner % block.depth))
         return Way(
-            self.threads, rows, columns, block.depth, self.inner, depth_blocks=block.depths,
-            depth_threads=self.inner_threads, sums=self.inner_threads > 1 or block.depth != self.inner,
+            self.threads,
+            rows,
+            columns,
+            block.depth,
+            self.inner,
+            depth_blocks=block.depths,
+            depth_threads=self.inner_threads,
+            sums=self.inner_threads > 1 or block.depth != self.inner,
             fills=fills,
-        )  # fmt: skip
+        )
 
     def _sides(self, keeps_second: bool) -> tuple[_Side, _Side]:
         """(the side that moves, the one that is kept)."""

@@ -122,9 +122,16 @@ def _blocks(
 
 
 def _imbalance(
-    rows: int, inner: int, columns: int, threads: int, depth: int, candidates: NDArray[np.int64],
-    work: NDArray[np.int64], chunk: int, split: int,
-) -> Singles:  # fmt: skip
+    rows: int,
+    inner: int,
+    columns: int,
+    threads: int,
+    depth: int,
+    candidates: NDArray[np.int64],
+    work: NDArray[np.int64],
+    chunk: int,
+    split: int,
+) -> Singles:
     """How unevenly threads would share, the mean of five shares: oneDNN's get_imbalance, in its precision."""
     single, share = np.float32, threads // split
     across = -(-columns // min(columns, COLUMNS))

@@ -22,9 +22,12 @@ def scorer_of(case: Case, size: Count, kept: Count, channels: Count | None) -> S
     """The scorer of a module whose parameters are of the type of q; `channels`: None for as many as q's."""
     shape = case.shape
     return Scorer(
-        size, kept, shape.head_dim if channels is None else channels, shape.wide,
+        size,
+        kept,
+        shape.head_dim if channels is None else channels,
+        shape.wide,
         casts=shape.itemsize < shape.wide,
-    )  # fmt: skip
+    )
 
 
 def adaptive(table: PlanTable, case: Case, scorer: Scorer) -> None:
@@ -34,8 +37,12 @@ def adaptive(table: PlanTable, case: Case, scorer: Scorer) -> None:
         table.kept("projections of the scorer", "parameters", numbers * case.shape.itemsize, "2 H D E e")
     table.phase("choosing blocks")
     table.add("chosen blocks", "sparse_indices", _chosen(case, scorer) * 8, "8 B H n k")
-    table.add("scratch of the choice", "workspace", arena_bytes(choosing_sizes(case.shape, scorer)),
-              f"{SIZES} choosing_sizes")  # fmt: skip
+    table.add(
+        "scratch of the choice",
+        "workspace",
+        arena_bytes(choosing_sizes(case.shape, scorer)),
+        f"{SIZES} choosing_sizes",
+    )
     table.free("scratch of the choice")
 
     def turn(table: PlanTable) -> bool:
@@ -74,13 +81,18 @@ def _learn(table: PlanTable, case: Case, scorer: Scorer) -> None:
     shape, numbers = case.shape, _parameters(case, scorer)
     table.phase("backward, gate")
     table.add("gradient of the scores", "temp_buffers", _chosen(case, scorer) * scorer.wide, "B H n k w")
-    table.add("scratch of the gate", "workspace", arena_bytes(gate_sizes(shape, scorer.size)),
-              f"{SIZES} gate_sizes")  # fmt: skip
+    table.add(
+        "scratch of the gate", "workspace", arena_bytes(gate_sizes(shape, scorer.size)), f"{SIZES} gate_sizes"
+    )
     table.free("scratch of the gate")
     table.phase("backward, scorer")
     table.add("sums of the projections' gradients", "temp_buffers", numbers * scorer.wide, "2 H D E w")
-    table.add("scratch of the scorer", "workspace", arena_bytes(learning_sizes(shape, scorer)),
-              f"{SIZES} learning_sizes")  # fmt: skip
+    table.add(
+        "scratch of the scorer",
+        "workspace",
+        arena_bytes(learning_sizes(shape, scorer)),
+        f"{SIZES} learning_sizes",
+    )
     table.free("scratch of the scorer")
     if not scorer.casts:  # then the sums are the gradients
         table.free("sums of the projections' gradients")

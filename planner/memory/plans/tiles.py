@@ -138,14 +138,22 @@ def program(table: PlanTable, case: Case, extent_of: Callable[[Shape], Extent]) 
     mask, _ = _masks(case, extent_of)
     if case.warm and not case.run:
         table.kept(POOLED, "memory_pool", kept, "a pool's buffer, of the call before")
-        table.kept("causal mask of the call before", "pattern_cache", mask.there,
-                   "attention/sizes/tiles.py Extent.mask")  # fmt: skip
+        table.kept(
+            "causal mask of the call before",
+            "pattern_cache",
+            mask.there,
+            "attention/sizes/tiles.py Extent.mask",
+        )
     for number, kind in enumerate(extent.kinds):
         table.phase(f"forward, {kind.name}")
         if number == 0:
             table.add("out", "output", case.channels * e, "B S H D e")
-            table.add("log-sum-exp", "saved_for_backward" if case.trains else "temp_buffers",
-                      case.lse_bytes * keeps, "B S H w")  # fmt: skip
+            table.add(
+                "log-sum-exp",
+                "saved_for_backward" if case.trains else "temp_buffers",
+                case.lse_bytes * keeps,
+                "B S H w",
+            )
             table.add("forward arena", "workspace", size - there, "attention/sizes/tiles.py forward_sizes")
             _make(table, "causal mask", mask)
         call = _call(kind, kind.views, kind.keys, shape)
@@ -182,8 +190,12 @@ def program_backward(
     # The forward pass's arena, kept, is taken again.
     there = _arena(case, forward_arena, arena)[1]
     if case.warm:
-        table.kept(f"backward {POOLED}", "memory_pool", maximum(kept - there, 0),
-                   "a pool's buffer, of the call before")  # fmt: skip
+        table.kept(
+            f"backward {POOLED}",
+            "memory_pool",
+            maximum(kept - there, 0),
+            "a pool's buffer, of the call before",
+        )
         there = maximum(there, kept)
     number = shape.wide if shape.widens else e
     _, mask = _masks(case, extent_of)
@@ -193,16 +205,19 @@ def program_backward(
             table.add("dq", "gradients", case.channels * e, "B S H D e")
             table.add("dk", "gradients", case.kv_channels * e, "B S G D e")
             table.add("dv", "gradients", case.kv_channels * e, "B S G D e")
-            table.add("backward arena", "workspace", size - there * (size > 0),
-                      "attention/sizes/tiles.py backward_sizes")  # fmt: skip
+            table.add(
+                "backward arena",
+                "workspace",
+                size - there * (size > 0),
+                "attention/sizes/tiles.py backward_sizes",
+            )
             _make(table, "causal mask of backward", mask)
         call = _call(kind, piece.views, piece.keys, shape, number)
         if shape.widens:
             call = call._replace(dense=1)
         found = _taken(case.machine.backward, call, kind)
         _hidden(table, kind, piece.column * number, shape)
-        table.add(f"{kind.name}: dq, dk, dv", "temp_buffers", found.result * kind.exists,
-                  "N H (T + 2 K) D w")  # fmt: skip
+        table.add(f"{kind.name}: dq, dk, dv", "temp_buffers", found.result * kind.exists, "N H (T + 2 K) D w")
         table.add(f"{kind.name}: backward scratch", "workspace", found.scratch * kind.exists, "of the kernel")
         table.free(
             f"{kind.name}: dq, dk, dv", f"{kind.name}: backward scratch", f"{kind.name}: hidden positions"
@@ -279,9 +294,16 @@ def _make(table: PlanTable, name: str, mask: Mask) -> None:
 def _call(kind: Kind, views: Count, keys: Count, shape: Shape, itemsize: int | None = None) -> Call:
     # A kind that does not exist may have no queries; a kernel has some.
     return Call(
-        views, kind.heads, maximum(kind.queries, 1), keys, shape.head_dim, itemsize or shape.itemsize,
-        causal=kind.whole, dense=kind.dense, masked=kind.masked,
-    )  # fmt: skip
+        views,
+        kind.heads,
+        maximum(kind.queries, 1),
+        keys,
+        shape.head_dim,
+        itemsize or shape.itemsize,
+        causal=kind.whole,
+        dense=kind.dense,
+        masked=kind.masked,
+    )
 
 
 def _taken(kernel: Callable[[Call], Bytes], call: Call, kind: Kind) -> Bytes:
@@ -296,10 +318,18 @@ def flex(table: PlanTable, case: Case, rows: Rows) -> None:
     found = case.machine.flex(call)
     table.phase("forward")
     table.add("out", "output", case.channels * e, "B S H D e")
-    table.add("block lists", "sparse_indices", flex_list_bytes(rows, shape.seq),
-              "attention/sizes/flex.py flex_list_bytes")  # fmt: skip
-    table.add("log-sum-exp", "saved_for_backward" if case.trains else "temp_buffers",
-              found.result - case.channels * e, "float32 B H S")  # fmt: skip
+    table.add(
+        "block lists",
+        "sparse_indices",
+        flex_list_bytes(rows, shape.seq),
+        "attention/sizes/flex.py flex_list_bytes",
+    )
+    table.add(
+        "log-sum-exp",
+        "saved_for_backward" if case.trains else "temp_buffers",
+        found.result - case.channels * e,
+        "float32 B H S",
+    )
     if not case.trains:
         table.free("log-sum-exp")
     if not case.goes_back(table):

@@ -51,9 +51,12 @@ def _weights(table: PlanTable, case: Case, returned: ReturnedWeights) -> None:
     table.add("indices of the weights", "sparse_indices", indices, "16 n, or 16 B H n")
     values = lanes * returned.active * returned.size * returned.size * shape.itemsize
     table.add("weights", "weights", values, "B H n b b e")
-    table.add("scratch of the weights", "workspace",
-              arena_bytes(weights_sizes(shape, returned.size, returned.active, returned.branches)),
-              "attention/sizes/weights.py")  # fmt: skip
+    table.add(
+        "scratch of the weights",
+        "workspace",
+        arena_bytes(weights_sizes(shape, returned.size, returned.active, returned.branches)),
+        "attention/sizes/weights.py",
+    )
     table.free("scratch of the weights")
     if not case.trains:
         table.free("log-sum-exp of the weights")

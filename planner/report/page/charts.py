@@ -24,7 +24,7 @@ SHAPES: Final = {
     "dilated_sparse": "M0 1.1L1.1-.9H-1.1z",
     "adaptive": "M-.4-1.1h.8v.7h.7v.8h-.7v.7h-.8v-.7h-.7v-.8h.7z",
     "multihead": "M0-.5L.6-1.1L1.1-.6L.5 0L1.1 .6L.6 1.1L0 .5L-.6 1.1L-1.1 .6L-.5 0L-1.1-.6L-.6-1.1z",
-}  # fmt: skip
+}
 """Of each kind of attention, about 1 around 0; its colour is of the class of its name."""
 SHADES: Final = 5
 LARGE, SMALL = 7.0, 3.0
@@ -61,9 +61,14 @@ def pair(expected: float, found: float | None) -> Html:
 
 def _strip(*parts: Html) -> Html:
     return tag(
-        "svg", *parts, class_="bar", viewBox="0 0 100 10", preserveAspectRatio="none", aria_hidden="true",
+        "svg",
+        *parts,
+        class_="bar",
+        viewBox="0 0 100 10",
+        preserveAspectRatio="none",
+        aria_hidden="true",
         focusable="false",
-    )  # fmt: skip
+    )
 
 
 def _rect(first: float, width: float, kind: str, low: float = 0, high: float = 10) -> Html:
@@ -103,11 +108,7 @@ def points(what: str, marks: Sequence[Mark], x: Axis, y: Axis, *, diagonal: bool
     """A chart of points, for both screens, and what the one that is looked at has to say. `diagonal`: both
     axes are one, and a line has what is equal on both."""
     kinds = dict.fromkeys(mark.kind for mark in marks)
-    key = tag(
-        "ul",
-        *(tag("li", _alone(kind), " " + kind) for kind in kinds),
-        class_="key",
-    )
+    key = tag("ul", *(tag("li", _alone(kind), " " + kind) for kind in kinds), class_="key")
     charts = [
         _points(what, marks, x, y, diagonal, width, height, kind)
         for width, height, kind in ((340, 320, "narrow"), (760, 420, "wide"))
@@ -121,9 +122,11 @@ def _alone(kind: str) -> Html:
 
 def _shape(kind: str, x: float, y: float, size: float) -> Html:
     return tag(
-        "path", d=SHAPES[kind], class_=f"of-{kind}",
+        "path",
+        d=SHAPES[kind],
+        class_=f"of-{kind}",
         transform=f"translate({_number(x)} {_number(y)}) scale({_number(size)})",
-    )  # fmt: skip
+    )
 
 
 class _Scale(NamedTuple):
@@ -180,9 +183,14 @@ def _points(
         middle = {"x": _number((spot.left + spot.right) / 2), "y": _number(spot.high - 0.28 * LINE)}
         parts.append(tag("text", said, class_="name", text_anchor="middle", **middle))
     return tag(
-        "svg", *parts, *drawn, viewBox=f"0 0 {width} {height}", class_=f"points {kind}", role="group",
+        "svg",
+        *parts,
+        *drawn,
+        viewBox=f"0 0 {width} {height}",
+        class_=f"points {kind}",
+        role="group",
         aria_label=what,
-    )  # fmt: skip
+    )
 
 
 def _mark(mark: Mark, at: tuple[float, float], size: float) -> Html:
@@ -190,9 +198,16 @@ def _mark(mark: Mark, at: tuple[float, float], size: float) -> Html:
     ring = tag("circle", cx=x, cy=y, r=LARGE + 4, class_="ring") if mark.name else None
     hit = tag("circle", cx=x, cy=y, r=LARGE + 5, class_="hit")
     return tag(
-        "g", tag("title", mark.said), hit, ring, _shape(mark.kind, *at, size), tabindex="0", role="img",
-        class_="point", aria_label=mark.said,
-    )  # fmt: skip
+        "g",
+        tag("title", mark.said),
+        hit,
+        ring,
+        _shape(mark.kind, *at, size),
+        tabindex="0",
+        role="img",
+        class_="point",
+        aria_label=mark.said,
+    )
 
 
 def _frame(wide: _Scale, high: _Scale, x: Axis, y: Axis) -> list[Html]:
@@ -246,9 +261,14 @@ def matrix(what: str, shares: Floats) -> Html:
                 begin = at
     paths = [tag("path", d="".join(runs), class_=f"shade-{level}") for level, runs in sorted(marks.items())]
     return tag(
-        "svg", *paths, viewBox=f"0 0 {columns} {rows}", class_="matrix", role="img", aria_label=what,
+        "svg",
+        *paths,
+        viewBox=f"0 0 {columns} {rows}",
+        class_="matrix",
+        role="img",
+        aria_label=what,
         shape_rendering="crispEdges",
-    )  # fmt: skip
+    )
 
 
 def shade(share: float) -> int:
@@ -260,9 +280,14 @@ def strip(positions: Sequence[bool]) -> Html:
     """Which positions are taken."""
     path = "".join(f"M{at}.15 0h.7v1h-.7z" for at, one in enumerate(positions) if one)
     return tag(
-        "svg", tag("path", d=path, class_="ink"), viewBox=f"0 0 {len(positions)} 1", class_="bar",
-        preserveAspectRatio="none", aria_hidden="true", focusable="false",
-    )  # fmt: skip
+        "svg",
+        tag("path", d=path, class_="ink"),
+        viewBox=f"0 0 {len(positions)} 1",
+        class_="bar",
+        preserveAspectRatio="none",
+        aria_hidden="true",
+        focusable="false",
+    )
 
 
 def _number(value: float) -> str:

@@ -68,9 +68,13 @@ def table(caption: str, columns: Sequence[Heading], rows: Iterable[Sequence[Insi
     )
     body = [tag("tr", *_cells(columns, row), role="row") for row in rows]
     return tag(
-        "table", tag("caption", caption), tag("thead", head, role="rowgroup"),
-        tag("tbody", *body, role="rowgroup"), role="table", class_=kind or None,
-    )  # fmt: skip
+        "table",
+        tag("caption", caption),
+        tag("thead", head, role="rowgroup"),
+        tag("tbody", *body, role="rowgroup"),
+        role="table",
+        class_=kind or None,
+    )
 
 
 def _cells(columns: Sequence[Heading], row: Sequence[Inside]) -> Iterable[Html]:
@@ -105,10 +109,15 @@ def page(title: str, head: Html, sections: Sequence[Section], foot: str) -> str:
     policy = f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}; img-src data:"
     links = [tag("li", tag("a", one.heading, href=f"#{one.key}")) for one in sections]
     parts = [
-        tag("section", tag("h2", one.heading, id=f"{one.key}-heading"), one.body, id=one.key,
-            aria_labelledby=f"{one.key}-heading")
+        tag(
+            "section",
+            tag("h2", one.heading, id=f"{one.key}-heading"),
+            one.body,
+            id=one.key,
+            aria_labelledby=f"{one.key}-heading",
+        )
         for one in sections
-    ]  # fmt: skip
+    ]
     top = tag(
         "head",
         tag("meta", charset="utf-8"),

@@ -16,9 +16,7 @@ from planner.units import format_bytes
 
 MOST: Final = 100
 """Rows that a table shows."""
-_AIM: Final = {
-    "speed": "The fastest attention", "seq": "The longest sequence", "quality": "The most mass",
-}  # fmt: skip
+_AIM: Final = {"speed": "The fastest attention", "seq": "The longest sequence", "quality": "The most mass"}
 
 
 def recommend_page(found: Recommendation, verified: Sequence[Verified]) -> str:
@@ -71,19 +69,29 @@ def _tiles(found: Recommendation, verified: Sequence[Verified]) -> Html:
 
 def _picks(found: Recommendation) -> Section:
     columns = [
-        Heading("pick", "word"), Heading("attention", "word"), Heading("config"), Heading("tokens", "number"),
-        Heading("memory", "number"), Heading("time", "number"), Heading("mass", "number"),
+        Heading("pick", "word"),
+        Heading("attention", "word"),
+        Heading("config"),
+        Heading("tokens", "number"),
+        Heading("memory", "number"),
+        Heading("time", "number"),
+        Heading("mass", "number"),
         Heading("layers", "number"),
-    ]  # fmt: skip
+    ]
     rows = [(one.role, *_figures(one)) for one in found.alternatives]
     return Section("picks", "Three to choose from", table("Picks of what nothing surpasses", columns, rows))
 
 
 def _figures(one: Pick) -> tuple[str, ...]:
     return (
-        words.kind_of(one.config), shape(one.config), f"{one.seq:,}", format_bytes(one.upper),
-        seconds(one.seconds), f"{one.mass:.1%}", str(one.layers) if one.layers else "never",
-    )  # fmt: skip
+        words.kind_of(one.config),
+        shape(one.config),
+        f"{one.seq:,}",
+        format_bytes(one.upper),
+        seconds(one.seconds),
+        f"{one.mass:.1%}",
+        str(one.layers) if one.layers else "never",
+    )
 
 
 def _why(found: Recommendation) -> Section:
@@ -92,10 +100,16 @@ def _why(found: Recommendation) -> Section:
     if not steps:
         return Section("why", "Why this one", said)
     columns = [
-        Heading("one step"), Heading("time", "number"), Heading("", "bar"), Heading("memory", "number"),
-        Heading("", "bar"), Heading("mass", "number"), Heading("", "bar"), Heading("layers", "number"),
+        Heading("one step"),
+        Heading("time", "number"),
+        Heading("", "bar"),
+        Heading("memory", "number"),
+        Heading("", "bar"),
+        Heading("mass", "number"),
+        Heading("", "bar"),
+        Heading("layers", "number"),
         Heading("fails", "fails"),
-    ]  # fmt: skip
+    ]
     times = [step.seconds / found.seconds - 1 if found.seconds > 0 else 0.0 for step in steps]
     memory = [float(step.upper - found.memory.upper) for step in steps]
     mass = [step.mass - found.quality.mass for step in steps]
@@ -103,11 +117,18 @@ def _why(found: Recommendation) -> Section:
     for at, step in enumerate(steps):
         change = changed(found, step)
         rows.append(
-            (f"{dimension(step)}: {step.before} to {step.after}",
-             change.time, _delta(times, at, -1), change.memory, _delta(memory, at, -1),
-             f"{change.mass} points", _delta(mass, at, 1), str(step.layers or "never"),
-             ", ".join(step.failed))
-        )  # fmt: skip
+            (
+                f"{dimension(step)}: {step.before} to {step.after}",
+                change.time,
+                _delta(times, at, -1),
+                change.memory,
+                _delta(memory, at, -1),
+                f"{change.mass} points",
+                _delta(mass, at, 1),
+                str(step.layers or "never"),
+                ", ".join(step.failed),
+            )
+        )
     what = "What half and double of each dimension would change, and which constraint it would then fail"
     return Section("why", "Why this one", join([said, table(what, columns, rows, "bars steps")]))
 
@@ -130,19 +151,31 @@ def _pareto(found: Recommendation) -> Section:
     most = max(one.upper for one in drawn) or 1
     marks = [_mark(one, roles.get(one, ""), most) for one in drawn]
     columns = [
-        Heading("attention", "word"), Heading("config"), Heading("tokens", "number"),
-        Heading("memory", "number"), Heading("time", "number"), Heading("mass", "number"),
-        Heading("layers", "number"), Heading("pick"),
-    ]  # fmt: skip
+        Heading("attention", "word"),
+        Heading("config"),
+        Heading("tokens", "number"),
+        Heading("memory", "number"),
+        Heading("time", "number"),
+        Heading("mass", "number"),
+        Heading("layers", "number"),
+        Heading("pick"),
+    ]
     rows = [(*_figures(one), roles.get(one, "")) for one in drawn]
     what = "What nothing surpasses in memory, time and mass together"
     body = [
-        tag("p", "Each mark is a config that nothing surpasses in memory, time and mass together; its area "
-            "is the memory that it takes. Up and to the left is better."),
-        points(what, marks, Axis("time of a call, predicted", seconds, log=True),
-               Axis(f"mass of dense attention, profile {found.quality.profile!r}", _share)),
+        tag(
+            "p",
+            "Each mark is a config that nothing surpasses in memory, time and mass together; its area "
+            "is the memory that it takes. Up and to the left is better.",
+        ),
+        points(
+            what,
+            marks,
+            Axis("time of a call, predicted", seconds, log=True),
+            Axis(f"mass of dense attention, profile {found.quality.profile!r}", _share),
+        ),
         tag("details", tag("summary", "The same as a table"), table(what, columns, rows)),
-    ]  # fmt: skip
+    ]
     return Section("pareto", "What else there is", join(body))
 
 
@@ -151,9 +184,13 @@ def _mark(one: Pick, role: str, most: int) -> Mark:
     said = f"{kind}: {seconds(one.seconds)}, {one.mass:.1%} of the mass, {format_bytes(one.upper)} at most"
     said += f", {one.seq:,} tokens. {shape(one.config)}"
     return Mark(
-        one.seconds, 100 * one.mass, one.upper / most, kind if kind in SHAPES else "dense",
-        f"{role}, {said}" if role else said, role,
-    )  # fmt: skip
+        one.seconds,
+        100 * one.mass,
+        one.upper / most,
+        kind if kind in SHAPES else "dense",
+        f"{role}, {said}" if role else said,
+        role,
+    )
 
 
 def _share(value: float) -> str:
@@ -162,19 +199,30 @@ def _share(value: float) -> str:
 
 def _measured(results: Sequence[Verified]) -> Section:
     columns = [
-        Heading("pick"), Heading("memory", "number"), Heading("at most", "number"), Heading("", "bar"),
-        Heading("time", "number"), Heading("predicted", "number"), Heading("", "bar"), Heading("outcome"),
-    ]  # fmt: skip
+        Heading("pick"),
+        Heading("memory", "number"),
+        Heading("at most", "number"),
+        Heading("", "bar"),
+        Heading("time", "number"),
+        Heading("predicted", "number"),
+        Heading("", "bar"),
+        Heading("outcome"),
+    ]
     most = max(max(one.upper, one.allocated or 0) for one in results) or 1
     longest = max(max(one.predicted, one.seconds or 0.0) for one in results) or 1.0
     rows = [
-        (one.role, format_bytes(one.allocated) if one.allocated is not None else "-", format_bytes(one.upper),
-         pair(one.upper / most, one.allocated / most if one.allocated is not None else None),
-         seconds(one.seconds) if one.seconds is not None else "-", seconds(one.predicted),
-         pair(one.predicted / longest, one.seconds / longest if one.seconds is not None else None),
-         f"{one.kind}: {one.message}" if one.message else one.kind)
+        (
+            one.role,
+            format_bytes(one.allocated) if one.allocated is not None else "-",
+            format_bytes(one.upper),
+            pair(one.upper / most, one.allocated / most if one.allocated is not None else None),
+            seconds(one.seconds) if one.seconds is not None else "-",
+            seconds(one.predicted),
+            pair(one.predicted / longest, one.seconds / longest if one.seconds is not None else None),
+            f"{one.kind}: {one.message}" if one.message else one.kind,
+        )
         for one in results[:MOST]
-    ]  # fmt: skip
+    ]
     what = "Picks as they ran, beside what was predicted: pale the prediction, dark the measurement"
     return Section("measured", "Predicted and measured", table(what, columns, rows, "bars"))
 

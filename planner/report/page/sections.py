@@ -46,12 +46,7 @@ def budget(memory: MemoryEstimate, whole: int, reserve: int) -> Section:
             rows.append((name, drawn, format_bytes(count), f"{count / most:.1%}"))
             start += count
     rows.append(("the budget", bar(0, whole / most, "whole"), format_bytes(whole), "100.0%"))
-    columns = [
-        Heading("share"),
-        Heading("", "bar"),
-        Heading("bytes", "number"),
-        Heading("of it", "number"),
-    ]
+    columns = [Heading("share"), Heading("", "bar"), Heading("bytes", "number"), Heading("of it", "number")]
     body = [
         table("What the budget is made of at the peak of memory", columns, rows, "bars shares"),
         tag("p", f"The peak is in {memory.at!r}. Upper bound: {memory.confidence}."),
@@ -80,10 +75,15 @@ def layout(
     what = f"A square with a mark for each pair of {found.unit}s {whose}: {percent(found.share)} of all"
     picture = tag(
         "figure",
-        tag("div", tag("span", "keys", class_="keys"), tag("span", "queries", class_="queries"),
-            matrix(what, shares), class_="square"),
+        tag(
+            "div",
+            tag("span", "keys", class_="keys"),
+            tag("span", "queries", class_="queries"),
+            matrix(what, shares),
+            class_="square",
+        ),
         tag("figcaption", _scale(found, len(shares)), _shades(shares)),
-    )  # fmt: skip
+    )
     return Section(
         "layout", heading, tag("div", picture, tag("div", pairs(rows), _heads(found)), class_="beside")
     )
@@ -101,20 +101,32 @@ def _shades(shares: Floats) -> Html | None:
     if not ((shares > 0) & (shares < 1)).any():
         return None
     marks = [
-        tag("li", tag("svg", tag("path", d="M0 0h1v1h-1z", class_=f"shade-{level}"), viewBox="0 0 1 1",
-                      class_="mark", aria_hidden="true"), " " + SHADE_NAMES[level])
+        tag(
+            "li",
+            tag(
+                "svg",
+                tag("path", d="M0 0h1v1h-1z", class_=f"shade-{level}"),
+                viewBox="0 0 1 1",
+                class_="mark",
+                aria_hidden="true",
+            ),
+            " " + SHADE_NAMES[level],
+        )
         for level in range(SHADES)
-    ]  # fmt: skip
+    ]
     return join([" Of a mark's pairs are seen:", tag("ul", *marks, class_="key")])
 
 
 def _heads(found: Seen) -> Html | None:
     """Which positions heads take, of a dilated attention."""
     rows = [
-        (f"{one.length:,} / {one.rate}", ", ".join(map(str, one.heads[:3])) + ", ..." * (len(one.heads) > 3),
-         strip(one.positions))
+        (
+            f"{one.length:,} / {one.rate}",
+            ", ".join(map(str, one.heads[:3])) + ", ..." * (len(one.heads) > 3),
+            strip(one.positions),
+        )
         for one in strips(found)
-    ]  # fmt: skip
+    ]
     if not rows:
         return None
     first = max(len(one.positions) for one in strips(found))

@@ -29,8 +29,9 @@ def tune_page(found: Tuned) -> str:
     layers = f"{quality.layers:,} layer{'s' * (quality.layers != 1)}" if quality.layers else "never"
     head = join(
         [
-            tag("p", f"The fastest of {ran:,} that ran, within {format_bytes(found.budget)}",
-                class_="kicker"),
+            tag(
+                "p", f"The fastest of {ran:,} that ran, within {format_bytes(found.budget)}", class_="kicker"
+            ),
             tag("h1", words.attention(found.config)),
             tag("p", f"{words.task(found.workload)}, on {found.on}"),
             tiles(
@@ -43,7 +44,7 @@ def tune_page(found: Tuned) -> str:
             ),
             tag("p", shape(found.config), class_="shape"),
         ]
-    )  # fmt: skip
+    )
     sections = [
         _trials(found),
         budget(found.memory, found.budget, found.reserve),
@@ -66,24 +67,43 @@ def _trials(found: Tuned) -> Section:
         ("trials", f"{len(found.trials):,} measured; {failed:,} did not run within the budget"),
     ]
     columns = [
-        Heading("trial", "number"), Heading("time", "number"), Heading("predicted", "number"),
-        Heading("memory", "number"), Heading("at most", "number"), Heading("attention", "word"),
-        Heading("config"), Heading("outcome"),
-    ]  # fmt: skip
+        Heading("trial", "number"),
+        Heading("time", "number"),
+        Heading("predicted", "number"),
+        Heading("memory", "number"),
+        Heading("at most", "number"),
+        Heading("attention", "word"),
+        Heading("config"),
+        Heading("outcome"),
+    ]
     rows = [
-        (one.number, seconds(one.seconds) if one.seconds is not None else "-", seconds(one.predicted),
-         format_bytes(one.allocated) if one.allocated is not None else "-", format_bytes(one.upper),
-         words.kind_of(one.config), shape(one.config),
-         f"{one.kind}: {one.message}" if one.message else one.kind)
+        (
+            one.number,
+            seconds(one.seconds) if one.seconds is not None else "-",
+            seconds(one.predicted),
+            format_bytes(one.allocated) if one.allocated is not None else "-",
+            format_bytes(one.upper),
+            words.kind_of(one.config),
+            shape(one.config),
+            f"{one.kind}: {one.message}" if one.message else one.kind,
+        )
         for one in shown
-    ]  # fmt: skip
+    ]
     what = "All that was measured, fastest first"
     chart = [
-        tag("p", "Each mark is a config that ran within the budget; on the line time was as predicted, "
-            "above it the call took longer."),
-        points("Time predicted and time measured", marks, Axis("time predicted", seconds, log=True),
-               Axis("time measured", seconds, log=True), diagonal=True),
-    ]  # fmt: skip
+        tag(
+            "p",
+            "Each mark is a config that ran within the budget; on the line time was as predicted, "
+            "above it the call took longer.",
+        ),
+        points(
+            "Time predicted and time measured",
+            marks,
+            Axis("time predicted", seconds, log=True),
+            Axis("time measured", seconds, log=True),
+            diagonal=True,
+        ),
+    ]
     body = [
         pairs(said),
         *(chart if marks else []),
@@ -111,9 +131,13 @@ def _mark(one: Trial, found: Tuned) -> Mark:
     ]
     said = f"trial {one.number}, {kind}: {outcome(one)} measured, {seconds(one.predicted)} predicted. "
     return Mark(
-        one.predicted, one.seconds or 0.0, 0.5, kind if kind in SHAPES else "dense", said + shape(one.config),
+        one.predicted,
+        one.seconds or 0.0,
+        0.5,
+        kind if kind in SHAPES else "dense",
+        said + shape(one.config),
         ", ".join(names),
-    )  # fmt: skip
+    )
 
 
 def _provenance(found: Tuned) -> Section:

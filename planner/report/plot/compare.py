@@ -81,7 +81,13 @@ def _column(axes: Any, at: int, texts: tuple[str, str, str], color: str) -> None
     """What is said of a row, right of the bars; of row -1 above them."""
     for text, right, ink in zip(texts, COLUMNS, (INK, INK, color), strict=True):
         axes.annotate(
-            text, (1, max(at, -0.5)), xycoords=("axes fraction", "data"), color=ink,
-            xytext=(right, 0 if at >= 0 else 8), textcoords="offset points", ha="right", va="center",
+            text,
+            (1, max(at, -0.5)),
+            xycoords=("axes fraction", "data"),
+            color=ink,
+            xytext=(right, 0 if at >= 0 else 8),
+            textcoords="offset points",
+            ha="right",
+            va="center",
             fontsize=TEXT,
-        )  # fmt: skip
+        )

@@ -54,9 +54,15 @@ def draw_waterfall(figure: Any, found: MemoryEstimate, budget: int | None) -> No
         axes.barh(place, count / unit, left=start / unit, color=color, edgecolor=color)
         said = f"{format_bytes(count)}   {count / found.device:6.1%}"
         axes.annotate(
-            said, (1, place), xycoords=("axes fraction", "data"), xytext=(104, 0), ha="right",
-            textcoords="offset points", va="center", fontsize=TEXT + 0.5,
-        )  # fmt: skip
+            said,
+            (1, place),
+            xycoords=("axes fraction", "data"),
+            xytext=(104, 0),
+            ha="right",
+            textcoords="offset points",
+            va="center",
+            fontsize=TEXT + 0.5,
+        )
     lines = [("upper bound", found.upper, RED, "--")]
     if budget is not None and budget < 3 * found.upper:
         lines.append(("budget", budget, INK, ":"))
@@ -67,10 +73,15 @@ def draw_waterfall(figure: Any, found: MemoryEstimate, budget: int | None) -> No
         axes.axvline(count / unit, color=color, linestyle=style, linewidth=1.5)
         right = count / unit > axes.get_xlim()[1] / 2
         axes.annotate(
-            f"{what} {format_bytes(count)}", (count / unit, 1), xycoords=("data", "axes fraction"),
-            xytext=(4 if right else -4, 5 + 14 * above), textcoords="offset points",
-            ha="right" if right else "left", fontsize=TEXT, color=color,
-        )  # fmt: skip
+            f"{what} {format_bytes(count)}",
+            (count / unit, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(4 if right else -4, 5 + 14 * above),
+            textcoords="offset points",
+            ha="right" if right else "left",
+            fontsize=TEXT,
+            color=color,
+        )
     axes.set_yticks(range(len(rows)), [name for name, _, _ in rows], fontsize=TEXT + 1)
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel(f"memory at the peak, {name}")
@@ -92,10 +103,15 @@ def draw_pareto(figure: Any, found: Recommendation) -> None:
         color, marker = KINDS[kind]
         picks = [pick for pick in found.pareto if kind_of(pick.config) == kind]
         axes.scatter(
-            [pick.seconds for pick in picks], [100 * pick.mass for pick in picks], color=color, zorder=2,
-            marker=marker, label=kind, s=[max(LARGEST * pick.upper / most, 6) for pick in picks],
+            [pick.seconds for pick in picks],
+            [100 * pick.mass for pick in picks],
+            color=color,
+            zorder=2,
+            marker=marker,
+            label=kind,
+            s=[max(LARGEST * pick.upper / most, 6) for pick in picks],
             linewidths=0,
-        )  # fmt: skip
+        )
     axes.set_xscale("log")
     axes.margins(x=0.1, y=0.14)
     _round_ticks(axes, seconds)
@@ -109,10 +125,15 @@ def draw_pareto(figure: Any, found: Recommendation) -> None:
         asked = f"{lengths[0]:,} to {lengths[-1]:,} tokens, {words.sizes(found.workload)}"
     title(figure, f"What nothing surpasses in memory, time and mass, on {found.on}", asked)
     figure.legend(
-        loc="outside lower left", ncols=len(kinds), fontsize=TEXT, handletextpad=0.3, columnspacing=1.4,
-        title=f"size: memory at most, {format_bytes(least)} to {format_bytes(most)}", alignment="left",
+        loc="outside lower left",
+        ncols=len(kinds),
+        fontsize=TEXT,
+        handletextpad=0.3,
+        columnspacing=1.4,
+        title=f"size: memory at most, {format_bytes(least)} to {format_bytes(most)}",
+        alignment="left",
         title_fontsize=TEXT,
-    )  # fmt: skip
+    )
     _name_picks(figure, axes, found, seconds)
 
 
@@ -133,9 +154,14 @@ def _name_picks(figure: Any, axes: Any, found: Recommendation, said: Any) -> Non
         roles.setdefault((pick.seconds, 100 * pick.mass), []).append(pick.role)
     texts = [f"{', '.join(names)}: {said(at[0])}, {at[1]:.1f}%" for at, names in roles.items()]
     axes.scatter(
-        [x for x, _ in roles], [y for _, y in roles], s=2.2 * LARGEST, facecolors="none", edgecolors=RED,
-        linewidths=1.6, zorder=3,
-    )  # fmt: skip
+        [x for x, _ in roles],
+        [y for _, y in roles],
+        s=2.2 * LARGEST,
+        facecolors="none",
+        edgecolors=RED,
+        linewidths=1.6,
+        zorder=3,
+    )
     figure.draw_without_rendering()
     scale = figure.dpi / 72
     spots = axes.transData.transform([(pick.seconds, 100 * pick.mass) for pick in found.pareto])
@@ -148,6 +174,12 @@ def _name_picks(figure: Any, axes: Any, found: Recommendation, said: Any) -> Non
     for text, box, (x, y) in zip(texts, boxes, at, strict=True):
         middle = (box.left + box.right) / 2 - x, (box.low + box.high) / 2 - y
         axes.annotate(
-            text, axes.transData.inverted().transform((x, y)), fontsize=TEXT, color=RED, ha="center",
-            xytext=(middle[0] / scale, middle[1] / scale), textcoords="offset points", va="center",
-        )  # fmt: skip
+            text,
+            axes.transData.inverted().transform((x, y)),
+            fontsize=TEXT,
+            color=RED,
+            ha="center",
+            xytext=(middle[0] / scale, middle[1] / scale),
+            textcoords="offset points",
+            va="center",
+        )

@@ -24,15 +24,26 @@ DPI: Final = 120
 TEXT, LABEL, TITLE = 9.5, 10.5, 12.0
 """Sizes in points: at marks, of axes, of the whole."""
 BLUE, ORANGE, GREEN, RED, SKY, PINK, YELLOW = (
-    "#0072b2", "#e69f00", "#009e73", "#d55e00", "#56b4e9", "#cc79a7", "#f0e442",
-)  # fmt: skip
+    "#0072b2",
+    "#e69f00",
+    "#009e73",
+    "#d55e00",
+    "#56b4e9",
+    "#cc79a7",
+    "#f0e442",
+)
 COLORS: Final = (BLUE, ORANGE, GREEN, RED, SKY, PINK)
 """In the order in which series take them."""
 INK, MUTED, GRID = "#1f2328", "#6b737b", "#e3e6e8"
 KINDS: Final = {
-    "dense": (INK, "s"), "dilated": (ORANGE, "^"), "local_window": (SKY, "o"), "global_local": (BLUE, "D"),
-    "dilated_sparse": (GREEN, "v"), "adaptive": (PINK, "P"), "multihead": (RED, "X"),
-}  # fmt: skip
+    "dense": (INK, "s"),
+    "dilated": (ORANGE, "^"),
+    "local_window": (SKY, "o"),
+    "global_local": (BLUE, "D"),
+    "dilated_sparse": (GREEN, "v"),
+    "adaptive": (PINK, "P"),
+    "multihead": (RED, "X"),
+}
 """Colour and marker of each kind of attention; see `planner.report.text.words.kind_of`."""
 _SETTINGS: Final = {
     "font.family": FONT, "font.size": TEXT, "axes.labelsize": LABEL, "axes.titlesize": LABEL,
@@ -40,7 +51,7 @@ _SETTINGS: Final = {
     "ytick.color": INK, "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
     "grid.color": GRID, "legend.frameon": False, "svg.hashsalt": "attention-planner",
     "svg.fonttype": "path",
-}  # fmt: skip
+}  # pairs, related ones on a line  # fmt: skip
 
 
 def written(paths: Sequence[Path], draw: Callable[[Any], None], what: str = "--plot") -> None:

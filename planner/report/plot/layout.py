@@ -38,9 +38,10 @@ def draw_layout(figure: Any, found: Seen) -> None:
     kept = f"{percent(found.share)} of all pairs of {found.unit}s" + ", by head 0" * (found.unit == "token")
     blocks = f" in {found.units:,} blocks of {found.size:,}" * (found.unit == "block")
     title(
-        figure, f"{words.attention(found.config)}: {kept}",
+        figure,
+        f"{words.attention(found.config)}: {kept}",
         f"{workload.seq:,} tokens{blocks}" + ", causal" * workload.causal,
-    )  # fmt: skip
+    )
 
 
 def _draw_matrix(figure: Any, found: Seen) -> None:
@@ -51,9 +52,12 @@ def _draw_matrix(figure: Any, found: Seen) -> None:
     shares = cells(found, CELLS, CELLS)
     seq = found.workload.seq
     axes.imshow(
-        shares, extent=(0, seq, seq, 0), interpolation="nearest", cmap=ListedColormap(SHADES),
+        shares,
+        extent=(0, seq, seq, 0),
+        interpolation="nearest",
+        cmap=ListedColormap(SHADES),
         norm=BoundaryNorm([-1, 1e-12, 1 / 3, 2 / 3, 1 - 1e-12, 2], len(SHADES)),
-    )  # fmt: skip
+    )
     ticks = [0, seq // 4, seq // 2, 3 * seq // 4, seq]
     axes.set_xticks(ticks, [tokens(at) for at in ticks])
     axes.set_yticks(ticks, [tokens(at) for at in ticks])
@@ -70,9 +74,15 @@ def _draw_matrix(figure: Any, found: Seen) -> None:
             for color, label in zip(SHADES, LEVELS, strict=True)
         ]
         figure.legend(
-            handles=marks, loc="outside lower center", ncols=len(marks), fontsize=TEXT, handlelength=1.2,
-            columnspacing=1.4, title="how many of a mark's pairs are seen", title_fontsize=TEXT,
-        )  # fmt: skip
+            handles=marks,
+            loc="outside lower center",
+            ncols=len(marks),
+            fontsize=TEXT,
+            handlelength=1.2,
+            columnspacing=1.4,
+            title="how many of a mark's pairs are seen",
+            title_fontsize=TEXT,
+        )
 
 
 def _draw_strips(axes: Any, heads: list[Strip]) -> None:

@@ -24,11 +24,13 @@ def calibration_table(found: Calibration) -> RenderableType:
         ("without figures", f"{found.failed} runs"),
         ("beside each plan", format_bytes(found.terms.overhead)),
         *([("context", format_bytes(found.terms.context))] if found.terms.context is not None else []),
-        ("held-out errors", f"median {median(found.errors):+.3%}, "
-                            f"{found.errors[0]:+.3%} to {found.errors[-1]:+.3%}"),
+        (
+            "held-out errors",
+            f"median {median(found.errors):+.3%}, {found.errors[0]:+.3%} to {found.errors[-1]:+.3%}",
+        ),
         ("margin", f"{max(margin, 0):.3%}, not exceeded in {confidence:.1%} of cases"),
         ("covers", ", ".join((*found.domain.variants, *found.domain.dtypes, *found.domain.modes))),
-    ]  # fmt: skip
+    ]
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0), pad_edge=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")

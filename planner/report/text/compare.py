@@ -34,8 +34,10 @@ def comparison_text(found: Comparison, names: tuple[str, str]) -> str:
     from planner.report.text.estimate import label, wrapped
 
     a, b = found.a.estimate, found.b.estimate
-    head = [f"{letter}: {name}: {words.attention(each.config)}, on {each.on}, peak in {each.at!r}"
-            for letter, name, each in zip("AB", names, (a, b), strict=True)]  # fmt: skip
+    head = [
+        f"{letter}: {name}: {words.attention(each.config)}, on {each.on}, peak in {each.at!r}"
+        for letter, name, each in zip("AB", names, (a, b), strict=True)
+    ]
     asked = [f"{name}: {_value(one)} -> {_value(two)}" for name, (one, two) in found.asked.items()]
     rows = [_row(label(name), *both) for name, both in found.components.items() if name != "context"]
     figures = {"allocated": (a.allocated, b.allocated)}

@@ -101,24 +101,37 @@ def figures(found: Seen) -> list[tuple[str, str]]:
     if found.chosen:
         return [
             ("blocks", f"{found.units:,} of {found.size:,} tokens"),
-            ("chosen", "at run time, for each head by its trained scorer: which they are, and what mass and "
-             "reach they have, is not known before"),
-            ("budget", f"{_some(found.most, 'block')} a row, {percent(found.most / found.units)} of all, "
-             "the row's own among them"),
-        ]  # fmt: skip
+            (
+                "chosen",
+                "at run time, for each head by its trained scorer: which they are, and what mass and "
+                "reach they have, is not known before",
+            ),
+            (
+                "budget",
+                f"{_some(found.most, 'block')} a row, {percent(found.most / found.units)} of all, "
+                "the row's own among them",
+            ),
+        ]
     about = "" if found.exact else "about "
     even = found.least == found.most
     rows = "" if even else f"{found.least:,} to "
     return [
         (f"{unit}s", f"{found.units:,}" + f" of {found.size:,} tokens" * (unit == "block")),
-        ("kept", f"{about}{percent(found.share)} of all pairs of {unit}s"
-         + f", {percent(found.permitted)} of those that causality permits" * permitted
-         + ", by head 0" * (unit == "token")),
+        (
+            "kept",
+            f"{about}{percent(found.share)} of all pairs of {unit}s"
+            + f", {percent(found.permitted)} of those that causality permits" * permitted
+            + ", by head 0" * (unit == "token"),
+        ),
         ("a row", about + rows + _some(found.most, unit) + f", {found.mean:,.1f} in the mean" * (not even)),
-        ("reach", reach(found.layers) if found.layers else
-         f"not within {MOST_LAYERS} layers: some tokens cannot be heard of"),
+        (
+            "reach",
+            reach(found.layers)
+            if found.layers
+            else f"not within {MOST_LAYERS} layers: some tokens cannot be heard of",
+        ),
         ("mass", f"{found.mass:.1%} of dense attention's, profile {found.profile!r}"),
-    ]  # fmt: skip
+    ]
 
 
 def percent(share: float) -> str:

@@ -45,14 +45,17 @@ def _answer(found: Recommendation) -> list[str]:
     quality = found.quality
     rows = [
         ("config", shape(found.config)),
-        ("memory", f"{format_bytes(found.memory.upper)} at most, of {format_bytes(found.budget)}; "
-         f"{format_bytes(left)} left" + f", {format_bytes(found.reserve)} reserved" * (found.reserve > 0)),
+        (
+            "memory",
+            f"{format_bytes(found.memory.upper)} at most, of {format_bytes(found.budget)}; "
+            f"{format_bytes(left)} left" + f", {format_bytes(found.reserve)} reserved" * (found.reserve > 0),
+        ),
         ("", found.memory.confidence),
         ("time", f"{seconds(found.seconds)} a call, predicted"),
         ("attends to", f"{quality.mass:.1%} of dense attention's mass, profile {quality.profile!r}"),
         ("reach", reach(quality.layers)),
         ("rests on", found.calibration),
-    ]  # fmt: skip
+    ]
     return pairs(rows)
 
 
@@ -120,13 +123,19 @@ def _dimensions(picks: Sequence[Pick]) -> Iterator[tuple[str, list[str]]]:
     yield from row("block", [str(p.block_size) if p else "" for p in patterns])
     kinds = [words.kind_of(pick.config) for pick in picks]
     yield from row(
-        "window", [f"{p.local_window_size:,}" if p and k in ("local_window", "global_local") else ""
-                   for p, k in zip(patterns, kinds, strict=True)],
-    )  # fmt: skip
+        "window",
+        [
+            f"{p.local_window_size:,}" if p and k in ("local_window", "global_local") else ""
+            for p, k in zip(patterns, kinds, strict=True)
+        ],
+    )
     yield from row(
-        "blocks kept", [f"{p.sparsity_ratio:.3g}" if p and k in ("dilated_sparse", "adaptive") else ""
-                        for p, k in zip(patterns, kinds, strict=True)],
-    )  # fmt: skip
+        "blocks kept",
+        [
+            f"{p.sparsity_ratio:.3g}" if p and k in ("dilated_sparse", "adaptive") else ""
+            for p, k in zip(patterns, kinds, strict=True)
+        ],
+    )
     for n in range(max(len(pick.config.branches) for pick in picks)):
         branches = [pick.config.branches[n : n + 1] for pick in picks]
         yield f"branch {n + 1}", [f"{b[0][0]:,} / {b[0][1]}" if b else "-" for b in branches]
@@ -161,9 +170,12 @@ def reasons(why: Why, objective: str) -> list[tuple[str, str]]:
         rows.append(("why" if one is why.without[0] else "", _without(one, objective)))
     if why.runner_up is not None and why.behind is not None:
         rows.append(
-            ("runner-up", f"{words.kind_of(why.runner_up.config)}: {shape(why.runner_up.config)}; "
-             f"{_behind(why.behind, objective)}")
-        )  # fmt: skip
+            (
+                "runner-up",
+                f"{words.kind_of(why.runner_up.config)}: {shape(why.runner_up.config)}; "
+                f"{_behind(why.behind, objective)}",
+            )
+        )
     return rows
 
 

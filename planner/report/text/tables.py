@@ -26,8 +26,13 @@ DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 _SHORT = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "float64": "fp64"}
 # (heading, width) of a row of `gpu_table`; together with a space between them, 80.
 _COLUMNS = [
-    ("name", 23), ("--gpu", 14), ("GiB", 3), ("usable", 6), ("GB/s", 5), *((_SHORT[d], 5) for d in DTYPES),
-]  # fmt: skip
+    ("name", 23),
+    ("--gpu", 14),
+    ("GiB", 3),
+    ("usable", 6),
+    ("GB/s", 5),
+    *((_SHORT[d], 5) for d in DTYPES),
+]
 
 
 def show(what: RenderableType) -> None:

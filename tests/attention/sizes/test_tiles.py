@@ -87,15 +87,27 @@ def test_what_is_reserved_is_enough_for_lists_of_each_head(seq, size, kept, item
     ids=lambda config: config.pattern.pattern_type if config.pattern else "dilated",
 )
 def test_nothing_is_reserved_in_vain(config, itemsize, causal):
-    shape = shape_of(40_000, heads=8, kv_heads=8, head_dim=64, itemsize=itemsize, widens=itemsize == 2,
-                     causal=causal, workspace=1 << 24)  # fmt: skip
+    shape = shape_of(
+        40_000,
+        heads=8,
+        kv_heads=8,
+        head_dim=64,
+        itemsize=itemsize,
+        widens=itemsize == 2,
+        causal=causal,
+        workspace=1 << 24,
+    )
     back = shape.backward()
     pairs = [
-        (forward_needs(tiles_of(config, shape), shape, False),
-         forward_sizes(extent_of(config, shape), shape, False)),
-        (backward_needs(tiles_of(config, back), extent_of(config, back), back),
-         backward_sizes(extent_of(config, back), back)),
-    ]  # fmt: skip
+        (
+            forward_needs(tiles_of(config, shape), shape, False),
+            forward_sizes(extent_of(config, shape), shape, False),
+        ),
+        (
+            backward_needs(tiles_of(config, back), extent_of(config, back), back),
+            backward_sizes(extent_of(config, back), back),
+        ),
+    ]
     for needs, sizes in pairs:
         needed = {name: needs.get(name, 0) for name in sizes}
         assert all(needed[name] <= nbytes for name, nbytes in sizes.items()), (needed, sizes)
@@ -113,11 +125,15 @@ def test_arrays_give_what_ints_give():
     for causal in (False, True):
         shape = shape_of(10_000, workspace=LEAST_WORKSPACE, itemsize=2, widens=True, causal=causal)
         sizes = [
-            (forward_sizes(sparse_extent(rows, shape), shape, True),
-             backward_sizes(sparse_extent(rows, shape.backward()), shape.backward()))
-            for rows in (window_rows(64, 157, windows, 0, causal),
-                         *(window_rows(64, 157, int(w), 0, causal) for w in windows))
-        ]  # fmt: skip
+            (
+                forward_sizes(sparse_extent(rows, shape), shape, True),
+                backward_sizes(sparse_extent(rows, shape.backward()), shape.backward()),
+            )
+            for rows in (
+                window_rows(64, 157, windows, 0, causal),
+                *(window_rows(64, 157, int(w), 0, causal) for w in windows),
+            )
+        ]
         for n, single in enumerate(sizes[1:]):
             for many, one in zip(sizes[0], single, strict=True):
                 assert {name: int(np.broadcast_to(x, 4)[n]) for name, x in many.items()} == one

@@ -164,9 +164,13 @@ def run_apart(line):
     """The same in a process of its own."""
     try:
         result = subprocess.run(
-            [sys.executable, "-m", "planner", *line], capture_output=True, text=True, timeout=LIMIT,
-            stdin=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(ROOT)},
-        )  # fmt: skip
+            [sys.executable, "-m", "planner", *line],
+            capture_output=True,
+            text=True,
+            timeout=LIMIT,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
     except subprocess.TimeoutExpired:
         return 0, "", "", f"not done after {LIMIT} s"
     wrong = next(
@@ -249,7 +253,7 @@ def hostile_files(folder: Path, draw: random.Random) -> list[Path]:
         b'{"variant": "dilated", "segment_lengths": [' + b'"x",' * 1_000_000 + b'1], "dilation_rates": [1]}',
         b'{"variant": "block_sparse", "pattern": {"block_size": 63.5}}',
         b'{"variant": "adaptive", "pattern": {}, "adaptive": {"num_heads": 99999999999, "head_dim": 1}}',
-    ]  # fmt: skip
+    ]  # list of short bytes  # fmt: skip
     whole = SMALL.read_bytes()
     while len(texts) < 90:
         torn = bytearray(whole)
@@ -270,15 +274,22 @@ def hostile_files(folder: Path, draw: random.Random) -> list[Path]:
     (folder / "unreadable.json").chmod(0)
     with socket.socket(socket.AF_UNIX) as sock:
         sock.bind(str(folder / "socket.json"))
-    made += [folder / f"{name}.json" for name in
-             ("folder", "pipe", "loop", "dangling", "sparse", "unreadable", "socket", "none")]  # fmt: skip
+    made += [
+        folder / f"{name}.json"
+        for name in ("folder", "pipe", "loop", "dangling", "sparse", "unreadable", "socket", "none")
+    ]
     return [*made, Path("/dev/zero"), Path("/dev/full")]
 
 
 TAKING = (
-    "estimate --seq 1K --config", "max-seq --vram 1GB --config", f"compare --seq 1K {SMALL}", "show",
-    "report --out out.html", "estimate --variant dense --seq 1K --calibration", "measure --config",
-)  # fmt: skip
+    "estimate --seq 1K --config",
+    "max-seq --vram 1GB --config",
+    f"compare --seq 1K {SMALL}",
+    "show",
+    "report --out out.html",
+    "estimate --variant dense --seq 1K --calibration",
+    "measure --config",
+)
 """Where a file is taken."""
 
 
@@ -320,8 +331,20 @@ def tensors(folder: Path, draw: random.Random) -> list[Path]:
     os.mkfifo(folder / "pipe.safetensors")
     with open(folder / "sparse.safetensors", "wb") as file:
         file.truncate(1 << 30)
-    return [*made, *(folder / n for n in ("bomb.npz", "folder.npz", "pipe.npz", "pipe.safetensors",
-                                          "sparse.safetensors", "none.npz"))]  # fmt: skip
+    return [
+        *made,
+        *(
+            folder / n
+            for n in (
+                "bomb.npz",
+                "folder.npz",
+                "pipe.npz",
+                "pipe.safetensors",
+                "sparse.safetensors",
+                "none.npz",
+            )
+        ),
+    ]
 
 
 @pytest.mark.slow

@@ -53,9 +53,12 @@ def test_the_answer_is_that_of_the_library_in_80_columns():
 def test_json_is_accepted_back(tmp_path):
     result = recommend("--vram", "1GB", "--seq", "4K", "--heads", "4", "--causal", "--format", "json", *FEW)
     found = Recommendation.from_json(result.stdout)
-    assert result.stdout == recommend(
-        "--vram", "1GB", "--seq", "4K", "--heads", "4", "--causal", "--format", "json", *FEW
-    ).stdout  # fmt: skip
+    assert (
+        result.stdout
+        == recommend(
+            "--vram", "1GB", "--seq", "4K", "--heads", "4", "--causal", "--format", "json", *FEW
+        ).stdout
+    )
     kept = tmp_path / "answer.json"
     kept.write_text(result.stdout)
     estimated = run("estimate", "--config", str(kept), "--vram", "1GB", "--format", "json")
@@ -102,7 +105,7 @@ def test_picks_can_be_verified():
     result = recommend(
         "--vram", "200MB", "--seq", "1K", "--gpu", "cpu", "--dtype", "float32", *FEW, "--verify",
         "--format", "json",
-    )  # fmt: skip
+    )  # a command line  # fmt: skip
     assert result.exit_code == 0
     checked = json.loads(result.stdout)["verified"]
     assert checked
@@ -197,8 +200,10 @@ WRONG = [
     ("recommend --vram 8GB --seq 1K --rates 4,1", "must not fall"),
     ("recommend --vram 8GB --seq 1K --branches 2 --segments 1K", "contradict"),
     ("recommend --vram 8GB --seq 1K --variant dilated --rates 2,4", "first must be 1"),
-    ("recommend --vram 8GB --seq 1K --variant block_sparse --pattern dilated_sparse --segments 100",
-     "leave no candidate"),
+    (
+        "recommend --vram 8GB --seq 1K --variant block_sparse --pattern dilated_sparse --segments 100",
+        "leave no candidate",
+    ),
     ("recommend --vram 8GB --seq 1K --workspace 1", "workspace"),
     ("recommend --vram 8GB --seq 1K --workspace huge", "huge"),
     ("recommend --vram 8GB --seq 1K --backend cuda", "backend"),
@@ -238,7 +243,7 @@ WRONG = [
     ("tune --vram 8GB --seq 1K --storage /nowhere/x.journal", "cannot be used"),
     ("estimate --variant dense --vram 8GB", "length is missing"),
     ("estimate --config README.md --seq 1K", "README.md"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("line, said", WRONG, ids=[line for line, _ in WRONG])
@@ -270,7 +275,7 @@ def test_sizes_and_counts_are_numbers_or_refused(text):
 
 
 OPTIONS = ("variant", "pattern", "block_size", "window", "global_tokens", "sparsity", "branches", "segments",
-           "rates", "workspace")  # fmt: skip
+           "rates", "workspace")  # list of words  # fmt: skip
 
 
 @settings(max_examples=100, deadline=None)
@@ -289,9 +294,15 @@ def tune(tmp_path, monkeypatch):
 
     def measure(self, config, workload):
         return Measurement(
-            config=config, workload=workload, device="cpu", kind="ok", runs=1, environment=HERE, seconds=0.5,
+            config=config,
+            workload=workload,
+            device="cpu",
+            kind="ok",
+            runs=1,
+            environment=HERE,
+            seconds=0.5,
             allocated=1 << 20,
-        )  # fmt: skip
+        )
 
     def tuned(*more):
         asked = ("--vram", "1GB", "--seq", "4K", "--trials", "3", "--block-size", "64", "--branches", "2")

@@ -54,9 +54,14 @@ def calls(monkeypatch):
         made.append((config, workload, device, given))
         figures = {"seconds": 0.5, "allocated": 4096} if kind == "ok" else {"message": f"so it is: {kind}"}
         return Measurement(
-            config=config, workload=workload, device=device, kind=kind, runs=given["runs"], environment=HERE,
+            config=config,
+            workload=workload,
+            device=device,
+            kind=kind,
+            runs=given["runs"],
+            environment=HERE,
             **figures,
-        )  # fmt: skip
+        )
 
     monkeypatch.setattr(measuring, "measure", measure)
     return made
@@ -162,9 +167,16 @@ def test_options_describe_a_workload_and_a_run(calls):
     )
     assert planner("measure", "--variant", "dense", *given.split()).exit_code == 0
     workload = Workload(
-        seq=131_072, batch=2, heads=12, kv_heads=4, head_dim=32, dtype="bfloat16", mode="training",
-        causal=True, weights=True,
-    )  # fmt: skip
+        seq=131_072,
+        batch=2,
+        heads=12,
+        kv_heads=4,
+        head_dim=32,
+        dtype="bfloat16",
+        mode="training",
+        causal=True,
+        weights=True,
+    )
     assert calls[0][1:] == (workload, "cuda", {"timeout": 7.5, "runs": 5, "cap_bytes": 8 * 10**9})
 
 
@@ -345,8 +357,7 @@ def test_an_estimate_is_what_the_library_says():
     asked = ["--seq", "8K", "--batch", "2", "--mode", "training", "--causal"]
     result = planner("estimate", *WINDOW, *asked, "--device", "gtx1080", "--format", "json")
     config = AttentionConfig(
-        variant="block_sparse",
-        pattern=SparsePatternConfig(pattern_type="local_window", block_size=64),
+        variant="block_sparse", pattern=SparsePatternConfig(pattern_type="local_window", block_size=64)
     )
     workload = Workload(seq=8192, batch=2, mode="training", causal=True)
     assert (result.exit_code, result.stderr) == (0, "")
@@ -360,12 +371,18 @@ def test_an_estimate_is_what_the_library_says():
         ("--threads 3", "cpu", {"threads": 3}),
         ("--vram 8GB", generic(8 * 10**9), {}),
         ("--device 'rtx 4060' --display desktop", "rtx4060", {"display": "desktop"}),
-        ("--device rtx4060 --others 1GB --context 300MB", "rtx4060",
-         {"others_bytes": 10**9, "context_bytes": 3 * 10**8}),
-        ("--device rtx4060 --allocator expandable_segments:True", "rtx4060",
-         {"allocator": "expandable_segments:True"}),
+        (
+            "--device rtx4060 --others 1GB --context 300MB",
+            "rtx4060",
+            {"others_bytes": 10**9, "context_bytes": 3 * 10**8},
+        ),
+        (
+            "--device rtx4060 --allocator expandable_segments:True",
+            "rtx4060",
+            {"allocator": "expandable_segments:True"},
+        ),
     ],
-)  # fmt: skip
+)
 def test_where_an_estimate_is_for(given, device, options):
     result = planner("estimate", *DENSE[1:], *shlex.split(given), "--format", "json")
     found = estimate(AttentionConfig(variant="dense"), Workload(seq=16), device, **options)
@@ -607,6 +624,8 @@ def test_a_reader_that_has_had_enough_is_no_error():
 def test_a_config_from_a_pipe_is_read_once():
     done = subprocess.run(
         [sys.executable, "-m", "planner", "compare", "/dev/stdin", "/dev/stdin", "--seq", "1K"],
-        input=SMALL.read_bytes(), capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+        input=SMALL.read_bytes(),
+        capture_output=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     assert (done.returncode, done.stderr) == (0, b"")

@@ -30,9 +30,15 @@ from planner.workload import Workload
 calibrating = importlib.import_module("planner.fitting.calibrate")
 ROOT = Path(__file__).resolve().parents[3]
 PLACE = Environment(
-    device="a processor", capability="AVX2", torch="2.9", threads=2, python="3", system="Linux", settings={},
+    device="a processor",
+    capability="AVX2",
+    torch="2.9",
+    threads=2,
+    python="3",
+    system="Linux",
+    settings={},
     date="2026-11-21T00:00:00+00:00",
-)  # fmt: skip
+)
 
 
 @pytest.fixture(autouse=True)
@@ -259,8 +265,9 @@ def test_the_most_informative_rows_add_most_to_the_determinant():
 
     chosen = most_informative(rows.tolist(), 8)
     for n in range(8):
-        assert gain(chosen[: n + 1]) == pytest.approx(max(gain([*chosen[:n], i]) for i in range(30)
-                                                          if i not in chosen[:n]))  # fmt: skip
+        assert gain(chosen[: n + 1]) == pytest.approx(
+            max(gain([*chosen[:n], i]) for i in range(30) if i not in chosen[:n])
+        )
     assert most_informative([[1.0, 0.0]] * 5 + [[0.0, 1.0]], 2) == [0, 5]
 
 

@@ -41,9 +41,12 @@ def test_plain_samples_are_of_all_kinds_and_settings():
     assert set(patterns.values()) == {60}
     assert Counter(c.variant for c, _ in found) == {"dense": 60, "dilated": 60, "block_sparse": 180}
     for values in (
-        {w.dtype for _, w in found}, {w.mode for _, w in found}, {w.causal for _, w in found},
-        {c.pool for c, _ in found}, {w.groups < w.heads for _, w in found},
-    ):  # fmt: skip
+        {w.dtype for _, w in found},
+        {w.mode for _, w in found},
+        {w.causal for _, w in found},
+        {c.pool for c, _ in found},
+        {w.groups < w.heads for _, w in found},
+    ):
         assert len(values) in (2, 3, 4)
     lengths = {w.seq for _, w in found}
     assert {1, 7, 17} <= lengths

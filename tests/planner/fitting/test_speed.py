@@ -25,9 +25,15 @@ from planner.speed.rates import default_cpu_rates
 from planner.speed.seconds import seconds_of
 
 PLACE = Environment(
-    device="a processor", capability="AVX2", torch="2.13.0", threads=2, python="3", system="Linux",
-    settings={}, date="2026-11-21T00:00:00+00:00",
-)  # fmt: skip
+    device="a processor",
+    capability="AVX2",
+    torch="2.13.0",
+    threads=2,
+    python="3",
+    system="Linux",
+    settings={},
+    date="2026-11-21T00:00:00+00:00",
+)
 
 
 def other() -> Rates:
@@ -38,8 +44,12 @@ def other() -> Rates:
     steps = {
         "forward": {
             dtype: {
-                name: cost * (shared[name] if name in ("launches", "tiles", "passes", "gathers", "scored",
-                                                       "ranked") else rng.uniform(0.5, 6))
+                name: cost
+                * (
+                    shared[name]
+                    if name in ("launches", "tiles", "passes", "gathers", "scored", "ranked")
+                    else rng.uniform(0.5, 6)
+                )
                 for name, cost in rates.forward[dtype].items()
             }
             for dtype in ("float32", "bfloat16", "float16")
@@ -48,7 +58,7 @@ def other() -> Rates:
             dtype: {name: cost * shared[name] for name, cost in rates.backward[dtype].items()}
             for dtype in ("float32", "bfloat16", "float16")
         },
-    }  # fmt: skip
+    }
     return rates.model_copy(update=steps)
 
 
@@ -58,9 +68,15 @@ def measured(samples, rates: Rates, noise: float = 0.0, wild: int = 0) -> list[M
     found = []
     for n, (config, workload) in enumerate(samples):
         run = Measurement(
-            config=config, workload=workload, device="cpu", kind="ok", seconds=1.0, spread=noise, runs=7,
+            config=config,
+            workload=workload,
+            device="cpu",
+            kind="ok",
+            seconds=1.0,
+            spread=noise,
+            runs=7,
             environment=PLACE,
-        )  # fmt: skip
+        )
         seconds = seconds_of(config, workload, machine_of(run), rates) * np.exp(rng.normal(0, noise))
         seconds *= 5 if wild and n % wild == 0 else 1
         found.append(run.model_copy(update={"seconds": float(seconds)}))
@@ -107,9 +123,14 @@ def test_few_runs_leave_the_rest_to_defaults():
 def test_runs_without_seconds_are_left_out():
     (sample,) = speed_runs("cpu", 0, 1)
     failed = Measurement(
-        config=sample.config, workload=sample.workload, device="cpu", kind="oom", message="no", runs=7,
+        config=sample.config,
+        workload=sample.workload,
+        device="cpu",
+        kind="oom",
+        message="no",
+        runs=7,
         environment=PLACE,
-    )  # fmt: skip
+    )
     with pytest.raises(AttentionPlannerError, match="none of 1 timed runs gave seconds"):
         fit([failed])
     good = measured([sample], default_cpu_rates(Cpu(2)))

@@ -212,15 +212,26 @@ def gone(pid: int) -> bool:
 @pytest.mark.parametrize(
     "config, message",
     [
-        (AttentionConfig(variant="dense", multihead=MultiheadConfig(embed_dim=64, num_heads=4)),
-         "multihead has heads=4, kv_heads=4, the workload heads=2, kv_heads=2"),
-        (AttentionConfig(variant="dense", multihead=MultiheadConfig(embed_dim=32, num_heads=2, kv_heads=1)),
-         "kv_heads=1"),
-        (AttentionConfig(variant="adaptive", pattern=SparsePatternConfig(),
-                         adaptive=AdaptiveConfig(num_heads=2, head_dim=8)),
-         "adaptive has head_dim=8, the workload head_dim=16"),
+        (
+            AttentionConfig(variant="dense", multihead=MultiheadConfig(embed_dim=64, num_heads=4)),
+            "multihead has heads=4, kv_heads=4, the workload heads=2, kv_heads=2",
+        ),
+        (
+            AttentionConfig(
+                variant="dense", multihead=MultiheadConfig(embed_dim=32, num_heads=2, kv_heads=1)
+            ),
+            "kv_heads=1",
+        ),
+        (
+            AttentionConfig(
+                variant="adaptive",
+                pattern=SparsePatternConfig(),
+                adaptive=AdaptiveConfig(num_heads=2, head_dim=8),
+            ),
+            "adaptive has head_dim=8, the workload head_dim=16",
+        ),
     ],
-)  # fmt: skip
+)
 def test_config_and_workload_must_agree(monkeypatch, config, message):
     monkeypatch.setattr(process, "command", None)
     with pytest.raises(ConfigError, match=message):
@@ -231,7 +242,7 @@ def test_config_and_workload_must_agree(monkeypatch, config, message):
     "options",
     [{"device": "tpu"}, {"timeout": 0}, {"timeout": float("nan")}, {"runs": 0}, {"runs": None},
      {"threads": 0}, {"cap_bytes": 0}, {"cap_bytes": 1.5}, {"runs": True}],
-)  # fmt: skip
+)  # list of small dicts  # fmt: skip
 def test_arguments_that_cannot_be_right_are_refused(monkeypatch, options):
     monkeypatch.setattr(process, "command", None)
     with pytest.raises(ConfigError, match=next(iter(options))):
@@ -335,7 +346,7 @@ def test_a_closed_standard_stream_is_no_crash_of_what_is_measured(closed, tmp_pa
 @pytest.mark.parametrize("asked", [
     "measure --variant dense --seq 64 --append records",
     "tune --vram 200MB --seq 256 --dtype float32 --trials 1 --runs 1 --append records --storage t.journal",
-])  # fmt: skip
+])  # a command line that just fits without more indentation  # fmt: skip
 def test_a_command_with_a_closed_stream_records_what_happened(asked, streams, tmp_path):
     script = f"{sys.executable} -m planner {asked} {streams}"
     done = subprocess.run(

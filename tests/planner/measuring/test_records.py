@@ -65,9 +65,17 @@ def test_a_torn_last_line_costs_only_itself(tmp_path):
 
 @pytest.mark.parametrize(
     "line",
-    [b'{"schema_version": 1, "conf', b"\xff\xfe\x00", b"[1, 2]", b"null", b"{}", b"NaN",
-     b'{"schema_version": 2}', b"[" * 100_000],
-)  # fmt: skip
+    [
+        b'{"schema_version": 1, "conf',
+        b"\xff\xfe\x00",
+        b"[1, 2]",
+        b"null",
+        b"{}",
+        b"NaN",
+        b'{"schema_version": 2}',
+        b"[" * 100_000,
+    ],
+)
 def test_a_torn_middle_line_costs_only_itself(tmp_path, line):
     path = tmp_path / "records.jsonl"
     append(path, measurement(1))

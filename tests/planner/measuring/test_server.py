@@ -51,8 +51,11 @@ def test_a_run_that_takes_too_long_costs_only_itself():
 
 
 def test_a_server_that_dies_is_started_again(monkeypatch):
-    server(monkeypatch, f"n == 1 and os.kill(os.getpid(), 11); say({OK}); say({{'ended': {{'code': 0, "
-           "'timed_out': False}})")  # fmt: skip
+    server(
+        monkeypatch,
+        f"n == 1 and os.kill(os.getpid(), 11); say({OK}); say({{'ended': {{'code': 0, "
+        "'timed_out': False}})",
+    )
     with Batch() as runs:
         found = [runs.measure(DENSE, SMALL) for _ in range(4)]
     assert [one.kind for one in found] == ["ok", "crash", "ok", "crash"]
@@ -61,8 +64,11 @@ def test_a_server_that_dies_is_started_again(monkeypatch):
 
 
 def test_what_a_killed_run_leaves_is_not_taken_for_an_answer(monkeypatch):
-    server(monkeypatch, "os.write(answer, b'{\"outcome\": {\"ki'); os.write(answer, b'\\n'); "
-           "say({'ended': {'code': -9, 'timed_out': False}})")  # fmt: skip
+    server(
+        monkeypatch,
+        "os.write(answer, b'{\"outcome\": {\"ki'); os.write(answer, b'\\n'); "
+        "say({'ended': {'code': -9, 'timed_out': False}})",
+    )
     with Batch() as runs:
         found = [runs.measure(DENSE, SMALL) for _ in range(2)]
     assert [one.kind for one in found] == ["oom", "oom"]
@@ -76,8 +82,11 @@ def test_a_server_that_is_not_heard_of_is_ended(monkeypatch):
 
 
 def test_what_a_server_prints_is_told_of_a_crash(monkeypatch):
-    server(monkeypatch, "print('earlier', flush=True) if not n else sys.exit('the end'); "
-           f"say({OK}); say({{'ended': {{'code': 0, 'timed_out': False}}}})")  # fmt: skip
+    server(
+        monkeypatch,
+        "print('earlier', flush=True) if not n else sys.exit('the end'); "
+        f"say({OK}); say({{'ended': {{'code': 0, 'timed_out': False}}}})",
+    )
     with Batch() as runs:
         assert runs.measure(DENSE, SMALL).kind == "ok"
         crash = runs.measure(DENSE, SMALL)

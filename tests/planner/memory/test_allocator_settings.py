@@ -13,18 +13,32 @@ MIB = 1 << 20
 
 @pytest.mark.parametrize(
     "size, block",
-    [(1, 512), (511, 512), (512, 512), (513, 1024), (MIB, MIB), (MIB + 1, MIB + 512),
-     (10**9 + 1, 10**9 + 512)],
-)  # fmt: skip
+    [
+        (1, 512),
+        (511, 512),
+        (512, 512),
+        (513, 1024),
+        (MIB, MIB),
+        (MIB + 1, MIB + 512),
+        (10**9 + 1, 10**9 + 512),
+    ],
+)
 def test_sizes_round_up_to_512(size, block):
     assert AllocatorSettings().round_size(size) == block
 
 
 @pytest.mark.parametrize(
     "size, block",
-    [(1200, 1536),  # not above 512 x 4, so to 512 as without divisions
-     (2048, 2048), (2049, 2560), (5000, 5120), (4096, 4096), (7169, 8192), (100 * MIB, 112 * MIB)],
-)  # fmt: skip
+    [
+        (1200, 1536),  # not above 512 x 4, so to 512 as without divisions
+        (2048, 2048),
+        (2049, 2560),
+        (5000, 5120),
+        (4096, 4096),
+        (7169, 8192),
+        (100 * MIB, 112 * MIB),
+    ],
+)
 def test_divisions_round_up_to_steps_between_powers_of_two(size, block):
     assert AllocatorSettings(roundup_power2_divisions=4).round_size(size) == block
 

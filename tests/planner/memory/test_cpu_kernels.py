@@ -68,9 +68,14 @@ def random_case(rng: random.Random, dtype: torch.dtype, threads: int):
     if rng.random() < 0.5:  # as the rows of a larger result
         out = tensor("windows", views, heads, queries, dim, dtype)
     sizes = {
-        "views": views, "heads": heads, "queries": queries, "keys": keys, "head_dim": dim,
-        "itemsize": dtype.itemsize, "threads": threads,
-    }  # fmt: skip
+        "views": views,
+        "heads": heads,
+        "queries": queries,
+        "keys": keys,
+        "head_dim": dim,
+        "itemsize": dtype.itemsize,
+        "threads": threads,
+    }
     return (
         lambda: kernels.forward(q, k, v, **options),
         lambda: kernels.backward(grad, q, k, v, out, lse, **options),

@@ -47,9 +47,15 @@ def test_nonsense_about_the_device_is_refused(wrong):
 
 @pytest.mark.parametrize(
     "capability, each",
-    [((6, 1), 8_519_680), ((7, 5), 8_519_680), ((8, 9), 8_519_680), ((9, 0), 32 * MIB), ((10, 0), 32 * MIB),
-     ((12, 0), 32 * MIB)],
-)  # fmt: skip
+    [
+        ((6, 1), 8_519_680),
+        ((7, 5), 8_519_680),
+        ((8, 9), 8_519_680),
+        ((9, 0), 32 * MIB),
+        ((10, 0), 32 * MIB),
+        ((12, 0), 32 * MIB),
+    ],
+)
 def test_library_workspaces_by_capability(capability, each):
     assert sizes(library_lines(capability)) == {"cuBLAS workspace": each, "cuBLASLt workspace": MIB}
     assert total(library_lines(capability, handles=3)) == 3 * (each + MIB)
@@ -63,8 +69,10 @@ ODD = {"batch": 3, "heads": 4, "queries": 1000, "keys": 500, "head_dim": 40, "it
 def test_flash_at_131072_tokens():
     assert sizes(forward_lines("flash", **SHAPE)) == {"log-sum-exp": 8 * MIB}
     assert sizes(backward_lines("flash", kv_heads=16, **SHAPE)) == {
-        "softmax_d": 8 * MIB, "dq_accum": 512 * MIB, "dk and dv expanded": 0,
-    }  # fmt: skip
+        "softmax_d": 8 * MIB,
+        "dq_accum": 512 * MIB,
+        "dk and dv expanded": 0,
+    }
 
 
 def test_flash_rounds_queries_to_128_and_channels_to_32():

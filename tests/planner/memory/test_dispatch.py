@@ -37,13 +37,17 @@ def candidates(pattern: str, backend: str, seed: int = 0, n: int = 60) -> Column
     blocks = 2 ** random.integers(0, 13, n)
     branches = PATTERNS[pattern]
     return Columns(
-        "block_sparse", pattern, backend=backend, block_size=block,
+        "block_sparse",
+        pattern,
+        backend=backend,
+        block_size=block,
         seq=np.maximum(block * blocks - random.integers(0, 3, n), 1),
-        window=block * 2 ** random.integers(0, 12, n), global_tokens=2 ** random.integers(0, 10, n),
+        window=block * 2 ** random.integers(0, 12, n),
+        global_tokens=2 ** random.integers(0, 10, n),
         sparsity_ratio=10 ** random.uniform(-3, 0, n),
         lengths=tuple(block * 2 ** random.integers(2, 13, n) for _ in range(branches)),
         rates=tuple(np.sort(2 ** random.integers(0, 4, (branches, n)), axis=0)),
-    )  # fmt: skip
+    )
 
 
 def each(columns: Columns, workload: Workload):

@@ -35,9 +35,7 @@ CONFIGS = {
     ),
     "dilated_sparse": AttentionConfig(variant="block_sparse", pattern=SparsePatternConfig(), **BRANCHES),
     "adaptive": AttentionConfig(
-        variant="adaptive",
-        pattern=SparsePatternConfig(),
-        adaptive=AdaptiveConfig(num_heads=8, head_dim=64),
+        variant="adaptive", pattern=SparsePatternConfig(), adaptive=AdaptiveConfig(num_heads=8, head_dim=64)
     ),
     "multihead": AttentionConfig(variant="dense", multihead=MultiheadConfig(embed_dim=512, num_heads=8)),
 }

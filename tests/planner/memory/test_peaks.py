@@ -68,8 +68,11 @@ def check(columns: Columns, workload: Workload, machine) -> None:
 
 def check_all(random, variant, pattern, branches, mode, machine, n=AT_A_TIME):
     for dtype, causal, kv_heads in (
-        ("float16", False, None), ("float16", True, 2), ("float32", True, None), ("float32", False, 2),
-    ):  # fmt: skip
+        ("float16", False, None),
+        ("float16", True, 2),
+        ("float32", True, None),
+        ("float32", False, 2),
+    ):
         workload = Workload(seq=1, dtype=dtype, mode=mode, causal=causal, kv_heads=kv_heads, batch=2)
         check(candidates(random, variant, pattern, branches, n), workload, MACHINES[machine](dtype))
 
@@ -98,11 +101,17 @@ def test_every_entry_of_many_is_the_peak_of_its_config(variant, pattern, branche
 @pytest.mark.parametrize(
     "fields",
     [
-        {"pool": "off"}, {"pool": "on"}, {"pool": "on", "pool_bytes": 1 << 20}, {"seq": 131072},
-        {"workspace": 1 << 20}, {"backend": "sdpa"}, {"cache_entries": 1}, {"cache_bytes": 0},
+        {"pool": "off"},
+        {"pool": "on"},
+        {"pool": "on", "pool_bytes": 1 << 20},
+        {"seq": 131072},
+        {"workspace": 1 << 20},
+        {"backend": "sdpa"},
+        {"cache_entries": 1},
+        {"cache_bytes": 0},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_what_is_equal_for_all_candidates_counts(fields, mode):
     random = np.random.default_rng(0)
     workload = Workload(seq=1, mode=mode, causal=True)

@@ -137,9 +137,11 @@ def by_rows(config, seq, causal, profile):
 @pytest.mark.parametrize("causal", [False, True])
 def test_sampled_rows_stand_for_all(ratio, causal):
     config = AttentionConfig(
-        variant="block_sparse", segment_lengths=(1024, 4096, 1 << 15), dilation_rates=(1, 2, 4),
+        variant="block_sparse",
+        segment_lengths=(1024, 4096, 1 << 15),
+        dilation_rates=(1, 2, 4),
         pattern=SparsePatternConfig(block_size=16, sparsity_ratio=ratio),
-    )  # fmt: skip
+    )
     workload, profile = Workload(seq=20_000, causal=causal), preset("streaming")
     expected = by_rows(config, 20_000, causal, profile)
     assert mass_of(config, workload, profile) == pytest.approx(expected, abs=0.01)
@@ -153,8 +155,9 @@ def test_a_repeated_branch_and_a_wider_window_change_nothing_and_capture_more():
     assert mass_of(once, workload, PROFILES[0]) == pytest.approx(mass_of(twice, workload, PROFILES[0]))
     wider = mass(
         Columns("block_sparse", "local_window", seq=1 << 17, block_size=64, window=2 ** np.arange(5, 18)),
-        workload, PROFILES[0],
-    )  # fmt: skip
+        workload,
+        PROFILES[0],
+    )
     assert (np.diff(wider) >= -1e-9).all()
 
 
@@ -198,16 +201,26 @@ def drawn(rng, n, profile, causal):
 @pytest.mark.parametrize(
     "config",
     [
-        AttentionConfig(variant="block_sparse", pattern=SparsePatternConfig(
-            pattern_type="local_window", block_size=16, local_window_size=64)),
-        AttentionConfig(variant="block_sparse", pattern=SparsePatternConfig(
-            pattern_type="global_local", block_size=16, local_window_size=32, global_tokens=16)),
+        AttentionConfig(
+            variant="block_sparse",
+            pattern=SparsePatternConfig(pattern_type="local_window", block_size=16, local_window_size=64),
+        ),
+        AttentionConfig(
+            variant="block_sparse",
+            pattern=SparsePatternConfig(
+                pattern_type="global_local", block_size=16, local_window_size=32, global_tokens=16
+            ),
+        ),
         AttentionConfig(variant="dilated", segment_lengths=(64, 256, 1024), dilation_rates=(1, 2, 4)),
-        AttentionConfig(variant="block_sparse", segment_lengths=(64, 256, 1024), dilation_rates=(1, 2, 4),
-                        pattern=SparsePatternConfig(block_size=16, sparsity_ratio=0.15)),
+        AttentionConfig(
+            variant="block_sparse",
+            segment_lengths=(64, 256, 1024),
+            dilation_rates=(1, 2, 4),
+            pattern=SparsePatternConfig(block_size=16, sparsity_ratio=0.15),
+        ),
     ],
     ids=["local_window", "global_local", "dilated", "dilated_sparse"],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("name", PRESETS)
 def test_mass_is_that_of_softmax_over_sampled_q_and_k(config, name):
     rng, n, profile = np.random.default_rng(3), 500, PRESETS[name]

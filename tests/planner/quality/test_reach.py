@@ -72,11 +72,17 @@ def test_many_at_once_are_as_one_by_one(kind, causal):
     many = {
         "dilated": Columns("dilated", seq=3000, **branches),
         "adaptive": Columns("adaptive", seq=3000, block_size=size, sparsity_ratio=ratio),
-        "dilated_sparse": Columns("block_sparse", "dilated_sparse", seq=3000, block_size=size,
-                                  sparsity_ratio=ratio, **branches),
-    }.get(kind) or Columns("block_sparse", kind, seq=3000, block_size=size,
-                           window=rng.integers(1, 2000, count),
-                           global_tokens=rng.integers(1, 99, count))  # fmt: skip
+        "dilated_sparse": Columns(
+            "block_sparse", "dilated_sparse", seq=3000, block_size=size, sparsity_ratio=ratio, **branches
+        ),
+    }.get(kind) or Columns(
+        "block_sparse",
+        kind,
+        seq=3000,
+        block_size=size,
+        window=rng.integers(1, 2000, count),
+        global_tokens=rng.integers(1, 99, count),
+    )
     each = [layers(many.config(at, workload), workload) for at in range(count)]
     for within in (1, 2, 3, 12, 4000):
         expected = [found is not None and found <= within for found in each]
@@ -102,7 +108,8 @@ def test_causal_global_tokens_do_not_help():
 )
 def test_adaptive_multiplies_by_what_its_heads_choose(seq, ratio, heads, expected):
     config = AttentionConfig(
-        variant="adaptive", pattern=SparsePatternConfig(block_size=64, sparsity_ratio=ratio),
+        variant="adaptive",
+        pattern=SparsePatternConfig(block_size=64, sparsity_ratio=ratio),
         adaptive=AdaptiveConfig(num_heads=heads, head_dim=64),
-    )  # fmt: skip
+    )
     assert layers(config, Workload(seq=seq, heads=heads)) == expected

@@ -53,8 +53,17 @@ def test_what_has_no_text_is_a_file_and_a_storage_is_left_out():
 
 
 def test_usual_values_are_not_said():
-    asked = {"gpu": gpus.generic(8 * 10**9), "objective": "speed", "batch": 1, "kv_heads": None,
-             "layers": 12, "min_mass": 0.8, "reserve": 0, "space": Space(), "trials": 24}  # fmt: skip
+    asked = {
+        "gpu": gpus.generic(8 * 10**9),
+        "objective": "speed",
+        "batch": 1,
+        "kv_heads": None,
+        "layers": 12,
+        "min_mass": 0.8,
+        "reserve": 0,
+        "space": Space(),
+        "trials": 24,
+    }
     assert recommend_command(8 * 10**9, 131072, asked) == "planner recommend --vram 8GB --seq 128K"
     assert tune_command("1GB", 4096, "cuda", {"--trials": (5, 30), "--timeout": (120.0, 120.0)}, {}) == (
         "planner tune --vram 1GB --seq 4K --device cuda --trials 5"

@@ -45,9 +45,13 @@ def test_parameters_are_columns_but_how_many_branches():
 def test_a_trial_is_asked_for_what_its_attention_has(kind):
     """With two values of each dimension allowed, all that it may be asked for."""
     allowed = {
-        "block_sizes": (64, 128), "windows": (512, 1024), "global_tokens": (64, 128), "ratios": (0.1, 0.2),
-        "branches": (1, 2), "workspaces": (1 << 20, 1 << 22),
-    }  # fmt: skip
+        "block_sizes": (64, 128),
+        "windows": (512, 1024),
+        "global_tokens": (64, 128),
+        "ratios": (0.1, 0.2),
+        "branches": (1, 2),
+        "workspaces": (1 << 20, 1 << 22),
+    }
     theirs = [each for each in dimensions_of(kind) if each.field in allowed]
     sparse = {"patterns": (kind,)} if variant_of(kind) == "block_sparse" else {}
     values = {each.field: allowed[each.field] for each in theirs}

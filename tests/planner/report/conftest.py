@@ -28,8 +28,15 @@ def recommended() -> Recommendation:
 def verified(recommended: Recommendation) -> tuple[Verified, ...]:
     """One pick that ran and one that did not."""
     found = recommended.memory
-    ran = Verified(role="answer", kind="ok", message=None, upper=found.upper, allocated=found.upper - 10**6,
-                   predicted=recommended.seconds, seconds=1.25 * recommended.seconds)  # fmt: skip
+    ran = Verified(
+        role="answer",
+        kind="ok",
+        message=None,
+        upper=found.upper,
+        allocated=found.upper - 10**6,
+        predicted=recommended.seconds,
+        seconds=1.25 * recommended.seconds,
+    )
     return ran, ran.model_copy(
         update={
             "role": "widest",

@@ -33,9 +33,11 @@ WINDOW = AttentionConfig(
     ),
 )
 SPARSE = AttentionConfig(
-    variant="block_sparse", segment_lengths=(1024, 4096), dilation_rates=(1, 2),
+    variant="block_sparse",
+    segment_lengths=(1024, 4096),
+    dilation_rates=(1, 2),
     pattern=SparsePatternConfig(block_size=64),
-)  # fmt: skip
+)
 DILATED = AttentionConfig(variant="dilated", segment_lengths=(256, 1024), dilation_rates=(1, 4))
 ADAPTIVE = AttentionConfig(
     variant="adaptive", pattern=SparsePatternConfig(), adaptive=AdaptiveConfig(num_heads=8, head_dim=64)
@@ -79,8 +81,12 @@ def test_a_dilated_attention_is_seen_by_one_head():
     assert (found.least, found.most) == (256, 256 + 192)
     kinds = strips(found)
     assert [(one.length, one.rate, one.heads[0]) for one in kinds] == [
-        (256, 1, 0), (1024, 4, 0), (1024, 4, 1), (1024, 4, 2), (1024, 4, 3)
-    ]  # fmt: skip
+        (256, 1, 0),
+        (1024, 4, 0),
+        (1024, 4, 1),
+        (1024, 4, 2),
+        (1024, 4, 3),
+    ]
     assert kinds[2].heads == (1, 5)
     assert [at for at, one in enumerate(kinds[2].positions) if one] == list(range(1, 64, 4))
     assert strips(look(WINDOW)) == []
@@ -203,8 +209,15 @@ def test_an_adaptive_attention_has_no_picture(tmp_path):
 
 def test_a_file_says_how_long_and_options_say_otherwise(tmp_path):
     kept = tmp_path / "answer.json"
-    kept.write_text(json.dumps({"config": WINDOW.model_dump(mode="json"), "pareto": [],
-                                "workload": {"seq": 2048, "causal": True, "dtype": "float32"}}))  # fmt: skip
+    kept.write_text(
+        json.dumps(
+            {
+                "config": WINDOW.model_dump(mode="json"),
+                "pareto": [],
+                "workload": {"seq": 2048, "causal": True, "dtype": "float32"},
+            }
+        )
+    )
     data = json.loads(run("show", str(kept), "--format", "json").stdout)
     assert (data["seq"], data["causal"]) == (2048, True)
     assert data == json.loads(json.dumps(seen_data(look(WINDOW, 2048, True))))

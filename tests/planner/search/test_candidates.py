@@ -150,7 +150,7 @@ def test_whatever_many_trials_suggest_is_a_config(seed):
         ({"global_tokens": (100,), "patterns": ("global_local",), "variants": ("block_sparse",)},
          lambda c: c.pattern.global_tokens == 100),
     ],
-)  # fmt: skip
+)  # pairs (given, allowed)  # fmt: skip
 def test_restrictions_hold_in_the_grid_and_in_trials(given, allowed):
     space, workload = Space(**given), Workload(seq=131072)
     found = list(configs(space, workload, every=5))
@@ -208,10 +208,12 @@ def test_adaptive_has_to_be_asked_for():
         ({"rates": (2, 8)}, {"dilated_sparse"}),
         ({"ratios": (0.1,), "global_tokens": (64,)}, {"dilated_sparse", "global_local"}),
         ({"workspaces": (1 << 20,)}, set(KINDS) - {"adaptive"}),
-        ({"windows": (512,), "variants": ("dense", "block_sparse")}, {"dense", "local_window", "global_local",
-                                                                      "dilated_sparse"}),
+        (
+            {"windows": (512,), "variants": ("dense", "block_sparse")},
+            {"dense", "local_window", "global_local", "dilated_sparse"},
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_restricted_dimension_leaves_attentions_that_have_it(given, kinds):
     assert set(Space(**given).kinds) == kinds
 

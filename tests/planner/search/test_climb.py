@@ -13,9 +13,10 @@ from planner.search.suggest import parameters
 
 WINDOW = AttentionConfig(
     variant="block_sparse",
-    pattern=SparsePatternConfig(pattern_type="global_local", block_size=64, local_window_size=640,
-                                global_tokens=128),
-)  # fmt: skip
+    pattern=SparsePatternConfig(
+        pattern_type="global_local", block_size=64, local_window_size=640, global_tokens=128
+    ),
+)
 
 
 def changed(config: AttentionConfig, factors: tuple[float, ...]) -> dict[str, list[str]]:
@@ -27,9 +28,11 @@ def changed(config: AttentionConfig, factors: tuple[float, ...]) -> dict[str, li
 
 def test_windows_and_global_tokens_stay_whole_blocks():
     assert changed(WINDOW, STEPS[0]) == {
-        "block_size": ["32", "128"], "local_window_size": ["320", "1,280"], "global_tokens": ["64", "256"],
+        "block_size": ["32", "128"],
+        "local_window_size": ["320", "1,280"],
+        "global_tokens": ["64", "256"],
         "workspace_bytes": ["8 MiB", "32 MiB"],
-    }  # fmt: skip
+    }
     assert changed(WINDOW, STEPS[1]) == {"local_window_size": ["448", "896"], "global_tokens": ["64", "192"]}
     # 8% of ten blocks and of two is less than a block, or just one.
     assert changed(WINDOW, STEPS[3]) == {"local_window_size": ["576", "704"]}

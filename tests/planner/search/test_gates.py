@@ -44,9 +44,11 @@ def test_the_loosened_question_is_the_same_but_for_that_gate(gate):
 @pytest.mark.parametrize("gate", GATES, ids=lambda gate: gate.name)
 def test_a_config_fails_a_gate_and_not_the_question_without_it(gate):
     tight = {
-        MEMORY: {"reserve": "7.999GB"}, MASS: {"min_mass": 1.0}, REACH: {"layers": 1},
+        MEMORY: {"reserve": "7.999GB"},
+        MASS: {"min_mass": 1.0},
+        REACH: {"layers": 1},
         SECONDS: {"max_seconds": 1e-9},
-    }[gate]  # fmt: skip
+    }[gate]
     question = scenario(**{"min_mass": None, "layers": None, **tight})
     config = AttentionConfig(variant="dilated", segment_lengths=(256,), dilation_rates=(1,))
     point = evaluate.point(question, config, 4096)

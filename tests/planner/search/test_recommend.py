@@ -26,9 +26,15 @@ from planner.search.relax import NothingFitsError
 from planner.search.solve import SAME
 
 SMALL = Space(
-    variants=("dense", "dilated", "block_sparse"), block_sizes=(64,), windows=(512, 2048),
-    global_tokens=(64,), ratios=(0.05, 0.4), branches=(1, 2), segments=None, workspaces=(1 << 20,),
-)  # fmt: skip
+    variants=("dense", "dilated", "block_sparse"),
+    block_sizes=(64,),
+    windows=(512, 2048),
+    global_tokens=(64,),
+    ratios=(0.05, 0.4),
+    branches=(1, 2),
+    segments=None,
+    workspaces=(1 << 20,),
+)
 """A space small enough to look at every config by itself."""
 SCENARIOS = [
     {"vram": "8GB", "seq": 8192},
@@ -153,10 +159,13 @@ def test_an_answer_survives_json_and_builds_a_module_that_runs():
         {"vram": "3GB", "reserve": "2GB", "seq": 524_288},
         {"vram": "700MB", "seq": 16_384, "gpu": "gtx1080", "batch": 4, "dtype": "float32"},
         {"vram": "8GB", "seq": 65_536, "max_seconds": 1e-5},
-        {"vram": "8GB", "seq": 65_536, "space": Space(variants=("block_sparse",), windows=(128,),
-                                                      patterns=("local_window",))},
+        {
+            "vram": "8GB",
+            "seq": 65_536,
+            "space": Space(variants=("block_sparse",), windows=(128,), patterns=("local_window",)),
+        },
     ],
-)  # fmt: skip
+)
 def test_when_nothing_fits_each_relaxation_named_does_help(asked):
     with pytest.raises(NothingFitsError) as error:
         planner.recommend(**{"space": FEW, **asked}, trials=0)
@@ -210,11 +219,15 @@ def test_no_single_step_within_the_space_would_be_better():
 
 @pytest.mark.parametrize(
     "asked",
-    [{"vram": "8GB", "causal": True}, {"vram": "1GB", "gpu": "cpu", "threads": 2},
-     pytest.param({"vram": "24GB", "gpu": "rtx4090", "mode": "training", "causal": True},
-                  marks=pytest.mark.slow),
-     pytest.param({"vram": "8GB"}, marks=pytest.mark.slow)],
-)  # fmt: skip
+    [
+        {"vram": "8GB", "causal": True},
+        {"vram": "1GB", "gpu": "cpu", "threads": 2},
+        pytest.param(
+            {"vram": "24GB", "gpu": "rtx4090", "mode": "training", "causal": True}, marks=pytest.mark.slow
+        ),
+        pytest.param({"vram": "8GB"}, marks=pytest.mark.slow),
+    ],
+)
 def test_nothing_beside_the_longest_is_as_long_and_faster(asked):
     answer = planner.recommend(**asked)
     for pick in answer.alternatives:

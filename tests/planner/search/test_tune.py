@@ -53,8 +53,9 @@ class Device:
         figures = {"message": f"it ended in {how}"}
         if how == "ok":
             figures = {
-                "seconds": random.Random(config.to_json()).uniform(0.1, 1), "allocated": self.allocated
-            }  # fmt: skip
+                "seconds": random.Random(config.to_json()).uniform(0.1, 1),
+                "allocated": self.allocated,
+            }
         return Measurement(
             config=config, workload=workload, device="cpu", kind=how, runs=3, environment=HERE, **figures
         )
@@ -444,7 +445,7 @@ def test_what_cannot_be_asked():
 
 
 SMALL = ["--vram", "200MB", "--seq", "512", "--dtype", "float32", "--heads", "2", "--head-dim", "16",
-         "--block-size", "64", "--runs", "1"]  # fmt: skip
+         "--block-size", "64", "--runs", "1"]  # a command line, option and value together  # fmt: skip
 
 
 def command(path, *more):
@@ -453,9 +454,12 @@ def command(path, *more):
 
 def test_a_trial_that_hangs_is_a_timeout(tmp_path):
     run = subprocess.run(
-        command(tmp_path, "--trials", "1", "--timeout", "0.01"), cwd=ROOT, capture_output=True, text=True,
+        command(tmp_path, "--trials", "1", "--timeout", "0.01"),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
         check=False,
-    )  # fmt: skip
+    )
     assert run.returncode == 2
     assert "no config ran within the budget" in run.stderr
     assert "not done after 0.01 s" in run.stderr
@@ -464,9 +468,13 @@ def test_a_trial_that_hangs_is_a_timeout(tmp_path):
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_a_tuner_that_is_ended_goes_on_where_it_stopped(how, tmp_path):
     begun = subprocess.Popen(
-        command(tmp_path, "--trials", "200"), cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE,
-        text=True, start_new_session=True,
-    )  # fmt: skip
+        command(tmp_path, "--trials", "200"),
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     finished = 0
     for line in begun.stderr:
         finished += " of 200: " in line
@@ -477,9 +485,12 @@ def test_a_tuner_that_is_ended_goes_on_where_it_stopped(how, tmp_path):
     begun.communicate()
     assert begun.returncode == (130 if how == signal.SIGINT else -how)
     again = subprocess.run(
-        command(tmp_path, "--trials", "5", "--format", "json"), cwd=ROOT, capture_output=True, text=True,
+        command(tmp_path, "--trials", "5", "--format", "json"),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
         check=True,
-    )  # fmt: skip
+    )
     found = json.loads(again.stdout)
     assert found["kept"] >= 3
     assert len(found["trials"]) >= 5

@@ -21,9 +21,14 @@ def rounds(how, storage, number, cwd, seed=None):
     seed = random.SystemRandom().randrange(1 << 32) if seed is None else seed
     script = ROOT / "tests" / "planner" / "search" / "tune_workers.py"
     done = subprocess.run(
-        [sys.executable, str(script), how, storage, str(seed), str(number)], cwd=cwd, capture_output=True,
-        text=True, timeout=600, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+        [sys.executable, str(script), how, storage, str(seed), str(number)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     assert done.returncode == 0, f"seed {seed}: {done.stderr}"
 
 
@@ -62,9 +67,13 @@ def server(tmp_path):
         # Into a file: what it starts would keep a pipe open.
         with (tmp_path / "pg_ctl").open("w+") as said:
             done = subprocess.run(
-                [*as_other, control, "-D", str(data), *command], cwd="/", timeout=120, check=False,
-                stdout=said, stderr=said,
-            )  # fmt: skip
+                [*as_other, control, "-D", str(data), *command],
+                cwd="/",
+                timeout=120,
+                check=False,
+                stdout=said,
+                stderr=said,
+            )
             said.seek(0)
             assert done.returncode == 0, said.read()
 
@@ -104,9 +113,13 @@ def test_a_postgresql_that_is_restarted_in_the_midst_is_waited_for(server, tmp_p
         "assert len(found.trials) >= 24; assert len(w.kept(sys.argv[1], 's')) >= 24"
     )
     with subprocess.Popen(
-        [sys.executable, "-c", code, url, str(Path(__file__).parent)], cwd=tmp_path, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)},
-    ) as tuner:  # fmt: skip
+        [sys.executable, "-c", code, url, str(Path(__file__).parent)],
+        cwd=tmp_path,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    ) as tuner:
         for how, until in (("fast", "5\n"), ("immediate", "12\n")):
             while tuner.stdout.readline() != until:
                 assert tuner.poll() is None, tuner.stderr.read()

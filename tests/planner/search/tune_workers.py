@@ -43,9 +43,15 @@ def question(*given, _real=tuning.question, _known={}, **asked):  # noqa: B006 -
 def measure(config, workload):
     time.sleep(random.Random(config.to_json()).uniform(0, 0.01))
     return Measurement(
-        config=config, workload=workload, device="cpu", kind="ok", runs=3, environment=HERE,
-        seconds=random.Random(config.to_json()).uniform(0.1, 1), allocated=1 << 20,
-    )  # fmt: skip
+        config=config,
+        workload=workload,
+        device="cpu",
+        kind="ok",
+        runs=3,
+        environment=HERE,
+        seconds=random.Random(config.to_json()).uniform(0.1, 1),
+        allocated=1 << 20,
+    )
 
 
 def tune(storage, study, trials, records=None):

@@ -42,11 +42,16 @@ def several(seq=None) -> list[Columns]:
         Columns("block_sparse", "local_window", seq=given, block_size=SIZES, window=600 + SIZES),
         Columns("block_sparse", "global_local", seq=given, block_size=SIZES, window=600, global_tokens=SIZES),
         Columns(
-            "block_sparse", "dilated_sparse", seq=given, block_size=SIZES, sparsity_ratio=0.1,
-            lengths=(8 * SIZES, 16 * SIZES), rates=(1, 2),
+            "block_sparse",
+            "dilated_sparse",
+            seq=given,
+            block_size=SIZES,
+            sparsity_ratio=0.1,
+            lengths=(8 * SIZES, 16 * SIZES),
+            rates=(1, 2),
         ),
         Columns("adaptive", seq=given, block_size=SIZES, sparsity_ratio=0.05),
-    ]  # fmt: skip
+    ]
 
 
 @pytest.mark.parametrize("place, mode, causal", list(product(PLACES, get_args(Mode), (False, True))))
@@ -130,9 +135,11 @@ def test_a_card_without_bfloat16_refuses_it():
     turing = gpus.find("t4")
     with pytest.raises(ConfigError, match=r"no speed of bfloat16 is known on t4, only of float16"):
         seconds_of(
-            AttentionConfig(variant="dense"), Workload(seq=64, dtype="bfloat16"), Cuda(turing.capability),
+            AttentionConfig(variant="dense"),
+            Workload(seq=64, dtype="bfloat16"),
+            Cuda(turing.capability),
             default_rates(turing),
-        )  # fmt: skip
+        )
 
 
 def test_pascal_computes_sixteen_bits_at_a_share_of_single_precision():
@@ -159,9 +166,17 @@ def test_flex_runs_where_it_is_asked_for():
         "block_sparse", "local_window", seq=65_536, block_size=np.array([64, 65]), window=1024, backend="flex"
     )
     ours = seconds(
-        Columns("block_sparse", "local_window", seq=65_536, block_size=np.array([64, 65]), window=1024,
-                backend="sdpa"), Workload(seq=1), *PLACES[1],
-    )  # fmt: skip
+        Columns(
+            "block_sparse",
+            "local_window",
+            seq=65_536,
+            block_size=np.array([64, 65]),
+            window=1024,
+            backend="sdpa",
+        ),
+        Workload(seq=1),
+        *PLACES[1],
+    )
     found = seconds(columns, Workload(seq=1), *PLACES[1])
     assert (found == ours).tolist() == [False, True]  # its blocks are powers of two
 

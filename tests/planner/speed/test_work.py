@@ -62,12 +62,19 @@ def real(config, workload, shape: Shape) -> tuple[list[Calls], int]:
             gathers = isinstance(keys, Gather)
             calls.append(
                 Calls(
-                    1, span.batch, span.heads, span.length, keys.length, len(call.queries),
-                    causal=int(call.mask == "causal"), later=int(tile.merge and not call.first),
+                    1,
+                    span.batch,
+                    span.heads,
+                    span.length,
+                    keys.length,
+                    len(call.queries),
+                    causal=int(call.mask == "causal"),
+                    later=int(tile.merge and not call.first),
                     step=0 if gathers or not keys.overlaps else keys.batch_step,
-                    unit=keys.size if gathers else 0, largest=largest if gathers else (1, 1),
+                    unit=keys.size if gathers else 0,
+                    largest=largest if gathers else (1, 1),
                 )
-            )  # fmt: skip
+            )
     return calls, len(tiles)
 
 
@@ -150,11 +157,14 @@ def test_a_causal_kernel_computes_whole_blocks_of_keys():
     for seq, share in ((512, 1.0), (1024, 0.75), (5120, 0.55)):
         pairs = [
             work_of(
-                columns_of(config, seq), Workload(seq=seq, dtype="float32", causal=causal), MACHINE, KERNEL,
+                columns_of(config, seq),
+                Workload(seq=seq, dtype="float32", causal=causal),
+                MACHINE,
+                KERNEL,
                 apart=True,
             ).forward["pairs"]
             for causal in (True, False)
-        ]  # fmt: skip
+        ]
         assert pairs[0] / pairs[1] == pytest.approx(share)
 
 

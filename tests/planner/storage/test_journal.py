@@ -106,7 +106,7 @@ def test_what_optuna_added_to_a_torn_line_is_read(path):
     [b"", b"\0" * 50, b'{"op_code":4,"worker_id":"a', b"[1]", b"{}", b'{"op_code":77,"worker_id":"a"}',
      b'{"op_code":9,"worker_id":"a","trial_id":"x","system_attr":{}}', b"\xff\xfe", b"[" * 100_000],
     ids=range(9),
-)  # fmt: skip
+)  # list of short bytes  # fmt: skip
 def test_a_broken_line_in_the_middle_costs_only_itself(path, garbage):
     filled(path)
     lines = path.read_bytes().splitlines(keepends=True)

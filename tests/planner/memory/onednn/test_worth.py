@@ -73,10 +73,14 @@ def cases(count: int) -> Iterator[tuple[AttentionConfig, Workload, str, int]]:
             variant="block_sparse" if pattern else "dense", pattern=pattern, multihead=outer
         )
         workload = Workload(
-            seq=2 ** rng.randint(10, 15), batch=rng.choice((1, 2, 4, 8)), heads=width // head_dim,
-            head_dim=head_dim, dtype="float16" if unit == "avx512_fp16" else "bfloat16",
-            mode=rng.choice(("inference", "training")), causal=rng.random() < 0.5,
-        )  # fmt: skip
+            seq=2 ** rng.randint(10, 15),
+            batch=rng.choice((1, 2, 4, 8)),
+            heads=width // head_dim,
+            head_dim=head_dim,
+            dtype="float16" if unit == "avx512_fp16" else "bfloat16",
+            mode=rng.choice(("inference", "training")),
+            causal=rng.random() < 0.5,
+        )
         yield config, workload, unit, threads
 
 

@@ -44,9 +44,12 @@ def predicted(config: AttentionConfig, workload: Workload) -> int:
 def around(workload: Workload, bias=True, checkpoint=False, **options) -> AttentionConfig:
     """A config of projections for the workload's sizes."""
     parts = MultiheadConfig(
-        embed_dim=workload.heads * workload.head_dim, num_heads=workload.heads, kv_heads=workload.kv_heads,
-        bias=bias, checkpoint=checkpoint,
-    )  # fmt: skip
+        embed_dim=workload.heads * workload.head_dim,
+        num_heads=workload.heads,
+        kv_heads=workload.kv_heads,
+        bias=bias,
+        checkpoint=checkpoint,
+    )
     return AttentionConfig(multihead=parts, **{"variant": "dense", **options})
 
 
@@ -69,9 +72,12 @@ def random_case(rng: random.Random) -> tuple[AttentionConfig, Workload]:
     if variant == "block_sparse":
         kind = rng.choice(["local_window", "global_local", "dilated_sparse"])
         options["pattern"] = SparsePatternConfig(
-            pattern_type=kind, block_size=32, local_window_size=rng.choice([32, 64]), global_tokens=16,
+            pattern_type=kind,
+            block_size=32,
+            local_window_size=rng.choice([32, 64]),
+            global_tokens=16,
             sparsity_ratio=rng.choice([0.1, 0.5]),
-        )  # fmt: skip
+        )
         options |= {"segment_lengths": (64, 128), "dilation_rates": (1, rng.choice([1, 2]))}
     bias, checkpoint = rng.random() < 0.5, rng.random() < 0.5
     return around(workload, bias, checkpoint, variant=variant, **options), workload
@@ -119,11 +125,7 @@ def test_the_components_are_the_modules():
     found = plan.components(phase)
     weights = (64 + 32) * (32 + 1) * 4
     assert found["parameters"] == weights
-    assert plan.components("inputs") == {
-        "qkv": 64 * 32 * 4,
-        "gradients": 64 * 32 * 4,
-        "parameters": weights,
-    }
+    assert plan.components("inputs") == {"qkv": 64 * 32 * 4, "gradients": 64 * 32 * 4, "parameters": weights}
     # The input, and q, k and v.
     assert found["qkv"] == 64 * (32 + 32 + 16 + 16) * 4
 
@@ -141,8 +143,12 @@ def test_checkpointing_repeats_the_forward_pass():
     assert len(set(twice.phases)) == len(twice.phases)
     # Between the two, only the arena is there that the pool keeps, beside what the caller holds.
     assert set(twice.components("output projection")) - {"workspace"} == {
-        "qkv", "output", "gradients", "parameters", "memory_pool",
-    }  # fmt: skip
+        "qkv",
+        "output",
+        "gradients",
+        "parameters",
+        "memory_pool",
+    }
 
 
 @pytest.mark.parametrize("mode", ["inference", "training"])

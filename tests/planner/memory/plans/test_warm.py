@@ -69,9 +69,11 @@ def random_case(rng: random.Random) -> tuple[AttentionConfig, Workload]:
     branched = {"segment_lengths": (64, 256), "dilation_rates": (1, rng.choice([1, 2, 3]))}
     if rng.random() < 0.3:
         options["multihead"] = MultiheadConfig(
-            embed_dim=heads * workload.head_dim, num_heads=heads, kv_heads=workload.kv_heads,
+            embed_dim=heads * workload.head_dim,
+            num_heads=heads,
+            kv_heads=workload.kv_heads,
             checkpoint=rng.random() < 0.5,
-        )  # fmt: skip
+        )
     match rng.choice(["dense", "dilated", "block_sparse", "block_sparse", "window"]):
         case "dense":
             workload = workload.model_copy(update={"seq": min(workload.seq, 300)})
@@ -142,10 +144,13 @@ def test_a_mask_is_there_from_its_third_use_on():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_arrays_give_what_ints_give(dtype, mode):
     columns = {
-        "seq": [16, 100, 512, 5000, 512], "workspace": [1 << 16, 1 << 18, 1 << 20, 1 << 24, 1 << 16],
-        "pool": [0, 1, 1, 1, 0], "pool_bytes": [1, 1, 1 << 20, 1 << 62, 1 << 62],
-        "entries": [0, 1, 2, 100, 100], "bytes": [0, 1 << 10, 1 << 20, 1 << 26, 1 << 12],
-    }  # fmt: skip
+        "seq": [16, 100, 512, 5000, 512],
+        "workspace": [1 << 16, 1 << 18, 1 << 20, 1 << 24, 1 << 16],
+        "pool": [0, 1, 1, 1, 0],
+        "pool_bytes": [1, 1, 1 << 20, 1 << 62, 1 << 62],
+        "entries": [0, 1, 2, 100, 100],
+        "bytes": [0, 1 << 10, 1 << 20, 1 << 26, 1 << 12],
+    }
     workload = Workload(seq=1, heads=2, head_dim=16, dtype=dtype, mode=mode, causal=True)
 
     def peak_plan(seq, workspace, pool, pool_bytes, entries, cache_bytes):

@@ -44,8 +44,10 @@ def sample(rng: random.Random, variant: str, mode: str) -> tuple[AttentionConfig
     lengths, rates = rng.choice([((128,), (1,)), ((64, 256), (1, 2)), ((128, 256, 512), (1, 2, 4))])
     pattern = SparsePatternConfig(
         pattern_type=rng.choice(["local_window", "global_local", "dilated_sparse"]),
-        block_size=rng.choice([16, 32, 64]), local_window_size=128, sparsity_ratio=0.3,
-    )  # fmt: skip
+        block_size=rng.choice([16, 32, 64]),
+        local_window_size=128,
+        sparsity_ratio=0.3,
+    )
     config = AttentionConfig(
         variant=variant,
         pattern=pattern if variant == "block_sparse" else None,

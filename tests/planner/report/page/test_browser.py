@@ -44,17 +44,30 @@ class Browser:
     def __init__(self, path: str, profile: Path) -> None:
         ours_in, theirs_out = os.pipe()
         theirs_in, ours_out = os.pipe()
-        options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
-                   "--remote-debugging-pipe", "--no-first-run", "--disable-extensions",
-                   f"--user-data-dir={profile}"]  # fmt: skip
+        options = [
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-dev-shm-usage",
+            "--remote-debugging-pipe",
+            "--no-first-run",
+            "--disable-extensions",
+            f"--user-data-dir={profile}",
+        ]
         # Chromium reads from 3 and writes to 4; copies beyond them, so that neither is written over.
         read, write = (fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in (theirs_in, theirs_out))
         quiet = os.open(os.devnull, os.O_WRONLY)
         self.process = os.posix_spawn(
-            path, [path, *options], os.environ,
-            file_actions=[(os.POSIX_SPAWN_DUP2, read, 3), (os.POSIX_SPAWN_DUP2, write, 4),
-                          (os.POSIX_SPAWN_DUP2, quiet, 1), (os.POSIX_SPAWN_DUP2, quiet, 2)],
-        )  # fmt: skip
+            path,
+            [path, *options],
+            os.environ,
+            file_actions=[
+                (os.POSIX_SPAWN_DUP2, read, 3),
+                (os.POSIX_SPAWN_DUP2, write, 4),
+                (os.POSIX_SPAWN_DUP2, quiet, 1),
+                (os.POSIX_SPAWN_DUP2, quiet, 2),
+            ],
+        )
         for end in (theirs_in, theirs_out, read, write, quiet):
             os.close(end)
         self.ours_in, self.ours_out, self.rest, self.number = ours_in, ours_out, b"", 0
@@ -103,8 +116,13 @@ class Browser:
 
     def open(self, path: Path, width: int, scheme: str = "light", media: str = "") -> None:
         """A page, so wide, in `light` or `dark`, on a screen or in print; forgets what was said before."""
-        self.ask("Emulation.setDeviceMetricsOverride", width=width, height=800, deviceScaleFactor=1,
-                 mobile=width < 500)  # fmt: skip
+        self.ask(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=800,
+            deviceScaleFactor=1,
+            mobile=width < 500,
+        )
         features = [{"name": "prefers-color-scheme", "value": scheme}]
         self.ask("Emulation.setEmulatedMedia", media=media, features=features)
         self.events.clear()
@@ -279,8 +297,10 @@ def test_everything_can_be_done_with_the_keyboard(browser, pages):
     browser.open(pages["recommended"], 1200)
     browser.press("Tab")
     assert browser.run("document.activeElement.className") == "skip"
-    assert browser.run("document.activeElement.getBoundingClientRect().top >= 0 || "
-                       "document.activeElement.matches(':focus-visible')")  # fmt: skip
+    assert browser.run(
+        "document.activeElement.getBoundingClientRect().top >= 0 || "
+        "document.activeElement.matches(':focus-visible')"
+    )
     marks = "[...document.querySelectorAll('.points.wide .point')]"
     seen = set()
     for _ in range(browser.run(f"{marks}.length") + 60):

@@ -79,11 +79,20 @@ def test_a_recommendation_is_said_whole(recommended, verified, pages):
     page = pages["recommended"]
     found, text = recommended, page.text
     for figure in (
-        format_bytes(found.memory.upper), format_bytes(found.budget), seconds(found.seconds),
-        f"{found.quality.mass:.1%}", f"{found.workload.seq:,}", found.on, found.calibration,
-        found.memory.confidence, found.command, *found.memory.notes, seconds(verified[0].seconds),
-        format_bytes(verified[0].allocated), "oom: memory ran out",
-    ):  # fmt: skip
+        format_bytes(found.memory.upper),
+        format_bytes(found.budget),
+        seconds(found.seconds),
+        f"{found.quality.mass:.1%}",
+        f"{found.workload.seq:,}",
+        found.on,
+        found.calibration,
+        found.memory.confidence,
+        found.command,
+        *found.memory.notes,
+        seconds(verified[0].seconds),
+        format_bytes(verified[0].allocated),
+        "oom: memory ran out",
+    ):
         assert " ".join(figure.split()) in text
     for name, version in found.versions.items():
         assert f"{name} {version}" in text
@@ -92,8 +101,10 @@ def test_a_recommendation_is_said_whole(recommended, verified, pages):
         assert seconds(pick.seconds) in text
     assert all(step.after in text for step in found.why.steps)
     headings = [attributes["id"] for attributes in page.all("h2")]
-    assert headings == [f"{key}-heading" for key in ("picks", "budget", "why", "pareto", "layout", "measured",
-                                                     "program", "provenance")]  # fmt: skip
+    assert headings == [
+        f"{key}-heading"
+        for key in ("picks", "budget", "why", "pareto", "layout", "measured", "program", "provenance")
+    ]
 
 
 def test_the_budget_is_whole(recommended, pages):
@@ -215,7 +226,7 @@ KNOWN = {
     "dense", "dilated", "block_sparse", "adaptive", "local_window", "global_local", "dilated_sparse", "auto",
     "refuse", "zero", "sdpa", "flex", "on", "off", "float16", "bfloat16", "float32", "float64", "inference",
     "training", "speed", "seq", "quality", "fastest", "balanced", "widest", "", "cpu", "ok", "oom",
-}  # fmt: skip
+}  # list of words  # fmt: skip
 
 
 def test_nothing_that_an_answer_says_becomes_markup(recommended, verified, tuned, pages):

@@ -55,7 +55,7 @@ def test_json_reads_back():
      ("2026-11-21", '"2026-11-21"'), (1e-5, "1.0e-05"), (1.5e-5, "1.5e-05"), (0.1, "0.1"), (-3, "-3"),
      (True, "true"), (None, "null"),
      ([], "[]"), ({}, "{}"), (["a", "no"], '[a, "no"]'), ([{"a": 1}], "- a: 1")],
-)  # fmt: skip
+)  # pairs (value, text)  # fmt: skip
 def test_text_that_yaml_would_take_for_something_else_is_quoted(value, text):
     assert as_yaml(value) == text
 

@@ -84,14 +84,28 @@ def measurement(kind="ok", **changes):
     figures = {"allocated": 2 * 10**9, "allocated_warm": 3 * 10**9, "seconds": 0.25, "spread": 0.125}
     workload = Workload(seq=131_072, heads=8, kv_heads=2, dtype="bfloat16", mode="training", causal=True)
     where = Environment(
-        device="NVIDIA H200", driver="570.1", cuda="12.8", capability="9.0", torch="2.13.0", python="3.11.7",
-        system="Linux", threads=4, backend="sdpa", kernel="flash", settings={"OMP_NUM_THREADS": "4"},
+        device="NVIDIA H200",
+        driver="570.1",
+        cuda="12.8",
+        capability="9.0",
+        torch="2.13.0",
+        python="3.11.7",
+        system="Linux",
+        threads=4,
+        backend="sdpa",
+        kernel="flash",
+        settings={"OMP_NUM_THREADS": "4"},
         date="2026-01-01T00:00:00+00:00",
-    )  # fmt: skip
+    )
     given = {
-        "config": AttentionConfig(variant="dense"), "workload": workload, "device": "cuda", "runs": 3,
-        "environment": where, **(figures if kind == "ok" else {"message": "because"}), **changes,
-    }  # fmt: skip
+        "config": AttentionConfig(variant="dense"),
+        "workload": workload,
+        "device": "cuda",
+        "runs": 3,
+        "environment": where,
+        **(figures if kind == "ok" else {"message": "because"}),
+        **changes,
+    }
     return Measurement(kind=kind, **given)
 
 
