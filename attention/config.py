@@ -150,7 +150,8 @@ class SparsePatternConfig(Value):
     block_size: Tokens = 128
     """Tokens per block."""
     local_window_size: Tokens = 512
-    """Tokens the window spans, centred (causal: looking back). Read by local_window, global_local."""
+    """Tokens of the window, centred; causal: before the query. Whole blocks to a side count, and the query's
+    own block is always kept. Read by local_window, global_local."""
     global_tokens: Tokens = 64
     """First tokens, which are seen by all and, if not causal, see all; rounded up to blocks. Read by
     global_local."""

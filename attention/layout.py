@@ -201,8 +201,8 @@ def spans(
     else:
         pattern = _pattern(config)
         tokens = pattern.global_tokens if pattern.pattern_type == "global_local" else 0
-        reach, shared = window_blocks(pattern.local_window_size, tokens, size, blocks, causal)
-        (_, apart), (start, stop) = window_spans(i, reach, shared, blocks, causal)
+        side, shared = window_blocks(pattern.local_window_size, tokens, size, blocks, causal)
+        (_, apart), (start, stop) = window_spans(i, side, shared, blocks, causal)
     if causal:
         stop = i + 1
     return np.stack([zero, start], axis=1), np.stack([apart, stop], axis=1)

@@ -32,9 +32,9 @@ def recommend(
 
     `NothingFitsError` where nothing does, naming what would help.
     """
-    from planner.search.recommend import question
+    from planner.search.recommend import answered
 
-    return question(vram, seq, **asked).answer
+    return answered(vram, seq, **asked).answer
 
 
 def calibrate(

@@ -15,7 +15,7 @@ from attention.config import AttentionConfig, SparsePatternConfig
 from planner.quality.mass import mass_of
 from planner.quality.profiles import PRESETS
 from planner.report.plot.figure import COLORS, RED, named, title
-from planner.search.recommend import question
+from planner.search.recommend import answered
 from planner.search.relax import NothingFitsError
 from planner.workload import Workload
 from studies.bench.records import OK, Row, Step, markdown
@@ -50,7 +50,7 @@ def price_row(profile: str, card: str, seq: int) -> Row:
     row: Row = {"profile": profile, "card": card, "seq": seq, "seconds": {}}
     for level in (*LEVELS, 1.0):
         try:
-            row["seconds"][str(level)] = question(None, min_mass=level, layers=None, **asked).answer.seconds
+            row["seconds"][str(level)] = answered(None, min_mass=level, layers=None, **asked).answer.seconds
         except NothingFitsError as error:
             row["seconds"][str(level)], row["message"] = None, str(error)
     nothing = not any(row["seconds"].values()) or row["seconds"]["1.0"] is None

@@ -21,7 +21,7 @@ from planner.report.text import words
 from planner.report.text.words import kind_of
 from planner.search.candidates import grid
 from planner.search.picks import pick, unsurpassed
-from planner.search.recommend import Question, question
+from planner.search.recommend import Answered, answered
 from planner.search.solve import Table, enumerate_grid, exact, pareto
 from studies.bench.panels import plain
 from studies.bench.records import Row, Step, markdown
@@ -51,7 +51,7 @@ NAME: Final = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0
 
 def front_row(name: str, asked: Mapping[str, Any], trials: int) -> Row:
     """One question: all candidates of the grid, what none surpasses, what is picked."""
-    found = question(**asked, trials=trials)
+    found = answered(**asked, trials=trials)
     answer = found.answer
     return {
         "name": name,
@@ -67,7 +67,7 @@ def front_row(name: str, asked: Mapping[str, Any], trials: int) -> Row:
     }
 
 
-def _enumerated(found: Question) -> Row:
+def _enumerated(found: Answered) -> Row:
     """`candidates`, column by column, and `front`, the fastest first."""
     scenario = found.scenario
     parts = grid(found.space, scenario.workload, flex=scenario.flex, free_length=scenario.free_length)

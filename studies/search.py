@@ -19,7 +19,7 @@ from planner.gpus import known
 from planner.question.asked import Sampler
 from planner.report.plot.figure import BLUE, COLORS, INK, RED, named, title
 from planner.search.evaluate import gain
-from planner.search.recommend import better, question
+from planner.search.recommend import answered, better
 from planner.search.refine import refine
 from planner.search.relax import NothingFitsError
 from planner.workload import Workload
@@ -68,7 +68,7 @@ def scenario_row(asked: dict[str, Any], trials: int) -> Row:
     """One question, answered, and asked of Optuna alone."""
     row: Row = {"part": "answer", "asked": asked, "objective": asked["objective"], "trials": trials}
     try:
-        found = question(**asked)
+        found = answered(**asked)
     except NothingFitsError as error:
         return row | {"outcome": "nothing fits", "relaxations": list(error.relaxations)}
     alone = refine(found.scenario, found.space, [], trials=trials).best
@@ -131,7 +131,7 @@ def sampler_row(number: int, sampler: Sampler, counts: Sequence[int]) -> Row:
     row: Row = {"part": "sampler", "question": number, "sampler": sampler, "objective": None, "gaps": {}}
     asked = scenario(number)
     try:
-        found = question(**asked, trials=0)
+        found = answered(**asked, trials=0)
     except NothingFitsError:
         return row | {"outcome": "nothing fits"}
     assert found.grid is not None

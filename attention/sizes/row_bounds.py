@@ -92,25 +92,25 @@ def chosen_rows(size: Count, kept: Count) -> Rows:
 def window_rows(size: Count, blocks: Count, window: Count, global_tokens: Count, causal: bool) -> Rows:
     """The widest rows of local_window (no global tokens) and global_local: closed forms of the rule in
     `attention/sizes/window.py`."""
-    reach, shared = window_blocks(window, global_tokens, size, blocks, causal)
+    side, shared = window_blocks(window, global_tokens, size, blocks, causal)
     if causal:
-        apart = (shared > 0) * (blocks - 1 > shared + reach)
+        apart = (shared > 0) * (blocks - 1 > shared + side)
         return Rows(
             size,
-            span=minimum(shared + reach + 1, blocks),
-            lists=(shared + reach + 1) * apart,
-            full_lists=(shared + reach + 1) * apart,
+            span=minimum(shared + side + 1, blocks),
+            lists=(shared + side + 1) * apart,
+            full_lists=(shared + side + 1) * apart,
             alike=1 + 0 * blocks,
-            slides=(shared == 0) * (blocks - reach >= 2),
-            many=maximum(blocks - 1 - shared - reach, 0),
+            slides=(shared == 0) * (blocks - side >= 2),
+            many=maximum(blocks - 1 - shared - side, 0),
             moves=True,
-            seen=where(shared > 0, blocks, minimum(reach + 1, blocks)),
+            seen=where(shared > 0, blocks, minimum(side + 1, blocks)),
         )
-    full = 2 * reach + 1
-    apart = (shared > 0) * (blocks - 1 - reach > shared)
+    full = 2 * side + 1
+    apart = (shared > 0) * (blocks - 1 - side > shared)
     # Rows that see everything: the global ones, and those whose window reaches both ends.
     lists = (shared + minimum(full, blocks - shared - 1)) * apart
-    everything = maximum(shared, maximum(minimum(reach, blocks - 1) - maximum(blocks - 1 - reach, 0) + 1, 0))
+    everything = maximum(shared, maximum(minimum(side, blocks - 1) - maximum(blocks - 1 - side, 0) + 1, 0))
     span = where(shared > 0, blocks, minimum(full, blocks))
     return Rows(
         size,
@@ -118,8 +118,8 @@ def window_rows(size: Count, blocks: Count, window: Count, global_tokens: Count,
         lists=lists,
         full_lists=lists,
         alike=maximum(everything, 1),
-        slides=(shared == 0) * (blocks - 2 * reach >= 2),
-        many=maximum(blocks - 1 - shared - reach, 0),
+        slides=(shared == 0) * (blocks - 2 * side >= 2),
+        many=maximum(blocks - 1 - shared - side, 0),
         moves=True,
         seen=span,
     )

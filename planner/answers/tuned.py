@@ -25,6 +25,7 @@ class Trial(Value):
     predicted: float
     """Seconds."""
     allocated: int | None = None
+    """Bytes at the peak: on a GPU what the card lost, where the driver tells."""
     upper: int
     """Bytes predicted not to be exceeded."""
 

@@ -1,4 +1,4 @@
-"""Commands that show: studies, reports, layouts."""
+"""The commands that show: show, the attention mask of a config, and report, an answer as a page."""
 
 from __future__ import annotations
 

@@ -31,9 +31,9 @@ SampleKind = Literal[
 KINDS: Final[tuple[SampleKind, ...]] = get_args(SampleKind)
 """Attentions, block-sparse ones by their pattern; `multihead`, any of them between projections, and
 `weights`, a block-sparse one whose weights are asked for."""
-PLAIN: Final[tuple[SampleKind, ...]] = KINDS[:5]
+PLAIN: Final[tuple[SampleKind, ...]] = ("dense", "dilated", "local_window", "global_local", "dilated_sparse")
 """Those without parts of their own beside the attention."""
-SPARSE: Final[tuple[SampleKind, ...]] = KINDS[2:5]
+SPARSE: Final[tuple[SampleKind, ...]] = ("local_window", "global_local", "dilated_sparse")
 
 WORK: Final = 1 << 31
 """Pairs x channels: a second or so on two cores, all of a measurement's calls together."""

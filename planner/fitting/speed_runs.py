@@ -20,6 +20,8 @@ from planner.workload import Dtype, Mode, Workload
 
 KINDS: Final = ("local_window", "dilated", "dilated_sparse", "dense", "global_local", "adaptive", "multihead")
 """Of attention; see `planner.fitting.samples.SampleKind`."""
+INSIDE: Final = ("local_window", "dilated", "dilated_sparse", "dense")
+"""Those that are tried between projections."""
 DTYPES: Final[tuple[Dtype, ...]] = ("float32", "bfloat16", "float16")
 WORK: Final[dict[Device, tuple[float, float]]] = {"cpu": (1e8, 1.5e9), "cuda": (1e11, 5e12)}
 """Least and most of a forward, as `planner.fitting.samples.work_of` has it: on two cores 8 to 150 ms."""
@@ -80,7 +82,7 @@ def config_of(rng: random.Random, kind: str, workload: Workload) -> AttentionCon
         multihead = MultiheadConfig(
             embed_dim=workload.heads * workload.head_dim, num_heads=workload.heads, kv_heads=workload.kv_heads
         )
-        kind = rng.choice(KINDS[:4])
+        kind = rng.choice(INSIDE)
     return AttentionConfig(multihead=multihead, **_parts(rng, kind, workload))
 
 

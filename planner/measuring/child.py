@@ -1,4 +1,5 @@
-"""What a measuring process does: see `planner.measuring.process`, which starts it and reads its answer."""
+"""What a measuring process does, for one run (`planner.measuring.process` starts it) or for many, one after
+the other, each in a fork of its own (`planner.measuring.server`)."""
 
 from __future__ import annotations
 

@@ -129,6 +129,12 @@ class Measurement(Value):
             raise ValueError("a measurement has seconds if it is 'ok', and a message if it is not")
         return self
 
+    @property
+    def peak(self) -> int | None:
+        """The bytes that a budget is compared with: on the CPU `allocated`; on a GPU what the card lost, or,
+        where the driver does not tell, what the caching allocator held."""
+        return self.allocated if self.device == "cpu" else self.device_peak or self.reserved
+
 
 def measure(
     config: AttentionConfig,

@@ -1,9 +1,9 @@
 """The device's share of memory: what a run holds beside the attention's own tensors. Imports no torch.
 
 Outside the caching allocator: the CUDA context, the display, other users of the card. Inside: workspaces
-of cuBLAS and scratch of the fused kernels. Every line names its source, and says `judgement` or
-`assumption` where nobody measured. Bytes are integer arithmetic, so that sizes may be ints or NumPy int64
-arrays; they are what is asked of the allocator, which rounds to 512.
+of cuBLAS; the scratch of fused kernels is in `cuda_kernels.py`. Every line names its source, and says
+`judgement` or `assumption` where nobody measured. Bytes are integer arithmetic, so that sizes may be ints
+or NumPy int64 arrays; they are what is asked of the allocator, which rounds to 512.
 
 Letters: B batch, H query heads, Q queries, K keys, D head_dim.
 """

@@ -1,8 +1,8 @@
-"""The configs to choose from: a grid that is enumerated whole, and the full space around it, which a
-sampler walks. Imports no torch.
+"""The grid: configs that are enumerated and evaluated whole. Imports no torch.
 
-Both have the same dimensions (`Space`), each of which the caller may fix or restrict; the grid has a few
-values of each, the full space all that make sense. What a config cannot be is not generated.
+It has a few values of each dimension, which the caller may fix or restrict (`Space`); the full space around
+it, which a sampler walks, has all that make sense (`planner/search/suggest.py`). Combinations that no config
+can have are not generated.
 """
 
 from __future__ import annotations
@@ -233,9 +233,6 @@ def most_window(block: int, workload: Workload) -> int:
 def widest_window(workload: Workload) -> int:
     """Tokens of the widest window that blocks of any size need to see everything."""
     return max(size * most_window(size, workload) for size in (*FREE_BLOCK_SIZES, *BLOCK_SIZES))
-
-
-# The full space.
 
 
 __all__ = ["grid", "most_window", "widest_window"]

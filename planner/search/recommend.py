@@ -1,4 +1,4 @@
-"""A recommendation: the value, and how a question becomes one. Imports no torch."""
+"""From what a caller asks to a recommendation: scenario, grid, trials, steps, reasons. No torch."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ MOST_TOKENS: Final = 1 << 36
 """Nobody asks for a longer sequence."""
 
 
-class Question(NamedTuple):
+class Answered(NamedTuple):
     """What was asked, ready to be answered, and the answer."""
 
     scenario: Scenario
@@ -57,7 +57,7 @@ _SIZES: Final = ("batch", "heads", "kv_heads", "head_dim", "dtype", "mode", "cau
 _PLACE: Final = ("calibration", "allocator", "display", "others_bytes", "context_bytes", "threads")
 
 
-def question(vram: str | int | None = None, seq: str | int | None = None, **asked: Unpack[Asked]) -> Question:
+def answered(vram: str | int | None = None, seq: str | int | None = None, **asked: Unpack[Asked]) -> Answered:
     """Answers what `planner.recommend` is asked; the answer, with what it rests on."""
     wrong = set(asked) - set(Asked.__annotations__)
     if wrong:
@@ -89,7 +89,7 @@ def question(vram: str | int | None = None, seq: str | int | None = None, **aske
     if trials:
         best = climbed(scenario, space, best)
     answer = _answer(scenario, solved, refined, best, reserved, seed, recommend_command(vram, seq, asked))
-    return Question(scenario, space, name, solved.best, best, answer)
+    return Answered(scenario, space, name, solved.best, best, answer)
 
 
 def _refuse_idle(asked: Asked) -> None:
@@ -197,7 +197,7 @@ def _starts(scenario: Scenario, solved: Solved) -> list[AttentionConfig]:
 
 
 def family_of(config: AttentionConfig) -> tuple[object, ...]:
-    """Variant, pattern and block size: what makes configs different in kind."""
+    """Variant, number of branches, pattern and block size: what makes configs different in kind."""
     pattern = config.pattern
     return config.variant, len(config.branches), pattern and (pattern.pattern_type, pattern.block_size)
 

@@ -1,8 +1,8 @@
-"""The search: the grid's exact optimum and Pareto set, then Optuna over the full space from there.
+"""The grid's exact optimum and Pareto front.
 
-The grid is evaluated whole, as arrays. What arrays cannot say (what the caching allocator rounds up, how far
-a pattern reaches) is asked of candidates in the order of the objective until one passes, so that the
-first to pass is the optimum of the grid. Imports no torch; Optuna only where trials are asked for.
+The grid is evaluated whole, as arrays. What arrays cannot tell (what the caching allocator rounds up, how far
+a pattern reaches) is computed for one candidate after another, in the order of the objective, until one
+passes: the first to pass is the optimum of the grid. Imports no torch and no Optuna.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ from planner.question.command import tune_command
 from planner.question.runs import TRIAL_RUNS, TRIAL_TIMEOUT, TUNING_TRIALS
 from planner.question.space import Space
 from planner.search.evaluate import point
-from planner.search.recommend import question
+from planner.search.recommend import answered
 from planner.search.refine import judge
 from planner.search.samplers import check_sampler, sampler_of
 from planner.search.scenario import Scenario
@@ -86,7 +86,7 @@ def tuned(
         raise ConfigError(f"trials must be at least 1 and whole, got {trials!r}")
     check_sampler(sampler)
     card = "cpu" if device == "cpu" else present_gpu()
-    first = question(vram, seq, **{**asked, "gpu": card, "objective": "speed"})
+    first = answered(vram, seq, **{**asked, "gpu": card, "objective": "speed"})
     if learn:
         _known_speed(first.scenario)
     kept = Storage(storage or default_storage(first.name), study or f"tune-{first.name[:12]}", first.name)
@@ -488,19 +488,18 @@ class _Tuning:
 
     def _run(self, config: AttentionConfig, number: int) -> Trial:
         """Runs a config and keeps what came of it."""
-        found = self.measure(config, self.scenario.workload)
-        self.measured.append(found)
+        run = self.measure(config, self.scenario.workload)
+        self.measured.append(run)
         expected = point(self.scenario, config, self.scenario.workload.seq)
-        over = found.kind == "ok" and (found.allocated or 0) > self.scenario.budget
-        said = f"it took {found.allocated:,} bytes of {self.scenario.budget:,}" if over else found.message
+        over = run.kind == "ok" and (run.peak or 0) > self.scenario.budget
         self.trials[config] = Trial(
             number=number,
             config=config,
-            kind="over" if over else found.kind,
-            message=said,
-            seconds=found.seconds,
+            kind="over" if over else run.kind,
+            message=f"it took {run.peak:,} bytes of {self.scenario.budget:,}" if over else run.message,
+            seconds=run.seconds,
             predicted=expected.seconds,
-            allocated=found.allocated,
+            allocated=run.peak,
             upper=expected.memory.upper,
         )
         return self.trials[config]

@@ -45,13 +45,12 @@ def verify(
 
 
 def _verified(pick: Pick, measured: Measurement) -> Verified:
-    peak = measured.allocated if measured.device == "cpu" else measured.device_peak or measured.reserved
     return Verified(
         role=pick.role or "answer",
         kind=measured.kind,
         message=measured.message,
         upper=pick.upper,
-        allocated=peak,
+        allocated=measured.peak,
         predicted=pick.seconds,
         seconds=measured.seconds,
     )

@@ -58,47 +58,47 @@ def runs_of(
         ]
         return _dilated_sparse(blocks, rows, row_blocks(ratio, blocks), branches, causal)
     tokens = global_tokens if kind == "global_local" else 0
-    reach, shared = window_blocks(window, tokens, size, blocks, causal)
-    return _window_causal(blocks, reach, shared) if causal else _window(blocks, reach, shared)
+    side, shared = window_blocks(window, tokens, size, blocks, causal)
+    return _window_causal(blocks, side, shared) if causal else _window(blocks, side, shared)
 
 
-def _window(blocks: Amount, reach: Amount, shared: Amount) -> list[Run]:
-    """Rows below `shared` see everything; row i sees those blocks and i - reach to i + reach."""
+def _window(blocks: Amount, side: Amount, shared: Amount) -> list[Run]:
+    """Rows below `shared` see everything; row i sees those blocks and i - side to i + side."""
     n, local = blocks, (shared == 0) * 1
-    inside = local * maximum(n - 2 * reach, 0)
+    inside = local * maximum(n - 2 * side, 0)
     # Rows whose window, with the shared blocks, spans everything.
-    first = maximum(n - 1 - reach, shared)
-    last = minimum(shared + reach, n - 1)
+    first = maximum(n - 1 - side, shared)
+    last = minimum(shared + side, n - 1)
     full = where(inside > 0, 0 * n, maximum(last - first + 1, 0))
     # Rows behind the shared blocks that reach back to them, each one block wider than the one before.
-    growing = maximum(minimum(shared + reach, n - 1, n - 2 - reach) - shared + 1, 0) * (inside == 0)
-    ends = where(inside > 0, 2 * minimum(reach, n), where(local, n - full, growing))
+    growing = maximum(minimum(shared + side, n - 1, n - 2 - side) - shared + 1, 0) * (inside == 0)
+    ends = where(inside > 0, 2 * minimum(side, n), where(local, n - full, growing))
     wide = where(
         inside > 0,
-        (3 * reach + 1) / 2,
-        where(local, (minimum(reach, n) + n) / 2, shared + reach + 1 + (growing - 1) / 2),
+        (3 * side + 1) / 2,
+        where(local, (minimum(side, n) + n) / 2, shared + side + 1 + (growing - 1) / 2),
     )
-    lists = (1 - local) * maximum(n - 1 - shared - reach, 0)
-    steady = (1 - local) * maximum(n - shared - 2 * reach - 1, 0)
+    lists = (1 - local) * maximum(n - 1 - shared - side, 0)
+    steady = (1 - local) * maximum(n - shared - 2 * side - 1, 0)
     shrinking = lists - steady
     return [
-        Run("slide", inside, 2 * reach + 1),
+        Run("slide", inside, 2 * side + 1),
         Run("single", ends, wide, ends),
         Run("long", shared + full, n, 1 + (shared > 0) * (full > 0)),
-        Run("list", steady, shared + 2 * reach + 1),
-        Run("list", shrinking, shared + 2 * reach + 1 - (shrinking + 1) / 2, shrinking),
+        Run("list", steady, shared + 2 * side + 1),
+        Run("list", shrinking, shared + 2 * side + 1 - (shrinking + 1) / 2, shrinking),
     ]
 
 
-def _window_causal(blocks: Amount, reach: Amount, shared: Amount) -> list[Run]:
-    """Row i sees i - reach to i, and the blocks below `shared`."""
+def _window_causal(blocks: Amount, side: Amount, shared: Amount) -> list[Run]:
+    """Row i sees i - side to i, and the blocks below `shared`."""
     local = (shared == 0) * 1
-    growing = minimum(where(local, reach, shared + reach + 1), blocks)
+    growing = minimum(where(local, side, shared + side + 1), blocks)
     rest = blocks - growing
     return [
         Run("single", growing, (growing + 1) / 2, growing),
-        Run("slide", rest * local, reach + 1),
-        Run("list", rest * (1 - local), shared + reach + 1),
+        Run("slide", rest * local, side + 1),
+        Run("list", rest * (1 - local), shared + side + 1),
     ]
 
 

@@ -101,8 +101,8 @@ class World:
         return SimpleNamespace(returncode=not ran, stdout=row, stderr=WHY[self.kind])
 
 
-def asked_quickly(question: Any, **asked: Any) -> Any:
-    return question(**asked | {"trials": 0})
+def asked_quickly(answered: Any, **asked: Any) -> Any:
+    return answered(**asked | {"trials": 0})
 
 
 def recommended() -> Any:
@@ -150,7 +150,7 @@ def longest(config: AttentionConfig, workload: Workload, budget: int, *_: Any) -
 @pytest.fixture
 def enter(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Makes a world the one that studies run in."""
-    question = search.question
+    answered = search.answered
 
     def entered(name: str, world: World, render: bool = False) -> None:
         found = study.study(name)
@@ -161,10 +161,10 @@ def enter(monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(practical_limits, "recommend", partial(world.answer, recommended()))
         monkeypatch.setattr(
             min_mass,
-            "question",
+            "answered",
             lambda *_, **asked: world.answer(SimpleNamespace(answer=SimpleNamespace(seconds=1.0))),
         )
-        monkeypatch.setattr(search, "question", partial(world.answer, partial(asked_quickly, question)))
+        monkeypatch.setattr(search, "answered", partial(world.answer, partial(asked_quickly, answered)))
         monkeypatch.setattr(search, "refine", lambda *_, **__: SimpleNamespace(best=None))
         monkeypatch.setattr(max_sequence, "longest", longest)
         monkeypatch.setattr(floors, "QUICK", 256)

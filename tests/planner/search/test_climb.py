@@ -8,7 +8,7 @@ from attention import AttentionConfig, SparsePatternConfig
 from planner.question.space import Space
 from planner.search.climb import STEPS, climbed, neighbours
 from planner.search.evaluate import failed, gain, point
-from planner.search.recommend import question
+from planner.search.recommend import answered
 from planner.search.suggest import parameters
 
 WINDOW = AttentionConfig(
@@ -51,7 +51,7 @@ def test_segments_stay_multiples_and_ratios_below_one():
 @pytest.mark.parametrize("objective", ["speed", "quality"])
 def test_no_step_from_where_it_ends_is_better_and_passes(objective):
     limit = {"max_seconds": 0.05} if objective == "quality" else {}
-    found = question("8GB", 65_536, objective=objective, trials=0, **limit)
+    found = answered("8GB", 65_536, objective=objective, trials=0, **limit)
     assert found.grid is not None
     end = climbed(found.scenario, found.space, found.grid)
     assert gain(found.scenario, found.grid, end) >= 0
@@ -65,7 +65,7 @@ def test_no_step_from_where_it_ends_is_better_and_passes(objective):
 
 def test_a_window_between_the_grids_is_found():
     # The grid has windows of 1,024 and 1,536 tokens; what the gate of mass asks for lies between.
-    found = question("40GB", 81_687, gpu="a40", trials=0)
+    found = answered("40GB", 81_687, gpu="a40", trials=0)
     assert found.grid is not None
     end = climbed(found.scenario, found.space, found.grid)
     assert gain(found.scenario, found.grid, end) > 0.05
@@ -73,7 +73,7 @@ def test_a_window_between_the_grids_is_found():
 
 def test_restricted_dimensions_stay():
     space = Space(patterns=("global_local",), windows=(512, 1024, 4096), block_sizes=(64,))
-    found = question("8GB", 65_536, space=space, trials=0)
+    found = answered("8GB", 65_536, space=space, trials=0)
     assert found.grid is not None
     end = climbed(found.scenario, space, found.grid)
     assert end.config.pattern is not None

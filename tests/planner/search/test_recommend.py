@@ -21,7 +21,7 @@ from planner.question.space import Space
 from planner.search.candidates import grid
 from planner.search.climb import neighbours
 from planner.search.evaluate import failed, point
-from planner.search.recommend import question
+from planner.search.recommend import answered
 from planner.search.relax import NothingFitsError
 from planner.search.solve import SAME
 
@@ -60,7 +60,7 @@ def brute_force(scenario, space):
 
 @pytest.mark.parametrize("asked", [s for s in SCENARIOS if "seq" in s])
 def test_the_grid_s_answer_is_the_best_of_every_config_by_itself(asked):
-    found = question(**asked, space=SMALL, trials=0)
+    found = answered(**asked, space=SMALL, trials=0)
     scenario = found.scenario
     points = [point(scenario, config, scenario.workload.seq) for config in brute_force(scenario, SMALL)]
     good = [p for p in points if not failed(scenario, p)]
@@ -73,7 +73,7 @@ def test_the_grid_s_answer_is_the_best_of_every_config_by_itself(asked):
 
 @pytest.mark.parametrize("asked", SCENARIOS)
 def test_every_pick_fits_and_passes_the_gates(asked):
-    found = question(**asked, trials=12, space=FEW)
+    found = answered(**asked, trials=12, space=FEW)
     answer, scenario = found.answer, found.scenario
     assert answer.memory.upper <= answer.budget - answer.reserve
     assert [pick.role for pick in answer.alternatives] == ["fastest", "balanced", "widest"]
@@ -93,7 +93,7 @@ def test_every_pick_fits_and_passes_the_gates(asked):
 
 
 def test_the_longest_sequence_is_the_longest():
-    found = question("40MB", gpu="cpu", heads=2, dtype="float32", trials=0, space=FEW)
+    found = answered("40MB", gpu="cpu", heads=2, dtype="float32", trials=0, space=FEW)
     answer, scenario = found.answer, found.scenario
     assert answer.objective == "seq"
     unit = answer.config.pattern.block_size if answer.config.pattern else 64
@@ -193,7 +193,7 @@ def test_a_budget_below_the_context_alone(asked):
 
 
 def test_reasons():
-    found = question("8GB", 65_536, trials=10)
+    found = answered("8GB", 65_536, trials=10)
     why = found.answer.why
     assert why.runner_up is not None
     assert why.runner_up.config != found.answer.config

@@ -64,15 +64,15 @@ class Device:
 @pytest.fixture(autouse=True)
 def asked_once(monkeypatch):
     """What the models recommend is the same each time, and takes longest."""
-    question = tuning.question
+    answered = tuning.answered
 
     def remembered(*given, **asked):
         key = repr((given, asked, os.environ.get("XDG_DATA_HOME")))
         if key not in ANSWERS:
-            ANSWERS[key] = question(*given, **asked)
+            ANSWERS[key] = answered(*given, **asked)
         return ANSWERS[key]
 
-    monkeypatch.setattr(tuning, "question", remembered)
+    monkeypatch.setattr(tuning, "answered", remembered)
 
 
 ANSWERS = {}
@@ -385,6 +385,18 @@ def test_what_took_more_than_the_budget_is_not_tried_again(tmp_path):
     first = tune(Over(), tmp_path, trials=3)
     assert [trial.kind for trial in first.trials] == ["ok", "over", "ok"]
     assert tune(Device(), tmp_path, trials=3, timeout=500.0).kept == 3
+
+
+def test_of_a_gpus_run_what_the_card_lost_is_what_the_budget_is_compared_with(tmp_path):
+    class Gpu(Device):
+        def __call__(self, config, workload):
+            run = super().__call__(config, workload)
+            lost = 10**9 if len(self.runs) == 2 else 1 << 20
+            return run.model_copy(update={"device": "cuda", "reserved": 1 << 20, "device_peak": lost})
+
+    trials = tune(Gpu(), tmp_path, trials=3).trials
+    assert [trial.kind for trial in trials] == ["ok", "over", "ok"]
+    assert [trial.allocated for trial in trials] == [1 << 20, 10**9, 1 << 20]
 
 
 def test_two_workers_on_one_study_hear_of_each_other(tmp_path, monkeypatch):

@@ -33,7 +33,7 @@ PATIENT = 240.0
 """Seconds that a worker may take."""
 
 
-def question(*given, _real=tuning.question, _known={}, **asked):  # noqa: B006 -- it is to be remembered
+def answered(*given, _real=tuning.answered, _known={}, **asked):  # noqa: B006 -- it is to be remembered
     key = repr((given, asked))
     if key not in _known:
         _known[key] = _real(*given, **asked)
@@ -165,7 +165,7 @@ def main():
     warnings.simplefilter("error")
     # A kill may leave half a line, which is set aside; and a lock may be waited for.
     warnings.simplefilter("always", StorageWarning)
-    tuning.question = question
+    tuning.answered = answered
     with tempfile.TemporaryDirectory() as folder:
         for warm in (f"{folder}/warm.journal", f"sqlite:///{folder}/warm.db"):
             tune(warm, "warm", 1)  # loads everything, once for all workers
