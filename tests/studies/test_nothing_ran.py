@@ -40,6 +40,8 @@ CPU = torch.device("cpu")
 HERE = Environment(python="3.11", system="Linux", settings={}, date="2026-01-01T00:00:00+00:00")
 DENSE = AttentionConfig(variant="dense")
 WHY = {"oom": "memory ran out", "crash": "ended by signal 9", "timeout": "ran longer than 600 s"}
+STUDY = study.study
+"""The real one, of which tests put others in its place."""
 ENDS = [(name, list(WHY)[number % len(WHY)]) for number, name in enumerate(catalogue.QUESTIONS)]
 """Each study and a way for its cases to end; the slow tests have all ways."""
 
@@ -153,7 +155,7 @@ def enter(monkeypatch: pytest.MonkeyPatch) -> Any:
     answered = search.answered
 
     def entered(name: str, world: World, render: bool = False) -> None:
-        found = study.study(name)
+        found = STUDY(name)
         monkeypatch.setattr(study.Scope, "batch", lambda self, **_: world)
         monkeypatch.setattr(max_sequence, "measure", world.measure)
         monkeypatch.setattr(million_tokens, "subprocess", SimpleNamespace(run=world.process))
@@ -178,7 +180,7 @@ def enter(monkeypatch: pytest.MonkeyPatch) -> Any:
         if found.independent:
             found = found._replace(
                 steps=lambda scope: [
-                    (label, partial(world.step, run)) for label, run in study.study(name).steps(scope)
+                    (label, partial(world.step, run)) for label, run in STUDY(name).steps(scope)
                 ]
             )
         monkeypatch.setattr(study, "study", lambda _: found)
@@ -256,7 +258,7 @@ def test_what_was_there_stays_where_nothing_runs_the_next_time(enter, tmp_path):
 def test_one_study_of_which_nothing_ran_stops_no_other(enter, tmp_path, monkeypatch):
     world = World("timeout")
     enter("fits", world)
-    found = {name: study.study(name) for name in ("fits",)} | {"tuning": study.study("tuning")}
+    found = {name: study.study(name) for name in ("fits",)} | {"tuning": STUDY("tuning")}
     monkeypatch.setattr(study, "study", found.get)
     done = CliRunner().invoke(app, ["study", "fits", "tuning", "--quick", "--out", str(tmp_path)])
     assert done.exit_code == 2, done.output

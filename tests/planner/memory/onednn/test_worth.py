@@ -25,7 +25,7 @@ WORKLOADS = 800
 class Without(Cpu):
     """Products take nothing."""
 
-    def product(self, *sizes: int, **turned: bool) -> int:
+    def product(self, *sizes: int, **transposed: bool) -> int:
         return 0
 
 
@@ -35,7 +35,7 @@ class Bounded(Cpu):
     dimension, sums of all of the result for each."""
 
     def product(
-        self, rows: int, inner: int, columns: int, turned: bool = False, second_turned: bool = False
+        self, rows: int, inner: int, columns: int, transposed: bool = False, second_transposed: bool = False
     ) -> int:
         if rows * inner * columns <= LEAST_WORK:
             return 0
@@ -43,19 +43,19 @@ class Bounded(Cpu):
         even = inner & (inner - 1) == 0
         if self.products == "amx_bf16":
             each = 16 * THREAD_BYTES + min(2 * inner * (columns + 32), L2) + 8192
-            if not turned:
+            if not transposed:
                 return 5 * ENTRY_BYTES + self.threads * each + result
             each += result if self.threads >= 16 and inner > 1024 else 4 * high * min(columns, 384)
             return 5 * ENTRY_BYTES + self.threads * (each + min(2 * high * (inner + 64), 1 << 20))
         single = self.products == "avx512_fp16"
         size, depth = (
             4 if single else 2,
-            min(inner, 1024 if inner > 1024 and not turned and rows > 1 else 512),
+            min(inner, 1024 if inner > 1024 and not transposed and rows > 1 else 512),
         )
-        copies = turned or single or (rows >= 1024 and inner >= 4096 and even)
+        copies = transposed or single or (rows >= 1024 and inner >= 4096 and even)
         across = -(-columns // COLUMNS)
         sums = 4 * high * COLUMNS * (min(16 if copies else 1, across) if inner > depth else 1)
-        if turned and self.threads > across and inner >= 2048 and (single or even):
+        if transposed and self.threads > across and inner >= 2048 and (single or even):
             sums = max(sums, result)
         packed, copied = size * COLUMNS * (depth + 32), size * high * (depth + 64) * copies
         return 4 * ENTRY_BYTES + self.threads * (THREAD_BYTES + packed + sums + copied)
