@@ -20,6 +20,7 @@ import warnings
 from pathlib import Path
 
 import planner
+from attention import ConfigError
 from planner.answers import tuned
 from planner.measuring.measure import Environment, Measurement
 from planner.measuring.records import read
@@ -99,7 +100,7 @@ def ended(child, folder, name):
 
 def kept(storage, study):
     """Configs and seconds of a study that has any."""
-    with contextlib.suppress(planner.tuning.ConfigError):
+    with contextlib.suppress(ConfigError):
         return {trial.config: trial.seconds for trial in tuning.stored(storage, study).trials}
     return {}
 
