@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -190,6 +191,23 @@ def test_the_name_of_a_type_means_one_thing(package: str):
                     homes[name].add(module)
     twice = {name: modules for name, modules in homes.items() if len(modules) > 1}
     assert not twice
+
+
+def test_what_is_taken_of_a_package_by_attribute_is_there():
+    """In a script that no fast test runs, a name that has moved would be found by nobody."""
+    missing = {
+        f"{path.relative_to(ROOT)}: {ast.unparse(node)}"
+        for path in [*MODULES.values(), *TESTS]
+        for node in ast.walk(tree_of(path))
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id in PACKAGES
+        and node.value.id in {here for _, _, here in imports(tree_of(path))}
+        and not node.attr.startswith(("__", "no_such"))
+        and ours(node.value.id, node.attr) == node.value.id
+        and node.attr not in import_module(node.value.id).__all__
+    }
+    assert not missing
 
 
 # ---- what is cited

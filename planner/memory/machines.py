@@ -29,6 +29,11 @@ class Call(NamedTuple):
     """Rows of an additive mask [rows, K], 0 for none."""
 
 
+def _sizes(call: Call) -> dict[str, Count]:
+    """What every kernel is told under the same names."""
+    return {"heads": call.heads, "queries": call.queries, "keys": call.keys, "itemsize": call.itemsize}
+
+
 class Bytes(NamedTuple):
     """What a call leaves, and what it takes besides while it runs."""
 
@@ -71,12 +76,9 @@ class Cpu:
     def forward(self, call: Call) -> Bytes:
         return Bytes(
             *cpu_kernels.forward_bytes(
+                **_sizes(call),
                 views=call.views,
-                heads=call.heads,
-                queries=call.queries,
-                keys=call.keys,
                 head_dim=call.head_dim,
-                itemsize=call.itemsize,
                 threads=self.threads,
                 causal=call.causal,
                 packs=self.dtype in self.units,
@@ -87,12 +89,9 @@ class Cpu:
     def backward(self, call: Call) -> Bytes:
         return Bytes(
             *cpu_kernels.backward_bytes(
+                **_sizes(call),
                 views=call.views,
-                heads=call.heads,
-                queries=call.queries,
-                keys=call.keys,
                 head_dim=call.head_dim,
-                itemsize=call.itemsize,
                 threads=self.threads,
                 dense_grad=call.dense,
             )
@@ -177,13 +176,7 @@ class Cuda:
         results, scratch = [], []
         for number, kernel in enumerate(self.kernels(call)):
             lines = cuda_kernels.forward_lines(
-                kernel,
-                batch=call.views,
-                heads=call.heads,
-                queries=call.queries,
-                keys=call.keys,
-                head_dim=up(call.head_dim, 8),
-                itemsize=call.itemsize,
+                kernel, **_sizes(call), batch=call.views, head_dim=up(call.head_dim, 8)
             )
             applies = 1 if number == 0 else (call.masked > 0) * 1
             results.append((out + lines[0].bytes) * applies)
@@ -196,13 +189,10 @@ class Cuda:
         for number, kernel in enumerate(self.kernels(call)):
             lines = cuda_kernels.backward_lines(
                 kernel,
+                **_sizes(call),
                 batch=call.views,
-                heads=call.heads,
                 kv_heads=call.heads,
-                queries=call.queries,
-                keys=call.keys,
                 head_dim=dim,
-                itemsize=call.itemsize,
                 capability=self.capability,
             )
             applies = 1 if number == 0 else (call.masked > 0) * 1

@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
 _SIZES: Final = ("batch", "heads", "kv_heads", "head_dim", "dtype", "mode")
 _PLAIN: Final = {
-    "max_seconds": (None, "--max-seconds"),
-    "sampler": ("tpe", "--sampler"),
-    "seed": (0, "--seed"),
-    "allocator": ("", "--allocator"),
-    "display": ("headless", "--display"),
-    "threads": (None, "--threads"),
+    "max_seconds": None,
+    "sampler": "tpe",
+    "seed": 0,
+    "allocator": "",
+    "display": "headless",
+    "threads": None,
 }
-"""(default, option) of what is written as it is."""
+"""Defaults of what is written as it is."""
 _SHORTER: Final = {"others_bytes": "others", "context_bytes": "context"}
 """Arguments whose options have other names."""
 
@@ -70,9 +70,9 @@ def tune_command(
     parts = ["planner", "tune", *_budget(vram, seq)]
     if device != "cpu":
         parts += ["--device", device]
-    for option, (given, default) in measured.items():
+    for name, (given, default) in measured.items():
         if given != default:
-            parts += [option, f"{given:g}" if isinstance(given, float) else str(given)]
+            parts += [name, f"{given:g}" if isinstance(given, float) else str(given)]
     return shlex.join([*parts, *_question(asked)])
 
 
@@ -87,7 +87,7 @@ def _question(asked: Mapping[str, Any]) -> Iterator[str]:
     """Sizes, gates, restrictions, place: what both commands take."""
     for name in _SIZES:
         if asked.get(name) not in (None, Workload.model_fields[name].default):
-            yield from (f"--{name.replace('_', '-')}", str(asked[name]))
+            yield from (option(name), str(asked[name]))
     if asked.get("causal"):
         yield "--causal"
     if str(asked.get("reserve", 0)) != "0":
@@ -95,13 +95,13 @@ def _question(asked: Mapping[str, Any]) -> Iterator[str]:
     for name, usual in (("layers", LAYERS), ("min_mass", MIN_MASS)):
         given = asked.get(name, usual)
         if given != usual:
-            yield from (f"--{name.replace('_', '-')}", str(given or 0))
-    for name, (default, option) in _PLAIN.items():
+            yield from (option(name), str(given or 0))
+    for name, default in _PLAIN.items():
         if asked.get(name, default) != default:
-            yield from (option, str(asked[name]))
-    for name, option in (("others_bytes", "--others"), ("context_bytes", "--context")):
+            yield from (option(name), str(asked[name]))
+    for name in _SHORTER:
         if asked.get(name):
-            yield from (option, _bytes(asked[name]))
+            yield from (option(name), _bytes(asked[name]))
     if asked.get("calibration") is not None:
         yield from ("--calibration", "FILE")
     yield from _profile(asked.get("profile"))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Any, Final
 
 from matplotlib.patches import Rectangle
@@ -19,6 +20,7 @@ PACKAGES: Final = ("attention", "planner", "studies")
 COLOURS: Final = {"attention": "#fde2c8", "planner": "#d6e4f5", "studies": "#dcefd9"}
 
 
+@cache
 def modules() -> dict[str, ast.Module]:
     """Every module of the three packages, parsed, by its dotted name."""
     parsed = {}
