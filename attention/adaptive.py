@@ -25,7 +25,7 @@ from attention.layout import row_budget
 from attention.module import Attention, eager
 from attention.ops import flex
 from attention.ops.execute import Problem, attend
-from attention.ops.gate import Gate, Gating
+from attention.ops.gate import Gating, ScoreGate
 from attention.ops.kernels import lse_dtype
 from attention.ops.program import Tile
 from attention.ops.scorer import ChosenScores, Scoring, chosen_blocks, scoring_dtype
@@ -71,7 +71,7 @@ class AdaptiveAttention(Attention):
         if learns:
             scores = self._chosen_scores(q.detach(), k.detach(), blocks)
             gating = Gating(shape, self.block_size, self._scale(shape), self.scratch)
-            out = Gate.apply(out, scores, q, k, v, lse, blocks, gating)  # type: ignore[no-untyped-call]
+            out = ScoreGate.apply(out, scores, q, k, v, lse, blocks, gating)  # type: ignore[no-untyped-call]
         if not return_attention_weights:
             return out
         assert lse is not None

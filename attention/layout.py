@@ -23,11 +23,10 @@ from numpy.typing import NDArray
 
 from attention.config import AttentionConfig, SparsePatternConfig
 from attention.errors import ConfigError, InputError
-from attention.sizes.arrays import row_blocks
+from attention.sizes.arrays import Ints, row_blocks
 from attention.sizes.window import window_blocks, window_spans
 
-Ints = NDArray[np.int64]
-Columns = NDArray[np.unsignedinteger[Any]]
+BlockIds = NDArray[np.unsignedinteger[Any]]
 
 DEFAULT_BLOCK_SIZE = 64
 _SLAB = 1 << 18  # elements of scratch: small enough for the L2 cache, large enough to amortise NumPy
@@ -47,7 +46,7 @@ class Layout:
     """Tokens a block."""
     row_ptr: Ints
     """[blocks + 1], from 0 to `active`."""
-    cols: Columns
+    cols: BlockIds
     """[active], of the smallest unsigned type that holds a block index (see `column_dtype`)."""
 
     def __post_init__(self) -> None:
@@ -79,7 +78,7 @@ class Layout:
         """Fraction of all blocks x blocks that is kept."""
         return self.active / self.blocks**2
 
-    def row(self, i: int) -> Columns:
+    def row(self, i: int) -> BlockIds:
         """The key blocks of query block i (0 <= i < blocks), ascending; a view."""
         return self.cols[self.row_ptr[i] : self.row_ptr[i + 1]]
 
@@ -215,7 +214,7 @@ def _segment_span(i: Ints, length: int, size: int, seq: int) -> tuple[Ints, Ints
     return first // length * length // size, -(-end // size)
 
 
-def _ranges(start: Ints, stop: Ints, blocks: int) -> Columns:
+def _ranges(start: Ints, stop: Ints, blocks: int) -> BlockIds:
     """arange(start[0], stop[0]), arange(start[1], stop[1]), ... in one array."""
     lengths = stop - start
     pointers = _pointers(lengths)
@@ -355,12 +354,12 @@ def union_size(sets: Iterable[tuple[int, Ints, Ints]], rows: int) -> Ints:
     return total
 
 
-def _dilated_sparse(config: AttentionConfig, seq: int, blocks: int, causal: bool) -> tuple[Ints, Columns]:
+def _dilated_sparse(config: AttentionConfig, seq: int, blocks: int, causal: bool) -> tuple[Ints, BlockIds]:
     """(counts [blocks], cols) of the dilated_sparse pattern."""
     branches, budget = BranchRows.of(config, blocks, causal), row_budget(config, seq)
     parts = [(rows, repeats, branches.kept(rows, budget)) for rows, repeats in branches.distinct_rows()]
     counts = np.concatenate([np.tile(kept, repeats) for _, repeats, kept in parts])
-    cols: Columns = np.empty(int(counts.sum()), column_dtype(blocks))
+    cols: BlockIds = np.empty(int(counts.sum()), column_dtype(blocks))
     begin = 0
     for rows, repeats, kept in parts:
         size = int(kept.sum())
@@ -372,7 +371,9 @@ def _dilated_sparse(config: AttentionConfig, seq: int, blocks: int, causal: bool
     return counts, cols
 
 
-def _write_rows(out: Columns, rows: Ints, kept: Ints, branches: BranchRows, reach: tuple[Ints, Ints]) -> None:
+def _write_rows(
+    out: BlockIds, rows: Ints, kept: Ints, branches: BranchRows, reach: tuple[Ints, Ints]
+) -> None:
     """Fill `out` [sum of kept] with the columns of `rows`, ascending in each, from their reach [T, rows]."""
     rates, pointers = branches.rates, _pointers(kept)
     widest = sum((side.max(axis=1, initial=0, keepdims=True) // rates).sum() for side in reach) + 1

@@ -13,12 +13,11 @@ from itertools import pairwise
 from typing import Final, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from attention.config import AttentionConfig
-from attention.layout import BranchRows, Ints, grid_of, is_dilated_sparse, row_budget, spans, union_size
+from attention.layout import BranchRows, grid_of, is_dilated_sparse, row_budget, spans, union_size
+from attention.sizes.arrays import Floats, Ints
 
-Floats = NDArray[np.float64]
 SAMPLED: Final = 64
 """Rows of a cell that are looked at, where it has more."""
 COUNTED: Final = 1 << 18

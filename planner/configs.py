@@ -24,7 +24,7 @@ from attention.config import (
     Variant,
 )
 from attention.errors import ConfigError
-from attention.sizes.arrays import ceil_div, row_blocks
+from attention.sizes.arrays import Ints, ceil_div, row_blocks
 from attention.sizes.row_bounds import Rows, chosen_rows, pattern_rows
 from planner.workload import Workload
 
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-Ints: TypeAlias = "NDArray[np.int64]"
-Floats: TypeAlias = "NDArray[np.float64]"
 Column: TypeAlias = "int | Ints"
 """The same for all candidates, or one each."""
 

@@ -14,8 +14,8 @@ import numpy as np
 from planner.report.plot.figure import BLUE, GREEN, INK, MUTED, ORANGE, RED, SKY, named, title
 from studies.bench import memory_model, speed_model
 from studies.bench.memory_model import about_memory
-from studies.bench.records import Step
-from studies.bench.study import Rows, Said, Scope, Study
+from studies.bench.records import Job
+from studies.bench.study import Results, Said, Scope, Study
 
 LONG: Final = 8192
 """Tokens beyond which a run is one of few: most are short, so that all that differs among them can vary."""
@@ -24,11 +24,11 @@ TOP: Final = 1.25
 PEERS = dict(zip(memory_model.PEERS, (BLUE, ORANGE, RED, MUTED), strict=True))
 
 
-def steps(scope: Scope) -> list[Step]:
+def steps(scope: Scope) -> list[Job]:
     return [*memory_model.steps(scope), *speed_model.steps(scope)]
 
 
-def memory_errors(rows: Rows) -> dict[str, Any]:
+def memory_errors(rows: Results) -> dict[str, Any]:
     """Sizes of relative errors, ascending, of each that predicts, where it could."""
     found: dict[str, list[float]] = {name: [] for name in PEERS}
     for row in about_memory(rows):
@@ -41,13 +41,13 @@ def memory_errors(rows: Rows) -> dict[str, Any]:
     return {name: np.sort(errors) for name, errors in found.items() if errors}
 
 
-def held_out(rows: Rows) -> list[tuple[float, float]]:
+def held_out(rows: Results) -> list[tuple[float, float]]:
     """(measured, predicted) seconds of the held-out runs."""
     pairs = speed_model.predicted(rows)
     return [(row["seconds"], guess) for row, guess in pairs if row["part"] == "held out"]
 
 
-def draw(figure: Any, rows: Rows) -> None:
+def draw(figure: Any, rows: Results) -> None:
     """Left: errors of memory, ours and peers'. Middle: the bound. Right: seconds."""
     figure.set_size_inches(11, 4.4)
     left, middle, right = figure.subplots(1, 3)
@@ -96,7 +96,7 @@ def draw(figure: Any, rows: Rows) -> None:
     title(figure, _headline(good, held), "held-out runs on this machine")
 
 
-def _headline(good: Rows, held: list[tuple[float, float]]) -> str:
+def _headline(good: Results, held: list[tuple[float, float]]) -> str:
     exact = sum(row["predicted"] == row["measured"] for row in good)
     parts = [f"memory is predicted to the byte in {exact / len(good):.0%} of cases"] if good else []
     if held:
@@ -110,12 +110,12 @@ def _off(held: list[tuple[float, float]]) -> float:
     return median(abs(guess / seconds - 1) for seconds, guess in held)
 
 
-def measured(rows: Rows) -> Rows:
+def measured(rows: Results) -> Results:
     """Those of memory that ran."""
     return [row for row in about_memory(rows) if row["outcome"] == "ok"]
 
 
-def said(rows: Rows) -> Said:
+def said(rows: Results) -> Said:
     held = held_out(rows)
     time = "no seconds were held against predictions"
     if held:
@@ -131,7 +131,7 @@ def said(rows: Rows) -> Said:
     )
 
 
-def _memory(rows: Rows) -> str:
+def _memory(rows: Results) -> str:
     good = measured(rows)
     if not good:
         return "of memory no run was measured"

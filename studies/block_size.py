@@ -12,12 +12,12 @@ from attention.config import AttentionConfig
 from planner import gpus
 from planner.report.plot.figure import KINDS, title, token_axis
 from studies.bench.panels import curves
-from studies.bench.records import Step
-from studies.bench.study import Rows, Said, Scope, Study
+from studies.bench.records import Job
+from studies.bench.study import Results, Said, Scope, Study
 from studies.bench.trade_offs import (
     FLEX_CARD,
-    Case,
-    Plan,
+    Purpose,
+    StudyConfig,
     adaptive,
     asked,
     case_steps,
@@ -51,23 +51,23 @@ def config_of(kind: str, size: int, seq: int, kept: int) -> AttentionConfig:
     return sparse((seq // 8, seq // 2, seq), (1, 4, 16), block=size, sparsity_ratio=kept / seq)
 
 
-def cases(seq: int, sizes: tuple[int, ...]) -> list[Case]:
+def cases(seq: int, sizes: tuple[int, ...]) -> list[StudyConfig]:
     """As many tokens as three of the largest blocks."""
     kept = 3 * sizes[-1]
     return [
-        Case(f"{kind}, blocks of {size}", config_of(kind, size, seq, kept), kind, size, {"kept": kept})
+        StudyConfig(f"{kind}, blocks of {size}", config_of(kind, size, seq, kept), kind, size, {"kept": kept})
         for kind in SERIES
         for size in sizes
     ]
 
 
-def steps(scope: Scope) -> list[Step]:
+def steps(scope: Scope) -> list[Job]:
     seq, sizes = (QUICK, QUICK_SIZES) if scope.quick else (SEQ, SIZES)
-    plan = Plan(task(seq, causal=True), gpus.find(FLEX_CARD))
+    plan = Purpose(task(seq, causal=True), gpus.find(FLEX_CARD))
     return case_steps(cases(seq, sizes), plan, here(scope, seq, causal=True))
 
 
-def draw(figure: Any, rows: Rows) -> None:
+def draw(figure: Any, rows: Results) -> None:
     """Five panels over the block size."""
     sizes = [row["x"] for row in rows if row["series"] == rows[0]["series"]]
 
@@ -83,7 +83,7 @@ def draw(figure: Any, rows: Rows) -> None:
     )
 
 
-def said(rows: Rows) -> Said:
+def said(rows: Results) -> Said:
     memory = spread(held(row["here"]) for row in rows)
     found, as_they_say = [], True
     for kind in SERIES:

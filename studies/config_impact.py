@@ -19,8 +19,8 @@ from planner.units import format_bytes
 from planner.workload import Workload
 from studies.bench import memory_rows
 from studies.bench.memory_rows import MIB, mib, place
-from studies.bench.records import Row, Step, markdown
-from studies.bench.study import Rows, Said, Scope, Study, rounded_up
+from studies.bench.records import Job, Row, markdown
+from studies.bench.study import Results, Said, Scope, Study, rounded_up
 
 SEQ, QUICK = 131_072, 4096
 TIMEOUT: Final = 600.0
@@ -90,7 +90,7 @@ def here_row(name: str, seq: int, batch: Batch) -> Row:
     return head | memory_rows.measured(configs()[name], workload, batch)
 
 
-def steps(scope: Scope) -> list[Step]:
+def steps(scope: Scope) -> list[Job]:
     batch = scope.batch(timeout=TIMEOUT)
     seq = QUICK if scope.quick else SEQ
     return [
@@ -99,13 +99,13 @@ def steps(scope: Scope) -> list[Step]:
     ]
 
 
-def pair(rows: Rows, part: str) -> tuple[Row, Row]:
+def pair(rows: Results, part: str) -> tuple[Row, Row]:
     """A and B of a part."""
     a, b = (row for row in rows if row["part"] == part)
     return a, b
 
 
-def components_table(rows: Rows) -> str:
+def components_table(rows: Results) -> str:
     """Component by component, on the card and where the study ran."""
     both = (pair(rows, "card"), pair(rows, "here"))
     body: list[list[str]] = []
@@ -131,7 +131,7 @@ def _cells(a: int | None, b: int | None) -> list[str]:
     return [format_bytes(a), format_bytes(b), f"{sign}{format_bytes(abs(b - a))}" if a != b else "="]
 
 
-def claims_table(rows: Rows) -> str:
+def claims_table(rows: Results) -> str:
     """The seeds' lines, each beside what stands here in its place."""
 
     def said(count: int | None) -> str:
@@ -145,7 +145,7 @@ def claims_table(rows: Rows) -> str:
     return markdown(body, ["MiB", "A, the seeds", "A, here", "B, the seeds", "B, here", "what it is here"])
 
 
-class Bar(NamedTuple):
+class StackedBar(NamedTuple):
     """A bar of the picture."""
 
     name: str
@@ -161,11 +161,11 @@ PARTS: Final = {
 }
 
 
-def bars(rows: Rows) -> list[Bar]:
+def bars(rows: Results) -> list[StackedBar]:
     """A and B as the seeds have them, predicted for their card, predicted and measured here."""
     card, here = pair(rows, "card"), pair(rows, "here")
     found = [
-        Bar(f"{row['config']}, the seeds", SEQ, {"seeds": count / SEQ})
+        StackedBar(f"{row['config']}, the seeds", SEQ, {"seeds": count / SEQ})
         for row, count in zip(card, TOGETHER, strict=True)
     ]
     ways = ((card, "allocated", "predicted"), (here, "allocated", "predicted"), (here, "cold", "measured"))
@@ -174,11 +174,11 @@ def bars(rows: Rows) -> list[Bar]:
             if row[key] is not None:
                 floor = row["floor"] / row["seq"]
                 parts = {"floor": floor, "else": row[key] / row["seq"] - floor}
-                found.append(Bar(f"{row['config']}, {place(row)}, {how}", row["seq"], parts))
+                found.append(StackedBar(f"{row['config']}, {place(row)}, {how}", row["seq"], parts))
     return found
 
 
-def draw(figure: Any, rows: Rows) -> None:
+def draw(figure: Any, rows: Results) -> None:
     """Bytes a token, two bars a way of knowing them."""
     axes = figure.add_subplot()
     shown = bars(rows)
@@ -214,7 +214,7 @@ def draw(figure: Any, rows: Rows) -> None:
     )
 
 
-def said(rows: Rows) -> Said:
+def said(rows: Results) -> Said:
     (a, b), (a_here, b_here) = pair(rows, "card"), pair(rows, "here")
     above = rounded_up(max(row["allocated"] / row["floor"] for row in (a, b)) - 1, 3)
     if a_here["cold"] and b_here["cold"]:

@@ -12,15 +12,15 @@ from typing import Any, Final
 
 from planner import gpus
 from planner.report.plot.figure import BLUE, ORANGE, RED, title
-from studies.bench.panels import Mark, Panel, beside
-from studies.bench.records import Row, Step
-from studies.bench.study import Rows, Said, Scope, Study
+from studies.bench.panels import Panel, Series, beside
+from studies.bench.records import Job, Row
+from studies.bench.study import Results, Said, Scope, Study
 from studies.bench.trade_offs import (
     MASS,
     REACH,
     SEEDS_CARD,
-    Case,
-    Plan,
+    Purpose,
+    StudyConfig,
     asked,
     case_steps,
     dilated,
@@ -57,7 +57,7 @@ LENGTHS, RATES = (2048, 4096, 8192, 16_384), (1, 2, 4, 8)
 BRANCHES, SIZES = SEEDS[-1][:2], (64, 128, 256)
 
 
-def cases(quick: bool = False) -> list[Case]:
+def cases(quick: bool = False) -> list[StudyConfig]:
     """Quick, the reports' five and one of each other series."""
     named, kept, tokens, sizes = [], [], [], []
     for *branches, ms in SEEDS:
@@ -65,16 +65,16 @@ def cases(quick: bool = False) -> list[Case]:
         blocks = seeds_blocks(branches[1])
         more = {"seeds_ms": ms}
         named.append(
-            Case(f"{name}, {NAMED:.0%}", sparse(*branches, sparsity_ratio=NAMED), "named", more=more)
+            StudyConfig(f"{name}, {NAMED:.0%}", sparse(*branches, sparsity_ratio=NAMED), "named", more=more)
         )
         as_run = sparse(*branches, sparsity_ratio=blocks * BLOCK / SEQ)
-        kept.append(Case(f"{name}, {blocks} blocks a row", as_run, "kept", more=more))
+        kept.append(StudyConfig(f"{name}, {blocks} blocks a row", as_run, "kept", more=more))
     for count in range(1, len(LENGTHS) + 1):
         many = LENGTHS[:count], RATES[:count]
-        tokens.append(Case(f"dilated {_text(*many)}", dilated(*many), "tokens"))
+        tokens.append(StudyConfig(f"dilated {_text(*many)}", dilated(*many), "tokens"))
     for size in SIZES:
         name = f"dilated_sparse {_text(*BRANCHES)}, {WIDER:.0%}, block {size}"
-        sizes.append(Case(name, sparse(*BRANCHES, sparsity_ratio=WIDER, block=size), "sizes"))
+        sizes.append(StudyConfig(name, sparse(*BRANCHES, sparsity_ratio=WIDER, block=size), "sizes"))
     rest = [group[-1:] if quick else group for group in (kept, tokens, sizes)]
     return named + list(chain.from_iterable(rest))
 
@@ -89,8 +89,8 @@ def _text(lengths: Sequence[int], rates: Sequence[int]) -> str:
     return " ".join(f"{length}/{rate}" for length, rate in zip(lengths, rates, strict=True))
 
 
-def steps(scope: Scope) -> list[Step]:
-    plan = Plan(task(SEQ), gpus.find(SEEDS_CARD))
+def steps(scope: Scope) -> list[Job]:
+    plan = Purpose(task(SEQ), gpus.find(SEEDS_CARD))
     return case_steps(cases(scope.quick), plan, here(scope, QUICK if scope.quick else SEQ))
 
 
@@ -99,7 +99,7 @@ def seeds_times(row: Row) -> float | None:
     return row["seeds_ms"] / SEEDS[0][2] if "seeds_ms" in row else None
 
 
-def dilation_table(rows: Rows) -> str:
+def dilation_table(rows: Results) -> str:
     def seeds(row: Row) -> str:
         ratio = seeds_times(row)
         return "" if ratio is None else f"{row['seeds_ms']}; {ratio:.2f}; {SEEDS_KB:.2f}"
@@ -113,22 +113,22 @@ def dilation_table(rows: Rows) -> str:
     )
 
 
-def draw(figure: Any, rows: Rows) -> None:
+def draw(figure: Any, rows: Results) -> None:
     """Rows beside each other: time, memory, mass, reach."""
     first = rows[0]
     mine, card = first["here"], first["planned"]
     time = Panel(
         "time, times\nthe first's",
         (
-            Mark(
+            Series(
                 f"predicted, {card['on']}",
                 lambda row: row["planned"]["seconds"] / card["seconds"],
                 ORANGE,
                 "D",
                 hollow=True,
             ),
-            Mark(f"reported, {card['on']}", seeds_times, RED, "X"),
-            Mark(f"measured, {mine['on']}", lambda row: slower(row, first), BLUE),
+            Series(f"reported, {card['on']}", seeds_times, RED, "X"),
+            Series(f"measured, {mine['on']}", lambda row: slower(row, first), BLUE),
         ),
         log=True,
     )
@@ -138,7 +138,7 @@ def draw(figure: Any, rows: Rows) -> None:
     title(figure, "Segment length/rate of each branch, and the blocks kept", below)
 
 
-def said(rows: Rows) -> Said:
+def said(rows: Results) -> Said:
     first = rows[0]
     by = {name: [row for row in rows if row["series"] == name] for name in ("named", "kept", "tokens")}
     seeds = SEEDS[-1][2] / SEEDS[0][2]

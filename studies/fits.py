@@ -17,8 +17,8 @@ from planner import recommend
 from planner.measuring.server import Batch
 from planner.report.plot.figure import BLUE, ORANGE, RED, title
 from planner.search.relax import NothingFitsError
-from studies.bench.records import Row, Step, markdown
-from studies.bench.study import Rows, Said, Scope, Study
+from studies.bench.records import Job, Row, markdown
+from studies.bench.study import Results, Said, Scope, Study
 
 SEED: Final = 3
 BUDGETS = 100
@@ -107,7 +107,7 @@ def _fits(name: str, rows: Sequence[Row]) -> list[str]:
     ]
 
 
-def steps(scope: Scope) -> list[Step]:
+def steps(scope: Scope) -> list[Job]:
     """A step a budget; quick, few and small ones."""
     if scope.quick:
         asked = [question(number, 3e6, 8e6) for number in range(6)]
@@ -117,7 +117,7 @@ def steps(scope: Scope) -> list[Step]:
     return [(f"{n} {one['objective']}", partial(budget_row, one, batch)) for n, one in enumerate(asked)]
 
 
-def _ran(rows: Rows) -> Rows:
+def _ran(rows: Results) -> Results:
     return [row for row in rows if row["outcome"] == "ok"]
 
 
@@ -126,7 +126,7 @@ def _used(row: Row) -> float:
     return float(row["allocated"] / row["budget"])
 
 
-def _above(rows: Rows) -> Rows:
+def _above(rows: Results) -> Results:
     """Those that took more than their budget."""
     return [row for row in _ran(rows) if _used(row) > 1]
 
@@ -137,7 +137,7 @@ def _verdict(above: int, ran: int) -> str:
     return "the budget is met by a bound that was checked"
 
 
-def draw(figure: Any, rows: Rows) -> None:
+def draw(figure: Any, rows: Results) -> None:
     """Share of the budget that was taken, by budget."""
     axes = figure.add_subplot()
     series = (("speed", BLUE, "o", "the fastest at a length"), ("seq", ORANGE, "^", "the longest sequence"))
@@ -172,7 +172,7 @@ def draw(figure: Any, rows: Rows) -> None:
     title(figure, found, "random budgets on the CPU, every allocation counted")
 
 
-def said(rows: Rows) -> Said:
+def said(rows: Results) -> Said:
     good, above = _ran(rows), len(_above(rows))
     longest = [_used(row) for row in good if row["objective"] == "seq"]
     fills = (

@@ -15,8 +15,8 @@ from attention.pool import buffers_for
 from planner.measuring.footprint import footprint
 from planner.report.plot.figure import BLUE, ORANGE, RED, title
 from studies.bench.attentions import HEAD_DIM, HEADS, configs
-from studies.bench.records import Row, Step, markdown
-from studies.bench.study import Rows, Said, Scope, Study, rounded_up
+from studies.bench.records import Job, Row, markdown
+from studies.bench.study import Results, Said, Scope, Study, rounded_up
 
 MIB = 1 << 20
 SEQ, QUICK = 131_072, 8192
@@ -71,7 +71,7 @@ def floors_table(rows: list[Row]) -> str:
     )
 
 
-def steps(scope: Scope) -> list[Step]:
+def steps(scope: Scope) -> list[Job]:
     seq = QUICK if scope.quick else SEQ
     return [
         (f"{name} {dtype}", partial(floor_row, name, config, dtype, seq))
@@ -85,7 +85,7 @@ def over(row: Row, what: str) -> int:
     return int(row[what] - row["floor"] * (2 if what == "training" else 1))
 
 
-def draw(figure: Any, rows: Rows) -> None:
+def draw(figure: Any, rows: Results) -> None:
     """MiB above the floor, forward and training, with the bars that they are to stay under."""
     for axes, dtype in zip(figure.subplots(1, 2, sharey=True), ("bfloat16", "float32"), strict=True):
         mine = [row for row in rows if row["dtype"] == dtype]
@@ -105,7 +105,7 @@ def draw(figure: Any, rows: Rows) -> None:
     )
 
 
-def said(rows: Rows) -> Said:
+def said(rows: Results) -> Said:
     met = sum(row[what] <= row[f"{what}_limit"] for row in rows for what in ("forward", "training"))
     most = rounded_up(max(over(row, "forward") for row in rows) / MIB, 1)
     low, high = SEEDS
@@ -118,7 +118,7 @@ def said(rows: Rows) -> Said:
     )
 
 
-def _by_branches(rows: Rows) -> str:
+def _by_branches(rows: Results) -> str:
     """What more branches take, of the dtype in which they take most; nothing where one or more than one did
     not run."""
     peaks: dict[str, dict[str, int]] = {}

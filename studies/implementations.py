@@ -11,16 +11,16 @@ from typing import Any, Final
 from attention.config import AttentionConfig, MultiheadConfig
 from planner import gpus
 from planner.report.plot.figure import BLUE, ORANGE, RED, title
-from studies.bench.panels import Mark, Panel, beside
-from studies.bench.records import Row, Step
-from studies.bench.study import Rows, Said, Scope, Study
+from studies.bench.panels import Panel, Series, beside
+from studies.bench.records import Job, Row
+from studies.bench.study import Results, Said, Scope, Study
 from studies.bench.trade_offs import (
     HEAD_DIM,
     HEADS,
     MASS,
     SEEDS_CARD,
-    Case,
-    Plan,
+    Purpose,
+    StudyConfig,
     adaptive,
     asked,
     case_steps,
@@ -43,7 +43,7 @@ SEEDS_KB: Final = 4.40
 """Memory a token of what the reports call base, in their unit: 1/1000 MiB."""
 
 
-def cases() -> list[Case]:
+def cases() -> list[StudyConfig]:
     """The kinds; those of the reports in their settings, with the milliseconds that they give."""
     multihead = MultiheadConfig(embed_dim=HEADS * HEAD_DIM, num_heads=HEADS)
     projected = {
@@ -52,17 +52,17 @@ def cases() -> list[Case]:
     }
     base = partial(sparse, sparsity_ratio=0.01)
     return [
-        Case("dense", AttentionConfig(variant="dense"), ""),
-        Case("dilated 2048/1 4096/2 8192/4", dilated((2048, 4096, 8192), (1, 2, 4)), ""),
-        Case("local_window 1024", sparse(kind="local_window", local_window_size=1024), ""),
-        Case("global_local 1024, 64 global", sparse(kind="global_local", local_window_size=1024), ""),
-        Case("dilated_sparse 4096/1, 1%", base((4096,), (1,)), "", more=_seeds(120.5, SEEDS_KB)),
-        Case(
+        StudyConfig("dense", AttentionConfig(variant="dense"), ""),
+        StudyConfig("dilated 2048/1 4096/2 8192/4", dilated((2048, 4096, 8192), (1, 2, 4)), ""),
+        StudyConfig("local_window 1024", sparse(kind="local_window", local_window_size=1024), ""),
+        StudyConfig("global_local 1024, 64 global", sparse(kind="global_local", local_window_size=1024), ""),
+        StudyConfig("dilated_sparse 4096/1, 1%", base((4096,), (1,)), "", more=_seeds(120.5, SEEDS_KB)),
+        StudyConfig(
             "dilated_sparse 2048/1 4096/2, 1%", base((2048, 4096), (1, 2)), "", more=_seeds(117.3, SEEDS_KB)
         ),
-        Case("adaptive, 5%", adaptive(BLOCK, 0.05), "", more=_seeds(3011.9)),
-        Case("multihead 4096/1, 5%", projected[4096], "", more=_seeds(119.0)),
-        Case("multihead 8192/1, 5%", projected[8192], "", more=_seeds(112.5)),
+        StudyConfig("adaptive, 5%", adaptive(BLOCK, 0.05), "", more=_seeds(3011.9)),
+        StudyConfig("multihead 4096/1, 5%", projected[4096], "", more=_seeds(119.0)),
+        StudyConfig("multihead 8192/1, 5%", projected[8192], "", more=_seeds(112.5)),
     ]
 
 
@@ -70,17 +70,17 @@ def _seeds(ms: float, kb: float | None = None) -> dict[str, float | None]:
     return {"seeds_ms": ms, "seeds_kb": kb}
 
 
-def steps(scope: Scope) -> list[Step]:
-    plan = Plan(task(SEQ), gpus.find(SEEDS_CARD))
+def steps(scope: Scope) -> list[Job]:
+    plan = Purpose(task(SEQ), gpus.find(SEEDS_CARD))
     return case_steps(cases(), plan, here(scope, QUICK if scope.quick else SEQ, longest=LONGEST))
 
 
-def ordered(rows: Rows) -> Rows:
+def ordered(rows: Results) -> Results:
     """The fastest first."""
     return sorted(rows, key=lambda row: row["here"]["seconds"] or row["here"]["expected"]["seconds"])
 
 
-def implementations_table(rows: Rows) -> str:
+def implementations_table(rows: Results) -> str:
     """The fastest first."""
     return table(
         ordered(rows),
@@ -92,35 +92,35 @@ def implementations_table(rows: Rows) -> str:
     )
 
 
-def draw(figure: Any, rows: Rows) -> None:
+def draw(figure: Any, rows: Results) -> None:
     """Time here and on the card, memory, mass; the fastest first."""
     rows = ordered(rows)
     mine, card = rows[0]["here"], rows[0]["planned"]
     here_time = Panel(
         f"ms,\n{mine['on']}",
         (
-            Mark(
+            Series(
                 f"predicted, {mine['on']}",
                 lambda row: 1e3 * row["here"]["expected"]["seconds"],
                 BLUE,
                 "o",
                 hollow=True,
             ),
-            Mark(f"measured, {mine['on']}", _measured_ms, BLUE),
+            Series(f"measured, {mine['on']}", _measured_ms, BLUE),
         ),
         log=True,
     )
     card_time = Panel(
         f"ms,\n{card['on']}",
         (
-            Mark(
+            Series(
                 f"predicted, {card['on']}",
                 lambda row: 1e3 * row["planned"]["seconds"],
                 ORANGE,
                 "D",
                 hollow=True,
             ),
-            Mark(f"reported, {card['on']}", lambda row: row.get("seeds_ms"), RED, "X"),
+            Series(f"reported, {card['on']}", lambda row: row.get("seeds_ms"), RED, "X"),
         ),
         log=True,
     )
@@ -137,7 +137,7 @@ def _kind(row: Row) -> str:
     return "multihead" if "multihead" in row["config"] else str(row["kind"])
 
 
-def said(rows: Rows) -> Said:
+def said(rows: Results) -> Said:
     mine = rows[0]["here"]
     ran = [row for row in ordered(rows) if seconds(row)]
     by_memory = sorted(ran, key=lambda row: row["here"]["allocated"])

@@ -19,8 +19,8 @@ from planner.search.longest import longest
 from planner.units import format_bytes
 from planner.workload import Mode, Workload
 from studies.bench.attentions import one_of_each
-from studies.bench.records import Row, Step, markdown
-from studies.bench.study import Rows, Said, Scope, Study, many
+from studies.bench.records import Job, Row, markdown
+from studies.bench.study import Results, Said, Scope, Study, many
 
 GB: Final = 10**9
 CARDS: Final[Mapping[int, str | None]] = {
@@ -119,18 +119,18 @@ def capped_row(kind: str, config: AttentionConfig, mode: Mode, budget: int) -> R
     }
 
 
-def steps(scope: Scope) -> list[Step]:
+def steps(scope: Scope) -> list[Job]:
     """A step a card, mode and attention, one a limit of the seeds, one a capped run; quick, few budgets."""
     every = one_of_each()
     few = {kind: every[kind] for kind in ("local_window", "dilated_sparse")}
-    cards: list[Step] = [
+    cards: list[Job] = [
         (f"{kind}, {mode}, {budget} GB", partial(card_row, kind, config, mode, budget))
         for kind, config in every.items()
         for mode in MODES
         for budget in (1, 8, 80) * scope.quick or CARDS
     ]
-    seeds: list[Step] = [(claim.what, partial(seeds_row, claim)) for claim in claims()]
-    capped: list[Step] = [
+    seeds: list[Job] = [(claim.what, partial(seeds_row, claim)) for claim in claims()]
+    capped: list[Job] = [
         (f"{kind}, {mode}, {format_bytes(budget)}", partial(capped_row, kind, config, mode, budget))
         for budget in (QUICK if scope.quick else CAPS)
         for kind, config in (few if scope.quick else every).items()
@@ -140,12 +140,12 @@ def steps(scope: Scope) -> list[Step]:
     return [*cards, *seeds, *capped]
 
 
-def of_part(rows: Rows, part: str) -> Rows:
+def of_part(rows: Results, part: str) -> Results:
     """Those of `cards`, `seeds` or `capped`."""
     return [row for row in rows if row["part"] == part]
 
 
-def cards_table(rows: Rows) -> str:
+def cards_table(rows: Results) -> str:
     """Longest sequence by attention, mode and GB."""
     rows = of_part(rows, "cards")
     budgets = list(dict.fromkeys(row["gb"] for row in rows))
@@ -156,7 +156,7 @@ def cards_table(rows: Rows) -> str:
     return markdown(([*line, *found] for line, found in lines.items()), ["attention", "mode", *names])
 
 
-def capped_table(rows: Rows) -> str:
+def capped_table(rows: Results) -> str:
     """What was predicted to fit, run under a cap."""
     return markdown(
         (
@@ -183,7 +183,7 @@ def capped_table(rows: Rows) -> str:
     )
 
 
-def seeds_table(rows: Rows) -> str:
+def seeds_table(rows: Results) -> str:
     """The seeds' limits on 8 GB beside the predicted ones."""
     return markdown(
         (
@@ -205,11 +205,11 @@ def used(row: Row) -> float:
     return float(row["allocated"] / row["budget"])
 
 
-def _ran(rows: Rows) -> Rows:
+def _ran(rows: Results) -> Results:
     return [row for row in of_part(rows, "capped") if row["outcome"] == "ok"]
 
 
-def draw(figure: Any, rows: Rows) -> None:
+def draw(figure: Any, rows: Results) -> None:
     """Above, the longest by attention and GB, for inference and training; below, what was allocated of the
     budgets that runs were held to."""
     figure.set_size_inches(9.5, 7)
@@ -231,7 +231,7 @@ def draw(figure: Any, rows: Rows) -> None:
     )
 
 
-def _draw_longest(axes: Any, rows: Rows, mode: str) -> None:
+def _draw_longest(axes: Any, rows: Results, mode: str) -> None:
     kinds = list(dict.fromkeys(row["attention"] for row in rows))
     for place, kind in enumerate(kinds):
         color, marker = KINDS[kind]
@@ -249,7 +249,7 @@ def _draw_longest(axes: Any, rows: Rows, mode: str) -> None:
     axes.grid(axis="x")
 
 
-def _draw_used(axes: Any, rows: Rows) -> None:
+def _draw_used(axes: Any, rows: Results) -> None:
     """Each budget and mode its dots, an attention each; a dash for the bound of one block more."""
     groups = list(dict.fromkeys((row["budget"], row["mode"]) for row in rows))
     kinds = list(dict.fromkeys(row["attention"] for row in rows))
@@ -269,7 +269,7 @@ def _draw_used(axes: Any, rows: Rows) -> None:
     )
 
 
-def _headline(rows: Rows) -> str:
+def _headline(rows: Results) -> str:
     """What matters more for the length: memory, or which attention it is."""
 
     def apart(*names: str) -> float:
@@ -289,7 +289,7 @@ def _headline(rows: Rows) -> str:
     )
 
 
-def _span(rows: Rows, budget: int, mode: str) -> str:
+def _span(rows: Results, budget: int, mode: str) -> str:
     """From the shortest to the longest of a budget, by name."""
     found = [row for row in of_part(rows, "cards") if (row["gb"], row["mode"]) == (budget, mode)]
     ends = []
@@ -299,7 +299,7 @@ def _span(rows: Rows, budget: int, mode: str) -> str:
     return " to ".join(ends)
 
 
-def said(rows: Rows) -> Said:
+def said(rows: Results) -> Said:
     capped = [row for row in of_part(rows, "capped") if row["outcome"] != "nothing fits"]
     ran = _ran(rows)
     over = sum(row["beyond"] > row["budget"] for row in capped)

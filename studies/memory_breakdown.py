@@ -27,8 +27,8 @@ from planner.report.plot.figure import BLUE, ORANGE, SKY, title
 from planner.workload import Workload
 from studies.bench import memory_rows
 from studies.bench.memory_rows import CARD, MIB, mib, place
-from studies.bench.records import Row, Step, markdown
-from studies.bench.study import Rows, Said, Scope, Study
+from studies.bench.records import Job, Row, markdown
+from studies.bench.study import Results, Said, Scope, Study
 from studies.config_impact import SEQ, configs
 
 BUFFERS, PATTERNS = 10, 100
@@ -41,7 +41,7 @@ NEAR: Final = 0.05
 TIMEOUT: Final = 600.0
 
 
-class Sizes(NamedTuple):
+class Measures(NamedTuple):
     """What the formulas read."""
 
     full: int
@@ -63,9 +63,9 @@ class Sizes(NamedTuple):
         return self.full // self.workload.seq * tokens
 
 
-def sizes_of(config: AttentionConfig, workload: Workload) -> Sizes:
+def sizes_of(config: AttentionConfig, workload: Workload) -> Measures:
     assert config.pattern is not None
-    return Sizes(
+    return Measures(
         full=workload.floor // 4,
         segments=tuple(min(length, workload.seq) for length in config.segment_lengths),
         pattern=2 * INDEX * count_active(config, workload.seq, workload.causal),
@@ -74,10 +74,10 @@ def sizes_of(config: AttentionConfig, workload: Workload) -> Sizes:
     )
 
 
-Formula = tuple[str, Callable[[Sizes], int]]
+Formula = tuple[str, Callable[[Measures], int]]
 
 
-class Part(NamedTuple):
+class Component(NamedTuple):
     """A line of the description."""
 
     what: str
@@ -107,23 +107,23 @@ OPTIMISATIONS: Final = {
 }
 CONDITIONAL, POOL, LAZY, AWARE = OPTIMISATIONS
 PARTS: Final = (
-    Part("q, k and v", ("qkv",), _QKV, _QKV),
-    Part("out", ("output",), _OUT, _OUT),
-    Part("cuBLAS workspace", (), _CUBLAS, _CUBLAS),
-    Part("communication buffers", ("comm_buffers",), None,
+    Component("q, k and v", ("qkv",), _QKV, _QKV),
+    Component("out", ("output",), _OUT, _OUT),
+    Component("cuBLAS workspace", (), _CUBLAS, _CUBLAS),
+    Component("communication buffers", ("comm_buffers",), None,
          ("2 B S H D e: a neighbour's k and v", lambda x: 2 * x.full), CONDITIONAL),
-    Part("ring's state", ("ring",), None,
+    Component("ring's state", ("ring",), None,
          ("2 x 4 B S H: maximum and sum of each row", lambda x: 8 * x.rows), CONDITIONAL),
-    Part("memory pool", ("memory_pool",), None,
+    Component("memory pool", ("memory_pool",), None,
          ("10 B L H D e", lambda x: BUFFERS * x.over(max(x.segments))), POOL),
-    Part("block lists", ("sparse_indices",), ("2 x 8 n", lambda x: x.pattern),
+    Component("block lists", ("sparse_indices",), ("2 x 8 n", lambda x: x.pattern),
          ("2 x 8 n a branch", lambda x: x.pattern * len(x.segments)), LAZY),
-    Part("pattern cache", ("pattern_cache",), None,
+    Component("pattern cache", ("pattern_cache",), None,
          ("100 x 2 x 8 n, and as much in host memory", lambda x: PATTERNS * x.pattern), LAZY),
-    Part("dilated-index cache", (), None, ("8 s a branch", lambda x: INDEX * sum(x.segments)), LAZY),
-    Part("causal-mask cache", ("masks",), None, ("b b a branch", lambda x: x.block**2 * len(x.segments)),
+    Component("dilated-index cache", (), None, ("8 s a branch", lambda x: INDEX * sum(x.segments)), LAZY),
+    Component("causal-mask cache", ("masks",), None, ("b b a branch", lambda x: x.block**2 * len(x.segments)),
          LAZY),
-    Part("temporary outputs", ("workspace", "temp_buffers", "rounding"),
+    Component("temporary outputs", ("workspace", "temp_buffers", "rounding"),
          ("B L H D e", lambda x: x.over(max(x.segments))),
          ("B ceil(S / s) s H D e a branch",
           lambda x: sum(x.over(-(-x.workload.seq // s) * s) for s in x.segments)), AWARE),
@@ -202,7 +202,7 @@ def kept(config: AttentionConfig, workload: Workload, device: torch.device) -> R
     return {"pool": stats.pool.held_bytes, "layouts": stats.layouts.bytes, "masks": stats.masks.bytes}
 
 
-def steps(scope: Scope) -> list[Step]:
+def steps(scope: Scope) -> list[Job]:
     batch = scope.batch(timeout=TIMEOUT)
     plans = [("A", SEQ), ("B", SEQ), ("B", RING_SEQ)]
     seq, names, settings = SETTINGS_SEQ, ["A", "B"], list(SETTINGS)
@@ -218,7 +218,7 @@ def steps(scope: Scope) -> list[Step]:
     ]
 
 
-def plan(rows: Rows, name: str, seq: int = SEQ) -> Row:
+def plan(rows: Results, name: str, seq: int = SEQ) -> Row:
     """The plans of a config."""
     return next(row for row in rows if row["part"] == "plan" and (row["config"], row["seq"]) == (name, seq))
 
@@ -247,11 +247,11 @@ def savings(row: Row) -> list[Saving]:
 STYLES: Final = ("base", "ring", "here")
 
 
-def parts_table(rows: Rows) -> str:
+def parts_table(rows: Results) -> str:
     """Part by part at 131,072 tokens: the formulas and what they give."""
     both = [plan(rows, name) for name in configs()]
 
-    def line(part: Part) -> list[str]:
+    def line(part: Component) -> list[str]:
         formulas = [formula[0] if formula else "" for formula in (part.base, part.ring)]
         return [part.what, *formulas, *(mib(row[style][part.what]) for row in both for style in STYLES)]
 
@@ -260,7 +260,7 @@ def parts_table(rows: Rows) -> str:
     return markdown([*map(line, PARTS), total], ["MiB", "base", "ring-style", *names])
 
 
-def savings_table(rows: Rows) -> str:
+def savings_table(rows: Results) -> str:
     """The four optimisations, one after the other."""
     a, b = (plan(rows, name) for name in configs())
     begin = ["ring-style", "", "", mib(sum(a["ring"].values())), "", mib(sum(b["ring"].values()))]
@@ -274,7 +274,7 @@ def savings_table(rows: Rows) -> str:
     return markdown([begin, *body], head)
 
 
-def claims_table(rows: Rows) -> str:
+def claims_table(rows: Results) -> str:
     """The seeds' breakdown beside what the formulas give for the same configs and lengths."""
     base, ring = plan(rows, "A")["base"], plan(rows, "B", RING_SEQ)["ring"]
 
@@ -300,7 +300,7 @@ def claimed() -> tuple[int, int]:
     return sum(a for a, *_ in CLAIMS.values()), sum(b for _, b, _ in CLAIMS.values())
 
 
-def settings_table(rows: Rows) -> str:
+def settings_table(rows: Results) -> str:
     """This project's own settings, measured."""
     mine = [row for row in rows if row["part"] == "setting"]
     return markdown(
@@ -330,7 +330,7 @@ def settings_table(rows: Rows) -> str:
     )
 
 
-def draw(figure: Any, rows: Rows) -> None:
+def draw(figure: Any, rows: Results) -> None:
     """The waterfalls of A and of B, from ring-style to what is allocated here."""
     figure.set_size_inches(9.5, 4.6)
     left, right = figure.subplots(1, 2, sharey=True)
@@ -373,7 +373,7 @@ def _waterfall(axes: Any, row: Row) -> None:
     axes.grid(axis="x")
 
 
-def said(rows: Rows) -> Said:
+def said(rows: Results) -> Said:
     found = []
     for row in (plan(rows, name) for name in configs()):
         base, ring = (sum(row[style].values()) for style in ("base", "ring"))
@@ -392,7 +392,7 @@ def said(rows: Rows) -> Said:
     )
 
 
-def _kept(rows: Rows) -> str:
+def _kept(rows: Results) -> str:
     """What is held between calls, of the first setting with B that ran, or with A."""
     ran = [row for row in rows if row["part"] == "setting" and row["kept"]]
     run = min(ran, key=lambda row: row["config"] != "B")

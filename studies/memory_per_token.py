@@ -16,8 +16,8 @@ from planner.workload import Workload
 from studies.bench import attentions, memory_rows
 from studies.bench.attentions import HEAD_DIM, HEADS
 from studies.bench.memory_rows import MIB, place
-from studies.bench.records import Row, Step, markdown
-from studies.bench.study import Rows, Said, Scope, Study, rounded_up
+from studies.bench.records import Job, Row, markdown
+from studies.bench.study import Results, Said, Scope, Study, rounded_up
 
 LENGTHS: Final = tuple(2048 << n for n in range(10))
 MEASURED, QUICK = (2048, 4096, 8192, 16_384), (512,)
@@ -94,7 +94,7 @@ def seeds_row(implementation: str, seq: int) -> Row:
     return {"part": "seeds", "attention": implementation, "seq": seq, "said": said, **found}
 
 
-def steps(scope: Scope) -> list[Step]:
+def steps(scope: Scope) -> list[Job]:
     batch = scope.batch(timeout=TIMEOUT)
     short = QUICK if scope.quick else MEASURED
     return [
@@ -109,7 +109,7 @@ def steps(scope: Scope) -> list[Step]:
     ]
 
 
-def of_part(rows: Rows, part: str, attention: str | None = None) -> Rows:
+def of_part(rows: Results, part: str, attention: str | None = None) -> Results:
     return [row for row in rows if row["part"] == part and attention in (None, row["attention"])]
 
 
@@ -118,7 +118,7 @@ def a_token(row: Row, what: str = "allocated") -> float:
     return float(row[what] / row["seq"])
 
 
-def card_table(rows: Rows) -> str:
+def card_table(rows: Results) -> str:
     """Predicted bytes a token by attention and length."""
     body = [[name, *(f"{a_token(row):,.0f}" for row in of_part(rows, "card", name))] for name in configs()]
     floor = [f"{a_token(row, 'floor'):,.0f}" for row in of_part(rows, "card", "dense")]
@@ -126,7 +126,7 @@ def card_table(rows: Rows) -> str:
     return markdown([*body, ["q, k, v and out", *floor]], head)
 
 
-def here_table(rows: Rows) -> str:
+def here_table(rows: Results) -> str:
     """Bytes a token, predicted and measured."""
     mine = of_part(rows, "here")
     return markdown(
@@ -143,7 +143,7 @@ def here_table(rows: Rows) -> str:
     )
 
 
-def seeds_table(rows: Rows) -> str:
+def seeds_table(rows: Results) -> str:
     """The seeds' figures and predictions in their unit."""
     return markdown(
         (
@@ -166,7 +166,7 @@ def seeds_table(rows: Rows) -> str:
     )
 
 
-def draw(figure: Any, rows: Rows) -> None:
+def draw(figure: Any, rows: Results) -> None:
     """Left: predicted for the card, with the seeds' figures. Right: predicted and measured here."""
     figure.set_size_inches(10, 4.9)
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
@@ -227,7 +227,7 @@ def draw(figure: Any, rows: Rows) -> None:
     )
 
 
-def said(rows: Rows) -> Said:
+def said(rows: Results) -> Said:
     def at(seq: int) -> str:
         return _range([a_token(row) for row in of_part(rows, "card") if row["seq"] == seq])
 

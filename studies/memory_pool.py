@@ -19,8 +19,8 @@ from attention.pool import Buffers, buffers_for
 from planner.measuring.footprint import footprints
 from planner.report.plot.figure import BLUE, INK, MUTED, ORANGE, named, title, token_axis
 from studies.bench.memory_rows import mib
-from studies.bench.records import Row, Step, markdown, timed
-from studies.bench.study import Rows, Said, Scope, Study
+from studies.bench.records import Job, Row, markdown, timed
+from studies.bench.study import Results, Said, Scope, Study
 
 LENGTHS, QUICK = (16_384, 32_768, 65_536, 131_072), (1024, 2048)
 HEADS, HEAD_DIM = 4, 64
@@ -34,7 +34,7 @@ BOTTOM, TOP = 0.7, 1.3
 """Of the picture's ratios, or further out where a median lies there."""
 
 
-class Seen(NamedTuple):
+class Medians(NamedTuple):
     """What the seeds have at a length: milliseconds and GB without a pool and with it."""
 
     ms: tuple[float, float]
@@ -50,10 +50,10 @@ class Seen(NamedTuple):
 
 
 SEEDS: Final = {
-    16_384: Seen((14.4, 16.7), (0.30, 0.23)),
-    32_768: Seen((29.3, 578.8), (0.58, 0.45)),
-    65_536: Seen((1100.4, 1056.4), (0.72, 0.59)),
-    131_072: Seen((3236.3, 2518.7), (1.53, 1.28)),
+    16_384: Medians((14.4, 16.7), (0.30, 0.23)),
+    32_768: Medians((29.3, 578.8), (0.58, 0.45)),
+    65_536: Medians((1100.4, 1056.4), (0.72, 0.59)),
+    131_072: Medians((3236.3, 2518.7), (1.53, 1.28)),
 }
 """Of the report on extreme sequences, ImprovedDilatedAttention on a GTX 1080."""
 
@@ -68,7 +68,7 @@ def configs() -> dict[str, AttentionConfig]:
     }
 
 
-class Side(NamedTuple):
+class PoolCase(NamedTuple):
     """The attention with one setting of its pool."""
 
     call: Callable[[], object]
@@ -91,7 +91,7 @@ def pool_row(name: str, seq: int, device: torch.device, runs: int) -> Row:
     }
 
 
-def _side(name: str, switch: Switch, inputs: tuple[torch.Tensor, ...]) -> Side:
+def _side(name: str, switch: Switch, inputs: tuple[torch.Tensor, ...]) -> PoolCase:
     config = AttentionConfig(**configs()[name].model_dump() | {"pool": switch})
     module = build(config, inputs[0].device)
 
@@ -99,10 +99,10 @@ def _side(name: str, switch: Switch, inputs: tuple[torch.Tensor, ...]) -> Side:
         with torch.no_grad():
             return module(*inputs)
 
-    return Side(call, buffers_for(config))
+    return PoolCase(call, buffers_for(config))
 
 
-def _bytes(side: Side, floor: int, device: torch.device) -> Row:
+def _bytes(side: PoolCase, floor: int, device: torch.device) -> Row:
     """Peaks of a first and a second call, inputs included, and what the pool holds between calls."""
     side.buffers.release()
     cold, warm = footprints([side.call, side.call], device)
@@ -114,11 +114,11 @@ def _bytes(side: Side, floor: int, device: torch.device) -> Row:
     }
 
 
-def _seconds(sides: dict[Switch, Side], device: torch.device, runs: int) -> Row:
+def _seconds(sides: dict[Switch, PoolCase], device: torch.device, runs: int) -> Row:
     """Seconds of each run by state and switch; the n-th of either are of one pair."""
     found: Row = {state: {switch: [] for switch in sides} for state in STATES}
 
-    def pairs(state: str, before: Callable[[Side], object]) -> None:
+    def pairs(state: str, before: Callable[[PoolCase], object]) -> None:
         for number in range(runs):
             for switch in list(sides)[:: 1 if number % 2 else -1]:
                 before(sides[switch])
@@ -135,7 +135,7 @@ def _seconds(sides: dict[Switch, Side], device: torch.device, runs: int) -> Row:
     return found
 
 
-def steps(scope: Scope) -> list[Step]:
+def steps(scope: Scope) -> list[Job]:
     lengths, runs = (QUICK, QUICK_RUNS) if scope.quick else (LENGTHS, RUNS)
     return [
         (f"{name} {seq}", partial(pool_row, name, seq, scope.device, runs))
@@ -165,7 +165,7 @@ def memory_ratio(row: Row, state: str) -> float:
     return float(row["bytes"]["on"][state] / row["bytes"]["off"][state])
 
 
-def pool_table(rows: Rows) -> str:
+def pool_table(rows: Results) -> str:
     """Time and memory, case by case."""
     body = []
     for row in rows:
@@ -205,7 +205,7 @@ def pool_table(rows: Rows) -> str:
     )
 
 
-def seeds_table(rows: Rows) -> str:
+def seeds_table(rows: Results) -> str:
     """The seeds' figures, and the ratios here at the same lengths in warm calls."""
     body = []
     for seq, seen in SEEDS.items():
@@ -236,7 +236,7 @@ def seeds_table(rows: Rows) -> str:
     )
 
 
-def draw(figure: Any, rows: Rows) -> None:
+def draw(figure: Any, rows: Results) -> None:
     """Left: ratios of times, with all pairs. Right: ratios of peaks. The seeds' beside."""
     figure.set_size_inches(10, 4.8)
     left, right = figure.subplots(1, 2, sharey=True)
@@ -279,16 +279,16 @@ def draw(figure: Any, rows: Rows) -> None:
 NamedRow = tuple[Row, str]
 
 
-def _cases(rows: Rows) -> list[NamedRow]:
+def _cases(rows: Results) -> list[NamedRow]:
     return [(row, state) for row in rows for state in STATES]
 
 
-def _alike(rows: Rows) -> list[NamedRow]:
+def _alike(rows: Results) -> list[NamedRow]:
     """The cases in which a pool makes no clear difference."""
     return [case for case in _cases(rows) if verdict(*case) == "no clear difference"]
 
 
-def said(rows: Rows) -> Said:
+def said(rows: Results) -> Said:
     cases, alike = _cases(rows), _alike(rows)
     clear = [
         f"{verdict(row, state)} ({median(ratios(row, state)):.2f}) for {row['attention']} at {row['seq']:,} "

@@ -24,8 +24,8 @@ from planner.memory.estimate import MemoryEstimate, estimate
 from planner.report.plot.figure import BLUE, INK, MUTED, ORANGE, RED, named, title, tokens
 from planner.workload import ITEMSIZE, Dtype, Mode, Workload
 from studies.bench.attentions import HEAD_DIM, HEADS, configs, one_of_each
-from studies.bench.records import OK, Row, Step, markdown, timed
-from studies.bench.study import Rows, Said, Scope, Study, rounded_up
+from studies.bench.records import OK, Job, Row, markdown, timed
+from studies.bench.study import Results, Said, Scope, Study, rounded_up
 from studies.floors import SEQ
 
 MILLION = 1_048_576
@@ -185,19 +185,19 @@ def claim_row(claim: MemoryClaim) -> Row:
     }
 
 
-def steps(scope: Scope) -> list[Step]:
+def steps(scope: Scope) -> list[Job]:
     """Quick, 32,768 tokens of one head are measured in place of a million."""
     small = {"runs": 1, "seq": SEQ // 4, "short": SEQ // 32, "heads": 1}
-    measured: list[Step] = [
+    measured: list[Job] = [
         (f"{name}, measured", partial(_in_a_process, name, **(small if scope.quick else {})))
         for name in (MEASURED[:1] if scope.quick else MEASURED)
     ]
-    predicted: list[Step] = [
+    predicted: list[Job] = [
         (f"{kind}, {tokens(seq)}", partial(predicted_row, kind, config, seq))
         for kind, config in one_of_each().items()
         for seq in COUNTS
     ]
-    ring: list[Step] = [
+    ring: list[Job] = [
         (f"ring, {tokens(seq)} {dtype} {mode}", partial(ring_row, seq, dtype, mode))
         for seq in COUNTS
         for dtype in ("float16", "float32")
@@ -206,17 +206,17 @@ def steps(scope: Scope) -> list[Step]:
     return [*measured, *predicted, *ring, *((claim.what, partial(claim_row, claim)) for claim in CLAIMS)]
 
 
-def of_part(rows: Rows, part: str) -> Rows:
+def of_part(rows: Results, part: str) -> Results:
     """Those of `measured`, `predicted`, `ring` or `seeds`."""
     return [row for row in rows if row["part"] == part]
 
 
-def measured(rows: Rows) -> Rows:
+def measured(rows: Results) -> Results:
     """Those of `measured` that ran; rows that do not say how they ended did."""
     return [row for row in of_part(rows, "measured") if row.get("outcome", OK) == OK]
 
 
-def million_table(rows: Rows) -> str:
+def million_table(rows: Results) -> str:
     """What one process held, and how time grew."""
     ran = measured(rows)
     return markdown(
@@ -237,7 +237,7 @@ def million_table(rows: Rows) -> str:
     )
 
 
-def columns(rows: Rows) -> dict[str, list[str]]:
+def columns(rows: Results) -> dict[str, list[str]]:
     """Dtypes and modes in a column each, those of equal bounds in one: what it is called, and of which."""
     found: dict[tuple[int, ...], list[str]] = {}
     for name in rows[0]["upper"]:
@@ -248,7 +248,7 @@ def columns(rows: Rows) -> dict[str, list[str]]:
     }
 
 
-def predicted_table(rows: Rows) -> str:
+def predicted_table(rows: Results) -> str:
     """GB that an 80 GB card's kernels need, bound and context included."""
     rows = of_part(rows, "predicted")
     named_columns = columns(rows)
@@ -263,7 +263,7 @@ def predicted_table(rows: Rows) -> str:
     return markdown(body, ["attention", "tokens", *(f"{name}, GB" for name in named_columns)])
 
 
-def ring_table(rows: Rows) -> str:
+def ring_table(rows: Results) -> str:
     """Cards by arithmetic."""
     rows = of_part(rows, "ring")
     names = list(rows[0]["cards"])
@@ -282,7 +282,7 @@ def ring_table(rows: Rows) -> str:
     )
 
 
-def seeds_table(rows: Rows) -> str:
+def seeds_table(rows: Results) -> str:
     """The seeds' GB for a million tokens beside the predicted."""
     return markdown(
         (
@@ -307,7 +307,7 @@ def seeds_table(rows: Rows) -> str:
     )
 
 
-def draw(figure: Any, rows: Rows) -> None:
+def draw(figure: Any, rows: Results) -> None:
     """Above, GB by attention for one and ten million; below, what was measured, and how many cards."""
     figure.set_size_inches(9.5, 7.6)
     above, below = figure.subfigures(2, 1, height_ratios=(3, 2))
@@ -335,7 +335,7 @@ SERIES: Final = (
 )
 
 
-def _draw_predicted(axes: Any, rows: Rows, seq: int) -> None:
+def _draw_predicted(axes: Any, rows: Results, seq: int) -> None:
     for name, label, color, marker, shift in SERIES:
         places = [place + shift for place in range(len(rows))]
         needed = [row["upper"][name] / 1e9 for row in rows]
@@ -355,7 +355,7 @@ def _draw_predicted(axes: Any, rows: Rows, seq: int) -> None:
     axes.grid(axis="x")
 
 
-def _draw_measured(axes: Any, rows: Rows) -> None:
+def _draw_measured(axes: Any, rows: Results) -> None:
     for place, row in enumerate(rows):
         axes.barh(place, row["resident"] / 1e9, color=BLUE, height=0.4)
         axes.plot([row["floor"] / 1e9] * 2, [place - 0.25, place + 0.25], color=RED, linewidth=2)
@@ -369,7 +369,7 @@ def _draw_measured(axes: Any, rows: Rows) -> None:
     )
 
 
-def _draw_ring(axes: Any, rows: Rows) -> None:
+def _draw_ring(axes: Any, rows: Results) -> None:
     """A table: it is a few whole numbers."""
     names = list(rows[0]["cards"])
     lines = list(dict.fromkeys((row["seq"], row["mode"]) for row in rows))
@@ -389,7 +389,7 @@ def _draw_ring(axes: Any, rows: Rows) -> None:
     axes.tick_params(left=False)
 
 
-def _headline(rows: Rows) -> str:
+def _headline(rows: Results) -> str:
     """What a million tokens need, against q, k, v and out."""
     name = "float16 inference"
     floor = Workload(seq=MILLION).floor
@@ -400,7 +400,7 @@ def _headline(rows: Rows) -> str:
     )
 
 
-def said(rows: Rows) -> Said:
+def said(rows: Results) -> Said:
     ran = measured(rows)
     most = max(ran, key=lambda row: row["resident"] / row["floor"])
     slowest = rounded_up(max(row["per_token_ratio"] for row in ran), 2)
@@ -426,7 +426,7 @@ def _met(row: Row) -> bool:
     return bool(abs(row["said"] * 2**30 / row["allocated"] - 1) <= NEAR)
 
 
-def _beside(rows: Rows) -> str:
+def _beside(rows: Results) -> str:
     """The seeds' figures for a million tokens, and whether they hold."""
     beside = {row["attention"]: row for row in of_part(rows, "seeds")}
     base, multihead, dense = (beside[kind] for kind in ("dilated_sparse", "multihead", "dense"))

@@ -18,8 +18,8 @@ from planner.report.plot.figure import COLORS, RED, named, title
 from planner.search.recommend import answered
 from planner.search.relax import NothingFitsError
 from planner.workload import Workload
-from studies.bench.records import OK, Row, Step, markdown
-from studies.bench.study import Rows, Said, Scope, Study
+from studies.bench.records import OK, Job, Row, markdown
+from studies.bench.study import Results, Said, Scope, Study
 
 LEVELS: Final = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.99)
 CARDS: Final = ("gtx1080", "rtx4060", "h100")
@@ -89,9 +89,9 @@ def known_table(rows: list[Row]) -> str:
     )
 
 
-def steps(scope: Scope) -> list[Step]:
+def steps(scope: Scope) -> list[Job]:
     cards, lengths = (CARDS[:1], LENGTHS[:1]) if scope.quick else (CARDS, LENGTHS)
-    prices: list[Step] = [
+    prices: list[Job] = [
         (f"{profile} {card} {seq}", partial(price_row, profile, card, seq))
         for profile in PRESETS
         for card in cards
@@ -100,7 +100,7 @@ def steps(scope: Scope) -> list[Step]:
     return prices + [(name, partial(known_row, name)) for name in KNOWN]
 
 
-def share(rows: Rows, profile: str, level: float) -> float | None:
+def share(rows: Results, profile: str, level: float) -> float | None:
     """Median share of dense attention's time for so much of the mass; None where it is not to be had."""
     mine = [row["seconds"] for row in rows if row.get("profile") == profile]
     shares = [each[str(level)] / each["1.0"] for each in mine if each[str(level)] and each["1.0"]]
@@ -111,7 +111,7 @@ def _percent(part: float | None) -> str:
     return "" if part is None else f"{part:.1%}"
 
 
-def draw(figure: Any, rows: Rows) -> None:
+def draw(figure: Any, rows: Results) -> None:
     """Share of dense time against mass, a line a profile."""
     axes = figure.add_subplot()
     for profile, color in zip(PRESETS, COLORS, strict=False):
@@ -141,19 +141,19 @@ def draw(figure: Any, rows: Rows) -> None:
     title(figure, _headline(rows), "median over cards and lengths, causal")
 
 
-def _headline(rows: Rows) -> str:
+def _headline(rows: Results) -> str:
     known = [part for profile in PRESETS if (part := share(rows, profile, 0.8)) is not None]
     if max(known) < 0.5:
         return "The last fifth of the mass costs most of the time"
     return f"Four fifths of the mass cost {min(known):.0%} to {max(known):.0%} of the time"
 
 
-def _cost(rows: Rows, level: float) -> str:
+def _cost(rows: Results, level: float) -> str:
     part = share(rows, "balanced", level)
     return "is not to be had" if part is None else f"takes {part:.1%}"
 
 
-def said(rows: Rows) -> Said:
+def said(rows: Results) -> Said:
     return Said(
         "Asked: what does the fastest config that keeps a given share of dense attention's mass cost?",
         f"Found: under the profile 'balanced' 80% of the mass {_cost(rows, 0.8)} of dense attention's "

@@ -19,15 +19,16 @@ from typing import Any, NamedTuple, get_args
 import numpy as np
 
 from attention.config import AttentionConfig, PatternType, SparsePatternConfig
+from attention.sizes.arrays import Ints
 from planner import gpus
-from planner.configs import Columns, Ints
+from planner.configs import Columns
 from planner.memory.estimate import estimate
 from planner.memory.machines import Cuda
 from planner.memory.peaks import peaks
 from planner.report.plot.figure import BLUE, RED, named, title
 from planner.workload import Mode, Workload
-from studies.bench.records import Row, Step, markdown
-from studies.bench.study import Rows, Said, Scope, Study
+from studies.bench.records import Job, Row, markdown
+from studies.bench.study import Results, Said, Scope, Study
 
 SEQ = 131_072
 RUNS = 5
@@ -128,7 +129,7 @@ def _row(what: str, bar: float | None, taken: Callable[[], Seconds]) -> Row:
     return {"what": what, "seconds": clock, "processor_seconds": processor, "at_most": bar}
 
 
-def steps(scope: Scope) -> list[Step]:
+def steps(scope: Scope) -> list[Job]:
     """Quick, 1,000 candidates and no cold starts."""
     count = 1000 if scope.quick else 100_000
     found: list[tuple[str, float | None, Callable[[], Seconds]]] = []
@@ -144,7 +145,7 @@ def steps(scope: Scope) -> list[Step]:
     return [(what, partial(_row, what, bar, taken)) for what, bar, taken in found]
 
 
-def table(rows: Rows) -> str:
+def table(rows: Results) -> str:
     """Seconds of each, beside the bar that this project sets itself."""
     return markdown(
         (
@@ -160,7 +161,7 @@ def table(rows: Rows) -> str:
     )
 
 
-def draw(figure: Any, rows: Rows) -> None:
+def draw(figure: Any, rows: Results) -> None:
     """Bars of seconds, with the bar that each is to stay under."""
     figure.set_size_inches(8, 1.6 + 0.36 * len(rows))
     axes = figure.add_subplot()
@@ -176,7 +177,7 @@ def draw(figure: Any, rows: Rows) -> None:
     title(figure, "What an answer costs")
 
 
-def said(rows: Rows) -> Said:
+def said(rows: Results) -> Said:
     barred = [row for row in rows if row["at_most"] is not None]
     over = [row["what"] for row in barred if row["seconds"] > row["at_most"]]
     arrays = [row["seconds"] for row in rows if "candidates" in row["what"]]

@@ -24,8 +24,8 @@ from planner.search.picks import pick, unsurpassed
 from planner.search.recommend import Answered, answered
 from planner.search.solve import Table, enumerate_grid, exact, pareto
 from studies.bench.panels import plain
-from studies.bench.records import Row, Step, markdown
-from studies.bench.study import Rows, Said, Scope, Study, rounded_up
+from studies.bench.records import Job, Row, markdown
+from studies.bench.study import Results, Said, Scope, Study, rounded_up
 
 QUESTIONS: Final[Mapping[str, dict[str, Any]]] = {
     "8 GB, inference": {"vram": "8GB", "seq": 131_072},
@@ -103,13 +103,13 @@ def distinct(table: Table) -> dict[str, list[float]]:
     return {name: [float(f"{number:.4g}") for number in column] for name, column in columns.items()}
 
 
-def steps(scope: Scope) -> list[Step]:
+def steps(scope: Scope) -> list[Job]:
     """A step a question; quick, without trials."""
     trials = 0 if scope.quick else TRIALS
     return [(name, partial(front_row, name, asked, trials)) for name, asked in QUESTIONS.items()]
 
 
-def picks_table(rows: Rows) -> str:
+def picks_table(rows: Results) -> str:
     """The three picks of each question."""
     return markdown(
         (
@@ -127,7 +127,7 @@ def picks_table(rows: Rows) -> str:
     )
 
 
-def front_table(rows: Rows) -> str:
+def front_table(rows: Results) -> str:
     """The front by kind of attention."""
     body = []
     for row in rows:
@@ -146,7 +146,7 @@ def _number(number: float, name: str) -> str:
     return f"{number * SHOWN[name][1]:,.1f}"
 
 
-def draw(figure: Any, rows: Rows) -> None:
+def draw(figure: Any, rows: Results) -> None:
     """A line a question: mass and memory over time."""
     figure.set_size_inches(11, 1.2 + 3.7 * len(rows))
     for (mass, memory), row in zip(figure.subplots(len(rows), 2, squeeze=False), rows, strict=True):
@@ -221,7 +221,7 @@ def _ms(seconds: Iterable[float]) -> list[float]:
     return [1e3 * each for each in seconds]
 
 
-def said(rows: Rows) -> Said:
+def said(rows: Results) -> Said:
     found = []
     for row in rows:
         picks = "; ".join(

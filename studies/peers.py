@@ -22,8 +22,8 @@ from attention.ops import flex, kernels
 from attention.pool import buffers_for
 from planner.measuring.footprint import footprint
 from planner.report.plot.figure import BLUE, MUTED, ORANGE, RED, named, title
-from studies.bench.records import Row, Step, markdown, timed, versus
-from studies.bench.study import Rows, Said, Scope, Study, rounded_up
+from studies.bench.records import Job, Row, markdown, timed, versus
+from studies.bench.study import Results, Said, Scope, Study, rounded_up
 
 HEADS, HEAD_DIM = 8, 64
 SEQ, LONG, QUICK = 16_384, 65_536, 2048
@@ -300,12 +300,12 @@ def _mask_of_lists(lists: Tensor, block: int, device: torch.device) -> Any:
     )
 
 
-def of_part(rows: Rows, part: str) -> Rows:
+def of_part(rows: Results, part: str) -> Results:
     """Those of one comparison: `kernels`, `flex`, `bare`, `dense`, `training` or `memory`."""
     return [row for row in rows if row["part"] == part]
 
 
-def flex_table(rows: Rows) -> str:
+def flex_table(rows: Results) -> str:
     rows = of_part(rows, "flex")
     return markdown(
         (
@@ -324,7 +324,7 @@ def flex_table(rows: Rows) -> str:
     )
 
 
-def summary_table(rows: Rows) -> str:
+def summary_table(rows: Results) -> str:
     """Worst cell and geometric mean of each pattern."""
     rows = of_part(rows, "flex")
 
@@ -341,7 +341,7 @@ def _mean(ratios: list[float]) -> float:
     return math.exp(sum(map(math.log, ratios)) / len(ratios))
 
 
-def bare_table(rows: Rows) -> str:
+def bare_table(rows: Results) -> str:
     """Of FlexAttention's speed: the bare kernel's, that after copies, and ours."""
     ours = {_cell(r): f"{r['ratio']:.2f}" for r in of_part(rows, "flex")}
     return markdown(
@@ -357,7 +357,7 @@ def _cell(row: Row) -> tuple[str, str, int, int]:
     return row["pattern"], row["dtype"], row["block"], row["kept"]
 
 
-def dense_table(rows: Rows) -> str:
+def dense_table(rows: Results) -> str:
     rows = of_part(rows, "dense")
     return markdown(
         (
@@ -376,7 +376,7 @@ def dense_table(rows: Rows) -> str:
     )
 
 
-def training_table(rows: Rows) -> str:
+def training_table(rows: Results) -> str:
     rows = of_part(rows, "training")
     return markdown(
         ([r["attention"], r["dtype"], r["block"], r["kept"], f"{r['ratio']:.2f}"] for r in rows),
@@ -384,7 +384,7 @@ def training_table(rows: Rows) -> str:
     )
 
 
-def kernels_table(rows: Rows) -> str:
+def kernels_table(rows: Results) -> str:
     rows = of_part(rows, "kernels")
     return markdown(
         (
@@ -402,7 +402,7 @@ def kernels_table(rows: Rows) -> str:
     )
 
 
-def memory_table(rows: Rows) -> str:
+def memory_table(rows: Results) -> str:
     """MiB of each at its peak."""
     return markdown(
         (
@@ -432,7 +432,7 @@ def _patterns(quick: bool) -> tuple[str, ...]:
     return PATTERNS[:1] if quick else PATTERNS
 
 
-def _flex_steps(device: torch.device, runs: int, quick: bool) -> Iterator[Step]:
+def _flex_steps(device: torch.device, runs: int, quick: bool) -> Iterator[Job]:
     seq = QUICK if quick else SEQ
     for pattern in _patterns(quick):
         for dtype in DTYPES:
@@ -442,7 +442,7 @@ def _flex_steps(device: torch.device, runs: int, quick: bool) -> Iterator[Step]:
                     yield label, partial(flex_row, pattern, dtype, block, kept, device, runs, seq)
 
 
-def _bare_steps(device: torch.device, runs: int, quick: bool) -> Iterator[Step]:
+def _bare_steps(device: torch.device, runs: int, quick: bool) -> Iterator[Job]:
     """Of the CPU alone, and of layouts that are compiled already: those whose blocks ours gathers."""
     for pattern in () if device.type != "cpu" else PATTERNS[:1] if quick else GATHERED:
         for dtype in DTYPES:
@@ -453,7 +453,7 @@ def _bare_steps(device: torch.device, runs: int, quick: bool) -> Iterator[Step]:
                     yield label, partial(bare_row, *case)
 
 
-def _memory_steps(device: torch.device, runs: int, quick: bool) -> Iterator[Step]:
+def _memory_steps(device: torch.device, runs: int, quick: bool) -> Iterator[Job]:
     """Of layouts that are compiled already."""
     for pattern in _patterns(quick):
         for dtype in DTYPES:
@@ -462,7 +462,7 @@ def _memory_steps(device: torch.device, runs: int, quick: bool) -> Iterator[Step
             yield label, partial(memory_row, *case)
 
 
-def _dense_steps(device: torch.device, runs: int, quick: bool) -> Iterator[Step]:
+def _dense_steps(device: torch.device, runs: int, quick: bool) -> Iterator[Job]:
     seq = QUICK if quick else LONG
     for dtype in DTYPES[::-1]:
         for block, kept in ((128, 0.1), (256, 0.1), (128, 0.8)):
@@ -470,7 +470,7 @@ def _dense_steps(device: torch.device, runs: int, quick: bool) -> Iterator[Step]
             yield label, partial(dense_row, dtype, block, kept, device, runs, seq)
 
 
-def _kernel_steps(device: torch.device, runs: int, quick: bool) -> Iterator[Step]:
+def _kernel_steps(device: torch.device, runs: int, quick: bool) -> Iterator[Job]:
     """Of the CPU alone."""
     for dtype in () if device.type != "cpu" else (*DTYPES, torch.float16):
         for queries, keys in ((64, 576),) if quick else ((64, 576), (128, 1152), (256, 2304), (2048, 2048)):
@@ -478,7 +478,7 @@ def _kernel_steps(device: torch.device, runs: int, quick: bool) -> Iterator[Step
             yield label, partial(kernel_row, dtype, queries, keys, runs)
 
 
-def _training_steps(device: torch.device, runs: int, quick: bool) -> Iterator[Step]:
+def _training_steps(device: torch.device, runs: int, quick: bool) -> Iterator[Job]:
     seq = QUICK // 4 if quick else SEQ
     for dtype in DTYPES:
         for pattern in TRAINED[:1] if quick else TRAINED:
@@ -488,7 +488,7 @@ def _training_steps(device: torch.device, runs: int, quick: bool) -> Iterator[St
                 yield label, partial(training_row, pattern, dtype, block, kept, device, runs, seq)
 
 
-def steps(scope: Scope) -> list[Step]:
+def steps(scope: Scope) -> list[Job]:
     """Quick, 2,048 tokens, one block size, and one pattern that is compiled."""
     # Every layout is compiled for itself.
     torch._dynamo.config.cache_size_limit = torch._dynamo.config.accumulated_cache_size_limit = 256
@@ -501,7 +501,7 @@ SIDES = (("float32", BLUE, -0.16), ("bfloat16", ORANGE, 0.16))
 """Colour and place of each dtype in every panel."""
 
 
-def draw(figure: Any, rows: Rows) -> None:
+def draw(figure: Any, rows: Results) -> None:
     """Above: against FlexAttention, against dense SDPA. Below: training, and what is allocated."""
     figure.set_size_inches(10.5, 7.5)
     panels = {"flex": _draw_flex, "dense": _draw_dense, "training": _draw_training, "memory": _draw_memory}
@@ -514,7 +514,7 @@ def draw(figure: Any, rows: Rows) -> None:
     title(figure, "Speed and memory against FlexAttention and dense SDPA", f"{HEADS} heads x {HEAD_DIM}")
 
 
-def _draw_flex(axes: Any, rows: Rows) -> None:
+def _draw_flex(axes: Any, rows: Results) -> None:
     _dots(axes, rows, "pattern")
     axes.axvline(1, color=RED, linewidth=1)
     axes.set(
@@ -524,12 +524,12 @@ def _draw_flex(axes: Any, rows: Rows) -> None:
     )
 
 
-def _draw_training(axes: Any, rows: Rows) -> None:
+def _draw_training(axes: Any, rows: Results) -> None:
     _dots(axes, rows, "attention")
     axes.set(title=f"training, {rows[0]['seq']:,} tokens", xlabel="time of a step / time of its forward")
 
 
-def _dots(axes: Any, rows: Rows, group: str) -> list[str]:
+def _dots(axes: Any, rows: Results, group: str) -> list[str]:
     """A dot for each row's ratio, the groups one below the other, the dtypes named at the last dots of the
     first group. Gives the groups."""
     groups = list(dict.fromkeys(row[group] for row in rows))
@@ -551,7 +551,7 @@ def _groups(axes: Any, groups: list[str]) -> None:
     axes.grid(axis="x")
 
 
-def _draw_dense(axes: Any, rows: Rows) -> None:
+def _draw_dense(axes: Any, rows: Results) -> None:
     """Our time as a share of dense time, by sparsity and block, with a bar at the share of blocks kept."""
     cases = [row | {"case": f"{row['sparsity']:.0%} left out, block {row['block']}"} for row in rows]
     groups = _dots(axes, cases, "case")
@@ -576,7 +576,7 @@ WHO = (("ours", "ours", "o"), ("dense", "dense SDPA", "s"), ("flex", "FlexAttent
 """Who allocates: name, and marker."""
 
 
-def _draw_memory(axes: Any, rows: Rows) -> None:
+def _draw_memory(axes: Any, rows: Results) -> None:
     patterns = list(dict.fromkeys(row["pattern"] for row in rows))
     for who, name, marker in WHO:
         axes.scatter([], [], color=MUTED, marker=marker, s=28, label=name)
@@ -594,7 +594,7 @@ def _draw_memory(axes: Any, rows: Rows) -> None:
     axes.legend(loc="center", bbox_to_anchor=(0.62, 0.5), handletextpad=0.1)
 
 
-def said(rows: Rows) -> Said:
+def said(rows: Results) -> Said:
     ratios = [row["ratio"] for row in of_part(rows, "flex")]
     sparse = [row for row in of_part(rows, "dense") if row["sparsity"] > 0.5]
     held = of_part(rows, "memory")

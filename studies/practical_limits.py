@@ -20,8 +20,8 @@ from planner.report.text.recommend import seconds
 from planner.report.text.words import kind_of
 from planner.search.relax import NothingFitsError
 from planner.workload import Mode
-from studies.bench.records import Row, Step, markdown
-from studies.bench.study import Rows, Said, Scope, Study
+from studies.bench.records import Job, Row, markdown
+from studies.bench.study import Results, Said, Scope, Study
 
 CARDS: Final[tuple[str, ...]] = ("gtx1080", "rtx3060", "rtx4060ti-16gb", "rtx4090", "h100-sxm")
 """Of 8, 12, 16, 24 and 80 GB."""
@@ -73,7 +73,7 @@ def _figures(found: Pick) -> Row:
     return {"attention": kind_of(found.config), "seconds": found.seconds, "mass": found.mass}
 
 
-def steps(scope: Scope) -> list[Step]:
+def steps(scope: Scope) -> list[Job]:
     """A step a card, length and mode; quick, two cards and three lengths, without trials."""
     cards, lengths, modes, trials = CARDS, LENGTHS, MODES, TRIALS
     if scope.quick:
@@ -92,7 +92,7 @@ def still_fits(row: Row) -> int | None:
     return next((int(found[1]) for found in matches if found), None)
 
 
-def limits_table(rows: Rows) -> str:
+def limits_table(rows: Results) -> str:
     """Each card and length: the fastest that passes the gates, and the one that attends to most."""
     return markdown(
         (_cells(row) for row in rows),
@@ -130,12 +130,12 @@ def _short(card: str) -> str:
     return re.sub(r"NVIDIA |GeForce | \d+GB.*", "", card)
 
 
-def on_8_gb(rows: Rows) -> Mapping[int, Row]:
+def on_8_gb(rows: Results) -> Mapping[int, Row]:
     """Inference on the card of 8 GB, which is the seeds', by length."""
     return {row["seq"]: row for row in rows if row["gb"] == 8 and row["mode"] == "inference"}
 
 
-def seeds_table(rows: Rows) -> str:
+def seeds_table(rows: Results) -> str:
     """The seeds' practical limits on 8 GB beside what is recommended for the longest of each range."""
     here = on_8_gb(rows)
     return markdown(
@@ -155,7 +155,7 @@ def _answer(row: Row) -> str:
     return "nothing fits" + (f"; {most:,} tokens would" if most else "")
 
 
-def draw(figure: Any, rows: Rows) -> None:
+def draw(figure: Any, rows: Results) -> None:
     """A grid of cards and lengths for each mode: kind of attention by colour and name, time, memory."""
     modes = list(dict.fromkeys(row["mode"] for row in rows))
     figure.set_size_inches(10, 1 + 3.7 * len(modes))
@@ -170,7 +170,7 @@ def draw(figure: Any, rows: Rows) -> None:
     )
 
 
-def _draw_grid(axes: Any, rows: Rows, mode: str) -> None:
+def _draw_grid(axes: Any, rows: Results, mode: str) -> None:
     cards = list(dict.fromkeys((row["gb"], _short(row["card"])) for row in rows))
     lengths = list(dict.fromkeys(row["seq"] for row in rows))
     for row in rows:
@@ -197,7 +197,7 @@ def _no(row: Row) -> str:
     return "nothing fits" + (f"\nup to {most / (1 << 20):.2f}M" if most else "")
 
 
-def said(rows: Rows) -> Said:
+def said(rows: Results) -> Said:
     good = [row for row in rows if row["outcome"] == "ok"]
     kinds = sorted({row["attention"] for row in good})
     here = on_8_gb(rows)

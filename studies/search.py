@@ -23,8 +23,8 @@ from planner.search.recommend import answered, better
 from planner.search.refine import refine
 from planner.search.relax import NothingFitsError
 from planner.workload import Workload
-from studies.bench.records import Row, Step, markdown
-from studies.bench.study import Rows, Said, Scope, Study
+from studies.bench.records import Job, Row, markdown
+from studies.bench.study import Results, Said, Scope, Study
 
 SEED: Final = 7
 SCENARIOS, TRIALS = 200, 300
@@ -146,7 +146,7 @@ def _far(gap: float | None) -> float:
     return 1.0 if gap is None else min(max(-gap, 0.0), 1.0)
 
 
-def near(rows: Rows) -> dict[str, dict[int, float]]:
+def near(rows: Results) -> dict[str, dict[int, float]]:
     """Share of questions within 5% of the grid's optimum, by sampler and number of trials."""
     found: dict[str, dict[int, list[float]]] = {}
     for row in rows:
@@ -159,7 +159,7 @@ def near(rows: Rows) -> dict[str, dict[int, float]]:
     }
 
 
-def samplers_table(rows: Rows) -> str:
+def samplers_table(rows: Results) -> str:
     """Distance to the optimum by sampler and trials: median, and how often within 5%."""
     by_sampler: dict[str, list[Row]] = {}
     for row in rows:
@@ -175,12 +175,12 @@ def samplers_table(rows: Rows) -> str:
     return markdown(body, ["sampler", *(f"{count} trials" for count in counts)])
 
 
-def steps(scope: Scope) -> list[Step]:
+def steps(scope: Scope) -> list[Job]:
     """A step a question, and one for each question that samplers are compared on."""
     asked, trials = (3, 30) if scope.quick else (SCENARIOS, TRIALS)
     samplers: tuple[Sampler, ...] = SAMPLERS[:2] if scope.quick else SAMPLERS
     counts = [count for count in COUNTS if count <= trials]
-    questions: list[Step] = [
+    questions: list[Job] = [
         (f"question {n} {one['objective']}", partial(scenario_row, one, trials))
         for n, one in enumerate(map(scenario, range(asked)))
     ]
@@ -191,7 +191,7 @@ def steps(scope: Scope) -> list[Step]:
     ]
 
 
-def draw(figure: Any, rows: Rows) -> None:
+def draw(figure: Any, rows: Results) -> None:
     """Left: questions within 5% of the optimum by trials and sampler. Right: how Optuna alone ends, by
     question."""
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
@@ -235,21 +235,21 @@ def draw(figure: Any, rows: Rows) -> None:
     )
 
 
-def _answered(rows: Rows) -> Rows:
+def _answered(rows: Results) -> Results:
     return [row for row in rows if row["part"] == "answer" and row["outcome"] == "ok"]
 
 
-def _close(rows: Rows) -> float | None:
+def _close(rows: Results) -> float | None:
     """Share of the questions in which Optuna alone comes within 5%; None where none was answered."""
     good = _answered(rows)
     return sum(_far(row["cold"]) <= NEAR for row in good) / len(good) if good else None
 
 
-def _trials(rows: Rows) -> int:
+def _trials(rows: Results) -> int:
     return int(next(row["trials"] for row in rows if row["part"] == "answer"))
 
 
-def said(rows: Rows) -> Said:
+def said(rows: Results) -> Said:
     good, close = _answered(rows), _close(rows)
     worse = sum(row["answer"] < -0.01 for row in good)
     better = sum(row["answer"] > 0.01 for row in good)

@@ -11,12 +11,12 @@ from typing import Any, Final
 from planner import gpus
 from planner.report.plot.figure import BLUE, GREEN, ORANGE, RED, title, token_axis
 from studies.bench.panels import curves
-from studies.bench.records import Step
-from studies.bench.study import Rows, Said, Scope, Study, many
+from studies.bench.records import Job
+from studies.bench.study import Results, Said, Scope, Study, many
 from studies.bench.trade_offs import (
     SEEDS_CARD,
-    Case,
-    Plan,
+    Purpose,
+    StudyConfig,
     asked,
     case_steps,
     dilated,
@@ -46,7 +46,7 @@ SERIES: Final = {
 """Colour and marker of each."""
 
 
-def cases(quick: bool = False) -> list[Case]:
+def cases(quick: bool = False) -> list[StudyConfig]:
     """By series, then by the first segment."""
     found = []
     for series in SERIES:
@@ -57,16 +57,16 @@ def cases(quick: bool = False) -> list[Case]:
                 config = sparse(lengths, rates, block=BLOCK, sparsity_ratio=KEPT)
             else:
                 config = dilated(lengths, rates)
-            found.append(Case(f"{series}, first {first:,}", config, series, first))
+            found.append(StudyConfig(f"{series}, first {first:,}", config, series, first))
     return found
 
 
-def steps(scope: Scope) -> list[Step]:
-    plan = Plan(task(SEQ), gpus.find(SEEDS_CARD))
+def steps(scope: Scope) -> list[Job]:
+    plan = Purpose(task(SEQ), gpus.find(SEEDS_CARD))
     return case_steps(cases(scope.quick), plan, here(scope, QUICK if scope.quick else HERE))
 
 
-def draw(figure: Any, rows: Rows) -> None:
+def draw(figure: Any, rows: Results) -> None:
     """Five panels over the first segment."""
     ticks = [row["x"] for row in rows if row["series"] == rows[0]["series"]]
     shown = ticks[:: 2 if len(ticks) > 5 else 1]
@@ -83,7 +83,7 @@ def draw(figure: Any, rows: Rows) -> None:
     )
 
 
-def said(rows: Rows) -> Said:
+def said(rows: Results) -> Said:
     memory = spread(held(row[part]) for row in rows for part in ("here", "planned"))
     alone = [row for row in rows if row["series"] == "dilated, one branch"]
     blocks = [row for row in rows if row["series"] == "dilated_sparse, three branches"]

@@ -14,12 +14,12 @@ from attention.config import AttentionConfig
 from planner import gpus
 from planner.report.plot.figure import BLUE, GREEN, KINDS, title
 from studies.bench.panels import Curves, curves
-from studies.bench.records import Row, Step, markdown
-from studies.bench.study import Rows, Said, Scope, Study, together
+from studies.bench.records import Job, Row, markdown
+from studies.bench.study import Results, Said, Scope, Study, together
 from studies.bench.trade_offs import (
     FLEX_CARD,
-    Case,
-    Plan,
+    Purpose,
+    StudyConfig,
     adaptive,
     asked,
     case_steps,
@@ -52,9 +52,9 @@ SERIES: Final = {
 DENSE: Final = "dense"
 
 
-def cases(fractions: Sequence[float]) -> list[Case]:
+def cases(fractions: Sequence[float]) -> list[StudyConfig]:
     """Dense attention first, then by series and fraction. All reach over the whole sequence, however long."""
-    found = [Case(DENSE, AttentionConfig(variant="dense"), DENSE, 1.0)]
+    found = [StudyConfig(DENSE, AttentionConfig(variant="dense"), DENSE, 1.0)]
     for series in SERIES:
         for fraction in fractions:
             if series == "adaptive":
@@ -62,18 +62,18 @@ def cases(fractions: Sequence[float]) -> list[Case]:
             else:
                 rates = (1, 4, 16) if "rates" in series else (1,)
                 config = sparse((SEQ,) * len(rates), rates, block=BLOCK, sparsity_ratio=fraction)
-            found.append(Case(f"{series}, {fraction:.1%}", config, series, fraction))
+            found.append(StudyConfig(f"{series}, {fraction:.1%}", config, series, fraction))
     return found
 
 
-def steps(scope: Scope) -> list[Step]:
+def steps(scope: Scope) -> list[Job]:
     fractions, seq = (QUICK_FRACTIONS, QUICK) if scope.quick else (FRACTIONS, HERE)
     return case_steps(
-        cases(fractions), Plan(task(SEQ), gpus.find(FLEX_CARD)), here(scope, seq, longest=LONGEST)
+        cases(fractions), Purpose(task(SEQ), gpus.find(FLEX_CARD)), here(scope, seq, longest=LONGEST)
     )
 
 
-def against(rows: Rows) -> dict[str, Callable[[Row], float | None]]:
+def against(rows: Results) -> dict[str, Callable[[Row], float | None]]:
     """A row's time as a multiple of dense attention's: measured and predicted here, planned on the card."""
     dense = rows[0]
     mine, card = dense["here"]["expected"]["seconds"], dense["planned"]["seconds"]
@@ -101,7 +101,7 @@ def break_even(points: Sequence[tuple[float, float]]) -> float:
     return 1.0
 
 
-def evens(rows: Rows) -> dict[str, dict[str, float]]:
+def evens(rows: Results) -> dict[str, dict[str, float]]:
     """By series, `break_even` of each way of knowing the time."""
     return {
         series: {
@@ -119,7 +119,7 @@ def _share(even: float, digits: int = 0) -> str:
     return "unknown" if math.isnan(even) else f"{even:.{digits}%}"
 
 
-def even_table(rows: Rows) -> str:
+def even_table(rows: Results) -> str:
     """Up to which fraction sparse attention is the faster one."""
     mine, card = rows[0]["here"], rows[0]["planned"]
     return markdown(
@@ -128,7 +128,7 @@ def even_table(rows: Rows) -> str:
     )
 
 
-def draw(figure: Any, rows: Rows) -> None:
+def draw(figure: Any, rows: Results) -> None:
     """Five panels over the fraction."""
     mine, card, ratio = rows[0]["here"], rows[0]["planned"], against(rows)
     rule = (1.0, "dense attention")
@@ -154,7 +154,7 @@ def draw(figure: Any, rows: Rows) -> None:
     title(figure, f"Sparsity, blocks of {BLOCK}", f"{asked(mine)}; {asked(card)}; 8 heads x 64")
 
 
-def said(rows: Rows) -> Said:
+def said(rows: Results) -> Said:
     mine, card = rows[0]["here"], rows[0]["planned"]
     measured, planned = (
         "; ".join(f"{series} {_share(ways[way])}" for series, ways in evens(rows).items())

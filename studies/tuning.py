@@ -18,11 +18,11 @@ from planner.answers.tuned import Trial
 from planner.report.plot.figure import KINDS, RED, named, title
 from planner.report.text.recommend import seconds
 from planner.report.text.words import kind_of, sizes
-from studies.bench.records import Row, Step, markdown
-from studies.bench.study import Rows, Said, Scope, Study
+from studies.bench.records import Job, Row, markdown
+from studies.bench.study import Results, Said, Scope, Study
 
-Asked = dict[str, Any]
-SCENARIOS: Final[tuple[Asked, ...]] = (
+Question = dict[str, Any]
+SCENARIOS: Final[tuple[Question, ...]] = (
     {"vram": "48MB", "seq": 4096, "heads": 8, "head_dim": 64, "dtype": "float32"},
     {"vram": "48MB", "seq": 8192, "heads": 4, "head_dim": 128, "dtype": "bfloat16", "causal": True},
     {"vram": "64MB", "seq": 2048, "heads": 8, "head_dim": 64, "dtype": "bfloat16", "mode": "training"},
@@ -39,13 +39,13 @@ SCENARIOS: Final[tuple[Asked, ...]] = (
 )
 """A trial takes tenths of a second; budgets leave room for some configs and not for others."""
 TRIALS: Final = 30
-QUICK: Final[Asked] = {"vram": "16MB", "seq": 512, "heads": 2, "head_dim": 64, "dtype": "float32"}
+QUICK: Final[Question] = {"vram": "16MB", "seq": 512, "heads": 2, "head_dim": 64, "dtype": "float32"}
 QUICK_TRIALS: Final = 4
 TICKS: Final = (0.02, 0.05, 0.1, 0.2, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10)
 """Of speeds, on a logarithmic axis."""
 
 
-def scenario_row(asked: Asked, trials: int) -> Row:
+def scenario_row(asked: Question, trials: int) -> Row:
     """One question, tuned from a cold start: all trials, and how the analytic pick does among them."""
     with TemporaryDirectory() as folder:
         found = tune(**asked, trials=trials, storage=str(Path(folder) / "trials.journal"))
@@ -79,13 +79,13 @@ def _figures(trial: Trial) -> Row:
     }
 
 
-def steps(scope: Scope) -> list[Step]:
+def steps(scope: Scope) -> list[Job]:
     """A step a question; quick, one small one."""
     asked, trials = ((QUICK,), QUICK_TRIALS) if scope.quick else (SCENARIOS, TRIALS)
     return [(f"question {number}", partial(scenario_row, one, trials)) for number, one in enumerate(asked)]
 
 
-def tuning_table(rows: Rows) -> str:
+def tuning_table(rows: Results) -> str:
     """Each question: the pick and the fastest as measured, and what became of the trials."""
     return markdown(
         (_cells(row) for row in rows),
@@ -131,7 +131,7 @@ def speeds(row: Row) -> list[tuple[str, float]]:
     ]
 
 
-def draw(figure: Any, rows: Rows) -> None:
+def draw(figure: Any, rows: Results) -> None:
     """Every trial's speed against the models' pick, a line a question."""
     figure.set_size_inches(9.5, 1.9 + 0.75 * len(rows))
     axes = figure.add_subplot()
@@ -174,7 +174,7 @@ def _summary(row: Row) -> str:
     return f"best {row['speedup']:.2f} x the pick's speed\npick is no. {row['rank']} of {row['ran']}{beside}"
 
 
-def said(rows: Rows) -> Said:
+def said(rows: Results) -> Said:
     good = [row for row in rows if row["rank"]]
     faster = [row["speedup"] for row in good if row["speedup"] > 1]
     gain = "nothing faster than a pick that ran in any question"

@@ -19,8 +19,8 @@ from planner.report.plot.figure import BLUE, INK, KINDS, MUTED, RED, named, titl
 from planner.workload import Workload
 from studies.bench import memory_rows
 from studies.bench.memory_rows import CARD, MIB, mib, place
-from studies.bench.records import Row, Step, markdown
-from studies.bench.study import Rows, Said, Scope, Study
+from studies.bench.records import Job, Row, markdown
+from studies.bench.study import Results, Said, Scope, Study
 
 LENGTHS: Final = tuple(1024 << n for n in range(8))
 MEASURED, QUICK = (1024, 2048, 4096), (512,)
@@ -83,7 +83,7 @@ def measured_row(name: str, seq: int, batch: Batch) -> Row:
     return head | memory_rows.measured(configs()[name], Workload(seq=seq, weights=True), batch)
 
 
-def steps(scope: Scope) -> list[Step]:
+def steps(scope: Scope) -> list[Job]:
     batch = scope.batch(timeout=TIMEOUT)
     short = QUICK if scope.quick else MEASURED
     return [
@@ -96,11 +96,11 @@ def steps(scope: Scope) -> list[Step]:
     ]
 
 
-def of_part(rows: Rows, part: str, attention: str) -> Rows:
+def of_part(rows: Results, part: str, attention: str) -> Results:
     return [row for row in rows if row["part"] == part and row["attention"] == attention]
 
 
-def stored_table(rows: Rows) -> str:
+def stored_table(rows: Results) -> str:
     """Weights by length: dense, and as active blocks with their share of dense."""
     found = {name: of_part(rows, "stored", name) for name in configs()}
     body = []
@@ -114,7 +114,7 @@ def stored_table(rows: Rows) -> str:
     return markdown(body, ["tokens", "dense, MiB", *names])
 
 
-def measured_table(rows: Rows) -> str:
+def measured_table(rows: Results) -> str:
     """Whole calls with weights where the study ran."""
     mine = [row for row in rows if row["part"] == "measured"]
     return markdown(
@@ -131,7 +131,7 @@ def measured_table(rows: Rows) -> str:
     )
 
 
-def claims_table(rows: Rows) -> str:
+def claims_table(rows: Results) -> str:
     """The seeds' sizes, how many blocks a row they are, and what stands here."""
     body = []
     for seq, size in SEEDS.items():
@@ -161,7 +161,7 @@ def claims_table(rows: Rows) -> str:
     )
 
 
-def stored(rows: Rows, attention: str, seq: int) -> Row:
+def stored(rows: Results, attention: str, seq: int) -> Row:
     """The row of a length."""
     return next(row for row in of_part(rows, "stored", attention) if row["seq"] == seq)
 
@@ -171,7 +171,7 @@ def blocks_a_row(row: Row, size: float) -> float:
     return size / float(row["block_bytes"] * row["rows"])
 
 
-def longest(rows: Rows, attention: str) -> int:
+def longest(rows: Results, attention: str) -> int:
     """The longest of the lengths whose call fits the seeds' card; 0 for none."""
     budget = gpus.find(CARD).usable_bytes
     return max(
@@ -179,7 +179,7 @@ def longest(rows: Rows, attention: str) -> int:
     )
 
 
-def draw(figure: Any, rows: Rows) -> None:
+def draw(figure: Any, rows: Results) -> None:
     """Left: the weights. Right: whole calls, against the card's memory."""
     figure.set_size_inches(10, 4.8)
     left, right = figure.subplots(1, 2, sharey=True)
@@ -221,7 +221,7 @@ def draw(figure: Any, rows: Rows) -> None:
     )
 
 
-def said(rows: Rows) -> Said:
+def said(rows: Results) -> Said:
     seq = LENGTHS[-1]
     sizes = {name: f"{mib(stored(rows, name, seq)['stored'])} MiB for {name}" for name in configs()}
     fits = {name: f"{longest(rows, name):,} for {name}" for name in configs()}

@@ -28,7 +28,7 @@ class Gating(NamedTuple):
     buffers: Buffers
 
 
-class Gate(torch.autograd.Function):
+class ScoreGate(torch.autograd.Function):
     """`out` [B, S, H, D] as it is; backward gives a chosen block's score the gradient of a bias on its
     logits: the sum over the block of dS = P (do v^T - delta). `scores`, `blocks`: [B, H, rows, kept]."""
 

@@ -8,11 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 Count: TypeAlias = int
 """An int, or an int64 array of many: every expression here and in what builds on it is the same for
 both. Typed as int, because that is what all but the planner's array evaluation pass."""
+Amount: TypeAlias = Any
+"""A number, whole or a mean, or an array of many: a `Count` for callers that pass arrays and means too."""
+Ints: TypeAlias = "NDArray[np.int64]"
+Floats: TypeAlias = "NDArray[np.float64]"
 
 
 def ceil_div(a: Count, b: Count) -> Count:

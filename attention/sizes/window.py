@@ -6,12 +6,7 @@ rows keep everything. Under a causal mask nothing behind the row's own block is 
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
-
-from attention.sizes.arrays import ceil_div, maximum, minimum, where
-
-Amount: TypeAlias = Any
-"""An int, or an int64 array of many: as `attention.sizes.arrays.Count`, for callers of either kind."""
+from attention.sizes.arrays import Amount, ceil_div, maximum, minimum, where
 
 
 def window_blocks(

@@ -23,8 +23,8 @@ from attention.errors import AttentionPlannerError, StorageError
 from planner.cli.options import (
     AnyLength,
     Given,
+    GivenSizes,
     Place,
-    Sizes,
     Unweighted,
     build_any_length,
     build_config,
@@ -97,7 +97,7 @@ _BUILDERS: Final[dict[Any, Callable[..., Any]]] = {
     AnyLength: build_any_length,
     Place: build_place,
     Card: build_card,
-    Sizes: build_sizes,
+    GivenSizes: build_sizes,
     Unweighted: build_unweighted,
     Conditions: build_conditions,
     Allowed: build_space,

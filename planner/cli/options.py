@@ -83,9 +83,9 @@ def known_workload(path: Path | None, named: str = "--config ") -> dict[str, Any
 
 AnyLength = NewType("AnyLength", Workload)
 """A workload whose length is for the command to fill in."""
-Sizes = NewType("Sizes", AnyLength)
+GivenSizes = NewType("GivenSizes", AnyLength)
 """One that no file has a say in."""
-Unweighted = NewType("Unweighted", Sizes)
+Unweighted = NewType("Unweighted", GivenSizes)
 """One that does not ask for the weights."""
 
 
@@ -103,9 +103,9 @@ def build_any_length(**given: Any) -> AnyLength:
     return AnyLength(build_workload(seq="1", **given))
 
 
-def build_sizes(**given: Any) -> Sizes:
+def build_sizes(**given: Any) -> GivenSizes:
     """As `build_any_length`, without `config`."""
-    return Sizes(build_any_length(**given))
+    return GivenSizes(build_any_length(**given))
 
 
 def build_unweighted(**given: Any) -> Unweighted:

@@ -11,7 +11,7 @@ import typer
 from attention.config import AttentionConfig
 from attention.errors import ConfigError
 from planner.cli.app import DONE, NOTHING_FITS, command, ink, print_data
-from planner.cli.options import AnyLength, Format, Given, Place, Sizes, flags, say
+from planner.cli.options import AnyLength, Format, Given, GivenSizes, Place, flags, say
 from planner.units import parse_bytes, parse_count
 from planner.workload import Workload
 
@@ -124,7 +124,7 @@ def compare(
     seq: Annotated[
         str | None, typer.Option(metavar="TOKENS", help="Tokens: 131072, 128K or 1M; for configs.")
     ] = None,
-    workload: Sizes,
+    workload: GivenSizes,
     place: Place,
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw both side by side, as .png or .svg.")

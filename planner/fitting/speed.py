@@ -17,9 +17,10 @@ from typing import Any, Final, Literal, NamedTuple
 import numpy as np
 
 from attention.errors import AttentionPlannerError
+from attention.sizes.arrays import Floats
 from planner import gpus
 from planner.calibration import Costs, Rates, SpeedFit
-from planner.configs import Floats, columns_of
+from planner.configs import columns_of
 from planner.fitting.samples import Sample
 from planner.fitting.speed_runs import LONGER, timing_samples
 from planner.measuring.measure import Device, Measurement

@@ -26,7 +26,7 @@ SCHEMA_VERSION: Final = 1
 Outcome = Literal["ok", "oom", "crash", "timeout", "error"]
 Device = Literal["cpu", "cuda"]
 OptionalBytes = int | None
-Sizes = Annotated[tuple[int, ...], BeforeValidator(as_tuple)]
+ByteSizes = Annotated[tuple[int, ...], BeforeValidator(as_tuple)]
 
 SETTINGS = (
     "ATEN_CPU_CAPABILITY",
@@ -112,7 +112,7 @@ class Measurement(Value):
     reference: float | None = None
     """Seconds of a small dense attention timed between those runs, if asked for: how fast the device was at
     that time. `seconds / reference` is the median of the runs' ratios."""
-    largest: Sizes = ()
+    largest: ByteSizes = ()
     """CPU: the largest single allocations of the first call, descending."""
     requested: OptionalBytes = None
     """oom: bytes asked for last, if the platform said."""

@@ -13,7 +13,7 @@ from planner.memory import cuda_process as device
 from planner.memory.onednn.units import UNITS, Unit
 
 
-class Call(NamedTuple):
+class KernelCall(NamedTuple):
     """One kernel call: N views, H heads, T queries, K keys, D channels."""
 
     views: Count
@@ -29,7 +29,7 @@ class Call(NamedTuple):
     """Rows of an additive mask [rows, K], 0 for none."""
 
 
-def _sizes(call: Call) -> dict[str, Count]:
+def _sizes(call: KernelCall) -> dict[str, Count]:
     """What every kernel is told under the same names."""
     return {"heads": call.heads, "queries": call.queries, "keys": call.keys, "itemsize": call.itemsize}
 
@@ -44,9 +44,9 @@ class Bytes(NamedTuple):
 class Machine(Protocol):
     """A device's kernels."""
 
-    def forward(self, call: Call) -> Bytes: ...
-    def backward(self, call: Call) -> Bytes: ...
-    def flex(self, call: Call) -> Bytes:
+    def forward(self, call: KernelCall) -> Bytes: ...
+    def backward(self, call: KernelCall) -> Bytes: ...
+    def flex(self, call: KernelCall) -> Bytes:
         """What compiled FlexAttention leaves going forward (out, log-sum-exp), and takes going backward."""
         ...
 
@@ -73,7 +73,7 @@ class Cpu:
     dtype: str = "float32"
     products: Unit | None = None
 
-    def forward(self, call: Call) -> Bytes:
+    def forward(self, call: KernelCall) -> Bytes:
         return Bytes(
             *cpu_kernels.forward_bytes(
                 **_sizes(call),
@@ -86,7 +86,7 @@ class Cpu:
             )
         )
 
-    def backward(self, call: Call) -> Bytes:
+    def backward(self, call: KernelCall) -> Bytes:
         return Bytes(
             *cpu_kernels.backward_bytes(
                 **_sizes(call),
@@ -97,7 +97,7 @@ class Cpu:
             )
         )
 
-    def flex(self, call: Call) -> Bytes:
+    def flex(self, call: KernelCall) -> Bytes:
         raise AssertionError("compiled FlexAttention runs on CUDA only")
 
     def product(
@@ -151,7 +151,7 @@ FLASH_CHANNELS = 256
 """The most that flash attention takes."""
 
 
-def _mask_copy(kernel: cuda_kernels.KernelName, call: Call) -> Count:
+def _mask_copy(kernel: cuda_kernels.KernelName, call: KernelCall) -> Count:
     """The mask with rows as the efficient kernel wants them; see `attention.ops.kernels._aligned`."""
     return call.masked * up(call.keys, 8) * call.itemsize if kernel == "efficient" else 0
 
@@ -162,7 +162,7 @@ class Cuda:
 
     capability: tuple[int, int]
 
-    def kernels(self, call: Call) -> tuple[cuda_kernels.KernelName, ...]:
+    def kernels(self, call: KernelCall) -> tuple[cuda_kernels.KernelName, ...]:
         """Those that calls of this size run on, as `attention.ops.kernels.choose` has it; the second only
         those with an additive mask, which flash does not take."""
         if call.itemsize == 8:
@@ -171,7 +171,7 @@ class Cuda:
             return ("efficient",)
         return ("flash", "efficient") if any_of(call.masked > 0) else ("flash",)
 
-    def forward(self, call: Call) -> Bytes:
+    def forward(self, call: KernelCall) -> Bytes:
         out = call.views * call.heads * call.queries * call.head_dim * call.itemsize
         results, scratch = [], []
         for number, kernel in enumerate(self.kernels(call)):
@@ -183,7 +183,7 @@ class Cuda:
             scratch.append((device.total(lines[1:]) + _mask_copy(kernel, call)) * applies)
         return Bytes(maximum(*results), maximum(*scratch))
 
-    def backward(self, call: Call) -> Bytes:
+    def backward(self, call: KernelCall) -> Bytes:
         dim = up(call.head_dim, 8)
         scratch = []
         for number, kernel in enumerate(self.kernels(call)):
@@ -210,7 +210,7 @@ class Cuda:
     ) -> Count:
         return 0  # cuBLAS works in a workspace of its own, which is a line of the device's
 
-    def flex(self, call: Call) -> Bytes:
+    def flex(self, call: KernelCall) -> Bytes:
         sizes = {
             "batch": call.views,
             "heads": call.heads,

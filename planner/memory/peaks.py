@@ -11,7 +11,8 @@ from typing import Final
 import numpy as np
 
 from attention.errors import ConfigError
-from planner.configs import Columns, Ints
+from attention.sizes.arrays import Ints
+from planner.configs import Columns
 from planner.memory.dispatch import goes_apart, planned
 from planner.memory.machines import Machine
 from planner.workload import Workload

@@ -17,8 +17,9 @@ from typing import TypeAlias
 import numpy as np
 
 from attention.config import AttentionConfig
+from attention.sizes.arrays import Floats, Ints
 from attention.sizes.window import window_blocks, window_spans
-from planner.configs import Column, Columns, Floats, Ints, columns_of
+from planner.configs import Column, Columns, columns_of
 from planner.quality import sampled_blocks as quality_rows
 from planner.quality.profiles import Profile
 from planner.quality.sampled_blocks import common, subsets

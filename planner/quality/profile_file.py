@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attention.errors import ConfigError
-from planner.configs import Floats
+from attention.sizes.arrays import Floats
 from planner.quality.profiles import PRESETS, Profile
 
 QUERIES: Final = 256

@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attention.config import AttentionConfig
-from attention.sizes.arrays import row_blocks
+from attention.sizes.arrays import Ints, row_blocks
 from attention.sizes.window import window_blocks
-from planner.configs import Columns, Ints, columns_of
+from planner.configs import Columns, columns_of
 from planner.quality.mass import KEPT, distinct, shape_of
 from planner.quality.sampled_blocks import PatternRows
 from planner.workload import Workload

@@ -14,9 +14,8 @@ from functools import reduce
 import numpy as np
 
 from attention.layout import BranchRows
-from attention.sizes.arrays import row_blocks
-from planner.configs import Floats, Ints
-from planner.quality.sums import Number, series, triangle
+from attention.sizes.arrays import Amount, Floats, Ints, row_blocks
+from planner.quality.sums import series, triangle
 from planner.sampling import stratified
 
 ROWS = 128
@@ -139,7 +138,7 @@ class _Grid:
         self.near = series(a, 1, self.queries)  # these queries seen from next to them
         self.full = series(a, 1, self.size)
 
-    def steps(self, step: Number, count: Number) -> Floats:
+    def steps(self, step: Amount, count: Amount) -> Floats:
         """Mass, for a query at the near end of its block, of the whole blocks at `step`, 2 step, ...
         count step; `near` and the way to that end make it the sum over the queries of each row."""
         a, size = self.a, self.size

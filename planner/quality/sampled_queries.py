@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from planner.configs import Floats, Ints
+from attention.sizes.arrays import Floats, Ints
 from planner.quality.sampled_blocks import common, subsets
 from planner.quality.sums import series
 from planner.sampling import golden, stratified

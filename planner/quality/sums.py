@@ -6,26 +6,21 @@ Arrays broadcast; a decay may be as small as 1e-5 / seq, which stands for a unif
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
-
 import numpy as np
 
-from planner.configs import Floats, Ints
-
-Number: TypeAlias = Any
-"""An int, a float or an array of them."""
+from attention.sizes.arrays import Amount, Floats, Ints
 
 RATIO = 1.2
 """Of the ends of a cell of queries, far from the edge."""
 
 
-def series(a: Floats, step: Number, terms: Number) -> Floats:
+def series(a: Floats, step: Amount, terms: Amount) -> Floats:
     """sum over m < terms of exp(-a step m)."""
     decay = a * step
     return np.asarray(np.expm1(-decay * terms) / np.expm1(-decay))
 
 
-def triangle(a: Floats, y: Number, step: Number = 1) -> Floats:
+def triangle(a: Floats, y: Amount, step: Amount = 1) -> Floats:
     """sum over q < y of series(a, step, q // step + 1) / step: what the queries of a segment's first y
     tokens see of its start, of every `step`-th token from themselves on, one query in `step` seeing."""
     gap = -np.expm1(-a * step)
@@ -51,13 +46,13 @@ def cells(seq: Ints, causal: bool) -> Ints:
     return np.concatenate([left, half, seq[:, None] - left[:, ::-1]], axis=1)
 
 
-def permitted(a: Floats, ends: Ints, seq: Number, causal: bool) -> Floats:
+def permitted(a: Floats, ends: Ints, seq: Amount, causal: bool) -> Floats:
     """Exponentials over all permitted keys, summed over the queries before each of `ends`."""
     left = triangle(a, ends)
     return left if causal else np.asarray(left + triangle(a, seq) - triangle(a, seq - ends) - ends)
 
 
-def segments(a: Floats, ends: Ints, seq: Number, length: Number, step: Number, causal: bool) -> Floats:
+def segments(a: Floats, ends: Ints, seq: Amount, length: Amount, step: Amount, causal: bool) -> Floats:
     """As `permitted`, over the keys in the own segment at distances of multiples of `step`, one query in
     `step` seeing."""
     whole, rest = ends // length, ends % length
@@ -70,7 +65,7 @@ def segments(a: Floats, ends: Ints, seq: Number, length: Number, step: Number, c
 
 
 def windows(
-    a: Floats, ends: Ints, seq: Number, size: Number, reach: Number, shared: Number, causal: bool
+    a: Floats, ends: Ints, seq: Amount, size: Amount, reach: Amount, shared: Amount, causal: bool
 ) -> Floats:
     """As `permitted`, over blocks of `size` up to `reach` away and the `shared` first; those see all."""
     wide = (reach + 1) * size

@@ -9,7 +9,8 @@ import numpy as np
 
 from attention.config import AttentionConfig
 from attention.errors import ConfigError
-from attention.layout_cells import COUNTED, Floats, row_counts, shares, taken, units
+from attention.layout_cells import COUNTED, row_counts, shares, taken, units
+from attention.sizes.arrays import Floats
 from planner.workload import Workload
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ import numpy as np
 
 from attention.config import MIB, Backend
 from attention.errors import ConfigError
-from planner.configs import Columns, Ints
+from attention.sizes.arrays import Ints
+from planner.configs import Columns
 from planner.memory.dispatch import goes_flex
 from planner.question.dimensions import AttentionKind, is_sparse, pattern_of, variant_of
 from planner.question.space import MAX_BRANCHES, Space

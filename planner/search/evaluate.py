@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attention.config import AttentionConfig
+from attention.sizes.arrays import Floats, Ints
 from planner.calibration import least_upper
-from planner.configs import Columns, Floats, Ints
+from planner.configs import Columns
 from planner.memory.estimate import MemoryEstimate, estimate
 from planner.memory.peaks import peaks
 from planner.quality import mass as quality

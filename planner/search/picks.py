@@ -7,8 +7,8 @@ from operator import le
 
 import numpy as np
 
+from attention.sizes.arrays import Floats, Ints
 from planner.answers.recommendation import Pick, Role
-from planner.configs import Floats, Ints
 from planner.search.evaluate import Point
 
 

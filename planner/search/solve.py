@@ -17,8 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attention.config import AttentionConfig
+from attention.sizes.arrays import Floats, Ints
 from planner.bisection import largest
-from planner.configs import Columns, Floats, Ints, columns_of
+from planner.configs import Columns, columns_of
 from planner.quality.mass import shape_of
 from planner.search import evaluate
 from planner.search.evaluate import Figures, Point

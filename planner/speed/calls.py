@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from attention.sizes.arrays import any_of, lcm, maximum, minimum, where
+from attention.sizes.arrays import Amount, any_of, lcm, maximum, minimum, where
 from attention.sizes.row_bounds import Rows
 from attention.sizes.shape import WIDE, Shape
-from planner.speed.row_runs import Amount, Run, rounded_up
+from planner.speed.row_runs import Run, rounded_up
 
 
 class Calls(NamedTuple):

@@ -6,18 +6,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Final, Literal, NamedTuple, TypeAlias
+from typing import Final, Literal, NamedTuple
 
 import numpy as np
 
 from attention.config import PatternType
-from attention.sizes.arrays import any_of, ceil_div, lcm, maximum, minimum, row_blocks, where
+from attention.sizes.arrays import Amount, any_of, ceil_div, lcm, maximum, minimum, row_blocks, where
 from attention.sizes.row_bounds import Rows
 from attention.sizes.window import window_blocks
 from planner.sampling import golden
-
-Amount: TypeAlias = Any
-"""A number, whole or a mean, or an array of many: as `attention.sizes.arrays.Count`, not always an int."""
 
 SAMPLES: Final = 16
 """Rows of a dilated_sparse pattern that are looked at, spread evenly over every segment length."""

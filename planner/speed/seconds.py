@@ -15,26 +15,23 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from attention.config import AttentionConfig
 from attention.errors import ConfigError
+from attention.sizes.arrays import Amount, Floats
 from planner.calibration import Costs, Rates
 from planner.configs import Columns, columns_of
 from planner.memory.dispatch import goes_apart
 from planner.memory.machines import Cpu, Machine
 from planner.speed.rates import HOST, default_rates
-from planner.speed.row_runs import Amount
 from planner.speed.work import Kernel, Totals, Work, cpu_kernel, gpu_kernel, work_of
 from planner.workload import Workload
-
-Seconds = NDArray[np.float64]
 
 AT_ONCE = 8192
 """Candidates that are evaluated together: few enough that their arrays stay in the cache."""
 
 
-def seconds(columns: Columns, workload: Workload, machine: Machine, rates: Rates) -> Seconds:
+def seconds(columns: Columns, workload: Workload, machine: Machine, rates: Rates) -> Floats:
     """[len(columns)], seconds of a warm call; `workload.seq` is not read.
 
     ConfigError if the rates are of the other kind of device or lack the dtype, and for workloads that ask for
@@ -48,7 +45,7 @@ def seconds_of(config: AttentionConfig, workload: Workload, machine: Machine, ra
     return float(seconds(columns_of(config, workload.seq), workload, machine, rates)[0])
 
 
-def utilisation(columns: Columns, workload: Workload, machine: Machine, rates: Rates) -> Seconds:
+def utilisation(columns: Columns, workload: Workload, machine: Machine, rates: Rates) -> Floats:
     """[len(columns)], the time at the speed of light in the predicted time, 0 to 1 where rates are right.
 
     The speed of light: 4 D FLOPs a pair of query and key that the kernels compute, and 10 D in backward, at
@@ -58,7 +55,7 @@ def utilisation(columns: Columns, workload: Workload, machine: Machine, rates: R
     return _each(columns, workload, machine, rates, _light) / seconds(columns, workload, machine, rates)
 
 
-def _each(columns: Columns, workload: Workload, machine: Machine, rates: Rates, figure: Any) -> Seconds:
+def _each(columns: Columns, workload: Workload, machine: Machine, rates: Rates, figure: Any) -> Floats:
     """figure(part, workload, machine, rates, apart) of all candidates, by parts that are computed alike."""
     _check(workload, machine, rates)
     found = np.empty(len(columns))

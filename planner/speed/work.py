@@ -14,14 +14,14 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Final, NamedTuple
 
 from attention.sizes.adaptive import gate_rows
-from attention.sizes.arrays import any_of, ceil_div, maximum, minimum, where
+from attention.sizes.arrays import Amount, any_of, ceil_div, maximum, minimum, where
 from attention.sizes.shape import Shape
 from planner.configs import Columns
 from planner.memory.dispatch import shape_of
 from planner.memory.machines import Machine
 from planner.speed import calls as work_calls
 from planner.speed.calls import Calls, Program
-from planner.speed.row_runs import Amount, Run, rounded_down, rounded_up, runs_of
+from planner.speed.row_runs import Run, rounded_down, rounded_up, runs_of
 from planner.workload import Workload
 
 FLEX_TILE: Final = 64

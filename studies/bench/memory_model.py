@@ -22,8 +22,8 @@ from planner.fitting.samples import KINDS, Sample, samples
 from planner.measuring.call import call_of
 from planner.measuring.server import Batch
 from planner.memory.estimate import estimate
-from studies.bench.records import Row, Step, markdown
-from studies.bench.study import Rows, Scope
+from studies.bench.records import Job, Row, markdown
+from studies.bench.study import Results, Scope
 
 SEED = 1009
 """Not that of a calibration."""
@@ -199,7 +199,7 @@ def _percent(share: float) -> str:
     return f"{share:.3%}"
 
 
-def steps(scope: Scope) -> list[Step]:
+def steps(scope: Scope) -> list[Job]:
     """The cases."""
     cases, longest, peered = (QUICK, QUICK_LONGEST, 8) if scope.quick else (CASES, LONGEST, PEERED)
     batch = scope.batch(timeout=TIMEOUT)
@@ -213,6 +213,6 @@ def steps(scope: Scope) -> list[Step]:
     ]
 
 
-def about_memory(rows: Rows) -> Rows:
+def about_memory(rows: Results) -> Results:
     """The rows of this half."""
     return [row for row in rows if row["about"] == "memory"]

@@ -8,17 +8,17 @@ from typing import Any, NamedTuple
 
 from planner.report.plot.figure import GRID, INK, LABEL, MUTED, TEXT
 from studies.bench.records import Row
-from studies.bench.study import Rows
+from studies.bench.study import Results
 
-Number = Callable[[Row], float | None]
+ReadRow = Callable[[Row], float | None]
 """What is shown of a row; None for nothing."""
 
 
-class Mark(NamedTuple):
+class Series(NamedTuple):
     """One of the numbers that a row shows in a panel."""
 
     name: str
-    of: Number
+    of: ReadRow
     color: str
     marker: str = "o"
     hollow: bool = False
@@ -28,13 +28,13 @@ class Panel(NamedTuple):
     """Numbers with one unit."""
 
     label: str
-    marks: tuple[Mark, ...]
+    marks: tuple[Series, ...]
     log: bool = False
     none: str = ""
     """What is written where no mark has a number."""
 
 
-def beside(figure: Any, rows: Rows, panels: Sequence[Panel]) -> None:
+def beside(figure: Any, rows: Results, panels: Sequence[Panel]) -> None:
     """A line a row, named at the left, and panel beside panel; rules between series."""
     figure.set_size_inches(11, 2.1 + 0.29 * len(rows))
     every = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
@@ -70,7 +70,7 @@ def beside(figure: Any, rows: Rows, panels: Sequence[Panel]) -> None:
     figure.legend(list(found.values()), list(found), loc="outside lower right", ncols=len(found))
 
 
-def _lines(axes: Any, rows: Rows) -> None:
+def _lines(axes: Any, rows: Results) -> None:
     """A faint line along each row, a rule between series."""
     for place, row in enumerate(rows):
         axes.axhline(place, color=GRID, linewidth=0.8, zorder=0)
@@ -108,9 +108,9 @@ class Curves(NamedTuple):
     """One quantity over a setting, a curve a series."""
 
     label: str
-    lines: Number
+    lines: ReadRow
     """Predicted or computed."""
-    dots: Number | None = None
+    dots: ReadRow | None = None
     """Measured."""
     log: bool = False
     none: str = ""
@@ -122,7 +122,7 @@ class Curves(NamedTuple):
 
 def curves(
     figure: Any,
-    rows: Rows,
+    rows: Results,
     panels: Sequence[Curves],
     along: Callable[[Any], None],
     series: Mapping[str, tuple[str, str]],
@@ -155,7 +155,7 @@ def curves(
     every[-1].legend(handles, list(styles), loc="center left", fontsize=LABEL, labelspacing=0.9)
 
 
-def _top(rows: Rows, panel: Curves) -> float | None:
+def _top(rows: Results, panel: Curves) -> float | None:
     """Where the rows without a number stand, if there are any and they have a place."""
     numbers = [panel.lines(row) for row in rows]
     known = [number for number in numbers if number is not None]

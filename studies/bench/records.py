@@ -94,7 +94,7 @@ def machine(device: torch.device) -> str:
     return f"{device.type}-{kind}".lower().replace(" ", "-")
 
 
-Step = tuple[str, Callable[[], Row]]
+Job = tuple[str, Callable[[], Row]]
 """A label, of its own in its study, and what makes its row."""
 
 
@@ -112,7 +112,7 @@ def collect(
     name: str,
     command: str,
     device: torch.device,
-    steps: Sequence[Step],
+    steps: Sequence[Job],
     folder: Path = DATA,
     *,
     independent: bool = False,

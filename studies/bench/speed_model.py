@@ -36,7 +36,7 @@ from planner.measuring.measure import Environment, Measurement
 from planner.measuring.server import Batch
 from planner.speed.seconds import seconds_of
 from planner.workload import Workload
-from studies.bench.records import Row, Step, markdown
+from studies.bench.records import Job, Row, markdown
 from studies.bench.study import Scope
 
 SEED = 2003
@@ -86,12 +86,12 @@ def scenario(number: int) -> list[Sample]:
     return [Sample(config, workload) for config in found]
 
 
-def steps(scope: Scope) -> list[Step]:
+def steps(scope: Scope) -> list[Job]:
     """Runs to fit to, held-out runs, and the scenarios' candidates."""
     fitted, cases, scenarios = (42, 21, 1) if scope.quick else (RUNS * 3 // 4, CASES, SCENARIOS)
     repetitions, longer = (3, 1) if scope.quick else (REPETITIONS, LONGER)
     batch = scope.batch(timeout=TIMEOUT, memory=False, runs=repetitions, reference=True)
-    found: list[Step] = []
+    found: list[Job] = []
 
     def add(part: str, samples: Iterable[Sample]) -> None:
         for n, sample in enumerate(samples):

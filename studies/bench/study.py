@@ -24,9 +24,9 @@ from attention.errors import AttentionPlannerError, ConfigError
 from planner.measuring.server import Batch
 from planner.report.plot.figure import written
 from studies.bench.catalogue import QUESTIONS
-from studies.bench.records import Row, Step, collect, machine, write
+from studies.bench.records import Job, Row, collect, machine, write
 
-Rows = list[Row]
+Results = list[Row]
 
 
 class Said(NamedTuple):
@@ -76,20 +76,20 @@ class Scope:
 class Study(NamedTuple):
     """One question. Rows are plain data; everything else is computed from them."""
 
-    steps: Callable[[Scope], list[Step]]
+    steps: Callable[[Scope], list[Job]]
     """What makes the rows, step by step; `quick` asks for so few that all studies take minutes."""
-    tables: Mapping[str, Callable[[Rows], str]]
+    tables: Mapping[str, Callable[[Results], str]]
     """Markdown tables by name; docs show them by it."""
-    draw: Callable[[Any, Rows], None]
+    draw: Callable[[Any, Results], None]
     """Draws into an empty matplotlib Figure; see `planner.report.plot.figure`."""
-    said: Callable[[Rows], Said]
+    said: Callable[[Results], Said]
     devices: tuple[str, ...] = ("cpu", "cuda")
     """Those on which it can run."""
     independent: bool = False
     """Whether rows are left out whose steps end in an error; otherwise such an error ends the study."""
 
 
-class Answer(NamedTuple):
+class StudyRun(NamedTuple):
     """A study that has run."""
 
     name: str
@@ -117,7 +117,7 @@ def able(names: Sequence[str], device: str, every: bool) -> list[str]:
     return found
 
 
-def run(name: str, *, device: torch.device, quick: bool, out: Path) -> Answer:
+def run(name: str, *, device: torch.device, quick: bool, out: Path) -> StudyRun:
     """Runs a study and writes its files into `out`, which is made if it is not there. NothingRanError where
     no case ran; then no file is written."""
     writable(out)
@@ -135,7 +135,7 @@ def run(name: str, *, device: torch.device, quick: bool, out: Path) -> Answer:
     write(files[1], as_csv(rows))
     write(files[2], as_markdown(name, source, rows, failed))
     written(files[3:], lambda figure: found.draw(figure, rows), f"study {name}:")
-    return Answer(name, said, tuple(files), failed)
+    return StudyRun(name, said, tuple(files), failed)
 
 
 @contextmanager
@@ -160,7 +160,7 @@ def writable(out: Path) -> None:
         ) from None
 
 
-def as_csv(rows: Rows) -> str:
+def as_csv(rows: Results) -> str:
     """The rows as CSV, what is nested under dotted names; a cell that a row lacks is empty."""
     flat = [dict(_flat(row)) for row in rows]
     names = list(dict.fromkeys(name for row in flat for name in row))
@@ -179,7 +179,7 @@ def _flat(row: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield prefix + name, " ".join(map(str, value)) if isinstance(value, list | tuple) else value
 
 
-def as_markdown(name: str, source: str, rows: Rows, failed: Mapping[str, str]) -> str:
+def as_markdown(name: str, source: str, rows: Results, failed: Mapping[str, str]) -> str:
     """The question, the three sentences, what gave no row, the tables, the command and where it ran."""
     found = study(name)
     said = found.said(rows)

@@ -26,9 +26,9 @@ from planner.report.text.words import kind_of
 from planner.search.recommend import speed_rates_of
 from planner.speed.seconds import seconds_of
 from planner.workload import Dtype, Workload
-from studies.bench.panels import Curves, Mark, Number, Panel
-from studies.bench.records import Row, Step, markdown
-from studies.bench.study import Rows, Scope
+from studies.bench.panels import Curves, Panel, ReadRow, Series
+from studies.bench.records import Job, Row, markdown
+from studies.bench.study import Results, Scope
 
 SEEDS_CARD: Final = "gtx1080"
 """The card of the reports that this project began with."""
@@ -37,10 +37,10 @@ FLEX_CARD: Final = "h100-sxm"
 HEADS, HEAD_DIM = 8, 64
 """Of all workloads here, as of theirs."""
 RUNS, TIMEOUT = 5, 300.0
-Card = Literal["cpu"] | gpus.Gpu
+Target = Literal["cpu"] | gpus.Gpu
 
 
-class Case(NamedTuple):
+class StudyConfig(NamedTuple):
     """A config of a study, and what it is sorted and drawn by."""
 
     name: str
@@ -51,17 +51,17 @@ class Case(NamedTuple):
     """Of the row besides."""
 
 
-class Plan(NamedTuple):
+class Purpose(NamedTuple):
     """What predictions are for."""
 
     workload: Workload
-    card: Card
+    card: Target
 
 
 class Here(NamedTuple):
     """Where and on what a study measures."""
 
-    plan: Plan
+    plan: Purpose
     batch: Batch
     longest: float
     """Seconds of a call: what is predicted to take longer is not measured."""
@@ -105,19 +105,19 @@ def here(scope: Scope, seq: int, longest: float = 3.0, **sizes: Any) -> Here:
     """This device, in the type that it computes best in: single precision on a CPU, whose matrix units for 16
     bits are rare, and float16 on a GPU."""
     batch = scope.batch(runs=1 if scope.quick else RUNS, reference=True, timeout=TIMEOUT)
-    card: Card = "cpu"
+    card: Target = "cpu"
     dtype: Dtype = "float32"
     if scope.device.type == "cuda":
         card, dtype = gpus.find(torch.cuda.get_device_name(scope.device)), "float16"
-    return Here(Plan(task(seq, dtype=dtype, **sizes), card), batch, longest)
+    return Here(Purpose(task(seq, dtype=dtype, **sizes), card), batch, longest)
 
 
-def case_steps(cases: Iterable[Case], plan: Plan, place: Here) -> list[Step]:
+def case_steps(cases: Iterable[StudyConfig], plan: Purpose, place: Here) -> list[Job]:
     """A step a case."""
     return [(case.name, partial(row, case, plan, place)) for case in cases]
 
 
-def row(case: Case, plan: Plan, place: Here) -> Row:
+def row(case: StudyConfig, plan: Purpose, place: Here) -> Row:
     """One config: predicted, measured, judged."""
     profile = PRESETS[DEFAULT]
     return {
@@ -137,7 +137,7 @@ def row(case: Case, plan: Plan, place: Here) -> Row:
     }
 
 
-def predicted(config: AttentionConfig, plan: Plan) -> Row:
+def predicted(config: AttentionConfig, plan: Purpose) -> Row:
     """Bytes allocated at the peak and seconds of a warm call, as the models have them."""
     workload, card = plan
     rates = speed_rates_of(card, workload, {})
@@ -149,7 +149,7 @@ def predicted(config: AttentionConfig, plan: Plan) -> Row:
     }
 
 
-def _asked(plan: Plan) -> Row:
+def _asked(plan: Purpose) -> Row:
     workload, card = plan
     return {
         "on": "CPU" if isinstance(card, str) else card.name.removeprefix("NVIDIA "),
@@ -251,7 +251,7 @@ def asked(part: Row) -> str:
 # The table.
 
 
-def table(rows: Rows, more: Mapping[str, Callable[[Row], str]] | None = None) -> str:
+def table(rows: Results, more: Mapping[str, Callable[[Row], str]] | None = None) -> str:
     """Markdown: `more` columns after the name, then what was measured, predicted and judged."""
     first = rows[0]
     more = more or {}
@@ -312,7 +312,7 @@ def _of_floor(part: Row) -> str:
 # The panels.
 
 
-def memory_panel(first: Row, reported: Number) -> Panel:
+def memory_panel(first: Row, reported: ReadRow) -> Panel:
     """Of rows beside each other: measured, predicted for the card, and what the reports say (a token, in
     their unit)."""
     mine, card = first["here"], first["planned"]
@@ -324,24 +324,24 @@ def memory_panel(first: Row, reported: Number) -> Panel:
     return Panel(
         "memory, times\nq, k, v and out",
         (
-            Mark(f"predicted, {card['on']}", lambda row: held(row["planned"]), ORANGE, "D", hollow=True),
-            Mark(f"reported, {card['on']}", seeds, RED, "X"),
-            Mark(f"measured, {mine['on']}", lambda row: held(row["here"]), BLUE),
+            Series(f"predicted, {card['on']}", lambda row: held(row["planned"]), ORANGE, "D", hollow=True),
+            Series(f"reported, {card['on']}", seeds, RED, "X"),
+            Series(f"measured, {mine['on']}", lambda row: held(row["here"]), BLUE),
         ),
     )
 
 
 MASS: Final = Panel(
-    "mass of dense\nattention, %", (Mark("computed", lambda row: 100 * row["quality"]["mass"], GREEN, "s"),)
+    "mass of dense\nattention, %", (Series("computed", lambda row: 100 * row["quality"]["mass"], GREEN, "s"),)
 )
 REACH: Final = Panel(
     "layers until\nall is heard of",
-    (Mark("computed", lambda row: row["quality"]["layers"], GREEN, "s"),),
+    (Series("computed", lambda row: row["quality"]["layers"], GREEN, "s"),),
     none="never",
 )
 
 
-def five(rows: Rows) -> tuple[Curves, ...]:
+def five(rows: Results) -> tuple[Curves, ...]:
     """Time here and on the card, memory, mass, reach, over a setting."""
     mine, card = rows[0]["here"], rows[0]["planned"]
     return (

@@ -191,7 +191,7 @@ def enter(monkeypatch: pytest.MonkeyPatch) -> Any:
     return entered
 
 
-def run(name: str, out: Any) -> study.Answer:
+def run(name: str, out: Any) -> study.StudyRun:
     return study.run(name, device=CPU, quick=True, out=out)
 
 

@@ -27,7 +27,7 @@ from attention.sizes.tiles import (
     pieces,
     sparse_extent,
 )
-from planner.memory.machines import Bytes, Call, Machine
+from planner.memory.machines import Bytes, KernelCall, Machine
 from planner.memory.table import PlanTable
 
 POOLED = "arena kept by the pool"
@@ -100,7 +100,7 @@ def inputs(table: PlanTable, case: Case) -> None:
 def whole(table: PlanTable, case: Case) -> None:
     """Dense attention with as many kv heads as heads: one kernel call over everything."""
     shape, e = case.shape, case.shape.itemsize
-    call = Call(case.batch, shape.heads, shape.seq, shape.seq, shape.head_dim, e, causal=shape.causal)
+    call = KernelCall(case.batch, shape.heads, shape.seq, shape.seq, shape.head_dim, e, causal=shape.causal)
     found = case.machine.forward(call)
     table.phase("forward")
     table.add("out", "output", case.channels * e, "B S H D e")
@@ -247,7 +247,7 @@ def _leave(table: PlanTable, name: str, kept_name: str, kept: Count) -> None:
     table.add(kept_name, "memory_pool", kept, "a pool's buffer, for the next call")
 
 
-class Mask(NamedTuple):
+class MaskBytes(NamedTuple):
     """A pass's causal mask, by what becomes of it in `attention.cache.BoundedCache`, which keeps a mask from
     its second use on."""
 
@@ -259,7 +259,7 @@ class Mask(NamedTuple):
     """Bytes if it was kept before."""
 
 
-def _masks(case: Case, extent_of: Callable[[Shape], Extent]) -> tuple[Mask, Mask]:
+def _masks(case: Case, extent_of: Callable[[Shape], Extent]) -> tuple[MaskBytes, MaskBytes]:
     """Of the forward and of the backward pass. They are one in the cache if sizes and dtype are equal."""
     shape = case.shape
     queries, keys = extent_of(shape).mask
@@ -278,22 +278,22 @@ def _masks(case: Case, extent_of: Callable[[Shape], Extent]) -> tuple[Mask, Mask
     return _mask(nbytes, uses, keeps), _mask(back_bytes, back_uses, keeps)
 
 
-def _mask(nbytes: Count, uses: Count, keeps: Count) -> Mask:
+def _mask(nbytes: Count, uses: Count, keeps: Count) -> MaskBytes:
     """Of a mask that was asked for `uses` times before."""
     staying, there = nbytes * keeps * (uses == 1), nbytes * keeps * (uses >= 2)
-    return Mask(nbytes - staying - there, staying, there)
+    return MaskBytes(nbytes - staying - there, staying, there)
 
 
-def _make(table: PlanTable, name: str, mask: Mask) -> None:
+def _make(table: PlanTable, name: str, mask: MaskBytes) -> None:
     """A mask, of which what does not stay is to be freed under its name."""
     formula = "attention/sizes/tiles.py Extent.mask"
     table.add(name, "masks", mask.passing, formula)
     table.add(f"{name}, kept", "pattern_cache", mask.staying, f"{formula}, for the next call")
 
 
-def _call(kind: Kind, views: Count, keys: Count, shape: Shape, itemsize: int | None = None) -> Call:
+def _call(kind: Kind, views: Count, keys: Count, shape: Shape, itemsize: int | None = None) -> KernelCall:
     # A kind that does not exist may have no queries; a kernel has some.
-    return Call(
+    return KernelCall(
         views,
         kind.heads,
         maximum(kind.queries, 1),
@@ -306,7 +306,7 @@ def _call(kind: Kind, views: Count, keys: Count, shape: Shape, itemsize: int | N
     )
 
 
-def _taken(kernel: Callable[[Call], Bytes], call: Call, kind: Kind) -> Bytes:
+def _taken(kernel: Callable[[KernelCall], Bytes], call: KernelCall, kind: Kind) -> Bytes:
     """What a kernel takes for a call of this kind; not computed where no candidate has such calls."""
     return kernel(call) if any_of(kind.exists) else Bytes(0, 0)
 
@@ -314,7 +314,7 @@ def _taken(kernel: Callable[[Call], Bytes], call: Call, kind: Kind) -> Bytes:
 def flex(table: PlanTable, case: Case, rows: Rows) -> None:
     """Block-sparse attention by compiled FlexAttention; see `attention/ops/flex.py`."""
     shape, e = case.shape, case.shape.itemsize
-    call = Call(case.batch, shape.heads, shape.seq, shape.seq, shape.head_dim, e)
+    call = KernelCall(case.batch, shape.heads, shape.seq, shape.seq, shape.head_dim, e)
     found = case.machine.flex(call)
     table.phase("forward")
     table.add("out", "output", case.channels * e, "B S H D e")

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple
 
-from attention.layout_cells import Floats
+from attention.sizes.arrays import Floats
 from planner.report.page.html import Html, tag
 from planner.report.places import Box, Name, placed
 from planner.report.ticks import linear_ticks, log_ticks

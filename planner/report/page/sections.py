@@ -7,7 +7,7 @@ from typing import Final
 
 from attention.config import AttentionConfig
 from attention.errors import ConfigError
-from attention.layout_cells import Floats
+from attention.sizes.arrays import Floats
 from planner.memory.estimate import MemoryEstimate
 from planner.quality.profiles import DEFAULT, PRESETS
 from planner.report.page.charts import SHADES, bar, matrix, strip

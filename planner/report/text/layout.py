@@ -6,7 +6,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from attention.layout_cells import Floats
+from attention.sizes.arrays import Floats
 from planner.report.plot.figure import tokens
 from planner.report.seen import MOST_LAYERS, Seen, cells, strips
 from planner.report.text import words

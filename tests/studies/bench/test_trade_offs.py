@@ -11,7 +11,7 @@ from attention.config import AttentionConfig
 from planner import gpus
 from planner.memory.estimate import estimate
 from studies.bench import trade_offs as t
-from studies.bench.panels import Curves, Mark, Panel, beside, curves, plain
+from studies.bench.panels import Curves, Panel, Series, beside, curves, plain
 
 WINDOW = t.sparse(kind="local_window", block=64, local_window_size=256)
 PLAN = t.Plan(t.task(4096), gpus.find(t.SEEDS_CARD))
@@ -97,7 +97,7 @@ def test_rows_stand_beside_each_other_under_their_names(place):
 
 def test_a_panel_without_numbers_has_no_ticks():
     figure = Figure()
-    nothing = Panel("layers", (Mark("computed", lambda _: None, "k"),), none="never")
+    nothing = Panel("layers", (Series("computed", lambda _: None, "k"),), none="never")
     beside(figure, [{"name": "a", "series": ""}], (nothing,))
     assert list(figure.axes[0].get_xticks()) == []
 
