@@ -524,7 +524,7 @@ def test_sizes_that_nobody_has_are_refused(parts):
 
 
 def test_an_error_stays_short_whatever_was_given():
-    for lengths in ([1] * 1_000_000, ["x" * 10_000_000], ["x"] * 1_000_000):
+    for lengths in ([1] * 200_000, ["x" * 10_000_000], ["x"] * 200_000):
         with pytest.raises(ConfigError) as caught:
             AttentionConfig(variant="dilated", segment_lengths=lengths, dilation_rates=(1,))
         assert len(str(caught.value)) < 2000

@@ -39,6 +39,9 @@ from attention.layout import count_active
 every = pytest.mark.parametrize("config", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS.keys())
 causal_or_not = pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 low_precision = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+sixteen_bits = pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str
+)
 room = pytest.mark.parametrize("little_room", [False, True], ids=["roomy", "little-room"])
 
 LENGTHS = [1, 7, 17, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK, 61, 118]
@@ -115,7 +118,7 @@ def test_parts_are_merged_by_shares_that_add_up_to_one_whatever_the_scores(name,
 
 @pytest.mark.pairwise
 @causal_or_not
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@sixteen_bits
 @pytest.mark.parametrize("name", ["dense", "global_local"])
 def test_gradients_of_shared_keys_survive_many_tiles(name, dtype, causal):
     """Every tile of queries adds to dk and dv of the same keys: sums kept in 16 bits lose what is added
@@ -127,7 +130,7 @@ def test_gradients_of_shared_keys_survive_many_tiles(name, dtype, causal):
 
 @pytest.mark.pairwise
 @causal_or_not
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@sixteen_bits
 @pytest.mark.parametrize("seq", [300, 1500])
 def test_low_precision_stays_exact_with_diffuse_scores(seq, dtype, causal):
     """All weights near 1 / keys: exp(s - lse) of a rounded s - lse is off by the same factor everywhere."""

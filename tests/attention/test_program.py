@@ -164,7 +164,7 @@ def programs(draw, longest=120):
     return draw(configs()), shape
 
 
-@settings(max_examples=100)
+@settings(max_examples=60)
 @given(program=programs())
 def test_random_programs_meet_the_oracles_pairs(program):
     assert_right(*program)
@@ -331,7 +331,7 @@ def assert_columns_cover(program):
             assert tokens <= shape.column_tokens or part.length <= part.unit or not summed
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(program=programs(longest=1500))
 def test_columns_cover_a_calls_keys_in_order_and_stay_small(program):
     assert_columns_cover(program)

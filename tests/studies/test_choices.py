@@ -90,7 +90,7 @@ def fit(numbers):
 
 
 def test_what_is_recommended_fits_for_real():
-    assert fit(range(3)) >= 2
+    assert fit(range(2)) >= 1
 
 
 @pytest.mark.slow

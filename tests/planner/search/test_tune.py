@@ -477,7 +477,7 @@ def test_a_trial_that_hangs_is_a_timeout(tmp_path):
     assert "not done after 0.01 s" in run.stderr
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_tuner_that_is_ended_goes_on_where_it_stopped(how, tmp_path):
     begun = subprocess.Popen(
         command(tmp_path, "--trials", "200"),

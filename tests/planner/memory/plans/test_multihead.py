@@ -21,7 +21,7 @@ from planner.memory.plans.multihead import multihead
 from planner.memory.table import PlanTable
 from planner.workload import Workload
 
-CASES = 14
+CASES = 9
 SLACK = 4096
 """Bytes that a plan may be off whatever the peak."""
 

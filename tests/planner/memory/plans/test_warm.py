@@ -21,7 +21,7 @@ from planner.memory.plans import tiles as plans
 from planner.memory.table import Plan, PlanTable
 from planner.workload import Workload
 
-CASES = 12
+CASES = 7
 SLACK = 4096
 """Bytes that a plan may be off whatever the peak."""
 
