@@ -5,12 +5,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from planner.answers.dry_run import DryRun
     from planner.answers.recommendation import Recommendation
     from planner.answers.tuned import Tuned
     from planner.api import calibrate, recommend, tune
     from planner.calibration import Calibration
     from planner.measuring.measure import Measurement, measure
     from planner.memory.estimate import MemoryEstimate, estimate, max_sequence
+    from planner.programs.run import dry_run
     from planner.quality.profiles import Profile
     from planner.question.space import Space
     from planner.search.relax import NothingFitsError
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Calibration",
+    "DryRun",
     "Measurement",
     "MemoryEstimate",
     "NothingFitsError",
@@ -27,6 +30,7 @@ __all__ = [
     "Tuned",
     "Workload",
     "calibrate",
+    "dry_run",
     "estimate",
     "max_sequence",
     "measure",
@@ -36,6 +40,7 @@ __all__ = [
 
 _HOMES = {
     "Calibration": "planner.calibration",
+    "DryRun": "planner.answers.dry_run",
     "Measurement": "planner.measuring.measure",
     "MemoryEstimate": "planner.memory.estimate",
     "NothingFitsError": "planner.search.relax",
@@ -45,6 +50,7 @@ _HOMES = {
     "Tuned": "planner.answers.tuned",
     "Workload": "planner.workload",
     "calibrate": "planner.api",
+    "dry_run": "planner.programs.run",
     "estimate": "planner.memory.estimate",
     "max_sequence": "planner.memory.estimate",
     "measure": "planner.measuring.measure",

@@ -109,8 +109,11 @@ _BUILDERS: Final[dict[Any, Callable[..., Any]]] = {
 # Commands.
 
 
-def command(name: str, example: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
-    """Registers a function as a command; what it returns is the exit code.
+def command(
+    name: str, example: str, *, takes_the_rest: bool = False
+) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    """Registers a function as a command; what it returns is the exit code. `takes_the_rest`: from its first
+    argument on, all that follows is that argument's.
 
     Options of equal name are one option, that each builder gets. A parameter that is annotated with `Given`
     gets the names of the options that the command line has. An error of the project's tree becomes one line
@@ -154,7 +157,9 @@ def command(name: str, example: str) -> Callable[[Callable[..., int]], Callable[
         run.__signature__ = inspect.Signature(list(options.values()))  # type: ignore[attr-defined]
         run.__annotations__ = {one.name: one.annotation for one in options.values()}
         alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-        alone.command(name, epilog=f"\b\nExample:\n  {example}", short_help=_first(function))(run)
+        settings = {"allow_interspersed_args": not takes_the_rest}
+        about = {"epilog": f"\b\nExample:\n  {example}", "short_help": _first(function)}
+        alone.command(name, context_settings=settings, **about)(run)
         return typer.main.get_command(alone)
 
     def register(function: Callable[..., int]) -> Callable[..., int]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import planner.cli.start  # noqa: F401 -- before all that takes longer without it
-from planner.cli import choose, predict, run, show  # noqa: F401 -- importing them registers them
+from planner.cli import choose, predict, programs, run, show  # noqa: F401 -- importing them registers them
 from planner.cli.app import CRASHED, app
 from planner.cli.options import say
 

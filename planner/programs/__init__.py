@@ -1,0 +1,1 @@
+"""Programs of users, run on cards that are not there."""

@@ -1,0 +1,346 @@
+"""What happens inside a user's program in a dry run, told to the process that started it.
+
+It runs in the user's own Python, loaded by path once torch is there, so it imports the standard library and torch
+alone and works from Python 3.9 on. `watch(folder)` puts hooks in place; when the program ends, a report goes to
+`folder/<process id>.json`: peaks a device, optimizer steps, where memory ran out, what held it at the peak, and
+what may mislead where values are not real. A program that never touches a card leaves none.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import json
+import os
+import sys
+import sysconfig
+import time
+from collections import Counter, defaultdict
+
+EVENTS = 200_000
+"""Allocations and frees that are remembered; a ring."""
+HOLDERS = 10
+"""Holders of memory that are named."""
+PLACES = 5
+"""Places in the program that a warning names."""
+_LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib")})
+
+
+# ---- what held memory at the peak: lists of events to lists of holders, no torch
+
+
+def peak_holders(trace, blocks, holders=HOLDERS):
+    """(bytes at the peak, what held them, largest first) of a device.
+
+    `trace`: events in their order, as `torch.cuda.memory._snapshot()["device_traces"]` has them; `blocks`:
+    [(address, requested bytes, frames)] in use after the last event. What was in use before the first event
+    is known by `blocks` alone, so sums are taken backwards from the end. Bytes are as requested, before the
+    allocator rounds. A holder: (where, bytes, number of tensors).
+    """
+    live = {address: (size, frames) for address, size, frames in blocks}
+    total = peak = sum(size for size, _ in live.values())
+    when = len(trace)
+    for number in range(len(trace) - 1, -1, -1):
+        event = trace[number]
+        if event["action"] == "alloc":
+            total -= event["size"]
+        elif event["action"] == "free_requested":
+            total += event["size"]
+            if total > peak:
+                peak, when = total, number
+    born = {}
+    frames_of = {}
+    for number, event in enumerate(trace):
+        if event["action"] == "alloc":
+            born[event["addr"]] = event.get("frames") or []
+        elif event["action"] == "free_requested":
+            frames_of[number] = born.pop(event["addr"], [])
+    for number in range(len(trace) - 1, when - 1, -1):
+        event = trace[number]
+        if event["action"] == "alloc":
+            live.pop(event["addr"], None)
+        elif event["action"] == "free_requested":
+            live[event["addr"]] = (event["size"], frames_of[number])
+    sums = defaultdict(lambda: [0, 0])
+    for size, frames in live.values():
+        entry = sums[place_of(frames)]
+        entry[0] += size
+        entry[1] += 1
+    ordered = sorted(sums.items(), key=lambda item: -item[1][0])
+    return peak, [(where, size, count) for where, (size, count) in ordered[:holders]]
+
+
+def place_of(frames):
+    """Where a tensor was made: the innermost line outside of torch, and which of torch's files it called."""
+    inner = next((frame for frame in frames if _is_torch(frame["filename"])), None)
+    outer = next((frame for frame in frames if _is_users(frame["filename"])), None)
+    if outer is None:
+        return "backward (autograd)" if inner is None else _named(inner)
+    if inner is None or frames[0] is outer:
+        return _named(outer)
+    return f"{_named(outer)} > {_named(inner, line=False)}"
+
+
+def _is_torch(filename):
+    return "/torch/" in filename
+
+
+def _is_users(filename):
+    """Neither torch's nor the standard library's nor this file, nor code without a file."""
+    if _is_torch(filename) or filename == __file__ or filename.startswith("<"):
+        return False
+    return not any(filename.startswith(folder) and "-packages" not in filename for folder in _LIBRARIES)
+
+
+def _named(frame, line=True):
+    name = frame["filename"]
+    for mark in ("site-packages/", "dist-packages/"):
+        name = name.rpartition(mark)[2] if mark in name else name
+    here = os.getcwd() + os.sep
+    name = name[len(here) :] if name.startswith(here) else name
+    if "/torch/" in name:
+        name = "torch/" + name.rpartition("/torch/")[2]
+    return f"{name}:{frame['line']} {frame['name']}" if line else f"{name} {frame['name']}"
+
+
+# ---- what is watched
+
+
+class Watch:
+    """What a process has seen so far."""
+
+    def __init__(self, torch, folder, stop_after=0, snapshot=""):
+        self.torch = torch
+        self.folder = folder
+        self.stop_after = stop_after
+        self.snapshot = snapshot
+        self.process = os.getpid()
+        self.began = time.time()
+        self.steps = []
+        self.out_of_memory = []
+        self.error = ""
+        self.values_read = Counter()
+        self.notes = {}
+        self.highest = defaultdict(lambda: [0, 0])
+        """By device, peaks that the program reset."""
+        self.history = True
+
+    def stats(self, device):
+        stats = self.torch.cuda.memory_stats(device)
+        allocated, reserved = self.highest[device]
+        return {
+            "allocated": max(allocated, stats.get("allocated_bytes.all.peak", 0)),
+            "reserved": max(reserved, stats.get("reserved_bytes.all.peak", 0)),
+            "retries": stats.get("num_alloc_retries", 0),
+        }
+
+    def devices(self):
+        if not self.torch.cuda.is_initialized():
+            return []
+        return list(range(self.torch.cuda.device_count()))
+
+    def stepped(self, *_):
+        """An optimizer has done a step."""
+        devices = self.devices()
+        if not devices:
+            return
+        each = [self.stats(device) for device in devices]
+        fullest = max(each, key=lambda stats: stats["allocated"])
+        self.steps.append({"seconds": time.time() - self.began, **fullest})
+        if len(self.steps) <= 3 or self.stop_after:
+            self.write()
+        if self.stop_after and len(self.steps) >= self.stop_after:
+            self.notes["stopped"] = True
+            raise SystemExit(0)
+
+    def ran_out(self, device, requested, total, free):
+        """torch calls this where an allocation fails for good, before it raises."""
+        stack = [
+            {"filename": code.f_code.co_filename, "line": number, "name": code.f_code.co_name}
+            for code, number in _walk(sys._getframe(1))
+        ]
+        stats = self.torch.cuda.memory_stats(device)
+        self.out_of_memory.append(
+            {
+                "device": device,
+                "requested": requested,
+                "total": total,
+                "free": free,
+                "allocated": stats.get("allocated_bytes.all.current", 0),
+                "reserved": stats.get("reserved_bytes.all.current", 0),
+                "where": place_of(stack),
+                "holders": self.holders(device) if len(self.out_of_memory) < 3 else [],
+                "step": len(self.steps),
+            }
+        )
+        self.write()
+
+    def holders(self, device):
+        """What holds the device's memory at its peak; nothing if the program turned the history off."""
+        if not self.history:
+            return []
+        snapshot = self.torch.cuda.memory._snapshot()
+        blocks = []
+        for segment in snapshot["segments"]:
+            if segment["device"] != device:
+                continue
+            for block in segment["blocks"]:
+                if block["state"] == "active_allocated":
+                    size = block.get("requested_size", block["size"])
+                    blocks.append((block["address"], size, block.get("frames") or []))
+        traces = snapshot.get("device_traces") or []
+        trace = traces[device] if device < len(traces) else []
+        peak, named = peak_holders(trace, blocks)
+        if len(trace) >= EVENTS:
+            self.notes["ring"] = True
+        return [{"where": where, "bytes": size, "tensors": count} for where, size, count in named]
+
+    def report(self, ended=False):
+        devices = self.devices()
+        each = []
+        for device in devices:
+            free, total = self.torch.cuda.mem_get_info(device)
+            stats = self.stats(device)
+            if stats["reserved"] or device == 0:
+                holders = self.holders(device) if ended and not self.out_of_memory else []
+                each.append({"device": device, "total": total, "free": free, **stats, "holders": holders})
+        return {
+            "process": self.process,
+            "torch": self.torch.__version__,
+            "python": ".".join(map(str, sys.version_info[:3])),
+            "ended": ended,
+            "seconds": time.time() - self.began,
+            "devices": each,
+            "steps": self.steps[:1000],
+            "stepped": len(self.steps),
+            "out_of_memory": self.out_of_memory[:10],
+            "error": self.error,
+            "values_read": self.values_read.most_common(PLACES),
+            "values_read_in_all": sum(self.values_read.values()),
+            "notes": self.notes,
+        }
+
+    def write(self, ended=False):
+        """The report as it is; of a process that used no card, none."""
+        if os.getpid() != self.process or not self.devices():
+            return
+        path = os.path.join(self.folder, f"{self.process}.json")
+        with open(path + ".part", "w", encoding="utf-8") as file:
+            json.dump(self.report(ended), file)
+        os.replace(path + ".part", path)
+
+    def ended(self):
+        if os.getpid() != self.process or not self.devices():
+            return
+        if self.snapshot:
+            self.torch.cuda.memory._dump_snapshot(self.snapshot)
+        self.write(ended=True)
+
+
+def _walk(frame):
+    while frame is not None:
+        yield frame, frame.f_lineno
+        frame = frame.f_back
+
+
+def watch(torch, folder, *, stop_after=0, snapshot=""):
+    """Puts hooks in place; torch has just been imported."""
+    seen = Watch(torch, folder, stop_after, snapshot)
+    atexit.register(seen.ended)
+    _on_error(seen)
+    _on_step(seen)
+    _on_card(seen)
+    _on_reset(seen)
+    _on_values(seen)
+    _on_scaler(seen)
+    return seen
+
+
+def _on_error(seen):
+    before = sys.excepthook
+
+    def hook(kind, error, trace):
+        seen.error = f"{kind.__module__}.{kind.__name__}: {error}"[:2000]
+        if issubclass(kind, seen.torch.OutOfMemoryError):
+            seen.notes["uncaught"] = True
+        before(kind, error, trace)
+
+    sys.excepthook = hook
+
+
+def _on_step(seen):
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
+    register_optimizer_step_post_hook(seen.stepped)
+
+
+def _on_card(seen):
+    """What can be set only once a card is in use."""
+    torch = seen.torch
+
+    def begin():
+        torch._C._cuda_attach_out_of_memory_observer(seen.ran_out)
+        torch.cuda.memory._record_memory_history(context="alloc", stacks="python", max_entries=EVENTS)
+        record = torch.cuda.memory._record_memory_history
+
+        @functools.wraps(record)
+        def recorded(*arguments, **options):
+            seen.history, seen.notes["own history"] = (
+                False,
+                True,
+            )  # the program's own history has taken the place of this one
+            return record(*arguments, **options)
+
+        torch.cuda.memory._record_memory_history = recorded
+
+    torch.cuda._lazy_call(begin)
+
+
+def _on_reset(seen):
+    """A program that resets the peaks does not lose them for the report."""
+    cuda = seen.torch.cuda
+    reset = cuda.memory.reset_peak_memory_stats
+
+    @functools.wraps(reset)
+    def kept(device=None):
+        for index in seen.devices():
+            stats = seen.stats(index)
+            seen.highest[index] = [stats["allocated"], stats["reserved"]]
+        return reset(device)
+
+    cuda.memory.reset_peak_memory_stats = cuda.reset_peak_memory_stats = kept
+
+
+READ = ("item", "tolist", "__bool__", "__float__", "__int__", "__index__", "nonzero")
+
+
+def _on_values(seen):
+    """Counts where values of a card are read: they are garbage, and so is what depends on them."""
+    tensor = seen.torch.Tensor
+
+    def counted(name, method):
+        @functools.wraps(method)
+        def read(self, *arguments, **options):
+            if self.is_cuda:
+                frame = sys._getframe(1)
+                if _is_users(frame.f_code.co_filename):
+                    place = {"filename": frame.f_code.co_filename, "line": frame.f_lineno, "name": name}
+                    seen.values_read[_named(place)] += 1
+            return method(self, *arguments, **options)
+
+        return read
+
+    for name in READ:
+        setattr(tensor, name, counted(name, getattr(tensor, name)))
+
+
+def _on_scaler(seen):
+    scaler = seen.torch.amp.GradScaler
+    made = scaler.__init__
+
+    @functools.wraps(made)
+    def noted(self, *arguments, **options):
+        seen.notes["scaler"] = True
+        return made(self, *arguments, **options)
+
+    scaler.__init__ = noted

@@ -1,0 +1,250 @@
+"""Runs a user's program on a card that is not there, and reads what it took. Imports no torch; the program does."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import IO, Any, Final
+
+from attention.errors import ConfigError, UnavailableError
+from planner import gpus as cards
+from planner.answers.dry_run import DryRun, GpuUse, Holder, OutOfMemory, StepPeak
+from planner.memory.allocator_settings import AllocatorSettings
+from planner.memory.cuda_process import device_lines, total
+from planner.programs.install import private_folder, release
+from planner.programs.interpreter import Interpreter, interpreter, program_of, python_of
+from planner.standin import environment
+from planner.units import parse_bytes
+
+RAN_OUT: Final = 3
+"""The exit code where memory ran out and nothing caught it."""
+_VALUES: Final = (
+    "values are not real: {count:,} were read from the card at {places}; what depends on them, as loops "
+    "that end on a loss, samplers and data-dependent shapes, may go another way"
+)
+_SCALER: Final = "GradScaler finds no infinities here: a step that it would skip is done"
+_RESET: Final = "the program kept a memory history of its own: what held memory at the peak is not known"
+_RING: Final = "more tensors were made than are remembered: what held memory is that of the program's end"
+
+
+def dry_run(
+    command: Sequence[str],
+    *,
+    gpu: str,
+    vram: str | int | None = None,
+    allocator: str | None = None,
+    gpus: int = 1,
+    snapshot: str | Path | None = None,
+    steps: int | None = None,
+    stdout: IO[Any] | int | None = None,
+) -> DryRun:
+    """Runs `command` on `gpus` cards of a kind that need not be there, and says what it took.
+
+    Torch's allocator and the operators' code on the host are real, kernels do nothing and values are garbage.
+    `vram`: the memory of a card, bytes or text; None for what the card reports. `allocator`: as
+    `PYTORCH_CUDA_ALLOC_CONF` has it. `snapshot`: a file for PyTorch's memory viewer. `steps`: optimizer steps
+    after which the program is ended; None to let it run. `stdout`: where its output goes.
+
+    ConfigError for a request that cannot be right; UnavailableError where there is no CUDA build of torch for the
+    command's Python, naming what makes one, or no stand-in can be had.
+    """
+    card = cards.find(gpu)
+    bytes_of_card = card.usable_bytes if vram is None else parse_bytes(vram, "vram")
+    if not 1 <= gpus <= 16:
+        raise ConfigError(f"gpus must be 1 to 16, got {gpus}")
+    if steps is not None and steps < 1:
+        raise ConfigError(f"steps must be at least 1, got {steps}")
+    settings = allocator if allocator is not None else os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
+    AllocatorSettings.parse(settings)
+    program_of(command)
+    python = interpreter(python_of(command))
+    torch, site = torch_for(python)
+    context = int(total(device_lines(card.architecture)))
+    if snapshot is not None:
+        snapshot = Path(snapshot).absolute()
+        if not snapshot.parent.is_dir():
+            raise ConfigError(f"--snapshot {snapshot}: there is no folder {snapshot.parent}")
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="planner-dry-run-") as folder:
+        variables = environment(
+            card, vram=bytes_of_card, gpus=gpus, context=context, torch=torch.folder or ""
+        )
+        ahead = [variables["PYTHONPATH"], *([site] if site else []), os.environ.get("PYTHONPATH", "")]
+        ours = {
+            **variables,
+            "PYTHONPATH": os.pathsep.join(path for path in ahead if path),
+            "PYTORCH_CUDA_ALLOC_CONF": settings,
+            "PLANNER_OBSERVER": str(Path(__file__).with_name("observer.py")),
+            "PLANNER_OBSERVER_FOLDER": folder,
+            "PLANNER_OBSERVER_STEPS": str(steps or 0),
+            "PLANNER_OBSERVER_SNAPSHOT": str(snapshot or ""),
+        }
+        code = _code(command, os.environ | ours, stdout)
+        reports = list(_reports(Path(folder)))
+    return answer(
+        reports,
+        command=tuple(command),
+        gpu=card.key,
+        torch=torch.torch or "",
+        allocator=settings,
+        code=code,
+        context=context,
+        total=bytes_of_card,
+        snapshot=str(snapshot) if snapshot and snapshot.exists() else None,
+        seconds=time.monotonic() - began,
+    )
+
+
+def torch_for(python: Interpreter) -> tuple[Interpreter, str | None]:
+    """(a Python as it will run, the folder that goes before its own packages): with its own CUDA build of torch
+    if it has one, else with the private one. UnavailableError where neither is there."""
+    if python.cuda is not None:
+        return python, None
+    folder = private_folder(python)
+    if not folder.is_dir():
+        raise UnavailableError(
+            f"the torch of {python.path} is {python.torch}, no CUDA build; `planner dry-run --install` makes one "
+            f"of {release(python)} beside it, in {folder}, and leaves that Python as it is"
+        )
+    return interpreter(python.path, {"PYTHONPATH": str(folder)}), str(folder)
+
+
+def _code(command: Sequence[str], variables: dict[str, str], stdout: IO[Any] | int | None) -> int:
+    """Runs it with this terminal's streams. Ctrl-C goes to the program, which has the time it wants to end."""
+    with subprocess.Popen(command, env=variables, stdout=stdout) as process:
+        interrupted = False
+        while True:
+            try:
+                code = process.wait()
+                break
+            except KeyboardInterrupt:
+                if interrupted:
+                    process.kill()
+                interrupted = True
+    if interrupted:
+        return 128 + signal.SIGINT
+    return 128 - code if code < 0 else code
+
+
+def _reports(folder: Path) -> Iterable[dict[str, Any]]:
+    for path in sorted(folder.glob("*.json")):
+        yield json.loads(path.read_text(encoding="utf-8"))
+
+
+def answer(
+    reports: Sequence[dict[str, Any]],
+    *,
+    command: tuple[str, ...],
+    gpu: str,
+    torch: str,
+    allocator: str,
+    code: int,
+    context: int,
+    total: int,
+    snapshot: str | None,
+    seconds: float,
+) -> DryRun:
+    """What the reports of a program's processes come to. Several processes on one card add up there."""
+    uses = _uses(reports, context, total)
+    fullest = max(
+        uses,
+        key=lambda use: use.device,
+        default=GpuUse(gpu=0, total=total, allocated=0, reserved=0, device=0),
+    )
+    main = max(reports, key=_allocated, default=None)
+    failures = [failure for report in reports for failure in _failures(report)]
+    uncaught = [failure for failure, _ in failures if not failure.caught]
+    out = uncaught[0] if uncaught else failures[-1][0] if failures else None
+    holders = next((held for failure, held in failures if failure is out), []) or _holders_of(
+        main, fullest.gpu
+    )
+    return DryRun(
+        command=command,
+        gpu=gpu,
+        torch=torch,
+        allocator=allocator,
+        exit_code=RAN_OUT if uncaught and code else code,
+        used=bool(reports),
+        allocated=fullest.allocated,
+        reserved=fullest.reserved,
+        device=fullest.device,
+        left=fullest.total - fullest.device,
+        retries=sum(each["retries"] for report in reports for each in report["devices"]),
+        out_of_memory=out,
+        largest=tuple(Holder(**held) for held in holders),
+        steps=tuple(StepPeak(**step) for step in main["steps"]) if main else (),
+        gpus=tuple(uses),
+        warnings=tuple(_warnings(reports)),
+        unknown=tuple(sorted({name for report in reports for name in report.get("unknown", ())})),
+        stopped=any(report["notes"].get("stopped") for report in reports),
+        error=next((report["error"] for report in reports if report["error"]), ""),
+        snapshot=snapshot,
+        seconds=seconds,
+    )
+
+
+def _allocated(report: dict[str, Any]) -> int:
+    return max((each["allocated"] for each in report["devices"]), default=0)
+
+
+def _uses(reports: Sequence[dict[str, Any]], context: int, total: int) -> list[GpuUse]:
+    sums: dict[int, list[int]] = {}
+    for report in reports:
+        for each in report["devices"]:
+            entry = sums.setdefault(each["device"], [0, 0, 0])
+            entry[0] += each["allocated"]
+            entry[1] += each["reserved"]
+            entry[2] += each["reserved"] + context
+    return [
+        GpuUse(gpu=gpu, total=total, allocated=allocated, reserved=reserved, device=min(device, total))
+        for gpu, (allocated, reserved, device) in sorted(sums.items())
+    ]
+
+
+def _failures(report: dict[str, Any]) -> list[tuple[OutOfMemory, list[dict[str, Any]]]]:
+    """Allocations of a process that failed, with what held memory then; the last one ended it if none caught
+    its error."""
+    events = report["out_of_memory"]
+    return [
+        (
+            OutOfMemory(
+                gpu=event["device"],
+                requested=event["requested"],
+                free=event["free"],
+                short=max(event["requested"] - event["free"], 1),
+                where=event["where"],
+                step=event["step"],
+                caught=not (report["notes"].get("uncaught") and event is events[-1]),
+            ),
+            event["holders"],
+        )
+        for event in events
+    ]
+
+
+def _holders_of(report: dict[str, Any] | None, gpu: int) -> list[dict[str, Any]]:
+    if report is None:
+        return []
+    held: list[dict[str, Any]] = next(
+        (each["holders"] for each in report["devices"] if each["device"] == gpu), []
+    )
+    return held
+
+
+def _warnings(reports: Sequence[dict[str, Any]]) -> Iterable[str]:
+    count = sum(report["values_read_in_all"] for report in reports)
+    if count:
+        places = [
+            f"{place} ({times:,} times)" if times > 1 else place for place, times in reports[0]["values_read"]
+        ]
+        yield _VALUES.format(count=count, places=", ".join(places))
+    notes = {name for report in reports for name, there in report["notes"].items() if there}
+    for name, text in (("scaler", _SCALER), ("own history", _RESET), ("ring", _RING)):
+        if name in notes:
+            yield text
