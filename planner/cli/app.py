@@ -158,8 +158,8 @@ def command(
         run.__annotations__ = {one.name: one.annotation for one in options.values()}
         alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
         settings = {"allow_interspersed_args": not takes_the_rest}
-        about = {"epilog": f"\b\nExample:\n  {example}", "short_help": _first(function)}
-        alone.command(name, context_settings=settings, **about)(run)
+        epilog, first = f"\b\nExample:\n  {example}", _first(function)
+        alone.command(name, context_settings=settings, epilog=epilog, short_help=first)(run)
         return typer.main.get_command(alone)
 
     def register(function: Callable[..., int]) -> Callable[..., int]:

@@ -1,8 +1,8 @@
-"""A CUDA build of torch beside a Python that has another: made once, in a folder of its own, with pip. Imports
-no torch.
+"""A CUDA build of torch beside a Python that has another: made once, in a folder of its own, with pip.
+Imports no torch.
 
-The folder holds torch and what only its CUDA build needs; put before the Python's own packages on its path, it
-takes their torch's place, and all other packages stay the user's own. Nothing is written into their
+The folder holds torch and what only its CUDA build needs; put before the Python's own packages on its path,
+it takes their torch's place, and all other packages stay the user's own. Nothing is written into their
 environment, and NVIDIA's libraries are not loaded: the stand-in takes their place.
 """
 
@@ -54,7 +54,7 @@ def release(python: Interpreter) -> str:
     """The release of its torch, without what says how it was built: 2.13.0 for 2.13.0+cpu."""
     if python.torch is None:
         raise UnavailableError(
-            f"{python.path} has no torch; install it there (any build), so that it is known which release to run"
+            f"{python.path} has no torch; install it there (any build), so that it is known which to run"
         )
     return python.torch.partition("+")[0]
 

@@ -1,4 +1,4 @@
-"""The Python that runs a command, and the torch it has. Imports no torch; nor does the Python that is asked."""
+"""The Python that runs a command, and the torch it has, found without importing that."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """What happens inside a user's program in a dry run, told to the process that started it.
 
-It runs in the user's own Python, loaded by path once torch is there, so it imports the standard library and torch
-alone and works from Python 3.9 on. `watch(folder)` puts hooks in place; when the program ends, a report goes to
-`folder/<process id>.json`: peaks a device, optimizer steps, where memory ran out, what held it at the peak, and
-what may mislead where values are not real. A program that never touches a card leaves none.
+It runs in the user's own Python, loaded by path once torch is there, so it imports the standard library and
+torch alone and works from Python 3.9 on. `watch` puts hooks in place; when the program ends, a report goes
+to `folder/<process id>.json`: peaks a device, optimizer steps, where memory ran out, what held it at the
+peak, and what may mislead where values are not real. A program that never touches a card leaves none.
 """
 
 from __future__ import annotations
@@ -16,6 +16,13 @@ import sys
 import sysconfig
 import time
 from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from types import FrameType, TracebackType
+from typing import Any
+
+Frame = dict[str, Any]
+Event = dict[str, Any]
+Block = tuple[int, int, list[Frame]]
 
 EVENTS = 200_000
 """Allocations and frees that are remembered; a ring."""
@@ -29,7 +36,9 @@ _LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib"
 # ---- what held memory at the peak: lists of events to lists of holders, no torch
 
 
-def peak_holders(trace, blocks, holders=HOLDERS):
+def peak_holders(
+    trace: list[Event], blocks: list[Block], holders: int = HOLDERS
+) -> tuple[int, list[tuple[str, int, int]]]:
     """(bytes at the peak, what held them, largest first) of a device.
 
     `trace`: events in their order, as `torch.cuda.memory._snapshot()["device_traces"]` has them; `blocks`:
@@ -48,8 +57,8 @@ def peak_holders(trace, blocks, holders=HOLDERS):
             total += event["size"]
             if total > peak:
                 peak, when = total, number
-    born = {}
-    frames_of = {}
+    born: dict[int, list[Frame]] = {}
+    frames_of: dict[int, list[Frame]] = {}
     for number, event in enumerate(trace):
         if event["action"] == "alloc":
             born[event["addr"]] = event.get("frames") or []
@@ -61,7 +70,7 @@ def peak_holders(trace, blocks, holders=HOLDERS):
             live.pop(event["addr"], None)
         elif event["action"] == "free_requested":
             live[event["addr"]] = (event["size"], frames_of[number])
-    sums = defaultdict(lambda: [0, 0])
+    sums: defaultdict[str, list[int]] = defaultdict(lambda: [0, 0])
     for size, frames in live.values():
         entry = sums[place_of(frames)]
         entry[0] += size
@@ -70,7 +79,7 @@ def peak_holders(trace, blocks, holders=HOLDERS):
     return peak, [(where, size, count) for where, (size, count) in ordered[:holders]]
 
 
-def place_of(frames):
+def place_of(frames: list[Frame]) -> str:
     """Where a tensor was made: the innermost line outside of torch, and which of torch's files it called."""
     inner = next((frame for frame in frames if _is_torch(frame["filename"])), None)
     outer = next((frame for frame in frames if _is_users(frame["filename"])), None)
@@ -81,18 +90,18 @@ def place_of(frames):
     return f"{_named(outer)} > {_named(inner, line=False)}"
 
 
-def _is_torch(filename):
+def _is_torch(filename: str) -> bool:
     return "/torch/" in filename
 
 
-def _is_users(filename):
+def _is_users(filename: str) -> bool:
     """Neither torch's nor the standard library's nor this file, nor code without a file."""
     if _is_torch(filename) or filename == __file__ or filename.startswith("<"):
         return False
     return not any(filename.startswith(folder) and "-packages" not in filename for folder in _LIBRARIES)
 
 
-def _named(frame, line=True):
+def _named(frame: Frame, line: bool = True) -> str:
     name = frame["filename"]
     for mark in ("site-packages/", "dist-packages/"):
         name = name.rpartition(mark)[2] if mark in name else name
@@ -109,23 +118,23 @@ def _named(frame, line=True):
 class Watch:
     """What a process has seen so far."""
 
-    def __init__(self, torch, folder, stop_after=0, snapshot=""):
+    def __init__(self, torch: Any, folder: str, stop_after: int, snapshot: str) -> None:
         self.torch = torch
         self.folder = folder
         self.stop_after = stop_after
         self.snapshot = snapshot
         self.process = os.getpid()
         self.began = time.time()
-        self.steps = []
-        self.out_of_memory = []
+        self.steps: list[dict[str, Any]] = []
+        self.out_of_memory: list[dict[str, Any]] = []
         self.error = ""
-        self.values_read = Counter()
-        self.notes = {}
-        self.highest = defaultdict(lambda: [0, 0])
+        self.values_read: Counter[str] = Counter()
+        self.notes: dict[str, bool] = {}
+        self.highest: defaultdict[int, list[int]] = defaultdict(lambda: [0, 0])
         """By device, peaks that the program reset."""
         self.history = True
 
-    def stats(self, device):
+    def stats(self, device: int) -> dict[str, int]:
         stats = self.torch.cuda.memory_stats(device)
         allocated, reserved = self.highest[device]
         return {
@@ -134,12 +143,12 @@ class Watch:
             "retries": stats.get("num_alloc_retries", 0),
         }
 
-    def devices(self):
+    def devices(self) -> list[int]:
         if not self.torch.cuda.is_initialized():
             return []
         return list(range(self.torch.cuda.device_count()))
 
-    def stepped(self, *_):
+    def stepped(self, *_: Any) -> None:
         """An optimizer has done a step."""
         devices = self.devices()
         if not devices:
@@ -153,11 +162,11 @@ class Watch:
             self.notes["stopped"] = True
             raise SystemExit(0)
 
-    def ran_out(self, device, requested, total, free):
+    def ran_out(self, device: int, requested: int, total: int, free: int) -> None:
         """torch calls this where an allocation fails for good, before it raises."""
         stack = [
             {"filename": code.f_code.co_filename, "line": number, "name": code.f_code.co_name}
-            for code, number in _walk(sys._getframe(1))
+            for code, number in _walk(sys._getframe().f_back)  # None in backward, in a thread of its own
         ]
         stats = self.torch.cuda.memory_stats(device)
         self.out_of_memory.append(
@@ -175,7 +184,7 @@ class Watch:
         )
         self.write()
 
-    def holders(self, device):
+    def holders(self, device: int) -> list[dict[str, Any]]:
         """What holds the device's memory at its peak; nothing if the program turned the history off."""
         if not self.history:
             return []
@@ -190,12 +199,12 @@ class Watch:
                     blocks.append((block["address"], size, block.get("frames") or []))
         traces = snapshot.get("device_traces") or []
         trace = traces[device] if device < len(traces) else []
-        peak, named = peak_holders(trace, blocks)
+        _, named = peak_holders(trace, blocks)
         if len(trace) >= EVENTS:
             self.notes["ring"] = True
         return [{"where": where, "bytes": size, "tensors": count} for where, size, count in named]
 
-    def report(self, ended=False):
+    def report(self, ended: bool = False) -> dict[str, Any]:
         devices = self.devices()
         each = []
         for device in devices:
@@ -220,7 +229,7 @@ class Watch:
             "notes": self.notes,
         }
 
-    def write(self, ended=False):
+    def write(self, ended: bool = False) -> None:
         """The report as it is; of a process that used no card, none."""
         if os.getpid() != self.process or not self.devices():
             return
@@ -229,7 +238,7 @@ class Watch:
             json.dump(self.report(ended), file)
         os.replace(path + ".part", path)
 
-    def ended(self):
+    def ended(self) -> None:
         if os.getpid() != self.process or not self.devices():
             return
         if self.snapshot:
@@ -237,15 +246,18 @@ class Watch:
         self.write(ended=True)
 
 
-def _walk(frame):
+def _walk(frame: FrameType | None) -> Iterator[tuple[FrameType, int]]:
     while frame is not None:
         yield frame, frame.f_lineno
         frame = frame.f_back
 
 
-def watch(torch, folder, *, stop_after=0, snapshot=""):
+def watch(torch: Any) -> Watch:
     """Puts hooks in place; torch has just been imported."""
-    seen = Watch(torch, folder, stop_after, snapshot)
+    folder, steps, snapshot = (
+        os.environ[f"STANDIN_OBSERVER_{name}"] for name in ("FOLDER", "STEPS", "SNAPSHOT")
+    )
+    seen = Watch(torch, folder, int(steps), snapshot)
     atexit.register(seen.ended)
     _on_error(seen)
     _on_step(seen)
@@ -256,10 +268,10 @@ def watch(torch, folder, *, stop_after=0, snapshot=""):
     return seen
 
 
-def _on_error(seen):
+def _on_error(seen: Watch) -> None:
     before = sys.excepthook
 
-    def hook(kind, error, trace):
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         seen.error = f"{kind.__module__}.{kind.__name__}: {error}"[:2000]
         if issubclass(kind, seen.torch.OutOfMemoryError):
             seen.notes["uncaught"] = True
@@ -268,23 +280,23 @@ def _on_error(seen):
     sys.excepthook = hook
 
 
-def _on_step(seen):
+def _on_step(seen: Watch) -> None:
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
     register_optimizer_step_post_hook(seen.stepped)
 
 
-def _on_card(seen):
+def _on_card(seen: Watch) -> None:
     """What can be set only once a card is in use."""
     torch = seen.torch
 
-    def begin():
+    def begin() -> None:
         torch._C._cuda_attach_out_of_memory_observer(seen.ran_out)
         torch.cuda.memory._record_memory_history(context="alloc", stacks="python", max_entries=EVENTS)
         record = torch.cuda.memory._record_memory_history
 
         @functools.wraps(record)
-        def recorded(*arguments, **options):
+        def recorded(*arguments: Any, **options: Any) -> Any:
             seen.history, seen.notes["own history"] = (
                 False,
                 True,
@@ -296,13 +308,13 @@ def _on_card(seen):
     torch.cuda._lazy_call(begin)
 
 
-def _on_reset(seen):
+def _on_reset(seen: Watch) -> None:
     """A program that resets the peaks does not lose them for the report."""
     cuda = seen.torch.cuda
     reset = cuda.memory.reset_peak_memory_stats
 
     @functools.wraps(reset)
-    def kept(device=None):
+    def kept(device: Any = None) -> Any:
         for index in seen.devices():
             stats = seen.stats(index)
             seen.highest[index] = [stats["allocated"], stats["reserved"]]
@@ -314,13 +326,13 @@ def _on_reset(seen):
 READ = ("item", "tolist", "__bool__", "__float__", "__int__", "__index__", "nonzero")
 
 
-def _on_values(seen):
+def _on_values(seen: Watch) -> None:
     """Counts where values of a card are read: they are garbage, and so is what depends on them."""
     tensor = seen.torch.Tensor
 
-    def counted(name, method):
+    def counted(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(method)
-        def read(self, *arguments, **options):
+        def read(self: Any, *arguments: Any, **options: Any) -> Any:
             if self.is_cuda:
                 frame = sys._getframe(1)
                 if _is_users(frame.f_code.co_filename):
@@ -334,12 +346,12 @@ def _on_values(seen):
         setattr(tensor, name, counted(name, getattr(tensor, name)))
 
 
-def _on_scaler(seen):
+def _on_scaler(seen: Watch) -> None:
     scaler = seen.torch.amp.GradScaler
     made = scaler.__init__
 
     @functools.wraps(made)
-    def noted(self, *arguments, **options):
+    def noted(self: Any, *arguments: Any, **options: Any) -> Any:
         seen.notes["scaler"] = True
         return made(self, *arguments, **options)
 

@@ -1,4 +1,4 @@
-"""Runs a user's program on a card that is not there, and reads what it took. Imports no torch; the program does."""
+"""Runs a user's program on a card that is not there, and reads what it took. Imports no torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Final
 
@@ -19,9 +19,11 @@ from planner.memory.allocator_settings import AllocatorSettings
 from planner.memory.cuda_process import device_lines, total
 from planner.programs.install import private_folder, release
 from planner.programs.interpreter import Interpreter, interpreter, program_of, python_of
-from planner.standin import environment
+from planner.standin.environment import environment
+from planner.standin.torch_build import TorchBuild, find
 from planner.units import parse_bytes
 
+OBSERVER: Final = Path(__file__).with_name("observer.py")
 RAN_OUT: Final = 3
 """The exit code where memory ran out and nothing caught it."""
 _VALUES: Final = (
@@ -51,8 +53,8 @@ def dry_run(
     `PYTORCH_CUDA_ALLOC_CONF` has it. `snapshot`: a file for PyTorch's memory viewer. `steps`: optimizer steps
     after which the program is ended; None to let it run. `stdout`: where its output goes.
 
-    ConfigError for a request that cannot be right; UnavailableError where there is no CUDA build of torch for the
-    command's Python, naming what makes one, or no stand-in can be had.
+    ConfigError for a request that cannot be right; UnavailableError where there is no CUDA build of torch for
+    the command's Python, naming what makes one, or no stand-in can be had.
     """
     card = cards.find(gpu)
     bytes_of_card = card.usable_bytes if vram is None else parse_bytes(vram, "vram")
@@ -66,6 +68,7 @@ def dry_run(
     python = interpreter(python_of(command))
     torch, site = torch_for(python)
     context = int(total(device_lines(card.architecture)))
+    overlay = {} if site is None else {"PYTHONPATH": ahead(site, os.environ)}
     if snapshot is not None:
         snapshot = Path(snapshot).absolute()
         if not snapshot.parent.is_dir():
@@ -73,25 +76,22 @@ def dry_run(
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="planner-dry-run-") as folder:
         variables = environment(
-            card, vram=bytes_of_card, gpus=gpus, context=context, torch=torch.folder or ""
+            card, vram=bytes_of_card, gpus=gpus, held=context, torch=torch, inherited=os.environ | overlay
         )
-        ahead = [variables["PYTHONPATH"], *([site] if site else []), os.environ.get("PYTHONPATH", "")]
-        ours = {
-            **variables,
-            "PYTHONPATH": os.pathsep.join(path for path in ahead if path),
+        variables |= {
             "PYTORCH_CUDA_ALLOC_CONF": settings,
-            "PLANNER_OBSERVER": str(Path(__file__).with_name("observer.py")),
-            "PLANNER_OBSERVER_FOLDER": folder,
-            "PLANNER_OBSERVER_STEPS": str(steps or 0),
-            "PLANNER_OBSERVER_SNAPSHOT": str(snapshot or ""),
+            "STANDIN_OBSERVER": str(OBSERVER),
+            "STANDIN_OBSERVER_FOLDER": folder,
+            "STANDIN_OBSERVER_STEPS": str(steps or 0),
+            "STANDIN_OBSERVER_SNAPSHOT": str(snapshot or ""),
         }
-        code = _code(command, os.environ | ours, stdout)
+        code = _code(command, variables, stdout)
         reports = list(_reports(Path(folder)))
     return answer(
         reports,
         command=tuple(command),
         gpu=card.key,
-        torch=torch.torch or "",
+        torch=torch.version,
         allocator=settings,
         code=code,
         context=context,
@@ -101,22 +101,27 @@ def dry_run(
     )
 
 
-def torch_for(python: Interpreter) -> tuple[Interpreter, str | None]:
-    """(a Python as it will run, the folder that goes before its own packages): with its own CUDA build of torch
-    if it has one, else with the private one. UnavailableError where neither is there."""
+def ahead(folder: str | Path, variables: Mapping[str, str]) -> str:
+    """The search path for modules with a folder before all that is there."""
+    return os.pathsep.join(filter(None, [str(folder), variables.get("PYTHONPATH", "")]))
+
+
+def torch_for(python: Interpreter) -> tuple[TorchBuild, str | None]:
+    """(the CUDA build that a Python runs with, the folder that goes before its own packages): its own if it
+    has one, else the private one. UnavailableError where neither is there."""
     if python.cuda is not None:
-        return python, None
+        return find(python.path), None
     folder = private_folder(python)
     if not folder.is_dir():
         raise UnavailableError(
-            f"the torch of {python.path} is {python.torch}, no CUDA build; `planner dry-run --install` makes one "
-            f"of {release(python)} beside it, in {folder}, and leaves that Python as it is"
+            f"the torch of {python.path} is {python.torch}, no CUDA build; `planner dry-run --install -- "
+            f"{python.path}` makes one of {release(python)} beside it and leaves that Python as it is"
         )
-    return interpreter(python.path, {"PYTHONPATH": str(folder)}), str(folder)
+    return find(python.path, folder), str(folder)
 
 
 def _code(command: Sequence[str], variables: dict[str, str], stdout: IO[Any] | int | None) -> int:
-    """Runs it with this terminal's streams. Ctrl-C goes to the program, which has the time it wants to end."""
+    """Runs it with this terminal's streams. Ctrl-C goes to the program, which may take its time to end."""
     with subprocess.Popen(command, env=variables, stdout=stdout) as process:
         interrupted = False
         while True:
