@@ -46,8 +46,8 @@ def dry_run(
     Torch's allocator and operators are real, kernels do nothing: bytes are true, values are garbage. Exits 3
     where memory runs out, else as the program does. Linux x86-64.
     """
-    from planner.programs import install as private
-    from planner.programs.interpreter import interpreter, python_of
+    from planner.standin import install as private
+    from planner.standin.interpreter import interpreter, python_of
     from planner.programs.run import dry_run as run
 
     if index is not None and not install:

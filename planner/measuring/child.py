@@ -112,6 +112,7 @@ def _settle() -> None:
 
 
 def _trial(task: dict[str, Any], say: Say) -> dict[str, Any]:
+    os.environ.update(task.get("variables", {}))
     say(stage="importing torch")
     import torch
 
@@ -120,7 +121,7 @@ def _trial(task: dict[str, Any], say: Say) -> dict[str, Any]:
     from attention.pool import Buffers
 
     config, workload = AttentionConfig(**task["config"]), Workload(**task["workload"])
-    device = torch.device(task["device"])
+    device = torch.device("cuda" if "variables" in task else task["device"])
     if task["threads"]:
         torch.set_num_threads(task["threads"])
     say(environment=_environment(device))
@@ -129,6 +130,8 @@ def _trial(task: dict[str, Any], say: Say) -> dict[str, Any]:
             f"torch {torch.__version__} sees no CUDA device here; check the driver, or use device='cpu'"
         )
     measured = _measured_cuda if device.type == "cuda" else _measured_cpu
+    if "variables" in task:
+        measured = _measured_dry
 
     def everything() -> dict[str, Any]:
         return measured(config, workload, task, say)
@@ -218,6 +221,37 @@ def _measured_cuda(
     call.drop_gradients()
     say(stage="timing")
     return figures | _timed(call, task, device)
+
+
+def _measured_dry(
+    config: AttentionConfig, workload: Workload, task: dict[str, Any], say: Say
+) -> dict[str, Any]:
+    """A card that is not there: the bytes of a first and of a second call. What is compiled is compiled
+    before, because compilers try kernels out."""
+    import torch
+
+    device = torch.device("cuda")
+    free_at_start, total = torch.cuda.mem_get_info(device)
+    say(stage="making the inputs")
+    call = call_of(config, workload, device)
+    how = _how(config, workload, call)
+    say(environment=_environment(device) | how)
+    if how["backend"] == "flex":
+        say(stage="compiling")
+        call()
+        call.start_cold()
+        torch.cuda.empty_cache()
+    figures: dict[str, Any] = {"context": total - free_at_start}
+    for stage, name in (("in the first call", "allocated"), ("in the second call", "allocated_warm")):
+        say(stage=stage)
+        torch.cuda.reset_peak_memory_stats(device)
+        call()
+        figures[name] = torch.cuda.max_memory_allocated(device)
+        if name == "allocated":
+            figures["reserved"] = torch.cuda.max_memory_reserved(device)
+            figures["device_peak"] = figures["context"] + figures["reserved"]
+        call.drop_gradients()
+    return figures
 
 
 def _timed(call: ModuleCall, task: dict[str, Any], device: torch.device) -> dict[str, float]:

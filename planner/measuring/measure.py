@@ -14,10 +14,11 @@ import sys
 from datetime import UTC, datetime
 from typing import Annotated, Any, Final, Literal, Self, get_args
 
-from pydantic import BeforeValidator, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from attention.config import AttentionConfig, Value, as_tuple
 from attention.errors import ConfigError, UnavailableError
+from planner.measuring import dry
 from planner.measuring.process import Ended, run
 from planner.workload import Workload
 
@@ -25,6 +26,8 @@ SCHEMA_VERSION: Final = 1
 
 Outcome = Literal["ok", "oom", "crash", "timeout", "error"]
 Device = Literal["cpu", "cuda"]
+DryDevice = Annotated[str, Field(pattern=r"^dry:[a-z0-9-]+$")]
+"""A card that is not there, by its key."""
 OptionalBytes = int | None
 ByteSizes = Annotated[tuple[int, ...], BeforeValidator(as_tuple)]
 
@@ -81,7 +84,7 @@ class Measurement(Value):
     schema_version: Literal[1] = SCHEMA_VERSION
     config: AttentionConfig
     workload: Workload
-    device: Device
+    device: Device | DryDevice
     kind: Outcome
     """`ok`; `oom`, memory ran out; `error`, refused by the library; `timeout`, ran longer than allowed;
     `crash`, everything else: ended by a signal, or an exception that nobody expected."""
@@ -106,7 +109,7 @@ class Measurement(Value):
     made. Code that the first call loads and thread-local buffers count, so it has a noise of some MiB.
     CUDA: None."""
     seconds: float | None = None
-    """Median over `runs` of warm calls, in training with their backward."""
+    """Median over `runs` of warm calls, in training with their backward; None in a dry run."""
     spread: float | None = None
     """(longest - shortest) / median of those runs."""
     reference: float | None = None
@@ -125,9 +128,17 @@ class Measurement(Value):
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
-        if (self.kind == "ok") != (self.seconds is not None) or (self.kind == "ok") != (self.message is None):
-            raise ValueError("a measurement has seconds if it is 'ok', and a message if it is not")
+        timed = self.kind == "ok" and not self.is_dry
+        if timed != (self.seconds is not None) or (self.kind == "ok") != (self.message is None):
+            raise ValueError(
+                "a measurement has seconds if it is 'ok' and no dry run, and a message if it is not 'ok'"
+            )
         return self
+
+    @property
+    def is_dry(self) -> bool:
+        """Whether the card was not there: bytes are torch's own, nothing was computed."""
+        return dry.is_dry(self.device)
 
     @property
     def peak(self) -> int | None:
@@ -139,7 +150,7 @@ class Measurement(Value):
 def measure(
     config: AttentionConfig,
     workload: Workload,
-    device: Device = "cpu",
+    device: Device | str = "cpu",
     *,
     timeout: float = 120,
     runs: int = 3,
@@ -147,14 +158,15 @@ def measure(
     memory: bool = True,
     cap_bytes: int | None = None,
 ) -> Measurement:
-    """Runs `config` on `workload` in a process of its own.
+    """Runs `config` on `workload` in a process of its own. `device`: "cpu", "cuda", or "dry:NAME" for a card
+    that is not there, of which bytes are measured and no seconds.
 
     `timeout`: seconds for everything, starting torch included. `threads`: of the CPU's operators; None
     for torch's choice in a fresh process, whatever torch.set_num_threads was told in this one.
     `memory=False` leaves out the counted calls, and with them `allocated`, `allocated_warm` and `largest` on
-    the CPU. `cap_bytes` holds the run to so much memory: on CUDA what
-    the caching allocator may reserve; on the CPU (Linux only, RLIMIT_DATA) private memory above what
-    torch takes when idle, for the first two calls.
+    the CPU. `cap_bytes` holds the run to so much memory: on CUDA what the caching allocator may reserve; in a
+    dry run it is the card's memory; on the CPU (Linux only, RLIMIT_DATA) private memory above what torch takes
+    when idle, for the first two calls.
 
     ConfigError if config, workload or an argument cannot be right; UnavailableError if it can be seen
     from here that the device is not there.
@@ -172,7 +184,11 @@ def measure(
         "reference": False,
         "cap_bytes": cap_bytes,
     }
-    return measurement_of(config, workload, task, run(json.dumps(task), timeout), timeout)
+    variables = None
+    if dry.is_dry(device):
+        variables = dry.start_variables()
+        task["variables"] = dry.task_variables(device, cap_bytes)
+    return measurement_of(config, workload, task, run(json.dumps(task), timeout, variables), timeout)
 
 
 def measurement_of(
@@ -189,7 +205,9 @@ def measurement_of(
     return Measurement(
         config=config,
         workload=workload,
-        device=task["device"],
+        device=f"{dry.PREFIX}{dry.card_of(task['device']).key}"
+        if dry.is_dry(task["device"])
+        else task["device"],
         runs=task["runs"],
         cap_bytes=task["cap_bytes"],
         environment=Environment(**environment),
@@ -226,8 +244,10 @@ def check_arguments(
     device: str, timeout: float, runs: int, threads: int | None, cap_bytes: int | None
 ) -> None:
     """ConfigError for what no measurement can be asked for."""
-    if device not in get_args(Device):
-        raise ConfigError(f"device must be 'cpu' or 'cuda', got {device!r}")
+    if dry.is_dry(device):
+        dry.card_of(device)
+    elif device not in get_args(Device):
+        raise ConfigError(f"device must be 'cpu', 'cuda' or 'dry:NAME', got {device!r}")
     if not (timeout > 0 and math.isfinite(timeout)):
         raise ConfigError(f"timeout must be seconds above 0, got {timeout!r}")
     for name, value in (("runs", runs), ("threads", threads), ("cap_bytes", cap_bytes)):

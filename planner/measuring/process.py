@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
 
@@ -43,9 +44,9 @@ def command(entry: Literal["main", "serve"], answer: int) -> list[str]:
     return [sys.executable, "-P", "-c", start, str(Path(__file__).resolve().parents[2]), str(answer)]
 
 
-def run(task: str, timeout: float) -> Ended:
+def run(task: str, timeout: float, variables: Mapping[str, str] | None = None) -> Ended:
     """Does one task in a session of its own, which is killed whole if it takes too long or if anything
-    (Ctrl-C) ends the wait."""
+    (Ctrl-C) ends the wait. `variables`: its environment, None for that of this process."""
     with tempfile.TemporaryFile() as answer, tempfile.TemporaryFile() as log:
         handed = above_standard(answer.fileno())
         try:
@@ -55,6 +56,7 @@ def run(task: str, timeout: float) -> Ended:
                 stdout=log,
                 stderr=log,
                 pass_fds=(handed,),
+                env=variables,
                 start_new_session=True,
             )
         finally:

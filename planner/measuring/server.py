@@ -15,11 +15,12 @@ import select
 import signal
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from time import monotonic
 from typing import IO, Any, Final, Self
 
 from attention.config import AttentionConfig
-from planner.measuring import process
+from planner.measuring import dry, process
 from planner.measuring.measure import (
     Device,
     Measurement,
@@ -39,7 +40,7 @@ class Batch:
 
     def __init__(
         self,
-        device: Device = "cpu",
+        device: Device | str = "cpu",
         *,
         timeout: float = 120,
         runs: int = 1,
@@ -51,6 +52,7 @@ class Batch:
         `planner.measuring.measure`, with its errors."""
         check_arguments(device, timeout, runs, threads, None)
         check_device(device, None)
+        self._variables = dry.start_variables() if dry.is_dry(device) else None
         self._task = {
             "device": device,
             "runs": runs,
@@ -69,16 +71,32 @@ class Batch:
     def __exit__(self, *_: object) -> None:
         self._end()
 
-    def measure(self, config: AttentionConfig, workload: Workload) -> Measurement:
-        """Runs `config` on `workload` in a process of its own; whatever happens to it is a measurement."""
+    def measure(
+        self,
+        config: AttentionConfig,
+        workload: Workload,
+        *,
+        card: str | None = None,
+        cap_bytes: int | None = None,
+    ) -> Measurement:
+        """Runs `config` on `workload` in a process of its own; whatever happens to it is a measurement.
+
+        In a dry run it may be on another `card` ("dry:NAME") than that of the batch, and `cap_bytes` is the
+        card's memory.
+        """
         check_sizes(config, workload)
+        device = card or self._task["device"]
+        dried = {"variables": dry.task_variables(device, cap_bytes)} if self._variables is not None else {}
         task = {
             **self._task,
+            **dried,
+            "device": device,
+            "cap_bytes": cap_bytes,
             "config": config.model_dump(mode="json"),
             "workload": workload.model_dump(mode="json"),
         }
         if self._server is None:
-            self._server = _Server()
+            self._server = _Server(self._variables)
         try:
             ended = self._server.run(task, self._timeout + START_SECONDS)
         except BaseException:
@@ -97,7 +115,7 @@ class Batch:
 class _Server:
     """A server process, in a session of its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, variables: Mapping[str, str] | None = None) -> None:
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 -- `end` closes it
         read, low = os.pipe()
         self._answer, self._left = read, b""
@@ -111,6 +129,7 @@ class _Server:
                 stdout=self._log,
                 stderr=self._log,
                 pass_fds=(write,),
+                env=variables,
                 start_new_session=True,
             )
         finally:

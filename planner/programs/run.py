@@ -8,19 +8,18 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import IO, Any, Final
 
-from attention.errors import ConfigError, UnavailableError
+from attention.errors import ConfigError
 from planner import gpus as cards
 from planner.answers.dry_run import DryRun, GpuUse, Holder, OutOfMemory, StepPeak
 from planner.memory.allocator_settings import AllocatorSettings
 from planner.memory.cuda_process import device_lines, total
-from planner.programs.install import private_folder, release
-from planner.programs.interpreter import Interpreter, interpreter, program_of, python_of
 from planner.standin.environment import environment
-from planner.standin.torch_build import TorchBuild, find
+from planner.standin.install import torch_for
+from planner.standin.interpreter import interpreter, program_of, python_of
 from planner.units import parse_bytes
 
 OBSERVER: Final = Path(__file__).with_name("observer.py")
@@ -68,16 +67,13 @@ def dry_run(
     python = interpreter(python_of(command))
     torch, site = torch_for(python)
     context = int(total(device_lines(card.architecture)))
-    overlay = {} if site is None else {"PYTHONPATH": ahead(site, os.environ)}
     if snapshot is not None:
         snapshot = Path(snapshot).absolute()
         if not snapshot.parent.is_dir():
             raise ConfigError(f"--snapshot {snapshot}: there is no folder {snapshot.parent}")
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="planner-dry-run-") as folder:
-        variables = environment(
-            card, vram=bytes_of_card, gpus=gpus, held=context, torch=torch, inherited=os.environ | overlay
-        )
+        variables = environment(card, vram=bytes_of_card, gpus=gpus, held=context, torch=torch, ahead=site)
         variables |= {
             "PYTORCH_CUDA_ALLOC_CONF": settings,
             "STANDIN_OBSERVER": str(OBSERVER),
@@ -99,25 +95,6 @@ def dry_run(
         snapshot=str(snapshot) if snapshot and snapshot.exists() else None,
         seconds=time.monotonic() - began,
     )
-
-
-def ahead(folder: str | Path, variables: Mapping[str, str]) -> str:
-    """The search path for modules with a folder before all that is there."""
-    return os.pathsep.join(filter(None, [str(folder), variables.get("PYTHONPATH", "")]))
-
-
-def torch_for(python: Interpreter) -> tuple[TorchBuild, str | None]:
-    """(the CUDA build that a Python runs with, the folder that goes before its own packages): its own if it
-    has one, else the private one. UnavailableError where neither is there."""
-    if python.cuda is not None:
-        return find(python.path), None
-    folder = private_folder(python)
-    if not folder.is_dir():
-        raise UnavailableError(
-            f"the torch of {python.path} is {python.torch}, no CUDA build; `planner dry-run --install -- "
-            f"{python.path}` makes one of {release(python)} beside it and leaves that Python as it is"
-        )
-    return find(python.path, folder), str(folder)
 
 
 def _code(command: Sequence[str], variables: dict[str, str], stdout: IO[Any] | int | None) -> int:

@@ -10,7 +10,8 @@ import pytest
 from attention.errors import ConfigError, UnavailableError
 from planner.answers.dry_run import DryRun
 from planner.programs import run
-from planner.programs.interpreter import Interpreter
+from planner.standin import install
+from planner.standin.interpreter import Interpreter
 from planner.report.text.dry_run import dry_run_text
 
 GIB = 1 << 30
@@ -77,8 +78,7 @@ def test_an_error_of_memory_that_nothing_caught_is_exit_code_3():
     assert not found.out_of_memory.caught
     assert found.out_of_memory.short == GIB - GIB // 4
     assert found.largest[0].where == HELD[0]["where"]
-    text = dry_run_text(found).replace("
-  ", " ")
+    text = dry_run_text(found).replace("\n  ", " ")
     assert "Out of memory after 1 optimizer step: 1.07 GB were asked for and 268.44 MB left" in text
 
 
@@ -143,4 +143,4 @@ def test_without_a_cuda_build_it_is_said_what_makes_one(monkeypatch, tmp_path):
         "/usr/bin/python", "3.11", "cpython-311", "linux", "x86_64", "/t", "2.13.0+cpu", None
     )
     with pytest.raises(UnavailableError, match=r"`planner dry-run --install -- /usr/bin/python` makes one"):
-        run.torch_for(python)
+        install.torch_for(python)

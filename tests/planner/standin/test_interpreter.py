@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from attention.errors import ConfigError, UnavailableError
-from planner.programs.interpreter import interpreter, python_of
+from planner.standin.interpreter import interpreter, python_of
 
 
 def script(folder, name: str, text: str) -> str:

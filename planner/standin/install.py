@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from attention.errors import StorageError, UnavailableError
-from planner.programs.interpreter import Interpreter
+from planner.standin.interpreter import Interpreter
+from planner.standin.torch_build import TorchBuild, find
 from planner.units import format_bytes
 
 PYPI: Final = "https://pypi.org"
@@ -161,3 +162,17 @@ def _size(name: str, version: str, python: Interpreter, index: str) -> str:
     if not sizes:
         return "of a size that the index did not tell"
     return f"{format_bytes(min(sizes))} to load, about {format_bytes(int(UNPACKED * min(sizes)))} on disk"
+
+
+def torch_for(python: Interpreter) -> tuple[TorchBuild, str | None]:
+    """(the CUDA build that a Python runs with, the folder that goes before its own packages): its own if it
+    has one, else the private one. UnavailableError where neither is there."""
+    if python.cuda is not None:
+        return find(python.path), None
+    folder = private_folder(python)
+    if not folder.is_dir():
+        raise UnavailableError(
+            f"the torch of {python.path} is {python.torch}, no CUDA build; `planner dry-run --install -- "
+            f"{python.path}` makes one of {release(python)} beside it and leaves that Python as it is"
+        )
+    return find(python.path, folder), str(folder)

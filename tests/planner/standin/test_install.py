@@ -9,8 +9,8 @@ import threading
 import pytest
 
 from attention.errors import StorageError, UnavailableError
-from planner.programs import install
-from planner.programs.interpreter import Interpreter
+from planner.standin import install
+from planner.standin.interpreter import Interpreter
 
 PYTHON = Interpreter("python", "3.11", "cpython-311", "linux", "x86_64", "/torch", "2.13.0+cpu", None)
 METADATA = "Name: torch\nRequires-Dist: sympy\nRequires-Dist: triton==3.7.1; platform_system == 'Linux'\n"
@@ -66,7 +66,7 @@ def test_what_ends_in_the_middle_leaves_nothing_half_made(monkeypatch, error, tm
 
 def test_an_index_without_a_cuda_build_is_said(monkeypatch):
     monkeypatch.setattr(install, "_pip", pip([], cuda="None"))
-    with pytest.raises(UnavailableError, match="no CUDA build of torch==2.13.0"):
+    with pytest.raises(UnavailableError, match=r"no CUDA build of torch==2\.13\.0"):
         install.install(PYTHON, lambda _: None)
     assert not install.private_folder(PYTHON).exists()
 
