@@ -46,9 +46,9 @@ def dry_run(
     Torch's allocator and operators are real, kernels do nothing: bytes are true, values are garbage. Exits 3
     where memory runs out, else as the program does. Linux x86-64.
     """
+    from planner.programs.run import dry_run as run
     from planner.standin import install as private
     from planner.standin.interpreter import interpreter, python_of
-    from planner.programs.run import dry_run as run
 
     if index is not None and not install:
         raise ConfigError("--index says where --install finds torch; give both or none")

@@ -164,9 +164,9 @@ def measure(
     `timeout`: seconds for everything, starting torch included. `threads`: of the CPU's operators; None
     for torch's choice in a fresh process, whatever torch.set_num_threads was told in this one.
     `memory=False` leaves out the counted calls, and with them `allocated`, `allocated_warm` and `largest` on
-    the CPU. `cap_bytes` holds the run to so much memory: on CUDA what the caching allocator may reserve; in a
-    dry run it is the card's memory; on the CPU (Linux only, RLIMIT_DATA) private memory above what torch takes
-    when idle, for the first two calls.
+    the CPU. `cap_bytes` holds the run to so much memory: on CUDA what the caching allocator may reserve; in
+    a dry run it is the card's memory; on the CPU (Linux only, RLIMIT_DATA) private memory above what torch
+    takes when idle, for the first two calls.
 
     ConfigError if config, workload or an argument cannot be right; UnavailableError if it can be seen
     from here that the device is not there.

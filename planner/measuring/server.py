@@ -53,6 +53,7 @@ class Batch:
         check_arguments(device, timeout, runs, threads, None)
         check_device(device, None)
         self._variables = dry.start_variables() if dry.is_dry(device) else None
+        self._device = device
         self._task = {
             "device": device,
             "runs": runs,
@@ -85,7 +86,7 @@ class Batch:
         card's memory.
         """
         check_sizes(config, workload)
-        device = card or self._task["device"]
+        device = card or self._device
         dried = {"variables": dry.task_variables(device, cap_bytes)} if self._variables is not None else {}
         task = {
             **self._task,

@@ -27,6 +27,7 @@ def environment(
     held: int | None = None,
     torch: TorchBuild | None = None,
     python: str | Path = sys.executable,
+    ahead: str | Path | None = None,
     launches: Path | None = None,
     reports: Path | None = None,
     inherited: Mapping[str, str] = os.environ,
@@ -35,12 +36,14 @@ def environment(
 
     `vram` is the card's memory in bytes, its `usable_bytes` by default; `held` of them are taken from outside
     of allocations, by default the planned context. `torch` is the build that the process imports, or else
-    that of `python`. `launches` is a file that gets a line a kernel: name, grid, block, stream, by tabs.
-    Each process that used a card writes its peaks to `reports`, a folder, as it ends.
+    that of `python`; `ahead`, the folder that has it, if that comes before the Python's own packages.
+    `launches` is a file that gets a line a kernel: name, grid, block, stream, by tabs. Each process that used
+    a card writes its peaks to `reports`, a folder, as it ends.
     """
     build = torch or find(python)
     libraries = folder(build)
-    path = [str(SITE), *filter(None, inherited.get("PYTHONPATH", "").split(os.pathsep))]
+    first = [str(SITE), *([] if ahead is None else [str(ahead)])]
+    path = [*first, *filter(None, inherited.get("PYTHONPATH", "").split(os.pathsep))]
     found = dict(inherited) | card_variables(gpu, vram=vram, gpus=gpus, held=held)
     found |= {
         "PYTHONPATH": os.pathsep.join(path),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import os
 import platform
 import re
 import subprocess
@@ -51,10 +52,11 @@ class TorchBuild:
         return tuple(sorted((self.home / "lib").glob("lib*.so*")))
 
 
-def find(python: str | Path = sys.executable) -> TorchBuild:
-    """The torch of the interpreter `python`; UnavailableError, with the reason, where it cannot run dry."""
+def find(python: str | Path = sys.executable, ahead: Path | None = None) -> TorchBuild:
+    """The torch of the interpreter `python`, or of the folder `ahead` of its packages; UnavailableError, with
+    the reason, where it cannot run dry."""
     check_platform(sys.platform, platform.machine())
-    said = _ask(Path(python))
+    said = _ask(Path(python), ahead)
     if not said["torch"]:
         raise UnavailableError(f"{python} has no torch; a dry run runs a program with the torch that it has")
     home = Path(str(said["torch"])).parent
@@ -98,10 +100,16 @@ def check_version(version: str) -> None:
         )
 
 
-def _ask(python: Path) -> dict[str, object]:
+def _ask(python: Path, ahead: Path | None) -> dict[str, object]:
+    variables = os.environ | ({} if ahead is None else {"PYTHONPATH": str(ahead)})
     try:
         done = subprocess.run(
-            [python, "-c", _ASK], capture_output=True, text=True, timeout=_SECONDS, stdin=subprocess.DEVNULL
+            [python, "-c", _ASK],
+            capture_output=True,
+            text=True,
+            timeout=_SECONDS,
+            stdin=subprocess.DEVNULL,
+            env=variables,
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise UnavailableError(f"{python} cannot be run: {error}") from error

@@ -48,10 +48,22 @@ def _load_libraries(folder: str) -> None:
         ctypes.CDLL(os.path.join(folder, name), mode=ctypes.RTLD_GLOBAL)
 
 
+def _watch(torch: Any, observer: str) -> None:
+    """Loads a file by its path and has it watch the program; it may import no more than this one."""
+    spec = importlib.util.spec_from_file_location("_standin_observer", observer)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.watch(torch)
+
+
 def _settle(torch: Any) -> None:
     """cuDNN is not emulated; torch has other ways, whose memory is known."""
     torch.backends.cudnn.enabled = False
     torch.backends.cuda.enable_cudnn_sdp(False)
+    if observer := os.environ.get("STANDIN_OBSERVER"):
+        _watch(torch, observer)
     if folder := os.environ.get("STANDIN_REPORTS"):
         atexit.register(_write_report, torch, folder)
 

@@ -10,9 +10,9 @@ import pytest
 from attention.errors import ConfigError, UnavailableError
 from planner.answers.dry_run import DryRun
 from planner.programs import run
+from planner.report.text.dry_run import dry_run_text
 from planner.standin import install
 from planner.standin.interpreter import Interpreter
-from planner.report.text.dry_run import dry_run_text
 
 GIB = 1 << 30
 HELD = [{"where": "train.py:9 forward > torch/nn/modules/linear.py forward", "bytes": GIB, "tensors": 3}]
