@@ -22,7 +22,7 @@ from typing import Any
 
 Frame = dict[str, Any]
 Event = dict[str, Any]
-Block = tuple[int, int, list[Frame]]
+HeldBlock = tuple[int, int, list[Frame]]
 
 EVENTS = 200_000
 """Allocations and frees that are remembered; a ring."""
@@ -37,7 +37,7 @@ _LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib"
 
 
 def peak_holders(
-    trace: list[Event], blocks: list[Block], holders: int = HOLDERS
+    trace: list[Event], blocks: list[HeldBlock], holders: int = HOLDERS
 ) -> tuple[int, list[tuple[str, int, int]]]:
     """(bytes at the peak, what held them, largest first) of a device.
 

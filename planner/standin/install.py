@@ -35,7 +35,7 @@ PATIENCE: Final = 10.0
 """Seconds that the index gets to say how large a wheel is."""
 _NEEDS: Final = re.compile(r"^Requires-Dist: (triton) *\(?==([\w.]+)", re.M)
 
-Say = Callable[[str], None]
+Tell = Callable[[str], None]
 
 
 def cache_folder() -> Path:
@@ -60,7 +60,7 @@ def release(python: Interpreter) -> str:
     return python.torch.partition("+")[0]
 
 
-def install(python: Interpreter, say: Say, *, index: str = INDEX) -> Path:
+def install(python: Interpreter, say: Tell, *, index: str = INDEX) -> Path:
     """The folder with the CUDA build for a Python, made if it is not there.
 
     It is made under another name and renamed when whole, so that an interruption leaves nothing half-made.
@@ -85,7 +85,7 @@ def install(python: Interpreter, say: Say, *, index: str = INDEX) -> Path:
 
 
 @contextlib.contextmanager
-def _alone(folder: Path, say: Say) -> Iterator[None]:
+def _alone(folder: Path, say: Tell) -> Iterator[None]:
     """One at a time makes a folder; the lock goes with the process that has it."""
     with open(folder.with_name(f".{folder.name}.lock"), "w") as lock:
         try:
@@ -96,7 +96,7 @@ def _alone(folder: Path, say: Say) -> Iterator[None]:
         yield
 
 
-def _fill(made: Path, python: Interpreter, index: str, say: Say) -> None:
+def _fill(made: Path, python: Interpreter, index: str, say: Tell) -> None:
     site, wanted = made / "site", f"torch=={release(python)}"
     say(f"{wanted}, CUDA build for Python {python.python}: {_size('torch', release(python), python, index)}")
     _pip(python, [wanted], site, index)
