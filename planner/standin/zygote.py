@@ -1,8 +1,8 @@
 """One process that has imported torch and forks a child for each task, each on a card of its own.
 
-A task names a function by module and name, its arguments as JSON, and the card. The child calls it and answers
-with what it returns, which has to be JSON; what the card came to is beside it. Whatever happens to a child is
-an `Outcome` and leaves the others as they were.
+A task names a function by module and name, its arguments as JSON, and the card. The child calls it and
+answers with what it returns, which has to be JSON; what the card came to is beside it. Whatever happens to a child is
+an `DryEnd` and leaves the others as they were.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _ENTRY = (
 )
 
 
-class Outcome(NamedTuple):
+class DryEnd(NamedTuple):
     """How a task ended."""
 
     kind: Literal["ok", "oom", "error", "died", "timeout"]
@@ -75,7 +75,7 @@ class Zygote:
         held: int | None = None,
         variables: Mapping[str, str] | None = None,
         timeout: float = 600.0,
-    ) -> Outcome:
+    ) -> DryEnd:
         """Calls `module.function(**arguments)` in a new child, on the card given or the process's own.
 
         `variables` are set in the child's environment before it touches CUDA (`PYTORCH_ALLOC_CONF` for one).
@@ -98,7 +98,7 @@ class Zygote:
         if not line:
             raise UnavailableError(f"the process of dry runs has ended: {self._said()}")
         kind, value, report = json.loads(line)
-        return Outcome(kind, value, report)
+        return DryEnd(kind, value, report)
 
     def close(self) -> None:
         """Ends the process."""
