@@ -1,8 +1,8 @@
 """One process that has imported torch and forks a child for each task, each on a card of its own.
 
 A task names a function by module and name, its arguments as JSON, and the card. The child calls it and
-answers with what it returns, which has to be JSON; what the card came to is beside it. Whatever happens to a child is
-an `DryEnd` and leaves the others as they were.
+answers with what it returns, which has to be JSON; what the card came to is beside it. Whatever happens to a
+child is a `DryEnd` and leaves the others as they were.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Runs traces of allocations on torch's own allocator, in a process of dry runs. Needs torch, not this project."""
+"""Runs traces of allocations on torch's own allocator, in a process of dry runs; needs torch alone."""
 
 from __future__ import annotations
 
