@@ -46,8 +46,8 @@ def allocated_and_reserved(sizes: list[int]) -> list[list[int]]:
 
 
 def sdpa_units(backend: str, dtype: str, shape: list[int], gradient: bool) -> list[float]:
-    """Peak above the inputs of the forward pass, and of the backward pass above what is held before it, each in
-    units of an operand's bytes."""
+    """Peak above the inputs of the forward pass, and of the backward pass above what is held before it, each
+    in units of an operand's bytes."""
     kind = getattr(torch, dtype)
     q, k, v = (torch.randn(shape, device="cuda", dtype=kind, requires_grad=gradient) for _ in range(3))
     unit = math.prod(shape) * q.element_size()
