@@ -46,7 +46,7 @@ def allocated_and_reserved(sizes: list[int]) -> list[list[int]]:
 
 
 def sdpa_units(backend: str, dtype: str, shape: list[int], gradient: bool) -> list[float]:
-    """Peak above the inputs of the forward pass, and of the backward pass above what is held before it, each in
+    """Peak of the forward pass above its inputs, and of the backward pass above what is held before it, in
     units of an operand's bytes."""
     kind = getattr(torch, dtype)
     q, k, v = (torch.randn(shape, device="cuda", dtype=kind, requires_grad=gradient) for _ in range(3))
