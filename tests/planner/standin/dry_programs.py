@@ -115,9 +115,9 @@ def large_copies() -> list[Any]:
     """3 GiB go to the device and back in pieces, without holding as much RAM."""
     pieces = [torch.ones(16 * MIB, dtype=torch.uint8).cuda() for _ in range(192)]
     large = torch.ones(256 * MIB, dtype=torch.uint8).cuda().cpu()
-    with open("/proc/self/statm", encoding="ascii") as file:
-        resident = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    return [pieces[-1].cpu().sum().item() == 16 * MIB, int(large.max()), resident / MIB]
+    with open("/proc/self/smaps_rollup", encoding="ascii") as file:
+        resident = int(file.read().split("Rss:")[1].split()[0]) / 1024
+    return [pieces[-1].cpu().sum().item() == 16 * MIB, int(large.max()), resident]
 
 
 def loader() -> int:
