@@ -163,13 +163,12 @@ def stub_source(symbols: Iterable[str]) -> str:
     for name in sorted(symbols):
         refused = next((status for prefix, status in _REFUSED.items() if name.startswith(prefix)), 0)
         if refused and not _HARMLESS.search(name):
-            body = f'{{ return standin_unknown("{name}", {refused}); }}'
+            rest = f'() {{ return standin_unknown("{name}", {refused}); }}'
         elif re.search(r"Create(?!.*(Identity|Comm))", name):
-            body = "(void **out) { *out = calloc(1, 256); return 0; }"
+            rest = "(void **out) { *out = calloc(1, 256); return 0; }"
         else:
-            body = "{ return 0; }"
-        arguments = "" if body.startswith("(") else "()"
-        lines.append(f"__attribute__((weak)) int {name}{arguments} {body}")
+            rest = "() { return 0; }"
+        lines.append(f"__attribute__((weak)) int {name}{rest}")
     return "\n".join(lines) + "\n"
 
 

@@ -5,6 +5,7 @@ Imports what its own Python has: the standard library and torch.
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import json
 import os
@@ -12,7 +13,9 @@ import select
 import signal
 import sys
 import traceback
-from typing import Any
+from typing import Any, Final
+
+_DIES_WITH_PARENT: Final = 1  # PR_SET_PDEATHSIG
 
 
 def serve(answers: int) -> None:
@@ -26,6 +29,7 @@ def serve(answers: int) -> None:
         if not child:
             os.close(reader)
             os.setpgid(0, 0)
+            ctypes.CDLL(None).prctl(_DIES_WITH_PARENT, signal.SIGKILL)
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # the tasks are the parent's
             _child(task, writer)
         os.close(writer)

@@ -15,9 +15,9 @@ from typing import Final
 
 from attention.errors import UnavailableError
 
-MADE_FOR: Final = ("2.11", "2.13")
-"""Versions of torch that dry runs were tried with, from the oldest to the newest: others in between are
-taken, older and newer ones are refused."""
+MADE_FOR: Final = ("2.8", "2.13")
+"""The oldest and the newest torch that was tried; those in between are taken, others refused. 2.8.0+cu128 and
+2.11.0+cu130 were tried with a few operators and a training step, 2.13.0+cu130 with everything here."""
 _ASK = """
 import importlib.metadata as m, importlib.util as u, json, sys
 spec = u.find_spec("torch")

@@ -46,8 +46,8 @@ def allocated_and_reserved(sizes: list[int]) -> list[list[int]]:
 
 
 def sdpa_units(backend: str, dtype: str, shape: list[int], gradient: bool) -> list[float]:
-    """Peak above the inputs of the forward pass, and of the backward pass above what is held before it, each
-    in units of an operand's bytes."""
+    """Peak of the forward pass above its inputs, and of the backward pass above what is held before it, in
+    units of an operand's bytes."""
     kind = getattr(torch, dtype)
     q, k, v = (torch.randn(shape, device="cuda", dtype=kind, requires_grad=gradient) for _ in range(3))
     unit = math.prod(shape) * q.element_size()
@@ -115,9 +115,9 @@ def large_copies() -> list[Any]:
     """3 GiB go to the device and back in pieces, without holding as much RAM."""
     pieces = [torch.ones(16 * MIB, dtype=torch.uint8).cuda() for _ in range(192)]
     large = torch.ones(256 * MIB, dtype=torch.uint8).cuda().cpu()
-    with open("/proc/self/statm", encoding="ascii") as file:
-        resident = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    return [pieces[-1].cpu().sum().item() == 16 * MIB, int(large.max()), resident / MIB]
+    with open("/proc/self/smaps_rollup", encoding="ascii") as file:
+        resident = int(file.read().split("Rss:")[1].split()[0]) / 1024
+    return [pieces[-1].cpu().sum().item() == 16 * MIB, int(large.max()), resident]
 
 
 def loader() -> int:
