@@ -76,7 +76,7 @@ class _Group(TyperGroup):
 app = typer.Typer(
     name="planner",
     cls=_Group,
-    help="Says which attention fits a GPU, how fast it is and what it attends to.",
+    help="Finds the attention that fits a GPU, and says how fast it is and what it attends to.",
     epilog="\b\nExample:\n  planner estimate --variant dense --seq 4096 --vram 8GB",
     no_args_is_help=True,
     add_completion=False,

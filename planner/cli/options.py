@@ -52,8 +52,12 @@ def build_workload(
     head_dim: Annotated[int | None, _size("head_dim", "Channels a head.")] = None,
     dtype: Annotated[Dtype | None, _size("dtype", "Type of q, k, v.")] = None,
     mode: Annotated[Mode | None, _size("mode", "Forward alone, or forward and backward.")] = None,
-    causal: Annotated[bool | None, typer.Option("--causal", help="Queries see no later keys.")] = None,
-    weights: Annotated[bool | None, typer.Option("--weights", help="Ask for the weights too.")] = None,
+    causal: Annotated[
+        bool | None, typer.Option("--causal", help="Causal mask: queries attend to no later keys.")
+    ] = None,
+    weights: Annotated[
+        bool | None, typer.Option("--weights", help="Return the attention weights too.")
+    ] = None,
     config: Annotated[Path | None, typer.Option(metavar="FILE", help=FILE)] = None,
 ) -> Workload:
     """The workload that these options describe; what they leave open is the file's, where it has one."""
@@ -146,23 +150,25 @@ def build_place(
         str | None, typer.Option(metavar="SIZE", help="Memory to fit: 8GB, 7.75GiB. [default: the card's]")
     ] = None,
     allocator: Annotated[
-        str, typer.Option(metavar="TEXT", help="As PYTORCH_CUDA_ALLOC_CONF has it.", show_default=False)
+        str, typer.Option(metavar="TEXT", help="Settings as in PYTORCH_CUDA_ALLOC_CONF.", show_default=False)
     ] = "",
     display: Annotated[
-        Literal["headless", "desktop"], typer.Option(help="What the card draws.")
+        Literal["headless", "desktop"], typer.Option(help="Whether the card drives a display.")
     ] = "headless",
     others: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="What others hold on the card. [default: nothing]")
+        str | None, typer.Option(metavar="SIZE", help="Memory of other processes on the card. [default: 0]")
     ] = None,
     context: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="A measured CUDA context. [default: a known one]")
+        str | None,
+        typer.Option(metavar="SIZE", help="Measured size of the CUDA context. [default: a known one]"),
     ] = None,
     threads: Annotated[
         int | None,
         typer.Option(min=1, max=4096, help="Threads of a CPU's operators. [default: as torch has]"),
     ] = None,
     calibration: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="In place of the one that comes with this.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Calibration to use. [default: your own, or a shipped one]"),
     ] = None,
 ) -> Place:
     """The place that these options describe."""
@@ -201,12 +207,12 @@ def build_config(
     config: Annotated[Path | None, typer.Option(metavar="FILE", help=FILE)] = None,
     variant: Annotated[Variant | None, typer.Option(help="Which attention.")] = None,
     pattern: Annotated[
-        PatternType | None, typer.Option(help="Blocks kept. [default: dilated_sparse]")
+        PatternType | None, typer.Option(help="Which blocks are kept. [default: dilated_sparse]")
     ] = None,
     block_size: Annotated[int | None, typer.Option(help="Tokens a block. [default: 128]")] = None,
     window: Annotated[int | None, typer.Option(help="Tokens of a local window. [default: 512]")] = None,
     global_tokens: Annotated[
-        int | None, typer.Option(help="First tokens, which all see. [default: 64]")
+        int | None, typer.Option(help="First tokens, which every query attends to. [default: 64]")
     ] = None,
     sparsity: Annotated[
         float | None, typer.Option(help="Fraction of blocks kept, 0.01 to keep 1%. [default: 0.1]")

@@ -59,20 +59,24 @@ Conditions = NewType("Conditions", dict[str, Any])
 def build_conditions(
     *,
     reserve: Annotated[
-        str, typer.Option(metavar="SIZE", help="Of the memory, for the rest of the model: 1.5GB.")
+        str, typer.Option(metavar="SIZE", help="Memory kept for the rest of the model: 1.5GB.")
     ] = "0",
     layers: Annotated[
-        int, typer.Option(min=0, help="Of the model: in so many each token must hear of all. 0: no matter.")
+        int,
+        typer.Option(
+            min=0, help="Layers of the model, within which every token is reached. 0: no such gate."
+        ),
     ] = LAYERS,
     min_mass: Annotated[
-        float, typer.Option(min=0, max=1, help="Least share of dense attention's mass. 0: no matter.")
+        float, typer.Option(min=0, max=1, help="Minimum share of dense attention's mass. 0: no such gate.")
     ] = MIN_MASS,
-    max_seconds: Annotated[float | None, typer.Option(help="Most seconds of a call, predicted.")] = None,
+    max_seconds: Annotated[float | None, typer.Option(help="Maximum predicted seconds of a call.")] = None,
     profile: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Where attention's mass lies. [default: balanced]")
+        str | None, typer.Option(metavar="NAME", help="How mass is spread over distance. [default: balanced]")
     ] = None,
     profile_from: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="The same, measured: q and k in .npz or .safetensors.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Measure the profile from q and k in .npz or .safetensors."),
     ] = None,
     causal: Annotated[bool | None, typer.Option()] = None,
 ) -> Conditions:

@@ -49,7 +49,9 @@ def build_view(
         str | None,
         typer.Option(metavar="TOKENS", help=f"Tokens: 4096, 128K or 1M. [default: the file's, or {SEQ}]"),
     ] = None,
-    causal: Annotated[bool | None, typer.Option("--causal", help="Queries see no later keys.")] = None,
+    causal: Annotated[
+        bool | None, typer.Option("--causal", help="Causal mask: queries attend to no later keys.")
+    ] = None,
     heads: Annotated[int | None, typer.Option(help="Query heads. [default: the file's, or 8]")] = None,
 ) -> View:
     """The workload that these options describe; what they leave open is the file's, where it has one."""

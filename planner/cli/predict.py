@@ -54,7 +54,7 @@ def estimate(
 ) -> int:
     """Predict the memory of one attention, without running it.
 
-    No GPU is needed. What it takes is shown share by share, with an upper bound and how sure that is.
+    No GPU is needed. The peak is shown share by share, with an upper bound and how certain that is.
     """
     from planner.memory.estimate import estimate as predict
 
@@ -89,8 +89,8 @@ def max_seq(
 ) -> int:
     """Find the longest sequence that fits.
 
-    It is a multiple of the block size, and fits at the upper bound. Where not even one block fits, the exit
-    code is 3, and options that would change that are named.
+    It is a multiple of the block size, and fits at the upper bound. If not even one block fits, the exit code
+    is 3, and the options with which one would fit are printed.
     """
     from planner.question.relaxation import spelt
     from planner.search.longest import longest
@@ -131,7 +131,7 @@ def compare(
     ] = None,
     format: Format = "table",
 ) -> int:
-    """Show what one attention takes more than another, and why.
+    """Compare the memory of two attentions, buffer by buffer.
 
     Sizes and device are for configs; estimates and measurements have their own.
     """

@@ -21,17 +21,17 @@ def show(
     view: View,
     config: Pictured,
     profile: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Where attention's mass lies. [default: balanced]")
+        str | None, typer.Option(metavar="NAME", help="How mass is spread over distance. [default: balanced]")
     ] = None,
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw the layout, as .png or .svg.")
     ] = None,
     format: Format = "table",
 ) -> int:
-    """Picture which tokens an attention lets see which.
+    """Draw the attention mask of a config.
 
-    Of a dilated attention what its first head sees is drawn, and which positions the others take. What an
-    adaptive one sees is chosen at run time: of it only the budget is known.
+    For a dilated attention this is the mask of its first head, and the positions that the other heads attend
+    to. An adaptive attention chooses its blocks at run time: only their number is known.
     """
     from planner.quality.profiles import DEFAULT, preset
     from planner.report.seen import seen, seen_data
@@ -72,15 +72,17 @@ def report(
         ),
     ] = None,
     storage: Annotated[
-        str | None, typer.Option(metavar="URL", help="In place of a file, where `tune` keeps trials.")
+        str | None, typer.Option(metavar="URL", help="Instead of a file: the storage of `tune`'s trials.")
     ] = None,
-    study: Annotated[str | None, typer.Option(metavar="NAME", help="Their name in the storage.")] = None,
+    study: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Name of the trials in the storage.")
+    ] = None,
     out: Annotated[Path, typer.Option(metavar="FILE", help="The page.")] = Path("report.html"),
 ) -> int:
     """Make an answer a page to read, print and send.
 
-    One file of HTML that needs nothing else: the answer, where the budget goes, why, what else there is, who
-    sees whom, the program, and where the figures are from. A file that is there is replaced.
+    One file of HTML that needs nothing else: the answer, where the budget goes, why, what else there is, the
+    attention mask, the program, and where the figures are from. An existing file is replaced.
     """
     if (file is None) == (storage is None) or (storage is None) != (study is None):
         raise ConfigError("name one answer: either a file, or --storage URL and --study NAME")

@@ -125,8 +125,8 @@ def test_the_picture_has_tokens_by_attention_and_shares_of_the_budget():
 
 
 def test_the_sentences_have_the_rows_figures():
-    said = max_sequence.said(ROWS)
-    assert "on 8 GB 8,000 (dense) to 56,000 (multihead) tokens are predicted for inference" in said.found
-    assert "1 of 1 lengths predicted for the CPU ran" in said.found
-    assert "97.5%" in said.found
-    assert "1,000 to 4,000 tokens on 8 GB, where 10 to 40 times" in said.seeds
+    findings = max_sequence.findings(ROWS)
+    assert "on 8 GB 8,000 (dense) to 56,000 (multihead) tokens are predicted for inference" in findings.answer
+    assert "1 of 1 lengths predicted for the CPU ran" in findings.answer
+    assert "97.5%" in findings.answer
+    assert "1,000 to 4,000 tokens on 8 GB, where 10 to 40 times" in findings.original
