@@ -1,4 +1,4 @@
-"""What may be asked of a recommendation, the defaults, and the gates that an answer passes."""
+"""Options of a recommendation, their defaults, and the gates that an answer passes."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from planner.workload import Dtype, Mode
 
 MOST_LAYERS: Final = 1 << 20
-"""Of a model."""
+"""Most layers of a model."""
 LAYERS: Final = 12
-"""Of a model, in which each token must hear of all."""
+"""Layers of a model after which each token must depend on all that causality permits."""
 MIN_MASS: Final = 0.8
 """Least share of dense attention's mass; docs/explanation/quality.md says why."""
 TRIALS: Final = 24
-"""Of Optuna, after the grid."""
+"""Optuna's trials, after the grid."""
 
 Sampler = Literal["tpe", "random", "nsga2", "nsga3", "cmaes", "qmc", "gp", "brute"]
 NEEDED: Final[dict[str, tuple[str, ...]]] = {"cmaes": ("cmaes",), "qmc": ("scipy",), "gp": ("scipy", "torch")}
@@ -36,7 +36,7 @@ Objective = Literal["speed", "seq", "quality"]
 
 
 class Asked(TypedDict, total=False):
-    """What may be said of a recommendation beside memory and length; all of it has defaults."""
+    """Options of a recommendation beside memory and length; all of them have defaults."""
 
     objective: Literal["speed", "seq", "quality"] | None
     """"speed" (default with a length), "seq" (default without), "quality"."""
@@ -50,7 +50,8 @@ class Asked(TypedDict, total=False):
     mode: Mode
     causal: bool
     layers: int | None
-    """Of the model, in which each token must hear of all (12); None for no such gate."""
+    """Layers of the model after which the last token must depend on all that causality permits (12); None
+    for no such gate."""
     min_mass: float | None
     """Least share of dense attention's mass (0.8); None for no such gate."""
     max_seconds: float | None
@@ -60,15 +61,15 @@ class Asked(TypedDict, total=False):
     reserve: str | int
     """Bytes of the budget for what else is there, e.g. "1.5GB"."""
     space: Space | None
-    """What may be chosen."""
+    """The configs that may be chosen; None for all."""
     trials: int
-    """Of Optuna, after the grid."""
+    """Optuna's trials, after the grid."""
     sampler: Sampler
     seed: int
     storage: str | None
     """Where trials are kept and gone on with: a journal file, or a URL of Optuna's."""
     study: str | None
-    """Their name there."""
+    """Name of the trials' study in the storage."""
     progress: OnTrial | None
     calibration: Calibration | None
     allocator: str
@@ -80,14 +81,14 @@ class Asked(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Gates:
-    """What a config has to do besides fitting; None turns a gate off."""
+    """Conditions that a config has to meet besides fitting; None turns a gate off."""
 
     layers: int | None = LAYERS
-    """Of the model: within so many the last token hears of all that causality permits."""
+    """Layers after which the last token must depend on all that causality permits."""
     min_mass: float | None = MIN_MASS
     """Least share of dense attention's mass, under the profile."""
     max_seconds: float | None = None
-    """Of one call."""
+    """Most seconds of one call."""
 
     def __post_init__(self) -> None:
         if self.layers is not None and (type(self.layers) is not int or not 1 <= self.layers <= MOST_LAYERS):
