@@ -47,7 +47,7 @@ def mass(columns: Columns, workload: Workload, profile: Profile) -> Floats:
     Of `workload` only `causal` and `heads` are read: the length is `columns.seq`. Dense, windows, global
     tokens and regular dilated branches (segments nested in each other and divided by their rates) are closed
     forms, dilated_sparse a fixed sample of its query blocks, other dilated branches one of queries. Adaptive
-    rests on an assumption, which `quality_rows.adaptive` states.
+    rests on an assumption, which `sampled_blocks.adaptive` states.
     """
     if columns.variant == "dense":
         return np.ones(len(columns))
