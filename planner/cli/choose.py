@@ -24,7 +24,7 @@ def recommend(
         typer.Option(metavar="TOKENS", help="Tokens: 131072, 128K or 1M. [default: the most that fit]"),
     ] = None,
     card: Card,
-    given: Given,
+    option_names: Given,
     objective: Annotated[
         Literal["speed", "seq", "quality"] | None,
         typer.Option(help="What to optimise. [default: speed; without --seq the length]"),
@@ -59,21 +59,21 @@ def recommend(
     without --seq, the one with the longest sequence. Needs no GPU. If nothing fits, the exit code is 3, and
     the changes with which something would fit are printed.
     """
-    from planner import recommend as choose
+    from planner import recommend as recommendation_for
     from planner.search.relax import NothingFitsError
 
     if verify and format == "py":
         raise ConfigError(
             "--verify says how the picks ran, which --format py does not; choose another format"
         )
-    if idle := given & {"sampler", "seed", "study"} if not trials else set():
+    if idle := option_names & {"sampler", "seed", "study"} if not trials else set():
         raise ConfigError(f"{flags(idle)}: for trials only, and --trials 0 asks for none; remove one of them")
-    asked = sizes.model_dump(exclude={"seq", "weights"})
+    fields = sizes.model_dump(exclude={"seq", "weights"})
     # With the length free the longest sequence of every candidate is searched for, which takes seconds.
     waits = progress_line("searching for the longest sequence") if seq is None else contextlib.nullcontext()
     try:
         with waits:
-            found = choose(
+            recommendation = recommendation_for(
                 card.budget,
                 seq,
                 objective=objective,
@@ -85,7 +85,7 @@ def recommend(
                 storage=storage,
                 study=study,
                 **gates,
-                **asked,
+                **fields,
                 **card.options,
             )
     except NothingFitsError as error:
@@ -96,23 +96,23 @@ def recommend(
         from planner.search.verify import verify as run
 
         with steps() as progress:
-            checked = run(found, progress=progress)
+            checked = run(recommendation, progress=progress)
     if plot is not None:
         from planner.report.plot.estimate import plot_pareto
 
-        plot_pareto(found, plot)
+        plot_pareto(recommendation, plot)
     if format == "py":
         from planner.report.text.snippet import snippet
 
-        typer.echo(snippet(found.config, found.workload))
+        typer.echo(snippet(recommendation.config, recommendation.workload))
     elif format == "table":
         from planner.report.text.recommend import recommend_text, verified_text
 
-        typer.echo(recommend_text(found, ink()))
+        typer.echo(recommend_text(recommendation, ink()))
         if checked is not None:
             typer.echo("\n" + verified_text(checked))
     else:
-        data = found.model_dump(mode="json")
+        data = recommendation.model_dump(mode="json")
         if checked is not None:
             data["verified"] = [one.model_dump(mode="json") for one in checked]
         print_data(data, format)
@@ -171,7 +171,7 @@ def tune(
     from planner.search.relax import NothingFitsError
 
     try:
-        found = run(
+        tuning = run(
             vram,
             seq,
             device=device,
@@ -195,15 +195,15 @@ def tune(
     if format == "py":
         from planner.report.text.snippet import snippet
 
-        typer.echo(snippet(found.config, found.workload))
+        typer.echo(snippet(tuning.config, tuning.workload))
     elif format == "table":
-        typer.echo(tuned_text(found))
+        typer.echo(tuned_text(tuning))
     else:
-        print_data(found.model_dump(mode="json"), format)
-    best, most = found.best.seconds, gates["max_seconds"]
-    if best is not None and most is not None and best > most:
+        print_data(tuning.model_dump(mode="json"), format)
+    best, maximum = tuning.best.seconds, gates["max_seconds"]
+    if best is not None and maximum is not None and best > maximum:
         # The gate is on the predicted time: it says which configs are worth measuring.
-        say(f"note: the fastest takes {best:.3g} s, more than the {most:g} s of --max-seconds")
-    if found.interrupted:
+        say(f"note: the fastest takes {best:.3g} s, more than the {maximum:g} s of --max-seconds")
+    if tuning.interrupted:
         say("interrupted; every finished trial is kept, and the same command continues from there")
-    return INTERRUPTED if found.interrupted else DONE
+    return INTERRUPTED if tuning.interrupted else DONE

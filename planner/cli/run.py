@@ -41,21 +41,21 @@ def measure(
     exits 1, and what the library refuses 2.
     """
     from planner.measuring.measure import measure as run
-    from planner.report.text import tables as report
+    from planner.report.text import tables
 
     cap_bytes = None if cap is None else parse_bytes(cap, "--cap")
     with progress_line(f"measuring {config.variant} at {workload.seq:,} tokens on {device}"):
-        found = run(config, workload, device, timeout=timeout, runs=runs, cap_bytes=cap_bytes)
+        measurement = run(config, workload, device, timeout=timeout, runs=runs, cap_bytes=cap_bytes)
     if format == "table":
-        report.show(report.measurement_table(found))
+        tables.show(tables.measurement_table(measurement))
     else:
-        print_data(report.measurement_data(found), format)
+        print_data(tables.measurement_data(measurement), format)
     if append is not None:
         from planner.measuring import records
 
-        records.append(append, found)
+        records.append(append, measurement)
         say(f"the record was added to {append}")
-    return {"crash": CRASHED, "error": WRONG}.get(found.kind, DONE)
+    return {"crash": CRASHED, "error": WRONG}.get(measurement.kind, DONE)
 
 
 @command("calibrate", "planner calibrate --device cpu")
@@ -85,7 +85,7 @@ def calibrate(
 
     try:
         with steps() as progress:
-            found = run(
+            calibration = run(
                 device, seed=seed, runs=runs, progress=progress, path=out, threads=threads, speed=speed
             )
     except KeyboardInterrupt:
@@ -94,12 +94,12 @@ def calibrate(
     if format == "table":
         from planner.report.text.tables import show
 
-        show(calibration_table(found))
+        show(calibration_table(calibration))
     else:
-        print_data(as_record(found), format)
-    if found.speed is not None:
-        say(found.speed.summary())
-    say(f"the calibration was saved as {out or own_path(found.device)}")
+        print_data(as_record(calibration), format)
+    if calibration.speed is not None:
+        say(calibration.speed.summary())
+    say(f"the calibration was saved as {out or own_path(calibration.device)}")
     return DONE
 
 
@@ -109,7 +109,7 @@ OUT: Final = "study-results"
 @command("study", "planner study min-mass --quick")
 def study(
     *,
-    given: Given,
+    option_names: Given,
     names: Annotated[
         list[str] | None, typer.Argument(metavar="[NAME...]", help="Studies, or `all`.", show_default=False)
     ] = None,
@@ -130,7 +130,7 @@ def study(
     # Studies are built on the planner, not the other way round: this is the one door up, by name.
     catalogue: Any = import_module("studies.bench.catalogue")
     if list_:
-        if idle := given - {"list_", "format"}:
+        if idle := option_names - {"list_", "format"}:
             raise ConfigError(
                 f"{flags(idle - {'names'}) or 'NAME'}: --list runs nothing; remove one of the two"
             )
@@ -144,15 +144,15 @@ def study(
         raise ConfigError(
             "no study was named; `planner study --list` lists them, `planner study all` runs all"
         )
-    asked = catalogue.names(tuple(names))
+    chosen = catalogue.names(tuple(names))
     if device == "cuda" and not import_module("torch").cuda.is_available():
         raise ConfigError("--device cuda: torch sees no GPU here; use --device cpu")
     studies: Any = import_module("studies.bench.study")
     records: Any = import_module("studies.bench.records")
-    asked = studies.able(asked, device, "all" in names)
+    chosen = studies.able(chosen, device, "all" in names)
     place = import_module("torch").device(device)
     answers, code = [], DONE
-    for name in asked:
+    for name in chosen:
         try:
             answer = studies.run(name, device=place, quick=quick, out=out)
         except records.NothingRanError as error:  # the others may have something to say

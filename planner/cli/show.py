@@ -17,7 +17,7 @@ from planner.cli.options_show import Pictured, View
 @command("show", "planner show docs/examples/large.json --seq 128K --causal")
 def show(
     *,
-    given: Given,
+    option_names: Given,
     view: View,
     config: Pictured,
     profile: Annotated[
@@ -36,20 +36,20 @@ def show(
     from planner.quality.profiles import DEFAULT, preset
     from planner.report.seen import seen, seen_data
 
-    idle = given & _idle(config, file="config" in given)
+    idle = option_names & _idle(config, file="config" in option_names)
     if idle:
         say(f"note: without effect here: {flags(idle)}")
-    found = seen(config, view, preset(profile or DEFAULT))
+    layout = seen(config, view, preset(profile or DEFAULT))
     if plot is not None:
         from planner.report.plot.layout import plot_layout
 
-        plot_layout(found, plot)
+        plot_layout(layout, plot)
     if format == "table":
         from planner.report.text.layout import seen_text
 
-        typer.echo(seen_text(found, ink()))
+        typer.echo(seen_text(layout, ink()))
     else:
-        print_data(seen_data(found), format)
+        print_data(seen_data(layout), format)
     if plot is not None:
         say(f"the layout was drawn in {plot}")
     return DONE

@@ -1,4 +1,4 @@
-"""What may be asked of a recommendation, the defaults, and the gates that an answer passes."""
+"""Options of a recommendation, their defaults, and the gates that an answer passes."""
 
 from __future__ import annotations
 
