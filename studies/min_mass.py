@@ -143,6 +143,8 @@ def draw(figure: Any, rows: Results) -> None:
 
 def _headline(rows: Results) -> str:
     shares = [part for profile in PRESETS if (part := share(rows, profile, 0.8)) is not None]
+    if not shares:
+        return "No config keeps four fifths of the mass"
     if max(shares) < 0.5:
         return "The last fifth of the mass costs most of the time"
     return f"Four fifths of the mass cost {min(shares):.0%} to {max(shares):.0%} of the time"

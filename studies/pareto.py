@@ -16,9 +16,9 @@ import numpy as np
 
 from planner.answers.recommendation import Pick
 from planner.question.asked import MIN_MASS, TRIALS
+from planner.question.dimensions import attention_kind
 from planner.report.plot.figure import INK, KINDS, MUTED, RED, TEXT, title
 from planner.report.text import words
-from planner.report.text.words import kind_of
 from planner.search.candidates import grid
 from planner.search.picks import pick, unsurpassed
 from planner.search.recommend import Answered, answered
@@ -82,7 +82,7 @@ def _enumerated(outcome: Answered) -> Row:
 def _point(one: Pick) -> Row:
     return {
         "role": one.role,
-        "kind": kind_of(one.config),
+        "kind": attention_kind(one.config),
         "seconds": one.seconds,
         "mb": one.upper / 1e6,
         "mass": one.mass,

@@ -15,9 +15,9 @@ from planner import recommend
 from planner.answers.recommendation import Pick
 from planner.gpus import find
 from planner.question.asked import MIN_MASS, TRIALS
+from planner.question.dimensions import attention_kind
 from planner.report.plot.figure import KINDS, MUTED, title, tokens
 from planner.report.text.recommend import seconds
-from planner.report.text.words import kind_of
 from planner.search.relax import NothingFitsError
 from planner.workload import Mode
 from studies.bench.records import Job, Row, markdown
@@ -60,7 +60,7 @@ def cell_row(card: str, seq: int, mode: Mode, trials: int = TRIALS) -> Row:
     widest = next(one for one in answer.alternatives if one.role == "widest")
     return row | {
         "outcome": "ok",
-        "attention": kind_of(answer.config),
+        "attention": attention_kind(answer.config),
         "config": answer.config.model_dump(mode="json", exclude_defaults=True),
         "upper": answer.memory.upper,
         "seconds": answer.seconds,
@@ -70,7 +70,7 @@ def cell_row(card: str, seq: int, mode: Mode, trials: int = TRIALS) -> Row:
 
 
 def _figures(pick: Pick) -> Row:
-    return {"attention": kind_of(pick.config), "seconds": pick.seconds, "mass": pick.mass}
+    return {"attention": attention_kind(pick.config), "seconds": pick.seconds, "mass": pick.mass}
 
 
 def steps(scope: Scope) -> list[Job]:

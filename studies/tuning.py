@@ -15,9 +15,10 @@ from typing import Any, Final
 
 from planner import tune
 from planner.answers.tuned import Trial
+from planner.question.dimensions import attention_kind
 from planner.report.plot.figure import KINDS, RED, named, title
 from planner.report.text.recommend import seconds
-from planner.report.text.words import kind_of, sizes
+from planner.report.text.words import sizes
 from studies.bench.records import Job, Row, markdown
 from studies.bench.study import Findings, Results, Scope, Study
 
@@ -71,7 +72,7 @@ def scenario_row(question: Question, trials: int) -> Row:
 def _figures(trial: Trial) -> Row:
     return {
         "number": trial.number,
-        "attention": kind_of(trial.config),
+        "attention": attention_kind(trial.config),
         "outcome": trial.kind,
         "seconds": trial.seconds,
         "predicted": trial.predicted,

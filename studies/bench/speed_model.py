@@ -34,6 +34,7 @@ from planner.fitting.speed_runs import (
 )
 from planner.measuring.measure import Environment, Measurement
 from planner.measuring.server import Batch
+from planner.question.dimensions import attention_kind
 from planner.speed.seconds import seconds_of
 from planner.workload import Workload
 from studies.bench.records import Job, Row, markdown
@@ -106,11 +107,7 @@ def steps(scope: Scope) -> list[Job]:
 
 
 def _kind(config: AttentionConfig) -> str:
-    if config.multihead is not None:
-        return "multihead"
-    if config.variant == "block_sparse" and config.pattern is not None:
-        return config.pattern.pattern_type
-    return config.variant
+    return "multihead" if config.multihead is not None else attention_kind(config)
 
 
 def _measurement(row: Row) -> Measurement:

@@ -21,8 +21,8 @@ from planner.memory.estimate import estimate, machine_of
 from planner.quality.mass import mass_of
 from planner.quality.profiles import DEFAULT, PRESETS
 from planner.quality.reach import layers
+from planner.question.dimensions import attention_kind
 from planner.report.plot.figure import BLUE, GREEN, ORANGE, RED
-from planner.report.text.words import kind_of
 from planner.search.recommend import speed_rates_of
 from planner.speed.seconds import seconds_of
 from planner.workload import Dtype, Workload
@@ -124,7 +124,7 @@ def row(case: StudyConfig, plan: Purpose, place: Here) -> Row:
         "name": case.name,
         "series": case.series,
         "x": case.x,
-        "kind": kind_of(case.config),
+        "kind": attention_kind(case.config),
         **(case.more or {}),
         "config": case.config.model_dump(mode="json", exclude_defaults=True),
         "quality": {

@@ -6,6 +6,7 @@ from matplotlib.figure import Figure
 
 from planner import max_sequence as longest_of
 from planner.gpus import find
+from planner.question.dimensions import attention_kind
 from planner.workload import Workload
 from studies import max_sequence
 from studies.bench.attentions import one_of_each
@@ -52,10 +53,11 @@ ROWS = [
 
 def test_there_is_one_attention_of_each_kind_that_pictures_have_colours_for():
     from planner.report.plot.figure import KINDS as colours
-    from planner.report.text.words import kind_of
 
     assert list(KINDS) == list(colours)
-    assert [kind_of(config) for kind, config in KINDS.items() if kind != "multihead"] == list(KINDS)[:-1]
+    assert [attention_kind(config) for kind, config in KINDS.items() if kind != "multihead"] == list(KINDS)[
+        :-1
+    ]
     assert KINDS["multihead"].multihead is not None
 
 

@@ -7,6 +7,7 @@ from typing import Final
 
 from planner.answers.recommendation import Pick, Recommendation
 from planner.answers.verified import Verified
+from planner.question.dimensions import attention_kind
 from planner.report.page.charts import SHAPES, Axis, Mark, delta, pair, points
 from planner.report.page.html import Heading, Html, Section, join, page, pairs, table, tag
 from planner.report.page.sections import budget, layout, program, provenance, tiles
@@ -83,7 +84,7 @@ def _picks(answer: Recommendation) -> Section:
 
 def _figures(one: Pick) -> tuple[str, ...]:
     return (
-        words.kind_of(one.config),
+        attention_kind(one.config),
         shape(one.config),
         f"{one.seq:,}",
         format_bytes(one.upper),
@@ -179,7 +180,7 @@ def _pareto(answer: Recommendation) -> Section:
 
 
 def _mark(one: Pick, role: str, maximum: int) -> Mark:
-    kind = words.kind_of(one.config)
+    kind = attention_kind(one.config)
     description = (
         f"{kind}: {seconds(one.seconds)}, {one.mass:.1%} of the mass, {format_bytes(one.upper)} at most"
     )

@@ -6,6 +6,7 @@ import math
 from typing import Final
 
 from planner.answers.tuned import Trial, Tuned
+from planner.question.dimensions import attention_kind
 from planner.report.page.charts import SHAPES, Axis, Mark, points
 from planner.report.page.html import Heading, Section, join, page, pairs, table, tag
 from planner.report.page.sections import budget, layout, program, provenance, tiles
@@ -83,7 +84,7 @@ def _trials(tuned: Tuned) -> Section:
             seconds(one.predicted),
             format_bytes(one.allocated) if one.allocated is not None else "-",
             format_bytes(one.upper),
-            words.kind_of(one.config),
+            attention_kind(one.config),
             shape(one.config),
             f"{one.kind}: {one.message}" if one.message else one.kind,
         )
@@ -123,7 +124,7 @@ def _ratio(tuned: Tuned) -> str:
 
 
 def _mark(one: Trial, tuned: Tuned) -> Mark:
-    kind = words.kind_of(one.config)
+    kind = attention_kind(one.config)
     names = [
         name
         for name, other in (("best", tuned.best), ("models alone", tuned.analytic))

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from planner.memory.estimate import MemoryEstimate
+from planner.question.dimensions import attention_kind
 from planner.report.places import Box, Name, placed
 from planner.report.plot.figure import BLUE, GRID, INK, KINDS, MUTED, RED, TEXT, title, written
 from planner.report.text import words
 from planner.report.text.estimate import label, waterfall
-from planner.report.text.words import kind_of
 from planner.report.ticks import linear_ticks, log_ticks
 from planner.units import format_bytes
 
@@ -102,10 +102,10 @@ def draw_pareto(figure: Any, answer: Recommendation) -> None:
     figure.set_size_inches(8, 5.2)
     axes = figure.add_subplot()
     largest = max(pick.upper for pick in (*answer.pareto, *answer.alternatives))
-    kinds = dict.fromkeys(kind_of(pick.config) for pick in answer.pareto)
+    kinds = dict.fromkeys(attention_kind(pick.config) for pick in answer.pareto)
     for kind in kinds:
         color, marker = KINDS[kind]
-        picks = [pick for pick in answer.pareto if kind_of(pick.config) == kind]
+        picks = [pick for pick in answer.pareto if attention_kind(pick.config) == kind]
         axes.scatter(
             [pick.seconds for pick in picks],
             [100 * pick.mass for pick in picks],

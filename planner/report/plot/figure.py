@@ -44,7 +44,7 @@ KINDS: Final = {
     "adaptive": (PINK, "P"),
     "multihead": (RED, "X"),
 }
-"""Colour and marker of each kind of attention; see `planner.report.text.words.kind_of`."""
+"""Colour and marker of each kind of attention; see `planner.question.dimensions.attention_kind`."""
 _SETTINGS: Final = {
     "font.family": FONT, "font.size": TEXT, "axes.labelsize": LABEL, "axes.titlesize": LABEL,
     "axes.edgecolor": MUTED, "axes.labelcolor": INK, "text.color": INK, "xtick.color": INK,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from attention.config import MIB, AttentionConfig
 from planner.answers.recommendation import Pick, Recommendation, Step, Why, Without
+from planner.question.dimensions import attention_kind
 from planner.report.text import words
 from planner.report.text.estimate import WIDTH, label, waterfall, wrapped
 from planner.report.text.snippet import snippet
@@ -104,7 +105,7 @@ def _picks(picks: Sequence[Pick]) -> list[str]:
         return []
     rows: list[tuple[str, list[str]]] = [
         ("", [pick.role for pick in picks]),
-        ("attention", [words.kind_of(pick.config) for pick in picks]),
+        ("attention", [attention_kind(pick.config) for pick in picks]),
         *_dimensions(picks),
         ("tokens", [f"{pick.seq:,}" for pick in picks]),
         ("memory", [format_bytes(pick.upper) for pick in picks]),
@@ -124,7 +125,7 @@ def _dimensions(picks: Sequence[Pick]) -> Iterator[tuple[str, list[str]]]:
 
     patterns = [pick.config.pattern for pick in picks]
     yield from row("block", [str(p.block_size) if p else "" for p in patterns])
-    kinds = [words.kind_of(pick.config) for pick in picks]
+    kinds = [attention_kind(pick.config) for pick in picks]
     yield from row(
         "window",
         [
@@ -175,7 +176,7 @@ def reasons(why: Why, objective: str) -> list[tuple[str, str]]:
         rows.append(
             (
                 "runner-up",
-                f"{words.kind_of(why.runner_up.config)}: {shape(why.runner_up.config)}; "
+                f"{attention_kind(why.runner_up.config)}: {shape(why.runner_up.config)}; "
                 f"{_behind(why.behind, objective)}",
             )
         )
@@ -188,7 +189,7 @@ def _without(one: Without, objective: str) -> str:
         better = f"{1 + one.gain:.1f} times as {'fast' if objective == 'speed' else 'long'}"
     pick = one.pick
     return (
-        f"{one.constraint} binds: without it {better}, by {words.kind_of(pick.config)} with {pick.mass:.1%} "
+        f"{one.constraint} binds: without it {better}, by {attention_kind(pick.config)} with {pick.mass:.1%} "
         f"of the mass in {format_bytes(pick.upper)}"
     )
 

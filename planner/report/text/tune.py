@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from planner.answers.tuned import Trial, Tuned
+from planner.question.dimensions import attention_kind
 from planner.report.text import words
 from planner.report.text.recommend import pairs, seconds, shape
 from planner.search.tune import TuningProgress
@@ -44,7 +45,7 @@ def outcome(trial: Trial) -> str:
 
 def named(trial: Trial) -> str:
     """A trial's config in words."""
-    return f"{words.kind_of(trial.config)}: {shape(trial.config)}"
+    return f"{attention_kind(trial.config)}: {shape(trial.config)}"
 
 
 def _memory(trial: Trial) -> str:

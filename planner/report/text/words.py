@@ -14,13 +14,6 @@ def attention(config: AttentionConfig) -> str:
     return config.variant + inside
 
 
-def kind_of(config: AttentionConfig) -> str:
-    """The variant or, if it is block-sparse, its pattern."""
-    if config.variant == "block_sparse" and config.pattern:
-        return config.pattern.pattern_type
-    return config.variant
-
-
 def task(workload: Workload) -> str:
     """The sizes of a workload, its length first."""
     return f"{workload.seq:,} tokens, {sizes(workload)}"
