@@ -18,7 +18,7 @@ V = TypeVar("V")
 
 @dataclass(frozen=True)
 class CacheStats:
-    """What a cache holds now and what it did since it was made; hits + misses is the calls of `get`."""
+    """The state of a cache and its counts since it was made; hits + misses is the calls of `get`."""
 
     entries: int
     bytes: int

@@ -125,7 +125,8 @@ MOST_HEADS: Final = 1 << 16
 MOST_CHANNELS: Final = 1 << 20
 """The channels of a head."""
 MOST_BRANCHES: Final = 16
-"""Which keys are met twice takes a time that grows by factors with each further branch."""
+"""Most branches of a config: finding the keys that several share takes a time that grows by factors with each
+further branch."""
 MOST_BYTES: Final = 1 << 60
 
 Positive = Annotated[int, Field(ge=1)]
@@ -252,9 +253,9 @@ class AttentionConfig(Value):
         else:
             reads = _PATTERN_READS[self.pattern.pattern_type] | {"pattern_type"}
         fields = type(self.pattern).model_fields
-        given = {name for name in fields if getattr(self.pattern, name) != fields[name].default}
-        given |= {name for name in ("segment_lengths", "dilation_rates") if getattr(self, name)}
-        return tuple(sorted(given - reads))
+        changed = {name for name in fields if getattr(self.pattern, name) != fields[name].default}
+        changed |= {name for name in ("segment_lengths", "dilation_rates") if getattr(self, name)}
+        return tuple(sorted(changed - reads))
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -279,11 +280,12 @@ def _check_parts(config: AttentionConfig) -> None:
             f"uncovered='zero' is for variant 'dilated', got variant {config.variant!r}; remove it"
         )
     if config.multihead and config.adaptive:
-        asked = (config.multihead.num_heads, config.multihead.head_dim)
+        expected = (config.multihead.num_heads, config.multihead.head_dim)
         got = (config.adaptive.num_heads, config.adaptive.head_dim)
-        if asked != got:
+        if expected != got:
             raise ValueError(
-                f"adaptive and multihead disagree on (heads, head_dim): {got} and {asked}; give both the same"
+                f"adaptive and multihead disagree on (heads, head_dim): {got} and {expected}; "
+                "give both the same"
             )
 
 

@@ -58,14 +58,14 @@ def _branch_calls(order: int, length: int, rate: int, start: int, stop: int, sha
             count = _positions(offset, min(stop, end) - segment, rate) - skip
             if count > 0:
                 part = queries._replace(start=segment + offset + skip * rate, length=count)
-                seen = keys._replace(start=segment + offset)
+                visible = keys._replace(start=segment + offset)
                 if shape.causal:
                     own = keys._replace(start=part.start, length=count)
                     yield Call((part,), own, kind, "causal", first)
-                    seen = seen._replace(length=skip)
+                    visible = visible._replace(length=skip)
                 else:
-                    seen = seen._replace(length=_positions(offset, end - segment, rate))
-                for n, keys_part in enumerate(shape.key_ranges(seen)):
+                    visible = visible._replace(length=_positions(offset, end - segment, rate))
+                for n, keys_part in enumerate(shape.key_ranges(visible)):
                     alone = first and n == 0 and not shape.causal
                     yield Call((part,), keys_part, branch_kind(order, before=shape.causal), "none", alone)
             segment = end

@@ -48,10 +48,12 @@ class OutOfMemoryError(AttentionPlannerError, MemoryError):
         return partial(type(self), requested=self.requested, available=self.available), self.args
 
 
-def shortened(text: str, most: int) -> str:
-    """The text, its middle left out where it has more than `most` characters: what was asked is said at the
-    beginning, and what to do at the end."""
-    if len(text) <= most:
+def shortened(text: str, maximum: int) -> str:
+    """The text, its middle left out where it has more than `maximum` characters: an error says at the
+    beginning what was asked, and at the end what to do."""
+    if len(text) <= maximum:
         return text
-    end = most // 3
-    return f"{text[: most - end]} [... {len(text) - most:,} characters more ...] {text[len(text) - end :]}"
+    end = maximum // 3
+    return (
+        f"{text[: maximum - end]} [... {len(text) - maximum:,} characters more ...] {text[len(text) - end :]}"
+    )

@@ -117,10 +117,10 @@ def create_block_sparse_attention(
     parts: dict[str, Any] = {}
     if variant == "adaptive":
         parts["adaptive"] = AdaptiveConfig(
-            **_taken(options, AdaptiveConfig, {"num_heads": 8, "head_dim": 64})
+            **_fields_of(options, AdaptiveConfig, {"num_heads": 8, "head_dim": 64})
         )
     if variant == "multihead":
-        parts["multihead"] = MultiheadConfig(**_taken(options, MultiheadConfig))
+        parts["multihead"] = MultiheadConfig(**_fields_of(options, MultiheadConfig))
     config = AttentionConfig(
         variant="adaptive" if variant == "adaptive" else "block_sparse",
         segment_lengths=_sequence(segment_lengths),
@@ -171,7 +171,7 @@ def _renamed(options: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-def _taken(
+def _fields_of(
     options: dict[str, Any], part: type[Any], defaults: dict[str, Any] | None = None
 ) -> dict[str, Any]:
     """Moves the fields of `part` out of `options`."""
@@ -184,7 +184,7 @@ def _pattern(options: dict[str, Any], sparsity_ratio: float | None) -> SparsePat
     if whole is not None and again is not None:
         raise ConfigError("sparse_config and pattern are the same option; pass one of them")
     whole = again if whole is None else whole
-    fields = _taken(options, SparsePatternConfig)
+    fields = _fields_of(options, SparsePatternConfig)
     if sparsity_ratio is not None:
         fields["sparsity_ratio"] = sparsity_ratio
     if whole is None:

@@ -304,10 +304,10 @@ class BranchRows:
         left, right = rooms
         t = len(self.rates)
         rounds = (used + np.arange(t - 1, -1, -1)[:, None]) // t
-        taken = np.minimum(rounds, left + right)
+        count = np.minimum(rounds, left + right)
         # Sides take turns, left first, until one of them is used up.
-        after = np.minimum(right, np.maximum(taken // 2, taken - left))
-        return (taken - after) * self.rates, after * self.rates
+        after = np.minimum(right, np.maximum(count // 2, count - left))
+        return (count - after) * self.rates, after * self.rates
 
     def kept(self, rows: Ints, budget: int) -> Ints:
         """[rows], blocks kept, the own one included.

@@ -25,7 +25,7 @@ COUNTED: Final = 1 << 18
 
 
 class Units(NamedTuple):
-    """What the rows and columns of a config's picture are."""
+    """The units that the rows and columns of a config's picture stand for."""
 
     size: int
     """Tokens each; the last may have fewer."""
@@ -71,10 +71,10 @@ def _edges(cells: int, count: int) -> Ints:
     return np.arange(cells + 1, dtype=np.int64) * count // cells
 
 
-def _spread(begin: int, end: int, most: int) -> Ints:
-    """All from `begin` to `end`, or one of each of `most` strata; which one, by the golden ratio: without a
-    period that dilation rates could have."""
-    count = min(most, end - begin)
+def _spread(begin: int, end: int, maximum: int) -> Ints:
+    """All numbers from `begin` to `end`, or one of each of `maximum` strata; which one, by the golden ratio:
+    without a period that dilation rates could have."""
+    count = min(maximum, end - begin)
     at = np.arange(count)
     if count == end - begin:
         return at + begin

@@ -149,8 +149,8 @@ class MultiheadAttention(nn.Module):
         """q, k and v, [batch, seq, heads or kv_heads, head_dim]."""
         weight, bias = self.in_proj_weight, self.in_proj_bias
         widths = [self.embed_dim, self.kv_heads * self.head_dim, self.kv_heads * self.head_dim]
-        given = (query, key, value, weight, *(() if bias is None else (bias,)))
-        trains = torch.is_grad_enabled() and any(x.requires_grad for x in given)
+        tensors = (query, key, value, weight, *(() if bias is None else (bias,)))
+        trains = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
         # Autocast sees into operators and not into a function of one's own.
         if trains and not torch.is_autocast_enabled(query.device.type):
             projected: tuple[Tensor, ...] = _Projections.apply(  # type: ignore[no-untyped-call]

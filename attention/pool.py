@@ -67,7 +67,8 @@ def free_bytes(device: torch.device) -> int | None:
 
 @dataclass(frozen=True)
 class PoolStats:
-    """What a pool holds and lent now (bytes of whole buckets), and what it did since it was made."""
+    """The state of a pool: bytes that it holds and lent now (of whole buckets), and counts since it was
+    made."""
 
     hits: int
     misses: int
@@ -101,7 +102,7 @@ class BufferPool:
         self._free: dict[_Class, deque[tuple[int, torch.UntypedStorage]]] = {}
         self._lent: weakref.WeakKeyDictionary[torch.UntypedStorage, _Class] = weakref.WeakKeyDictionary()
         # Bytes held and bound when the platform was last asked what is free.
-        self._asked: dict[torch.device, tuple[int, int]] = {}
+        self._bounds: dict[torch.device, tuple[int, int]] = {}
         self._clock = self._hits = self._misses = self._peak = 0
 
     @property
@@ -164,7 +165,7 @@ class BufferPool:
     def trim(self, max_bytes: int = 0) -> int:
         """Frees free buffers, least recently used first, until at most `max_bytes` are held; bytes freed."""
         with self._lock:
-            self._asked.clear()
+            self._bounds.clear()
             return self._shrink(max_bytes, None)
 
     @property
@@ -189,12 +190,12 @@ class BufferPool:
             return self._max_bytes
         with self._lock:
             held = self._held(device) + nbytes
-            most, bound = self._asked.get(device, (-1, 0))
-        if held > most:
+            largest, bound = self._bounds.get(device, (-1, 0))
+        if held > largest:
             free = free_bytes(device)
             bound = (FREE_IF_UNKNOWN if free is None else free) // FREE_SHARE
             with self._lock:
-                self._asked[device] = (min(held, bound), bound)
+                self._bounds[device] = (min(held, bound), bound)
         return bound
 
     def _held(self, device: torch.device | None = None) -> int:
@@ -247,7 +248,8 @@ class BuffersStats:
 
 
 class Buffers:
-    """What one module, or several with the same settings, keep between calls: a pool and three caches.
+    """The memory that one module, or several with the same settings, keep between calls: a pool and three
+    caches.
 
     Modules get theirs from `buffers_for`. Copies and pickles of a module share theirs the same way.
     """

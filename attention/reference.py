@@ -49,13 +49,13 @@ def reference_attention(
     query, key, value = (x.double().transpose(1, 2) for x in (q, k, v))
     key, value = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (key, value))
     scale = 1 / math.sqrt(q.shape[3]) if config.scale is None else config.scale
-    seen = (m > 0).expand(*query.shape[:2], seq, seq)
-    scores: Tensor = _Scores.apply(query, key, seen) * scale  # type: ignore[no-untyped-call]
+    visible = (m > 0).expand(*query.shape[:2], seq, seq)
+    scores: Tensor = _Scores.apply(query, key, visible) * scale  # type: ignore[no-untyped-call]
     # A row of nothing but -inf would make NaN of both the maximum's difference and 0 / 0.
     highest = scores.detach().amax(dim=-1, keepdim=True)
     weights = m * torch.exp(scores - highest.masked_fill(highest == -math.inf, 0.0))
     total = weights.sum(dim=-1, keepdim=True)
-    mixed: Tensor = _Mix.apply(weights / total.masked_fill(total == 0, 1.0), value, seen)  # type: ignore[no-untyped-call]
+    mixed: Tensor = _Mix.apply(weights / total.masked_fill(total == 0, 1.0), value, visible)  # type: ignore[no-untyped-call]
     return mixed.transpose(1, 2)
 
 
@@ -63,43 +63,44 @@ def reference_attention(
 
 
 class _Scores(torch.autograd.Function):
-    """query @ key^T where `seen`, minus infinity elsewhere."""
+    """query @ key^T where `visible`, minus infinity elsewhere."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, seen: Tensor) -> Tensor:
-        ctx.save_for_backward(query, key, seen)
-        return (query @ key.transpose(-1, -2)).masked_fill(~seen, -math.inf)
+    def forward(ctx: Any, query: Tensor, key: Tensor, visible: Tensor) -> Tensor:
+        ctx.save_for_backward(query, key, visible)
+        return (query @ key.transpose(-1, -2)).masked_fill(~visible, -math.inf)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        query, key, seen = ctx.saved_tensors
-        return _over(grad, key, seen), _over(grad.mT, query, seen.mT), None
+        query, key, visible = ctx.saved_tensors
+        return _over(grad, key, visible), _over(grad.mT, query, visible.mT), None
 
 
 class _Mix(torch.autograd.Function):
-    """weights @ value over the pairs `seen`."""
+    """weights @ value over the `visible` pairs."""
 
     @staticmethod
-    def forward(ctx: Any, weights: Tensor, value: Tensor, seen: Tensor) -> Tensor:
-        ctx.save_for_backward(weights, value, seen)
-        return _over(weights, value, seen)
+    def forward(ctx: Any, weights: Tensor, value: Tensor, visible: Tensor) -> Tensor:
+        ctx.save_for_backward(weights, value, visible)
+        return _over(weights, value, visible)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        weights, value, seen = ctx.saved_tensors
-        of_weights = (grad @ value.transpose(-1, -2)).masked_fill(~seen, 0.0)
-        return of_weights, _over(weights.mT, grad, seen.mT), None
+        weights, value, visible = ctx.saved_tensors
+        of_weights = (grad @ value.transpose(-1, -2)).masked_fill(~visible, 0.0)
+        return of_weights, _over(weights.mT, grad, visible.mT), None
 
 
-def _over(factors: Tensor, x: Tensor, seen: Tensor) -> Tensor:
-    """factors [..., T, K] @ x [..., K, D], where token k of x goes into row t only if `seen` [..., T, K]."""
+def _over(factors: Tensor, x: Tensor, visible: Tensor) -> Tensor:
+    """factors [..., T, K] @ x [..., K, D], where token k of x goes into row t only if it is `visible`
+    [..., T, K]."""
     wild = ~x.isfinite().all(-1, keepdim=True)
-    total = factors.masked_fill(~seen, 0.0) @ x.masked_fill(wild, 0.0)
+    total = factors.masked_fill(~visible, 0.0) @ x.masked_fill(wild, 0.0)
     for token in wild.flatten(0, -3).any(0)[:, 0].nonzero().flatten().tolist():
         of_token = factors[..., token, None] * x[..., token, None, :]
-        there = seen[..., token, None] & wild[..., token, None, :]
+        there = visible[..., token, None] & wild[..., token, None, :]
         total = total + of_token.masked_fill(~there, 0.0)
     return total
 
@@ -123,9 +124,9 @@ def multiplicity(config: AttentionConfig, seq: int, heads: int, is_causal: bool)
             for h in range(heads):
                 for begin in range(0, seq, length):
                     end = min(begin + length, seq)
-                    taken = torch.tensor([p for p in range(begin, end) if (p - begin) % rate == h % rate])
-                    if taken.numel():
-                        m[h, taken[:, None], taken] += 1
+                    positions = torch.tensor([p for p in range(begin, end) if (p - begin) % rate == h % rate])
+                    if positions.numel():
+                        m[h, positions[:, None], positions] += 1
     else:
         assert config.pattern is not None
         size = config.pattern.block_size

@@ -1,5 +1,5 @@
-"""What decides: workload and budget in, an attention that fits out. Importing it loads no torch; what a
-name needs is imported when the name is first used."""
+"""The part that decides: workload and budget in, an attention that fits out. Importing it loads no torch; the
+module of a name is imported when the name is first used."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -62,6 +62,6 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = getattr(import_module(_HOMES[name]), name)
-    globals()[name] = found
-    return found
+    member = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = member
+    return member

@@ -22,19 +22,19 @@ if TYPE_CHECKING:
 
 
 def recommend(
-    vram: str | int | None = None, seq: str | int | None = None, **asked: Unpack[Asked]
+    vram: str | int | None = None, seq: str | int | None = None, **options: Unpack[Asked]
 ) -> Recommendation:
     """The attention for a sequence within a memory budget.
 
     `vram`: bytes, or text such as "8GB"; None for all of the card. `seq`: tokens; None for the longest that
-    fits. `asked`: see `Asked`, and as `planner.estimate` takes them `calibration`, `allocator`, `display`,
+    fits. `options`: see `Asked`, and as `planner.estimate` takes them `calibration`, `allocator`, `display`,
     `others_bytes`, `context_bytes` and `threads`.
 
     `NothingFitsError` where nothing does, naming what would help.
     """
     from planner.search.recommend import answered
 
-    return answered(vram, seq, **asked).answer
+    return answered(vram, seq, **options).answer
 
 
 def calibrate(
@@ -80,7 +80,7 @@ def tune(
     records: str | Path | None = None,
     learn: bool = False,
     progress: Callable[[TuningProgress], None] | None = None,
-    **asked: Any,
+    **options: Any,
 ) -> Tuned:
     """Measures up to `trials` configs on this device and returns the fastest that runs within `vram` and, as
     predicted, passes the gates; never one slower than what the models alone recommend.
@@ -88,7 +88,7 @@ def tune(
     `timeout`: seconds for a trial. `storage`, `study`: where trials are kept; by default in the user's data
     folder, under a name that the question has. `measure`: in place of running, e.g. recorded runs. `records`:
     a file that every measurement is added to. `learn`: correct the calibration's speeds by what was measured,
-    for predictions from then on. `asked`: as `planner.recommend` takes it. Ctrl-C ends it early
+    for predictions from then on. `options`: as `planner.recommend` takes it. Ctrl-C ends it early
     with what there is, once something was measured.
     """
     from planner.search.tune import tuned
@@ -108,5 +108,5 @@ def tune(
         records=records,
         learn=learn,
         progress=progress,
-        asked=asked,
+        options=options,
     )

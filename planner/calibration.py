@@ -40,36 +40,36 @@ Names = Annotated[tuple[str, ...], BeforeValidator(as_tuple)]
 
 
 class Terms(Value):
-    """What belongs to the platform and not to a config. Bytes."""
+    """Bytes that depend on the platform and not on a config."""
 
     overhead: Annotated[int, Field(ge=0)] = 0
-    """Allocated beside every plan."""
+    """Bytes that are allocated beside every plan."""
     context: Annotated[int, Field(ge=0)] | None = None
-    """CUDA: what the driver takes for the process."""
+    """CUDA: bytes that the driver takes for the process."""
 
 
 class Domain(Value):
-    """What the held-out runs covered."""
+    """Configs and workloads that the held-out runs covered."""
 
     variants: Names
     dtypes: Names
     modes: Names
     longest: Annotated[int, Field(ge=1)]
-    """Tokens."""
+    """Tokens of the longest sequence."""
 
     def misses(self, config: AttentionConfig, workload: Workload) -> tuple[str, ...]:
-        """In what a call lies outside."""
-        found = []
-        for what, value, known in (
+        """The properties of a call that no held-out run had, such as `dtype float64`."""
+        outside = []
+        for what, value, covered in (
             ("variant", config.variant, self.variants),
             ("dtype", workload.dtype, self.dtypes),
             ("mode", workload.mode, self.modes),
         ):
-            if value not in known:
-                found.append(f"{what} {value}")
+            if value not in covered:
+                outside.append(f"{what} {value}")
         if workload.seq > self.longest:
-            found.append(f"{workload.seq:,} tokens (measured up to {self.longest:,})")
-        return tuple(found)
+            outside.append(f"{workload.seq:,} tokens (measured up to {self.longest:,})")
+        return tuple(outside)
 
 
 Costs = dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]]
@@ -86,7 +86,7 @@ class Rates(Value):
     workers: Annotated[int, Field(ge=1)] = 1
     """Threads or multiprocessors that share a kernel call; 1 if not known."""
     forward: dict[str, Costs]
-    """By dtype."""
+    """Costs of the forward pass by dtype."""
     backward: dict[str, Costs]
     peak: dict[str, Annotated[float, Field(gt=0)]]
     """FLOP/s by dtype, to which utilisation is relative."""
@@ -94,14 +94,14 @@ class Rates(Value):
     """Bytes a second of the device's memory."""
 
     def costs(self, step: Literal["forward", "backward"], dtype: str) -> Costs:
-        """Of a pass in a dtype; ConfigError if there are none."""
-        found: dict[str, Costs] = getattr(self, step)
-        if dtype not in found:
+        """Costs of a pass in a dtype; ConfigError if there are none."""
+        by_dtype: dict[str, Costs] = getattr(self, step)
+        if dtype not in by_dtype:
             raise ConfigError(
-                f"no speed of {dtype} is known on {self.device}, only of {', '.join(sorted(found))}; use one "
-                "of these" + (" or calibrate" if self.device == "cpu" else "")
+                f"no speed of {dtype} is known on {self.device}, only of {', '.join(sorted(by_dtype))}; "
+                "use one of these" + (" or calibrate" if self.device == "cpu" else "")
             )
-        return found[dtype]
+        return by_dtype[dtype]
 
 
 class SpeedFit(Value):
@@ -109,19 +109,19 @@ class SpeedFit(Value):
 
     rates: Rates
     fitted: Annotated[int, Field(ge=1)]
-    """Runs fitted to."""
+    """Runs that the rates were fitted to."""
     held_out: Annotated[int, Field(ge=0)]
     errors: Numbers = ()
     """(predicted - measured) / measured of the held-out runs, ascending."""
     median_error: Annotated[float, Field(ge=0)] = 0.0
-    """Median of their sizes."""
+    """Median of the errors' absolute values."""
     rank_correlation: Annotated[float, Field(ge=-1, le=1)] = 0.0
-    """Spearman's, of predicted and measured seconds of the held-out runs."""
+    """Spearman's rank correlation of predicted and measured seconds of the held-out runs."""
     noise: Annotated[float, Field(ge=0)] = 0.0
     """Median spread of a held-out run's repetitions, relative: below it nothing can be told."""
 
     def summary(self) -> str:
-        """In a sentence."""
+        """A sentence on runs, errors and noise."""
         return (
             f"seconds: fitted to {self.fitted} timed runs; on {self.held_out} held-out ones off by "
             f"{self.median_error:.1%} (median), rank correlation {self.rank_correlation:.3f}, where repeated "
@@ -142,7 +142,7 @@ class Calibration(Value):
     threads: int | None
     date: str
     command: str
-    """What a reader runs to repeat it."""
+    """The command that repeats this calibration."""
     terms: Terms
     fitted: Annotated[int, Field(ge=1)]
     """Runs that the terms were fitted to."""
@@ -185,11 +185,11 @@ def bound_of(
     workload: Workload,
     predicted: int,
     *,
-    given: bool,
+    explicit: bool,
     device: str = "cpu",
 ) -> Bound:
-    """The bound of a prediction on a device. `given`: the calibration was asked for, so that it is used
-    even if it is of another torch or device."""
+    """The bound of a prediction in bytes on a device. `explicit`: the caller named the calibration, so that
+    it is used even if it is of another torch or device."""
     if calibration is None:
         return Bound(
             math.ceil(predicted * (1 + UNMEASURED)),
@@ -201,21 +201,21 @@ def bound_of(
         notes.append(f"the calibration is of {calibration.device}, the estimate for {device}")
     here = installed_torch()
     if here is not None and _release(here) != _release(calibration.torch):
-        if not given:
+        if not explicit:
             note = f"calibrated with torch {calibration.torch}, torch {here} is installed: not used"
-            bound = bound_of(None, config, workload, predicted, given=False)
+            bound = bound_of(None, config, workload, predicted, explicit=False)
             return bound._replace(notes=(note, *bound.notes))
         notes.append(f"the calibration is of torch {calibration.torch}, torch {here} is installed")
     error, confidence = calibration.margin()
     margin = max(error, 0.0)
-    said = f"{confidence:.1%} of {len(calibration.errors):,} held-out runs"
+    confidence_text = f"{confidence:.1%} of {len(calibration.errors):,} held-out runs"
     outside = calibration.domain.misses(config, workload)
     if outside:
         margin = margin * OUTSIDE + 0.01
-        said = "outside what was measured: a wider margin"
+        confidence_text = "outside what was measured: a wider margin"
         notes.append(f"not among what was measured: {', '.join(outside)}")
     total = predicted + calibration.terms.overhead
-    return Bound(math.ceil(total + margin * (total + SMALL)) + ROUNDING, said, tuple(notes))
+    return Bound(math.ceil(total + margin * (total + SMALL)) + ROUNDING, confidence_text, tuple(notes))
 
 
 def least_upper(calibration: Calibration | None, predicted: Any) -> Any:
@@ -264,9 +264,9 @@ def shipped(device: str) -> Calibration | None:
 
 def own_path(device: str) -> Path:
     """Where the user's calibration of `cpu` or a GPU's key is kept."""
-    given = os.environ.get("XDG_DATA_HOME", "")
+    folder = os.environ.get("XDG_DATA_HOME", "")
     # As the XDG specification has it, a relative path is as none.
-    data = Path(given) if os.path.isabs(given) else Path(os.path.expanduser("~")) / ".local" / "share"
+    data = Path(folder) if os.path.isabs(folder) else Path(os.path.expanduser("~")) / ".local" / "share"
     return data / "attention-planner" / "calibrations" / f"{device}.json"
 
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 Column: TypeAlias = "int | Ints"
-"""The same for all candidates, or one each."""
+"""One value for all candidates, or an array with one each."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,11 +46,11 @@ class Columns:
 
     variant: Variant
     pattern_type: PatternType | None = None
-    """Of block_sparse."""
+    """The pattern of block_sparse candidates; None for other variants."""
     seq: Column = 0
     block_size: Column = 1
     window: Column = 0
-    """`local_window_size`."""
+    """Tokens of the window: `local_window_size`."""
     global_tokens: Column = 0
     sparsity_ratio: float | NDArray[np.float64] = 1.0
     lengths: tuple[Column, ...] = ()
@@ -58,12 +58,12 @@ class Columns:
     rates: tuple[Column, ...] = ()
     """Dilation rates, a column a branch; no candidate's falls from one branch to the next."""
     workspace: Column = 16 * MIB
-    """`workspace_bytes`."""
+    """Bytes of the workspace: `workspace_bytes`."""
     backend: Backend = "auto"
     pool: Switch = "auto"
     pool_bytes: int | None = None
     score_dim: int | None = None
-    """Of adaptive: the scorer's, in which head_dim is the workload's."""
+    """Channels of an adaptive attention's scores; None for the workload's head_dim."""
     multihead: MultiheadConfig | None = None
     """Its heads and channels are the workload's."""
     cache_entries: int = 100
@@ -91,9 +91,9 @@ class Columns:
                 return tuple(map(some, value))
             return value[which] if _is_array(value) else value
 
-        taken = Columns(**{name: some(getattr(self, name)) for name in _GIVEN})
-        taken._rows.update({causal: Rows(*map(some, rows)) for causal, rows in self._rows.items()})
-        return taken
+        part = Columns(**{name: some(getattr(self, name)) for name in _FIELDS})
+        part._rows.update({causal: Rows(*map(some, rows)) for causal, rows in self._rows.items()})
+        return part
 
     @property
     def branches(self) -> tuple[tuple[Any, Any], ...]:
@@ -106,26 +106,26 @@ class Columns:
         """The widest rows of block_sparse candidates, or of what adaptive ones choose; computed once, which
         may take longer than all that builds on them."""
         if causal not in self._rows:
-            given: Any = self
+            untyped: Any = self
             if self.variant == "adaptive":
-                chosen = row_blocks(given.sparsity_ratio, ceil_div(given.seq, given.block_size))
-                self._rows[causal] = chosen_rows(given.block_size, chosen)
+                chosen = row_blocks(untyped.sparsity_ratio, ceil_div(untyped.seq, untyped.block_size))
+                self._rows[causal] = chosen_rows(untyped.block_size, chosen)
             else:
                 self._rows[causal] = pattern_rows(
                     self.pattern_type,
-                    given.block_size,
-                    given.seq,
+                    untyped.block_size,
+                    untyped.seq,
                     causal,
-                    window=given.window,
-                    global_tokens=given.global_tokens,
-                    ratio=given.sparsity_ratio,
-                    lengths=given.lengths,
-                    rates=given.rates,
+                    window=untyped.window,
+                    global_tokens=untyped.global_tokens,
+                    ratio=untyped.sparsity_ratio,
+                    lengths=untyped.lengths,
+                    rates=untyped.rates,
                 )
         return self._rows[causal]
 
     def _arrays(self) -> Iterator[NDArray[Any]]:
-        for name in _GIVEN:
+        for name in _FIELDS:
             value = getattr(self, name)
             for column in value if isinstance(value, tuple) else (value,):
                 if _is_array(column):
@@ -173,14 +173,14 @@ def _is_array(column: Any) -> bool:
     return getattr(column, "ndim", 0) > 0
 
 
-_GIVEN: tuple[str, ...] = tuple(one.name for one in fields(Columns) if one.init)
+_FIELDS: tuple[str, ...] = tuple(one.name for one in fields(Columns) if one.init)
 
 _READS: dict[PatternType, dict[str, str]] = {
     "local_window": {"window": "local_window_size"},
     "global_local": {"window": "local_window_size", "global_tokens": "global_tokens"},
     "dilated_sparse": {"sparsity_ratio": "sparsity_ratio"},
 }
-"""Of each pattern the columns that it reads beside the block size, and their names in its config."""
+"""Columns that each pattern reads beside the block size, and their names in its config."""
 
 
 def columns_of(config: AttentionConfig, seq: int) -> Columns:

@@ -18,29 +18,29 @@ from pydantic_core import from_json
 from attention.errors import AttentionPlannerError, ConfigError
 
 MOST_BYTES: Final = 1 << 25
-"""Of a file; the answers of tuning take some kilobytes a trial."""
+"""Most bytes of a file; the answers of tuning take some kilobytes a trial."""
 PATIENCE: Final = 2.0
 """Seconds until it is said that a pipe is waited for."""
 
 _LINKS: Final = 40
 """Links that are followed, as the system does."""
 
-_kept: ContextVar[dict[tuple[int, int], bytes] | None] = ContextVar("kept", default=None)
+_contents: ContextVar[dict[tuple[int, int], bytes] | None] = ContextVar("contents", default=None)
 
 
 @contextlib.contextmanager
 def reading_once() -> Iterator[None]:
     """Within it every file is read once, however often it is named: a pipe gives what it has only once."""
-    token = _kept.set({})
+    token = _contents.set({})
     try:
         yield
     finally:
-        _kept.reset(token)
+        _contents.reset(token)
 
 
 def read_json(path: Path, named: str = "") -> Any:
-    """What a file holds; ConfigError where it cannot be read or is no JSON. `named`: the option it was given
-    to, for the message."""
+    """The JSON data of a file; ConfigError where it cannot be read or is no JSON. `named`: the option that
+    named the file, for the message."""
     data = read_bytes(path, named)
     try:
         return from_json(data)
@@ -58,16 +58,16 @@ def read_bytes(path: Path, named: str = "") -> bytes:
         raise ConfigError(f"{named}{path} cannot be read: {_why(error)}") from None
     try:
         about = os.fstat(file)
-        kept, key = _kept.get(), (about.st_dev, about.st_ino)
-        if kept is not None and key in kept:
-            return kept[key]
+        contents, key = _contents.get(), (about.st_dev, about.st_ino)
+        if contents is not None and key in contents:
+            return contents[key]
         data = _all(file, about, f"{named}{path}")
     except OSError as error:
         raise ConfigError(f"{named}{path} cannot be read: {_why(error)}") from None
     finally:
         os.close(file)
-    if kept is not None:
-        kept[key] = data
+    if contents is not None:
+        contents[key] = data
     return data
 
 
@@ -78,19 +78,19 @@ def _why(error: OSError | ValueError) -> str:
 def _all(file: int, about: os.stat_result, name: str) -> bytes:
     plain = stat.S_ISREG(about.st_mode)
     os.set_blocking(file, True)
-    found = bytearray()
-    while len(found) <= MOST_BYTES and about.st_size <= MOST_BYTES:
-        if not plain and not found:
+    data = bytearray()
+    while len(data) <= MOST_BYTES and about.st_size <= MOST_BYTES:
+        if not plain and not data:
             _say_if_waiting(file, name)
         part = os.read(file, 1 << 20)
         if not part:
             break
-        found += part
+        data += part
     else:
         raise ConfigError(f"{name} has more than {MOST_BYTES:,} bytes, which no config and no answer takes")
-    if not found and stat.S_ISFIFO(about.st_mode):
+    if not data and stat.S_ISFIFO(about.st_mode):
         raise ConfigError(f"{name} is a pipe that nobody has written into; start what writes first")
-    return bytes(found)
+    return bytes(data)
 
 
 def _say_if_waiting(file: int, name: str) -> None:

@@ -46,7 +46,7 @@ class Gpu:
     ecc: bool
     """Whether error correction is on as shipped. GDDR pays for it with a sixteenth of the memory."""
     usable_bytes: int
-    """What CUDA reports in total, before any context, display or other process."""
+    """Bytes that CUDA reports in total, before any context, display or other process."""
     usable_source: str
     """Where `usable_bytes` is from; begins with `derived:` where no report of this card was found."""
     bandwidth: float | None
@@ -57,7 +57,7 @@ class Gpu:
     sm_count: int | None
     """Streaming multiprocessors."""
     l2_bytes: int | None
-    """Level-2 cache."""
+    """Bytes of the level-2 cache."""
     source: str
     """Where the figures are from, and which of them are derived."""
 
@@ -92,10 +92,10 @@ def matching(name: str) -> tuple[Gpu, ...]:
     """
     wanted = _plain(name)
     exact = tuple(gpu for gpu in known() if wanted in _forms(gpu))
-    found = exact or tuple(gpu for gpu in known() if any(wanted in form for form in _forms(gpu)))
-    if not found:
+    cards = exact or tuple(gpu for gpu in known() if any(wanted in form for form in _forms(gpu)))
+    if not cards:
         raise _unknown(name, wanted, [])
-    return found
+    return cards
 
 
 def generic(vram_bytes: int) -> Gpu:
@@ -144,14 +144,14 @@ def backends(gpu: Gpu, dtype: Dtype) -> tuple[str, ...]:
     `plain` (matrix products; everything, for float64 the only one).
     """
     modern = gpu.capability >= (8, 0)
-    found = []
+    kernels = []
     if modern and dtype in ("float16", "bfloat16"):
-        found.append("flash")
+        kernels.append("flash")
     if dtype != "float64" and (5, 0) <= gpu.capability <= (12, 1) and (modern or dtype != "bfloat16"):
-        found.append("efficient")
+        kernels.append("efficient")
     if modern and dtype != "float64":
-        found.append("flex")
-    return (*found, "plain")
+        kernels.append("flex")
+    return (*kernels, "plain")
 
 
 def native_bfloat16(gpu: Gpu) -> bool:
@@ -160,7 +160,7 @@ def native_bfloat16(gpu: Gpu) -> bool:
 
 
 def torch_builds(gpu: Gpu) -> str:
-    """Which PyTorch builds have kernels for this card, in a sentence."""
+    """A phrase that names the PyTorch builds with kernels for this card."""
     if gpu.capability < (7, 0):
         return "PyTorch up to 2.14, in the cu126 builds: later ones have no kernels for Pascal"
     if gpu.capability < (7, 5):

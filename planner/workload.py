@@ -1,4 +1,4 @@
-"""What an attention is asked to do: sizes, dtype, mode. Imports no torch."""
+"""The workload of an attention: sizes, dtype, mode. Imports no torch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Workload(Value):
     """One call of an attention: q [batch, seq, heads, head_dim]; k and v with `kv_heads` heads."""
 
     seq: Tokens
-    """Tokens."""
+    """Tokens of a sequence."""
     batch: Annotated[int, Field(ge=1, le=MOST_BATCH)] = 1
     heads: Heads = 8
     """Query heads."""

@@ -15,12 +15,12 @@ from planner.report.plot.figure import BLUE, GREEN, INK, MUTED, ORANGE, RED, SKY
 from studies.bench import memory_model, speed_model
 from studies.bench.memory_model import about_memory
 from studies.bench.records import Job
-from studies.bench.study import Results, Said, Scope, Study
+from studies.bench.study import Findings, Results, Scope, Study
 
 LONG: Final = 8192
 """Tokens beyond which a run is one of few: most are short, so that all that differs among them can vary."""
 TOP: Final = 1.25
-"""Of the picture's bounds; how many lie above is written there."""
+"""The upper end of the picture's axis of bounds; the number of those above it is written there."""
 PEERS = dict(zip(memory_model.PEERS, (BLUE, ORANGE, RED, MUTED), strict=True))
 
 
@@ -30,15 +30,17 @@ def steps(scope: Scope) -> list[Job]:
 
 def memory_errors(rows: Results) -> dict[str, Any]:
     """Sizes of relative errors, ascending, of each that predicts, where it could."""
-    found: dict[str, list[float]] = {name: [] for name in PEERS}
+    by_name: dict[str, list[float]] = {name: [] for name in PEERS}
     for row in about_memory(rows):
         if row["outcome"] != "ok":
             continue
         for name in PEERS:
-            said = row["predicted"] if name == "this project" else row["peers"].get(name, {}).get("bytes")
-            if said is not None:
-                found[name].append(abs(said - row["measured"]) / row["measured"])
-    return {name: np.sort(errors) for name, errors in found.items() if errors}
+            prediction = (
+                row["predicted"] if name == "this project" else row["peers"].get(name, {}).get("bytes")
+            )
+            if prediction is not None:
+                by_name[name].append(abs(prediction - row["measured"]) / row["measured"])
+    return {name: np.sort(errors) for name, errors in by_name.items() if errors}
 
 
 def held_out(rows: Results) -> list[tuple[float, float]]:
@@ -62,7 +64,7 @@ def draw(figure: Any, rows: Results) -> None:
     sizes = np.array([row["measured"] for row in good]) / 1e6
     bounds = [row["upper"] / row["measured"] for row in good]
     middle.scatter(sizes, bounds, s=8, color=SKY)
-    least = min([0.95, *(0.99 * bound for bound in bounds)])
+    minimum = min([0.95, *(0.99 * bound for bound in bounds)])
     beyond = sum(bound > TOP for bound in bounds)
     if beyond:
         middle.annotate(
@@ -82,13 +84,13 @@ def draw(figure: Any, rows: Results) -> None:
         textcoords="offset points",
         color=RED,
     )
-    middle.set(xscale="log", xlabel="measured, MB", ylabel="upper bound / measured", ylim=(least, TOP))
+    middle.set(xscale="log", xlabel="measured, MB", ylabel="upper bound / measured", ylim=(minimum, TOP))
     middle.grid(axis="y")
     held = held_out(rows)
     if held:
-        taken, guessed = (1e3 * np.array(each) for each in zip(*held, strict=True))
-        right.scatter(taken, guessed, s=10, color=GREEN)
-        ends = np.array([taken.min(), taken.max()])
+        measured_ms, predicted_ms = (1e3 * np.array(each) for each in zip(*held, strict=True))
+        right.scatter(measured_ms, predicted_ms, s=10, color=GREEN)
+        ends = np.array([measured_ms.min(), measured_ms.max()])
         right.plot(ends, ends, color=INK, linewidth=1)
         named(right, ends[1], ends[1], "equal", ha="right", xytext=(-6, 0))
     right.set(xscale="log", yscale="log", xlabel="measured, ms", ylabel="predicted, ms")
@@ -101,8 +103,8 @@ def _headline(good: Results, held: list[tuple[float, float]]) -> str:
     parts = [f"memory is predicted to the byte in {exact / len(good):.0%} of cases"] if good else []
     if held:
         parts.append(f"seconds are off by {_off(held):.1%} in the median")
-    said = ", ".join(parts) or "Nothing to hold predictions against"
-    return said[0].upper() + said[1:]
+    text = ", ".join(parts) or "Nothing to hold predictions against"
+    return text[0].upper() + text[1:]
 
 
 def _off(held: list[tuple[float, float]]) -> float:
@@ -111,11 +113,11 @@ def _off(held: list[tuple[float, float]]) -> float:
 
 
 def measured(rows: Results) -> Results:
-    """Those of memory that ran."""
+    """The rows of memory whose case ran."""
     return [row for row in about_memory(rows) if row["outcome"] == "ok"]
 
 
-def said(rows: Results) -> Said:
+def findings(rows: Results) -> Findings:
     held = held_out(rows)
     time = "no seconds were held against predictions"
     if held:
@@ -123,11 +125,11 @@ def said(rows: Results) -> Said:
             f"on a machine calibrated by itself seconds are off by {_off(held):.1%} in the median of "
             f"{len(held)}"
         )
-    return Said(
+    return Findings(
         "Asked: how far are predicted bytes and seconds from those of runs that no calibration has seen?",
         f"Found: {_memory(rows)}; {time}.",
-        "The seeds' own breakdowns miss q, k and v by a factor of eight (48 MB for 384 MiB), which is why "
-        "nothing here is taken from them.",
+        "The original project's own breakdowns miss q, k and v by a factor of eight (48 MB for 384 MiB), "
+        "which is why nothing here is taken from them.",
     )
 
 
@@ -143,9 +145,9 @@ def _memory(rows: Results) -> str:
     lengths = sorted(row["workload"]["seq"] for row in good)
     long = [row for row in good if row["workload"]["seq"] > LONG]
     exact = sum(row["predicted"] == row["measured"] for row in long)
-    off_most = max((abs(row["predicted"] / row["measured"] - 1) for row in long), default=0.0)
+    worst = max((abs(row["predicted"] / row["measured"] - 1) for row in long), default=0.0)
     beyond = f"; of {len(long)} longer than {LONG:,} tokens {exact} are exact" if long else ""
-    beyond += f", the worst off by {off_most:.2%}" if long else ""
+    beyond += f", the worst off by {worst:.2%}" if long else ""
     return (
         f"memory is off by {ours:.3%} in the median{beside}, and {within} of {len(good)} runs, of "
         f"{lengths[0]:,} to {lengths[-1]:,} tokens and {lengths[len(lengths) // 2]:,} in the median, stay "
@@ -162,6 +164,6 @@ STUDY = Study(
         "speed-model-choices": speed_model.choices_table,
     },
     draw,
-    said,
+    findings,
     devices=("cpu",),
 )

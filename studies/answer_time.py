@@ -18,7 +18,7 @@ PAIRS: Final = 9
 
 
 def cpu_seconds(*arguments: str) -> float:
-    """Of a Python process with these arguments, its start and end included."""
+    """Processor seconds of a Python process with these arguments, its start and end included."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([sys.executable, *arguments], stdout=subprocess.DEVNULL, check=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -27,12 +27,12 @@ def cpu_seconds(*arguments: str) -> float:
 
 def ratios(line: str, pairs: int) -> list[tuple[float, float]]:
     """(seconds, times the libraries') of a command, pair by pair; one more is run first and not counted."""
-    found = []
+    timings = []
     for _ in range(pairs + 1):
         libraries = cpu_seconds(*LIBRARIES)
         seconds = cpu_seconds("-m", "planner", *line.split())
-        found.append((seconds, seconds / libraries))
-    return found[1:]
+        timings.append((seconds, seconds / libraries))
+    return timings[1:]
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from planner import gpus
 from planner.report.plot.figure import KINDS, title, token_axis
 from studies.bench.panels import curves
 from studies.bench.records import Job
-from studies.bench.study import Results, Said, Scope, Study
+from studies.bench.study import Findings, Results, Scope, Study
 from studies.bench.trade_offs import (
     FLEX_CARD,
     Purpose,
@@ -52,7 +52,7 @@ def config_of(kind: str, size: int, seq: int, kept: int) -> AttentionConfig:
 
 
 def cases(seq: int, sizes: tuple[int, ...]) -> list[StudyConfig]:
-    """As many tokens as three of the largest blocks."""
+    """A config of each kind and block size; each row keeps as many tokens as three of the largest blocks."""
     kept = 3 * sizes[-1]
     return [
         StudyConfig(f"{kind}, blocks of {size}", config_of(kind, size, seq, kept), kind, size, {"kept": kept})
@@ -83,26 +83,26 @@ def draw(figure: Any, rows: Results) -> None:
     )
 
 
-def said(rows: Results) -> Said:
+def findings(rows: Results) -> Findings:
     memory = spread(held(row["here"]) for row in rows)
-    found, as_they_say = [], True
+    changes, as_reported = [], True
     for kind in SERIES:
         mine = [row for row in rows if row["series"] == kind]
         small, large = mine[0], mine[-1]
         ratio = slower(large, small)
         gained = large["quality"]["mass"] - small["quality"]["mass"]
         took = "an unknown time, as one did not run," if ratio is None else f"{ratio:.2f} times the time"
-        found.append(f"{kind} {took} and {100 * gained:+.1f} points of mass")
-        as_they_say &= ratio is not None and ratio < 1 and gained < 0
+        changes.append(f"{kind} {took} and {100 * gained:+.1f} points of mass")
+        as_reported &= ratio is not None and ratio < 1 and gained < 0
     sizes = [row["x"] for row in rows]
-    beside = "too call large blocks faster and less flexible, but"
-    if not as_they_say:
-        beside = "call large blocks faster and less flexible, which not all are here, and"
-    return Said(
+    beside = "too calls large blocks faster and less flexible, but"
+    if not as_reported:
+        beside = "calls large blocks faster and less flexible, which not all are here, and"
+    return Findings(
         f"Asked: what does the block size change where every row keeps {rows[0]['kept']:,} tokens?",
         f"Found: blocks of {max(sizes)} instead of {min(sizes)} take, {asked(rows[0]['here'])}: "
-        f"{'; '.join(found)}; memory there {memory_words(memory)}.",
-        f"The seeds {beside} count them among what doubles memory: "
+        f"{'; '.join(changes)}; memory there {memory_words(memory)}.",
+        f"The original project {beside} counts them among what doubles memory: "
         + (
             "here a call is cut to the workspace, whatever the block."
             if steady(memory)
@@ -111,4 +111,4 @@ def said(rows: Results) -> Said:
     )
 
 
-STUDY = Study(steps, {"block-size": table}, draw, said)
+STUDY = Study(steps, {"block-size": table}, draw, findings)

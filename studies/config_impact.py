@@ -1,7 +1,8 @@
 """Does configuration B need twice the memory of configuration A? `planner study config-impact`
 
-The seeds say that large segments, more rates and larger blocks take one implementation from 128 to 305 MB at
-131,072 tokens. Here both configs are planned for their card, and planned and measured where the study runs.
+According to the original project large segments, more rates and larger blocks take one implementation from
+128 to 305 MB at 131,072 tokens. Here both configs are planned for its card, and planned and measured where
+the study runs.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from planner.workload import Workload
 from studies.bench import memory_rows
 from studies.bench.memory_rows import MIB, mib, place
 from studies.bench.records import Job, Row, markdown
-from studies.bench.study import Results, Said, Scope, Study, rounded_up
+from studies.bench.study import Findings, Results, Scope, Study, rounded_up
 
 SEQ, QUICK = 131_072, 4096
 TIMEOUT: Final = 600.0
@@ -39,8 +40,8 @@ def configs() -> dict[str, AttentionConfig]:
 
 
 class BreakdownClaim(NamedTuple):
-    """A line of the seeds' breakdown, of A and of B: bytes, and None where it has none. What stands here
-    against it: how many bytes, and why."""
+    """A line of the original project's breakdown: its bytes of A and of B, None where it has none. Against
+    it stand this project's bytes, and why they are so many."""
 
     what: str
     a: int | None
@@ -72,11 +73,11 @@ CLAIMS: Final = (
     ),
     BreakdownClaim("together", *TOGETHER, lambda row: row["allocated"], "q, k, v and out counted"),
 )
-"""As the report on configurations has them; its MB are MiB."""
+"""The lines of the report on configurations; its MB are MiB."""
 
 
 def card_row(name: str) -> Row:
-    """A config on the seeds' card, predicted."""
+    """A config on the original project's card, predicted."""
     config, workload = configs()[name], Workload(seq=SEQ)
     head = {"config": name, "part": "card", "seq": SEQ, "floor": workload.floor}
     layout = build_layout(config, SEQ, causal=False).nbytes
@@ -100,7 +101,7 @@ def steps(scope: Scope) -> list[Job]:
 
 
 def pair(rows: Results, part: str) -> tuple[Row, Row]:
-    """A and B of a part."""
+    """The rows of A and of B in a part."""
     a, b = (row for row in rows if row["part"] == part)
     return a, b
 
@@ -132,17 +133,25 @@ def _cells(a: int | None, b: int | None) -> list[str]:
 
 
 def claims_table(rows: Results) -> str:
-    """The seeds' lines, each beside what stands here in its place."""
+    """The original project's lines, each beside what stands here in its place."""
 
-    def said(count: int | None) -> str:
+    def size_text(count: int | None) -> str:
         return "not counted" if count is None else mib(count)
 
     a, b = pair(rows, "card")
     body = [
-        [claim.what, said(claim.a), mib(claim.here(a)), said(claim.b), mib(claim.here(b)), claim.why]
+        [
+            claim.what,
+            size_text(claim.a),
+            mib(claim.here(a)),
+            size_text(claim.b),
+            mib(claim.here(b)),
+            claim.why,
+        ]
         for claim in CLAIMS
     ]
-    return markdown(body, ["MiB", "A, the seeds", "A, here", "B, the seeds", "B, here", "what it is here"])
+    head = ["MiB", "A, original project", "A, here", "B, original project", "B, here", "what it is here"]
+    return markdown(body, head)
 
 
 class StackedBar(NamedTuple):
@@ -151,21 +160,21 @@ class StackedBar(NamedTuple):
     name: str
     seq: int
     parts: dict[str, float]
-    """Bytes a token: `seeds`, what they count; `floor` and `else`, what there is here."""
+    """Bytes per token: `seeds`, as the original project counts; `floor` and `else`, what there is here."""
 
 
 PARTS: Final = {
-    "seeds": (ORANGE, "as the seeds count, without q, k, v and out"),
+    "seeds": (ORANGE, "as the original project counts, without q, k, v and out"),
     "floor": (SKY, "q, k, v and out"),
     "else": (BLUE, "all else"),
 }
 
 
 def bars(rows: Results) -> list[StackedBar]:
-    """A and B as the seeds have them, predicted for their card, predicted and measured here."""
+    """A and B in the original project, predicted for its card, predicted and measured here."""
     card, here = pair(rows, "card"), pair(rows, "here")
-    found = [
-        StackedBar(f"{row['config']}, the seeds", SEQ, {"seeds": count / SEQ})
+    stacks = [
+        StackedBar(f"{row['config']}, original project", SEQ, {"seeds": count / SEQ})
         for row, count in zip(card, TOGETHER, strict=True)
     ]
     ways = ((card, "allocated", "predicted"), (here, "allocated", "predicted"), (here, "cold", "measured"))
@@ -174,12 +183,12 @@ def bars(rows: Results) -> list[StackedBar]:
             if row[key] is not None:
                 floor = row["floor"] / row["seq"]
                 parts = {"floor": floor, "else": row[key] / row["seq"] - floor}
-                found.append(StackedBar(f"{row['config']}, {place(row)}, {how}", row["seq"], parts))
-    return found
+                stacks.append(StackedBar(f"{row['config']}, {place(row)}, {how}", row["seq"], parts))
+    return stacks
 
 
 def draw(figure: Any, rows: Results) -> None:
-    """Bytes a token, two bars a way of knowing them."""
+    """Bars of the bytes per token, two for each way of knowing them."""
     axes = figure.add_subplot()
     shown = bars(rows)
     heights = [number + number // 2 * 0.5 for number in range(len(shown))]
@@ -209,12 +218,12 @@ def draw(figure: Any, rows: Results) -> None:
     title(
         figure,
         f"B is predicted to take {b['allocated'] / a['allocated']:.2f} times A's memory; "
-        f"the seeds have {TOGETHER[1] / TOGETHER[0]:.1f} times",
+        f"the original project has {TOGETHER[1] / TOGETHER[0]:.1f}",
         f"{SEQ:,} tokens{shorter}; float16, 8 heads x 64",
     )
 
 
-def said(rows: Results) -> Said:
+def findings(rows: Results) -> Findings:
     (a, b), (a_here, b_here) = pair(rows, "card"), pair(rows, "here")
     above = rounded_up(max(row["allocated"] / row["floor"] for row in (a, b)) - 1, 3)
     if a_here["cold"] and b_here["cold"]:
@@ -224,17 +233,19 @@ def said(rows: Results) -> Said:
         )
     else:
         run = f"on the {place(a_here)} they ended so: A {a_here['outcome']}; B {b_here['outcome']}"
-    return Said(
+    return Findings(
         "Asked: does configuration B, with large segments, two rates and larger blocks, need twice the "
         f"memory of configuration A at {SEQ:,} tokens?",
         f"Found: on a {place(a)} B is predicted to allocate {b['allocated'] / a['allocated']:.3f} times as "
         f"much as A ({mib(b['allocated'])} against {mib(a['allocated'])} MiB), both within {above:.1%} of "
         f"q, k, v and out; {run}.",
-        f"The seeds have {mib(TOGETHER[1])} against {mib(TOGETHER[0])} MiB, "
-        f"{TOGETHER[1] / TOGETHER[0]:.1f} times, because their code copies whole segments; for A they add up "
-        "64 segments that run one after the other, and for neither do they count the "
+        f"The original project has {mib(TOGETHER[1])} against {mib(TOGETHER[0])} MiB, "
+        f"{TOGETHER[1] / TOGETHER[0]:.1f} times, because its code copies whole segments; for A it adds up 64 "
+        "segments that run one after the other, and for neither does it count the "
         f"{mib(a['floor'])} MiB of q, k, v and out.",
     )
 
 
-STUDY = Study(steps, {"config-impact": components_table, "config-impact-claims": claims_table}, draw, said)
+STUDY = Study(
+    steps, {"config-impact": components_table, "config-impact-claims": claims_table}, draw, findings
+)

@@ -1,7 +1,7 @@
 """What does dilation change in memory, time, mass and reach? `planner study dilation`
 
-The five settings of the reports that this project began with, at the share of blocks that they name and with
-as many blocks as their code kept; dilation of tokens, as in LongNet; other block sizes.
+The five settings in the reports of the original project, at the share of blocks that they name and with as
+many blocks as its code kept; dilation of tokens, as in LongNet; other block sizes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from planner import gpus
 from planner.report.plot.figure import BLUE, ORANGE, RED, title
 from studies.bench.panels import Panel, Series, beside
 from studies.bench.records import Job, Row
-from studies.bench.study import Results, Said, Scope, Study
+from studies.bench.study import Findings, Results, Scope, Study
 from studies.bench.trade_offs import (
     MASS,
     REACH,
@@ -49,7 +49,7 @@ SEEDS: Final = (
 )
 """Segment lengths, rates, and the milliseconds that the reports give at 16,384 tokens, 8 heads x 64."""
 SEEDS_KB: Final = 4.40
-"""Memory a token in all five, in the reports' unit: 1/1000 MiB."""
+"""Memory per token in all five, in the reports' unit of 1/1000 MiB."""
 BLOCK: Final = 64
 NAMED, WIDER = 0.01, 0.05
 """Shares of blocks kept: that of the reports, and one of which large blocks are more than one a row."""
@@ -58,7 +58,7 @@ BRANCHES, SIZES = SEEDS[-1][:2], (64, 128, 256)
 
 
 def cases(quick: bool = False) -> list[StudyConfig]:
-    """Quick, the reports' five and one of each other series."""
+    """The configs of all series; quick, the reports' five and one of each other series."""
     named, kept, tokens, sizes = [], [], [], []
     for *branches, ms in SEEDS:
         name = f"dilated_sparse {_text(*branches)}"
@@ -95,7 +95,7 @@ def steps(scope: Scope) -> list[Job]:
 
 
 def seeds_times(row: Row) -> float | None:
-    """Of the reports' first setting."""
+    """A setting's time in the reports, as a multiple of the first setting's."""
     return row["seeds_ms"] / SEEDS[0][2] if "seeds_ms" in row else None
 
 
@@ -107,8 +107,8 @@ def dilation_table(rows: Results) -> str:
     return table(
         rows,
         {
-            "the seeds': ms; times the first; KB a token": seeds,
-            "predicted KB a token, as they count": lambda row: f"{seeds_kb(row['planned']):.2f}",
+            "original project: ms; times the first; KB a token": seeds,
+            "predicted KB a token, as it counts": lambda row: f"{seeds_kb(row['planned']):.2f}",
         },
     )
 
@@ -138,7 +138,7 @@ def draw(figure: Any, rows: Results) -> None:
     title(figure, "Segment length/rate of each branch, and the blocks kept", below)
 
 
-def said(rows: Results) -> Said:
+def findings(rows: Results) -> Findings:
     first = rows[0]
     by = {name: [row for row in rows if row["series"] == name] for name in ("named", "kept", "tokens")}
     seeds = SEEDS[-1][2] / SEEDS[0][2]
@@ -152,16 +152,16 @@ def said(rows: Results) -> Said:
     mass = spread(row["quality"]["mass"] for row in by["named"])
     tokens = spread(row["quality"]["mass"] for row in by["tokens"])
     rates = slower(by["kept"][-1], first)
-    return Said(
+    return Findings(
         "Asked: what do segment lengths and dilation rates change in memory, time, mass and reach?",
         f"Found: on {where(first['here'])} memory {memory_words(memory)}; at {NAMED:.0%} of the blocks the "
         f"five settings {took} and keep {mass[0]:.0%} to {mass[1]:.0%} of the mass; dilation "
         f"of tokens keeps {tokens[0]:.0%} to {tokens[1]:.0%}.",
-        f"The seeds {'too ' * steady(memory)}see no change in memory, but {seeds:.1f} times the time at "
-        "three rates: their dilated_sparse ignores sparsity_ratio and keeps more blocks a row the more "
+        f"The original project {'too ' * steady(memory)}sees no change in memory, but {seeds:.1f} times the "
+        "time at three rates: its dilated_sparse ignores sparsity_ratio and keeps more blocks a row the more "
         "rates there are, with a Python step for each"
         + (f"; with as many blocks it is {rates:.1f} times here." if rates else "."),
     )
 
 
-STUDY = Study(steps, {"dilation": dilation_table}, draw, said)
+STUDY = Study(steps, {"dilation": dilation_table}, draw, findings)

@@ -18,22 +18,23 @@ from planner.measuring.server import Batch
 from planner.report.plot.figure import BLUE, ORANGE, RED, title
 from planner.search.relax import NothingFitsError
 from studies.bench.records import Job, Row, markdown
-from studies.bench.study import Results, Said, Scope, Study
+from studies.bench.study import Findings, Results, Scope, Study
 
 SEED: Final = 3
 BUDGETS = 100
-LEAST, MOST = 64e6, 4e9
+MINIMUM, MAXIMUM = 64e6, 4e9
 TIMEOUT: Final = 600.0
 PATIENCE: Final = 20.0
 """Predicted seconds of a call for the longest sequence."""
 
 
-def question(number: int, least: float = LEAST, most: float = MOST) -> dict[str, Any]:
-    """The n-th budget, and what is asked of it: `speed` at a length that may fit, `seq` for what ends in a
-    while. Gates are looser than usual, or the largest budgets would be for calls of minutes."""
+def question(number: int, minimum: float = MINIMUM, maximum: float = MAXIMUM) -> dict[str, Any]:
+    """The arguments of `recommend` for the n-th budget, from `minimum` to `maximum` bytes: objective `speed`
+    at a length that may fit, or `seq` with a limit on seconds. Gates are looser than usual, or the largest
+    budgets would be for calls of minutes."""
     rng = random.Random(f"{SEED} {number}")
-    budget = math.exp(rng.uniform(math.log(least), math.log(most)))
-    asked: dict[str, Any] = {
+    budget = math.exp(rng.uniform(math.log(minimum), math.log(maximum)))
+    options: dict[str, Any] = {
         "vram": int(budget),
         "gpu": "cpu",
         "heads": rng.choice((2, 4, 8)),
@@ -45,35 +46,37 @@ def question(number: int, least: float = LEAST, most: float = MOST) -> dict[str,
         "layers": None,
         "min_mass": rng.choice((0.3, 0.5, 0.8)),
     }
-    if asked["objective"] == "speed":
-        size = 4 if asked["dtype"] == "float32" else 2
-        token = 4 * asked["heads"] * asked["head_dim"] * size * (2 if asked["mode"] == "training" else 1)
-        asked["seq"] = max(int(budget / token * rng.uniform(0.3, 0.97)), 1)
+    if options["objective"] == "speed":
+        size = 4 if options["dtype"] == "float32" else 2
+        token = (
+            4 * options["heads"] * options["head_dim"] * size * (2 if options["mode"] == "training" else 1)
+        )
+        options["seq"] = max(int(budget / token * rng.uniform(0.3, 0.97)), 1)
     else:
-        asked["max_seconds"] = PATIENCE
-    return asked
+        options["max_seconds"] = PATIENCE
+    return options
 
 
-def budget_row(asked: dict[str, Any], batch: Batch) -> Row:
-    """One budget: what was recommended, and what it took."""
-    row: Row = {"asked": asked, "objective": asked["objective"], "budget": asked["vram"]}
+def budget_row(options: dict[str, Any], batch: Batch) -> Row:
+    """One budget: what was recommended, and what it allocated when run."""
+    row: Row = {"asked": options, "objective": options["objective"], "budget": options["vram"]}
     try:
-        found = recommend(**asked)
+        answer = recommend(**options)
     except NothingFitsError as error:
         return row | {"outcome": "nothing fits", "relaxations": list(error.relaxations)}
-    measured = batch.measure(found.config, found.workload)
+    measured = batch.measure(answer.config, answer.workload)
     return row | {
         "outcome": measured.kind,
         "message": measured.message,
-        "config": found.config.model_dump(mode="json", exclude_defaults=True),
-        "seq": found.workload.seq,
-        "upper": found.memory.upper,
+        "config": answer.config.model_dump(mode="json", exclude_defaults=True),
+        "seq": answer.workload.seq,
+        "upper": answer.memory.upper,
         "allocated": measured.allocated,
     }
 
 
 def fits_table(rows: list[Row]) -> str:
-    """By objective and together."""
+    """Markdown: the outcomes by objective and together."""
     ordered = sorted(rows, key=lambda row: row["objective"])
     groups = [(name, list(group)) for name, group in groupby(ordered, key=lambda row: row["objective"])]
     return markdown(
@@ -92,14 +95,14 @@ def fits_table(rows: list[Row]) -> str:
 
 
 def _fits(name: str, rows: Sequence[Row]) -> list[str]:
-    asked = [row for row in rows if row["outcome"] != "nothing fits"]
-    good = [row for row in asked if row["outcome"] == "ok"]
+    answered = [row for row in rows if row["outcome"] != "nothing fits"]
+    good = [row for row in answered if row["outcome"] == "ok"]
     used = list(map(_used, good))
     return [
         name,
         str(len(rows)),
-        str(len(rows) - len(asked)),
-        str(len(asked) - len(good)),
+        str(len(rows) - len(answered)),
+        str(len(answered) - len(good)),
         str(sum(share > 1 for share in used)),
         str(sum(row["allocated"] > row["upper"] for row in good)),
         f"{median(used):.1%}" if used else "",
@@ -110,11 +113,11 @@ def _fits(name: str, rows: Sequence[Row]) -> list[str]:
 def steps(scope: Scope) -> list[Job]:
     """A step a budget; quick, few and small ones."""
     if scope.quick:
-        asked = [question(number, 3e6, 8e6) for number in range(6)]
+        questions = [question(number, 3e6, 8e6) for number in range(6)]
     else:
-        asked = [question(number) for number in range(BUDGETS)]
+        questions = [question(number) for number in range(BUDGETS)]
     batch = scope.batch(timeout=TIMEOUT)
-    return [(f"{n} {one['objective']}", partial(budget_row, one, batch)) for n, one in enumerate(asked)]
+    return [(f"{n} {one['objective']}", partial(budget_row, one, batch)) for n, one in enumerate(questions)]
 
 
 def _ran(rows: Results) -> Results:
@@ -122,12 +125,12 @@ def _ran(rows: Results) -> Results:
 
 
 def _used(row: Row) -> float:
-    """Share of the budget that was taken."""
+    """The share of the budget that was allocated."""
     return float(row["allocated"] / row["budget"])
 
 
 def _above(rows: Results) -> Results:
-    """Those that took more than their budget."""
+    """The rows that allocated more than their budget."""
     return [row for row in _ran(rows) if _used(row) > 1]
 
 
@@ -154,25 +157,25 @@ def draw(figure: Any, rows: Results) -> None:
         textcoords="offset points",
         color=RED,
     )
-    most = 100 * max(map(_used, _ran(rows)))
+    maximum = 100 * max(map(_used, _ran(rows)))
     axes.set(
         xscale="log",
         xlabel="budget, MB",
         ylabel="allocated at the peak, % of the budget",
-        ylim=(0, max(112, 1.05 * most)),
+        ylim=(0, max(112, 1.05 * maximum)),
     )
     axes.grid(axis="y")
     axes.legend(loc="lower right")
     above = len(_above(rows))
-    found = (
+    headline = (
         f"{above} of {len(_ran(rows))} answers take more than their budget"
         if above
         else ("What is recommended fits")
     )
-    title(figure, found, "random budgets on the CPU, every allocation counted")
+    title(figure, headline, "random budgets on the CPU, every allocation counted")
 
 
-def said(rows: Results) -> Said:
+def findings(rows: Results) -> Findings:
     good, above = _ran(rows), len(_above(rows))
     longest = [_used(row) for row in good if row["objective"] == "seq"]
     fills = (
@@ -182,13 +185,13 @@ def said(rows: Results) -> Said:
     )
     failed = sum(row["outcome"] not in ("ok", "nothing fits") for row in rows)
     lost = f"{failed} did not run, " if failed else ""
-    return Said(
+    return Findings(
         f"Asked: for {len(rows)} random budgets, does what `recommend` answers stay within the budget when "
         "it is built and run?",
         f"Found: {len(good)} answers ran, {lost}{above} of them above the budget{fills}.",
-        "The seeds recommend by hand and report running out of memory at 65,536 tokens with 264 MB of 8 GB "
-        f"in use; here {_verdict(above, len(good))}.",
+        "The original project recommends by hand and reports running out of memory at 65,536 tokens with 264 "
+        f"MB of 8 GB in use; here {_verdict(above, len(good))}.",
     )
 
 
-STUDY = Study(steps, {"fits": fits_table}, draw, said, devices=("cpu",))
+STUDY = Study(steps, {"fits": fits_table}, draw, findings, devices=("cpu",))

@@ -16,12 +16,12 @@ from planner.measuring.footprint import footprint
 from planner.report.plot.figure import BLUE, ORANGE, RED, title
 from studies.bench.attentions import HEAD_DIM, HEADS, configs
 from studies.bench.records import Job, Row, markdown
-from studies.bench.study import Results, Said, Scope, Study, rounded_up
+from studies.bench.study import Findings, Results, Scope, Study, rounded_up
 
 MIB = 1 << 20
 SEQ, QUICK = 131_072, 8192
 SEEDS: Final = (128, 408)
-"""MB of buffers for one call, as the seeds count them, at least and at most."""
+"""(minimum, maximum) MB of buffers for one call, as the original project counts them."""
 
 
 def floor_row(name: str, config: AttentionConfig, dtype: torch.dtype, seq: int = SEQ) -> Row:
@@ -105,37 +105,39 @@ def draw(figure: Any, rows: Results) -> None:
     )
 
 
-def said(rows: Results) -> Said:
+def findings(rows: Results) -> Findings:
     met = sum(row[what] <= row[f"{what}_limit"] for row in rows for what in ("forward", "training"))
-    most = rounded_up(max(over(row, "forward") for row in rows) / MIB, 1)
+    maximum = rounded_up(max(over(row, "forward") for row in rows) / MIB, 1)
     low, high = SEEDS
-    need = "kernels over views need none of them" if most < low else f"here it is {most:.1f} MiB at most"
-    return Said(
+    need = (
+        "kernels over views need none of them" if maximum < low else f"here it is {maximum:.1f} MiB at most"
+    )
+    return Findings(
         "Asked: how much does each attention allocate beyond its inputs and its output?",
-        f"Found: at most {most:.1f} MiB forward at {rows[0]['seq']:,} tokens; {met} of {2 * len(rows)} bars "
-        f"are kept{_by_branches(rows)}.",
-        f"The seeds count {low} to {high} MB of buffers for one call; {need}.",
+        f"Found: at most {maximum:.1f} MiB forward at {rows[0]['seq']:,} tokens; {met} of {2 * len(rows)} "
+        f"bars are kept{_by_branches(rows)}.",
+        f"The original project counts {low} to {high} MB of buffers for one call; {need}.",
     )
 
 
 def _by_branches(rows: Results) -> str:
-    """What more branches take, of the dtype in which they take most; nothing where one or more than one did
+    """What more branches take, in the dtype in which they take most; empty where one branch or all others did
     not run."""
     peaks: dict[str, dict[str, int]] = {}
     for row in rows:
         if row["attention"].startswith("dilated, "):
             peaks.setdefault(row["dtype"], {})[row["attention"]] = over(row, "forward")
     one = "dilated, 1 branch"
-    both = {dtype: found for dtype, found in peaks.items() if one in found and len(found) > 1}
+    both = {dtype: by_branch for dtype, by_branch in peaks.items() if one in by_branch and len(by_branch) > 1}
     if not both:
         return ""
-    dtype, found = max(both.items(), key=lambda pair: max(pair[1].values()) - pair[1][one])
-    more = [peak for name, peak in found.items() if name != one]
+    dtype, by_branch = max(both.items(), key=lambda pair: max(pair[1].values()) - pair[1][one])
+    more = [peak for name, peak in by_branch.items() if name != one]
     alike = "each" if len(set(more)) == 1 else f"to {max(more) / MIB:.1f}"
     return (
-        f"; in {dtype} dilated takes {found[one] / MIB:.1f} MiB with one branch and {min(more) / MIB:.1f} "
-        f"MiB {alike} with two to four"
+        f"; in {dtype} dilated takes {by_branch[one] / MIB:.1f} MiB with one branch and "
+        f"{min(more) / MIB:.1f} MiB {alike} with two to four"
     )
 
 
-STUDY = Study(steps, {"floors": floors_table}, draw, said, devices=("cpu",), independent=True)
+STUDY = Study(steps, {"floors": floors_table}, draw, findings, devices=("cpu",), independent=True)

@@ -1,6 +1,6 @@
 """Which attention is fastest and which leanest at 16K tokens? `planner study implementations`
 
-All kinds at the length at which the reports that this project began with compare theirs.
+All kinds at the length at which the reports of the original project compare its own.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from planner import gpus
 from planner.report.plot.figure import BLUE, ORANGE, RED, title
 from studies.bench.panels import Panel, Series, beside
 from studies.bench.records import Job, Row
-from studies.bench.study import Results, Said, Scope, Study
+from studies.bench.study import Findings, Results, Scope, Study
 from studies.bench.trade_offs import (
     HEAD_DIM,
     HEADS,
@@ -38,9 +38,9 @@ from studies.bench.trade_offs import (
 SEQ, QUICK = 16_384, 1024
 BLOCK: Final = 64
 LONGEST: Final = 10.0
-"""Seconds: dense attention takes several."""
+"""Seconds of a call up to which it is measured: dense attention takes several."""
 SEEDS_KB: Final = 4.40
-"""Memory a token of what the reports call base, in their unit: 1/1000 MiB."""
+"""Memory per token of what the reports call base, in their unit of 1/1000 MiB."""
 
 
 def cases() -> list[StudyConfig]:
@@ -76,18 +76,18 @@ def steps(scope: Scope) -> list[Job]:
 
 
 def ordered(rows: Results) -> Results:
-    """The fastest first."""
+    """The rows, the fastest first."""
     return sorted(rows, key=lambda row: row["here"]["seconds"] or row["here"]["expected"]["seconds"])
 
 
 def implementations_table(rows: Results) -> str:
-    """The fastest first."""
+    """Markdown: the implementations, the fastest first."""
     return table(
         ordered(rows),
         {
-            "the seeds' ms": lambda row: str(row.get("seeds_ms") or ""),
-            "the seeds' KB a token": lambda row: str(row.get("seeds_kb") or ""),
-            "predicted KB a token, as they count": lambda row: f"{seeds_kb(row['planned']):.2f}",
+            "original project, ms": lambda row: str(row.get("seeds_ms") or ""),
+            "original project, KB a token": lambda row: str(row.get("seeds_kb") or ""),
+            "predicted KB a token, as it counts": lambda row: f"{seeds_kb(row['planned']):.2f}",
         },
     )
 
@@ -129,15 +129,15 @@ def draw(figure: Any, rows: Results) -> None:
 
 
 def _measured_ms(row: Row) -> float | None:
-    found = seconds(row)
-    return None if found is None else 1e3 * found
+    measured = seconds(row)
+    return None if measured is None else 1e3 * measured
 
 
 def _kind(row: Row) -> str:
     return "multihead" if "multihead" in row["config"] else str(row["kind"])
 
 
-def said(rows: Results) -> Said:
+def findings(rows: Results) -> Findings:
     mine = rows[0]["here"]
     ran = [row for row in ordered(rows) if seconds(row)]
     by_memory = sorted(ran, key=lambda row: row["here"]["allocated"])
@@ -145,24 +145,25 @@ def said(rows: Results) -> Said:
     seeds = [row for row in rows if "seeds_ms" in row]
     first, last = (pick(seeds, key=lambda row: float(row["seeds_ms"])) for pick in (min, max))
     ours = [f"{1e3 * row['planned']['seconds']:.1f} ms" for row in (first, last)]
-    found = (
+    summary = (
         f"the fastest is {fast['name']} with {_measured_ms(fast):,.0f} ms, the slowest {slow['name']} with "
         f"{_measured_ms(slow):,.0f} ms; the leanest is {lean['name']} with {held(lean['here']):.2f} times q, "
         f"k, v and out, the largest {fat['name']} with {held(fat['here']):.2f}"
     )
     if len(ran) == 1:
-        found = (
+        summary = (
             f"{fast['name']} alone ran, with {_measured_ms(fast):,.0f} ms and {held(lean['here']):.2f} times "
             "q, k, v and out"
         )
     lost = f"; {len(rows) - len(ran)} of {len(rows)} did not run" if len(ran) < len(rows) else ""
-    return Said(
+    return Findings(
         f"Asked: which attention is fastest and which takes least memory at {mine['seq']:,} tokens?",
-        f"Found: {asked(mine)}: {found}{lost}.",
-        f"The seeds have {_kind(first)} as the fastest ({first['seeds_ms']:,} ms) and {_kind(last)} as the "
-        f"slowest ({last['seeds_ms']:,} ms); predicted for their card are {' and '.join(ours)}: theirs step "
-        "through pairs of blocks in Python, and some are not attention.",
+        f"Found: {asked(mine)}: {summary}{lost}.",
+        f"The original project has {_kind(first)} as the fastest ({first['seeds_ms']:,} ms) and "
+        f"{_kind(last)} as the slowest ({last['seeds_ms']:,} ms); predicted for its card are "
+        f"{' and '.join(ours)}: its "
+        "implementations step through pairs of blocks in Python, and some are not attention.",
     )
 
 
-STUDY = Study(steps, {"implementations": implementations_table}, draw, said)
+STUDY = Study(steps, {"implementations": implementations_table}, draw, findings)

@@ -20,7 +20,7 @@ from planner.units import format_bytes
 from planner.workload import Mode, Workload
 from studies.bench.attentions import one_of_each
 from studies.bench.records import Job, Row, markdown
-from studies.bench.study import Results, Said, Scope, Study, many
+from studies.bench.study import Findings, Results, Scope, Study, many
 
 GB: Final = 10**9
 CARDS: Final[Mapping[int, str | None]] = {
@@ -34,15 +34,15 @@ CARDS: Final[Mapping[int, str | None]] = {
     40: "a100-sxm4-40gb",
     80: "h100-sxm",
 }
-"""By GB; None for the generic card."""
+"""The cards by their GB; None for the generic card."""
 MODES: Final[tuple[Mode, ...]] = ("inference", "training")
 APART: Final = {12: -4, 16: 1}
-"""Points by which a label of so many GB stands aside from its mark, which is near another."""
+"""By GB, the points by which a label stands aside from its mark, which is near another."""
 CAPS: Final = (64_000_000, 256_000_000, GB)
-"""Budgets that runs on the CPU are held to."""
+"""Budgets in bytes that runs on the CPU are limited to."""
 QUICK: Final = (8_000_000,)
 DENSE_MOST: Final = CAPS[0]
-"""With more, the longest dense attention takes minutes a run on two cores."""
+"""The largest budget for dense attention: with more, its longest takes minutes a run on two cores."""
 BESIDE: Final[Mapping[Mode, int]] = {"inference": 48 << 20, "training": 192 << 20}
 """Bytes that a capped process may have besides what torch allocates, which is what bounds are of: the block
 of 32 MiB that keeps the heap steady, buffers of threads, and for training the code that torch loads at the
@@ -50,7 +50,8 @@ first backward and holes in the heap, where blocks below 32 MiB lie."""
 
 
 class LengthClaim(NamedTuple):
-    """A limit on 8 GB as the seeds report it, the memory that they count there, and a config of that kind."""
+    """A limit on 8 GB as the original project reports it, the memory that it counts there, and a config of
+    that kind."""
 
     what: str
     seq: int
@@ -59,7 +60,7 @@ class LengthClaim(NamedTuple):
 
 
 def claims() -> list[LengthClaim]:
-    """The seeds' limits, all of one card of 8 GB."""
+    """The original project's limits, all of one card of 8 GB."""
     here = one_of_each()
     pool, none = (here["dilated"].model_copy(update={"pool": switch}) for switch in ("on", "off"))
     return [
@@ -73,46 +74,47 @@ def claims() -> list[LengthClaim]:
 
 
 def card_row(kind: str, config: AttentionConfig, mode: Mode, budget: int) -> Row:
-    """The longest on the card of so many GB, float16."""
+    """The longest sequence on the card of `budget` GB, float16."""
     name = CARDS[budget]
     card = find(name) if name else generic(budget * GB)
-    found = longest(config, Workload(seq=1, mode=mode), budget * GB, card, {})
+    answer = longest(config, Workload(seq=1, mode=mode), budget * GB, card, {})
     return {
         "part": "cards",
         "attention": kind,
         "mode": mode,
         "gb": budget,
         "card": card.name,
-        "seq": found.fits.workload.seq if found.fits else 0,
-        "upper": found.fits.upper if found.fits else None,
-        "beyond": found.beyond.upper,
+        "seq": answer.fits.workload.seq if answer.fits else 0,
+        "upper": answer.fits.upper if answer.fits else None,
+        "beyond": answer.beyond.upper,
     }
 
 
 def seeds_row(claim: LengthClaim) -> Row:
-    """The longest of that kind on the seeds' card, beside what they say."""
+    """The longest sequence of that kind on the original project's card, beside its own limit."""
     row = card_row(claim.what, claim.config, "inference", 8)
     return row | {"part": "seeds", "said": claim.seq, "counted": claim.counted, "pool": claim.config.pool}
 
 
 def capped_row(kind: str, config: AttentionConfig, mode: Mode, budget: int) -> Row:
-    """The longest in float32 on the CPU, run in a process held to `budget` bytes and what it has besides."""
-    found = longest(config, Workload(seq=1, mode=mode, dtype="float32"), budget, "cpu", {})
+    """The longest sequence in float32 on the CPU, run in a process that is limited to `budget` bytes and
+    what it has besides."""
+    answer = longest(config, Workload(seq=1, mode=mode, dtype="float32"), budget, "cpu", {})
     row: Row = {
         "part": "capped",
         "attention": kind,
         "mode": mode,
         "budget": budget,
-        "beyond": found.beyond.upper,
+        "beyond": answer.beyond.upper,
         "outcome": "nothing fits",
     }
-    if found.fits is None:
+    if answer.fits is None:
         return row
-    workload = found.fits.workload
+    workload = answer.fits.workload
     ran = measure(config, workload, "cpu", runs=1, timeout=600, cap_bytes=budget + BESIDE[mode])
     return row | {
         "seq": workload.seq,
-        "upper": found.fits.upper,
+        "upper": answer.fits.upper,
         "outcome": ran.kind,
         "message": ran.message,
         "allocated": ran.allocated,
@@ -120,7 +122,8 @@ def capped_row(kind: str, config: AttentionConfig, mode: Mode, budget: int) -> R
 
 
 def steps(scope: Scope) -> list[Job]:
-    """A step a card, mode and attention, one a limit of the seeds, one a capped run; quick, few budgets."""
+    """A step for each card, mode and attention, for each limit of the original project and for each capped
+    run; quick, few budgets."""
     every = one_of_each()
     few = {kind: every[kind] for kind in ("local_window", "dilated_sparse")}
     cards: list[Job] = [
@@ -141,7 +144,7 @@ def steps(scope: Scope) -> list[Job]:
 
 
 def of_part(rows: Results, part: str) -> Results:
-    """Those of `cards`, `seeds` or `capped`."""
+    """The rows of a part: `cards`, `seeds` (the original project) or `capped`."""
     return [row for row in rows if row["part"] == part]
 
 
@@ -153,7 +156,7 @@ def cards_table(rows: Results) -> str:
     for row in rows:
         lines.setdefault((row["attention"], row["mode"]), []).append(f"{row['seq']:,}")
     names = [f"{gb} GB, {next(row['card'] for row in rows if row['gb'] == gb)}" for gb in budgets]
-    return markdown(([*line, *found] for line, found in lines.items()), ["attention", "mode", *names])
+    return markdown(([*line, *lengths] for line, lengths in lines.items()), ["attention", "mode", *names])
 
 
 def capped_table(rows: Results) -> str:
@@ -184,7 +187,7 @@ def capped_table(rows: Results) -> str:
 
 
 def seeds_table(rows: Results) -> str:
-    """The seeds' limits on 8 GB beside the predicted ones."""
+    """The original project's limits on 8 GB beside the predicted ones."""
     return markdown(
         (
             [
@@ -196,7 +199,13 @@ def seeds_table(rows: Results) -> str:
             ]
             for row in of_part(rows, "seeds")
         ),
-        ["the seeds, 8 GB", "their longest", "memory they count there", "predicted here", "times as long"],
+        [
+            "original project, 8 GB",
+            "its longest",
+            "memory it counts there",
+            "predicted here",
+            "times as long",
+        ],
     )
 
 
@@ -221,7 +230,7 @@ def draw(figure: Any, rows: Results) -> None:
     for axes in panels:
         axes.axvspan(min(reported), max(reported), color=RED, alpha=0.12, linewidth=0, zorder=0)
     lowest = panels[0].get_ylim()[1]
-    named(panels[0], max(reported), lowest, "where the first reports stop on 8 GB", RED, va="bottom")
+    named(panels[0], max(reported), lowest, "where the original project stops on 8 GB", RED, va="bottom")
     panels[0].invert_yaxis()
     _draw_used(below.subplots(), _ran(rows))
     title(
@@ -250,7 +259,7 @@ def _draw_longest(axes: Any, rows: Results, mode: str) -> None:
 
 
 def _draw_used(axes: Any, rows: Results) -> None:
-    """Each budget and mode its dots, an attention each; a dash for the bound of one block more."""
+    """Dots for each budget and mode, one for each attention; a dash for the bound of one block more."""
     groups = list(dict.fromkeys((row["budget"], row["mode"]) for row in rows))
     kinds = list(dict.fromkeys(row["attention"] for row in rows))
     for row in rows:
@@ -270,10 +279,10 @@ def _draw_used(axes: Any, rows: Results) -> None:
 
 
 def _headline(rows: Results) -> str:
-    """What matters more for the length: memory, or which attention it is."""
+    """The headline: whether memory or the attention matters more for the length."""
 
     def apart(*names: str) -> float:
-        """The most by which lengths differ among rows that have these in common."""
+        """The largest factor between lengths among rows that have these fields in common."""
         groups: dict[tuple[Any, ...], list[int]] = {}
         for row in rows:
             if row["seq"]:
@@ -290,24 +299,24 @@ def _headline(rows: Results) -> str:
 
 
 def _span(rows: Results, budget: int, mode: str) -> str:
-    """From the shortest to the longest of a budget, by name."""
-    found = [row for row in of_part(rows, "cards") if (row["gb"], row["mode"]) == (budget, mode)]
+    """The shortest and the longest sequence of a budget and mode, with their attentions."""
+    matches = [row for row in of_part(rows, "cards") if (row["gb"], row["mode"]) == (budget, mode)]
     ends = []
-    for seq in (pick(row["seq"] for row in found) for pick in (min, max)):
-        first, *others = (row["attention"] for row in found if row["seq"] == seq)
+    for seq in (pick(row["seq"] for row in matches) for pick in (min, max)):
+        first, *others = (row["attention"] for row in matches if row["seq"] == seq)
         ends.append(f"{seq:,} ({first}{f' and {len(others)} more' if others else ''})")
     return " to ".join(ends)
 
 
-def said(rows: Results) -> Said:
+def findings(rows: Results) -> Findings:
     capped = [row for row in of_part(rows, "capped") if row["outcome"] != "nothing fits"]
     ran = _ran(rows)
     over = sum(row["beyond"] > row["budget"] for row in capped)
     took = f" and allocated {median(map(used, ran)):.1%} of the budget in the median" if ran else ""
     beside = of_part(rows, "seeds")
     times = sorted(row["seq"] / row["said"] for row in beside)
-    stopped = "memory was not what stopped them" if times[0] > 1 else "memory may have stopped them"
-    return Said(
+    stopped = "memory was not what stopped it" if times[0] > 1 else "memory may have stopped it"
+    return Findings(
         "Asked: how long a sequence fits 1 to 80 GB, by attention, and does what is predicted to fit run?",
         f"Found: of one config an attention, on 8 GB {_span(rows, 8, 'inference')} tokens are predicted for "
         f"inference and {_span(rows, 8, 'training')} for training, on 80 GB {_span(rows, 80, 'inference')} "
@@ -315,11 +324,11 @@ def said(rows: Results) -> Said:
         f"ran{took}, in a process held to the budget and {min(BESIDE.values()) >> 20} MiB (training: "
         f"{max(BESIDE.values()) >> 20}) for what torch does not allocate, and for {over} of them the bound "
         "of one block more is above the budget.",
-        f"The seeds stop at {min(row['said'] for row in beside):,} to {max(row['said'] for row in beside):,} "
-        f"tokens on 8 GB, where {many(times[0])} to {many(times[-1])} times as many are predicted to fit; "
-        f"{stopped}: they count at most 2.3 of 8 GB in use there, give figures without a pool "
-        "for lengths beyond their limit without one, and name a limit of kernel launches as what they met "
-        "beyond.",
+        f"The original project stops at {min(row['said'] for row in beside):,} to "
+        f"{max(row['said'] for row in beside):,} tokens on 8 GB, where {many(times[0])} to {many(times[-1])} "
+        f"times as many are predicted to fit; {stopped}: it counts at most 2.3 of 8 GB in use there, gives "
+        "figures without a pool for lengths beyond its limit without one, and names a limit of kernel "
+        "launches as what it met beyond.",
     )
 
 
@@ -327,6 +336,6 @@ STUDY = Study(
     steps,
     {"max-sequence": cards_table, "max-sequence-capped": capped_table, "max-sequence-seeds": seeds_table},
     draw,
-    said,
+    findings,
     devices=("cpu",),
 )

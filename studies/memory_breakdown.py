@@ -1,9 +1,9 @@
 """What do ring-style buffers cost, and what do four optimisations give back? `planner study memory-breakdown`
 
-The seeds describe two implementations by what they hold: a base, and a ring-style one with a pool, caches,
-communication buffers and outputs made beforehand. Each line of that is a formula here, and this project's
-plan of the same config stands beside it. What the description gives no size for (checkpointing, error
-recovery, monitoring) is left out, and what it leaves open is counted at its least.
+The original project describes two implementations by what they hold: a base, and a ring-style one with a
+pool, caches, communication buffers and outputs made beforehand. Each line of that is a formula here, and this
+project's plan of the same config stands beside it. What the description gives no size for (checkpointing,
+error recovery, monitoring) is left out, and what it leaves open is counted at its minimum.
 
 Letters: B batch, S tokens, H heads, D channels, e bytes a number, n active blocks of b tokens; s a branch's
 segment, at most S, and L the longest.
@@ -28,26 +28,26 @@ from planner.workload import Workload
 from studies.bench import memory_rows
 from studies.bench.memory_rows import CARD, MIB, mib, place
 from studies.bench.records import Job, Row, markdown
-from studies.bench.study import Results, Said, Scope, Study
+from studies.bench.study import Findings, Results, Scope, Study
 from studies.config_impact import SEQ, configs
 
 BUFFERS, PATTERNS = 10, 100
-"""Of the pool, and of the pattern cache."""
+"""Entries of the pool, and of the pattern cache."""
 INDEX: Final = 8
 """Bytes of an index as torch has them, int64."""
 SETTINGS_SEQ, QUICK = 32_768, 4096
 NEAR: Final = 0.05
-"""Share by which a figure of the seeds may be off, as they round."""
+"""The share by which a figure of the original project may be off, as it rounds."""
 TIMEOUT: Final = 600.0
 
 
 class Measures(NamedTuple):
-    """What the formulas read."""
+    """The sizes that the formulas use, in bytes unless they are tokens."""
 
     full: int
     """B S H D e."""
     segments: tuple[int, ...]
-    """s of each branch."""
+    """Tokens s of a segment of each branch."""
     pattern: int
     """2 x 8 n: a row and a column of each active block."""
     block: int
@@ -78,17 +78,17 @@ Formula = tuple[str, Callable[[Measures], int]]
 
 
 class Component(NamedTuple):
-    """A line of the description."""
+    """A component of the description."""
 
     what: str
     here: tuple[str, ...]
     """The components of this project's plan that stand for it."""
     base: Formula | None
-    """Bytes of it in the base; None for none."""
+    """The formula of its bytes in the base; None if the base has none."""
     ring: Formula | None
-    """The same, ring-style."""
+    """The formula of its bytes ring-style; None for none."""
     optimisation: str = ""
-    """Which of the four gives it back."""
+    """The optimisation of the four that gives it back."""
 
 
 def cublas(_: object = None) -> int:
@@ -144,8 +144,8 @@ CLAIMS: Final[dict[str, tuple[int, int, tuple[str, ...]]]] = {
     "ring structures": (0, 20, ("ring's state",)),
     "overhead": (19, 30, ("cuBLAS workspace",)),
 }
-"""The seeds' breakdown, in their MB: of the base with A at 131,072 tokens, of the ring with B at 65,536; and
-the parts that a line is of."""
+"""The original project's breakdown by line: its MB of the base with A at 131,072 tokens, of the ring with B
+at 65,536, and the parts that the line covers."""
 RING_SEQ: Final = 65_536
 
 SETTINGS: Final[dict[str, dict[str, Any]]] = {
@@ -157,11 +157,12 @@ SETTINGS: Final[dict[str, dict[str, Any]]] = {
 
 
 def plan_row(name: str, seq: int) -> Row:
-    """A config as base, ring-style, and planned here for the seeds' card: bytes by part."""
+    """The bytes of a config by part: as base, ring-style, and planned here for the original project's
+    card."""
     config, workload = configs()[name], Workload(seq=seq)
     sizes = sizes_of(config, workload)
-    found = memory_rows.predicted(config, workload)
-    components = found["components"]
+    predicted = memory_rows.predicted(config, workload)
+    components = predicted["components"]
     here = {part.what: sum(components.get(name, 0) for name in part.here) for part in PARTS}
     here["cuBLAS workspace"] = cublas()
     here["temporary outputs"] -= cublas()
@@ -169,11 +170,11 @@ def plan_row(name: str, seq: int) -> Row:
         "part": "plan",
         "config": name,
         "seq": seq,
-        "on": found["on"],
+        "on": predicted["on"],
         "base": {part.what: part.base[1](sizes) if part.base else 0 for part in PARTS},
         "ring": {part.what: part.ring[1](sizes) if part.ring else 0 for part in PARTS},
         "here": here,
-        "allocated": found["allocated"],
+        "allocated": predicted["allocated"],
     }
 
 
@@ -183,9 +184,9 @@ def setting_row(name: str, setting: str, seq: int, batch: Batch, device: torch.d
     config = AttentionConfig(**configs()[name].model_dump() | SETTINGS[setting])
     workload = Workload(seq=seq, causal=True)
     head = {"part": "setting", "config": name, "setting": setting, "seq": seq}
-    found = memory_rows.measured(config, workload, batch)
+    measured = memory_rows.measured(config, workload, batch)
     # What did not run in a process of its own would end this one.
-    return head | found | {"kept": kept(config, workload, device) if found["cold"] else None}
+    return head | measured | {"kept": kept(config, workload, device) if measured["cold"] else None}
 
 
 def kept(config: AttentionConfig, workload: Workload, device: torch.device) -> Row:
@@ -228,27 +229,27 @@ class Saving(NamedTuple):
 
     optimisation: str
     bytes: int
-    """What it gives back."""
+    """The bytes that it gives back."""
     left: int
-    """What is allocated after it."""
+    """The bytes that are allocated after it."""
 
 
 def savings(row: Row) -> list[Saving]:
-    """From ring-style down to this project's bytes, in the order in which the seeds propose them."""
-    left, found = sum(row["ring"].values()), []
+    """The savings from ring-style down to this project's bytes, in the order of the original project."""
+    left, waterfall = sum(row["ring"].values()), []
     for name in OPTIMISATIONS:
         parts = [part.what for part in PARTS if part.optimisation == name]
-        given = sum(row["ring"][part] - row["here"][part] for part in parts)
-        left -= given
-        found.append(Saving(name, given, left))
-    return found
+        saved = sum(row["ring"][part] - row["here"][part] for part in parts)
+        left -= saved
+        waterfall.append(Saving(name, saved, left))
+    return waterfall
 
 
 STYLES: Final = ("base", "ring", "here")
 
 
 def parts_table(rows: Results) -> str:
-    """Part by part at 131,072 tokens: the formulas and what they give."""
+    """Markdown: the formulas and their bytes, part by part, at 131,072 tokens."""
     both = [plan(rows, name) for name in configs()]
 
     def line(part: Component) -> list[str]:
@@ -275,7 +276,7 @@ def savings_table(rows: Results) -> str:
 
 
 def claims_table(rows: Results) -> str:
-    """The seeds' breakdown beside what the formulas give for the same configs and lengths."""
+    """The original project's breakdown beside what the formulas give for the same configs and lengths."""
     base, ring = plan(rows, "A")["base"], plan(rows, "B", RING_SEQ)["ring"]
 
     def line(what: str, claimed: tuple[int, int], parts: tuple[str, ...]) -> list[str]:
@@ -287,16 +288,16 @@ def claims_table(rows: Results) -> str:
     body.append(line("**together**", claimed(), every))
     head = [
         "MiB",
-        f"base, A, {SEQ:,}: the seeds",
+        f"base, A, {SEQ:,}: original project",
         "by formula",
-        f"ring, B, {RING_SEQ:,}: the seeds",
+        f"ring, B, {RING_SEQ:,}: original project",
         "by formula",
     ]
     return markdown(body, head)
 
 
 def claimed() -> tuple[int, int]:
-    """The seeds' totals, in their MB."""
+    """The original project's totals for base and ring, in its MB."""
     return sum(a for a, *_ in CLAIMS.values()), sum(b for _, b, _ in CLAIMS.values())
 
 
@@ -373,27 +374,27 @@ def _waterfall(axes: Any, row: Row) -> None:
     axes.grid(axis="x")
 
 
-def said(rows: Results) -> Said:
-    found = []
+def findings(rows: Results) -> Findings:
+    clauses = []
     for row in (plan(rows, name) for name in configs()):
         base, ring = (sum(row[style].values()) for style in ("base", "ring"))
         biggest = max(savings(row), key=lambda saving: saving.bytes)
-        found.append(
+        clauses.append(
             f"with {row['config']} a base takes {mib(base)} MiB, ring-style buffers {mib(ring)}, and "
             f"{mib(row['allocated'])} are left after all four, of which {biggest.optimisation} gives back "
             f"{mib(biggest.bytes)}"
         )
-    return Said(
+    return Findings(
         "Asked: what do a ring-style implementation's buffers take, and what does each of the four proposed "
         f"optimisations give back, at {SEQ:,} tokens?",
-        f"Found: {found[0]}; {found[1]}. {_kept(rows)}.",
-        f"The seeds have {claimed()[0]} MB for the base at {SEQ:,} tokens and {claimed()[1]} for the ring at "
-        f"half of that, which {_follows(plan(rows, 'B', RING_SEQ)['ring'])}.",
+        f"Found: {clauses[0]}; {clauses[1]}. {_held_text(rows)}.",
+        f"The original project has {claimed()[0]} MB for the base at {SEQ:,} tokens and {claimed()[1]} for "
+        f"the ring at half of that, which {_follows(plan(rows, 'B', RING_SEQ)['ring'])}.",
     )
 
 
-def _kept(rows: Results) -> str:
-    """What is held between calls, of the first setting with B that ran, or with A."""
+def _held_text(rows: Results) -> str:
+    """The bytes held between calls in the first setting with B that ran, or else with A, in words."""
     ran = [row for row in rows if row["part"] == "setting" and row["kept"]]
     run = min(ran, key=lambda row: row["config"] != "B")
     held = sum(run["kept"].values())
@@ -404,15 +405,15 @@ def _kept(rows: Results) -> str:
 
 
 def _follows(ring: Row) -> str:
-    """Whether two lines of the seeds' breakdown follow from their description, by formula."""
+    """Whether two lines of the original project's breakdown follow from its description, by formula."""
     lines = (("q, k and v are", "q, k and v", " MiB there"), ("ten buffers of a segment", "memory pool", ""))
-    said, off = [], False
+    clauses, off = [], False
     for what, line, unit in lines:
         claim = CLAIMS[line][1]
         apart = abs(ring[line] / MIB - claim) > NEAR * claim
-        said.append(f"{what} {mib(ring[line])}{unit}{f', not {claim}' if apart else ''}")
+        clauses.append(f"{what} {mib(ring[line])}{unit}{f', not {claim}' if apart else ''}")
         off |= apart
-    return f"{'do not follow' if off else 'follow'} from their own description: {', and '.join(said)}"
+    return f"{'do not follow' if off else 'follow'} from its own description: {', and '.join(clauses)}"
 
 
 STUDY = Study(
@@ -424,5 +425,5 @@ STUDY = Study(
         "memory-breakdown-settings": settings_table,
     },
     draw,
-    said,
+    findings,
 )

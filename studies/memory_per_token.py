@@ -1,7 +1,8 @@
 """How many bytes does a token take, from 2K to 1M tokens? `planner study memory-per-token`
 
-Each attention against the floor (q, k, v and out): predicted for the seeds' card, and measured where the
-study runs at lengths that take little. The seeds' table beside, with as little scratch as they have.
+Each attention against the floor (q, k, v and out): predicted for the original project's card, and measured
+where the study runs at lengths that take little. The original project's table beside, with as little scratch
+as it has.
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ from studies.bench import attentions, memory_rows
 from studies.bench.attentions import HEAD_DIM, HEADS
 from studies.bench.memory_rows import MIB, place
 from studies.bench.records import Job, Row, markdown
-from studies.bench.study import Results, Said, Scope, Study, rounded_up
+from studies.bench.study import Findings, Results, Scope, Study, rounded_up
 
 LENGTHS: Final = tuple(2048 << n for n in range(10))
 MEASURED, QUICK = (2048, 4096, 8192, 16_384), (512,)
 DENSE_MOST: Final = 8192
-"""Dense attention takes long at more."""
+"""The longest sequence at which dense attention is measured: beyond, it takes long."""
 TIMEOUT: Final = 300.0
 NEAR: Final = 0.05
-"""Share by which a table may be off and still be met."""
+"""The share by which a table may be off and still count as met."""
 LEAN: Final = {"workspace_bytes": 64 * 1024}
 
 SEEDS: Final = {
@@ -38,10 +39,10 @@ SEEDS: Final = {
     ("adaptive", 32_768): 4.19,
     ("multihead", 32_768): 34.49,
 }
-"""The seeds' "KB" a token, which are MiB x 1000 / tokens, by implementation and tokens: float16, 8 heads of
-64 channels, on a GTX 1080."""
+"""The original project's "KB" per token, which are MiB x 1000 / tokens, by implementation and tokens:
+float16, 8 heads of 64 channels, on a GTX 1080."""
 UNIT: Final = MIB / 1000
-"""Bytes of it."""
+"""Bytes of that "KB" per token, times tokens: 1/1000 MiB."""
 
 
 def configs() -> dict[str, AttentionConfig]:
@@ -66,7 +67,8 @@ def _with(config: AttentionConfig, **fields: Any) -> AttentionConfig:
 
 
 def seeds_config(implementation: str) -> AttentionConfig:
-    """What stands for an implementation of the seeds: little scratch, and for their base a narrow window."""
+    """The config that stands for an implementation of the original project: little scratch, and for its base
+    a narrow window."""
     if implementation != "base":
         return _with(configs()[implementation], **LEAN)
     window = SparsePatternConfig(pattern_type="local_window", block_size=64, local_window_size=128)
@@ -74,7 +76,7 @@ def seeds_config(implementation: str) -> AttentionConfig:
 
 
 def card_row(name: str, seq: int) -> Row:
-    """A call on the seeds' card, predicted."""
+    """A call on the original project's card, predicted."""
     workload = Workload(seq=seq)
     head = {"part": "card", "attention": name, "seq": seq, "floor": workload.floor}
     return head | memory_rows.predicted(configs()[name], workload)
@@ -88,10 +90,10 @@ def here_row(name: str, seq: int, batch: Batch) -> Row:
 
 
 def seeds_row(implementation: str, seq: int) -> Row:
-    """A line of the seeds' table, and what is predicted for it."""
-    found = memory_rows.predicted(seeds_config(implementation), Workload(seq=seq))
-    said = SEEDS[implementation, seq] * UNIT * seq
-    return {"part": "seeds", "attention": implementation, "seq": seq, "said": said, **found}
+    """A line of the original project's table, and what is predicted for it."""
+    predicted = memory_rows.predicted(seeds_config(implementation), Workload(seq=seq))
+    reported = SEEDS[implementation, seq] * UNIT * seq
+    return {"part": "seeds", "attention": implementation, "seq": seq, "said": reported, **predicted}
 
 
 def steps(scope: Scope) -> list[Job]:
@@ -99,7 +101,7 @@ def steps(scope: Scope) -> list[Job]:
     short = QUICK if scope.quick else MEASURED
     return [
         *((f"{name} {seq}", partial(card_row, name, seq)) for name in configs() for seq in LENGTHS),
-        *((f"the seeds' {name} {seq}", partial(seeds_row, name, seq)) for name, seq in SEEDS),
+        *((f"original {name} {seq}", partial(seeds_row, name, seq)) for name, seq in SEEDS),
         *(
             (f"{name} {seq} measured", partial(here_row, name, seq, batch))
             for name in configs()
@@ -114,7 +116,7 @@ def of_part(rows: Results, part: str, attention: str | None = None) -> Results:
 
 
 def a_token(row: Row, what: str = "allocated") -> float:
-    """Bytes a token."""
+    """Bytes per token of a row's `what`."""
     return float(row[what] / row["seq"])
 
 
@@ -127,7 +129,7 @@ def card_table(rows: Results) -> str:
 
 
 def here_table(rows: Results) -> str:
-    """Bytes a token, predicted and measured."""
+    """Markdown: bytes per token, predicted and measured."""
     mine = of_part(rows, "here")
     return markdown(
         (
@@ -144,7 +146,7 @@ def here_table(rows: Results) -> str:
 
 
 def seeds_table(rows: Results) -> str:
-    """The seeds' figures and predictions in their unit."""
+    """The original project's figures and the predictions, in its unit."""
     return markdown(
         (
             [
@@ -159,7 +161,7 @@ def seeds_table(rows: Results) -> str:
         [
             "implementation",
             "tokens",
-            "the seeds, MiB x 1000 / tokens",
+            "original project, MiB x 1000 / tokens",
             f"{place(rows[0])}, predicted",
             "off by",
         ],
@@ -167,7 +169,8 @@ def seeds_table(rows: Results) -> str:
 
 
 def draw(figure: Any, rows: Results) -> None:
-    """Left: predicted for the card, with the seeds' figures. Right: predicted and measured here."""
+    """Left: predicted for the card, with the original project's figures. Right: predicted and measured
+    here."""
     figure.set_size_inches(10, 4.9)
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
     for name in configs():
@@ -199,7 +202,7 @@ def draw(figure: Any, rows: Results) -> None:
         facecolors="none",
         edgecolors=INK,
         zorder=3,
-        label="the seeds' base",
+        label="original base",
     )
     floor = a_token(rows[0], "floor")
     for axes, part, how in ((left, "card", "predicted"), (right, "here", "lines predicted, points measured")):
@@ -227,7 +230,7 @@ def draw(figure: Any, rows: Results) -> None:
     )
 
 
-def said(rows: Results) -> Said:
+def findings(rows: Results) -> Findings:
     def at(seq: int) -> str:
         return _range([a_token(row) for row in of_part(rows, "card") if row["seq"] == seq])
 
@@ -235,20 +238,20 @@ def said(rows: Results) -> Said:
     off = rounded_up(max((abs(row["allocated"] / row["cold"] - 1) for row in ran), default=0.0), 4)
     base = max(abs(row["allocated"] / row["said"] - 1) for row in of_part(rows, "seeds", "base"))
     (multihead,) = of_part(rows, "seeds", "multihead")
-    return Said(
+    return Findings(
         f"Asked: how many bytes does a token take, from {LENGTHS[0]:,} to {LENGTHS[-1]:,} tokens, where q, "
         f"k, v and out are {a_token(rows[0], 'floor'):,.0f}?",
         f"Found: on a {place(rows[0])} {at(LENGTHS[0])} bytes at {LENGTHS[0]:,} tokens and {at(LENGTHS[-1])} "
         f"at {LENGTHS[-1]:,}, projections included, predicted; what was measured on the "
         f"{place(of_part(rows, 'here')[0])} is within {off:.2%} of its predictions in {len(ran)} cases.",
-        f"The seeds' table for their base is {_met(rounded_up(base, 3))}; their "
+        f"The original project's table for its base is {_met(rounded_up(base, 3))}; its "
         f"{multihead['said'] / UNIT / multihead['seq']:.2f} for multihead is "
         f"{multihead['said'] / multihead['allocated']:.1f} times what projections need.",
     )
 
 
 def _met(off: float) -> str:
-    """What is predicted for the seeds' base against their table."""
+    """Whether the predictions meet the original project's table for its base, in words."""
     if off > NEAR:
         return f"missed by up to {off:.1%}"
     return f"met within {off:.1%}: it is q, k, v and out and cuBLAS's workspace"
@@ -266,5 +269,5 @@ STUDY = Study(
         "memory-per-token-seeds": seeds_table,
     },
     draw,
-    said,
+    findings,
 )

@@ -20,22 +20,22 @@ from planner.measuring.footprint import footprints
 from planner.report.plot.figure import BLUE, INK, MUTED, ORANGE, named, title, token_axis
 from studies.bench.memory_rows import mib
 from studies.bench.records import Job, Row, markdown, timed
-from studies.bench.study import Results, Said, Scope, Study
+from studies.bench.study import Findings, Results, Scope, Study
 
 LENGTHS, QUICK = (16_384, 32_768, 65_536, 131_072), (1024, 2048)
 HEADS, HEAD_DIM = 4, 64
 RUNS, QUICK_RUNS = 7, 5
-"""Pairs of calls whose times are compared."""
+"""Number of pairs of calls whose times are compared."""
 SWITCHES: Final[tuple[Switch, Switch]] = ("on", "off")
 STATES: Final = ("cold", "warm")
 LEAST: Final = 0.02
-"""Differences of time below this share are none."""
+"""The share below which a difference of times is not clear."""
 BOTTOM, TOP = 0.7, 1.3
-"""Of the picture's ratios, or further out where a median lies there."""
+"""Ends of the picture's axis of ratios, further out if a median lies there."""
 
 
 class Medians(NamedTuple):
-    """What the seeds have at a length: milliseconds and GB without a pool and with it."""
+    """The original project's figures at a length: milliseconds and GB without a pool and with it."""
 
     ms: tuple[float, float]
     gb: tuple[float, float]
@@ -55,7 +55,7 @@ SEEDS: Final = {
     65_536: Medians((1100.4, 1056.4), (0.72, 0.59)),
     131_072: Medians((3236.3, 2518.7), (1.53, 1.28)),
 }
-"""Of the report on extreme sequences, ImprovedDilatedAttention on a GTX 1080."""
+"""Figures by tokens of the report on extreme sequences: ImprovedDilatedAttention on a GTX 1080."""
 
 
 def configs() -> dict[str, AttentionConfig]:
@@ -116,13 +116,13 @@ def _bytes(side: PoolCase, floor: int, device: torch.device) -> Row:
 
 def _seconds(sides: dict[Switch, PoolCase], device: torch.device, runs: int) -> Row:
     """Seconds of each run by state and switch; the n-th of either are of one pair."""
-    found: Row = {state: {switch: [] for switch in sides} for state in STATES}
+    times: Row = {state: {switch: [] for switch in sides} for state in STATES}
 
     def pairs(state: str, before: Callable[[PoolCase], object]) -> None:
         for number in range(runs):
             for switch in list(sides)[:: 1 if number % 2 else -1]:
                 before(sides[switch])
-                found[state][switch].append(timed(sides[switch].call, device))
+                times[state][switch].append(timed(sides[switch].call, device))
 
     for side in sides.values():
         side.call()  # starts threads and libraries
@@ -132,7 +132,7 @@ def _seconds(sides: dict[Switch, PoolCase], device: torch.device, runs: int) -> 
     pairs("warm", lambda side: None)
     for side in sides.values():
         side.buffers.release()
-    return found
+    return times
 
 
 def steps(scope: Scope) -> list[Job]:
@@ -151,11 +151,12 @@ def ratios(row: Row, state: str) -> list[float]:
 
 
 def verdict(row: Row, state: str) -> str:
-    """What the pool makes of calls; `faster` or `slower` if all pairs say so, the median by `LEAST`."""
-    found = ratios(row, state)
-    if max(found) < 1 and median(found) < 1 - LEAST:
+    """Whether the pool makes calls `faster` or `slower`: in all pairs, and in the median by at least
+    `LEAST`."""
+    by_pair = ratios(row, state)
+    if max(by_pair) < 1 and median(by_pair) < 1 - LEAST:
         return "faster"
-    if min(found) > 1 and median(found) > 1 + LEAST:
+    if min(by_pair) > 1 and median(by_pair) > 1 + LEAST:
         return "slower"
     return "no clear difference"
 
@@ -170,7 +171,7 @@ def pool_table(rows: Results) -> str:
     body = []
     for row in rows:
         for state in STATES:
-            found = ratios(row, state)
+            by_pair = ratios(row, state)
             seconds, peaks = row["seconds"][state], row["bytes"]
             body.append(
                 [
@@ -178,8 +179,8 @@ def pool_table(rows: Results) -> str:
                     f"{row['seq']:,}",
                     state,
                     *(f"{1000 * median(seconds[switch]):,.0f}" for switch in reversed(SWITCHES)),
-                    f"{median(found):.2f}",
-                    f"{min(found):.2f} to {max(found):.2f}",
+                    f"{median(by_pair):.2f}",
+                    f"{min(by_pair):.2f} to {max(by_pair):.2f}",
                     verdict(row, state),
                     *(mib(peaks[switch][state]) for switch in reversed(SWITCHES)),
                     f"{memory_ratio(row, state):.4f}",
@@ -206,15 +207,15 @@ def pool_table(rows: Results) -> str:
 
 
 def seeds_table(rows: Results) -> str:
-    """The seeds' figures, and the ratios here at the same lengths in warm calls."""
+    """The original project's figures, and the ratios here at the same lengths in warm calls."""
     body = []
-    for seq, seen in SEEDS.items():
+    for seq, reported in SEEDS.items():
         line = [
             f"{seq:,}",
-            *(f"{ms:,.1f}" for ms in seen.ms),
-            f"{seen.time:.2f}",
-            *(f"{gb:.2f}" for gb in seen.gb),
-            f"{seen.memory:.2f}",
+            *(f"{ms:,.1f}" for ms in reported.ms),
+            f"{reported.time:.2f}",
+            *(f"{gb:.2f}" for gb in reported.gb),
+            f"{reported.memory:.2f}",
         ]
         for name in configs():
             mine = [row for row in rows if (row["attention"], row["seq"]) == (name, seq)]
@@ -225,7 +226,7 @@ def seeds_table(rows: Results) -> str:
         body,
         [
             "tokens",
-            "the seeds: without, ms",
+            "original project: without, ms",
             "with, ms",
             "ratio",
             "without, GB",
@@ -237,7 +238,7 @@ def seeds_table(rows: Results) -> str:
 
 
 def draw(figure: Any, rows: Results) -> None:
-    """Left: ratios of times, with all pairs. Right: ratios of peaks. The seeds' beside."""
+    """Left: ratios of times, with all pairs. Right: ratios of peaks. The original project's beside."""
     figure.set_size_inches(10, 4.8)
     left, right = figure.subplots(1, 2, sharey=True)
     medians = [median(ratios(*case)) for case in _cases(rows)]
@@ -251,17 +252,17 @@ def draw(figure: Any, rows: Results) -> None:
         mine = [row for row in rows if row["attention"] == name]
         places = [row["seq"] * 2 ** (0.12 * (number - 1.5)) for row in mine]
         pairs = [ratios(row, state) for row in mine]
-        for place, found in zip(places, pairs, strict=True):
-            left.plot([place, place], [min(found), max(found)], color=color, linewidth=1.2)
+        for place, by_pair in zip(places, pairs, strict=True):
+            left.plot([place, place], [min(by_pair), max(by_pair)], color=color, linewidth=1.2)
         looks = {"color": color, "markerfacecolor": fill, "marker": "o", "markersize": 6, "linestyle": "none"}
-        left.plot(places, [median(found) for found in pairs], label=f"{name}, {state}", **looks)
+        left.plot(places, [median(by_pair) for by_pair in pairs], label=f"{name}, {state}", **looks)
         right.plot(places, [memory_ratio(row, state) for row in mine], **looks)
     crosses = {"color": INK, "marker": "x", "s": 36, "zorder": 3}
-    inside = [seq for seq, seen in SEEDS.items() if seen.time < top]
-    left.scatter(inside, [SEEDS[seq].time for seq in inside], **crosses, label="the seeds, GTX 1080")
+    inside = [seq for seq, reported in SEEDS.items() if reported.time < top]
+    left.scatter(inside, [SEEDS[seq].time for seq in inside], **crosses, label="original, GTX 1080")
     for seq in SEEDS.keys() - set(inside):
-        named(left, seq, top, f"the seeds: {SEEDS[seq].time:.1f}", va="top", ha="center", xytext=(0, -2))
-    right.scatter(list(SEEDS), [seen.memory for seen in SEEDS.values()], **crosses)
+        named(left, seq, top, f"original: {SEEDS[seq].time:.1f}", va="top", ha="center", xytext=(0, -2))
+    right.scatter(list(SEEDS), [reported.memory for reported in SEEDS.values()], **crosses)
     for axes, what in ((left, "time: median, lowest and highest pair"), (right, "memory at the peak")):
         axes.axhline(1, color=MUTED, linewidth=1)
         axes.set(title=what, xlabel="tokens", ylim=(bottom, top))
@@ -288,7 +289,7 @@ def _alike(rows: Results) -> list[NamedRow]:
     return [case for case in _cases(rows) if verdict(*case) == "no clear difference"]
 
 
-def said(rows: Results) -> Said:
+def findings(rows: Results) -> Findings:
     cases, alike = _cases(rows), _alike(rows)
     clear = [
         f"{verdict(row, state)} ({median(ratios(row, state)):.2f}) for {row['attention']} at {row['seq']:,} "
@@ -296,8 +297,8 @@ def said(rows: Results) -> Said:
         for row, state in cases
         if (row, state) not in alike
     ]
-    seen = SEEDS.values()
-    return Said(
+    reported = SEEDS.values()
+    return Findings(
         f"Asked: where between {rows[0]['seq']:,} and {rows[-1]['seq']:,} tokens does keeping buffers "
         "between calls save time or memory?",
         f"Found: in time it makes no clear difference in {len(alike)} of {len(cases)} cases"
@@ -305,9 +306,9 @@ def said(rows: Results) -> Said:
         f"{_range([median(ratios(*case)) for case in cases])} times those without, peaks "
         f"{_range([memory_ratio(*case) for case in cases], 3)} times, and the pool holds up to "
         f"{mib(max(row['bytes']['on']['held'] for row in rows))} MiB between calls.",
-        f"The seeds have {_range([each.time for each in seen])} times the time and "
-        f"{_range([each.memory for each in seen])} times the memory, of code that allocates buffers as large "
-        "as segments over and over; a call here takes one arena of a tile, pool or no pool.",
+        f"The original project has {_range([each.time for each in reported])} times the time and "
+        f"{_range([each.memory for each in reported])} times the memory, with code that allocates buffers as "
+        "large as segments over and over; a call here takes one arena of a tile, pool or no pool.",
     )
 
 
@@ -316,5 +317,5 @@ def _range(figures: list[float], digits: int = 2) -> str:
 
 
 STUDY = Study(
-    steps, {"memory-pool": pool_table, "memory-pool-seeds": seeds_table}, draw, said, independent=True
+    steps, {"memory-pool": pool_table, "memory-pool-seeds": seeds_table}, draw, findings, independent=True
 )

@@ -25,7 +25,7 @@ from planner.report.plot.figure import BLUE, INK, MUTED, ORANGE, RED, named, tit
 from planner.workload import ITEMSIZE, Dtype, Mode, Workload
 from studies.bench.attentions import HEAD_DIM, HEADS, configs, one_of_each
 from studies.bench.records import OK, Job, Row, markdown, timed
-from studies.bench.study import Results, Said, Scope, Study, rounded_up
+from studies.bench.study import Findings, Results, Scope, Study, rounded_up
 from studies.floors import SEQ
 
 MILLION = 1_048_576
@@ -33,7 +33,7 @@ COUNTS: Final = (MILLION, 10 * MILLION)
 DTYPES: Final[tuple[Dtype, ...]] = ("float16", "bfloat16", "float32")
 MODES: Final[tuple[Mode, ...]] = ("inference", "training")
 CARD: Final = "h100-sxm"
-"""Whose kernels and context predictions are of, however large they get."""
+"""The card whose kernels and context predictions are of, however large they get."""
 RING: Final = ("gtx1080", "rtx4090", "h100-sxm")
 """Cards of 8, 24 and 80 GB."""
 MEASURED: Final = ("local_window", "dilated_sparse")
@@ -43,7 +43,7 @@ that a row keeps as many at either length. Of a million tokens they reach less t
 
 
 class MemoryClaim(NamedTuple):
-    """What the seeds say a million tokens need, in GB, and the attention here of that kind."""
+    """The GB that a million tokens need according to the original project, and the kind of attention here."""
 
     what: str
     gigabytes: float
@@ -58,7 +58,7 @@ CLAIMS: Final = (
 )
 CLAIMED_ON: Final = "gtx1080"
 NEAR: Final = 0.05
-"""Share by which a figure may be off and still hold."""
+"""The share by which a figure may be off and still hold."""
 
 
 def million_row(name: str, runs: int = 3, seq: int = MILLION, short: int = SEQ, heads: int = HEADS) -> Row:
@@ -121,7 +121,7 @@ def _in_a_process(name: str, **sizes: int) -> Row:
 
 def predicted_row(kind: str, config: AttentionConfig, seq: int) -> Row:
     """What a GPU needs by dtype and mode: bytes allocated, and the bound of what the card loses."""
-    found = {
+    estimates = {
         f"{dtype} {mode}": estimate(config, Workload(seq=seq, dtype=dtype, mode=mode), CARD)
         for dtype in DTYPES
         for mode in MODES
@@ -130,8 +130,8 @@ def predicted_row(kind: str, config: AttentionConfig, seq: int) -> Row:
         "part": "predicted",
         "attention": kind,
         "seq": seq,
-        "allocated": {name: one.allocated for name, one in found.items()},
-        "upper": {name: one.upper for name, one in found.items()},
+        "allocated": {name: one.allocated for name, one in estimates.items()},
+        "upper": {name: one.upper for name, one in estimates.items()},
     }
 
 
@@ -171,17 +171,18 @@ def ring_row(seq: int, dtype: Dtype, mode: Mode) -> Row:
 
 
 def claim_row(claim: MemoryClaim) -> Row:
-    """What the seeds say of a million tokens beside what is predicted for their card, float16, inference."""
-    found = estimate(one_of_each()[claim.kind], Workload(seq=MILLION), CLAIMED_ON)
+    """The original project's figure for a million tokens beside what is predicted for its card, float16,
+    inference."""
+    predicted = estimate(one_of_each()[claim.kind], Workload(seq=MILLION), CLAIMED_ON)
     return {
         "part": "seeds",
         "what": claim.what,
         "said": claim.gigabytes,
         "attention": claim.kind,
-        "allocated": found.allocated,
-        "upper": found.upper,
+        "allocated": predicted.allocated,
+        "upper": predicted.upper,
         "usable": find(CLAIMED_ON).usable_bytes,
-        "on": found.on,
+        "on": predicted.on,
     }
 
 
@@ -207,12 +208,12 @@ def steps(scope: Scope) -> list[Job]:
 
 
 def of_part(rows: Results, part: str) -> Results:
-    """Those of `measured`, `predicted`, `ring` or `seeds`."""
+    """The rows of a part: `measured`, `predicted`, `ring` or `seeds` (the original project)."""
     return [row for row in rows if row["part"] == part]
 
 
 def measured(rows: Results) -> Results:
-    """Those of `measured` that ran; rows that do not say how they ended did."""
+    """The measured rows whose case ran; rows without an outcome did."""
     return [row for row in of_part(rows, "measured") if row.get("outcome", OK) == OK]
 
 
@@ -239,12 +240,12 @@ def million_table(rows: Results) -> str:
 
 def columns(rows: Results) -> dict[str, list[str]]:
     """Dtypes and modes in a column each, those of equal bounds in one: what it is called, and of which."""
-    found: dict[tuple[int, ...], list[str]] = {}
+    groups: dict[tuple[int, ...], list[str]] = {}
     for name in rows[0]["upper"]:
-        found.setdefault(tuple(row["upper"][name] for row in rows), []).append(name)
+        groups.setdefault(tuple(row["upper"][name] for row in rows), []).append(name)
     return {
         f"{names[0].split()[1]}, {' or '.join(name.split()[0] for name in names)}": names
-        for names in found.values()
+        for names in groups.values()
     }
 
 
@@ -264,7 +265,7 @@ def predicted_table(rows: Results) -> str:
 
 
 def ring_table(rows: Results) -> str:
-    """Cards by arithmetic."""
+    """Markdown: the number of cards of a ring, by arithmetic."""
     rows = of_part(rows, "ring")
     names = list(rows[0]["cards"])
     return markdown(
@@ -283,7 +284,7 @@ def ring_table(rows: Results) -> str:
 
 
 def seeds_table(rows: Results) -> str:
-    """The seeds' GB for a million tokens beside the predicted."""
+    """The original project's GB for a million tokens beside the predicted."""
     return markdown(
         (
             [
@@ -297,8 +298,8 @@ def seeds_table(rows: Results) -> str:
             for row in of_part(rows, "seeds")
         ),
         [
-            "the seeds",
-            "their GB",
+            "original project",
+            "its GB",
             "here",
             "GB allocated, predicted",
             "GB of the card, at most",
@@ -340,16 +341,16 @@ def _draw_predicted(axes: Any, rows: Results, seq: int) -> None:
         places = [place + shift for place in range(len(rows))]
         needed = [row["upper"][name] / 1e9 for row in rows]
         axes.scatter(needed, places, color=color, marker=marker, s=30, label=label)
-    most = max(max(row["upper"].values()) for row in rows) / 1e9
+    maximum = max(max(row["upper"].values()) for row in rows) / 1e9
     for gb in (8, 24, 80):
-        if most / 12 < gb < most:
+        if maximum / 12 < gb < maximum:
             axes.axvline(gb, color=RED, linewidth=1)
             named(axes, gb, len(rows) - 0.3, f"{gb} GB", RED, xytext=(3, 0), va="bottom")
     axes.set_yticks(range(len(rows)), [row["attention"] for row in rows])
     axes.set(
         title=f"{seq:,} tokens",
         xlabel="needed, GB, predicted",
-        xlim=(0, most * 1.08),
+        xlim=(0, maximum * 1.08),
         ylim=(-0.6, len(rows) - 0.2),
     )
     axes.grid(axis="x")
@@ -390,7 +391,7 @@ def _draw_ring(axes: Any, rows: Results) -> None:
 
 
 def _headline(rows: Results) -> str:
-    """What a million tokens need, against q, k, v and out."""
+    """The headline: what a million tokens need, as a multiple of q, k, v and out."""
     name = "float16 inference"
     floor = Workload(seq=MILLION).floor
     needs = [row["upper"][name] / floor for row in of_part(rows, "predicted") if row["seq"] == MILLION]
@@ -400,34 +401,34 @@ def _headline(rows: Results) -> str:
     )
 
 
-def said(rows: Results) -> Said:
+def findings(rows: Results) -> Findings:
     ran = measured(rows)
-    most = max(ran, key=lambda row: row["resident"] / row["floor"])
+    fullest = max(ran, key=lambda row: row["resident"] / row["floor"])
     slowest = rounded_up(max(row["per_token_ratio"] for row in ran), 2)
-    held = rounded_up(most["resident"] / 1e9, 2)
+    held = rounded_up(fullest["resident"] / 1e9, 2)
     million = [row for row in of_part(rows, "predicted") if row["seq"] == MILLION]
     needs = sorted(row["upper"]["float16 inference"] / 1e9 for row in million)
     ten = [row for row in of_part(rows, "ring") if row["seq"] == COUNTS[-1] and row["dtype"] == "float16"]
     forward = next(row["cards"] for row in ten if row["mode"] == "inference")
-    return Said(
+    return Findings(
         "Asked: what do one and ten million tokens need, by attention, dtype and mode, and how many cards?",
         f"Found: {ran[0]['seq']:,} tokens ran in one process with {held:.2f} GB "
-        f"resident at most, q, k, v and out alone being {most['floor'] / 1e9:.2f}, in {slowest:.2f} times "
-        f"the time a token that {most['short']:,} take, or less; a million in float16 is predicted to need "
-        f"{needs[0]:.1f} to {needs[-1]:.1f} GB of a GPU for inference; if ring attention, which is not here "
-        f"yet, shared ten million for that, they would take by arithmetic "
+        f"resident at most, q, k, v and out alone being {fullest['floor'] / 1e9:.2f}, in {slowest:.2f} times "
+        f"the time a token that {fullest['short']:,} take, or less; a million in float16 is predicted to "
+        f"need {needs[0]:.1f} to {needs[-1]:.1f} GB of a GPU for inference; if ring attention, which is not "
+        "here yet, shared ten million for that, they would take by arithmetic "
         f"{' or '.join(f'{count} {name}' for name, count in forward.items())}.",
         _beside(rows),
     )
 
 
 def _met(row: Row) -> bool:
-    """Whether what the seeds say, their GB being GiB, is what is predicted."""
+    """Whether the original project's figure, its GB being GiB, is what is predicted."""
     return bool(abs(row["said"] * 2**30 / row["allocated"] - 1) <= NEAR)
 
 
 def _beside(rows: Results) -> str:
-    """The seeds' figures for a million tokens, and whether they hold."""
+    """The original project's figures for a million tokens, and whether they hold."""
     beside = {row["attention"]: row for row in of_part(rows, "seeds")}
     base, multihead, dense = (beside[kind] for kind in ("dilated_sparse", "multihead", "dense"))
     square = MILLION**2 * ITEMSIZE["float16"] * HEADS / 1e12
@@ -436,14 +437,14 @@ def _beside(rows: Results) -> str:
         projected += ": projections hold their input, as large as q, beside"
         projected += ", not seven times as much" * (multihead["said"] > base["said"])
     does = {True: "does", False: "does not"}
-    standard = f"; their {dense['said']:,g} for standard attention {does[_met(dense)]}"
+    standard = f"; its {dense['said']:,g} for standard attention {does[_met(dense)]}"
     if not _met(multihead) and not _met(dense):
-        standard = f", nor does their {dense['said']:,g} for standard attention"
+        standard = f", nor does its {dense['said']:,g} for standard attention"
     return (
-        f"The seeds' {base['said']:g} GB a million for block-sparse attention "
+        f"The original project's {base['said']:g} GB a million for block-sparse attention "
         f"{'holds' if _met(base) else 'does not hold'} if they are GiB "
-        f"({base['said'] * 2**30 / 1e9:.2f} GB; {base['allocated'] / 1e9:.2f} predicted); their "
-        f"{multihead['said']:g} for multihead {does[_met(multihead)]} ({projected}){standard}: all its "
+        f"({base['said'] * 2**30 / 1e9:.2f} GB; {base['allocated'] / 1e9:.2f} predicted); its "
+        f"{multihead['said']:g} for multihead {does[_met(multihead)]} ({projected}){standard}: all of its "
         f"weights would be {square:.0f} TB, and a fused kernel, which never holds them, needs "
         f"{dense['allocated'] / 1e9:.2f} GB."
     )
@@ -458,6 +459,6 @@ STUDY = Study(
         "million-seeds": seeds_table,
     },
     draw,
-    said,
+    findings,
     devices=("cpu",),
 )

@@ -19,7 +19,7 @@ from planner.search.recommend import answered
 from planner.search.relax import NothingFitsError
 from planner.workload import Workload
 from studies.bench.records import OK, Job, Row, markdown
-from studies.bench.study import Results, Said, Scope, Study
+from studies.bench.study import Findings, Results, Scope, Study
 
 LEVELS: Final = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.99)
 CARDS: Final = ("gtx1080", "rtx4060", "h100")
@@ -45,12 +45,12 @@ KNOWN: Final[dict[str, AttentionConfig]] = {
 
 
 def price_row(profile: str, card: str, seq: int) -> Row:
-    """Seconds of the fastest at each level, and of dense."""
-    asked: dict[str, Any] = {"seq": seq, "gpu": card, "causal": True, "profile": profile}
+    """Predicted seconds of the fastest config at each level of mass, and of dense attention."""
+    options: dict[str, Any] = {"seq": seq, "gpu": card, "causal": True, "profile": profile}
     row: Row = {"profile": profile, "card": card, "seq": seq, "seconds": {}}
     for level in (*LEVELS, 1.0):
         try:
-            row["seconds"][str(level)] = answered(None, min_mass=level, layers=None, **asked).answer.seconds
+            row["seconds"][str(level)] = answered(None, min_mass=level, layers=None, **options).answer.seconds
         except NothingFitsError as error:
             row["seconds"][str(level)], row["message"] = None, str(error)
     nothing = not any(row["seconds"].values()) or row["seconds"]["1.0"] is None
@@ -58,7 +58,7 @@ def price_row(profile: str, card: str, seq: int) -> Row:
 
 
 def known_row(name: str) -> Row:
-    """Mass of a layout under each profile, at each length."""
+    """The mass of a layout under each profile, at each length."""
     return {
         "layout": name,
         "mass": {
@@ -70,7 +70,7 @@ def known_row(name: str) -> Row:
 
 
 def prices_table(rows: list[Row]) -> str:
-    """Median over cards and lengths of the share of dense attention's time."""
+    """Markdown: the median over cards and lengths of the share of dense attention's time."""
     body = []
     for profile in PRESETS:
         body.append([profile, *(_percent(share(rows, profile, level)) for level in LEVELS)])
@@ -78,7 +78,7 @@ def prices_table(rows: list[Row]) -> str:
 
 
 def known_table(rows: list[Row]) -> str:
-    """What known layouts keep."""
+    """Markdown: the mass that known layouts keep."""
     layouts = [row for row in rows if "layout" in row]
     if not layouts:
         return "No layout was asked about."
@@ -101,7 +101,7 @@ def steps(scope: Scope) -> list[Job]:
 
 
 def share(rows: Results, profile: str, level: float) -> float | None:
-    """Median share of dense attention's time for so much of the mass; None where it is not to be had."""
+    """The median share of dense attention's time for `level` of the mass; None where no config has it."""
     mine = [row["seconds"] for row in rows if row.get("profile") == profile]
     shares = [each[str(level)] / each["1.0"] for each in mine if each[str(level)] and each["1.0"]]
     return median(shares) if shares else None
@@ -112,15 +112,15 @@ def _percent(part: float | None) -> str:
 
 
 def draw(figure: Any, rows: Results) -> None:
-    """Share of dense time against mass, a line a profile."""
+    """The share of dense attention's time over mass, a line for each profile."""
     axes = figure.add_subplot()
     for profile, color in zip(PRESETS, COLORS, strict=False):
-        had = [(100 * level, 100 * part) for level in LEVELS if (part := share(rows, profile, level))]
-        if not had:
+        points = [(100 * level, 100 * part) for level in LEVELS if (part := share(rows, profile, level))]
+        if not points:
             continue
-        axes.plot(*zip(*had, strict=True), color=color, marker="o", markersize=4)
+        axes.plot(*zip(*points, strict=True), color=color, marker="o", markersize=4)
         # At the left end lines are apart; at the right they meet.
-        named(axes, *had[0], profile, color, xytext=(-6, 0), ha="right")
+        named(axes, *points[0], profile, color, xytext=(-6, 0), ha="right")
     axes.axvline(80, color=RED, linewidth=1, linestyle="--")
     axes.annotate(
         "the gate",
@@ -142,25 +142,29 @@ def draw(figure: Any, rows: Results) -> None:
 
 
 def _headline(rows: Results) -> str:
-    known = [part for profile in PRESETS if (part := share(rows, profile, 0.8)) is not None]
-    if max(known) < 0.5:
+    shares = [part for profile in PRESETS if (part := share(rows, profile, 0.8)) is not None]
+    if not shares:
+        return "No config keeps four fifths of the mass"
+    if max(shares) < 0.5:
         return "The last fifth of the mass costs most of the time"
-    return f"Four fifths of the mass cost {min(known):.0%} to {max(known):.0%} of the time"
+    return f"Four fifths of the mass cost {min(shares):.0%} to {max(shares):.0%} of the time"
 
 
 def _cost(rows: Results, level: float) -> str:
     part = share(rows, "balanced", level)
-    return "is not to be had" if part is None else f"takes {part:.1%}"
+    return "cannot be had" if part is None else f"takes {part:.1%}"
 
 
-def said(rows: Results) -> Said:
-    return Said(
+def findings(rows: Results) -> Findings:
+    return Findings(
         "Asked: what does the fastest config that keeps a given share of dense attention's mass cost?",
         f"Found: under the profile 'balanced' 80% of the mass {_cost(rows, 0.8)} of dense attention's "
         f"predicted time, 90% {_cost(rows, 0.9)} and 99% {_cost(rows, 0.99)}.",
-        "The seeds choose sparsity for memory and speed alone and do not ask what is attended to; then "
-        "nothing speaks for attending to more.",
+        "The original project chooses sparsity for memory and speed alone and does not ask what is attended "
+        "to; then there is no reason to attend to more.",
     )
 
 
-STUDY = Study(steps, {"min-mass": prices_table, "min-mass-known": known_table}, draw, said, devices=("cpu",))
+STUDY = Study(
+    steps, {"min-mass": prices_table, "min-mass-known": known_table}, draw, findings, devices=("cpu",)
+)

@@ -28,7 +28,7 @@ from planner.memory.peaks import peaks
 from planner.report.plot.figure import BLUE, RED, named, title
 from planner.workload import Mode, Workload
 from studies.bench.records import Job, Row, markdown
-from studies.bench.study import Results, Said, Scope, Study
+from studies.bench.study import Findings, Results, Scope, Study
 
 SEQ = 131_072
 RUNS = 5
@@ -48,8 +48,8 @@ def candidates(count: int) -> list[Columns]:
     n = count // 5
 
     def powers(low: int, high: int) -> Ints:
-        found: Ints = 2 ** random.integers(low, high, n)
-        return found
+        values: Ints = 2 ** random.integers(low, high, n)
+        return values
 
     def branches(number: int, first: bool) -> dict[str, Any]:
         rates = np.sort(2 ** random.integers(0, 4, (number, n)), axis=0)
@@ -57,12 +57,12 @@ def candidates(count: int) -> list[Columns]:
             rates[0] = 1
         return {"lengths": tuple(powers(9, 18) for _ in range(number)), "rates": tuple(rates)}
 
-    found = [
+    groups = [
         Columns("dilated", None, seq=SEQ, workspace=powers(20, 27), **branches(number, True))
         for number in (2, 4)
     ]
     for pattern in get_args(PatternType):
-        found.append(
+        groups.append(
             Columns(
                 "block_sparse",
                 pattern,
@@ -75,24 +75,24 @@ def candidates(count: int) -> list[Columns]:
                 **branches(3, False),
             )
         )
-    return found
+    return groups
 
 
 class Seconds(NamedTuple):
-    """By the clock, and of processors: less than that where others use them too."""
+    """Seconds by the clock, and seconds of processors, which are fewer where other processes use them too."""
 
     clock: float
     processor: float
 
 
 def seconds(run: Callable[[], object], runs: int = RUNS) -> Seconds:
-    """Medians of `runs`, after one that is not timed."""
-    taken = []
+    """Median seconds of `runs` calls, after one that is not timed."""
+    times = []
     for _ in range(runs + 1):
         start, used = perf_counter(), _processor()
         run()
-        taken.append((perf_counter() - start, _processor() - used))
-    return Seconds(*map(median, zip(*taken[1:], strict=True)))
+        times.append((perf_counter() - start, _processor() - used))
+    return Seconds(*map(median, zip(*times[1:], strict=True)))
 
 
 def _processor() -> float:
@@ -102,13 +102,13 @@ def _processor() -> float:
 
 
 def array_seconds(count: int, mode: Mode, capability: tuple[int, int]) -> Seconds:
-    """Of the peaks of `count` candidates."""
+    """Seconds of the memory peaks of `count` candidates."""
     groups, workload = candidates(count), Workload(seq=SEQ, mode=mode)
     return seconds(lambda: [peaks(group, workload, Cuda(capability)) for group in groups])
 
 
 def estimate_seconds(mode: Mode) -> Seconds:
-    """Of one estimate."""
+    """Seconds of one estimate."""
     pattern = SparsePatternConfig(pattern_type="local_window")
     config = AttentionConfig(variant="block_sparse", pattern=pattern)
     card = gpus.find("gtx1080")
@@ -116,7 +116,7 @@ def estimate_seconds(mode: Mode) -> Seconds:
 
 
 def start_seconds(arguments: str) -> Seconds:
-    """Of a process from start to end, its compiled modules on disk, as after an installation."""
+    """Seconds of a process from start to end, its compiled modules on disk, as after an installation."""
     with tempfile.TemporaryDirectory() as folder:
         settings = {**os.environ, "PYTHONPYCACHEPREFIX": folder}
         settings.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -124,29 +124,32 @@ def start_seconds(arguments: str) -> Seconds:
         return seconds(lambda: subprocess.run(command, check=True, capture_output=True, env=settings))
 
 
-def _row(what: str, bar: float | None, taken: Callable[[], Seconds]) -> Row:
-    clock, processor = taken()
+def _row(what: str, bar: float | None, measure: Callable[[], Seconds]) -> Row:
+    clock, processor = measure()
     return {"what": what, "seconds": clock, "processor_seconds": processor, "at_most": bar}
 
 
 def steps(scope: Scope) -> list[Job]:
     """Quick, 1,000 candidates and no cold starts."""
     count = 1000 if scope.quick else 100_000
-    found: list[tuple[str, float | None, Callable[[], Seconds]]] = []
+    cases: list[tuple[str, float | None, Callable[[], Seconds]]] = []
     for card, capability in (("Pascal", (6, 1)), ("Ampere", (8, 0))):
         for mode in MODES:
             what = f"memory of {count:,} candidates, {mode}, {card}"
-            found.append((what, 0.25, partial(array_seconds, count, mode, capability)))
-    found += [(f"one estimate, {mode}", 0.005, partial(estimate_seconds, mode)) for mode in MODES]
+            cases.append((what, 0.25, partial(array_seconds, count, mode, capability)))
+    cases += [(f"one estimate, {mode}", 0.005, partial(estimate_seconds, mode)) for mode in MODES]
     if not scope.quick:
         nothing = [sys.executable, "-c", "pass"]
-        found.append(("python -c pass", None, lambda: seconds(lambda: subprocess.run(nothing, check=True))))
-        found += [(f"planner {asked}", bar, partial(start_seconds, asked)) for asked, bar in STARTS.items()]
-    return [(what, partial(_row, what, bar, taken)) for what, bar, taken in found]
+        cases.append(("python -c pass", None, lambda: seconds(lambda: subprocess.run(nothing, check=True))))
+        cases += [
+            (f"planner {arguments}", bar, partial(start_seconds, arguments))
+            for arguments, bar in STARTS.items()
+        ]
+    return [(what, partial(_row, what, bar, measure)) for what, bar, measure in cases]
 
 
 def table(rows: Results) -> str:
-    """Seconds of each, beside the bar that this project sets itself."""
+    """Markdown: the seconds of each, beside the limit that this project sets itself."""
     return markdown(
         (
             [
@@ -177,17 +180,17 @@ def draw(figure: Any, rows: Results) -> None:
     title(figure, "What an answer costs")
 
 
-def said(rows: Results) -> Said:
+def findings(rows: Results) -> Findings:
     barred = [row for row in rows if row["at_most"] is not None]
     over = [row["what"] for row in barred if row["seconds"] > row["at_most"]]
     arrays = [row["seconds"] for row in rows if "candidates" in row["what"]]
     slowest = f"the slowest array evaluation takes {max(arrays):.3g} s; " if arrays else ""
-    kept = f"over their bar: {', '.join(over)}" if over else f"all {len(barred)} bars are kept"
-    return Said(
+    bars = f"over their bar: {', '.join(over)}" if over else f"all {len(barred)} bars are kept"
+    return Findings(
         "Asked: how long do the planner's models and commands take?",
-        f"Found: {slowest}{kept}.",
-        "The seeds have no planner: each of their figures is a run.",
+        f"Found: {slowest}{bars}.",
+        "The original project has no planner: each of its figures is a run.",
     )
 
 
-STUDY = Study(steps, {"model-speed": table}, draw, said, devices=("cpu",), independent=True)
+STUDY = Study(steps, {"model-speed": table}, draw, findings, devices=("cpu",), independent=True)

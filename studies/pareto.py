@@ -1,7 +1,7 @@
 """What can be had for less memory, less time or less mass? `planner study pareto`
 
-All candidates of the grid that `recommend` enumerates, the front that none surpasses, and the three picks
-from it, for two questions. Nothing is measured: memory and time are predicted.
+All candidates of the grid that `recommend` enumerates, their Pareto front, and the three picks from it, for
+two questions. Nothing is measured: memory and time are predicted.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ import numpy as np
 
 from planner.answers.recommendation import Pick
 from planner.question.asked import MIN_MASS, TRIALS
+from planner.question.dimensions import attention_kind
 from planner.report.plot.figure import INK, KINDS, MUTED, RED, TEXT, title
 from planner.report.text import words
-from planner.report.text.words import kind_of
 from planner.search.candidates import grid
 from planner.search.picks import pick, unsurpassed
 from planner.search.recommend import Answered, answered
 from planner.search.solve import Table, enumerate_grid, exact, pareto
 from studies.bench.panels import plain
 from studies.bench.records import Job, Row, markdown
-from studies.bench.study import Results, Said, Scope, Study, rounded_up
+from studies.bench.study import Findings, Results, Scope, Study, rounded_up
 
 QUESTIONS: Final[Mapping[str, dict[str, Any]]] = {
     "8 GB, inference": {"vram": "8GB", "seq": 131_072},
@@ -37,44 +37,44 @@ QUESTIONS: Final[Mapping[str, dict[str, Any]]] = {
         "dtype": "bfloat16",
     },
 }
-"""As `recommend` takes them."""
+"""The questions by name, as arguments of `recommend`."""
 SHOWN: Final = {
     "seconds": ("predicted ms", 1e3),
     "mb": ("memory, upper bound, MB", 1.0),
     "mass": ("mass of dense attention, %", 100.0),
 }
-"""What is shown of a config: its label, and what it is multiplied by."""
+"""The figures of a config that are shown: (label, factor to its unit) each."""
 FAINT: Final = "#c3c9ce"
 NAME: Final = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5}
-"""Behind the name of a pick, so that it can be read over candidates."""
+"""The box behind the name of a pick, so that it can be read over candidates."""
 
 
-def front_row(name: str, asked: Mapping[str, Any], trials: int) -> Row:
-    """One question: all candidates of the grid, what none surpasses, what is picked."""
-    found = answered(**asked, trials=trials)
-    answer = found.answer
+def front_row(name: str, question: Mapping[str, Any], trials: int) -> Row:
+    """One question: all candidates of the grid, the Pareto front and the picks."""
+    outcome = answered(**question, trials=trials)
+    answer = outcome.answer
     return {
         "name": name,
-        "asked": dict(asked),
+        "asked": dict(question),
         "on": answer.on,
         "task": words.task(answer.workload),
         "budget": answer.budget,
         "profile": answer.quality.profile,
         "grid": answer.search.grid,
         "passed": answer.search.passed,
-        **_enumerated(found),
+        **_enumerated(outcome),
         "picks": [_point(one) for one in answer.alternatives],
     }
 
 
-def _enumerated(found: Answered) -> Row:
+def _enumerated(outcome: Answered) -> Row:
     """`candidates`, column by column, and `front`, the fastest first."""
-    scenario = found.scenario
-    parts = grid(found.space, scenario.workload, flex=scenario.flex, free_length=scenario.free_length)
+    scenario = outcome.scenario
+    parts = grid(outcome.space, scenario.workload, flex=scenario.flex, free_length=scenario.free_length)
     every = enumerate_grid(scenario, parts)
     points = (exact(scenario, every.table, int(index)) for index in pareto(scenario, every))
-    # Trials may have found what the grid has not.
-    here = [*found.answer.alternatives, *(pick(point) for point in points if point is not None)]
+    # Trials may have found configs that the grid does not have.
+    here = [*outcome.answer.alternatives, *(pick(point) for point in points if point is not None)]
     front = sorted(unsurpassed(here), key=lambda one: one.seconds)
     return {"candidates": distinct(every.table), "front": [_point(one) for one in front]}
 
@@ -82,7 +82,7 @@ def _enumerated(found: Answered) -> Row:
 def _point(one: Pick) -> Row:
     return {
         "role": one.role,
-        "kind": kind_of(one.config),
+        "kind": attention_kind(one.config),
         "seconds": one.seconds,
         "mb": one.upper / 1e6,
         "mass": one.mass,
@@ -92,8 +92,8 @@ def _point(one: Pick) -> Row:
 
 
 def distinct(table: Table) -> dict[str, list[float]]:
-    """Seconds to 2%, MB to 0.1%, mass to half a percent of all candidates, each combination once: what a
-    picture can tell apart."""
+    """Seconds, MB and mass of all candidates, each combination once: seconds to 2%, MB to 0.1% and mass to
+    half a percent, which is what a picture can tell apart."""
     memory, seconds, mass = table.figures
     rounded = np.stack(
         [np.round(np.log(seconds) * 50), np.round(np.log(memory) * 1000), np.round(mass * 200)], axis=1
@@ -106,7 +106,7 @@ def distinct(table: Table) -> dict[str, list[float]]:
 def steps(scope: Scope) -> list[Job]:
     """A step a question; quick, without trials."""
     trials = 0 if scope.quick else TRIALS
-    return [(name, partial(front_row, name, asked, trials)) for name, asked in QUESTIONS.items()]
+    return [(name, partial(front_row, name, question, trials)) for name, question in QUESTIONS.items()]
 
 
 def picks_table(rows: Results) -> str:
@@ -172,7 +172,7 @@ def draw(figure: Any, rows: Results) -> None:
     ]
     handles.append(empty.scatter([], [], color=FAINT, s=12, label="other candidates"))
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
-    title(figure, "What nothing surpasses in memory, time and mass together", "predicted; the picks in red")
+    title(figure, "Pareto front of memory, time and mass", "predicted; the picks in red")
 
 
 def _cloud(axes: Any, row: Row, name: str) -> None:
@@ -221,8 +221,8 @@ def _ms(seconds: Iterable[float]) -> list[float]:
     return [1e3 * each for each in seconds]
 
 
-def said(rows: Results) -> Said:
-    found = []
+def findings(rows: Results) -> Findings:
+    clauses = []
     for row in rows:
         picks = "; ".join(
             f"{one['role']} {one['kind']}, {1e3 * one['seconds']:,.0f} ms, {one['mass']:.0%} of the mass"
@@ -230,15 +230,16 @@ def said(rows: Results) -> Said:
         )
         memory = [point["mb"] for point in row["front"]]
         apart = rounded_up(max(memory) / min(memory) - 1, 2)
-        found.append(
+        clauses.append(
             f"{row['name']}: of {row['grid']:,} candidates {row['passed']:,} pass and {len(row['front'])} "
-            f"are unsurpassed ({picks}), within {apart:.0%} of each other in memory"
+            f"are on the Pareto front ({picks}), within {apart:.0%} of each other in memory"
         )
-    return Said(
+    return Findings(
         "Asked: what can be had for less memory, less time or less of dense attention's mass?",
-        f"Found (predicted): {'. '.join(found)}.",
-        "The seeds weigh memory against speed alone, where nothing speaks for attending to more; with mass "
-        f"as a third aim there are {' and '.join(str(len(row['front'])) for row in rows)} to choose from.",
+        f"Found (predicted): {'. '.join(clauses)}.",
+        "The original project weighs memory against speed alone, where there is no reason to attend to more; "
+        f"with mass as a third aim there are {' and '.join(str(len(row['front'])) for row in rows)} to "
+        "choose from.",
     )
 
 
@@ -246,7 +247,7 @@ STUDY = Study(
     steps,
     {"pareto": picks_table, "pareto-front": front_table},
     draw,
-    said,
+    findings,
     devices=("cpu",),
     independent=True,
 )

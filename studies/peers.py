@@ -23,7 +23,7 @@ from attention.pool import buffers_for
 from planner.measuring.footprint import footprint
 from planner.report.plot.figure import BLUE, MUTED, ORANGE, RED, named, title
 from studies.bench.records import Job, Row, markdown, timed, versus
-from studies.bench.study import Results, Said, Scope, Study, rounded_up
+from studies.bench.study import Findings, Results, Scope, Study, rounded_up
 
 HEADS, HEAD_DIM = 8, 64
 SEQ, LONG, QUICK = 16_384, 65_536, 2048
@@ -32,7 +32,7 @@ LONG_HEADS = 2
 DTYPES = (torch.float32, torch.bfloat16)
 BLOCKS, KEPT = (64, 128, 256), (3, 9)
 RUNS, QUICK_RUNS = 5, 2
-"""Counted runs of each side."""
+"""Number of counted runs of each side."""
 MIB = 1 << 20
 BRANCHES: dict[str, Any] = {"segment_lengths": [2048, 4096, 8192], "dilation_rates": [1, 2, 4]}
 PATTERNS = ("local_window", "dilated_sparse, 1 branch", "dilated_sparse, 3 branches", "adaptive")
@@ -65,16 +65,16 @@ class Sides(NamedTuple):
     inputs: list[Tensor]
     """q, k, v, heads first."""
     active: int
-    """Blocks of a head, or for adaptive of its first."""
+    """Number of active blocks of head 0."""
     lists: int
-    """Bytes of ours that say which blocks: none where a layout is known, chosen lists for adaptive."""
+    """Bytes of our lists of blocks: 0 with a layout, those of the chosen lists for adaptive."""
     mask: int
     """Bytes of the peer's BlockMask."""
 
 
 def sides(pattern: str, dtype: torch.dtype, block: int, kept: int, device: torch.device, seq: int) -> Sides:
-    """Both, ready to run. For adaptive the lists are chosen beforehand, on both sides: what is compared is
-    attention over arbitrary lists."""
+    """Both sides, ready to run. For adaptive the lists are chosen beforehand, on both sides: the comparison
+    is of attention over arbitrary lists."""
     config = config_for(pattern, block, kept, seq)
     if device.type == "cuda":
         config = AttentionConfig(**{**config.model_dump(), "backend": "sdpa"})
@@ -149,11 +149,11 @@ def bare_row(pattern: str, dtype: torch.dtype, block: int, kept: int, runs: int,
 
         return run
 
-    found = {"in_place": 0.0, "copied": 0.0}
+    ratios = {"in_place": 0.0, "copied": 0.0}
     with torch.no_grad():
-        for name in found:
+        for name in ratios:
             runs_of = (versus(alone(rows, name == "copied"), both.peer, cpu, runs) for rows in (2, 4, 8))
-            found[name] = max(ratio for *_, ratio in runs_of)
+            ratios[name] = max(ratio for *_, ratio in runs_of)
     return {
         "part": "bare",
         "seq": seq,
@@ -161,14 +161,14 @@ def bare_row(pattern: str, dtype: torch.dtype, block: int, kept: int, runs: int,
         "dtype": _name(dtype),
         "block": block,
         "kept": kept,
-        **found,
+        **ratios,
     }
 
 
 def memory_row(
     pattern: str, dtype: torch.dtype, block: int, kept: int, device: torch.device, seq: int = SEQ
 ) -> Row:
-    """Most bytes allocated beside q, k and v in a forward: ours with its lists, FlexAttention with its
+    """Peak bytes allocated beside q, k and v in a forward call: ours with its lists, FlexAttention with its
     BlockMask, whose CPU kernel packs all keys and values anew, and dense SDPA."""
     both = sides(pattern, dtype, block, kept, device, seq)
     q, k, v = both.inputs
@@ -301,7 +301,7 @@ def _mask_of_lists(lists: Tensor, block: int, device: torch.device) -> Any:
 
 
 def of_part(rows: Results, part: str) -> Results:
-    """Those of one comparison: `kernels`, `flex`, `bare`, `dense`, `training` or `memory`."""
+    """The rows of one comparison: `kernels`, `flex`, `bare`, `dense`, `training` or `memory`."""
     return [row for row in rows if row["part"] == part]
 
 
@@ -325,7 +325,7 @@ def flex_table(rows: Results) -> str:
 
 
 def summary_table(rows: Results) -> str:
-    """Worst cell and geometric mean of each pattern."""
+    """Markdown: the worst ratio and the geometric mean of each pattern."""
     rows = of_part(rows, "flex")
 
     def line(pattern: str, dtype: str) -> list[str]:
@@ -337,12 +337,12 @@ def summary_table(rows: Results) -> str:
 
 
 def _mean(ratios: list[float]) -> float:
-    """Geometric."""
+    """The geometric mean."""
     return math.exp(sum(map(math.log, ratios)) / len(ratios))
 
 
 def bare_table(rows: Results) -> str:
-    """Of FlexAttention's speed: the bare kernel's, that after copies, and ours."""
+    """Markdown, as multiples of FlexAttention's speed: the bare kernel's, that after copies, and ours."""
     ours = {_cell(r): f"{r['ratio']:.2f}" for r in of_part(rows, "flex")}
     return markdown(
         (
@@ -403,7 +403,7 @@ def kernels_table(rows: Results) -> str:
 
 
 def memory_table(rows: Results) -> str:
-    """MiB of each at its peak."""
+    """Markdown: MiB of each side at its peak."""
     return markdown(
         (
             [
@@ -428,7 +428,7 @@ def memory_table(rows: Results) -> str:
 
 
 def _patterns(quick: bool) -> tuple[str, ...]:
-    """Each is compiled for itself, which takes seconds."""
+    """The patterns of a scope; each is compiled for itself, which takes seconds."""
     return PATTERNS[:1] if quick else PATTERNS
 
 
@@ -443,7 +443,7 @@ def _flex_steps(device: torch.device, runs: int, quick: bool) -> Iterator[Job]:
 
 
 def _bare_steps(device: torch.device, runs: int, quick: bool) -> Iterator[Job]:
-    """Of the CPU alone, and of layouts that are compiled already: those whose blocks ours gathers."""
+    """Steps on the CPU alone, with layouts that are compiled already: those whose blocks ours gathers."""
     for pattern in () if device.type != "cpu" else PATTERNS[:1] if quick else GATHERED:
         for dtype in DTYPES:
             for block in BLOCKS[1:2] if quick else BLOCKS:
@@ -454,7 +454,7 @@ def _bare_steps(device: torch.device, runs: int, quick: bool) -> Iterator[Job]:
 
 
 def _memory_steps(device: torch.device, runs: int, quick: bool) -> Iterator[Job]:
-    """Of layouts that are compiled already."""
+    """Steps with layouts that are compiled already."""
     for pattern in _patterns(quick):
         for dtype in DTYPES:
             label = f"memory {pattern} {_name(dtype)}"
@@ -471,7 +471,7 @@ def _dense_steps(device: torch.device, runs: int, quick: bool) -> Iterator[Job]:
 
 
 def _kernel_steps(device: torch.device, runs: int, quick: bool) -> Iterator[Job]:
-    """Of the CPU alone."""
+    """Steps on the CPU alone."""
     for dtype in () if device.type != "cpu" else (*DTYPES, torch.float16):
         for queries, keys in ((64, 576),) if quick else ((64, 576), (128, 1152), (256, 2304), (2048, 2048)):
             label = f"kernel {_name(dtype)} {queries} x {keys}"
@@ -560,20 +560,20 @@ def _draw_dense(axes: Any, rows: Results) -> None:
         axes.plot([1 - row["sparsity"]] * 2, [place - 0.3, place + 0.3], color=MUTED, linewidth=2)
     axes.axvline(1, color=RED, linewidth=1)
     heads, seq = rows[0]["heads"], rows[0]["seq"]
-    most = max(1.0, *(row["ratio"] for row in rows))
+    maximum = max(1.0, *(row["ratio"] for row in rows))
     axes.set(
         title=f"against dense SDPA, {seq:,} tokens, {heads} heads",
         xscale="log",
         xlabel="our time / its time; grey: share of blocks kept",
-        xlim=(0.03, 2.5 * most),
+        xlim=(0.03, 2.5 * maximum),
     )
-    ticks = [tick for tick in (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10) if tick < 2.5 * most]
+    ticks = [tick for tick in (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10) if tick < 2.5 * maximum]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.set_xticks([], minor=True)
 
 
 WHO = (("ours", "ours", "o"), ("dense", "dense SDPA", "s"), ("flex", "FlexAttention", "X"))
-"""Who allocates: name, and marker."""
+"""Field, name and marker of each side of the comparison of memory."""
 
 
 def _draw_memory(axes: Any, rows: Results) -> None:
@@ -585,47 +585,48 @@ def _draw_memory(axes: Any, rows: Results) -> None:
             places = [patterns.index(row["pattern"]) + shift for row in mine]
             axes.scatter([row[who] / row["out"] for row in mine], places, color=color, marker=marker, s=28)
     _groups(axes, patterns)
-    most = max(row[who] / row["out"] for row in rows for who, *_ in WHO)
+    maximum = max(row[who] / row["out"] for row in rows for who, *_ in WHO)
     axes.set(
         title=f"allocated beside q, k, v, {rows[0]['seq']:,} tokens",
-        xlim=(0, 1.1 * most),
+        xlim=(0, 1.1 * maximum),
         xlabel="peak, lists and mask included, in outputs",
     )
     axes.legend(loc="center", bbox_to_anchor=(0.62, 0.5), handletextpad=0.1)
 
 
-def said(rows: Results) -> Said:
+def findings(rows: Results) -> Findings:
     ratios = [row["ratio"] for row in of_part(rows, "flex")]
     sparse = [row for row in of_part(rows, "dense") if row["sparsity"] > 0.5]
     held = of_part(rows, "memory")
-    found = []
+    clauses = []
     if ratios:
-        found.append(
+        clauses.append(
             f"{_mean(ratios):.2f} times FlexAttention's speed in the geometric mean over {len(ratios)} "
             f"layouts, {min(ratios):.2f} in the worst"
         )
     if sparse:
         shares = [row["ratio"] for row in sparse]
-        found.append(
+        clauses.append(
             f"a tenth of the blocks takes {min(shares):.1%} to {max(shares):.1%} of dense SDPA's time at "
             f"{sparse[0]['seq']:,} tokens"
         )
 
-    def most(who: str, dtype: str) -> str:
+    def maximum(who: str, dtype: str) -> str:
         return f"{rounded_up(max(row[who] / row['out'] for row in held if row['dtype'] == dtype), 2):.2f}"
 
     dtypes = list(dict.fromkeys(row["dtype"] for row in held))
     leanness = "; ".join(
-        f"in {dtype} {most('ours', dtype)}, dense SDPA {most('dense', dtype)}, FlexAttention with its mask "
-        f"{most('flex', dtype)}"
+        f"in {dtype} {maximum('ours', dtype)}, dense SDPA {maximum('dense', dtype)}, FlexAttention with its "
+        f"mask {maximum('flex', dtype)}"
         for dtype in dtypes
     )
     if held:
-        found.append(f"beside q, k and v ours allocates at most so many times the output: {leanness}")
-    return Said(
+        clauses.append(f"beside q, k and v ours allocates at most so many times the output: {leanness}")
+    return Findings(
         "Asked: how fast and how lean is each attention against compiled FlexAttention and dense SDPA?",
-        f"Found: {'; '.join(found) or 'neither peer ran beside it'}.",
-        "The seeds compare implementations with each other, one Python step a block pair, never with a peer.",
+        f"Found: {'; '.join(clauses) or 'neither peer ran beside it'}.",
+        "The original project compares implementations with each other, one Python step a block pair, never "
+        "with a peer.",
     )
 
 
@@ -641,6 +642,6 @@ STUDY = Study(
         "peers-memory": memory_table,
     },
     draw,
-    said,
+    findings,
     independent=True,
 )

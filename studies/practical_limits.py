@@ -15,28 +15,28 @@ from planner import recommend
 from planner.answers.recommendation import Pick
 from planner.gpus import find
 from planner.question.asked import MIN_MASS, TRIALS
+from planner.question.dimensions import attention_kind
 from planner.report.plot.figure import KINDS, MUTED, title, tokens
 from planner.report.text.recommend import seconds
-from planner.report.text.words import kind_of
 from planner.search.relax import NothingFitsError
 from planner.workload import Mode
 from studies.bench.records import Job, Row, markdown
-from studies.bench.study import Results, Said, Scope, Study
+from studies.bench.study import Findings, Results, Scope, Study
 
 CARDS: Final[tuple[str, ...]] = ("gtx1080", "rtx3060", "rtx4060ti-16gb", "rtx4090", "h100-sxm")
-"""Of 8, 12, 16, 24 and 80 GB."""
+"""Cards of 8, 12, 16, 24 and 80 GB."""
 LENGTHS: Final = tuple(1 << power for power in range(12, 23, 2))
 MODES: Final[tuple[Mode, ...]] = ("inference", "training")
 ALL: Final = 0.995
-"""Of the mass: what keeps as much leaves nothing out that could be told."""
+"""The share of the mass from which on an attention is called as good as complete."""
 
 
 class RangeClaim(NamedTuple):
-    """A line of the seeds' table of practical limits on 8 GB, as it is written there."""
+    """A line of the original project's table of practical limits on 8 GB, as it is written there."""
 
     range: str
-    most: int
-    """The longest here that is of this range."""
+    longest: int
+    """The longest of LENGTHS that lies in this range."""
     advice: str
 
 
@@ -50,27 +50,27 @@ CLAIMS: Final = (
 
 
 def cell_row(card: str, seq: int, mode: Mode, trials: int = TRIALS) -> Row:
-    """The recommendation for a length on all of a card's memory, float16, 8 heads of 64 channels."""
+    """The recommendation for `seq` tokens on all of a card's memory, float16, 8 heads of 64 channels."""
     gpu = find(card)
     row: Row = {"card": gpu.name, "gb": gpu.nominal_bytes >> 30, "seq": seq, "mode": mode}
     try:
-        found = recommend(seq=seq, gpu=gpu, mode=mode, trials=trials)
+        answer = recommend(seq=seq, gpu=gpu, mode=mode, trials=trials)
     except NothingFitsError as error:
         return row | {"outcome": "nothing fits", "relaxations": list(error.relaxations)}
-    widest = next(one for one in found.alternatives if one.role == "widest")
+    widest = next(one for one in answer.alternatives if one.role == "widest")
     return row | {
         "outcome": "ok",
-        "attention": kind_of(found.config),
-        "config": found.config.model_dump(mode="json", exclude_defaults=True),
-        "upper": found.memory.upper,
-        "seconds": found.seconds,
-        "mass": found.quality.mass,
+        "attention": attention_kind(answer.config),
+        "config": answer.config.model_dump(mode="json", exclude_defaults=True),
+        "upper": answer.memory.upper,
+        "seconds": answer.seconds,
+        "mass": answer.quality.mass,
         "widest": _figures(widest),
     }
 
 
-def _figures(found: Pick) -> Row:
-    return {"attention": kind_of(found.config), "seconds": found.seconds, "mass": found.mass}
+def _figures(pick: Pick) -> Row:
+    return {"attention": attention_kind(pick.config), "seconds": pick.seconds, "mass": pick.mass}
 
 
 def steps(scope: Scope) -> list[Job]:
@@ -87,13 +87,13 @@ def steps(scope: Scope) -> list[Job]:
 
 
 def still_fits(row: Row) -> int | None:
-    """The longest that fits where this length does not, by the relaxations."""
+    """The longest sequence that fits where this length does not, from the relaxations."""
     matches = (re.fullmatch(r"--seq (\d+)", change) for change in row["relaxations"])
-    return next((int(found[1]) for found in matches if found), None)
+    return next((int(match[1]) for match in matches if match), None)
 
 
 def limits_table(rows: Results) -> str:
-    """Each card and length: the fastest that passes the gates, and the one that attends to most."""
+    """Markdown: for each card and length the fastest that passes the gates, and the one with most mass."""
     return markdown(
         (_cells(row) for row in rows),
         [
@@ -131,28 +131,29 @@ def _short(card: str) -> str:
 
 
 def on_8_gb(rows: Results) -> Mapping[int, Row]:
-    """Inference on the card of 8 GB, which is the seeds', by length."""
+    """The rows by length of inference on the card of 8 GB, which is the original project's."""
     return {row["seq"]: row for row in rows if row["gb"] == 8 and row["mode"] == "inference"}
 
 
 def seeds_table(rows: Results) -> str:
-    """The seeds' practical limits on 8 GB beside what is recommended for the longest of each range."""
+    """The original project's practical limits on 8 GB beside what is recommended for the longest of each
+    range."""
     here = on_8_gb(rows)
     return markdown(
         (
-            [claim.range, claim.advice, tokens(claim.most), _answer(here[claim.most])]
+            [claim.range, claim.advice, tokens(claim.longest), _answer(here[claim.longest])]
             for claim in CLAIMS
-            if claim.most in here
+            if claim.longest in here
         ),
-        ["range", "the seeds, 8 GB", "tokens here", "recommended, predicted"],
+        ["range", "original project, 8 GB", "tokens here", "recommended, predicted"],
     )
 
 
 def _answer(row: Row) -> str:
     if row["outcome"] == "ok":
         return f"{row['attention']}, {row['upper'] / 1e9:.2f} GB, {seconds(row['seconds'])}"
-    most = still_fits(row)
-    return "nothing fits" + (f"; {most:,} tokens would" if most else "")
+    longest = still_fits(row)
+    return "nothing fits" + (f"; {longest:,} tokens would" if longest else "")
 
 
 def draw(figure: Any, rows: Results) -> None:
@@ -193,34 +194,34 @@ def _draw_grid(axes: Any, rows: Results, mode: str) -> None:
 
 
 def _no(row: Row) -> str:
-    most = still_fits(row)
-    return "nothing fits" + (f"\nup to {most / (1 << 20):.2f}M" if most else "")
+    longest = still_fits(row)
+    return "nothing fits" + (f"\nup to {longest / (1 << 20):.2f}M" if longest else "")
 
 
-def said(rows: Results) -> Said:
+def findings(rows: Results) -> Findings:
     good = [row for row in rows if row["outcome"] == "ok"]
     kinds = sorted({row["attention"] for row in good})
     here = on_8_gb(rows)
-    return Said(
+    return Findings(
         "Asked: which attention is recommended for 4K to 4M tokens on cards of 8 to 80 GB, and where does "
         "nothing fit?",
         f"Found (predicted): something fits in {len(good)} of {len(rows)} cells, where {' or '.join(kinds)} "
         f"is the fastest; {_longest(here)}.",
-        "The seeds want a better GPU from 64K tokens on, 95% sparsity from 256K and several cards beyond 1M; "
-        f"{_widest(here)}.",
+        "The original project asks for a better GPU from 64K tokens on, 95% sparsity from 256K and several "
+        f"cards beyond 1M; {_widest(here)}.",
     )
 
 
-def _most(here: Mapping[int, Row]) -> Row | None:
-    """The longest that fits, of those on a card."""
+def _longest_row(here: Mapping[int, Row]) -> Row | None:
+    """The row of the longest sequence that fits a card."""
     return max(
         (row for row in here.values() if row["outcome"] == "ok"), key=lambda row: row["seq"], default=None
     )
 
 
 def _longest(here: Mapping[int, Row]) -> str:
-    """The longest that fits the card of 8 GB, and what it takes."""
-    row = _most(here)
+    """The longest sequence that fits the card of 8 GB, and what it takes, in words."""
+    row = _longest_row(here)
     if row is None:
         return "on the card of 8 GB none of them fits"
     limits = [still_fits(row) for row in here.values() if row["outcome"] != "ok"]
@@ -232,10 +233,10 @@ def _longest(here: Mapping[int, Row]) -> str:
 
 
 def _widest(here: Mapping[int, Row]) -> str:
-    """What else fits that card at that length, and what sparsity saves there."""
-    row = _most(here)
+    """What else fits that card at that length, and what sparsity saves there, in words."""
+    row = _longest_row(here)
     if row is None:
-        return "here nothing is found for 8 GB either"
+        return "here nothing fits 8 GB either"
     widest = row["widest"]
     fits = (
         f"{widest['attention']} attention with {widest['mass']:.0%} of the mass fits "
@@ -251,6 +252,6 @@ STUDY = Study(
     steps,
     {"practical-limits": limits_table, "practical-limits-seeds": seeds_table},
     draw,
-    said,
+    findings,
     devices=("cpu",),
 )

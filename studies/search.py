@@ -24,7 +24,7 @@ from planner.search.refine import refine
 from planner.search.relax import NothingFitsError
 from planner.workload import Workload
 from studies.bench.records import Job, Row, markdown
-from studies.bench.study import Results, Said, Scope, Study
+from studies.bench.study import Findings, Results, Scope, Study
 
 SEED: Final = 7
 SCENARIOS, TRIALS = 200, 300
@@ -36,14 +36,15 @@ COMPARED: Final = 24
 
 
 def scenario(number: int) -> dict[str, Any]:
-    """A question, the n-th: budget 1 to 80 GB, 1K to 2M tokens, heads, dtype, mode, objective, card."""
+    """The arguments of `recommend` for the n-th random question: a budget of 1 to 80 GB, 1K to 2M tokens,
+    heads, dtype, mode, objective, card."""
     rng = random.Random(f"{SEED} {number}")
     objective = ("speed", "seq", "quality")[number % 3]
     gpu = rng.choice([card for card in known() if card.rates.get("float16")])
     dtypes = ["float16", "float32"] + ["bfloat16"] * (gpu.capability >= (8, 0))
     budget = min(np.exp(rng.uniform(np.log(1e9), np.log(80e9))), float(gpu.usable_bytes))
     heads = rng.choice((1, 4, 8, 16, 32))
-    asked: dict[str, Any] = {
+    options: dict[str, Any] = {
         "vram": int(budget),
         "gpu": gpu.key,
         "heads": heads,
@@ -55,37 +56,37 @@ def scenario(number: int) -> dict[str, Any]:
         "objective": objective,
     }
     if objective != "seq":
-        sizes = {name: asked[name] for name in ("heads", "head_dim", "kv_heads", "dtype")}
-        token = Workload(seq=1, **sizes).floor * (2 if asked["mode"] == "training" else 1)
-        most = max(min(2 << 20, (budget - 1e9) * 0.9 / token), 1025)
-        asked["seq"] = round(np.exp(rng.uniform(np.log(1024), np.log(most))))
+        sizes = {name: options[name] for name in ("heads", "head_dim", "kv_heads", "dtype")}
+        token = Workload(seq=1, **sizes).floor * (2 if options["mode"] == "training" else 1)
+        maximum = max(min(2 << 20, (budget - 1e9) * 0.9 / token), 1025)
+        options["seq"] = round(np.exp(rng.uniform(np.log(1024), np.log(maximum))))
     if objective == "quality":
-        asked["max_seconds"] = float(np.exp(rng.uniform(np.log(1e-3), np.log(3))))
-    return asked
+        options["max_seconds"] = float(np.exp(rng.uniform(np.log(1e-3), np.log(3))))
+    return options
 
 
-def scenario_row(asked: dict[str, Any], trials: int) -> Row:
-    """One question, answered, and asked of Optuna alone."""
-    row: Row = {"part": "answer", "asked": asked, "objective": asked["objective"], "trials": trials}
+def scenario_row(options: dict[str, Any], trials: int) -> Row:
+    """One question, answered by `recommend` and by Optuna alone."""
+    row: Row = {"part": "answer", "asked": options, "objective": options["objective"], "trials": trials}
     try:
-        found = answered(**asked)
+        outcome = answered(**options)
     except NothingFitsError as error:
         return row | {"outcome": "nothing fits", "relaxations": list(error.relaxations)}
-    alone = refine(found.scenario, found.space, [], trials=trials).best
-    best = found.grid
+    alone = refine(outcome.scenario, outcome.space, [], trials=trials).best
+    best = outcome.grid
     assert best is not None
-    answer = better(found.scenario, best, found.best)
+    answer = better(outcome.scenario, best, outcome.best)
     assert answer is not None
     return row | {
         "outcome": "ok",
-        "grid": found.answer.search.grid,
-        "answer": gain(found.scenario, best, answer),
-        "cold": None if alone is None else gain(found.scenario, best, alone),
+        "grid": outcome.answer.search.grid,
+        "answer": gain(outcome.scenario, best, answer),
+        "cold": None if alone is None else gain(outcome.scenario, best, alone),
     }
 
 
 def gaps_table(rows: list[Row]) -> str:
-    """By objective and together; of seconds and tokens a share, of mass a difference."""
+    """Markdown: gaps by objective and together, as a share of seconds or tokens, as a difference of mass."""
     rows = [row for row in rows if row["part"] == "answer"]
     ordered = sorted(rows, key=lambda row: row["objective"])
     groups = [(name, list(group)) for name, group in groupby(ordered, key=lambda row: row["objective"])]
@@ -126,41 +127,41 @@ def _gaps(name: str, rows: Sequence[Row]) -> list[str]:
 
 
 def sampler_row(number: int, sampler: Sampler, counts: Sequence[int]) -> Row:
-    """One question asked of one sampler from a cold start, with more and more trials: how far its best is
-    from the grid's optimum each time (of the objective; None where nothing was found)."""
+    """One question answered by one sampler from a cold start, with more and more trials: the gap between its
+    best and the grid's optimum each time (in the objective; None where nothing fits)."""
     row: Row = {"part": "sampler", "question": number, "sampler": sampler, "objective": None, "gaps": {}}
-    asked = scenario(number)
+    options = scenario(number)
     try:
-        found = answered(**asked, trials=0)
+        outcome = answered(**options, trials=0)
     except NothingFitsError:
         return row | {"outcome": "nothing fits"}
-    assert found.grid is not None
+    assert outcome.grid is not None
     for trials in counts:
-        best = refine(found.scenario, found.space, [], trials=trials, sampler=sampler).best
-        row["gaps"][str(trials)] = None if best is None else gain(found.scenario, found.grid, best)
-    return row | {"objective": asked["objective"], "outcome": "ok"}
+        best = refine(outcome.scenario, outcome.space, [], trials=trials, sampler=sampler).best
+        row["gaps"][str(trials)] = None if best is None else gain(outcome.scenario, outcome.grid, best)
+    return row | {"objective": options["objective"], "outcome": "ok"}
 
 
 def _far(gap: float | None) -> float:
-    """Distance to the optimum: 0 at it or beyond, 1 where nothing was found."""
+    """The distance to the optimum: 0 at it or beyond, 1 where the sampler has no config that fits."""
     return 1.0 if gap is None else min(max(-gap, 0.0), 1.0)
 
 
 def near(rows: Results) -> dict[str, dict[int, float]]:
-    """Share of questions within 5% of the grid's optimum, by sampler and number of trials."""
-    found: dict[str, dict[int, list[float]]] = {}
+    """The share of questions within 5% of the grid's optimum, by sampler and number of trials."""
+    by_sampler: dict[str, dict[int, list[float]]] = {}
     for row in rows:
         if row["part"] == "sampler" and row["outcome"] == "ok":
             for trials, gap in row["gaps"].items():
-                found.setdefault(row["sampler"], {}).setdefault(int(trials), []).append(_far(gap))
+                by_sampler.setdefault(row["sampler"], {}).setdefault(int(trials), []).append(_far(gap))
     return {
         name: {n: sum(gap <= NEAR for gap in gaps) / len(gaps) for n, gaps in by.items()}
-        for name, by in found.items()
+        for name, by in by_sampler.items()
     }
 
 
 def samplers_table(rows: Results) -> str:
-    """Distance to the optimum by sampler and trials: median, and how often within 5%."""
+    """Markdown: distance to the optimum by sampler and trials: median, and how often within 5%."""
     by_sampler: dict[str, list[Row]] = {}
     for row in rows:
         if row["part"] == "sampler" and row["outcome"] == "ok":
@@ -177,16 +178,16 @@ def samplers_table(rows: Results) -> str:
 
 def steps(scope: Scope) -> list[Job]:
     """A step a question, and one for each question that samplers are compared on."""
-    asked, trials = (3, 30) if scope.quick else (SCENARIOS, TRIALS)
+    scenarios, trials = (3, 30) if scope.quick else (SCENARIOS, TRIALS)
     samplers: tuple[Sampler, ...] = SAMPLERS[:2] if scope.quick else SAMPLERS
     counts = [count for count in COUNTS if count <= trials]
     questions: list[Job] = [
         (f"question {n} {one['objective']}", partial(scenario_row, one, trials))
-        for n, one in enumerate(map(scenario, range(asked)))
+        for n, one in enumerate(map(scenario, range(scenarios)))
     ]
     return questions + [
         (f"{sampler} on {number}", partial(sampler_row, number, sampler, counts))
-        for number in range(min(asked, COMPARED))
+        for number in range(min(scenarios, COMPARED))
         for sampler in samplers
     ]
 
@@ -240,7 +241,7 @@ def _answered(rows: Results) -> Results:
 
 
 def _close(rows: Results) -> float | None:
-    """Share of the questions in which Optuna alone comes within 5%; None where none was answered."""
+    """The share of questions in which Optuna alone comes within 5%; None if none was answered."""
     good = _answered(rows)
     return sum(_far(row["cold"]) <= NEAR for row in good) / len(good) if good else None
 
@@ -249,26 +250,29 @@ def _trials(rows: Results) -> int:
     return int(next(row["trials"] for row in rows if row["part"] == "answer"))
 
 
-def said(rows: Results) -> Said:
+def findings(rows: Results) -> Findings:
     good, close = _answered(rows), _close(rows)
     worse = sum(row["answer"] < -0.01 for row in good)
     better = sum(row["answer"] > 0.01 for row in good)
-    most = max((row["answer"] for row in good), default=0.0)
-    found = f"none of {sum(row['part'] == 'answer' for row in rows)} questions has an answer"
+    maximum = max((row["answer"] for row in good), default=0.0)
+    summary = f"none of {sum(row['part'] == 'answer' for row in rows)} questions has an answer"
     if close is not None:
-        by = f", by up to {most:.0%}" if better else ""
-        found = (
+        by = f", by up to {maximum:.0%}" if better else ""
+        summary = (
             f"Optuna alone, cold, in {_trials(rows)} trials, comes within 5% in {close:.1%} of {len(good)} "
             f"questions; an answer starts from the optimum of the grid, and {worse} are worse than it by "
-            f"more than 1%, {better} better{by}: of what lies between the grid's points nobody knows the "
+            f"more than 1%, {better} better{by}: between the grid's points nobody knows the "
             "optimum"
         )
-    return Said(
+    return Findings(
         "Asked: how far is the answer of `recommend` from the exact optimum of the enumerated grid, and how "
         "far does Optuna get alone?",
-        f"Found: {found}.",
-        "The seeds search by hand over a few settings and cannot say how far from the best they are.",
+        f"Found: {summary}.",
+        "The original project searches by hand over a few settings and cannot say how far from the best they "
+        "are.",
     )
 
 
-STUDY = Study(steps, {"search": gaps_table, "search-samplers": samplers_table}, draw, said, devices=("cpu",))
+STUDY = Study(
+    steps, {"search": gaps_table, "search-samplers": samplers_table}, draw, findings, devices=("cpu",)
+)

@@ -12,7 +12,7 @@ from planner import gpus
 from planner.report.plot.figure import BLUE, GREEN, ORANGE, RED, title, token_axis
 from studies.bench.panels import curves
 from studies.bench.records import Job
-from studies.bench.study import Results, Said, Scope, Study, many
+from studies.bench.study import Findings, Results, Scope, Study, many
 from studies.bench.trade_offs import (
     SEEDS_CARD,
     Purpose,
@@ -31,9 +31,9 @@ from studies.bench.trade_offs import (
 )
 
 SEQ: Final = 65_536
-"""Of what is predicted."""
+"""Tokens of what is predicted."""
 HERE, QUICK = 16_384, 1024
-"""Of what is measured: segments beyond it are all of it."""
+"""Tokens of what is measured; longer segments are cut to that."""
 FIRST: Final = tuple(256 << power for power in range(9))
 QUICK_FIRST: Final = (256, 1024, 65_536)
 KEPT, BLOCK = 0.05, 128
@@ -43,12 +43,12 @@ SERIES: Final = {
     "dilated_sparse, one branch": (GREEN, "v"),
     "dilated_sparse, three branches": (BLUE, "o"),
 }
-"""Colour and marker of each."""
+"""Colour and marker of each series."""
 
 
 def cases(quick: bool = False) -> list[StudyConfig]:
-    """By series, then by the first segment."""
-    found = []
+    """The configs by series, then by the first segment."""
+    configs = []
     for series in SERIES:
         for first in QUICK_FIRST if quick else FIRST:
             count = 3 if "three" in series else 1
@@ -57,8 +57,8 @@ def cases(quick: bool = False) -> list[StudyConfig]:
                 config = sparse(lengths, rates, block=BLOCK, sparsity_ratio=KEPT)
             else:
                 config = dilated(lengths, rates)
-            found.append(StudyConfig(f"{series}, first {first:,}", config, series, first))
-    return found
+            configs.append(StudyConfig(f"{series}, first {first:,}", config, series, first))
+    return configs
 
 
 def steps(scope: Scope) -> list[Job]:
@@ -83,26 +83,26 @@ def draw(figure: Any, rows: Results) -> None:
     )
 
 
-def said(rows: Results) -> Said:
+def findings(rows: Results) -> Findings:
     memory = spread(held(row[part]) for row in rows for part in ("here", "planned"))
     alone = [row for row in rows if row["series"] == "dilated, one branch"]
     blocks = [row for row in rows if row["series"] == "dilated_sparse, three branches"]
     first, last = alone[0], alone[-1]
     longer = last["planned"]["seconds"] / first["planned"]["seconds"]
     time = spread(row["planned"]["seconds"] for row in blocks)
-    kept = spread(row["quality"]["mass"] for row in blocks)
-    return Said(
+    mass = spread(row["quality"]["mass"] for row in blocks)
+    return Findings(
         "Asked: what does the length of the first segment change in memory, time, mass and reach?",
         f"Found: memory {memory_words(memory)}; dilated with "
         f"{last['x']:,} instead of {first['x']:,} tokens takes {many(longer)} times the time (predicted, "
         f"{asked(first['planned'])}) and keeps {last['quality']['mass']:.0%} instead of "
         f"{first['quality']['mass']:.0%} of the mass; dilated_sparse with three branches and {KEPT:.0%} of "
         f"the blocks kept takes up to {time[1] / time[0] - 1:.0%} longer (predicted), its mass is "
-        f"{kept[0]:.0%} to {kept[1]:.0%}.",
-        "The seeds count a buffer as long as the segment, 2 to 128 MB, and call 4,096 tokens the fastest: "
-        "segments here are views and have no buffer, and a token's work "
+        f"{mass[0]:.0%} to {mass[1]:.0%}.",
+        "The original project counts a buffer as long as the segment, 2 to 128 MB, and calls 4,096 tokens "
+        "the fastest: segments here are views and have no buffer, and a token's work "
         f"{'grows' if longer > 1 else 'does not grow'} with its segment.",
     )
 
 
-STUDY = Study(steps, {"segments": table}, draw, said)
+STUDY = Study(steps, {"segments": table}, draw, findings)

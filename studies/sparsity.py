@@ -15,7 +15,7 @@ from planner import gpus
 from planner.report.plot.figure import BLUE, GREEN, KINDS, title
 from studies.bench.panels import Curves, curves
 from studies.bench.records import Job, Row, markdown
-from studies.bench.study import Results, Said, Scope, Study, together
+from studies.bench.study import Findings, Results, Scope, Study, together
 from studies.bench.trade_offs import (
     FLEX_CARD,
     Purpose,
@@ -35,11 +35,11 @@ from studies.bench.trade_offs import (
 )
 
 SEQ: Final = 131_072
-"""Of what is predicted."""
+"""Tokens of what is predicted."""
 HERE, QUICK = 8192, 1024
-"""Of what is measured: dense attention too."""
+"""Tokens of what is measured, dense attention included."""
 LONGEST: Final = 10.0
-"""Seconds: without dense attention there is nothing to compare with."""
+"""Seconds of a call up to which it is measured: dense attention has to be among them."""
 BLOCK: Final = 64
 FRACTIONS: Final = (0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 QUICK_FRACTIONS: Final = (0.01, 0.1, 1.0)
@@ -48,13 +48,13 @@ SERIES: Final = {
     "spread over rates 1, 4, 16": (BLUE, "o"),
     "adaptive": KINDS["adaptive"],
 }
-"""Colour and marker of each."""
+"""Colour and marker of each series."""
 DENSE: Final = "dense"
 
 
 def cases(fractions: Sequence[float]) -> list[StudyConfig]:
-    """Dense attention first, then by series and fraction. All reach over the whole sequence, however long."""
-    found = [StudyConfig(DENSE, AttentionConfig(variant="dense"), DENSE, 1.0)]
+    """Dense attention, then the configs by series and fraction; their segments cover the whole sequence."""
+    configs = [StudyConfig(DENSE, AttentionConfig(variant="dense"), DENSE, 1.0)]
     for series in SERIES:
         for fraction in fractions:
             if series == "adaptive":
@@ -62,8 +62,8 @@ def cases(fractions: Sequence[float]) -> list[StudyConfig]:
             else:
                 rates = (1, 4, 16) if "rates" in series else (1,)
                 config = sparse((SEQ,) * len(rates), rates, block=BLOCK, sparsity_ratio=fraction)
-            found.append(StudyConfig(f"{series}, {fraction:.1%}", config, series, fraction))
-    return found
+            configs.append(StudyConfig(f"{series}, {fraction:.1%}", config, series, fraction))
+    return configs
 
 
 def steps(scope: Scope) -> list[Job]:
@@ -85,9 +85,9 @@ def against(rows: Results) -> dict[str, Callable[[Row], float | None]]:
 
 
 def break_even(points: Sequence[tuple[float, float]]) -> float:
-    """Up to which fraction dense attention is slower, from (fraction, multiple of its time), ascending: where
-    the multiple first comes to 1, by a line over the logarithms of both. 0 for none, 1 for all; not a
-    number where nothing is known."""
+    """The fraction of blocks up to which dense attention is slower, from (fraction, multiple of its time),
+    ascending: where the multiple first comes to 1, by a line over the logarithms of both. 0 for none, 1 for
+    all; NaN without points."""
     if not points:
         return math.nan
     below: tuple[float, float] | None = None
@@ -102,7 +102,7 @@ def break_even(points: Sequence[tuple[float, float]]) -> float:
 
 
 def evens(rows: Results) -> dict[str, dict[str, float]]:
-    """By series, `break_even` of each way of knowing the time."""
+    """`break_even` by series, for each way of knowing the time."""
     return {
         series: {
             way: break_even(
@@ -115,12 +115,12 @@ def evens(rows: Results) -> dict[str, dict[str, float]]:
 
 
 def _share(even: float, digits: int = 0) -> str:
-    """A break-even, or that nobody knows it."""
+    """A break-even as a percentage, or `unknown`."""
     return "unknown" if math.isnan(even) else f"{even:.{digits}%}"
 
 
 def even_table(rows: Results) -> str:
-    """Up to which fraction sparse attention is the faster one."""
+    """Markdown: the fraction of blocks up to which sparse attention is the faster one."""
     mine, card = rows[0]["here"], rows[0]["planned"]
     return markdown(
         ([series, *(_share(even, 1) for even in ways.values())] for series, ways in evens(rows).items()),
@@ -154,7 +154,7 @@ def draw(figure: Any, rows: Results) -> None:
     title(figure, f"Sparsity, blocks of {BLOCK}", f"{asked(mine)}; {asked(card)}; 8 heads x 64")
 
 
-def said(rows: Results) -> Said:
+def findings(rows: Results) -> Findings:
     mine, card = rows[0]["here"], rows[0]["planned"]
     measured, planned = (
         "; ".join(f"{series} {_share(ways[way])}" for series, ways in evens(rows).items())
@@ -180,16 +180,17 @@ def said(rows: Results) -> Said:
         if not steady(figures)
     ]
     how = "it is what matters" if "memory" not in matters else "it matters"
-    return Said(
+    return Findings(
         "Asked: what does the fraction of blocks kept change, and up to where is sparse attention faster "
         "than dense?",
         f"Found: it is faster up to this fraction of the blocks: {measured} ({asked(mine)}); {planned} "
         f"(predicted, {asked(card)}); a tenth of the blocks, {tenth['series']}, keeps "
         f"{tenth['quality']['mass']:.0%} of the mass.",
-        f"The seeds call sparsity what matters for memory; here {how} for {together(matters or ['none'])}: "
+        "The original project calls sparsity what matters for memory; here "
+        f"{how} for {together(matters or ['none'])}: "
         f"dilated_sparse holds {memory[False][0]:.2f} to {memory[False][1]:.2f} times q, k, v and out at "
         f"every fraction; adaptive, which stores a list of blocks for each row, up to {memory[True][1]:.2f}.",
     )
 
 
-STUDY = Study(steps, {"sparsity": table, "sparsity-break-even": even_table}, draw, said)
+STUDY = Study(steps, {"sparsity": table, "sparsity-break-even": even_table}, draw, findings)

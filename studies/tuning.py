@@ -15,11 +15,12 @@ from typing import Any, Final
 
 from planner import tune
 from planner.answers.tuned import Trial
+from planner.question.dimensions import attention_kind
 from planner.report.plot.figure import KINDS, RED, named, title
 from planner.report.text.recommend import seconds
-from planner.report.text.words import kind_of, sizes
+from planner.report.text.words import sizes
 from studies.bench.records import Job, Row, markdown
-from studies.bench.study import Results, Said, Scope, Study
+from studies.bench.study import Findings, Results, Scope, Study
 
 Question = dict[str, Any]
 SCENARIOS: Final[tuple[Question, ...]] = (
@@ -37,40 +38,41 @@ SCENARIOS: Final[tuple[Question, ...]] = (
     },
     {"vram": "32MB", "seq": 16_384, "heads": 2, "head_dim": 64, "dtype": "float16", "causal": True},
 )
-"""A trial takes tenths of a second; budgets leave room for some configs and not for others."""
+"""The questions, as arguments of `tune`. A trial takes tenths of a second; budgets leave room for some
+configs and not for others."""
 TRIALS: Final = 30
 QUICK: Final[Question] = {"vram": "16MB", "seq": 512, "heads": 2, "head_dim": 64, "dtype": "float32"}
 QUICK_TRIALS: Final = 4
 TICKS: Final = (0.02, 0.05, 0.1, 0.2, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10)
-"""Of speeds, on a logarithmic axis."""
+"""Ticks of speeds on a logarithmic axis."""
 
 
-def scenario_row(asked: Question, trials: int) -> Row:
+def scenario_row(question: Question, trials: int) -> Row:
     """One question, tuned from a cold start: all trials, and how the analytic pick does among them."""
     with TemporaryDirectory() as folder:
-        found = tune(**asked, trials=trials, storage=str(Path(folder) / "trials.journal"))
-    if found.interrupted:  # an answer to whoever asked for one, but no row: the study stops and goes on later
+        tuned = tune(**question, trials=trials, storage=str(Path(folder) / "trials.journal"))
+    if tuned.interrupted:  # an answer to whoever asked for one, but no row: the study stops and goes on later
         raise KeyboardInterrupt
-    good = [trial.seconds for trial in found.trials if trial.good and trial.seconds]
-    pick = found.analytic
+    good = [trial.seconds for trial in tuned.trials if trial.good and trial.seconds]
+    pick = tuned.analytic
     return {
-        "asked": asked,
-        "seq": found.workload.seq,
-        "sizes": sizes(found.workload),
-        "speedup": found.speedup if pick.good else None,
+        "asked": question,
+        "seq": tuned.workload.seq,
+        "sizes": sizes(tuned.workload),
+        "speedup": tuned.speedup if pick.good else None,
         "rank": 1 + sum(one < pick.seconds for one in good) if pick.good and pick.seconds else None,
         "ran": len(good),
-        "failed": dict(Counter(trial.kind for trial in found.trials if not trial.good)),
-        "best": _figures(found.best),
+        "failed": dict(Counter(trial.kind for trial in tuned.trials if not trial.good)),
+        "best": _figures(tuned.best),
         "analytic": _figures(pick),
-        "trials": [_figures(trial) for trial in found.trials],
+        "trials": [_figures(trial) for trial in tuned.trials],
     }
 
 
 def _figures(trial: Trial) -> Row:
     return {
         "number": trial.number,
-        "attention": kind_of(trial.config),
+        "attention": attention_kind(trial.config),
         "outcome": trial.kind,
         "seconds": trial.seconds,
         "predicted": trial.predicted,
@@ -81,12 +83,14 @@ def _figures(trial: Trial) -> Row:
 
 def steps(scope: Scope) -> list[Job]:
     """A step a question; quick, one small one."""
-    asked, trials = ((QUICK,), QUICK_TRIALS) if scope.quick else (SCENARIOS, TRIALS)
-    return [(f"question {number}", partial(scenario_row, one, trials)) for number, one in enumerate(asked)]
+    questions, trials = ((QUICK,), QUICK_TRIALS) if scope.quick else (SCENARIOS, TRIALS)
+    return [
+        (f"question {number}", partial(scenario_row, one, trials)) for number, one in enumerate(questions)
+    ]
 
 
 def tuning_table(rows: Results) -> str:
-    """Each question: the pick and the fastest as measured, and what became of the trials."""
+    """Markdown: for each question the models' pick and the fastest, measured, and how the trials ended."""
     return markdown(
         (_cells(row) for row in rows),
         [
@@ -124,7 +128,8 @@ def _cells(row: Row) -> list[str]:
 
 
 def speeds(row: Row) -> list[tuple[str, float]]:
-    """Kind of each trial that ran, and its speed against the pick's, or where that did not run the best's."""
+    """Kind of each trial that ran, and its speed as a multiple of the pick's or, if that did not run, of the
+    best trial's."""
     base = row["analytic"]["seconds"] or row["best"]["seconds"]
     return [
         (trial["attention"], base / trial["seconds"]) for trial in row["trials"] if trial["outcome"] == "ok"
@@ -141,18 +146,18 @@ def draw(figure: Any, rows: Results) -> None:
             color, marker = KINDS[kind]
             axes.scatter(speed, place, color=color, marker=marker, s=34, alpha=0.7)
         named(axes, 1, place, _summary(row), xycoords=("axes fraction", "data"))
-    found = [pair for row in rows for pair in speeds(row)]
-    for kind in dict.fromkeys(kind for kind, _ in found):
+    points = [pair for row in rows for pair in speeds(row)]
+    for kind in dict.fromkeys(kind for kind, _ in points):
         axes.scatter([], [], color=KINDS[kind][0], marker=KINDS[kind][1], s=34, label=kind)
     axes.set_yticks(range(len(rows)), [f"{row['seq']:,} tokens, {_task(row)}" for row in rows])
-    least, most = min(speed for _, speed in found), max(speed for _, speed in found)
+    minimum, maximum = min(speed for _, speed in points), max(speed for _, speed in points)
     axes.set(
         xscale="log",
         xlabel="speed against the models' pick, measured (right of 1: faster)",
-        xlim=(least / 1.2, most * 1.2),
+        xlim=(minimum / 1.2, maximum * 1.2),
         ylim=(len(rows) - 0.5, -0.5),
     )
-    axes.set_xticks([tick for tick in TICKS if least / 1.2 < tick < most * 1.2])
+    axes.set_xticks([tick for tick in TICKS if minimum / 1.2 < tick < maximum * 1.2])
     axes.set_xticks([], minor=True)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.grid(axis="x")
@@ -174,7 +179,7 @@ def _summary(row: Row) -> str:
     return f"best {row['speedup']:.2f} x the pick's speed\npick is no. {row['rank']} of {row['ran']}{beside}"
 
 
-def said(rows: Results) -> Said:
+def findings(rows: Results) -> Findings:
     good = [row for row in rows if row["rank"]]
     faster = [row["speedup"] for row in good if row["speedup"] > 1]
     gain = "nothing faster than a pick that ran in any question"
@@ -186,17 +191,17 @@ def said(rows: Results) -> Said:
             f"{median(faster):.2f} in their median and {max(faster):.2f} at most"
         )
     failed = sum(sum(row["failed"].values()) for row in rows)
-    asked = sum(len(row["trials"]) for row in rows)
+    measured = sum(len(row["trials"]) for row in rows)
     ranks = ", ".join(f"{row['rank']} of {row['ran']}" for row in good)
     pick = f"the models' pick is number {ranks} of what ran" if good else "the models' pick never ran"
     if 0 < len(good) < len(rows):
         pick += f", did not run in {len(rows) - len(good)} of {len(rows)} questions"
-    return Said(
+    return Findings(
         "Asked: does tuning find, by measurement, something as fast as what the models recommend, or faster?",
-        f"Found: {gain}; {pick}, and {failed} of {asked} trials did not run within the budget.",
-        "The seeds time five dilations at 16,384 tokens on one card by hand and recommend the best of them "
-        "for every length; nothing else was tried.",
+        f"Found: {gain}; {pick}, and {failed} of {measured} trials did not run within the budget.",
+        "The original project times five dilations at 16,384 tokens on one card by hand and recommends the "
+        "best of them for every length; nothing else was tried.",
     )
 
 
-STUDY = Study(steps, {"tuning": tuning_table}, draw, said, devices=("cpu",), independent=True)
+STUDY = Study(steps, {"tuning": tuning_table}, draw, findings, devices=("cpu",), independent=True)

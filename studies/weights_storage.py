@@ -1,7 +1,8 @@
 """What do attention weights take, dense and as active blocks? `planner study weights-storage`
 
-A call that is asked for its weights, predicted for the seeds' card from 1,024 to 131,072 tokens, and measured
-where the study runs for the short ones. Dense attention's weights are all blocks: the dense matrix.
+A call that is asked for its weights, predicted for the original project's card from 1,024 to 131,072 tokens,
+and measured where the study runs for the short ones. Dense attention's weights are all blocks: the dense
+matrix.
 
 Letters: H heads, S tokens, e bytes a number, n active blocks a head of b x b weights.
 """
@@ -20,7 +21,7 @@ from planner.workload import Workload
 from studies.bench import memory_rows
 from studies.bench.memory_rows import CARD, MIB, mib, place
 from studies.bench.records import Job, Row, markdown
-from studies.bench.study import Results, Said, Scope, Study
+from studies.bench.study import Findings, Results, Scope, Study
 
 LENGTHS: Final = tuple(1024 << n for n in range(8))
 MEASURED, QUICK = (1024, 2048, 4096), (512,)
@@ -31,11 +32,11 @@ SEEDS: Final = {4096: 5.1, 8192: 9.8}
 """MiB of the block form's weights by tokens, in the report on it: 8 heads in float16 (256 MB of dense weights
 at 4,096 tokens), blocks of 128, "95% sparsity"."""
 SPARSE: Final = "dilated_sparse 5%"
-"""What the seeds say they measured."""
+"""The attention that the original project says it measured."""
 
 
 def configs() -> dict[str, AttentionConfig]:
-    """The attentions, by name; segments and rates are those of the seeds' example."""
+    """The attentions, by name; segments and rates are those of the original project's example."""
 
     def sparse(ratio: float) -> AttentionConfig:
         pattern = SparsePatternConfig(sparsity_ratio=ratio, block_size=BLOCK)
@@ -61,10 +62,11 @@ STYLES: Final = dict(
 
 
 def stored_row(name: str, seq: int) -> Row:
-    """A call with weights on the seeds' card, predicted; what of it are weights and their indices."""
+    """A call with weights on the original project's card, predicted, and the bytes of the weights and their
+    indices in it."""
     workload = Workload(seq=seq, weights=True)
-    found = memory_rows.predicted(configs()[name], workload)
-    components = found["components"]
+    predicted = memory_rows.predicted(configs()[name], workload)
+    components = predicted["components"]
     return {
         "part": "stored",
         "attention": name,
@@ -73,7 +75,7 @@ def stored_row(name: str, seq: int) -> Row:
         "stored": components["weights"] + components["sparse_indices"],
         "rows": -(-seq // BLOCK),
         "block_bytes": workload.heads * BLOCK**2 * workload.itemsize,
-        **found,
+        **predicted,
     }
 
 
@@ -102,15 +104,15 @@ def of_part(rows: Results, part: str, attention: str) -> Results:
 
 def stored_table(rows: Results) -> str:
     """Weights by length: dense, and as active blocks with their share of dense."""
-    found = {name: of_part(rows, "stored", name) for name in configs()}
+    by_name = {name: of_part(rows, "stored", name) for name in configs()}
     body = []
-    for number, dense in enumerate(found["dense"]):
+    for number, dense in enumerate(by_name["dense"]):
         line = [f"{dense['seq']:,}", mib(dense["stored"])]
-        for name in list(found)[1:]:
-            row = found[name][number]
+        for name in list(by_name)[1:]:
+            row = by_name[name][number]
             line += [mib(row["stored"]), f"{row['stored'] / row['dense']:.1%}"]
         body.append(line)
-    names = [head for name in list(found)[1:] for head in (f"{name}, MiB", "of dense")]
+    names = [head for name in list(by_name)[1:] for head in (f"{name}, MiB", "of dense")]
     return markdown(body, ["tokens", "dense, MiB", *names])
 
 
@@ -132,7 +134,7 @@ def measured_table(rows: Results) -> str:
 
 
 def claims_table(rows: Results) -> str:
-    """The seeds' sizes, how many blocks a row they are, and what stands here."""
+    """The original project's sizes, how many blocks a row they are, and the sizes here."""
     body = []
     for seq, size in SEEDS.items():
         row = stored(rows, SPARSE, seq)
@@ -152,7 +154,7 @@ def claims_table(rows: Results) -> str:
         [
             "tokens",
             "dense, MiB",
-            "the seeds' blocks, MiB",
+            "original project's blocks, MiB",
             "of dense",
             f"blocks of {BLOCK} a row",
             "one block a row, MiB",
@@ -172,7 +174,7 @@ def blocks_a_row(row: Row, size: float) -> float:
 
 
 def longest(rows: Results, attention: str) -> int:
-    """The longest of the lengths whose call fits the seeds' card; 0 for none."""
+    """The longest of the lengths whose call fits the original project's card; 0 for none."""
     budget = gpus.find(CARD).usable_bytes
     return max(
         (row["seq"] for row in of_part(rows, "stored", attention) if row["upper"] <= budget), default=0
@@ -193,7 +195,7 @@ def draw(figure: Any, rows: Results) -> None:
         sizes = [row["cold"] / MIB for row in ran]
         right.scatter([row["seq"] for row in ran], sizes, color=color, marker=marker, s=30, zorder=3)
     left.scatter(list(SEEDS), list(SEEDS.values()), color=INK, marker="x", s=40, zorder=3)
-    named(left, 8192, SEEDS[8192], "the seeds: 95% sparsity", INK, va="top")
+    named(left, 8192, SEEDS[8192], "original: 95% sparsity", INK, va="top")
     card = gpus.find(CARD).usable_bytes / MIB
     right.axhline(card, color=MUTED, linestyle="--", linewidth=1)
     right.annotate(
@@ -221,20 +223,21 @@ def draw(figure: Any, rows: Results) -> None:
     )
 
 
-def said(rows: Results) -> Said:
+def findings(rows: Results) -> Findings:
     seq = LENGTHS[-1]
     sizes = {name: f"{mib(stored(rows, name, seq)['stored'])} MiB for {name}" for name in configs()}
     fits = {name: f"{longest(rows, name):,} for {name}" for name in configs()}
     seeds = [stored(rows, SPARSE, tokens) for tokens in SEEDS]
     counts = [blocks_a_row(row, SEEDS[row["seq"]] * MIB) for row in seeds]
     lacking = "so that not every row has one" if max(counts) < 1 else "which is enough for every row"
-    return Said(
+    return Findings(
         f"Asked: what do attention weights take, dense and as active blocks, from {LENGTHS[0]:,} to {seq:,} "
         "tokens?",
         f"Found: at {seq:,} tokens {', '.join(sizes.values())}; of these lengths the longest whose call with "
         f"weights fits a {place(rows[0])} is {', '.join(fits.values())}.",
-        f"The seeds have {_and(SEEDS.values())} MB at {_and(f'{tokens:,}' for tokens in SEEDS)} tokens for "
-        f"95% sparsity, which is {_and(f'{count:.2f}' for count in counts)} blocks of {BLOCK} a row, "
+        f"The original project has {_and(SEEDS.values())} MB at {_and(f'{tokens:,}' for tokens in SEEDS)} "
+        f"tokens for 95% sparsity, which is {_and(f'{count:.2f}' for count in counts)} blocks of {BLOCK} a "
+        f"row, "
         f"{lacking}; here every row keeps its own block and 5% of all blocks are "
         f"{_and(mib(row['stored']) for row in seeds)} MiB.",
     )
@@ -252,5 +255,5 @@ STUDY = Study(
         "weights-storage-claims": claims_table,
     },
     draw,
-    said,
+    findings,
 )

@@ -104,7 +104,7 @@ def test_the_site_has_every_page():
 
 
 def test_pages_name_studies_that_there_are():
-    places = re.compile(r"<!-- (?:said|picture): ([\w-]+) -->")
+    places = re.compile(r"<!-- (?:findings|picture): ([\w-]+) -->")
     named = {name for page in pages.pages() for name in places.findall(page.read_text(encoding="utf-8"))}
     assert named <= set(catalogue.QUESTIONS)
 

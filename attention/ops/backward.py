@@ -1,4 +1,4 @@
-"""What the backward passes of this library's autograd functions have in common."""
+"""Parts that the backward passes of this library's autograd functions share."""
 
 from __future__ import annotations
 

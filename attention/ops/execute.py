@@ -42,7 +42,7 @@ class Problem:
     tiles: Callable[[int, Shape], Iterable[Tile]]
     """The tiles of batch item b, cut for a shape: this one or its `backward()`."""
     extent: Callable[[Shape], Extent]
-    """What those tiles are at most."""
+    """The largest sizes of those tiles' calls."""
     scale: float
     covers: bool
     """Whether every (token, head) is in some call; otherwise out is zero and lse -inf there."""

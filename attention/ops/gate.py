@@ -19,7 +19,7 @@ from attention.sizes.shape import Shape
 
 
 class Gating(NamedTuple):
-    """What a gate needs to know of the attention besides its tensors."""
+    """Sizes and settings of the attention that a gate needs besides its tensors."""
 
     shape: Shape
     size: int
@@ -104,7 +104,7 @@ class _Work:
             delta = self._get("delta", log_sum.shape, log_sum.dtype)
             product = self._load("keys", out, first, last).mul_(do)
             torch.sum(product, -1, keepdim=True, out=delta)
-            seen = self._last_seen(first, last)
+            visible = self._last_visible(first, last)
             for column in range(blocks.shape[1]):
                 # Causal rows before this one have no such column.
                 skip = max(column - first, 0) if self.shape.causal else 0
@@ -112,7 +112,7 @@ class _Work:
                     break
                 keys = self._positions(blocks[first + skip : last, column])
                 hidden = self._get("hidden", (*keys.shape, keys.shape[1]), torch.bool)
-                torch.gt(keys[:, None], seen[skip:, :, None], out=hidden)
+                torch.gt(keys[:, None], visible[skip:, :, None], out=hidden)
                 keys.clamp_max_(self.shape.seq - 1)
                 weights = self._product("weights", queries[skip:], k, keys)
                 weights.sub_(log_sum[skip:]).exp_()
@@ -139,14 +139,14 @@ class _Work:
         flat[len(there) :].fill_(fill)
         return loaded
 
-    def _last_seen(self, first: int, last: int) -> Tensor:
+    def _last_visible(self, first: int, last: int) -> Tensor:
         """[rows, tokens]: the last key that each query sees."""
         tokens = gate_tokens(self.shape, self.size)
-        seen = self._get("last", (last - first, tokens), torch.int64)
+        visible = self._get("last", (last - first, tokens), torch.int64)
         if not self.shape.causal:
-            return seen.fill_(self.shape.seq - 1)
-        torch.arange(first * self.size, first * self.size + seen.numel(), out=seen.view(-1))
-        return seen.clamp_max_(self.shape.seq - 1)
+            return visible.fill_(self.shape.seq - 1)
+        torch.arange(first * self.size, first * self.size + visible.numel(), out=visible.view(-1))
+        return visible.clamp_max_(self.shape.seq - 1)
 
     def _positions(self, blocks: Tensor) -> Tensor:
         """[rows, tokens] of a block a row; some may lie past the end."""

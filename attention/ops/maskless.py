@@ -98,7 +98,7 @@ def _calls(
             ]
         return [span._replace(start=start + n * step, length=length) for n in range(copies)]
 
-    for *parts, seen in zip(
+    for *parts, visible in zip(
         *(spread(span, query, height) for span in queries), spread(keys, key, width), strict=True
     ):
-        yield Call(tuple(parts), seen, kind, first=first)
+        yield Call(tuple(parts), visible, kind, first=first)

@@ -60,7 +60,7 @@ class Call:
     smaller one never asks for more."""
     mask: Mask = "none"
     first: bool = False
-    """In a merging tile: nothing came before in these queries, so the part is taken as it is."""
+    """Whether nothing came before in these queries of a merging tile: the part is then taken as it is."""
 
     @property
     def edge(self) -> int:

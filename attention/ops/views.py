@@ -43,14 +43,14 @@ class Fetched:
 
 
 class Listed(NamedTuple):
-    """What a gather copies: flat `rows` of k and v; and which positions are past the end, if any."""
+    """The copy that a gather makes: flat `rows` of k and v; and which positions are past the end, if any."""
 
     rows: Tensor
     hidden: npt.NDArray[np.bool_] | None
 
 
 def listed(keys: Gather, k: Tensor) -> Listed:
-    """What a gather from k [S, heads, D] copies."""
+    """The rows that a gather from k [S, heads, D] copies."""
     index, hidden = gather_index(keys, k.shape[0], k.shape[1])
     return Listed(torch.from_numpy(index).to(k.device, non_blocking=True), hidden)
 

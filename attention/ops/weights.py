@@ -140,8 +140,8 @@ def _pairs(layout: Layout, device: torch.device) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class _Work:
-    """What computes weights of some active blocks at a time, in the buffers of a scratch: the CPU's
-    operators would make copies where types are mixed, and fresh tensors at every step."""
+    """Computes weights of some active blocks at a time, in the buffers of a scratch: the CPU's operators
+    would make copies where types are mixed, and fresh tensors at every step."""
 
     shape: Shape
     size: int

@@ -1,4 +1,4 @@
-"""What an adaptive attention's scorer and its gradient reserve: closed forms that the module and the
+"""Bytes that an adaptive attention's scorer and its gradient reserve: closed forms that the module and the
 planner share. No torch.
 
 Everything is done for one batch item at a time. Letters: n blocks of b tokens, of which a row keeps k; H
@@ -21,21 +21,21 @@ def active_of_choice(blocks: Count, kept: Count, causal: bool) -> Count:
 
 
 class Scorer(NamedTuple):
-    """What there is to choose from, and how it is scored."""
+    """Sizes of a scorer: the blocks to choose from, and how they are scored."""
 
     size: Count
     """Tokens a block."""
     kept: Count
     """Blocks that a row keeps, at most as many as there are."""
     channels: Count
-    """E."""
+    """Channels of a score: E."""
     wide: int
     """Bytes of a number in sums: single precision or better."""
     casts: bool
     """Whether the parameters are of another type than that."""
 
     def blocks(self, shape: Shape) -> Count:
-        """n."""
+        """Blocks of a sequence: n."""
         return ceil_div(shape.seq, self.size)
 
     def mean_tokens(self, shape: Shape) -> Count:

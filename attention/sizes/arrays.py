@@ -60,16 +60,16 @@ def any_of(condition: Count) -> bool:
 
 
 def each(
-    function: Callable[..., tuple[int, ...]], condition: Count, otherwise: Sequence[Count], *given: Count
+    function: Callable[..., tuple[int, ...]], condition: Count, otherwise: Sequence[Count], *arguments: Count
 ) -> tuple[Count, ...]:
-    """What `function`, which takes ints only, has where `condition` holds, one by one; else `otherwise`."""
+    """`function` of ints, one by one, where `condition` holds; else `otherwise`."""
     if not _many(condition):
-        return function(*given) if condition else tuple(otherwise)
+        return function(*arguments) if condition else tuple(otherwise)
     numpy = _numpy()
     columns = [numpy.array(numpy.broadcast_to(one, condition.shape)) for one in otherwise]  # type: ignore[attr-defined]
-    taken = [numpy.broadcast_to(one, condition.shape) for one in given]  # type: ignore[attr-defined]
+    inputs = [numpy.broadcast_to(one, condition.shape) for one in arguments]  # type: ignore[attr-defined]
     for at in numpy.flatnonzero(condition).tolist():
-        for column, value in zip(columns, function(*(int(one[at]) for one in taken)), strict=True):
+        for column, value in zip(columns, function(*(int(one[at]) for one in inputs)), strict=True):
             column[at] = value
     return tuple(columns)
 
@@ -97,7 +97,7 @@ def lcm(a: Count, b: Count) -> Count:
 
 
 def _many(count: Count) -> bool:
-    """Whether it is of NumPy."""
+    """Whether `count` is an array or a scalar of NumPy."""
     return hasattr(count, "dtype")
 
 

@@ -193,6 +193,6 @@ def _others(lengths: Sequence[Count], rates: Sequence[Count]) -> tuple[Count, Co
         for chosen in itertools.combinations(order, count):
             inside = minimum(*(length for length, _ in chosen))
             step = reduce(lcm, (rate for _, rate in chosen))
-            met = (inside - 1) // step
-            total = total + (met if count % 2 else -met)
+            overlap = (inside - 1) // step
+            total = total + (overlap if count % 2 else -overlap)
     return regular, total

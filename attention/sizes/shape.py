@@ -64,7 +64,7 @@ class Span(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """What a program depends on besides its config: sizes of one call and the limits of a chunk. Every
+    """The sizes that a program depends on besides its config: those of one call, and limits of a chunk. Every
     field but the flags may be a NumPy array, for the planner's sake."""
 
     seq: Count

@@ -51,7 +51,7 @@ class Kind(NamedTuple):
 
 
 class Extent(NamedTuple):
-    """What a program's calls are at most."""
+    """The largest sizes of a program's calls."""
 
     tokens: Count
     """Tokens of a tile."""
@@ -63,7 +63,7 @@ class Extent(NamedTuple):
 
 
 class _Sparse(NamedTuple):
-    """What the calls of a block-sparse program have in common. A row is what one query block sees."""
+    """Sizes that the calls of a block-sparse program share. A row is what one query block sees."""
 
     rows: Rows
     shape: Shape
@@ -422,7 +422,7 @@ def cut(kind: Kind, shape: Shape) -> Cut:
 
 
 class Piece(NamedTuple):
-    """What the backward kernel is given at once of the largest call of a kind."""
+    """The part of the largest call of a kind that the backward kernel computes at once."""
 
     views: Count
     keys: Count

@@ -1,4 +1,5 @@
-"""What computing attention weights reserves: closed forms that the module and the planner share. No torch.
+"""Bytes that computing attention weights reserves: closed forms that the module and the planner share. No
+torch.
 
 Letters: n active blocks a head, b tokens a block, D channels, w bytes of a number in sums. Weights are
 computed for some active blocks of all heads at a time. Sizes are ints, or NumPy arrays for many at once.

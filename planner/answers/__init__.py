@@ -1,1 +1,1 @@
-"""What answers hold, as JSON has them: apart from how they are found."""
+"""Answers as JSON holds them, apart from the search for them."""

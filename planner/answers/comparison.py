@@ -16,7 +16,7 @@ from planner.memory.table import COMPONENTS
 
 
 class Side(NamedTuple):
-    """One of the two."""
+    """One of the two predictions."""
 
     estimate: MemoryEstimate
     measured: int | None = None
@@ -34,7 +34,7 @@ class BufferChange(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """What two predictions have and have not in common. Bytes are of a and of b."""
+    """Two predictions and their differences. Pairs of bytes are those of a and of b."""
 
     a: Side
     b: Side
@@ -43,12 +43,12 @@ class Comparison(NamedTuple):
     components: dict[str, tuple[int, int]]
     """Every component that either has, and what the allocator adds to them."""
     buffers: tuple[BufferChange, ...]
-    """Those that differ, the largest difference first."""
+    """Buffers that differ, the largest difference first."""
 
 
 def side(path: Path, estimated: Callable[[AttentionConfig], MemoryEstimate]) -> Side:
-    """What a file holds: an estimate as it is, a config as `estimated` has it, a measurement beside what is
-    predicted where it was made."""
+    """One side of a comparison from a file: an estimate as it is, a config as `estimated` predicts it, a
+    measurement beside the prediction for the device that it was made on."""
     data = read_json(path)
     if isinstance(data, dict) and "environment" not in data and "components" not in data:
         # A recommendation has an estimate of its answer; what tuning found is a config.
@@ -70,15 +70,17 @@ def side(path: Path, estimated: Callable[[AttentionConfig], MemoryEstimate]) -> 
     return Side(estimated(config))
 
 
-def _measured(found: Measurement) -> Side:
-    place = found.environment
-    on = found.device if found.device == "cpu" else place.device or found.device
+def _measured(measurement: Measurement) -> Side:
+    place = measurement.environment
+    on = measurement.device if measurement.device == "cpu" else place.device or measurement.device
     threads = place.threads if on == "cpu" else None
-    return Side(estimate(found.config, found.workload, on, threads=threads), found.allocated)
+    return Side(
+        estimate(measurement.config, measurement.workload, on, threads=threads), measurement.allocated
+    )
 
 
 def compare(a: Side, b: Side) -> Comparison:
-    """What differs."""
+    """The comparison of two sides: settings, components and buffers that differ."""
     one, two = _shares(a.estimate), _shares(b.estimate)
     names = [name for name in (*COMPONENTS, "rounding") if one.get(name) or two.get(name)]
     ours, theirs = _flat(a.estimate), _flat(b.estimate)
@@ -95,26 +97,26 @@ def compare(a: Side, b: Side) -> Comparison:
     )
 
 
-def _shares(found: MemoryEstimate) -> dict[str, int]:
+def _shares(memory: MemoryEstimate) -> dict[str, int]:
     """Bytes by component, with what the allocator adds by rounding."""
-    inside = sum(count for name, count in found.components.items() if name != "context")
-    return {**found.components, "rounding": found.allocated - inside}
+    inside = sum(count for name, count in memory.components.items() if name != "context")
+    return {**memory.components, "rounding": memory.allocated - inside}
 
 
-def _flat(found: MemoryEstimate) -> dict[str, Any]:
-    """All that was asked, by dotted name."""
-    asked: dict[str, Any] = {"device": found.on}
-    for value in (found.config, found.workload):
+def _flat(memory: MemoryEstimate) -> dict[str, Any]:
+    """All settings of an estimate's question, by dotted name."""
+    settings: dict[str, Any] = {"device": memory.on}
+    for value in (memory.config, memory.workload):
         for name, entry in value.model_dump(mode="json").items():
             if isinstance(entry, Mapping):
-                asked |= {f"{name}.{inner}": each for inner, each in entry.items()}
+                settings |= {f"{name}.{inner}": each for inner, each in entry.items()}
             else:
-                asked[name] = entry
-    return asked
+                settings[name] = entry
+    return settings
 
 
 def _buffers(a: MemoryEstimate, b: MemoryEstimate) -> tuple[BufferChange, ...]:
-    ours, theirs = ({line.name: line for line in found.lines} for found in (a, b))
+    ours, theirs = ({line.name: line for line in memory.lines} for memory in (a, b))
     differ = []
     for name in dict.fromkeys([*ours, *theirs]):
         line = theirs.get(name) or ours[name]

@@ -13,7 +13,7 @@ from planner.files import read_json
 
 
 class Answer(NamedTuple):
-    """What a file has."""
+    """An answer as it was read from a file."""
 
     found: Recommendation | Tuned
     verified: tuple[Verified, ...] = ()
@@ -21,13 +21,14 @@ class Answer(NamedTuple):
 
 
 def read_answer(path: Path) -> Answer:
-    """What `planner recommend` or `planner tune` printed; ConfigError for anything else."""
+    """The answer that `planner recommend` or `planner tune` printed into a file; ConfigError for anything
+    else."""
     data = read_json(path)
     try:
         return _answer(data, path)
     except ConfigError as error:
-        said = str(error)
-        raise ConfigError(f"{path}: {said[:400]}{'...' * (len(said) > 400)}") from None
+        message = str(error)
+        raise ConfigError(f"{path}: {message[:400]}{'...' * (len(message) > 400)}") from None
 
 
 def _answer(data: Any, path: Path) -> Answer:

@@ -18,14 +18,14 @@ Role = Literal["fastest", "balanced", "widest", ""]
 
 
 class Quality(Value):
-    """What a config still attends to."""
+    """How much of dense attention a config still has: mass and reach."""
 
     profile: str
     """Name of the attention profile."""
     mass: float
     """Share of dense attention's mass under it."""
     layers: int | None
-    """Until the last token can hear of all that causality permits; None: never."""
+    """Layers after which the last token can depend on every token that causality permits; None: never."""
 
 
 class Pick(Value):
@@ -42,11 +42,11 @@ class Pick(Value):
 
 
 class Without(Value):
-    """What the answer would be without one constraint."""
+    """The answer that there would be without one constraint."""
 
     constraint: str
     gain: float
-    """By how much better: 0.25 is 25% of the objective."""
+    """The share of the objective by which that answer is better: 0.25 is 25%."""
     pick: Pick
 
 
@@ -65,7 +65,7 @@ class Step(Value):
 
 
 class Why(Value):
-    """The reasons."""
+    """The reasons for an answer."""
 
     binding: str | None
     """The constraint without which the answer would be better by most; None if none keeps it back."""
@@ -73,7 +73,7 @@ class Why(Value):
     runner_up: Pick | None
     """The best of another shape: not the same attention with another workspace or backend."""
     behind: float | None
-    """By how much of the objective it is behind."""
+    """The share of the objective by which the runner-up is worse than the answer."""
     steps: Annotated[tuple[Step, ...], BeforeValidator(as_tuple)]
 
 
@@ -84,49 +84,50 @@ Picks = Annotated[tuple[Pick, ...], BeforeValidator(as_tuple)]
 
 
 class Search(Value):
-    """What was looked at."""
+    """How many candidates the search looked at."""
 
     grid: int
     """Candidates of the grid, all evaluated."""
     fit: int
-    """Of those what fits the budget."""
+    """Candidates of the grid that fit the budget."""
     passed: int
-    """Of those what passes the gates of mass and time."""
+    """Candidates that fit and pass the gates of mass and time."""
     trials: int
-    """Of Optuna, over the full space."""
+    """Optuna's trials, over the full space."""
     gain: float
-    """By how much of the objective the answer is better than the grid's exact optimum: 0 where it is it."""
+    """The share of the objective by which the answer is better than the grid's exact optimum; 0 where it is
+    that optimum."""
 
 
 class Recommendation(Value):
-    """The answer."""
+    """The answer of `planner.recommend`: a config that fits, with its figures, its reasons and the choice."""
 
     schema_version: Literal[1] = SCHEMA_VERSION
     versions: dict[str, str | None]
-    """Of this package and those that the answer depends on."""
+    """Versions of this package and of those that the answer depends on."""
     calibration: str
-    """What memory and seconds rest on."""
+    """The calibration or the defaults that memory and seconds are predicted from."""
     seed: int
     command: str = ""
-    """What repeats it."""
+    """The command that repeats this answer."""
     objective: Objective
     config: AttentionConfig
     workload: Workload
     on: str
-    """The device."""
+    """The device: `cpu`, or a card's name."""
     budget: int
-    """Bytes."""
+    """Bytes of the budget, the reserve included."""
     reserve: int
     """Bytes of it kept for others."""
     memory: MemoryEstimate
     seconds: float
-    """Of one call, in training with its backward; predicted."""
+    """Predicted seconds of one call, in training with its backward pass."""
     quality: Quality
     why: Why
     alternatives: Picks
     """Three to choose from: fastest, balanced, widest."""
     pareto: Picks
-    """What nothing surpasses in memory, time and mass together, fastest first."""
+    """Candidates on the Pareto front of memory, time and mass, fastest first."""
     search: Search
 
     def build(self, device: str | torch.device | None = None) -> torch.nn.Module:

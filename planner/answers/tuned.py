@@ -19,15 +19,15 @@ class Trial(Value):
     number: int
     config: AttentionConfig
     kind: str
-    """As `Measurement.kind`; `over`, if it ran and took more memory than the budget."""
+    """How the run ended: see `Measurement.kind`; `over`, if it ran and took more memory than the budget."""
     message: str | None = None
     seconds: float | None = None
     predicted: float
-    """Seconds."""
+    """Predicted seconds."""
     allocated: int | None = None
     """Bytes at the peak: on a GPU what the card lost, where the driver tells."""
     upper: int
-    """Bytes predicted not to be exceeded."""
+    """The upper bound: bytes that the run is predicted not to exceed."""
 
     @property
     def good(self) -> bool:
@@ -36,11 +36,12 @@ class Trial(Value):
 
 
 class Tuned(Value):
-    """What tuning found."""
+    """The answer of tuning: the fastest config that was measured, and all trials."""
 
     schema_version: Literal[1] = 1
     versions: dict[str, str | None]
-    """As a recommendation has them, and so with what follows."""
+    """Versions of packages; this and the fields below are those of the recommendation that tuning began
+    with."""
     calibration: str
     seed: int
     command: str
@@ -50,22 +51,22 @@ class Tuned(Value):
     budget: int
     reserve: int
     memory: MemoryEstimate
-    """Predicted for the best."""
+    """The memory that is predicted for the best config."""
     quality: Quality
     best: Trial
     analytic: Trial
-    """What the models alone recommend, measured."""
+    """The config that the models alone recommend, measured."""
     trials: Annotated[tuple[Trial, ...], BeforeValidator(as_tuple)]
-    """All that were measured, in order."""
+    """All trials that were measured, in order."""
     kept: int
-    """Of them those of an earlier run."""
+    """Trials of an earlier run."""
     storage: str
     study: str
     interrupted: bool = False
 
     @property
     def speedup(self) -> float:
-        """How many times as fast as the analytic pick."""
+        """How many times as fast the best config is as the analytic pick."""
         if not self.analytic.seconds or not self.best.seconds:
             return math.inf
         return self.analytic.seconds / self.best.seconds

@@ -10,12 +10,12 @@ class Verified(Value):
 
     role: str
     kind: str
-    """As `Measurement.kind`."""
+    """How the run ended: see `Measurement.kind`."""
     message: str | None
     upper: int
-    """Bytes that were predicted not to be exceeded."""
+    """The upper bound: bytes that the run was predicted not to exceed."""
     allocated: int | None
     """Bytes at the peak: on a GPU what the card lost, where the driver tells."""
     predicted: float
-    """Seconds."""
+    """Predicted seconds."""
     seconds: float | None

@@ -1,4 +1,4 @@
-"""What makes a function a command of `planner`: its options, its help, its errors, its progress.
+"""The decorator that makes a function a command of `planner`: its options, help, errors and progress.
 
 A command is a function under `@command`. A parameter that is annotated with a type of `_BUILDERS` stands for
 the options of that type's builder, so that every command takes a config or a workload the same way.
@@ -46,7 +46,7 @@ NOTHING_FITS: Final = 3
 INTERRUPTED: Final = 130
 
 _COMMANDS: Final[dict[str, Callable[[], Any]]] = {}
-"""By name, what makes a command with its options."""
+"""Functions that make a command with its options, by its name."""
 
 
 class _Made(Mapping[str, Any]):
@@ -68,15 +68,15 @@ class _Made(Mapping[str, Any]):
 
 
 class _Group(TyperGroup):
-    def __init__(self, **given: Any) -> None:
-        super().__init__(**given)
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
         self.commands = _Made()  # type: ignore[assignment] # nothing is added to it
 
 
 app = typer.Typer(
     name="planner",
     cls=_Group,
-    help="Says which attention fits a GPU, how fast it is and what it attends to.",
+    help="Finds the attention that fits a GPU, and says how fast it is and what it attends to.",
     epilog="\b\nExample:\n  planner estimate --variant dense --seq 4096 --vram 8GB",
     no_args_is_help=True,
     add_completion=False,
@@ -88,7 +88,7 @@ app = typer.Typer(
 
 @app.callback()
 def _together() -> None:
-    """With a callback, one command alone would still be called by its name."""
+    """A callback without effect: with it, one command alone would still be called by its name."""
 
 
 _BUILDERS: Final[dict[Any, Callable[..., Any]]] = {
@@ -121,28 +121,30 @@ def command(
     """
 
     def made(function: Callable[..., int]) -> Any:
-        taken = inspect.signature(function, eval_str=True).parameters
-        builders = {name: _BUILDERS.get(each.annotation) for name, each in taken.items()}
+        parameters = inspect.signature(function, eval_str=True).parameters
+        builders = {name: _BUILDERS.get(each.annotation) for name, each in parameters.items()}
         options: dict[str, inspect.Parameter] = {}
         needs: dict[str, set[str]] = {}
-        called = [name for name, each in taken.items() if each.annotation is Given]
+        called = [name for name, each in parameters.items() if each.annotation is Given]
         for parameter, builder in builders.items():
             if parameter in called:
-                options[parameter] = taken[parameter].replace(annotation=typer.Context)
+                options[parameter] = parameters[parameter].replace(annotation=typer.Context)
                 continue
             theirs = _options(builder) if builder else {}
             needs[parameter] = set(theirs)
-            for option in theirs.values() if builder else [taken[parameter]]:
+            for option in theirs.values() if builder else [parameters[parameter]]:
                 options.setdefault(option.name, option)
 
         @functools.wraps(function)
-        def run(**given: Any) -> None:
+        def run(**values: Any) -> None:
             for name in called:
-                given[name] = _given(given[name])
+                values[name] = _option_names(values[name])
             try:
                 with reading_once():
                     arguments = {
-                        name: builder(**{one: given[one] for one in needs[name]}) if builder else given[name]
+                        name: builder(**{one: values[one] for one in needs[name]})
+                        if builder
+                        else values[name]
                         for name, builder in builders.items()
                     }
                     code = function(**arguments)
@@ -169,7 +171,7 @@ def command(
     return register
 
 
-def _given(context: typer.Context) -> Given:
+def _option_names(context: typer.Context) -> Given:
     sources = ((name, context.get_parameter_source(name)) for name in context.params)
     return Given(frozenset(name for name, source in sources if source and source.name == "COMMANDLINE"))
 
@@ -186,7 +188,7 @@ def _first(function: Callable[..., Any]) -> str:
 
 
 def ink() -> str:
-    """What bars are drawn with: a full block where stdout can show it."""
+    """The character that bars are drawn with: a full block where stdout can show it."""
     encoding = getattr(sys.stdout, "encoding", None) or "ascii"
     try:
         "\u2588".encode(encoding)

@@ -24,28 +24,30 @@ def recommend(
         typer.Option(metavar="TOKENS", help="Tokens: 131072, 128K or 1M. [default: the most that fit]"),
     ] = None,
     card: Card,
-    given: Given,
+    option_names: Given,
     objective: Annotated[
         Literal["speed", "seq", "quality"] | None,
-        typer.Option(help="What to make best. [default: speed; without --seq the length]"),
+        typer.Option(help="What to optimise. [default: speed; without --seq the length]"),
     ] = None,
     sizes: Unweighted,
     gates: Conditions,
     space: Allowed,
     trials: Annotated[
-        int, typer.Option(min=0, max=MAXIMUM_TRIALS, help="Of Optuna, after the grid.")
+        int, typer.Option(min=0, max=MAXIMUM_TRIALS, help="Optuna trials after the grid.")
     ] = TRIALS,
     sampler: Annotated[
         str, typer.Option(metavar="NAME", help="tpe, random, nsga2, nsga3, cmaes, ...")
     ] = "tpe",
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the sampler.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Random seed of the sampler.")] = 0,
     storage: Annotated[
         str | None, typer.Option(metavar="URL", help="Keep trials: a journal file, or sqlite:///FILE.")
     ] = None,
-    study: Annotated[str | None, typer.Option(metavar="NAME", help="Their name in the storage.")] = None,
+    study: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Name of the trials in the storage.")
+    ] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Run the picks on this device too.")] = False,
     plot: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Draw the Pareto set, as .png or .svg.")
+        Path | None, typer.Option(metavar="FILE", help="Draw the Pareto front, as .png or .svg.")
     ] = None,
     format: Annotated[
         Literal["table", "json", "yaml", "py"], typer.Option("--format", help="How to print.")
@@ -53,25 +55,25 @@ def recommend(
 ) -> int:
     """Choose the attention that fits.
 
-    The fastest whose upper bound of memory is within the budget and that still attends to enough; without
-    --seq, the one with the longest sequence. Needs no GPU. Where nothing fits, the exit code is 3, and what
-    would fit is named.
+    The fastest whose upper bound of memory is within the budget and that passes the gates of mass and reach;
+    without --seq, the one with the longest sequence. Needs no GPU. If nothing fits, the exit code is 3, and
+    the changes with which something would fit are printed.
     """
-    from planner import recommend as choose
+    from planner import recommend as recommendation_for
     from planner.search.relax import NothingFitsError
 
     if verify and format == "py":
         raise ConfigError(
             "--verify says how the picks ran, which --format py does not; choose another format"
         )
-    if idle := given & {"sampler", "seed", "study"} if not trials else set():
-        raise ConfigError(f"{flags(idle)}: of trials, and --trials 0 asks for none; remove one of them")
-    asked = sizes.model_dump(exclude={"seq", "weights"})
-    # With the length free every candidate's longest sequence is looked for, which takes seconds.
-    waits = progress_line("looking for the longest sequence") if seq is None else contextlib.nullcontext()
+    if idle := option_names & {"sampler", "seed", "study"} if not trials else set():
+        raise ConfigError(f"{flags(idle)}: for trials only, and --trials 0 asks for none; remove one of them")
+    fields = sizes.model_dump(exclude={"seq", "weights"})
+    # With the length free the longest sequence of every candidate is searched for, which takes seconds.
+    waits = progress_line("searching for the longest sequence") if seq is None else contextlib.nullcontext()
     try:
         with waits:
-            found = choose(
+            recommendation = recommendation_for(
                 card.budget,
                 seq,
                 objective=objective,
@@ -83,7 +85,7 @@ def recommend(
                 storage=storage,
                 study=study,
                 **gates,
-                **asked,
+                **fields,
                 **card.options,
             )
     except NothingFitsError as error:
@@ -94,28 +96,28 @@ def recommend(
         from planner.search.verify import verify as run
 
         with steps() as progress:
-            checked = run(found, progress=progress)
+            checked = run(recommendation, progress=progress)
     if plot is not None:
         from planner.report.plot.estimate import plot_pareto
 
-        plot_pareto(found, plot)
+        plot_pareto(recommendation, plot)
     if format == "py":
         from planner.report.text.snippet import snippet
 
-        typer.echo(snippet(found.config, found.workload))
+        typer.echo(snippet(recommendation.config, recommendation.workload))
     elif format == "table":
         from planner.report.text.recommend import recommend_text, verified_text
 
-        typer.echo(recommend_text(found, ink()))
+        typer.echo(recommend_text(recommendation, ink()))
         if checked is not None:
             typer.echo("\n" + verified_text(checked))
     else:
-        data = found.model_dump(mode="json")
+        data = recommendation.model_dump(mode="json")
         if checked is not None:
             data["verified"] = [one.model_dump(mode="json") for one in checked]
         print_data(data, format)
     if plot is not None:
-        say(f"the Pareto set was drawn in {plot}")
+        say(f"the Pareto front was drawn in {plot}")
     return DONE
 
 
@@ -133,19 +135,21 @@ def tune(
         int, typer.Option(min=1, max=MAXIMUM_TRIALS, help="Configs to measure.")
     ] = TUNING_TRIALS,
     timeout: Annotated[
-        float, typer.Option(max=MAXIMUM_TIMEOUT, help="Seconds that one may take.")
+        float, typer.Option(max=MAXIMUM_TIMEOUT, help="Maximum seconds of one trial.")
     ] = TRIAL_TIMEOUT,
-    runs: Annotated[int, typer.Option(min=1, help="Warm calls of each that are timed.")] = TRIAL_RUNS,
+    runs: Annotated[int, typer.Option(min=1, help="Timed warm calls of each config.")] = TRIAL_RUNS,
     sizes: Unweighted,
     gates: Conditions,
     space: Allowed,
     sampler: Annotated[str, typer.Option(metavar="NAME", help="As for `recommend`.")] = "tpe",
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the sampler.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Random seed of the sampler.")] = 0,
     storage: Annotated[
         str | None,
         typer.Option(metavar="URL", help="Where trials are kept. [default: a journal in the data folder]"),
     ] = None,
-    study: Annotated[str | None, typer.Option(metavar="NAME", help="Their name in the storage.")] = None,
+    study: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Name of the trials in the storage.")
+    ] = None,
     append: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Add every measurement to this file of records.")
     ] = None,
@@ -156,17 +160,18 @@ def tune(
         Literal["table", "json", "yaml", "py"], typer.Option("--format", help="How to print.")
     ] = "table",
 ) -> int:
-    """Find the fastest by running them here.
+    """Find the fastest attention by running candidates here.
 
-    What `recommend` says is measured first, then what Optuna suggests from there, each in a process of its
-    own. Trials are kept as they end: after Ctrl-C, or a crash, the same command goes on where it stopped.
+    The answer of `recommend` is measured first, then the configs that Optuna suggests from there, each in a
+    process of its own. Every trial is saved when it ends: after Ctrl-C, or a crash, the same command
+    continues where it stopped.
     """
     from planner import tune as run
-    from planner.report.text.tune import said, tuned_text
+    from planner.report.text.tune import progress_text, tuned_text
     from planner.search.relax import NothingFitsError
 
     try:
-        found = run(
+        tuning = run(
             vram,
             seq,
             device=device,
@@ -179,7 +184,7 @@ def tune(
             study=study,
             records=append,
             learn=learn,
-            progress=lambda now: say(said(now)) if now.last is not None else None,
+            progress=lambda now: say(progress_text(now)) if now.last is not None else None,
             space=space,
             **gates,
             **sizes.model_dump(exclude={"seq", "weights"}),
@@ -190,15 +195,15 @@ def tune(
     if format == "py":
         from planner.report.text.snippet import snippet
 
-        typer.echo(snippet(found.config, found.workload))
+        typer.echo(snippet(tuning.config, tuning.workload))
     elif format == "table":
-        typer.echo(tuned_text(found))
+        typer.echo(tuned_text(tuning))
     else:
-        print_data(found.model_dump(mode="json"), format)
-    best, most = found.best.seconds, gates["max_seconds"]
-    if best is not None and most is not None and best > most:
-        # The gate is of what is predicted: it says what is worth measuring.
-        say(f"note: the fastest takes {best:.3g} s, more than the {most:g} s of --max-seconds")
-    if found.interrupted:
-        say("interrupted; every finished trial is kept, and the same command goes on from there")
-    return INTERRUPTED if found.interrupted else DONE
+        print_data(tuning.model_dump(mode="json"), format)
+    best, maximum = tuning.best.seconds, gates["max_seconds"]
+    if best is not None and maximum is not None and best > maximum:
+        # The gate is on the predicted time: it says which configs are worth measuring.
+        say(f"note: the fastest takes {best:.3g} s, more than the {maximum:g} s of --max-seconds")
+    if tuning.interrupted:
+        say("interrupted; every finished trial is kept, and the same command continues from there")
+    return INTERRUPTED if tuning.interrupted else DONE

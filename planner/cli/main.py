@@ -44,7 +44,7 @@ def main() -> None:
 
 
 class _StdoutError(Exception):
-    """What is printed cannot be written; a closed pipe is none, because its reader has had enough."""
+    """Standard output cannot be written; a closed pipe is no such error: its reader has had enough."""
 
 
 class _Stdout:
@@ -57,16 +57,16 @@ class _Stdout:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        with self._told():
+        with self._failures_apart():
             return int(self._stream.write(text))
 
     def flush(self) -> None:
-        with self._told():
+        with self._failures_apart():
             self._stream.flush()
 
     @staticmethod
     @contextlib.contextmanager
-    def _told() -> Iterator[None]:
+    def _failures_apart() -> Iterator[None]:
         try:
             yield
         except OSError as error:
@@ -76,7 +76,7 @@ class _Stdout:
 
 
 def _give_up(stream: Any) -> None:
-    """What is not written yet and cannot be goes nowhere: Python would try again at its end."""
+    """Sends to nowhere what is not written yet and cannot be: Python would try again at its end."""
     try:
         if stream is not None:
             stream.flush()

@@ -52,8 +52,12 @@ def build_workload(
     head_dim: Annotated[int | None, _size("head_dim", "Channels a head.")] = None,
     dtype: Annotated[Dtype | None, _size("dtype", "Type of q, k, v.")] = None,
     mode: Annotated[Mode | None, _size("mode", "Forward alone, or forward and backward.")] = None,
-    causal: Annotated[bool | None, typer.Option("--causal", help="Queries see no later keys.")] = None,
-    weights: Annotated[bool | None, typer.Option("--weights", help="Ask for the weights too.")] = None,
+    causal: Annotated[
+        bool | None, typer.Option("--causal", help="Causal mask: queries attend to no later keys.")
+    ] = None,
+    weights: Annotated[
+        bool | None, typer.Option("--weights", help="Return the attention weights too.")
+    ] = None,
     config: Annotated[Path | None, typer.Option(metavar="FILE", help=FILE)] = None,
 ) -> Workload:
     """The workload that these options describe; what they leave open is the file's, where it has one."""
@@ -68,29 +72,29 @@ def build_workload(
         "weights": weights,
         "seq": None if seq is None else parse_count(seq, "--seq"),
     }
-    given = {name: value for name, value in options.items() if value is not None}
-    given = {**known_workload(config), **given}
-    if "seq" not in given:
+    fields = {name: value for name, value in options.items() if value is not None}
+    fields = {**known_workload(config), **fields}
+    if "seq" not in fields:
         raise ConfigError("the length is missing: pass --seq, e.g. --seq 128K")
-    return Workload(**given)
+    return Workload(**fields)
 
 
 def known_workload(path: Path | None, named: str = "--config ") -> dict[str, Any]:
     """The workload that a file has beside its config; nothing without a file, or where it has none."""
-    known = None if path is None else _read(path, named).get("workload")
-    return known if isinstance(known, dict) else {}
+    workload = None if path is None else _read(path, named).get("workload")
+    return workload if isinstance(workload, dict) else {}
 
 
 AnyLength = NewType("AnyLength", Workload)
 """A workload whose length is for the command to fill in."""
 GivenSizes = NewType("GivenSizes", AnyLength)
-"""One that no file has a say in."""
+"""A workload of options alone, without a file."""
 Unweighted = NewType("Unweighted", GivenSizes)
-"""One that does not ask for the weights."""
+"""A workload that does not ask for the weights."""
 
 
 Given = NewType("Given", frozenset[str])
-"""Names of the options that the command line has, whatever they say."""
+"""Names of the options that the command line has, whatever their values."""
 
 
 def flags(names: Iterable[str]) -> str:
@@ -98,25 +102,27 @@ def flags(names: Iterable[str]) -> str:
     return ", ".join(f"--{name.rstrip('_').replace('_', '-')}" for name in sorted(names))
 
 
-def build_any_length(**given: Any) -> AnyLength:
+def build_any_length(**options: Any) -> AnyLength:
     """The workload that these options describe, of one token. Takes what `build_workload` does, but `seq`."""
-    return AnyLength(build_workload(seq="1", **given))
+    return AnyLength(build_workload(seq="1", **options))
 
 
-def build_sizes(**given: Any) -> GivenSizes:
-    """As `build_any_length`, without `config`."""
-    return GivenSizes(build_any_length(**given))
+def build_sizes(**options: Any) -> GivenSizes:
+    """The workload that these options describe. Takes what `build_any_length` does, but `config`."""
+    return GivenSizes(build_any_length(**options))
 
 
-def build_unweighted(**given: Any) -> Unweighted:
-    """As `build_sizes`, without `weights`."""
-    return Unweighted(build_sizes(**given))
+def build_unweighted(**options: Any) -> Unweighted:
+    """The workload that these options describe. Takes what `build_sizes` does, but `weights`."""
+    return Unweighted(build_sizes(**options))
 
 
 def without(builder: Callable[..., Any], *names: str) -> inspect.Signature:
     """A builder's signature less some options."""
-    found = inspect.signature(builder, eval_str=True)
-    return found.replace(parameters=[one for name, one in found.parameters.items() if name not in names])
+    signature = inspect.signature(builder, eval_str=True)
+    return signature.replace(
+        parameters=[one for name, one in signature.parameters.items() if name not in names]
+    )
 
 
 build_any_length.__signature__ = without(build_workload, "seq")  # type: ignore[attr-defined]
@@ -131,9 +137,9 @@ class Place:
     device: str | Gpu
     """`cpu` or a card."""
     budget: int | None
-    """Bytes: as given, or what a card has; None on a CPU without a budget."""
+    """Bytes of the budget, or else of the card; None on a CPU without a budget."""
     options: dict[str, Any]
-    """Those of `planner.estimate` beside the device."""
+    """Options of `planner.estimate` beside the device."""
 
 
 def build_place(
@@ -146,23 +152,25 @@ def build_place(
         str | None, typer.Option(metavar="SIZE", help="Memory to fit: 8GB, 7.75GiB. [default: the card's]")
     ] = None,
     allocator: Annotated[
-        str, typer.Option(metavar="TEXT", help="As PYTORCH_CUDA_ALLOC_CONF has it.", show_default=False)
+        str, typer.Option(metavar="TEXT", help="Settings as in PYTORCH_CUDA_ALLOC_CONF.", show_default=False)
     ] = "",
     display: Annotated[
-        Literal["headless", "desktop"], typer.Option(help="What the card draws.")
+        Literal["headless", "desktop"], typer.Option(help="Whether the card drives a display.")
     ] = "headless",
     others: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="What others hold on the card. [default: nothing]")
+        str | None, typer.Option(metavar="SIZE", help="Memory of other processes on the card. [default: 0]")
     ] = None,
     context: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="A measured CUDA context. [default: a known one]")
+        str | None,
+        typer.Option(metavar="SIZE", help="Measured size of the CUDA context. [default: a known one]"),
     ] = None,
     threads: Annotated[
         int | None,
         typer.Option(min=1, max=4096, help="Threads of a CPU's operators. [default: as torch has]"),
     ] = None,
     calibration: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="In place of the one that comes with this.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Calibration to use. [default: your own, or a shipped one]"),
     ] = None,
 ) -> Place:
     """The place that these options describe."""
@@ -179,8 +187,10 @@ def build_place(
             gpus.check_budget(card, budget, "--vram")
     options: dict[str, Any] = {"calibration": None if calibration is None else load(calibration)}
     if isinstance(card, str):
-        given = {"--allocator": allocator, "--others": others, "--context": context}
-        wrong = [name for name, value in given.items() if value] + ["--display"] * (display != "headless")
+        gpu_options = {"--allocator": allocator, "--others": others, "--context": context}
+        wrong = [name for name, value in gpu_options.items() if value] + ["--display"] * (
+            display != "headless"
+        )
         if wrong:
             raise ConfigError(f"{', '.join(wrong)}: for a GPU only; name one with --device, or give --vram")
         return Place(card, budget, options | {"threads": threads})
@@ -201,12 +211,12 @@ def build_config(
     config: Annotated[Path | None, typer.Option(metavar="FILE", help=FILE)] = None,
     variant: Annotated[Variant | None, typer.Option(help="Which attention.")] = None,
     pattern: Annotated[
-        PatternType | None, typer.Option(help="Blocks kept. [default: dilated_sparse]")
+        PatternType | None, typer.Option(help="Which blocks are kept. [default: dilated_sparse]")
     ] = None,
     block_size: Annotated[int | None, typer.Option(help="Tokens a block. [default: 128]")] = None,
     window: Annotated[int | None, typer.Option(help="Tokens of a local window. [default: 512]")] = None,
     global_tokens: Annotated[
-        int | None, typer.Option(help="First tokens, which all see. [default: 64]")
+        int | None, typer.Option(help="First tokens, which every query attends to. [default: 64]")
     ] = None,
     sparsity: Annotated[
         float | None, typer.Option(help="Fraction of blocks kept, 0.01 to keep 1%. [default: 0.1]")
@@ -261,15 +271,15 @@ build_config.__signature__ = without(build_config, "named")  # type: ignore[attr
 
 def _read_config(path: Path, named: str) -> AttentionConfig:
     data = _read(path, named)
-    found = data.get("config", data)
+    fields = data.get("config", data)
     try:
-        return AttentionConfig(**found) if isinstance(found, dict) else AttentionConfig.from_json("0")
+        return AttentionConfig(**fields) if isinstance(fields, dict) else AttentionConfig.from_json("0")
     except (ConfigError, TypeError) as error:
         raise ConfigError(f"{named}{path}: {error}") from None
 
 
 def _read(path: Path, named: str) -> dict[str, Any]:
-    """What a file has: a config, or with it under `config` what a command printed."""
+    """The JSON object of a file: a config, or a command's output, which has the config under `config`."""
     data = read_json(path, named)
     if not isinstance(data, dict):
         raise ConfigError(

@@ -24,15 +24,15 @@ Card = NewType("Card", Place)
 """A place that a recommendation is for: named with `--gpu`, or generic."""
 
 
-def build_card(*, gpu: str | None, **given: Any) -> Card:
+def build_card(*, gpu: str | None, **options: Any) -> Card:
     """The place that these options describe. Takes what `build_place` does, the device as `gpu`."""
-    if gpu is None and given["vram"] is None:
+    if gpu is None and options["vram"] is None:
         raise ConfigError(
             "the memory is missing: pass --vram, e.g. --vram 8GB, or a card, e.g. --gpu gtx1080"
         )
-    if gpu is not None and gpu.lower() == "cpu" and given["vram"] is None:
+    if gpu is not None and gpu.lower() == "cpu" and options["vram"] is None:
         raise ConfigError("the memory is missing: with --gpu cpu pass --vram, e.g. --vram 8GB")
-    return Card(build_place(device=gpu, **given))
+    return Card(build_place(device=gpu, **options))
 
 
 _of_place = inspect.signature(build_place, eval_str=True)
@@ -53,44 +53,48 @@ build_card.__signature__ = _of_place.replace(  # type: ignore[attr-defined]
 
 
 Conditions = NewType("Conditions", dict[str, Any])
-"""What an answer has to keep to beside the memory, as `planner.recommend` and `planner.tune` take it."""
+"""Conditions of an answer beside the memory, as options of `planner.recommend` and `planner.tune`."""
 
 
 def build_conditions(
     *,
     reserve: Annotated[
-        str, typer.Option(metavar="SIZE", help="Of the memory, for the rest of the model: 1.5GB.")
+        str, typer.Option(metavar="SIZE", help="Memory kept for the rest of the model: 1.5GB.")
     ] = "0",
     layers: Annotated[
-        int, typer.Option(min=0, help="Of the model: in so many each token must hear of all. 0: no matter.")
+        int,
+        typer.Option(
+            min=0, help="Layers of the model, within which every token is reached. 0: no such gate."
+        ),
     ] = LAYERS,
     min_mass: Annotated[
-        float, typer.Option(min=0, max=1, help="Least share of dense attention's mass. 0: no matter.")
+        float, typer.Option(min=0, max=1, help="Minimum share of dense attention's mass. 0: no such gate.")
     ] = MIN_MASS,
-    max_seconds: Annotated[float | None, typer.Option(help="Most seconds of a call, predicted.")] = None,
+    max_seconds: Annotated[float | None, typer.Option(help="Maximum predicted seconds of a call.")] = None,
     profile: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Where attention's mass lies. [default: balanced]")
+        str | None, typer.Option(metavar="NAME", help="How mass is spread over distance. [default: balanced]")
     ] = None,
     profile_from: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="The same, measured: q and k in .npz or .safetensors.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Measure the profile from q and k in .npz or .safetensors."),
     ] = None,
     causal: Annotated[bool | None, typer.Option()] = None,
 ) -> Conditions:
-    """What these options ask for; the profile of a file is measured, causally or not."""
+    """The conditions that these options describe; the profile of a file is measured, causally or not."""
     if profile is not None and profile_from is not None:
         raise ConfigError("--profile and --profile-from say the same thing twice; remove one")
-    known: Any = profile
+    source: Any = profile
     if profile_from is not None:
-        from planner.quality.profile_file import profile_from as measured
+        from planner.quality.profile_file import profile_from as read_profile
 
-        known = measured(profile_from, bool(causal))
+        source = read_profile(profile_from, bool(causal))
     return Conditions(
         {
             "reserve": reserve,
             "layers": layers or None,
             "min_mass": min_mass or None,
             "max_seconds": max_seconds,
-            "profile": known,
+            "profile": source,
         }
     )
 
@@ -99,14 +103,14 @@ Allowed = NewType("Allowed", "Space")
 """A space, named without loading what it is made of."""
 
 
-def build_space(**given: Any) -> Allowed:
-    """What may be chosen, as the options of all dimensions restrict it."""
+def build_space(**options: Any) -> Allowed:
+    """The search space, as the options of all dimensions restrict it."""
     from planner.question.space import Space
 
     values = {
-        dimension.field: _READ[dimension.written](given[dimension.argument], dimension.option)
+        dimension.field: _READ[dimension.written](options[dimension.argument], dimension.option)
         for dimension in DIMENSIONS.values()
-        if dimension.argument in given
+        if dimension.argument in options
     }
     return Allowed(Space(**{field: value for field, value in values.items() if value is not None}))
 

@@ -28,9 +28,9 @@ _File: TypeAlias = Annotated[
 ]
 
 
-def build_pictured(**given: Any) -> Pictured:
+def build_pictured(**options: Any) -> Pictured:
     """The config of the file, or the one that options describe. Takes what `build_config` does."""
-    return Pictured(build_config(named="", **given))
+    return Pictured(build_config(named="", **options))
 
 
 _of_config = inspect.signature(build_config, eval_str=True)
@@ -49,14 +49,16 @@ def build_view(
         str | None,
         typer.Option(metavar="TOKENS", help=f"Tokens: 4096, 128K or 1M. [default: the file's, or {SEQ}]"),
     ] = None,
-    causal: Annotated[bool | None, typer.Option("--causal", help="Queries see no later keys.")] = None,
+    causal: Annotated[
+        bool | None, typer.Option("--causal", help="Causal mask: queries attend to no later keys.")
+    ] = None,
     heads: Annotated[int | None, typer.Option(help="Query heads. [default: the file's, or 8]")] = None,
 ) -> View:
     """The workload that these options describe; what they leave open is the file's, where it has one."""
-    known = known_workload(config, named="")
-    given: dict[str, Any] = {
-        "seq": known.get("seq", SEQ) if seq is None else parse_count(seq, "--seq"),
-        "causal": known.get("causal", False) if causal is None else causal,
-        "heads": known.get("heads", Workload.model_fields["heads"].default) if heads is None else heads,
+    defaults = known_workload(config, named="")
+    fields: dict[str, Any] = {
+        "seq": defaults.get("seq", SEQ) if seq is None else parse_count(seq, "--seq"),
+        "causal": defaults.get("causal", False) if causal is None else causal,
+        "heads": defaults.get("heads", Workload.model_fields["heads"].default) if heads is None else heads,
     }
-    return View(Workload(**given))
+    return View(Workload(**fields))

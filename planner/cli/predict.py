@@ -29,20 +29,20 @@ def gpus(
     One card is shown in full, with the sources of its figures; JSON and YAML always have them.
     """
     from planner.gpus import known, matching
-    from planner.report.text import tables as report
+    from planner.report.text import tables
 
     cards = known() if name is None else matching(name)
     if format != "table":
-        print_data([report.gpu_data(gpu) for gpu in cards], format)
+        print_data([tables.gpu_data(gpu) for gpu in cards], format)
     else:
-        report.show(report.gpu_card(cards[0]) if len(cards) == 1 else report.gpu_table(cards))
+        tables.show(tables.gpu_card(cards[0]) if len(cards) == 1 else tables.gpu_table(cards))
     return DONE
 
 
 @command("estimate", "planner estimate --variant dense --seq 32K --vram 8GB --mode training")
 def estimate(
     *,
-    given: Given,
+    option_names: Given,
     workload: Workload,
     config: AttentionConfig,
     place: Place,
@@ -54,23 +54,23 @@ def estimate(
 ) -> int:
     """Predict the memory of one attention, without running it.
 
-    No GPU is needed. What it takes is shown share by share, with an upper bound and how sure that is.
+    No GPU is needed. The peak is shown share by share, with an upper bound and how certain that is.
     """
     from planner.memory.estimate import estimate as predict
 
-    found = predict(config, workload, place.device, **place.options)
+    prediction = predict(config, workload, place.device, **place.options)
     if plot is not None:
         from planner.report.plot.estimate import plot as draw
 
-        draw(found, plot, place.budget)
+        draw(prediction, plot, place.budget)
     if format == "table":
         from planner.report.text.estimate import estimate_text
 
-        typer.echo(estimate_text(found, place.budget, lines=lines, ink=ink()))
+        typer.echo(estimate_text(prediction, place.budget, lines=lines, ink=ink()))
     else:
-        print_data(found.model_dump(mode="json"), format)
-        if "vram" in given and place.budget is not None:
-            say(f"the upper bound is {'within' if found.upper <= place.budget else 'above'} --vram")
+        print_data(prediction.model_dump(mode="json"), format)
+        if "vram" in option_names and place.budget is not None:
+            say(f"the upper bound is {'within' if prediction.upper <= place.budget else 'above'} --vram")
     if plot is not None:
         say(f"the waterfall was drawn in {plot}")
     return DONE
@@ -89,24 +89,24 @@ def max_seq(
 ) -> int:
     """Find the longest sequence that fits.
 
-    It is a multiple of the block size, and fits at the upper bound. Where not even one block fits, the exit
-    code is 3, and options that would change that are named.
+    It is a multiple of the block size, and fits at the upper bound. If not even one block fits, the exit code
+    is 3, and the options with which one would fit are printed.
     """
     from planner.question.relaxation import spelt
     from planner.search.longest import longest
 
-    found = longest(config, workload, parse_bytes(vram, "--vram"), place.device, place.options)
-    fits, changes = found.fits, [spelt(change, exactly=True) for change in found.relaxations]
+    answer = longest(config, workload, parse_bytes(vram, "--vram"), place.device, place.options)
+    fits, changes = answer.fits, [spelt(change, exactly=True) for change in answer.relaxations]
     if format == "table":
         from planner.report.text.estimate import longest_text
 
-        typer.echo(longest_text(found))
+        typer.echo(longest_text(answer))
     else:
         data = {
             "seq": fits.workload.seq if fits else 0,
-            "budget": found.budget,
+            "budget": answer.budget,
             "fits": fits.model_dump(mode="json") if fits else None,
-            "beyond": found.beyond.model_dump(mode="json"),
+            "beyond": answer.beyond.model_dump(mode="json"),
             "relaxations": changes,
         }
         print_data(data, format)
@@ -118,7 +118,7 @@ def max_seq(
 @command("compare", "planner compare docs/examples/small.json docs/examples/large.json --seq 128K")
 def compare(
     *,
-    given: Given,
+    option_names: Given,
     a: Annotated[Path, typer.Argument(metavar="A.json", help="A config, an estimate or a measurement.")],
     b: Annotated[Path, typer.Argument(metavar="B.json", help="The same.")],
     seq: Annotated[
@@ -131,7 +131,7 @@ def compare(
     ] = None,
     format: Format = "table",
 ) -> int:
-    """Show what one attention takes more than another, and why.
+    """Compare the memory of two attentions, buffer by buffer.
 
     Sizes and device are for configs; estimates and measurements have their own.
     """
@@ -144,8 +144,8 @@ def compare(
     def estimated(config: AttentionConfig) -> MemoryEstimate:
         if seq is None:
             raise ConfigError("a config needs --seq, e.g. --seq 128K")
-        asked = workload.model_copy(update={"seq": parse_count(seq, "--seq")})
-        return predict(config, asked, place.device, **place.options)
+        sized_workload = workload.model_copy(update={"seq": parse_count(seq, "--seq")})
+        return predict(config, sized_workload, place.device, **place.options)
 
     used: list[AttentionConfig] = []
 
@@ -154,20 +154,20 @@ def compare(
         return estimated(config)
 
     sides = side(a, noted), side(b, noted)
-    idle = given - {"a", "b", "plot", "format"}
+    idle = option_names - {"a", "b", "plot", "format"}
     if idle and not used:
         raise ConfigError(
             f"{flags(idle)}: for configs, and both files have figures of their own; remove them"
         )
-    found = differences(*sides)
+    comparison = differences(*sides)
     if plot is not None:
         from planner.report.plot.compare import plot_comparison
 
-        plot_comparison(found, (a.name, b.name), plot)
+        plot_comparison(comparison, (a.name, b.name), plot)
     if format == "table":
-        typer.echo(comparison_text(found, (a.name, b.name)))
+        typer.echo(comparison_text(comparison, (a.name, b.name)))
     else:
-        print_data(comparison_data(found), format)
+        print_data(comparison_data(comparison), format)
     if plot is not None:
         say(f"the comparison was drawn in {plot}")
     return DONE

@@ -23,10 +23,12 @@ def measure(
     workload: Workload,
     config: AttentionConfig,
     device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where to run.")] = "cpu",
-    timeout: Annotated[float, typer.Option(max=MAXIMUM_TIMEOUT, help="Seconds for everything.")] = 120,
-    runs: Annotated[int, typer.Option(max=1_000_000, help="Warm calls that are timed.")] = 3,
+    timeout: Annotated[
+        float, typer.Option(max=MAXIMUM_TIMEOUT, help="Maximum seconds of the whole run.")
+    ] = 120,
+    runs: Annotated[int, typer.Option(max=1_000_000, help="Timed warm calls.")] = 3,
     cap: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Hold the run to so much memory: 8GB, 500MiB.")
+        str | None, typer.Option(metavar="SIZE", help="Limit the memory of the run: 8GB, 500MiB.")
     ] = None,
     append: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Add the record to this file, a line of JSON each.")
@@ -39,21 +41,21 @@ def measure(
     exits 1, and what the library refuses 2.
     """
     from planner.measuring.measure import measure as run
-    from planner.report.text import tables as report
+    from planner.report.text import tables
 
     cap_bytes = None if cap is None else parse_bytes(cap, "--cap")
     with progress_line(f"measuring {config.variant} at {workload.seq:,} tokens on {device}"):
-        found = run(config, workload, device, timeout=timeout, runs=runs, cap_bytes=cap_bytes)
+        measurement = run(config, workload, device, timeout=timeout, runs=runs, cap_bytes=cap_bytes)
     if format == "table":
-        report.show(report.measurement_table(found))
+        tables.show(tables.measurement_table(measurement))
     else:
-        print_data(report.measurement_data(found), format)
+        print_data(tables.measurement_data(measurement), format)
     if append is not None:
         from planner.measuring import records
 
-        records.append(append, found)
+        records.append(append, measurement)
         say(f"the record was added to {append}")
-    return {"crash": CRASHED, "error": WRONG}.get(found.kind, DONE)
+    return {"crash": CRASHED, "error": WRONG}.get(measurement.kind, DONE)
 
 
 @command("calibrate", "planner calibrate --device cpu")
@@ -62,22 +64,20 @@ def calibrate(
     device: Annotated[Literal["cpu", "cuda"], typer.Option(help="What to measure.")] = "cpu",
     out: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Where to keep it. [default: where predictions look first]"),
+        typer.Option(metavar="FILE", help="File to save it in. [default: where predictions look first]"),
     ] = None,
     runs: Annotated[int, typer.Option(help="Runs, each in a process of its own.")] = CALIBRATION_RUNS,
-    seed: Annotated[int, typer.Option(help="Which runs, of all that there are.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed by which runs are drawn.")] = 0,
     threads: Annotated[
-        int | None, typer.Option(help="Of the CPU's operators. [default: torch's choice]")
+        int | None, typer.Option(help="Threads of the CPU's operators. [default: torch's choice]")
     ] = None,
-    speed: Annotated[
-        bool, typer.Option(help="Time runs too, after those that memory is measured in.")
-    ] = True,
+    speed: Annotated[bool, typer.Option(help="Time runs too, after those that measure memory.")] = True,
     format: Format = "table",
 ) -> int:
-    """Measure this device, so that predictions know how sure they are.
+    """Measure this device, so that predictions have measured margins.
 
-    Takes some minutes. Every run is kept as it ends: after an interruption the same command goes on where
-    it stopped.
+    Takes some minutes. Every run is saved when it ends: after an interruption the same command continues
+    where it stopped.
     """
     from planner import calibrate as run
     from planner.calibration import as_record, own_path
@@ -85,21 +85,21 @@ def calibrate(
 
     try:
         with steps() as progress:
-            found = run(
+            calibration = run(
                 device, seed=seed, runs=runs, progress=progress, path=out, threads=threads, speed=speed
             )
     except KeyboardInterrupt:
-        say("what was measured is kept; the same command goes on from there")
+        say("what was measured is kept; the same command continues from there")
         raise
     if format == "table":
         from planner.report.text.tables import show
 
-        show(calibration_table(found))
+        show(calibration_table(calibration))
     else:
-        print_data(as_record(found), format)
-    if found.speed is not None:
-        say(found.speed.summary())
-    say(f"the calibration was saved as {out or own_path(found.device)}")
+        print_data(as_record(calibration), format)
+    if calibration.speed is not None:
+        say(calibration.speed.summary())
+    say(f"the calibration was saved as {out or own_path(calibration.device)}")
     return DONE
 
 
@@ -109,7 +109,7 @@ OUT: Final = "study-results"
 @command("study", "planner study min-mass --quick")
 def study(
     *,
-    given: Given,
+    option_names: Given,
     names: Annotated[
         list[str] | None, typer.Argument(metavar="[NAME...]", help="Studies, or `all`.", show_default=False)
     ] = None,
@@ -123,14 +123,14 @@ def study(
 ) -> int:
     """Answer a question by running it: data, a picture, three sentences.
 
-    Every row is kept as it ends: after an interruption the same command goes on where it stopped, as long as
-    version and machine are the same. A study of which no case ran says why and writes nothing; the others go
-    on, and the exit code is 2.
+    Every row is saved when it ends: after an interruption the same command continues where it stopped, as
+    long as version and machine are the same. A study none of whose cases ran says why and writes nothing; the
+    others go on, and the exit code is 2.
     """
     # Studies are built on the planner, not the other way round: this is the one door up, by name.
     catalogue: Any = import_module("studies.bench.catalogue")
     if list_:
-        if idle := given - {"list_", "format"}:
+        if idle := option_names - {"list_", "format"}:
             raise ConfigError(
                 f"{flags(idle - {'names'}) or 'NAME'}: --list runs nothing; remove one of the two"
             )
@@ -141,16 +141,18 @@ def study(
             print_data(dict(catalogue.QUESTIONS), format)
         return DONE
     if not names:
-        raise ConfigError("no study was named; `planner study --list` has them, `planner study all` runs all")
-    asked = catalogue.names(tuple(names))
+        raise ConfigError(
+            "no study was named; `planner study --list` lists them, `planner study all` runs all"
+        )
+    chosen = catalogue.names(tuple(names))
     if device == "cuda" and not import_module("torch").cuda.is_available():
         raise ConfigError("--device cuda: torch sees no GPU here; use --device cpu")
     studies: Any = import_module("studies.bench.study")
     records: Any = import_module("studies.bench.records")
-    asked = studies.able(asked, device, "all" in names)
+    chosen = studies.able(chosen, device, "all" in names)
     place = import_module("torch").device(device)
     answers, code = [], DONE
-    for name in asked:
+    for name in chosen:
         try:
             answer = studies.run(name, device=place, quick=quick, out=out)
         except records.NothingRanError as error:  # the others may have something to say
@@ -158,12 +160,12 @@ def study(
             code = WRONG
             continue
         except KeyboardInterrupt:
-            say(f"interrupted; what is done is kept in {out}, and the same command goes on from there")
+            say(f"interrupted; what is done is kept in {out}, and the same command continues from there")
             return INTERRUPTED
         answers.append(answer)
         if format == "table":
             typer.echo(f"{name}: {catalogue.QUESTIONS[name]}")
-            for line in (*answer.said, *studies.did_not_run(answer.failed), *answer.files):
+            for line in (*answer.findings, *studies.did_not_run(answer.failed), *answer.files):
                 typer.echo(f"  {line}")
     for answer in answers:
         records.settle(answer.files[0])
@@ -172,7 +174,7 @@ def study(
             [
                 {
                     "study": a.name,
-                    "said": list(a.said),
+                    "said": list(a.findings),
                     "failed": dict(a.failed),
                     "files": list(map(str, a.files)),
                 }

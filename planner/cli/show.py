@@ -17,39 +17,39 @@ from planner.cli.options_show import Pictured, View
 @command("show", "planner show docs/examples/large.json --seq 128K --causal")
 def show(
     *,
-    given: Given,
+    option_names: Given,
     view: View,
     config: Pictured,
     profile: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Where attention's mass lies. [default: balanced]")
+        str | None, typer.Option(metavar="NAME", help="How mass is spread over distance. [default: balanced]")
     ] = None,
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw the layout, as .png or .svg.")
     ] = None,
     format: Format = "table",
 ) -> int:
-    """Picture which tokens an attention lets see which.
+    """Draw the attention mask of a config.
 
-    Of a dilated attention what its first head sees is drawn, and which positions the others take. What an
-    adaptive one sees is chosen at run time: of it only the budget is known.
+    For a dilated attention this is the mask of its first head, and the positions that the other heads attend
+    to. An adaptive attention chooses its blocks at run time: only their number is known.
     """
     from planner.quality.profiles import DEFAULT, preset
     from planner.report.seen import seen, seen_data
 
-    idle = given & _idle(config, file="config" in given)
+    idle = option_names & _idle(config, file="config" in option_names)
     if idle:
         say(f"note: without effect here: {flags(idle)}")
-    found = seen(config, view, preset(profile or DEFAULT))
+    layout = seen(config, view, preset(profile or DEFAULT))
     if plot is not None:
         from planner.report.plot.layout import plot_layout
 
-        plot_layout(found, plot)
+        plot_layout(layout, plot)
     if format == "table":
         from planner.report.text.layout import seen_text
 
-        typer.echo(seen_text(found, ink()))
+        typer.echo(seen_text(layout, ink()))
     else:
-        print_data(seen_data(found), format)
+        print_data(seen_data(layout), format)
     if plot is not None:
         say(f"the layout was drawn in {plot}")
     return DONE
@@ -72,15 +72,17 @@ def report(
         ),
     ] = None,
     storage: Annotated[
-        str | None, typer.Option(metavar="URL", help="In place of a file, where `tune` keeps trials.")
+        str | None, typer.Option(metavar="URL", help="Instead of a file: the storage of `tune`'s trials.")
     ] = None,
-    study: Annotated[str | None, typer.Option(metavar="NAME", help="Their name in the storage.")] = None,
+    study: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Name of the trials in the storage.")
+    ] = None,
     out: Annotated[Path, typer.Option(metavar="FILE", help="The page.")] = Path("report.html"),
 ) -> int:
     """Make an answer a page to read, print and send.
 
-    One file of HTML that needs nothing else: the answer, where the budget goes, why, what else there is, who
-    sees whom, the program, and where the figures are from. A file that is there is replaced.
+    One file of HTML that needs nothing else: the answer, where the budget goes, why, what else there is, the
+    attention mask, the program, and where the figures are from. An existing file is replaced.
     """
     if (file is None) == (storage is None) or (storage is None) != (study is None):
         raise ConfigError("name one answer: either a file, or --storage URL and --study NAME")

@@ -1,5 +1,5 @@
-"""What a command does before it imports anything else: an answer takes about a second, and these lines save
-a third of another. For `planner.cli.main` alone, because they hold for the whole process."""
+"""The first steps of a command, before it imports anything else: an answer takes about a second, and these
+lines save a third of another. For `planner.cli.main` alone, because they hold for the whole process."""
 
 import atexit
 import gc
@@ -21,8 +21,8 @@ os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
 class _Bar:
     """Stands for tqdm's progress bar, which is imported when there is one to show."""
 
-    def __call__(self, *given: Any, **options: Any) -> Any:
-        return self._real()(*given, **options)
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        return self._real()(*arguments, **options)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._real(), name)

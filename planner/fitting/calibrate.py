@@ -37,7 +37,7 @@ HELD_OUT: Final = 4
 """Times as long, at least, are held-out sequences."""
 LONGEST: Final[dict[Device, int]] = {"cpu": 65_536, "cuda": 1 << 20}
 WORK: Final[dict[Device, float]] = {"cpu": 1 << 29, "cuda": 1 << 36}
-"""Of one run; see `planner.fitting.samples`."""
+"""Most work of one run; see `planner.fitting.samples`."""
 FLOOR_BYTES: Final[dict[Device, int]] = {"cpu": 1 << 27, "cuda": 1 << 31}
 TIMEOUT: Final = 300.0
 """Seconds that one run may take."""
@@ -56,7 +56,7 @@ def calibrated(
     threads: int | None,
     speed: bool,
 ) -> Calibration:
-    """What `planner.calibrate` returns, and saves."""
+    """The calibration that `planner.calibrate` returns, and saves."""
     fitted, held_out = plan_runs(device, seed, runs)
     from planner.measuring.server import Batch
 
@@ -66,22 +66,24 @@ def calibrated(
         start = _start(batch.measure)
         key = _key(device, start)
         path = own_path(key) if path is None else Path(path)
-        kept = Path(f"{path}.records.jsonl")
+        records_path = Path(f"{path}.records.jsonl")
         make_folder(path, "the calibration")
-        known = _known(kept, start)
-        measured = _measured(device, batch, [*fitted, *held_out], known, kept, (0, total), progress)
+        earlier = _earlier_runs(records_path, start)
+        measured = _measured(device, batch, [*fitted, *held_out], earlier, records_path, (0, total), progress)
     seconds: list[Measurement] = []
     if speed:
         # Without counting memory a run is short, so that many calls of it are timed.
         with Batch(
             device, timeout=TIMEOUT, threads=threads, memory=False, runs=REPETITIONS, reference=True
         ) as batch:
-            known = _known(kept, start, REPETITIONS)
-            seconds = _measured(device, batch, [*timed, *timed_apart], known, kept, (runs, total), progress)
+            earlier = _earlier_runs(records_path, start, REPETITIONS)
+            seconds = _measured(
+                device, batch, [*timed, *timed_apart], earlier, records_path, (runs, total), progress
+            )
     if progress:
         progress(total, total, "done")
     command = f"planner calibrate --device {device} --runs {runs} --seed {seed}"
-    found = calibration_of(
+    calibration = calibration_of(
         key,
         start,
         measured[: len(fitted)],
@@ -91,26 +93,28 @@ def calibrated(
     if any(m.kind == "ok" for m in seconds[: len(timed)]):
         from planner.fitting.speed import speed_fit
 
-        found = found.model_copy(update={"speed": speed_fit(seconds[: len(timed)], seconds[len(timed) :])})
-    save(found, path)
+        calibration = calibration.model_copy(
+            update={"speed": speed_fit(seconds[: len(timed)], seconds[len(timed) :])}
+        )
+    save(calibration, path)
     with contextlib.suppress(OSError):
-        kept.unlink(missing_ok=True)
-    return found
+        records_path.unlink(missing_ok=True)
+    return calibration
 
 
 def _timed_runs(device: Device, seed: int) -> tuple[list[Sample], list[Sample]]:
     """(runs to fit seconds to, held-out ones)."""
-    from planner.fitting import speed as speed_fit
+    from planner.fitting import speed
 
-    return speed_fit.plan_speed(device, seed, speed_fit.RUNS)
+    return speed.plan_speed(device, seed, speed.RUNS)
 
 
 def _measured(
     device: Device,
     batch: Batch,
     samples: Sequence[Sample],
-    known: RecordedRuns,
-    kept: Path,
+    earlier: RecordedRuns,
+    records_path: Path,
     steps: tuple[int, int],
     progress: OnStep | None,
 ) -> list[Measurement]:
@@ -122,11 +126,11 @@ def _measured(
         config, workload = sample
         if progress:
             progress(steps[0] + len(measured), steps[1], f"{config.variant}, {workload.seq:,} tokens")
-        found = known.get(config, workload, device)
-        if found is None:
-            found = batch.measure(config, workload)
-            records.append(kept, found)
-        measured.append(found)
+        measurement = earlier.get(config, workload, device)
+        if measurement is None:
+            measurement = batch.measure(config, workload)
+            records.append(records_path, measurement)
+        measured.append(measurement)
     return measured
 
 
@@ -151,7 +155,7 @@ def plan_runs(device: Device, seed: int, runs: int) -> tuple[list[Sample], list[
 
 
 def features(sample: Sample) -> list[float]:
-    """On what a platform's terms might depend: variant, dtype, mode, sizes."""
+    """Properties that a platform's terms might depend on: variant, dtype, mode, sizes."""
     import math
 
     config, workload = sample
@@ -170,8 +174,8 @@ def features(sample: Sample) -> list[float]:
 
 
 def most_informative(rows: Sequence[Sequence[float]], count: int) -> list[int]:
-    """Which rows to choose: one at a time the one that adds most to the determinant of the information
-    matrix of those chosen, `sum of x x^T`, begun with a little in every direction."""
+    """Indices of the rows to choose: one at a time the one that adds most to the determinant of the
+    information matrix of those chosen, `sum of x x^T`, begun with a little in every direction."""
     import numpy as np
 
     x = np.asarray(rows, dtype=float)
@@ -190,7 +194,8 @@ def most_informative(rows: Sequence[Sequence[float]], count: int) -> list[int]:
 def calibration_of(
     key: str, start: Measurement, fitted: Sequence[Measurement], held_out: Sequence[Measurement], command: str
 ) -> Calibration:
-    """What these measurements tell. `start` is of the same device and says where that was."""
+    """The calibration that follows from these measurements. `start` is of the same device and says where
+    that was."""
     from statistics import median
 
     short, long = _whole(fitted), _whole(held_out)
@@ -236,13 +241,13 @@ def peak(measurement: Measurement, context: int | None) -> int:
     """The figure that predictions are held to: what the device lost (where the driver does not tell,
     reserved and context), on a CPU what was allocated."""
     if measurement.device == "cpu":
-        found = measurement.allocated
+        figure = measurement.allocated
     elif measurement.device_peak is not None:
-        found = measurement.device_peak
+        figure = measurement.device_peak
     else:
-        found = None if measurement.reserved is None else measurement.reserved + (context or 0)
-    assert found is not None, "a run that is 'ok' has figures"
-    return found
+        figure = None if measurement.reserved is None else measurement.reserved + (context or 0)
+    assert figure is not None, "a run that is 'ok' has figures"
+    return figure
 
 
 def predicted(measurement: Measurement, key: str, context: int | None) -> int:
@@ -289,10 +294,12 @@ def _start(run: Callable[..., Measurement]) -> Measurement:
     from attention.config import AttentionConfig
     from planner.workload import Workload
 
-    found = run(AttentionConfig(variant="dense"), Workload(seq=64, dtype="float32"))
-    if found.kind != "ok":
-        raise AttentionPlannerError(f"nothing can be measured on this {found.device}: {found.message}")
-    return found
+    measurement = run(AttentionConfig(variant="dense"), Workload(seq=64, dtype="float32"))
+    if measurement.kind != "ok":
+        raise AttentionPlannerError(
+            f"nothing can be measured on this {measurement.device}: {measurement.message}"
+        )
+    return measurement
 
 
 def _key(device: Device, start: Measurement) -> str:
@@ -304,13 +311,15 @@ def _key(device: Device, start: Measurement) -> str:
     return gpus.find(start.environment.device or "").key
 
 
-def _known(kept: Path, start: Measurement, repetitions: int = 1) -> RecordedRuns:
+def _earlier_runs(records_path: Path, start: Measurement, repetitions: int = 1) -> RecordedRuns:
     """Runs that an interrupted calibration left, of those that this device and torch made; those timed so
     many times."""
     from planner.measuring import records
 
-    found = records.read(kept) if kept.exists() else []
-    return records.RecordedRuns(m for m in found if _place(m) == _place(start) and m.runs == repetitions)
+    measurements = records.read(records_path) if records_path.exists() else []
+    return records.RecordedRuns(
+        m for m in measurements if _place(m) == _place(start) and m.runs == repetitions
+    )
 
 
 def _place(m: Measurement) -> tuple[object, ...]:

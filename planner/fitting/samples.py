@@ -32,7 +32,7 @@ KINDS: Final[tuple[SampleKind, ...]] = get_args(SampleKind)
 """Attentions, block-sparse ones by their pattern; `multihead`, any of them between projections, and
 `weights`, a block-sparse one whose weights are asked for."""
 PLAIN: Final[tuple[SampleKind, ...]] = ("dense", "dilated", "local_window", "global_local", "dilated_sparse")
-"""Those without parts of their own beside the attention."""
+"""Kinds without parts of their own beside the attention."""
 SPARSE: Final[tuple[SampleKind, ...]] = ("local_window", "global_local", "dilated_sparse")
 
 WORK: Final = 1 << 31
@@ -48,7 +48,7 @@ TRIES: Final = 1000
 
 
 class Sample(NamedTuple):
-    """What to run on what."""
+    """A config and the workload to run it on."""
 
     config: AttentionConfig
     workload: Workload
@@ -196,7 +196,7 @@ def _settings(rng: random.Random) -> dict[str, Any]:
 
 
 def _attention(rng: random.Random, kind: SampleKind, seq: int, sizes: dict[str, int]) -> dict[str, Any]:
-    """What an AttentionConfig of this kind consists of, settings apart."""
+    """Fields of an AttentionConfig of this kind, without the settings."""
     if kind == "dense":
         return {"variant": "dense"}
     if kind == "dilated":
@@ -223,15 +223,15 @@ def _attention(rng: random.Random, kind: SampleKind, seq: int, sizes: dict[str, 
 
 
 def _pattern(rng: random.Random, kind: Any, block: int) -> SparsePatternConfig:
-    known: PatternType = kind
-    if known == "dilated_sparse":
-        return SparsePatternConfig(pattern_type=known, block_size=block, sparsity_ratio=_ratio(rng))
+    pattern_type: PatternType = kind
+    if pattern_type == "dilated_sparse":
+        return SparsePatternConfig(pattern_type=pattern_type, block_size=block, sparsity_ratio=_ratio(rng))
     window = rng.choice((1, block, 2 * block, 3 * block, 256, 512, 1024, 4096))
-    if known == "local_window":
-        return SparsePatternConfig(pattern_type=known, block_size=block, local_window_size=window)
+    if pattern_type == "local_window":
+        return SparsePatternConfig(pattern_type=pattern_type, block_size=block, local_window_size=window)
     tokens = rng.choice((1, block, block + 1, 3 * block))
     return SparsePatternConfig(
-        pattern_type=known, block_size=block, local_window_size=window, global_tokens=tokens
+        pattern_type=pattern_type, block_size=block, local_window_size=window, global_tokens=tokens
     )
 
 

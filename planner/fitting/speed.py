@@ -37,7 +37,7 @@ HELD_OUT_SHARE: Final = 4
 PRIOR: Final = 0.03
 """Weight of a default beside a run's of 1."""
 ROUNDS: Final = 8
-"""Of reweighting."""
+"""Rounds of reweighting."""
 SHARED: Final = (*HOST, "scored", "ranked", "gated")
 """Units whose cost does not depend on the dtype."""
 
@@ -75,7 +75,7 @@ class _Row(NamedTuple):
 
 
 class Coefficient(NamedTuple):
-    """What a coefficient is of."""
+    """The unit of work that a coefficient belongs to."""
 
     step: Literal["forward", "backward"]
     dtype: str
@@ -94,8 +94,8 @@ def fit(measurements: Sequence[Measurement]) -> Rates:
     seconds = np.array([m.seconds for m in good])
     expected = np.array([_cost(start, unit) for unit in units])
     scale = float(np.median(seconds / np.maximum(matrix @ expected, 1e-12)))
-    found = _fitted(matrix / seconds[:, None], expected * scale)
-    return _rates(start, dict(zip(units, found, strict=True)), rows)
+    coefficients = _fitted(matrix / seconds[:, None], expected * scale)
+    return _rates(start, dict(zip(units, coefficients, strict=True)), rows)
 
 
 def held_out_errors(rates: Rates, measurements: Iterable[Measurement]) -> Floats:
@@ -128,12 +128,12 @@ def speed_fit(fitted: Sequence[Measurement], held_out: Sequence[Measurement]) ->
 
 
 def steady(measurements: Sequence[Measurement]) -> list[Measurement]:
-    """The same runs, their seconds as if the device had always been as fast as it was in the median: a
+    """The runs with their seconds as if the device had always been as fast as it was in the median: a
     machine that others use too is slower at times, and then its reference call is as well."""
-    known = [m.reference for m in measurements if m.reference]
-    if not known:
+    references = [m.reference for m in measurements if m.reference]
+    if not references:
         return list(measurements)
-    usual = median(known)
+    usual = median(references)
     return [
         m.model_copy(update={"seconds": m.seconds * usual / m.reference}) if m.seconds and m.reference else m
         for m in measurements
@@ -151,7 +151,7 @@ def corrected(rates: Rates, measurements: Sequence[Measurement]) -> Rates:
     if not ratios:
         raise AttentionPlannerError(f"nothing to learn from: none of {len(measurements)} runs gave seconds")
     factors = {dtype: float(median(each)) for dtype, each in ratios.items()}
-    said = ", ".join(f"{dtype} x {factors[dtype]:.3f} by {len(ratios[dtype])} runs" for dtype in factors)
+    summary = ", ".join(f"{dtype} x {factors[dtype]:.3f} by {len(ratios[dtype])} runs" for dtype in factors)
     steps: dict[str, Any] = {
         step: {
             dtype: {name: cost * factors.get(dtype, 1.0) for name, cost in costs.items()}
@@ -159,16 +159,16 @@ def corrected(rates: Rates, measurements: Sequence[Measurement]) -> Rates:
         }
         for step in STEPS
     }
-    return rates.model_copy(update={**steps, "source": f"{rates.source}; {said}"})
+    return rates.model_copy(update={**steps, "source": f"{rates.source}; {summary}"})
 
 
 def rank_correlation(a: Floats, b: Floats) -> float:
-    """Spearman's; 0 where there is nothing to correlate."""
+    """Spearman's rank correlation; 0 where there is nothing to correlate."""
     if len(a) < 2:
         return 0.0
     first, second = (np.argsort(np.argsort(x)).astype(np.float64) for x in (a, b))
-    found = float(np.corrcoef(first, second)[0, 1])
-    return min(max(found, -1.0), 1.0)
+    correlation = float(np.corrcoef(first, second)[0, 1])
+    return min(max(correlation, -1.0), 1.0)
 
 
 def defaults_for(measurement: Measurement) -> Rates:
@@ -210,19 +210,19 @@ def _cost(rates: Rates, unit: Coefficient) -> float:
 
 def _fitted(relative: Floats, expected: Floats) -> Floats:
     """x >= 0 with relative @ x ~ 1, robustly, and a little towards what is `expected`."""
-    known = expected > 0
-    size = np.where(known, expected, 1.0)
-    prior = PRIOR * np.eye(len(expected))[known]
+    positive = expected > 0
+    size = np.where(positive, expected, 1.0)
+    prior = PRIOR * np.eye(len(expected))[positive]
     scaled, target = relative * size, np.ones(len(relative))
     weights = np.ones(len(relative))
-    found = np.ones(len(expected))
+    solution = np.ones(len(expected))
     for _ in range(ROUNDS):
         rows = np.concatenate([scaled * weights[:, None], prior])
-        found = nnls(rows, np.concatenate([target * weights, PRIOR * np.ones(len(prior))]))
-        errors = np.abs(scaled @ found - 1)
+        solution = nnls(rows, np.concatenate([target * weights, PRIOR * np.ones(len(prior))]))
+        errors = np.abs(scaled @ solution - 1)
         bound = 1.5 * max(float(np.median(errors)), 0.01)
         weights = np.sqrt(np.minimum(1, bound / np.maximum(errors, 1e-12)))
-    return found * size
+    return solution * size
 
 
 def nnls(a: Floats, b: Floats) -> Floats:
@@ -247,11 +247,11 @@ def nnls(a: Floats, b: Floats) -> Floats:
             passive &= x > 1e-14
             x[~passive] = 0.0
         x = best
-    found: Floats = x / size
-    return found
+    solution: Floats = x / size
+    return solution
 
 
-def _rates(start: Rates, found: dict[Coefficient, float], rows: Sequence[_Row]) -> Rates:
+def _rates(start: Rates, coefficients: dict[Coefficient, float], rows: Sequence[_Row]) -> Rates:
     """The rates of the dtypes that were run; units that no run had keep their default."""
     costs: dict[str, dict[str, Costs]] = {"forward": {}, "backward": {}}
     dtypes = sorted({row.measurement.workload.dtype for row in rows})
@@ -259,7 +259,9 @@ def _rates(start: Rates, found: dict[Coefficient, float], rows: Sequence[_Row]) 
         for dtype in dtypes:
             default: Costs = getattr(start, step).get(dtype, {})
             fitted: Any = {
-                unit.name: x for unit, x in found.items() if unit.step == step and unit.dtype in ("", dtype)
+                unit.name: x
+                for unit, x in coefficients.items()
+                if unit.step == step and unit.dtype in ("", dtype)
             }
             by_dtype[dtype] = default | {name: float(x) for name, x in fitted.items()}
         if start.device == "cpu":

@@ -1,5 +1,5 @@
-"""What to time: configs and workloads over all that seconds depend on, the same for the same seed. Imports no
-torch.
+"""Samples to time: configs and workloads over all that seconds depend on, the same for the same seed. Imports
+no torch.
 
 Kinds, dtypes and modes take turns, so that every combination of them occurs about equally often; sizes are
 drawn. Each call is given as many tokens as make its work about the one that was drawn, so that a call takes
@@ -19,9 +19,9 @@ from planner.measuring.measure import Device
 from planner.workload import Dtype, Mode, Workload
 
 KINDS: Final = ("local_window", "dilated", "dilated_sparse", "dense", "global_local", "adaptive", "multihead")
-"""Of attention; see `planner.fitting.samples.SampleKind`."""
+"""Kinds of attention; see `planner.fitting.samples.SampleKind`."""
 INSIDE: Final = ("local_window", "dilated", "dilated_sparse", "dense")
-"""Those that are tried between projections."""
+"""Kinds that are tried between projections."""
 DTYPES: Final[tuple[Dtype, ...]] = ("float32", "bfloat16", "float16")
 WORK: Final[dict[Device, tuple[float, float]]] = {"cpu": (1e8, 1.5e9), "cuda": (1e11, 5e12)}
 """Least and most of a forward, as `planner.fitting.samples.work_of` has it: on two cores 8 to 150 ms."""

@@ -32,13 +32,13 @@ class ModuleCall:
 
         q, k, v = self.inputs * (3 // len(self.inputs))
         with torch.set_grad_enabled(self.grad is not None):
-            found = self.module(
+            result = self.module(
                 q, k, v, is_causal=self.workload.causal, return_attention_weights=self.workload.weights
             )
-        out = found[0] if isinstance(found, tuple) else found
+        out = result[0] if isinstance(result, tuple) else result
         if self.grad is not None:
             out.backward(self.grad)
-        return found
+        return result
 
     def drop_gradients(self) -> None:
         for tensor in (*self.inputs, *self.module.parameters()):

@@ -52,14 +52,14 @@ def serve(answer: int) -> None:
         child = os.fork()
         if not child:
             _settle()
-            _answer(task, lambda **said: _write(answer, said))
+            _answer(task, lambda **line: _write(answer, line))
         ended = _waited(child, task["seconds"])
         os.write(answer, b"\n")  # a fork that was killed may have left half a line
         _write(answer, {"ended": ended})
 
 
-def _write(answer: int, said: dict[str, Any]) -> None:
-    data = json.dumps(said).encode() + b"\n"
+def _write(answer: int, line: dict[str, Any]) -> None:
+    data = json.dumps(line).encode() + b"\n"
     while data:
         data = data[os.write(answer, data) :]
 
@@ -68,8 +68,8 @@ def _waited(child: int, seconds: float) -> dict[str, Any]:
     """How a fork ended; it is killed when its time is over."""
     deadline, timed_out = monotonic() + seconds, False
     while True:
-        found, status = os.waitpid(child, 0 if timed_out else os.WNOHANG)
-        if found:
+        pid, status = os.waitpid(child, 0 if timed_out else os.WNOHANG)
+        if pid:
             return {"code": os.waitstatus_to_exitcode(status), "timed_out": timed_out}
         if monotonic() > deadline:
             timed_out = True
@@ -270,21 +270,21 @@ def _timed(call: ModuleCall, task: dict[str, Any], device: torch.device) -> dict
 
     x = torch.randn((1, 8, 768, 64) if task.get("reference") else (0,), device=device)
 
-    def known() -> float:
+    def reference_seconds() -> float:
         return seconds(lambda: torch.nn.functional.scaled_dot_product_attention(x, x, x))
 
     times, ratios = [], []
-    before = min(known(), known()) if task.get("reference") else 0.0
+    before = min(reference_seconds(), reference_seconds()) if task.get("reference") else 0.0
     for _ in range(task["runs"]):
         times.append(seconds(call))
         if task.get("reference"):
-            after = known()
+            after = reference_seconds()
             ratios.append(2 * times[-1] / (before + after))
             before = after
         call.drop_gradients()
     middle = median(times)
-    found = {"seconds": middle, "spread": (max(times) - min(times)) / middle}
-    return found | ({"reference": middle / median(ratios)} if ratios else {})
+    timing = {"seconds": middle, "spread": (max(times) - min(times)) / middle}
+    return timing | ({"reference": middle / median(ratios)} if ratios else {})
 
 
 @contextlib.contextmanager
@@ -336,7 +336,7 @@ def _smi(field: str, uuid: str) -> str | None:
 def _environment(device: torch.device) -> dict[str, Any]:
     import torch
 
-    known: dict[str, Any] = {
+    environment: dict[str, Any] = {
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "threads": torch.get_num_threads(),
@@ -344,14 +344,14 @@ def _environment(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         if torch.cuda.is_available():
             card = torch.cuda.get_device_properties(device)
-            known |= {
+            environment |= {
                 "device": card.name,
                 "device_bytes": card.total_memory,
                 "capability": f"{card.major}.{card.minor}",
             }
         with contextlib.suppress(OSError):
-            known["driver"] = Path("/sys/module/nvidia/version").read_text().strip()
-        return known
+            environment["driver"] = Path("/sys/module/nvidia/version").read_text().strip()
+        return environment
     lines: list[str] = []
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -360,11 +360,11 @@ def _environment(device: torch.device) -> dict[str, Any]:
     matrices = ", AMX" if "amx_bf16" in flags else ""
     if "amx_fp16" in flags:
         matrices += " with float16"
-    known["device"] = models[0] if models else platform.processor() or platform.machine()
-    known["capability"] = torch.backends.cpu.get_cpu_capability() + matrices
+    environment["device"] = models[0] if models else platform.processor() or platform.machine()
+    environment["capability"] = torch.backends.cpu.get_cpu_capability() + matrices
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        known["device_bytes"] = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return known
+        environment["device_bytes"] = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return environment
 
 
 def _how(config: AttentionConfig, workload: Workload, call: ModuleCall) -> dict[str, str]:

@@ -17,9 +17,9 @@ class Footprint(NamedTuple):
     """Bytes while something ran, above what was allocated when the count began."""
 
     peak: int
-    """Most that was allocated at once."""
+    """Most bytes that were allocated at once."""
     kept: int
-    """What was still allocated at the end."""
+    """Bytes that were still allocated at the end."""
     largest: tuple[int, ...]
     """Sizes of the largest single allocations, descending."""
 
@@ -46,15 +46,15 @@ def _on_cuda(runs: Sequence[Callable[[], object]], device: torch.device) -> list
 
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
-    found = []
+    counts = []
     for run in runs:
         torch.cuda.reset_peak_memory_stats(device)
         result = run()
         torch.cuda.synchronize(device)
-        peak, kept = torch.cuda.max_memory_allocated(device), torch.cuda.memory_allocated(device)
-        found.append(Footprint(peak - before, kept - before, ()))
+        peak, held = torch.cuda.max_memory_allocated(device), torch.cuda.memory_allocated(device)
+        counts.append(Footprint(peak - before, held - before, ()))
         del result
-    return found
+    return counts
 
 
 def _on_cpu(runs: Sequence[Callable[[], object]], device: torch.device) -> list[Footprint]:
@@ -74,14 +74,14 @@ def _on_cpu(runs: Sequence[Callable[[], object]], device: torch.device) -> list[
     # By address, and not by the size that a freed block is reported with: torch remembers blocks from
     # earlier counts that were freed unseen, and reports their size for whatever is at the address now.
     living: dict[int, int] = {}
-    found: list[Footprint] = []
+    counts: list[Footprint] = []
     held = peak = 0
     sizes: list[int] = []
     for _, kind, address, nbytes in events:
         if kind == "begin":
             peak, sizes = held, []
         elif kind == "end":
-            found.append(Footprint(peak, held, tuple(sorted(sizes, reverse=True)[:LARGEST])))
+            counts.append(Footprint(peak, held, tuple(sorted(sizes, reverse=True)[:LARGEST])))
         elif nbytes > 0:
             held += nbytes - living.pop(address, 0)
             living[address] = nbytes
@@ -89,7 +89,7 @@ def _on_cpu(runs: Sequence[Callable[[], object]], device: torch.device) -> list[
             peak = max(peak, held)
         else:
             held -= living.pop(address, 0)
-    return found
+    return counts
 
 
 def _events(profile: Any, name: str) -> list[tuple[int, str, int, int]]:

@@ -73,13 +73,13 @@ class Environment(Value):
     kernel: str | None = None
     """The fused kernel used where no bias is needed."""
     settings: dict[str, str]
-    """Those of `SETTINGS` that were set."""
+    """The variables of `SETTINGS` that were set."""
     date: str
     """When, ISO 8601, UTC."""
 
 
 class Measurement(Value):
-    """What one config did on one workload. Figures are None unless `kind` is "ok"."""
+    """One run of a config on a workload. Figures are None unless `kind` is "ok"."""
 
     schema_version: Literal[1] = SCHEMA_VERSION
     config: AttentionConfig
@@ -96,7 +96,8 @@ class Measurement(Value):
     `planner.measuring.footprint`; NumPy arrays (layouts) are not among it. CUDA: blocks of the caching
     allocator."""
     allocated_warm: OptionalBytes = None
-    """The same in a second, equal call, what pool and caches hold by then included."""
+    """Most bytes allocated at once in a second, equal call, those that pool and caches hold by then
+    included."""
     reserved: OptionalBytes = None
     """CUDA: most bytes that the caching allocator held in the first call. CPU: None."""
     device_peak: OptionalBytes = None
@@ -194,14 +195,14 @@ def measure(
 def measurement_of(
     config: AttentionConfig, workload: Workload, task: dict[str, Any], ended: Ended, timeout: float
 ) -> Measurement:
-    """What a child that ended tells about its task."""
+    """The measurement from the answer of a child that ended."""
     environment: dict[str, Any] = {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "settings": {name: os.environ[name] for name in SETTINGS if name in os.environ},
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    environment |= ended.said.get("environment", {})
+    environment |= ended.answer.get("environment", {})
     return Measurement(
         config=config,
         workload=workload,
@@ -227,13 +228,13 @@ def check_sizes(config: AttentionConfig, workload: Workload) -> None:
         )
     if config.adaptive:
         named.append(("adaptive", {"heads": config.adaptive.num_heads, "head_dim": config.adaptive.head_dim}))
-    for part, asked in named:
+    for part, expected in named:
         got = {**sizes, "kv_heads": workload.groups}
-        wrong = [name for name in asked if asked[name] != got[name]]
+        wrong = [name for name in expected if expected[name] != got[name]]
         if wrong:
             raise ConfigError(
                 f"config and workload disagree: {part} has "
-                + ", ".join(f"{name}={asked[name]}" for name in wrong)
+                + ", ".join(f"{name}={expected[name]}" for name in wrong)
                 + ", the workload "
                 + ", ".join(f"{name}={got[name]}" for name in wrong)
                 + "; give both the same"
@@ -278,10 +279,10 @@ def check_device(device: str, cap_bytes: int | None) -> None:
 
 def _outcome(ended: Ended, timeout: float) -> dict[str, Any]:
     """Kind, figures and message of a Measurement."""
-    if "outcome" in ended.said:
-        outcome: dict[str, Any] = ended.said["outcome"]
+    if "outcome" in ended.answer:
+        outcome: dict[str, Any] = ended.answer["outcome"]
         return outcome
-    where = f"while {ended.said.get('stage', 'starting')}"
+    where = f"while {ended.answer.get('stage', 'starting')}"
     if ended.timed_out:
         return {
             "kind": "timeout",

@@ -28,15 +28,15 @@ class Ended(NamedTuple):
 
     code: int
     timed_out: bool
-    said: dict[str, Any]
+    answer: dict[str, Any]
     """The lines of its answer, later over earlier."""
     tail: str
     """The end of what it printed."""
 
 
 def command(entry: Literal["main", "serve"], answer: int) -> list[str]:
-    """What starts an entry of `planner.measuring.child`, which answers to the file descriptor `answer`. The
-    process finds this very checkout, whatever its working directory holds."""
+    """The command that starts an entry of `planner.measuring.child`, which answers to the file descriptor
+    `answer`. The process finds this very checkout, whatever its working directory holds."""
     start = (
         "import sys; root, answer = sys.argv[1:]; root in sys.path or sys.path.insert(0, root); "
         f"from planner.measuring.child import {entry}; {entry}(int(answer))"
@@ -90,10 +90,10 @@ def tail(log: IO[bytes]) -> str:
 def _lines(answer: IO[bytes]) -> dict[str, Any]:
     """All whole lines of an answer as one object; a process that is killed may leave half a line."""
     answer.seek(0)
-    said: dict[str, Any] = {}
+    merged: dict[str, Any] = {}
     for line in answer.read().splitlines():
         try:
-            said |= json.loads(line)
+            merged |= json.loads(line)
         except ValueError:
             break
-    return said
+    return merged

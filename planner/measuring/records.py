@@ -56,19 +56,19 @@ def read(path: str | Path) -> list[Measurement]:
             lines = stream.read().split(b"\n")
     except OSError as error:
         raise AttentionPlannerError(f"records cannot be read from {path}: {error.strerror}") from error
-    found = []
+    measurements = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            found.append(Measurement.from_json(line))
+            measurements.append(Measurement.from_json(line))
         except ConfigError as error:
             warnings.warn(
                 f"{path}, line {number} is no measurement and is left out: {str(error)[:200]}",
                 RecordWarning,
                 stacklevel=2,
             )
-    return found
+    return measurements
 
 
 class RecordedRuns:

@@ -32,7 +32,7 @@ from planner.measuring.measure import (
 from planner.workload import Workload
 
 START_SECONDS: Final = 300
-"""What a server may take to load torch, and to notice that a run's time is over."""
+"""Seconds that a server may take to load torch, and to notice that a run's time is over."""
 
 
 class Batch:
@@ -140,7 +140,7 @@ class _Server:
         """How one task ended; `alive` says whether there can be another."""
         self._log.seek(0)
         self._log.truncate()
-        said: dict[str, Any] = {}
+        answer: dict[str, Any] = {}
         deadline = monotonic() + seconds
         assert self._process.stdin
         with contextlib.suppress(BrokenPipeError):
@@ -148,14 +148,14 @@ class _Server:
             self._process.stdin.flush()
         while (line := self._line(deadline)) is not None:
             try:
-                said |= json.loads(line)
+                answer |= json.loads(line)
             except ValueError:
                 continue  # half a line of a run that was killed, or the empty one after it
-            if "ended" in said:
-                ended = said["ended"]
-                return process.Ended(ended["code"], ended["timed_out"], said, process.tail(self._log))
+            if "ended" in answer:
+                ended = answer["ended"]
+                return process.Ended(ended["code"], ended["timed_out"], answer, process.tail(self._log))
         timed_out = self.end(close=False)
-        return process.Ended(self._process.returncode, timed_out, said, process.tail(self._log))
+        return process.Ended(self._process.returncode, timed_out, answer, process.tail(self._log))
 
     def _line(self, deadline: float) -> bytes | None:
         """The next line of the answers; None if the server is gone or is not heard of in time."""

@@ -197,14 +197,14 @@ class Allocator:
 
     def segments(self) -> list[list[Block]]:
         """The blocks of each segment in order; with expandable segments, of each mapped stretch."""
-        found = []
+        segments = []
         for pool in (self._small, self._large):
             for block in pool.blocks.values():
                 if block.mapped and (block.prev is None or not block.prev.mapped):
-                    found.append([block])
-                    while (follower := found[-1][-1].next) is not None and follower.mapped:
-                        found[-1].append(follower)
-        return found
+                    segments.append([block])
+                    while (follower := segments[-1][-1].next) is not None and follower.mapped:
+                        segments[-1].append(follower)
+        return segments
 
     def _find(self, pool: _Pool, size: int) -> Block | None:
         """The smallest cached block that serves, the lowest of equals; delisted. None for a miss."""
@@ -217,8 +217,8 @@ class Allocator:
             # A block that can grow counts with what it can grow to, so that it is kept for later.
             while at + 1 < len(free) and _reach(pool, free[at + 1]) < _reach(pool, free[at]):
                 at += 1
-        found, address = free[at]
-        if found >= self._max_split if size < self._max_split else found >= size + self._slack:
+        cached_size, address = free[at]
+        if cached_size >= self._max_split if size < self._max_split else cached_size >= size + self._slack:
             return None
         block = pool.blocks[address]
         pool.take(block)
@@ -372,7 +372,7 @@ class Oom(NamedTuple):
 
 
 class Replay(NamedTuple):
-    """What a sequence of events came to, up to its end or to where memory ran out. In bytes."""
+    """The outcome of a sequence of events, up to its end or to where memory ran out. In bytes."""
 
     peak_allocated: int
     peak_reserved: int

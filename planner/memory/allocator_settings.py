@@ -1,4 +1,4 @@
-"""What `PYTORCH_CUDA_ALLOC_CONF` sets, read as torch reads it, and the sizes that follow from it.
+"""The settings of `PYTORCH_CUDA_ALLOC_CONF`, read as torch reads them, and the sizes that follow from them.
 
     AllocatorSettings.parse("expandable_segments:True,garbage_collection_threshold:0.8")
 
@@ -50,7 +50,7 @@ def _slots(value: Any) -> Any:
 
 
 class AllocatorSettings(Value):
-    """What `PYTORCH_CUDA_ALLOC_CONF` sets, as far as it decides about device memory. Sizes in bytes."""
+    """The settings of `PYTORCH_CUDA_ALLOC_CONF` that decide about device memory. Sizes in bytes."""
 
     max_split_size: Positive | None = None
     """Blocks of this size or more are never split and serve only requests of this size or more;
@@ -112,9 +112,9 @@ class AllocatorSettings(Value):
             elif name == "roundup_power2_divisions":
                 fields[name] = _parse_divisions(value)
             elif option and name not in _WITHOUT_EFFECT and option != "backend:native":
-                known = ", ".join((*_SIZES, "expandable_segments", "garbage_collection_threshold"))
+                replayable = ", ".join((*_SIZES, "expandable_segments", "garbage_collection_threshold"))
                 raise ConfigError(
-                    f"allocator option {option!r} cannot be replayed; remove it (known: {known}, "
+                    f"allocator option {option!r} cannot be replayed; remove it (known: {replayable}, "
                     "roundup_power2_divisions), and give a memory fraction as the cap of the replay"
                 )
         return cls(**fields)

@@ -1,4 +1,4 @@
-"""What one call of torch's fused CPU attention allocates, forward and backward, to the byte.
+"""Memory that one call of torch's fused CPU attention allocates, forward and backward, to the byte.
 
     sizes = dict(views=3, heads=4, queries=200, keys=600, head_dim=24, itemsize=2)
     result, scratch = forward_bytes(**sizes, threads=2)
@@ -32,7 +32,7 @@ KEY_BLOCK: Final = 512
 """Keys that are worked on together (kv_split_size in every case of lines 1168-1200 and 1225-1264)."""
 MEDIUM_QUERIES: Final = 192
 LONG_QUERIES: Final = 768
-"""From these numbers of queries on, blocks of queries are larger (lines 1170, 1174)."""
+"""Numbers of queries from which on blocks of queries are larger (lines 1170, 1174)."""
 
 
 def forward_bytes(
@@ -119,11 +119,11 @@ def dense(sizes: Sequence[Count], strides: Sequence[Count]) -> Count:
     As torch's is_contiguous has it: the stride of a dimension of size 1 does not matter.
     """
     expected: Count = 1
-    found: Count = True
+    contiguous: Count = True
     for dimension in (3, 1, 2, 0):
-        found = found & ((sizes[dimension] == 1) | (strides[dimension] == expected))
+        contiguous = contiguous & ((sizes[dimension] == 1) | (strides[dimension] == expected))
         expected = expected * sizes[dimension]
-    return found
+    return contiguous
 
 
 def _accumulated(itemsize: int) -> int:

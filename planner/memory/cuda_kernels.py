@@ -1,4 +1,4 @@
-"""What kernels allocate on a GPU beside their output. Imports no torch."""
+"""Memory that kernels allocate on a GPU beside their output. Imports no torch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def forward_lines(
     head_dim: Count,
     itemsize: int,
 ) -> tuple[DeviceLine, ...]:
-    """What one forward call of a kernel allocates beside its output.
+    """Memory that one forward call of a kernel allocates beside its output.
 
     Omitted: flash attention's split-key accumulators, which it uses only where B x H x Q / 64 leaves most
     multiprocessors idle, and copies of operands whose last stride is not 1 or whose D is not a multiple
@@ -63,7 +63,7 @@ def backward_lines(
     capability: tuple[int, int] = (8, 0),
     deterministic_sms: int | None = None,
 ) -> tuple[DeviceLine, ...]:
-    """What one backward call of a kernel allocates beside dq, dk and dv.
+    """Memory that one backward call of a kernel allocates beside dq, dk and dv.
 
     `deterministic_sms` is the card's number of multiprocessors where deterministic algorithms are asked
     for, which makes flash attention keep several sums of dq; None where they are not.
@@ -117,11 +117,11 @@ def _efficient_backward(
     tile = 64 + 64 * wide
     sums = up(queries, tile) * up(head_dim, tile)
     locks = 4 * ceil_div(queries, 64) * ceil_div(head_dim, 64)
-    kept = 0 * queries
+    accumulators = 0 * queries
     if itemsize == 2:
         blocks = ceil_div(keys, 64)
         splits = minimum(blocks, maximum(200 // group, 1))
-        kept = 2 * splits * 64 * up(head_dim, 128) * wide
+        accumulators = 2 * splits * 64 * up(head_dim, 128) * wide
     product = 0 * group * queries * head_dim
     if itemsize == 2 and capability == (7, 0):
         product = 3 * FLOAT32 * group * queries * head_dim * wide
@@ -135,7 +135,7 @@ def _efficient_backward(
         ),
         _scratch(
             "dk and dv accumulators",
-            FLOAT32 * group * kept,
+            FLOAT32 * group * accumulators,
             "assumption: as the kernel without room for them in registers has them, 16 bits and D > 64, "
             f"64 keys x D a split and at most 200 / (B H) splits; {_EFFICIENT}",
         ),

@@ -31,8 +31,8 @@ _CONTEXT_SOURCE = (
     "with eager loading (pytorch #86509) and 0.13 GiB on the small RTX A2000"
 )
 _CONTEXT = {
-    "Ada": (426 * MIB, "426 MiB on an RTX 6000 Ada with torch 2.10 (reference/memory_estimation.md)"),
-    "Blackwell": (635 * MIB, "0.62 GiB on an RTX 5090 (reference/memory_estimation.md)"),
+    "Ada": (426 * MIB, "seen elsewhere: 426 MiB on an RTX 6000 Ada with torch 2.10"),
+    "Blackwell": (635 * MIB, "seen elsewhere: 0.62 GiB on an RTX 5090"),
 }
 _DISPLAY = {
     "headless": (0, "judgement: nothing is drawn on this card"),
@@ -45,11 +45,11 @@ class DeviceLine:
     """One named share of memory."""
 
     name: str
-    """What holds it."""
+    """The holder of this memory."""
     component: str
-    """Its family in a breakdown: `context` or `workspace`."""
+    """The component in a breakdown: `context` or `workspace`."""
     bytes: Count
-    """How much; an array if the sizes were arrays."""
+    """Bytes; an array if the sizes were arrays."""
     source: str
     """Where the figure is from; begins with `judgement` or `assumption` where it is one."""
     inside_allocator: bool
@@ -71,7 +71,7 @@ def device_lines(
     others_bytes: int = 0,
     context_bytes: int | None = None,
 ) -> tuple[DeviceLine, ...]:
-    """What lies outside the allocator: context, display, other users of the card.
+    """The memory outside the allocator: context, display, other users of the card.
 
     `context_bytes` is a measured context, `others_bytes` what the user says others hold. Memory that NCCL
     takes (0.5 GB and more a group) is not here.

@@ -1,5 +1,5 @@
-"""From columns of candidates, or one config, and a workload to the memory plan. Imports no torch, and NumPy
-only for weights and where it is given NumPy's arrays.
+"""The memory plan of columns of candidates, or of one config, on a workload. Imports no torch, and NumPy only
+for weights and where it is given NumPy's arrays.
 
 A config is columns of one: which implementation runs, and which plan is its, is decided here alone.
 """
@@ -16,10 +16,7 @@ from attention.sizes.row_bounds import Rows
 from attention.sizes.shape import Shape, chunk_tokens
 from planner.configs import Columns, columns_of
 from planner.memory.machines import Cpu, Cuda, Machine
-from planner.memory.plans import adaptive as plans_adaptive
-from planner.memory.plans import multihead as plans_multihead
-from planner.memory.plans import tiles as plans
-from planner.memory.plans import weights as plans_weights
+from planner.memory.plans import adaptive, multihead, tiles, weights
 from planner.memory.table import Plan, PlanTable
 from planner.workload import Workload
 
@@ -41,7 +38,7 @@ def planned(
     machine: Machine,
     *,
     apart: bool,
-    returned: plans_weights.ReturnedWeights | None = None,
+    returned: weights.ReturnedWeights | None = None,
     warm: bool = False,
 ) -> Plan:
     """The plan of candidates of which `goes_apart` holds for all or for none. `returned`: the weights that
@@ -49,38 +46,38 @@ def planned(
     case = case_of(columns, workload, machine)._replace(warm=warm)
     table = PlanTable()
 
-    def attention(table: PlanTable, case: plans.Case) -> None:
+    def attention(table: PlanTable, case: tiles.Case) -> None:
         _attention(table, case, columns, apart)
 
-    def attend(table: PlanTable, case: plans.Case) -> None:
+    def attend(table: PlanTable, case: tiles.Case) -> None:
         if returned is None:
             attention(table, case)
         else:
-            plans_weights.weighted(table, case, attention, returned)
+            weights.weighted(table, case, attention, returned)
 
     outer = columns.multihead
     if outer is None:
-        plans.inputs(table, case)
+        tiles.inputs(table, case)
         attend(table, case)
     else:
         checkpoint = outer.checkpoint and returned is None
-        plans_multihead.multihead(table, case, attend, bias=outer.bias, checkpoint=checkpoint)
+        multihead.multihead(table, case, attend, bias=outer.bias, checkpoint=checkpoint)
     return table.done()
 
 
-def _attention(table: PlanTable, case: plans.Case, columns: Columns, apart: bool) -> None:
+def _attention(table: PlanTable, case: tiles.Case, columns: Columns, apart: bool) -> None:
     """The attention alone, over q, k and v."""
     if columns.variant == "adaptive":
         rows = columns.rows(case.shape.causal)
-        scorer = plans_adaptive.scorer_of(case, rows.size, rows.lists, columns.score_dim)
-        plans_adaptive.adaptive(table, case, scorer)
+        scorer = adaptive.scorer_of(case, rows.size, rows.lists, columns.score_dim)
+        adaptive.adaptive(table, case, scorer)
     elif columns.variant == "block_sparse":
-        plan = plans.flex if apart else plans.block_sparse
+        plan = tiles.flex if apart else tiles.block_sparse
         plan(table, case, columns.rows(case.shape.causal))
     elif apart:
-        plans.whole(table, case)
+        tiles.whole(table, case)
     else:
-        plans.dilated(table, case, _by_rate(case.shape.within(columns.branches)))
+        tiles.dilated(table, case, _by_rate(case.shape.within(columns.branches)))
 
 
 def _by_rate(branches: tuple[tuple[Count, Count], ...]) -> tuple[tuple[Count, Count], ...]:
@@ -122,30 +119,30 @@ def goes_flex(backend: Backend, rows: Rows, seq: Count, workload: Workload) -> C
     return runs * flex_is_lean(rows, seq, floor) if backend == "auto" else runs
 
 
-def returned_weights(config: AttentionConfig, workload: Workload) -> plans_weights.ReturnedWeights:
+def returned_weights(config: AttentionConfig, workload: Workload) -> weights.ReturnedWeights:
     """The weights that a call returns; see `attention.ops.weights.weights_block`."""
     if config.adaptive:
         rows = columns_of(config, workload.seq).rows(workload.causal)
         active = active_of_choice(-(-workload.seq // rows.size), rows.lists, workload.causal)
-        return plans_weights.ReturnedWeights(rows.size, active, branches=0, own=True)
+        return weights.ReturnedWeights(rows.size, active, branches=0, own=True)
     from attention.layout import DEFAULT_BLOCK_SIZE, count_active  # NumPy, which nothing else here needs
 
     size = config.pattern.block_size if config.pattern else DEFAULT_BLOCK_SIZE
     active = count_active(config, workload.seq, workload.causal)
     branches = len(config.branches) if config.variant == "dilated" else 0
-    return plans_weights.ReturnedWeights(size, active, branches, own=False)
+    return weights.ReturnedWeights(size, active, branches, own=False)
 
 
-def case_of(columns: Columns, workload: Workload, machine: Machine) -> plans.Case:
+def case_of(columns: Columns, workload: Workload, machine: Machine) -> tiles.Case:
     """Sizes, mode and settings of the candidates' calls; `workload.seq` is not read."""
     seq: Any = columns.seq
-    return plans.Case(
+    return tiles.Case(
         batch=workload.batch,
         shape=shape_of(columns, workload, machine),
         trains=workload.mode == "training",
         machine=machine,
         keeps_lse=workload.weights,
-        pool=plans.pooled(columns.pool, columns.pool_bytes, seq),
+        pool=tiles.pooled(columns.pool, columns.pool_bytes, seq),
         pool_bytes=UNBOUNDED if columns.pool_bytes is None else columns.pool_bytes,
         cache_entries=columns.cache_entries,
         cache_bytes=columns.cache_bytes,

@@ -1,4 +1,4 @@
-"""What one call of a config takes: `planner.estimate`. Imports no torch."""
+"""The memory of one call of a config: `planner.estimate`. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from attention.errors import ConfigError
 from planner import gpus
 from planner.bisection import largest
 from planner.calibration import Bound, Calibration, bound_of, shipped
-from planner.memory import cuda_process as device_share
+from planner.memory import cuda_process
 from planner.memory.allocator import replay, smallest_cap
 from planner.memory.allocator_settings import AllocatorSettings
 from planner.memory.cuda_process import Display
@@ -59,17 +59,17 @@ class MemoryEstimate(Value):
     needed: int
     """Least memory with which it runs: the allocator gives cached segments back before it fails."""
     upper: int
-    """What is not exceeded, as sure as `confidence` says: on a CPU by what is allocated, on a GPU by what
-    the card loses."""
+    """Bytes that are not exceeded, as sure as `confidence` says: on a CPU by what is allocated, on a GPU by
+    what the card loses."""
     confidence: str
     components: dict[str, int]
     """Bytes of each component at the peak, of what is allocated; `context` beside it."""
     at: str
     """The phase in which the peak is."""
     lines: Lines
-    """What is alive at the peak."""
+    """Buffers that are alive at the peak."""
     notes: Texts = ()
-    """What to know about these figures."""
+    """Remarks on these figures."""
 
 
 def estimate(
@@ -98,20 +98,20 @@ def estimate(
     if device == "cpu":
         return _on_cpu(config, workload, calibration, threads)
     gpu = gpus.find(device) if isinstance(device, str) else device
-    given = calibration is not None
+    explicit = calibration is not None
     machine = machine_of(gpu, workload.dtype, None)
     calibration = calibration or calibration_for(gpu, machine, workload.dtype)
     if context_bytes is None and calibration is not None:
         context_bytes = calibration.terms.context
-    outside = device_share.device_lines(
+    outside = cuda_process.device_lines(
         gpu.architecture, display=display, others_bytes=others_bytes, context_bytes=context_bytes
     )
     settings = AllocatorSettings.parse(allocator)
-    return _on_gpu(config, workload, gpu, calibration, settings, outside, given)
+    return _on_gpu(config, workload, gpu, calibration, settings, outside, explicit)
 
 
 def machine_of(device: Literal["cpu"] | gpus.Gpu, dtype: Dtype, threads: int | None) -> Machine:
-    """What runs there; `threads` are a CPU's, None for those that torch takes."""
+    """The machine of a device; `threads` are a CPU's, None for those that torch takes."""
     if not isinstance(device, str):
         return Cuda(device.capability)
     here = this_cpu(dtype)
@@ -122,11 +122,11 @@ def calibration_for(device: Literal["cpu"] | gpus.Gpu, machine: Machine, dtype: 
     """The calibration that predictions rest on where none is given."""
     if not isinstance(device, str):
         return shipped(device.key)
-    found = shipped("cpu")
-    if found is not None and isinstance(machine, Cpu) and dtype in machine.units:
+    calibration = shipped("cpu")
+    if calibration is not None and isinstance(machine, Cpu) and dtype in machine.units:
         # This dtype runs in a unit that the calibrated CPU may not have: its kernel copies keys and values.
-        return found if dtype in units_of(found.capability or "") else None
-    return found
+        return calibration if dtype in units_of(calibration.capability or "") else None
+    return calibration
 
 
 def _on_cpu(
@@ -137,8 +137,8 @@ def _on_cpu(
     machine = machine_of("cpu", workload.dtype, threads)
     plan = plan_of(config, workload, machine)
     at, allocated = plan.peak()
-    found = calibration or calibration_for("cpu", machine, workload.dtype)
-    bound = bound_of(found, config, workload, allocated, given=calibration is not None)
+    chosen = calibration or calibration_for("cpu", machine, workload.dtype)
+    bound = bound_of(chosen, config, workload, allocated, explicit=calibration is not None)
     return MemoryEstimate(
         config=config,
         workload=workload,
@@ -162,23 +162,23 @@ def _on_gpu(
     gpu: gpus.Gpu,
     calibration: Calibration | None,
     settings: AllocatorSettings,
-    outside: tuple[device_share.DeviceLine, ...],
-    given: bool,
+    outside: tuple[cuda_process.DeviceLine, ...],
+    explicit: bool,
 ) -> MemoryEstimate:
     _refuse_unfit(config, workload, gpu)
     machine: Machine = Cuda(gpu.capability)
     plan = plan_of(config, workload, machine)
     libraries = _libraries(config, gpu)
     events = [(line.name, int(line.bytes)) for line in libraries] + list(plan.events())
-    found = replay(events, settings)
+    outcome = replay(events, settings)
     at, _ = plan.peak()
-    context = int(device_share.total(outside))
+    context = int(cuda_process.total(outside))
     cap = smallest_cap(events, settings)
     bound = bound_of(
-        calibration, config, workload, found.peak_reserved + context, given=given, device=gpu.key
+        calibration, config, workload, outcome.peak_reserved + context, explicit=explicit, device=gpu.key
     )
     components = plan.components(at)
-    components["workspace"] = components.get("workspace", 0) + int(device_share.total(libraries))
+    components["workspace"] = components.get("workspace", 0) + int(cuda_process.total(libraries))
     components["context"] = context
     named = tuple(
         Line(name=line.name, component=line.component, bytes=int(line.bytes), source=line.source)
@@ -189,9 +189,9 @@ def _on_gpu(
         config=config,
         workload=workload,
         on=gpu.name,
-        allocated=found.peak_allocated,
-        reserved=found.peak_reserved,
-        device=found.peak_reserved + context,
+        allocated=outcome.peak_allocated,
+        reserved=outcome.peak_reserved,
+        device=outcome.peak_reserved + context,
         needed=cap + context,
         upper=bound.upper,
         confidence=bound.confidence,
@@ -202,10 +202,10 @@ def _on_gpu(
     )
 
 
-def _libraries(config: AttentionConfig, gpu: gpus.Gpu) -> tuple[device_share.DeviceLine, ...]:
+def _libraries(config: AttentionConfig, gpu: gpus.Gpu) -> tuple[cuda_process.DeviceLine, ...]:
     """cuBLAS's workspace, which any matrix product of the process takes; cuBLASLt's where a projection
     with a bias is part of the module."""
-    blas, light = device_share.library_lines(gpu.capability)
+    blas, light = cuda_process.library_lines(gpu.capability)
     return (blas, light) if config.multihead is not None and config.multihead.bias else (blas,)
 
 
@@ -250,15 +250,15 @@ def max_sequence(
     def fits(config: AttentionConfig, blocks: int) -> bool:
         if blocks * unit > workload.most_tokens:
             return False
-        asked = workload.model_copy(update={"seq": blocks * unit})
-        return estimate(config, asked, on, **options).upper <= budget  # type: ignore[arg-type]
+        sized_workload = workload.model_copy(update={"seq": blocks * unit})
+        return estimate(config, sized_workload, on, **options).upper <= budget  # type: ignore[arg-type]
 
-    found = _longest(partial(fits, config))
+    count = _longest(partial(fits, config))
     if config.variant == "block_sparse" and config.backend == "auto" and on != "cpu":
         # From where `auto` leaves FlexAttention it takes less, its lists: a longer one may fit again.
         longer = _longest(partial(fits, config.model_copy(update={"backend": "sdpa"})))
-        found = longer if longer > found and fits(config, longer) else found
-    return found * unit
+        count = longer if longer > count and fits(config, longer) else count
+    return count * unit
 
 
 def _longest(fits: Callable[[int], bool]) -> int:

@@ -1,4 +1,4 @@
-"""What one call of a fused kernel allocates, on whichever machine. Imports no torch."""
+"""Memory that one call of a fused kernel allocates, on whichever machine. Imports no torch."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from attention.sizes.arrays import Count, any_of, each, maximum, up
-from planner.memory import cpu_kernels, cuda_kernels
-from planner.memory import cuda_process as device
+from planner.memory import cpu_kernels, cuda_kernels, cuda_process
 from planner.memory.onednn.units import UNITS, Unit
 
 
@@ -30,12 +29,12 @@ class KernelCall(NamedTuple):
 
 
 def _sizes(call: KernelCall) -> dict[str, Count]:
-    """What every kernel is told under the same names."""
+    """Sizes that every kernel takes under the same names."""
     return {"heads": call.heads, "queries": call.queries, "keys": call.keys, "itemsize": call.itemsize}
 
 
 class Bytes(NamedTuple):
-    """What a call leaves, and what it takes besides while it runs."""
+    """Bytes of a call's result, and of the scratch that it takes besides while it runs."""
 
     result: Count
     scratch: Count
@@ -47,7 +46,7 @@ class Machine(Protocol):
     def forward(self, call: KernelCall) -> Bytes: ...
     def backward(self, call: KernelCall) -> Bytes: ...
     def flex(self, call: KernelCall) -> Bytes:
-        """What compiled FlexAttention leaves going forward (out, log-sum-exp), and takes going backward."""
+        """Bytes of compiled FlexAttention: its result (out, log-sum-exp), and its scratch in backward."""
         ...
 
     def product(
@@ -58,7 +57,7 @@ class Machine(Protocol):
         transposed: bool = False,
         second_transposed: bool = False,
     ) -> Count:
-        """What [rows, inner] @ [inner, columns] takes besides its result; `transposed`: the first is a
+        """Bytes that [rows, inner] @ [inner, columns] takes besides its result; `transposed`: the first is a
         transposed view, `second_transposed`: the second is."""
         ...
 
@@ -133,11 +132,14 @@ def this_cpu(dtype: str = "float32") -> Cpu:
         pass  # not Linux: no matrix unit that torch would use either
     units = {name for name, flag in (("bfloat16", "amx_bf16"), ("float16", "amx_fp16")) if flag in flags}
     here = (unit for unit in UNITS.get(dtype, ()) if unit in flags)
-    given = os.environ.get("OMP_NUM_THREADS", "")
+    setting = os.environ.get("OMP_NUM_THREADS", "")
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     return Cpu(
-        int(given) if given.isdigit() and int(given) else cores, frozenset(units), dtype, next(here, None)
+        int(setting) if setting.isdigit() and int(setting) else cores,
+        frozenset(units),
+        dtype,
+        next(here, None),
     )
 
 
@@ -163,8 +165,8 @@ class Cuda:
     capability: tuple[int, int]
 
     def kernels(self, call: KernelCall) -> tuple[cuda_kernels.KernelName, ...]:
-        """Those that calls of this size run on, as `attention.ops.kernels.choose` has it; the second only
-        those with an additive mask, which flash does not take."""
+        """The kernels that calls of this size run on, see `attention.ops.kernels.choose`; the second only
+        for those with an additive mask, which flash does not take."""
         if call.itemsize == 8:
             return ("plain",)
         if self.capability < (8, 0) or call.itemsize != 2 or call.head_dim > FLASH_CHANNELS:
@@ -180,7 +182,7 @@ class Cuda:
             )
             applies = 1 if number == 0 else (call.masked > 0) * 1
             results.append((out + lines[0].bytes) * applies)
-            scratch.append((device.total(lines[1:]) + _mask_copy(kernel, call)) * applies)
+            scratch.append((cuda_process.total(lines[1:]) + _mask_copy(kernel, call)) * applies)
         return Bytes(maximum(*results), maximum(*scratch))
 
     def backward(self, call: KernelCall) -> Bytes:
@@ -196,7 +198,7 @@ class Cuda:
                 capability=self.capability,
             )
             applies = 1 if number == 0 else (call.masked > 0) * 1
-            scratch.append((device.total(lines) + _mask_copy(kernel, call)) * applies)
+            scratch.append((cuda_process.total(lines) + _mask_copy(kernel, call)) * applies)
         result = call.views * call.heads * (call.queries + 2 * call.keys) * dim * call.itemsize
         return Bytes(result, maximum(*scratch))
 
@@ -221,4 +223,6 @@ class Cuda:
         }
         out = call.views * call.heads * call.queries * call.head_dim * call.itemsize
         back = cuda_kernels.backward_lines("flex", kv_heads=call.heads, capability=self.capability, **sizes)
-        return Bytes(out + device.total(cuda_kernels.forward_lines("flex", **sizes)), device.total(back))
+        return Bytes(
+            out + cuda_process.total(cuda_kernels.forward_lines("flex", **sizes)), cuda_process.total(back)
+        )

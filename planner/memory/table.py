@@ -30,7 +30,7 @@ class Buffer(NamedTuple):
     component: str
     bytes: Count
     phases: tuple[str, ...]
-    """While it is alive, in the plan's order; consecutive."""
+    """Phases in which it is alive, in the plan's order; consecutive."""
     formula: str
     """How the bytes come about, in words."""
 
@@ -60,18 +60,18 @@ class Plan(NamedTuple):
         import numpy as np
 
         totals = iter(self.totals().values())
-        found = np.asarray(next(totals), np.int64)
+        largest = np.asarray(next(totals), np.int64)
         for total in totals:
-            found = np.maximum(found, total)
-        return found
+            largest = np.maximum(largest, total)
+        return largest
 
     def components(self, phase: str) -> dict[str, int]:
         """Bytes of each component alive in a phase, those that have any, in the order of COMPONENTS."""
-        found = dict.fromkeys(COMPONENTS, 0)
+        by_component = dict.fromkeys(COMPONENTS, 0)
         for buffer in self.buffers:
             if phase in buffer.phases:
-                found[buffer.component] += int(buffer.bytes)
-        return {name: nbytes for name, nbytes in found.items() if nbytes}
+                by_component[buffer.component] += int(buffer.bytes)
+        return {name: nbytes for name, nbytes in by_component.items() if nbytes}
 
     def events(self) -> Iterator[tuple[str, int | None]]:
         """(name, bytes) as a buffer is allocated and (name, None) as it is freed, in order."""
@@ -95,7 +95,7 @@ class PlanTable:
         self._open: dict[str, int] = {}
 
     def phase(self, name: str) -> None:
-        """What is added from now on is alive from this phase on."""
+        """Begins a phase: buffers that are added from now on are alive from it on."""
         self._phases.append(name)
 
     def add(self, name: str, component: str, count: Count, formula: str) -> None:

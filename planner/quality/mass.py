@@ -20,7 +20,7 @@ from attention.config import AttentionConfig
 from attention.sizes.arrays import Floats, Ints
 from attention.sizes.window import window_blocks, window_spans
 from planner.configs import Column, Columns, columns_of
-from planner.quality import sampled_blocks as quality_rows
+from planner.quality import sampled_blocks
 from planner.quality.profiles import Profile
 from planner.quality.sampled_blocks import common, subsets
 from planner.quality.sampled_queries import points
@@ -28,10 +28,10 @@ from planner.quality.sums import cells, permitted, segments, windows
 from planner.workload import Workload
 
 KEPT = 2
-"""Of the fields of dilated_sparse and adaptive, the fraction of blocks kept."""
+"""Place of the fraction of blocks kept among the fields of dilated_sparse and adaptive."""
 FLAT = 1e-5
 """A uniform share's fall over the sequence."""
-_Seen: TypeAlias = Callable[[int, int], Floats]
+_QueryCount: TypeAlias = Callable[[int, int], Floats]
 """(key, first query) to the queries from there on that keep the key, [N]."""
 _CHUNK = 32  # candidates at a time: what is computed for them stays within a cache
 
@@ -47,7 +47,7 @@ def mass(columns: Columns, workload: Workload, profile: Profile) -> Floats:
     Of `workload` only `causal` and `heads` are read: the length is `columns.seq`. Dense, windows, global
     tokens and regular dilated branches (segments nested in each other and divided by their rates) are closed
     forms, dilated_sparse a fixed sample of its query blocks, other dilated branches one of queries. Adaptive
-    rests on an assumption, which `quality_rows.adaptive` states.
+    rests on an assumption, which `sampled_blocks.adaptive` states.
     """
     if columns.variant == "dense":
         return np.ones(len(columns))
@@ -71,7 +71,8 @@ def distinct(columns: Columns) -> tuple[Floats, Ints]:
 
 
 def shape_of(columns: Columns) -> tuple[Column | float | Floats, ...]:
-    """What is attended to within a kind: `seq` first, then the fields that `_mass` takes apart again."""
+    """The fields on which depends what a kind attends to: `seq` first, then those that `_mass` takes apart
+    again."""
     branches = (*columns.lengths, *columns.rates)
     if columns.variant == "dilated":
         return (columns.seq, *branches)
@@ -94,25 +95,25 @@ def _mass(columns: Columns, table: Floats, workload: Workload, profile: Profile)
     sinks = min(profile.sink_tokens, int(seq.max())) if profile.sink_mass else 0
     count = len(columns.lengths)
     if columns.variant == "adaptive":
-        return quality_rows.adaptive(
+        return sampled_blocks.adaptive(
             a, w, profile.far_mass, profile.sink_mass, seq, whole[1], table[:, KEPT], causal
         )
     if columns.variant == "dilated":
-        kept, first = _dilated(a, w, seq, whole[1 : 1 + count], whole[1 + count :], sinks, workload)
+        exponentials, first = _dilated(a, w, seq, whole[1 : 1 + count], whole[1 + count :], sinks, workload)
     elif columns.pattern_type == "dilated_sparse":
-        kept, first = quality_rows.dilated_sparse(
+        exponentials, first = sampled_blocks.dilated_sparse(
             a, w, seq, whole[1], table[:, KEPT], whole[3 : 3 + count], whole[3 + count :], sinks, causal
         )
     else:
-        kept, first = _windows(a, w, seq, whole[1], whole[2], whole[3], sinks, causal)
-    return kept + profile.sink_mass * first
+        exponentials, first = _windows(a, w, seq, whole[1], whole[2], whole[3], sinks, causal)
+    return exponentials + profile.sink_mass * first
 
 
-def _mean(w: Floats, kept: Floats, whole: Floats, ends: Ints) -> Floats:
-    """[N], from sums [J, N, ends] over the queries before each end: kept over permitted in every cell, by
-    its queries. Where all is kept that is 1, however long the cell."""
+def _mean(w: Floats, kept_sums: Floats, whole: Floats, ends: Ints) -> Floats:
+    """[N], from sums [J, N, ends] over the queries before each end: `kept_sums` over `whole`, the permitted
+    ones, in every cell, by its queries. Where all is kept that is 1, however long the cell."""
     queries = np.diff(ends, axis=1)
-    part, total = np.diff(kept, axis=2), np.diff(whole, axis=2)
+    part, total = np.diff(kept_sums, axis=2), np.diff(whole, axis=2)
     ratio = np.divide(part, total, out=np.zeros_like(part), where=queries > 0)
     return np.asarray((np.tensordot(w, ratio, axes=1) * queries).sum(axis=1) / ends[:, -1])
 
@@ -127,9 +128,9 @@ def _windows(
     if (seq == seq[0]).all():
         n = n[:1]  # what all have in common is computed once
     ends = cells(n[:, 0], causal)
-    kept = windows(a, ends, n, b, reach, head, causal)
+    kept_sums = windows(a, ends, n, b, reach, head, causal)
 
-    def seen(k: int, begin: int) -> Floats:
+    def query_count(k: int, begin: int) -> Floats:
         """Queries from `begin` on that keep key k."""
         # The rows that keep a block are those that it keeps; causal, of those the later ones alone.
         (_, apart), (start, stop) = window_spans(k // b, reach, head, blocks, causal=False)
@@ -139,19 +140,19 @@ def _windows(
             queries = queries + np.maximum(np.minimum(apart * b, n) - begin, 0)
         return np.asarray(queries[:, 0] * (k < seq))
 
-    return _mean(w, kept, permitted(a, ends, n, causal), ends), _sinks(seen, seq, sinks, causal)
+    return _mean(w, kept_sums, permitted(a, ends, n, causal), ends), _sinks(query_count, seq, sinks, causal)
 
 
-def _sinks(seen: _Seen, seq: Ints, sinks: int, causal: bool) -> Floats:
+def _sinks(query_count: _QueryCount, seq: Ints, sinks: int, causal: bool) -> Floats:
     """[N], share of the permitted sinks that a query keeps, from counts of the queries that keep each."""
     total = np.zeros(seq.shape)
     for k in range(sinks):
         if not causal:
-            total += seen(k, 0) / np.minimum(sinks, seq)
+            total += query_count(k, 0) / np.minimum(sinks, seq)
             continue
-        total += seen(k, k) / (k + 1)
+        total += query_count(k, k) / (k + 1)
         for q in range(k + 1, sinks):  # later queries share their sink mass among more
-            total += seen(k, q) * (1 / (q + 1) - 1 / q)
+            total += query_count(k, q) * (1 / (q + 1) - 1 / q)
     return total / seq
 
 
@@ -166,10 +167,10 @@ def _dilated(
 ) -> tuple[Floats, Floats]:
     """(mass of the exponentials, share of the permitted sinks kept)."""
     regular = _regular(seq, lengths, rates)
-    kept, first = np.zeros(seq.shape), np.zeros(seq.shape)
+    exponentials, first = np.zeros(seq.shape), np.zeros(seq.shape)
     for rule, which in ((_nested, np.flatnonzero(regular)), (points, np.flatnonzero(~regular))):
         if which.size:
-            kept[which], first[which] = rule(
+            exponentials[which], first[which] = rule(
                 a,
                 w,
                 seq[which],
@@ -179,7 +180,7 @@ def _dilated(
                 workload.heads,
                 workload.causal,
             )
-    return kept, first
+    return exponentials, first
 
 
 def _regular(seq: Ints, lengths: Sequence[Ints], rates: Sequence[Ints]) -> Ints:
@@ -219,9 +220,9 @@ def _nested(
     ends = cells(distinct[:, 0], causal)
     each = _mean(w, segments(a, ends, n, s, r, causal), permitted(a, ends, n, causal), ends)
     signs = np.array([sign for sign, *_ in joint])
-    kept = signs @ each[back.ravel()].reshape(len(joint), -1)
+    exponentials = signs @ each[back.ravel()].reshape(len(joint), -1)
 
-    def seen(k: int, begin: int) -> Floats:
+    def query_count(k: int, begin: int) -> Floats:
         total = np.zeros(seq.shape)
         h = np.arange(heads)
         for sign, members, s, r in joint:
@@ -234,4 +235,4 @@ def _nested(
             total += sign * takes * np.maximum((high - 1 - k) // r - (low - 1 - k) // r, 0)
         return total * (k < seq)
 
-    return kept, _sinks(seen, seq, sinks, causal)
+    return exponentials, _sinks(query_count, seq, sinks, causal)

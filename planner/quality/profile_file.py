@@ -169,8 +169,8 @@ def measured(q: NDArray[Any], k: NDArray[Any], causal: bool, *, name: str, sourc
     first = n // 4 if n >= 64 else 1
     at = np.unique(np.linspace(first, n - 1, QUERIES).astype(np.int64))
     pairs = [(b, h) for b in range(batch) for h in range(heads)]
-    most = max(1, ROWS // len(at))
-    pairs = [pairs[i] for i in np.unique(np.linspace(0, len(pairs) - 1, most).astype(np.int64))]
+    count = max(1, ROWS // len(at))
+    pairs = [pairs[i] for i in np.unique(np.linspace(0, len(pairs) - 1, count).astype(np.int64))]
     sinks = min(SINKS, n - 1)
     edges = _edges(n)
     scales = _scales(n)

@@ -35,7 +35,7 @@ class Profile(Value):
     source: str
     """Where the shape is from, and what in it is assumed."""
     sink_mass: Share = 0.0
-    """On the first tokens, whatever they say; equally on each."""
+    """Mass on the first tokens, whatever they say; equally on each."""
     sink_tokens: Positive = 4
     """How many first tokens are sinks; at most 64."""
     scales: Annotated[tuple[Scale, ...], BeforeValidator(as_tuple)] = ()
@@ -43,11 +43,11 @@ class Profile(Value):
     shares: Annotated[tuple[Share, ...], BeforeValidator(as_tuple)] = ()
     """Mass of each exponential."""
     far_mass: Share = 0.0
-    """On planted tokens: keys anywhere in the permitted context, all equally likely."""
+    """Mass on planted tokens: keys anywhere in the permitted context, all equally likely."""
 
     @property
     def local_mass(self) -> float:
-        """Of all exponentials together."""
+        """Mass of all exponentials together."""
         return math.fsum(self.shares)
 
     @model_validator(mode="after")
@@ -72,7 +72,7 @@ ASSUMED = (
     " The shares and scales themselves are this project's assumption, chosen to have that shape; measure "
     "your model's q and k for figures of its own."
 )
-"""What holds of every preset after a publication."""
+"""A remark on every preset that follows a publication."""
 
 PRESETS: Final[Mapping[str, Profile]] = MappingProxyType(
     {

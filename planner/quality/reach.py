@@ -38,8 +38,8 @@ def layers(config: AttentionConfig, workload: Workload, within: int = NEVER) -> 
     each of `heads` chooses blocks of its own beside the row's, so that one layer multiplies what is seen by
     1 + heads x (kept - 1), and the least number of layers that can cover all blocks at once is given.
     """
-    found = int(_layers(columns_of(config, workload.seq), workload, within)[0])
-    return None if found > min(within, NEVER - 1) else found
+    count = int(_layers(columns_of(config, workload.seq), workload, within)[0])
+    return None if count > min(within, NEVER - 1) else count
 
 
 def reaches(columns: Columns, workload: Workload, within: int) -> Bools:
@@ -52,11 +52,11 @@ def may_reach(columns: Columns, workload: Workload, within: int) -> Bools:
     """[len(columns)]: False for some of those for which `reaches` searches in vain, without a search."""
     if columns.pattern_type != "dilated_sparse":
         return np.ones(len(columns), np.bool_)
-    given: Any = columns
-    blocks = -(-given.seq // given.block_size)
-    lengths = [length // given.block_size for length in given.lengths]
-    budget: Any = row_blocks(given.sparsity_ratio, blocks)
-    near = _near(blocks, budget, lengths, given.rates, within)
+    untyped: Any = columns
+    blocks = -(-untyped.seq // untyped.block_size)
+    lengths = [length // untyped.block_size for length in untyped.lengths]
+    budget: Any = row_blocks(untyped.sparsity_ratio, blocks)
+    near = _near(blocks, budget, lengths, untyped.rates, within)
     return np.broadcast_to(near, len(columns))
 
 
@@ -85,9 +85,9 @@ def _layers(columns: Columns, workload: Workload, within: int) -> Ints:
     whole = [column.astype(np.int64) for column in table.T]
     count, causal = len(columns.lengths), workload.causal
     if columns.variant == "adaptive":
-        found = _chosen(whole[0], whole[1], table[:, KEPT], workload.heads)
+        counts = _chosen(whole[0], whole[1], table[:, KEPT], workload.heads)
     elif columns.variant == "dilated":
-        found = np.array(
+        counts = np.array(
             [
                 _dilated(
                     row[0],
@@ -103,22 +103,22 @@ def _layers(columns: Columns, workload: Workload, within: int) -> Ints:
         blocks = -(-whole[0] // whole[1])
         budget = np.asarray(row_blocks(table[:, KEPT], blocks))  # type: ignore[arg-type]
         lengths, rates = [s // whole[1] for s in whole[3 : 3 + count]], whole[3 + count :]
-        found = np.full(len(table), NEVER)
+        counts = np.full(len(table), NEVER)
         for at in np.flatnonzero(_near(blocks, budget, lengths, rates, within)).tolist():
             branches = tuple((int(s[at]), int(r[at])) for s, r in zip(lengths, rates, strict=True))
-            found[at] = _dilated_sparse(int(blocks[at]), int(budget[at]), branches, causal, within)
-    return found[back]
+            counts[at] = _dilated_sparse(int(blocks[at]), int(budget[at]), branches, causal, within)
+    return counts[back]
 
 
 def _chosen(seq: Ints, size: Ints, ratio: NDArray[np.float64], heads: int) -> Ints:
     blocks = -(-seq // size)
     kept = np.asarray(row_blocks(ratio, blocks))  # type: ignore[arg-type]
     wider = 1 + heads * (np.minimum(kept, blocks) - 1)
-    found, seen = np.ones_like(blocks), wider.copy()
+    counts, reached = np.ones_like(blocks), wider.copy()
     for _ in range(64):
-        found += (seen < blocks) & (kept < blocks)
-        seen = np.minimum(seen * wider, 1 << 31)
-    return np.where((kept == 1) & (blocks > 1), NEVER, np.where(kept >= blocks, 1, found))
+        counts += (reached < blocks) & (kept < blocks)
+        reached = np.minimum(reached * wider, 1 << 31)
+    return np.where((kept == 1) & (blocks > 1), NEVER, np.where(kept >= blocks, 1, counts))
 
 
 def _windows(seq: Ints, size: Ints, window: Ints, shared: Ints, causal: bool) -> Ints:
@@ -146,8 +146,8 @@ def _apart(branches: tuple[tuple[int, int], ...], n: int) -> bool:
 def _dilated_sparse(
     blocks: int, budget: int, branches: tuple[tuple[int, int], ...], causal: bool, within: int
 ) -> int:
-    """By a search over blocks; `branches` in blocks. A block that is reached is reached whole, as in
-    `_windows`: rows are those of blocks, and the own block is among them."""
+    """Layers of dilated_sparse by a search over blocks; `branches` in blocks. A block that is reached is
+    reached whole, as in `_windows`: rows are those of blocks, and the own block is among them."""
     if blocks == 1:
         return 1
     if budget == 1 or _apart(branches, blocks):
@@ -156,51 +156,52 @@ def _dilated_sparse(
     pairs = np.array(list(unique), np.int64)
     chains = all(fine <= coarse and coarse % fine == 0 for fine, coarse in itertools.pairwise(pairs[:, 1]))
     rows = PatternRows(lengths=pairs[:, :1], rates=pairs[:, 1:], blocks=blocks, causal=causal, chains=chains)
-    seen = np.zeros(blocks, np.bool_)
+    reached = np.zeros(blocks, np.bool_)
     fresh = np.array([blocks - 1])
-    seen[fresh] = True
+    reached[fresh] = True
     for layer in range(1, min(within, blocks) + 1):
-        now = seen.copy()
+        now = reached.copy()
         for rate, left, right in zip(pairs[:, 1].tolist(), *rows.select(fresh, budget), strict=True):
             _mark(now, fresh, left, right, rate)
-        fresh = np.flatnonzero(now & ~seen)
-        seen = now
-        if seen.all():
+        fresh = np.flatnonzero(now & ~reached)
+        reached = now
+        if reached.all():
             return layer
         if not fresh.size:
             return NEVER
     return NEVER
 
 
-def _mark(seen: Bools, at: Ints, left: Ints, right: Ints, rate: int) -> None:
+def _mark(reached: Bools, at: Ints, left: Ints, right: Ints, rate: int) -> None:
     """Mark at - left, ..., at, ..., at + right in steps of `rate`: intervals of the places' classes by
     rest, laid one class after another and counted by what begins and ends."""
-    size = -(-seen.size // rate) + 1
+    size = -(-reached.size // rate) + 1
     place = at % rate * size + at // rate
     edges = np.bincount(place - left // rate, minlength=rate * size)
     edges -= np.bincount(place + right // rate + 1, minlength=rate * size)
     inside = (np.cumsum(edges) > 0).reshape(rate, size).T.ravel()
-    seen |= inside[: seen.size]
+    reached |= inside[: reached.size]
 
 
 @lru_cache(maxsize=4096)
 def _dilated(n: int, branches: tuple[tuple[int, int], ...], causal: bool, heads: int, within: int) -> int:
-    """By a search over tokens: of each branch, segment and rest modulo the rate, all that is reached lies
-    before the last token of it (causal), or is all of it. A rest that no head takes reaches nothing."""
+    """Layers of a dilated attention by a search over tokens: of each branch, segment and rest modulo the
+    rate, all that is reached lies before the last token of it (causal), or is all of it. A rest that no head
+    takes reaches nothing."""
     branches = tuple(dict.fromkeys((min(s, n), r) for s, r in branches))
     if _apart(branches, n):
         return NEVER
-    seen = np.zeros(n, np.bool_)
-    seen[-1] = True
+    reached = np.zeros(n, np.bool_)
+    reached[-1] = True
     count = 1
     for layer in range(1, min(within, n) + 1):
-        now = seen.copy()
+        now = reached.copy()
         for length, rate in branches:
             whole = n // length * length
-            _spread(now[:whole].reshape(-1, length), seen[:whole].reshape(-1, length), rate, heads, causal)
+            _spread(now[:whole].reshape(-1, length), reached[:whole].reshape(-1, length), rate, heads, causal)
             if whole < n:
-                _spread(now[None, whole:], seen[None, whole:], rate, heads, causal)
-        seen, before, count = now, count, int(np.count_nonzero(now))
+                _spread(now[None, whole:], reached[None, whole:], rate, heads, causal)
+        reached, before, count = now, count, int(np.count_nonzero(now))
         if count == n:
             return layer
         if count == before:
@@ -208,25 +209,26 @@ def _dilated(n: int, branches: tuple[tuple[int, int], ...], causal: bool, heads:
     return NEVER
 
 
-def _spread(now: Bools, seen: Bools, rate: int, heads: int, causal: bool) -> None:
-    """One branch's layer, in place in `now`; both [segments, length], `seen` what was reached before."""
-    segments, length = seen.shape
-    taken = min(heads, rate)  # rests that some head takes
+def _spread(now: Bools, reached: Bools, rate: int, heads: int, causal: bool) -> None:
+    """One branch's layer, in place in `now`, from the tokens that earlier layers `reached`; both [segments,
+    length]."""
+    segments, length = reached.shape
+    rests = min(heads, rate)  # rests that some head takes
     if length % rate == 0:
         by_rest = (segments, -1, rate)
-        _column(now.reshape(by_rest)[..., :taken], seen.reshape(by_rest)[..., :taken], causal)
+        _column(now.reshape(by_rest)[..., :rests], reached.reshape(by_rest)[..., :rests], causal)
         return
-    for rest in range(min(taken, length)):
-        _column(now[:, rest::rate, None], seen[:, rest::rate, None], causal)
+    for rest in range(min(rests, length)):
+        _column(now[:, rest::rate, None], reached[:, rest::rate, None], causal)
 
 
-def _column(now: Bools, seen: Bools, causal: bool) -> None:
-    """[segments, steps, rests]: mark every step up to the last one seen, or all if any is. Most segments are
-    not reached yet or seen whole, and are passed over."""
-    partly = np.flatnonzero(seen.any(axis=(1, 2)) & ~now.all(axis=(1, 2)))
-    seen = seen[partly]
+def _column(now: Bools, reached: Bools, causal: bool) -> None:
+    """[segments, steps, rests]: mark every step up to the last one reached, or all if any is. Most segments
+    are not reached yet or reached whole, and are passed over."""
+    partly = np.flatnonzero(reached.any(axis=(1, 2)) & ~now.all(axis=(1, 2)))
+    reached = reached[partly]
     if causal:
-        last = np.where(seen.any(axis=1), seen.shape[1] - seen[:, ::-1].argmax(axis=1), 0)
-        now[partly] |= np.arange(seen.shape[1])[None, :, None] < last[:, None]
+        last = np.where(reached.any(axis=1), reached.shape[1] - reached[:, ::-1].argmax(axis=1), 0)
+        now[partly] |= np.arange(reached.shape[1])[None, :, None] < last[:, None]
     else:
-        now[partly] |= seen.any(axis=1, keepdims=True)
+        now[partly] |= reached.any(axis=1, keepdims=True)

@@ -21,7 +21,7 @@ from planner.sampling import stratified
 ROWS = 128
 """Query blocks looked at; all of them where there are no more."""
 FIRST = 15
-"""Of the first of those strata, more."""
+"""Query blocks at the beginning that are looked at besides."""
 RECALL = 0.95
 """Assumed of a trained scorer: how much of the best blocks' mass it finds."""
 
@@ -182,15 +182,15 @@ def dilated_sparse(
     chains &= np.logical_and.reduce(
         [coarse % fine == 0 for fine, coarse in itertools.pairwise(rates)] or [size > 0]
     )
-    mass, kept = np.zeros(seq.shape), np.zeros(seq.shape)
+    mass, sinks_kept = np.zeros(seq.shape), np.zeros(seq.shape)
     for chain in (True, False):
         some = np.flatnonzero(chains == chain)
         if some.size:
             shortest = reduce(np.minimum, lengths)[some] // size[some]
             grid = _Grid(a, seq[some], size[some], causal, shortest)
             branches = _patterns(grid, [s[some] for s in lengths], [r[some] for r in rates], chain)
-            mass[some], kept[some] = _selected(grid, w, branches, ratio[some], sinks)
-    return mass, kept
+            mass[some], sinks_kept[some] = _selected(grid, w, branches, ratio[some], sinks)
+    return mass, sinks_kept
 
 
 def _patterns(grid: _Grid, lengths: Sequence[Ints], rates: Sequence[Ints], chains: bool) -> PatternRows:
@@ -229,17 +229,17 @@ def _selected(
         for room, near in zip(rooms, chosen, strict=True)
     )
     steps = branches.rates.reshape(count, *shape)[:, :, :1].astype(np.int64)
-    kept = grid.own.copy()
+    sums = grid.own.copy()
     for side, away in ((left, grid.before), (right, grid.after))[: 1 if grid.causal else 2]:
-        total = np.zeros_like(kept)
+        total = np.zeros_like(sums)
         for sign, step, near in disjoint(steps, side, branches.chains):
             total += sign * grid.steps(step, near // step)
-        kept += total * grid.near * np.exp(-grid.a * away)
+        sums += total * grid.near * np.exp(-grid.a * away)
     if not grid.causal:
         to_last = grid.blocks - 1 - grid.rows
         sees = np.any([(to_last % steps[t] == 0) & (to_last <= right[t]) for t in range(count)], axis=0)
-        kept -= grid.missing() * (sees & (to_last > 0))
-    mass = (np.tensordot(w, kept / grid.whole, axes=1) * grid.weights).sum(axis=1)
+        sums -= grid.missing() * (sees & (to_last > 0))
+    mass = (np.tensordot(w, sums / grid.whole, axes=1) * grid.weights).sum(axis=1)
     return mass, _sinks_kept(grid, steps, left, right, sinks, branches.chains)
 
 

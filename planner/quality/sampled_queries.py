@@ -30,7 +30,8 @@ def points(
     heads: int,
     causal: bool,
 ) -> tuple[Floats, Floats]:
-    """As `dilated_sparse` for dilated branches that are not regular: exact up to POINTS tokens."""
+    """(mass of the exponentials, share of the permitted sinks kept), each [N], of dilated branches that are
+    not regular: exact up to POINTS tokens."""
     parts = []
     chunk = max(1, (1 << 20) // (min(POINTS, int(seq.max(initial=1))) * max(len(a), 4)))
     for begin in range(0, seq.size, chunk):
@@ -40,7 +41,9 @@ def points(
                 a, w, seq[some], [x[some] for x in lengths], [x[some] for x in rates], sinks, heads, causal
             )
         )
-    return np.concatenate([mass for mass, _ in parts]), np.concatenate([kept for _, kept in parts])
+    return np.concatenate([mass for mass, _ in parts]), np.concatenate(
+        [sinks_kept for _, sinks_kept in parts]
+    )
 
 
 def _points(
@@ -55,7 +58,7 @@ def _points(
     offsets = [q % np.minimum(s[:, None], n) for s in lengths]
     sides = [np.minimum(s[:, None], n - q + o) - 1 - o for s, o in zip(lengths, offsets, strict=True)]
     whole = series(a, 1, q + 1) + (0 if causal else series(a, 1, n - q) - 1)
-    mass, kept = np.zeros(q.shape), np.zeros(q.shape)
+    mass, sinks_kept = np.zeros(q.shape), np.zeros(q.shape)
     for sign, members in subsets(len(lengths)):
         step = common(rates[t] for t in members)[:, None]
         covered = np.zeros(q.shape)
@@ -68,13 +71,13 @@ def _points(
         covered *= sign / heads
         left = np.minimum.reduce([offsets[t] for t in members])
         right = np.minimum.reduce([sides[t] for t in members])
-        seen = series(a, step, left // step + 1)
+        visible = series(a, step, left // step + 1)
         if not causal:
-            seen = seen + series(a, step, right // step + 1) - 1
-        mass += covered * (np.tensordot(w, seen / whole, axes=1))
+            visible = visible + series(a, step, right // step + 1) - 1
+        mass += covered * (np.tensordot(w, visible / whole, axes=1))
         for k in range(sinks):
             away = q - k
             sees = (away % step == 0) & (away <= left) & (away >= (0 if causal else -right)) & (k < n)
-            kept += covered * sees
+            sinks_kept += covered * sees
     number = np.maximum(np.minimum(np.minimum(sinks, n), q + 1 if causal else n), 1)  # profiles may have none
-    return (mass * weights).sum(axis=1), (kept / number * weights).sum(axis=1)
+    return (mass * weights).sum(axis=1), (sinks_kept / number * weights).sum(axis=1)

@@ -11,7 +11,7 @@ import numpy as np
 from attention.sizes.arrays import Amount, Floats, Ints
 
 RATIO = 1.2
-"""Of the ends of a cell of queries, far from the edge."""
+"""Ratio of a cell's last query to its first, far from an edge."""
 
 
 def series(a: Floats, step: Amount, terms: Amount) -> Floats:
@@ -53,8 +53,8 @@ def permitted(a: Floats, ends: Ints, seq: Amount, causal: bool) -> Floats:
 
 
 def segments(a: Floats, ends: Ints, seq: Amount, length: Amount, step: Amount, causal: bool) -> Floats:
-    """As `permitted`, over the keys in the own segment at distances of multiples of `step`, one query in
-    `step` seeing."""
+    """Exponentials over the keys in the own segment at distances of multiples of `step`, one query in `step`
+    seeing; summed over queries like `permitted`."""
     whole, rest = ends // length, ends % length
     left = whole * triangle(a, length, step) + triangle(a, rest, step)
     if causal:
@@ -67,7 +67,8 @@ def segments(a: Floats, ends: Ints, seq: Amount, length: Amount, step: Amount, c
 def windows(
     a: Floats, ends: Ints, seq: Amount, size: Amount, reach: Amount, shared: Amount, causal: bool
 ) -> Floats:
-    """As `permitted`, over blocks of `size` up to `reach` away and the `shared` first; those see all."""
+    """Exponentials over blocks of `size` up to `reach` away and over the `shared` first, which see all
+    keys; summed over queries like `permitted`."""
     wide = (reach + 1) * size
     start, head = (shared + reach) * size, shared * size  # from `start` on, rows leave out something
     after = np.maximum(ends - start, 0)

@@ -1,1 +1,1 @@
-"""What is asked: values and their defaults. Imports nothing above."""
+"""Questions: values and their defaults. Imports nothing above."""

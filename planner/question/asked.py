@@ -1,4 +1,4 @@
-"""What may be asked of a recommendation, the defaults, and the gates that an answer passes."""
+"""Options of a recommendation, their defaults, and the gates that an answer passes."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ if TYPE_CHECKING:
     from planner.workload import Dtype, Mode
 
 MOST_LAYERS: Final = 1 << 20
-"""Of a model."""
+"""The largest number of layers of a model that may be asked for."""
 LAYERS: Final = 12
-"""Of a model, in which each token must hear of all."""
+"""Layers of a model, within which the last token must reach every token that causality permits."""
 MIN_MASS: Final = 0.8
-"""Least share of dense attention's mass; docs/explanation/quality.md says why."""
+"""Minimum share of dense attention's mass, 0 to 1; docs/explanation/quality.md says why."""
 TRIALS: Final = 24
-"""Of Optuna, after the grid."""
+"""Trials of Optuna after the grid."""
 
 Sampler = Literal["tpe", "random", "nsga2", "nsga3", "cmaes", "qmc", "gp", "brute"]
 NEEDED: Final[dict[str, tuple[str, ...]]] = {"cmaes": ("cmaes",), "qmc": ("scipy",), "gp": ("scipy", "torch")}
-"""Packages of samplers that Optuna does not bring."""
+"""Packages that samplers need and Optuna does not install."""
 
 OnTrial = Callable[[int, int], None]
 """Called with (trials done, trials in all) before each."""
@@ -36,10 +36,10 @@ Objective = Literal["speed", "seq", "quality"]
 
 
 class Asked(TypedDict, total=False):
-    """What may be said of a recommendation beside memory and length; all of it has defaults."""
+    """Keyword arguments of `planner.recommend` beside memory and length; all have defaults."""
 
     objective: Literal["speed", "seq", "quality"] | None
-    """"speed" (default with a length), "seq" (default without), "quality"."""
+    """What is optimised: "speed" (default with a length), "seq" (default without), "quality"."""
     gpu: str | Gpu | None
     """"cpu", or a card as `planner gpus` lists them; None for a generic card of that memory."""
     batch: int
@@ -50,25 +50,27 @@ class Asked(TypedDict, total=False):
     mode: Mode
     causal: bool
     layers: int | None
-    """Of the model, in which each token must hear of all (12); None for no such gate."""
+    """Layers of the model (12), within which the last token must reach every token that causality permits;
+    None for no such gate."""
     min_mass: float | None
-    """Least share of dense attention's mass (0.8); None for no such gate."""
+    """Minimum share of dense attention's mass, 0 to 1 (0.8); None for no such gate."""
     max_seconds: float | None
-    """Most seconds of a call; None for no such gate."""
+    """Maximum predicted seconds of a call; None for no such gate."""
     profile: str | Profile | None
-    """Where attention's mass lies: a preset's name or a profile; None for the default."""
+    """How dense attention's mass is spread over distance: a preset's name or a profile; None for the
+    default."""
     reserve: str | int
-    """Bytes of the budget for what else is there, e.g. "1.5GB"."""
+    """Bytes of the budget that are kept for the rest of the model, e.g. "1.5GB"."""
     space: Space | None
-    """What may be chosen."""
+    """The search space; None for all of it."""
     trials: int
-    """Of Optuna, after the grid."""
+    """Trials of Optuna after the grid."""
     sampler: Sampler
     seed: int
     storage: str | None
-    """Where trials are kept and gone on with: a journal file, or a URL of Optuna's."""
+    """A journal file or a URL of Optuna's, where trials are kept and continued from."""
     study: str | None
-    """Their name there."""
+    """The name of the trials in the storage."""
     progress: OnTrial | None
     calibration: Calibration | None
     allocator: str
@@ -80,14 +82,14 @@ class Asked(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Gates:
-    """What a config has to do besides fitting; None turns a gate off."""
+    """The constraints on a config besides its memory; None turns a gate off."""
 
     layers: int | None = LAYERS
-    """Of the model: within so many the last token hears of all that causality permits."""
+    """Layers of the model, within which the last token reaches every token that causality permits."""
     min_mass: float | None = MIN_MASS
-    """Least share of dense attention's mass, under the profile."""
+    """Minimum share of dense attention's mass, 0 to 1, under the profile."""
     max_seconds: float | None = None
-    """Of one call."""
+    """Maximum predicted seconds of one call."""
 
     def __post_init__(self) -> None:
         if self.layers is not None and (type(self.layers) is not int or not 1 <= self.layers <= MOST_LAYERS):

@@ -41,9 +41,10 @@ def option(name: str) -> str:
     return f"--{_SHORTER.get(name, name).replace('_', '-')}"
 
 
-def recommend_command(vram: str | int | None, seq: str | int | None, asked: Mapping[str, Any]) -> str:
-    """As `planner recommend` takes it; `asked` as `planner.question.asked.Asked` has it."""
-    gpu = asked.get("gpu")
+def recommend_command(vram: str | int | None, seq: str | int | None, options: Mapping[str, Any]) -> str:
+    """The command line of `planner recommend` for a call of `planner.recommend`; `options`: see
+    `planner.question.asked.Asked`."""
+    gpu = options.get("gpu")
     card = gpus.find(gpu) if isinstance(gpu, str) and gpu != "cpu" else gpu
     named = [] if card is None else ["--gpu", "cpu" if card == "cpu" else card.key]
     if isinstance(card, gpus.Gpu):
@@ -52,11 +53,11 @@ def recommend_command(vram: str | int | None, seq: str | int | None, asked: Mapp
         vram = None if named and whole else vram
     parts = ["planner", "recommend", *_budget(vram, seq), *named]
     usual = "seq" if seq is None else "speed"
-    if asked.get("objective") not in (None, usual):
-        parts += ["--objective", asked["objective"]]
-    if asked.get("trials", TRIALS) != TRIALS:
-        parts += ["--trials", str(asked["trials"])]
-    return shlex.join([*parts, *_question(asked)])
+    if options.get("objective") not in (None, usual):
+        parts += ["--objective", options["objective"]]
+    if options.get("trials", TRIALS) != TRIALS:
+        parts += ["--trials", str(options["trials"])]
+    return shlex.join([*parts, *_question(options)])
 
 
 def tune_command(
@@ -64,16 +65,17 @@ def tune_command(
     seq: str | int,
     device: str,
     measured: Mapping[str, tuple[Any, Any]],
-    asked: Mapping[str, Any],
+    options: Mapping[str, Any],
 ) -> str:
-    """As `planner tune` takes it; `measured`: its own numbers by option, (given, default) each."""
+    """The command line of `planner tune` for a call of `planner.tune`; `measured`: numbers that only tuning
+    takes, by option, (value, default) each."""
     parts = ["planner", "tune", *_budget(vram, seq)]
     if device != "cpu":
         parts += ["--device", device]
-    for name, (given, default) in measured.items():
-        if given != default:
-            parts += [name, f"{given:g}" if isinstance(given, float) else str(given)]
-    return shlex.join([*parts, *_question(asked)])
+    for name, (value, default) in measured.items():
+        if value != default:
+            parts += [name, f"{value:g}" if isinstance(value, float) else str(value)]
+    return shlex.join([*parts, *_question(options)])
 
 
 def _budget(vram: str | int | None, seq: str | int | None) -> Iterator[str]:
@@ -83,54 +85,57 @@ def _budget(vram: str | int | None, seq: str | int | None) -> Iterator[str]:
         yield from ("--seq", _rounded(parse_count(seq, "seq"), {"M": 1 << 20, "K": 1 << 10}))
 
 
-def _question(asked: Mapping[str, Any]) -> Iterator[str]:
-    """Sizes, gates, restrictions, place: what both commands take."""
+def _question(options: Mapping[str, Any]) -> Iterator[str]:
+    """Sizes, gates, restrictions and place, which both commands take."""
     for name in _SIZES:
-        if asked.get(name) not in (None, Workload.model_fields[name].default):
-            yield from (option(name), str(asked[name]))
-    if asked.get("causal"):
+        if options.get(name) not in (None, Workload.model_fields[name].default):
+            yield from (option(name), str(options[name]))
+    if options.get("causal"):
         yield "--causal"
-    if str(asked.get("reserve", 0)) != "0":
-        yield from ("--reserve", _bytes(parse_bytes(asked["reserve"], "reserve")))
+    if str(options.get("reserve", 0)) != "0":
+        yield from ("--reserve", _bytes(parse_bytes(options["reserve"], "reserve")))
     for name, usual in (("layers", LAYERS), ("min_mass", MIN_MASS)):
-        given = asked.get(name, usual)
-        if given != usual:
-            yield from (option(name), str(given or 0))
+        value = options.get(name, usual)
+        if value != usual:
+            yield from (option(name), str(value or 0))
     for name, default in _PLAIN.items():
-        if asked.get(name, default) != default:
-            yield from (option(name), str(asked[name]))
+        if options.get(name, default) != default:
+            yield from (option(name), str(options[name]))
     for name in _SHORTER:
-        if asked.get(name):
-            yield from (option(name), _bytes(asked[name]))
-    if asked.get("calibration") is not None:
+        if options.get(name):
+            yield from (option(name), _bytes(options[name]))
+    if options.get("calibration") is not None:
         yield from ("--calibration", "FILE")
-    yield from _profile(asked.get("profile"))
-    if asked.get("space") is not None:
-        yield from _restrictions(asked["space"])
+    yield from _profile(options.get("profile"))
+    if options.get("space") is not None:
+        yield from _restrictions(options["space"])
 
 
-def _profile(given: Any) -> Iterator[str]:
-    if isinstance(given, str):
-        yield from ("--profile", given)
-    elif given is not None:
+def _profile(profile: Any) -> Iterator[str]:
+    if isinstance(profile, str):
+        yield from ("--profile", profile)
+    elif profile is not None:
         from planner.quality.profiles import PRESETS
 
-        preset = PRESETS.get(given.name) == given
-        yield from ("--profile", given.name) if preset else ("--profile-from", "FILE")
+        preset = PRESETS.get(profile.name) == profile
+        yield from ("--profile", profile.name) if preset else ("--profile-from", "FILE")
 
 
 def _restrictions(space: Space) -> Iterator[str]:
     fields = type(space).model_fields
     # Sizes in bytes come last, as they always have.
     for dimension in sorted(DIMENSIONS.values(), key=lambda one: one.written == "bytes"):
-        given = getattr(space, dimension.field)
-        if given != fields[dimension.field].default:
+        allowed = getattr(space, dimension.field)
+        if allowed != fields[dimension.field].default:
             text = _bytes if dimension.written == "bytes" else str
-            yield from (dimension.option, ",".join(map(text, given)) if isinstance(given, tuple) else given)
+            yield from (
+                dimension.option,
+                ",".join(map(text, allowed)) if isinstance(allowed, tuple) else allowed,
+            )
 
 
 def _bytes(count: int) -> str:
-    """In the largest unit of which it is a whole number."""
+    """A number of bytes in the largest unit of which it is a whole number."""
     units = {"TB": 10**12, "GB": 10**9, "GiB": 1 << 30, "MB": 10**6, "MiB": 1 << 20, "KiB": 1 << 10}
     return _rounded(count, units)
 

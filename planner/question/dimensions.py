@@ -1,6 +1,6 @@
-"""What a search may choose, one row a dimension, under every name that it has: a field of `Space`, an option,
-a parameter of trials, a field of a config. Checks, options, the command that repeats an answer, suggestions
-and steps read it here. Imports no torch.
+"""The dimensions of the search space, a row each, under every name that they have: a field of `Space`, an
+option, a parameter of trials, a field of a config. Checks, options, the command that repeats an answer,
+suggestions and steps read them here. Imports no torch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ AttentionKind = Literal["dense", "dilated", "local_window", "global_local", "dil
 KINDS: Final[tuple[AttentionKind, ...]] = get_args(AttentionKind)
 
 Written = Literal["names", "counts", "shares", "bytes", "name"]
-"""What an option takes: a list of such, or one name."""
+"""The values that an option takes: a list of such, or one name."""
 Stride = Literal["doubling", "blocks", "share", "rates"]
 """How a value changes by a step: times a power of two; in whole blocks; up to 1; but for rates of 1."""
 
@@ -24,21 +24,21 @@ class Dimension(NamedTuple):
     """One thing that a search may choose."""
 
     field: str
-    """Of `Space`, and there the values that are allowed."""
+    """Name of the field of `Space` that holds the allowed values."""
     option: str
-    """Of the command line."""
+    """Option of the command line."""
     written: Written
     help: str
-    """Of the option."""
+    """Help of the option."""
     kinds: tuple[AttentionKind, ...] = KINDS
     """Attentions that have it."""
     parameter: str = ""
-    """Of trials, and a column of candidates; empty where there is none such or more than one. Stored studies
-    have it."""
+    """Name of the parameter of trials, and of the column of candidates; empty where there is none or more
+    than one. Stored studies have it."""
     attribute: str = ""
-    """Of a config or of its pattern; empty for what others decide."""
+    """Name of the field of a config or of its pattern; empty where other dimensions decide it."""
     step: Stride | None = None
-    """None for what no step changes."""
+    """How a step changes the value; None if no step does."""
 
     @property
     def argument(self) -> str:
@@ -51,11 +51,11 @@ class Dimension(NamedTuple):
         return self.kinds != KINDS
 
     def of(self, config: AttentionConfig) -> Any:
-        """Its value in a config."""
+        """The dimension's value in a config."""
         return getattr(config.pattern if self._of_pattern else config, self.attribute)
 
     def changed(self, config: AttentionConfig, value: Any) -> AttentionConfig:
-        """A config with another value of it."""
+        """A config with another value of this dimension."""
         update: dict[str, Any] = {self.attribute: value}
         if self._of_pattern:
             assert config.pattern is not None
@@ -151,11 +151,11 @@ _ALL: Final = (
     Dimension("pool", "--pool", "name", "Keep scratch buffers between calls.", attribute="pool"),
 )
 DIMENSIONS: Final[dict[str, Dimension]] = {dimension.field: dimension for dimension in _ALL}
-"""By field of `Space`."""
+"""Dimensions by field of `Space`."""
 
 
 def dimensions_of(kind: AttentionKind) -> Iterator[Dimension]:
-    """What there is to choose about an attention."""
+    """The dimensions that an attention has."""
     return (dimension for dimension in DIMENSIONS.values() if kind in dimension.kinds)
 
 

@@ -1,4 +1,4 @@
-"""What would have to be asked for instead, where nothing fits: values, and how a reader sees them.
+"""Relaxations: changes of a question with which something fits, where nothing does, and their text.
 
 `planner.search` finds them; `NothingFitsError` and the command line say them alike, and so the words lie
 below both. Imports no torch.
@@ -20,7 +20,7 @@ class Relaxation(NamedTuple):
     what: str
     """An argument of `planner.recommend` or `planner.estimate`; or `workspace_bytes`, of the config."""
     value: int | float | str
-    """What it would have to be."""
+    """The value with which something fits."""
 
     def applied(self, workload: Workload) -> Workload:
         """A workload with this change, which is of one of its fields."""

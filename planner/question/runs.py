@@ -1,4 +1,4 @@
-"""What is run here: how often and for how long by default, and at most."""
+"""Runs on this machine: how often and for how long by default, and at most."""
 
 from __future__ import annotations
 

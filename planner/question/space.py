@@ -31,21 +31,21 @@ class Space(Value):
 
     variants: Variants | None = None
     patterns: Patterns | None = None
-    """Of block_sparse."""
+    """Patterns of block_sparse."""
     block_sizes: Counts | None = None
     windows: Counts | None = None
-    """Tokens."""
+    """Windows in tokens."""
     global_tokens: Counts | None = None
     ratios: Ratios | None = None
     """Fractions of blocks kept."""
     branches: Counts | None = None
-    """How many."""
+    """Numbers of branches."""
     segments: Counts | None = None
     """Segment lengths of all branches: with them there is nothing else about lengths to choose."""
     rates: Counts | None = None
     """Rates of all branches, not falling."""
     workspaces: Counts | None = None
-    """Bytes."""
+    """Workspaces in bytes."""
     backend: Backend | None = None
     """None for `auto`, and, where that would be FlexAttention, `sdpa` too."""
     pool: Switch = "auto"
@@ -60,7 +60,7 @@ class Space(Value):
             raise ValueError(
                 f"the lists have more than {MOST_VALUES:,} combinations, and all are looked at; give fewer"
             )
-        counts = {len(given) for given in (self.segments, self.rates) if given is not None}
+        counts = {len(values) for values in (self.segments, self.rates) if values is not None}
         if self.branches is not None:
             if max(self.branches) > MAX_BRANCHES:
                 raise ValueError(f"branches are at most {MAX_BRANCHES}, got {max(self.branches)}")
@@ -108,7 +108,7 @@ class Space(Value):
         return tuple(filter(allowed, KINDS))
 
     def backends(self, flex: bool) -> tuple[Backend, ...]:
-        """Those to try on a device that has FlexAttention (`flex`) or not."""
+        """Backends to try on a device that has FlexAttention (`flex`) or not."""
         if self.backend is not None:
             return (self.backend,)
         return ("auto", "sdpa") if flex else ("auto",)

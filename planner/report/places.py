@@ -16,14 +16,14 @@ class Box(NamedTuple):
     high: float
 
     def common(self, other: Box) -> float:
-        """The area of both together."""
+        """The area that this box and `other` share."""
         wide = min(self.right, other.right) - max(self.left, other.left)
         high = min(self.high, other.high) - max(self.low, other.low)
         return max(wide, 0.0) * max(high, 0.0)
 
 
 class Name(NamedTuple):
-    """What is to be placed."""
+    """A name to be placed: the point that it belongs to, and its size."""
 
     x: float
     y: float
@@ -32,18 +32,18 @@ class Name(NamedTuple):
 
 
 _SIDES = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (1, -1), (-1, 1), (-1, -1))
-"""To the right, to the left, ..., in the order in which they are preferred."""
+"""Directions (right, up) from a point in the order of preference: to the right, to the left, ..."""
 
 
 def placed(names: Sequence[Name], points: Sequence[Box], within: Box, gap: float) -> list[Box]:
-    """A place for each name, at a distance of `gap` or twice that from its point, that covers least of
-    `points`, of the names before it and of what lies outside `within`."""
-    found: list[Box] = []
+    """A place for each name, at a distance of `gap` or twice that from its point: the one that covers the
+    smallest area of `points`, of the names before it and of the outside of `within`."""
+    boxes: list[Box] = []
     for name in names:
         spots = [_beside(name, *side, far * gap) for far in (1, 2) for side in _SIDES]
-        costs = [_cost(spot, points, found, within) for spot in spots]
-        found.append(spots[costs.index(min(costs))])
-    return found
+        costs = [_cost(spot, points, boxes, within) for spot in spots]
+        boxes.append(spots[costs.index(min(costs))])
+    return boxes
 
 
 def _beside(name: Name, right: int, up: int, gap: float) -> Box:

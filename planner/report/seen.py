@@ -1,5 +1,5 @@
-"""Who sees whom, in figures: what a config keeps of all pairs, how far that carries, and the cells of a
-picture of it. Imports no torch."""
+"""The attention mask of a config in figures: the share of all pairs that it keeps, its reach and mass, and
+the cells of a picture of it. Imports no torch."""
 
 from __future__ import annotations
 
@@ -16,48 +16,50 @@ from planner.workload import Workload
 if TYPE_CHECKING:
     from planner.quality.profiles import Profile
 
-MOST_LAYERS: Final = 256
-"""Reach is looked for up to so many."""
-MOST_TOKENS: Final = 1 << 26
-MOST_BRANCHES: Final = 12
+MAXIMUM_LAYERS: Final = 256
+"""Layers up to which reach is computed."""
+MAXIMUM_TOKENS: Final = 1 << 26
+MAXIMUM_BRANCHES: Final = 12
 POSITIONS: Final = 64
-"""First positions of a segment that are shown."""
+"""Positions at the beginning of a segment that a picture shows."""
 
 
 class Seen(NamedTuple):
-    """What a config keeps of a sequence's pairs."""
+    """The (query, key) pairs that a config keeps of a sequence, in figures."""
 
     config: AttentionConfig
     workload: Workload
-    """Of which the length, causality and heads count."""
+    """The sequence: its length, causality and number of heads count here."""
     size: int
-    """Tokens a unit: a block, or of dilated, of which the figures are those of one head, a token."""
+    """Tokens of a unit. A unit is a block; for `dilated`, whose figures are those of head 0, a token."""
     units: int
-    least: int
-    """Units that a row keeps."""
+    minimum: int
+    """The fewest units that a row keeps; `mean` and `maximum` likewise."""
     mean: float
-    most: int
+    maximum: int
     exact: bool
-    """Whether every row was counted, not a sample."""
+    """Whether all rows were counted; otherwise a sample of them was."""
     layers: int | None
-    """Until the last token has heard of all; None if not within MOST_LAYERS. Of adaptive none is known."""
+    """Reach: the layers after which the last token can depend on every token that causality permits. None if
+    that takes more than MAXIMUM_LAYERS, and for `adaptive`, whose reach is not known before it runs."""
     mass: float | None
-    """Share of dense attention's; of adaptive, whose blocks are chosen at run time, none is known."""
+    """The share of dense attention's softmax probability that is kept, 0 to 1. None for `adaptive`, whose
+    blocks are chosen at run time."""
     profile: str
 
     @property
     def chosen(self) -> bool:
-        """Whether the blocks are chosen at run time, and only how many is known."""
+        """Whether the blocks are chosen at run time, so that only their number is known."""
         return self.config.variant == "adaptive"
 
     @property
     def share(self) -> float:
-        """Of all pairs of units."""
+        """The kept share of all pairs of units, 0 to 1."""
         return self.mean / self.units
 
     @property
     def permitted(self) -> float:
-        """Of those that causality permits."""
+        """The kept share of the pairs that causality permits, 0 to 1."""
         return 2 * self.mean / (self.units + 1) if self.workload.causal else self.share
 
     @property
@@ -66,7 +68,7 @@ class Seen(NamedTuple):
 
 
 def seen(config: AttentionConfig, workload: Workload, profile: Profile) -> Seen:
-    """The figures; ConfigError where there are too many tokens or branches for a picture."""
+    """The figures of a config's mask; ConfigError if there are too many tokens or branches for a picture."""
     _refuse_vast(config, workload.seq)
     if config.variant == "adaptive":
         return _chosen(config, workload, profile)
@@ -84,20 +86,20 @@ def seen(config: AttentionConfig, workload: Workload, profile: Profile) -> Seen:
         float(counts.mean()),
         int(counts.max()),
         number <= COUNTED,
-        layers(config, workload, MOST_LAYERS),
+        layers(config, workload, MAXIMUM_LAYERS),
         mass_of(config, workload, profile),
         profile.name,
     )
 
 
 def _refuse_vast(config: AttentionConfig, seq: int) -> None:
-    if seq > MOST_TOKENS:
+    if seq > MAXIMUM_TOKENS:
         raise ConfigError(
-            f"a layout is pictured over at most {MOST_TOKENS:,} tokens, got {seq:,}; pass e.g. --seq 1M"
+            f"a layout is pictured over at most {MAXIMUM_TOKENS:,} tokens, got {seq:,}; pass e.g. --seq 1M"
         )
-    if len(config.branches) > MOST_BRANCHES:
+    if len(config.branches) > MAXIMUM_BRANCHES:
         raise ConfigError(
-            f"a layout is pictured of at most {MOST_BRANCHES} branches, got {len(config.branches)}"
+            f"a layout is pictured of at most {MAXIMUM_BRANCHES} branches, got {len(config.branches)}"
         )
 
 
@@ -110,31 +112,31 @@ def _chosen(config: AttentionConfig, workload: Workload, profile: Profile) -> Se
     kept = min(row_budget(config, workload.seq), number)
     # Row i of a causal one has i + 1 blocks to choose from.
     mean = kept * (1 - (kept - 1) / (2 * number)) if workload.causal else float(kept)
-    least = 1 if workload.causal else kept
-    return Seen(config, workload, size, number, least, mean, kept, True, None, None, profile.name)
+    minimum = 1 if workload.causal else kept
+    return Seen(config, workload, size, number, minimum, mean, kept, True, None, None, profile.name)
 
 
-def cells(found: Seen, rows: int, columns: int) -> Floats:
-    """[rows, columns], no more than there are units: the share of each cell's pairs that is kept."""
-    return shares(found.config, found.workload.seq, found.workload.causal, rows, columns)
+def cells(mask: Seen, rows: int, columns: int) -> Floats:
+    """The kept share of each cell's pairs, [rows, columns], with no more rows or columns than units."""
+    return shares(mask.config, mask.workload.seq, mask.workload.causal, rows, columns)
 
 
 class Strip(NamedTuple):
-    """The positions that some heads take in a dilated branch, at the beginning of a segment."""
+    """The positions that some heads attend to in a dilated branch, at the beginning of a segment."""
 
     length: int
     rate: int
     heads: tuple[int, ...]
     positions: tuple[bool, ...]
-    """Of the first positions of a segment, whether they are taken."""
+    """Whether each of the first positions of a segment is among them."""
 
 
-def strips(found: Seen, groups: int = 4) -> list[Strip]:
-    """Of a dilated config's branches the first `groups` kinds of heads; of others nothing."""
+def strips(mask: Seen, groups: int = 4) -> list[Strip]:
+    """The strips of the first `groups` kinds of heads in each branch of a dilated config; none of others."""
     drawn = []
-    for length, rate in found.config.branches if found.config.variant == "dilated" else ():
-        length = min(length, found.workload.seq)
-        heads = range(min(found.workload.heads, 1 << 10))
+    for length, rate in mask.config.branches if mask.config.variant == "dilated" else ():
+        length = min(length, mask.workload.seq)
+        heads = range(min(mask.workload.heads, 1 << 10))
         for first in range(min(rate, len(heads), groups)):
             positions = np.zeros(min(length, POSITIONS), bool)
             positions[taken(len(positions), rate, first)] = True
@@ -142,21 +144,21 @@ def strips(found: Seen, groups: int = 4) -> list[Strip]:
     return drawn
 
 
-def seen_data(found: Seen) -> dict[str, Any]:
+def seen_data(mask: Seen) -> dict[str, Any]:
     """The figures as plain data."""
-    workload = found.workload
+    workload = mask.workload
     return {
-        "config": found.config.model_dump(mode="json"),
+        "config": mask.config.model_dump(mode="json"),
         "seq": workload.seq,
         "causal": workload.causal,
-        "unit": found.unit,
-        "unit_tokens": found.size,
-        "units": found.units,
-        "kept": {"least": found.least, "mean": found.mean, "most": found.most, "exact": found.exact},
-        "share": found.share,
-        "share_of_permitted": found.permitted,
-        "chosen_at_run_time": found.chosen,
-        "layers": found.layers,
-        "mass": found.mass,
-        "profile": found.profile,
+        "unit": mask.unit,
+        "unit_tokens": mask.size,
+        "units": mask.units,
+        "kept": {"least": mask.minimum, "mean": mask.mean, "most": mask.maximum, "exact": mask.exact},
+        "share": mask.share,
+        "share_of_permitted": mask.permitted,
+        "chosen_at_run_time": mask.chosen,
+        "layers": mask.layers,
+        "mass": mask.mass,
+        "profile": mask.profile,
     }

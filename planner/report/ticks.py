@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 
 
-def log_ticks(low: float, high: float, most: int) -> list[float]:
-    """From `low` to `high`, both above 0, some of each power of ten; `most` at most."""
+def log_ticks(low: float, high: float, maximum: int) -> list[float]:
+    """Ticks from `low` to `high`, both above 0, some in each power of ten; no more than `maximum`."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     ticks: list[float] = []
     for parts, every in (
@@ -21,14 +21,14 @@ def log_ticks(low: float, high: float, most: int) -> list[float]:
     ):
         steps = (float(f"{part}e{power}") for power in powers if power % every == 0 for part in parts)
         ticks = [at for at in steps if low <= at <= high]
-        if len(ticks) <= most:
+        if len(ticks) <= maximum:
             break
     return ticks
 
 
-def linear_ticks(low: float, high: float, most: int) -> list[float]:
-    """From `low` to `high`, at multiples of 1, 2 or 5 times a power of ten; `most` at most."""
-    size = (high - low) / most
+def linear_ticks(low: float, high: float, maximum: int) -> list[float]:
+    """Ticks from `low` to `high`, at multiples of 1, 2 or 5 times a power of ten; no more than `maximum`."""
+    size = (high - low) / maximum
     power = 10.0 ** math.floor(math.log10(size))
     step = next(part * power for part in (1, 2, 5, 10) if part * power >= size)
     first, last = math.ceil(low / step), math.floor(high / step)

@@ -1,1 +1,1 @@
-"""From a question to the best candidate: the space, the grid, Optuna, the reasons. No torch."""
+"""The way from a question to the best candidate: the space, the grid, Optuna, the reasons. No torch."""

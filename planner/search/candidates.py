@@ -38,7 +38,7 @@ FREE_BLOCK_SIZES: Final = (16, 32, 48, 64, 80, 96, 128, 160, 192, 256, 320, 384,
 MOST_GROWTH: Final = 1 << 16
 MOST_RATE_GROWTH: Final = 16
 MOST_GLOBAL: Final = 8192
-"""Tokens."""
+"""Most global tokens."""
 FREE_WORKSPACES: Final = (20, 26)
 """Least and most as powers of two."""
 LEAST_RATIO: Final = 1e-4
@@ -219,9 +219,9 @@ def _blocks(space: Space, kind: AttentionKind, workload: Workload) -> Iterator[d
 
 def window_sizes(block: int, workload: Workload) -> list[int]:
     """Tokens of the windows worth trying: 2^k and 3 x 2^(k-1) blocks, up to those that see everything."""
-    most = most_window(block, workload)
-    powers = range(0 if workload.causal else 1, most.bit_length() + 1)
-    counts = {min(n, most) for power in powers for n in (1 << power, 3 << power >> 1)}
+    widest = most_window(block, workload)
+    powers = range(0 if workload.causal else 1, widest.bit_length() + 1)
+    counts = {min(n, widest) for power in powers for n in (1 << power, 3 << power >> 1)}
     return sorted(n * block for n in counts if n >= (1 if workload.causal else 2))
 
 

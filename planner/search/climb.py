@@ -17,7 +17,7 @@ from planner.search.scenario import Scenario
 from planner.search.suggest import parameters
 
 MOVES: Final = 24
-"""At most."""
+"""Most moves of one climb."""
 STEPS: Final = ((0.5, 2.0), (0.7, 1.4), (0.85, 1.18), (0.93, 1.08))
 """Factors of a step down and of one up, coarse before fine. An answer lists the first."""
 UNIT: Final = 64

@@ -21,9 +21,9 @@ class Longest(NamedTuple):
 
     budget: int
     fits: MemoryEstimate | None
-    """None if not even one block does."""
+    """The estimate for the longest sequence that fits; None if not even one block does."""
     beyond: MemoryEstimate
-    """Of one block more."""
+    """The estimate for one block more."""
     relaxations: tuple[Relaxation, ...]
     """Where nothing fits: changes, each of which lets one block fit."""
 
@@ -36,8 +36,8 @@ def longest(
     seq = max_sequence(config, workload, budget, device, **options)
 
     def at(tokens: int, **changes: Any) -> MemoryEstimate:
-        asked = workload.model_copy(update={"seq": tokens} | changes)
-        return estimate(config, asked, device, **options)
+        sized_workload = workload.model_copy(update={"seq": tokens} | changes)
+        return estimate(config, sized_workload, device, **options)
 
     if seq:
         return Longest(budget, at(seq), at(seq + unit), ())
@@ -50,8 +50,8 @@ def _relaxations(
 ) -> Iterator[Relaxation]:
     """The smallest change of one thing each that lets this workload fit."""
 
-    def fits(asked: Workload = workload, config: AttentionConfig = config, **more: Any) -> bool:
-        return estimate(config, asked, device, **{**options, **more}).upper <= budget
+    def fits(changed_workload: Workload = workload, config: AttentionConfig = config, **more: Any) -> bool:
+        return estimate(config, changed_workload, device, **{**options, **more}).upper <= budget
 
     batch = _below(workload.batch, lambda n: fits(workload.model_copy(update={"batch": n})))
     if batch:

@@ -13,8 +13,8 @@ from planner.search.evaluate import Point
 
 
 def unsurpassed(points: Sequence[Pick]) -> list[Pick]:
-    """Those than which no other is as good in memory, time, mass and length and better in one, exactly; of
-    equals the first."""
+    """The points of the Pareto front, exactly: no other is as good in memory, time, mass and length and
+    better in one; of equals the first."""
     costs: list[tuple[float, ...]] = [(one.upper, one.seconds, -one.mass, -one.seq) for one in points]
 
     def surpassed(at: int) -> bool:
@@ -26,16 +26,16 @@ def unsurpassed(points: Sequence[Pick]) -> list[Pick]:
     return [one for at, one in enumerate(points) if not surpassed(at)]
 
 
-def pick(found: Point, role: Role = "") -> Pick:
+def pick(point: Point, role: Role = "") -> Pick:
     """A point as a pick."""
     return Pick(
         role=role,
-        config=found.config,
-        seq=found.seq,
-        upper=found.memory.upper,
-        seconds=found.seconds,
-        mass=found.mass,
-        layers=found.layers,
+        config=point.config,
+        seq=point.seq,
+        upper=point.memory.upper,
+        seconds=point.seconds,
+        mass=point.mass,
+        layers=point.layers,
     )
 
 

@@ -47,17 +47,17 @@ class Turns:
         self.leaders: dict[AttentionKind, Leader] = {}
         self.stepped: set[frozenset[tuple[str, Any]]] = set()
 
-    def told(
+    def record(
         self, rank: Rank, params: Mapping[str, Any], distributions: Mapping[str, BaseDistribution]
     ) -> None:
-        """Of a trial that has ended."""
+        """Takes note of a trial that has ended."""
         self.stepped.add(frozenset(params.items()))
         kind: AttentionKind = params.get("kind", self.kinds[0])
         if kind not in self.leaders or rank < self.leaders[kind].rank:
             self.leaders[kind] = Leader(rank, params, distributions)
 
     def fixed(self, number: int) -> dict[str, Any]:
-        """What trial `number` is to have; the rest is for the sampler to suggest."""
+        """Parameters that are fixed for trial `number`; the sampler suggests the rest."""
         # Dense has nothing to choose and gets one turn.
         kinds = [kind for kind in self.kinds if kind != "dense" or kind not in self.leaders]
         if number >= self.exploring:
@@ -80,12 +80,12 @@ class Turns:
 
 def _changes(leader: Leader) -> Iterator[dict[str, Any]]:
     """Parameters with other values: one at a time, then two, then one by less."""
-    numbers = [name for name, found in leader.distributions.items() if not _is_choice(found)]
+    numbers = [name for name, distribution in leader.distributions.items() if not _is_choice(distribution)]
     for name in numbers:
         yield from ({name: _times(leader, name, factor)} for factor in COARSE)
-    for name, found in leader.distributions.items():
-        if isinstance(found, CategoricalDistribution) and name not in ("kind", "branches"):
-            yield from ({name: choice} for choice in found.choices)
+    for name, distribution in leader.distributions.items():
+        if isinstance(distribution, CategoricalDistribution) and name not in ("kind", "branches"):
+            yield from ({name: choice} for choice in distribution.choices)
     for one, other in itertools.combinations(numbers, 2):
         for factors in itertools.product(COARSE, repeat=2):
             yield {name: _times(leader, name, by) for name, by in zip((one, other), factors, strict=True)}
@@ -99,8 +99,8 @@ def _is_choice(distribution: BaseDistribution) -> bool:
 
 def _times(leader: Leader, name: str, factor: float) -> Any:
     """A parameter times a factor, within its range."""
-    found: Any = leader.distributions[name]
+    distribution: Any = leader.distributions[name]
     wanted = leader.params[name] * factor
-    if isinstance(found, IntDistribution):
+    if isinstance(distribution, IntDistribution):
         wanted = math.floor(wanted) if factor < 1 else math.ceil(wanted)
-    return min(max(wanted, found.low), found.high)
+    return min(max(wanted, distribution.low), distribution.high)

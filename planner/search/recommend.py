@@ -1,4 +1,4 @@
-"""From what a caller asks to a recommendation: scenario, grid, trials, steps, reasons. No torch."""
+"""The way from a question to a recommendation: scenario, grid, trials, steps, reasons. No torch."""
 
 from __future__ import annotations
 
@@ -40,16 +40,16 @@ MOST_TOKENS: Final = 1 << 36
 
 
 class Answered(NamedTuple):
-    """What was asked, ready to be answered, and the answer."""
+    """A question, as the search has it, and its answer."""
 
     scenario: Scenario
     space: Space
     name: str
-    """The same for the same question."""
+    """The question's fingerprint: equal for equal questions."""
     grid: Point | None
     """The exact optimum of the grid."""
     best: Point
-    """That, or what trials found to be better."""
+    """The grid's optimum, or a better config that trials found."""
     answer: Recommendation
 
 
@@ -57,63 +57,69 @@ _SIZES: Final = ("batch", "heads", "kv_heads", "head_dim", "dtype", "mode", "cau
 _PLACE: Final = ("calibration", "allocator", "display", "others_bytes", "context_bytes", "threads")
 
 
-def answered(vram: str | int | None = None, seq: str | int | None = None, **asked: Unpack[Asked]) -> Answered:
-    """Answers what `planner.recommend` is asked; the answer, with what it rests on."""
-    wrong = set(asked) - set(Asked.__annotations__)
+def answered(
+    vram: str | int | None = None, seq: str | int | None = None, **options: Unpack[Asked]
+) -> Answered:
+    """The answer to a call of `planner.recommend`, with the scenario that it rests on."""
+    wrong = set(options) - set(Asked.__annotations__)
     if wrong:
         raise TypeError(f"recommend() got unexpected arguments: {', '.join(sorted(wrong))}")
-    _refuse_idle(asked)
-    check_sampler(asked.get("sampler", "tpe"))
-    scenario, reserved = scenario_of(vram, seq, asked)
-    space, seed, trials = asked.get("space") or Space(), asked.get("seed", 0), asked.get("trials", TRIALS)
+    _refuse_idle(options)
+    check_sampler(options.get("sampler", "tpe"))
+    scenario, reserved = scenario_of(vram, seq, options)
+    space, seed, trials = (
+        options.get("space") or Space(),
+        options.get("seed", 0),
+        options.get("trials", TRIALS),
+    )
     name = fingerprint(scenario, space)
     parts = grid(space, scenario.workload, flex=scenario.flex, free_length=scenario.free_length)
     solved = enumerate_grid(scenario, parts)
     refined = None
     if trials:
-        storage = asked.get("storage")
-        store = Storage(storage, asked.get("study") or f"recommend-{name[:12]}", name) if storage else None
+        storage = options.get("storage")
+        store = Storage(storage, options.get("study") or f"recommend-{name[:12]}", name) if storage else None
         refined = refine(
             scenario,
             space,
             _starts(scenario, solved),
             trials=trials,
-            sampler=asked.get("sampler", "tpe"),
+            sampler=options.get("sampler", "tpe"),
             seed=seed,
             storage=store,
-            progress=asked.get("progress"),
+            progress=options.get("progress"),
         )
     best = better(scenario, solved.best, refined.best if refined else None)
     if best is None:
-        raise NothingFitsError(scenario, relaxations(scenario, space, solved, reserved), solved.seen)
+        raise NothingFitsError(scenario, relaxations(scenario, space, solved, reserved), solved.evaluated)
     if trials:
         best = climbed(scenario, space, best)
-    answer = _answer(scenario, solved, refined, best, reserved, seed, recommend_command(vram, seq, asked))
+    answer = _answer(scenario, solved, refined, best, reserved, seed, recommend_command(vram, seq, options))
     return Answered(scenario, space, name, solved.best, best, answer)
 
 
-def _refuse_idle(asked: Asked) -> None:
-    """ConfigError for what would have no effect, and for counts that are none."""
-    trials, seed = asked.get("trials", TRIALS), asked.get("seed", 0)
+def _refuse_idle(options: Asked) -> None:
+    """ConfigError for options that would have no effect, and for counts that are none."""
+    trials, seed = options.get("trials", TRIALS), options.get("seed", 0)
     if type(trials) is not int or trials < 0:
         raise ConfigError(f"trials must be a whole number from 0 on, got {trials!r}")
     if type(seed) is not int or not 0 <= seed < 1 << 32:
         raise ConfigError(f"seed must be a whole number from 0 to 2^32 - 1, got {seed!r}")
-    if asked.get("study") and not asked.get("storage"):
+    if options.get("study") and not options.get("storage"):
         raise ConfigError(
             "study names trials in a storage, and there is none: pass storage too, or leave it out"
         )
-    if not trials and asked.get("storage"):
+    if not trials and options.get("storage"):
         raise ConfigError(
             "storage keeps trials, and trials=0 asks for none: allow some, or leave storage out"
         )
 
 
-def scenario_of(vram: str | int | None, seq: str | int | None, asked: Asked) -> tuple[Scenario, int]:
+def scenario_of(vram: str | int | None, seq: str | int | None, options: Asked) -> tuple[Scenario, int]:
     """(the question, bytes reserved), from what a caller writes."""
     from planner.quality import profiles
 
-    gpu = asked.get("gpu")
+    gpu = options.get("gpu")
     card: Any = gpus.find(gpu) if isinstance(gpu, str) and gpu != "cpu" else gpu
     if vram is None:
         if card is None or card == "cpu":
@@ -124,11 +130,11 @@ def scenario_of(vram: str | int | None, seq: str | int | None, asked: Asked) -> 
         if isinstance(card, gpus.Gpu):
             gpus.check_budget(card, budget, "vram")
     card = card if card is not None else gpus.generic(budget)
-    reserve = asked.get("reserve", 0)
+    reserve = options.get("reserve", 0)
     reserved = parse_bytes(reserve, "reserve") if str(reserve) != "0" else 0
     if reserved >= budget:
         raise ConfigError(f"reserve must be below the budget of {budget:,} bytes, got {reserved:,}")
-    aim = asked.get("objective") or ("seq" if seq is None else "speed")
+    aim = options.get("objective") or ("seq" if seq is None else "speed")
     if aim not in get_args(Objective):
         raise ConfigError(f"objective must be one of {', '.join(get_args(Objective))}, got {aim!r}")
     if aim == "seq" and seq is not None:
@@ -136,11 +142,11 @@ def scenario_of(vram: str | int | None, seq: str | int | None, asked: Asked) -> 
     if aim != "seq" and seq is None:
         raise ConfigError(f"objective {aim!r} needs seq, e.g. seq=131072")
     gates = Gates(
-        layers=asked.get("layers", LAYERS),
-        min_mass=asked.get("min_mass", MIN_MASS),
-        max_seconds=asked.get("max_seconds"),
+        layers=options.get("layers", LAYERS),
+        min_mass=options.get("min_mass", MIN_MASS),
+        max_seconds=options.get("max_seconds"),
     )
-    sizes: dict[str, Any] = {name: asked[name] for name in _SIZES if name in asked}
+    sizes: dict[str, Any] = {name: options[name] for name in _SIZES if name in options}
     if seq is None:
         floor = Workload(seq=1, **sizes).floor
         tokens = min(max((budget - reserved) // floor, 1), MOST_TOKENS)
@@ -149,13 +155,13 @@ def scenario_of(vram: str | int | None, seq: str | int | None, asked: Asked) -> 
         if tokens > MOST_TOKENS:
             raise ConfigError(f"seq must be at most {MOST_TOKENS:,} tokens, got {tokens:,}")
     workload = Workload(seq=tokens, **sizes)
-    profile = asked.get("profile")
+    profile = options.get("profile")
     attends = profile if isinstance(profile, Profile) else profiles.preset(profile or profiles.DEFAULT)
-    options: dict[str, Any] = {name: asked[name] for name in _PLACE if name in asked}
-    if card != "cpu" and options.get("threads") is not None:
+    place: dict[str, Any] = {name: options[name] for name in _PLACE if name in options}
+    if card != "cpu" and place.get("threads") is not None:
         raise ConfigError("threads is for gpu='cpu' only; leave it out")
-    rates = speed_rates_of(card, workload, options)
-    return Scenario(workload, card, budget - reserved, aim, attends, rates, gates, options), reserved
+    rates = speed_rates_of(card, workload, place)
+    return Scenario(workload, card, budget - reserved, aim, attends, rates, gates, place), reserved
 
 
 def speed_rates_of(card: Any, workload: Workload, options: dict[str, Any]) -> Rates:
@@ -182,7 +188,7 @@ def better(scenario: Scenario, old: Point | None, new: Point | None) -> Point | 
 
 
 def _starts(scenario: Scenario, solved: Solved) -> list[AttentionConfig]:
-    """What the search begins with: the grid's optimum, then its best of each shape."""
+    """The configs that the search begins with: the grid's optimum, then its best of each shape."""
     _, good = passing(scenario, solved.table)
     ordered = order(scenario, solved.table, np.flatnonzero(good))
     chosen: dict[tuple[object, ...], AttentionConfig] = {}
@@ -231,7 +237,7 @@ def _answer(
         alternatives=picks,
         pareto=front,
         search=Search(
-            grid=solved.seen,
+            grid=solved.evaluated,
             fit=solved.fit,
             passed=solved.passed,
             trials=refined.trials if refined else 0,
@@ -276,7 +282,8 @@ def _front(scenario: Scenario, solved: Solved, best: Point) -> tuple[tuple[Pick,
 
 
 def versions() -> dict[str, str | None]:
-    """Of what an answer depends on; torch's, though it is not loaded, because memory is its own."""
+    """Versions of the packages that an answer depends on; torch's too, though it is not loaded, because the
+    memory model is one of its versions."""
     installed: dict[str, str | None] = {}
     for name in ("attention-planner", "torch", "numpy", "optuna"):
         try:
@@ -287,7 +294,7 @@ def versions() -> dict[str, str | None]:
 
 
 def rests_on(scenario: Scenario) -> str:
-    """What memory and seconds rest on."""
+    """The calibration or the defaults that memory and seconds are predicted from."""
     calibration = scenario.calibration
     memory = (
         f"memory: {calibration.device} calibrated with torch {calibration.torch} on {calibration.date[:10]}"
@@ -298,8 +305,8 @@ def rests_on(scenario: Scenario) -> str:
 
 
 def fingerprint(scenario: Scenario, space: Space) -> str:
-    """Of the question: a stored study belongs to one. A measured profile counts by its name and shares, so
-    that its file may lie elsewhere."""
+    """The fingerprint of a question, hexadecimal: a stored study belongs to one question. A measured profile
+    counts by its name and shares, so that its file may lie elsewhere."""
     card = scenario.card if isinstance(scenario.card, str) else scenario.card.key
     text = "\n".join(
         [

@@ -35,12 +35,12 @@ IMPOSSIBLE: Final = 1e9
 
 @dataclass(frozen=True)
 class Refined:
-    """What the trials found."""
+    """The outcome of the trials."""
 
     best: Point | None
     """The best that passes everything; None if none does."""
     trials: int
-    """Finished, those of an earlier run included."""
+    """Finished trials, those of an earlier run included."""
 
 
 def refine(
@@ -71,16 +71,16 @@ def refine(
             if params is not None:
                 study.enqueue_trial(params, skip_if_exists=True)
     queued = done + len(study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.WAITING,)))
-    seen: dict[AttentionConfig, Judged] = {}
+    judgements: dict[AttentionConfig, Judged] = {}
     turns = Turns(space.kinds, trials, explores=not starts)
 
     def considered(trial: Any, config: AttentionConfig, columns: Columns) -> Judged:
-        if config not in seen:
-            seen[config] = judge(scenario, columns)
+        if config not in judgements:
+            judgements[config] = judge(scenario, columns)
         # As the config has them: what was suggested may have been rounded far.
         params = parameters(config, space, scenario.workload) or trial.params
-        turns.told(seen[config].rank, params, trial.distributions)
-        return seen[config]
+        turns.record(judgements[config].rank, params, trial.distributions)
+        return judgements[config]
 
     for earlier in old:
         if "config" in earlier.user_attrs:
@@ -99,7 +99,7 @@ def refine(
             trial.set_constraint(name, share)
         trial.set_user_attr("config", config.model_dump(mode="json", exclude_defaults=True))
         study.tell(trial, judgement.value)
-    good = [one for one in seen.values() if all(share <= 0 for share in one.excess.values())]
+    good = [one for one in judgements.values() if all(share <= 0 for share in one.excess.values())]
     table = tabled([one.columns for one in good], [one.figures for one in good if one.figures])
     best = first(scenario, table, order(scenario, table, np.arange(len(table))))
     return Refined(best, max(trials, done))
@@ -111,9 +111,9 @@ class Judged:
 
     columns: Columns
     figures: Figures | None
-    """None where it fits at no length."""
+    """Memory, seconds and mass; None where the candidate fits at no length."""
     value: float
-    """To be minimised."""
+    """The number that the sampler minimises."""
     excess: dict[str, float]
     """How far each constraint is exceeded; 0 or less where it is met."""
 
@@ -124,7 +124,7 @@ class Judged:
 
 
 def judge(scenario: Scenario, columns: Columns) -> Judged:
-    """What the models have for one candidate; with the length free, at the longest that fits."""
+    """The models' verdict on one candidate; with the length free, at the longest that fits."""
     if scenario.free_length:
         table = tabulate(scenario, [columns])
         if not len(table):
@@ -137,8 +137,8 @@ def judge(scenario: Scenario, columns: Columns) -> Judged:
     excess = evaluate.excess(scenario, memory, seconds, mass)
     if scenario.gates.layers is not None:
         # Asked only of those that pass the rest: it takes longest.
-        met = max(excess.values()) <= 0 and bool(evaluate.reaching(scenario, columns)[0])
-        excess["reach"] = 0.0 if met else 1.0
+        reaches = max(excess.values()) <= 0 and bool(evaluate.reaching(scenario, columns)[0])
+        excess["reach"] = 0.0 if reaches else 1.0
     value = {
         "speed": math.log(max(seconds, 1e-12)),
         "quality": -mass + 1e-6 * math.log(max(seconds, 1e-12)),

@@ -9,13 +9,13 @@ from typing import Any, Literal
 
 from planner.calibration import Calibration
 from planner.gpus import Gpu
-from planner.memory import cuda_process as device_share
+from planner.memory import cuda_process
 from planner.memory.dispatch import has_flex
 from planner.memory.estimate import calibration_for, machine_of
 from planner.memory.machines import Machine
 from planner.quality.profiles import Profile
 from planner.question.asked import Gates, Objective
-from planner.speed import seconds as speed
+from planner.speed import seconds
 from planner.workload import Workload
 
 
@@ -30,14 +30,15 @@ class Scenario:
     """Bytes for this attention, what is reserved for others taken off."""
     objective: Objective
     profile: Profile
-    rates: speed.Rates
+    rates: seconds.Rates
     gates: Gates = field(default_factory=Gates)
     options: Mapping[str, Any] = field(default_factory=dict)
-    """As `planner.estimate` takes them: calibration, allocator, display, ..."""
+    """Options of `planner.estimate`: calibration, allocator, display, ..."""
 
     @cached_property
     def known(self) -> dict[str, dict[Any, Any]]:
-        """What was computed for it before, by what it is: `planner.search.evaluate` reads and writes it."""
+        """Results that were computed for this question before, by name: `planner.search.evaluate` reads and
+        writes them."""
         return {}
 
     def but(self, **changes: Any) -> Scenario:
@@ -75,13 +76,13 @@ class Scenario:
         context = self.options.get("context_bytes")
         if context is None and self.calibration is not None:
             context = self.calibration.terms.context
-        lines = device_share.device_lines(
+        lines = cuda_process.device_lines(
             self.card.architecture,
             display=self.options.get("display", "headless"),
             others_bytes=self.options.get("others_bytes", 0),
             context_bytes=context,
         )
-        return int(device_share.total(lines)) + int(device_share.library_lines(self.card.capability)[0].bytes)
+        return int(cuda_process.total(lines)) + int(cuda_process.library_lines(self.card.capability)[0].bytes)
 
     def at(self, seq: int) -> Workload:
         """The workload at another length."""

@@ -60,30 +60,30 @@ class Table(NamedTuple):
             yield mine, self.parts[part].take(which[mine] - self.starts[part])
 
     def shaped(self, config: AttentionConfig, which: Ints) -> NDArray[np.bool_]:
-        """Of some candidates, which attend to what a config does: the same with perhaps another workspace or
-        backend."""
-        found = np.zeros(which.size, bool)
+        """[len(which)]: whether each of some candidates attends to what a config does, perhaps with another
+        workspace or backend."""
+        matches = np.zeros(which.size, bool)
         wanted = columns_of(config, 0)
         kind = wanted.variant, wanted.pattern_type, len(wanted.lengths)
         for mine, columns in self.apart(which):
             if (columns.variant, columns.pattern_type, len(columns.lengths)) == kind:
                 fields = zip(shape_of(columns)[1:], shape_of(wanted)[1:], strict=True)
-                found[mine] = reduce(np.logical_and, [field == value for field, value in fields])
-        return found
+                matches[mine] = reduce(np.logical_and, [field == value for field, value in fields])
+        return matches
 
     def reaching(self, scenario: Scenario, which: Ints) -> NDArray[np.bool_]:
-        """Of some candidates, which pass the gate of reach."""
-        found = np.empty(which.size, bool)
+        """[len(which)]: whether each of some candidates passes the gate of reach."""
+        passes = np.empty(which.size, bool)
         for mine, columns in self.apart(which):
-            found[mine] = evaluate.reaching(scenario, columns)
-        return found
+            passes[mine] = evaluate.reaching(scenario, columns)
+        return passes
 
     def may_reach(self, scenario: Scenario, which: Ints) -> Ints:
-        """Some candidates without those of which it is told without a search that they fail that gate."""
-        found = np.empty(which.size, bool)
+        """Some candidates without those that fail that gate, as far as can be told without a search."""
+        possible = np.empty(which.size, bool)
         for mine, columns in self.apart(which):
-            found[mine] = evaluate.may_reach(scenario, columns)
-        return which[found]
+            possible[mine] = evaluate.may_reach(scenario, columns)
+        return which[possible]
 
     def settled(self, scenario: Scenario, which: Ints) -> Table:
         """The table with the masses of some candidates as they are, also if they are below the gate."""
@@ -96,17 +96,17 @@ class Table(NamedTuple):
 
 @dataclass(frozen=True)
 class Solved:
-    """What the grid has."""
+    """The solution of the grid."""
 
     table: Table
     best: Point | None
     """The optimum; None if nothing passes."""
-    seen: int
-    """Candidates, all evaluated."""
+    evaluated: int
+    """Candidates of the grid, all of which were evaluated."""
     fit: int
     """Candidates that fit by memory, as arrays tell."""
     passed: int
-    """Of those the ones that pass the gates of mass and time."""
+    """Candidates that fit and pass the gates of mass and time."""
 
 
 def tabulate(scenario: Scenario, parts: Sequence[Columns]) -> Table:
@@ -136,9 +136,9 @@ def passing(scenario: Scenario, table: Table) -> tuple[NDArray[np.bool_], NDArra
 
 
 def _none(beyond: dict[str, Any]) -> NDArray[np.bool_]:
-    """Where no constraint is exceeded."""
-    met: NDArray[np.bool_] = np.logical_and.reduce([share <= 0 for share in beyond.values()])
-    return met
+    """[candidates]: whether a candidate exceeds no constraint."""
+    passes: NDArray[np.bool_] = np.logical_and.reduce([share <= 0 for share in beyond.values()])
+    return passes
 
 
 def order(scenario: Scenario, table: Table, which: Ints) -> Ints:
@@ -194,14 +194,14 @@ def exact(scenario: Scenario, table: Table, index: int) -> Point | None:
     return None if evaluate.failed(scenario, point) else point
 
 
-def _longest_exactly(scenario: Scenario, config: AttentionConfig, most: int) -> int:
-    """The longest sequence of at most `most` tokens, to the block, that fits exactly; 0 for none."""
+def _longest_exactly(scenario: Scenario, config: AttentionConfig, maximum: int) -> int:
+    """The longest sequence of at most `maximum` tokens, to the block, that fits exactly; 0 for none."""
     unit = config.pattern.block_size if config.pattern else UNIT
 
     def fits(blocks: int) -> bool:
         return evaluate.memory_of(scenario, config, blocks * unit).upper <= scenario.budget
 
-    high = most // unit
+    high = maximum // unit
     if fits(high):
         return high * unit
     # What arrays said is near: step back from it, further each time.
@@ -212,18 +212,18 @@ def _longest_exactly(scenario: Scenario, config: AttentionConfig, most: int) -> 
 
 
 def _reaching_in_order(scenario: Scenario, table: Table, ordered: Ints) -> Iterator[int]:
-    """Those that pass the gate of reach, in the order given: asked of growing chunks where a formula has it,
-    and one by one where it takes a search."""
+    """Candidates that pass the gate of reach, in the order of `ordered`: checked in growing chunks where
+    there is a formula, and one by one where it takes a search."""
     start, size = 0, FIRST_LOOK
     while start < ordered.size:
         chunk = ordered[start : start + size]
-        known = np.full(chunk.size, None, object)
+        verdicts = np.full(chunk.size, None, object)
         for mine, columns in table.apart(chunk):
             if evaluate.searches_reach(columns):
-                known[np.flatnonzero(mine)[~evaluate.may_reach(scenario, columns)]] = False
+                verdicts[np.flatnonzero(mine)[~evaluate.may_reach(scenario, columns)]] = False
             else:
-                known[mine] = evaluate.reaching(scenario, columns)
-        for at, passes in enumerate(known):
+                verdicts[mine] = evaluate.reaching(scenario, columns)
+        for at, passes in enumerate(verdicts):
             if table.reaching(scenario, chunk[at : at + 1])[0] if passes is None else passes:
                 yield int(chunk[at])
         start, size = start + size, min(2 * size, 1024)
@@ -254,10 +254,10 @@ def _at_longest(scenario: Scenario, columns: Columns) -> Columns:
     budget, step = float(scenario.budget), 0
     active, guess = everything, high - 1
     while active.size:
-        found = bytes_at(active, guess)
-        fits = found <= budget
-        low[active[fits]], below[active[fits]] = guess[fits], found[fits]
-        high[active[~fits]], above[active[~fits]] = guess[~fits], found[~fits]
+        memory = bytes_at(active, guess)
+        fits = memory <= budget
+        low[active[fits]], below[active[fits]] = guess[fits], memory[fits]
+        high[active[~fits]], above[active[~fits]] = guess[~fits], memory[~fits]
         active = everything[high - low > 1]
         step += 1
         bottom, width = low[active], (high - low)[active]
@@ -280,16 +280,16 @@ def _shortened(scenario: Scenario, table: Table) -> Table:
     for mine, columns in table.apart(np.arange(len(table))):
         good[mine] &= _quick_reach(scenario, columns)
     longest = _reaching_in_order(scenario, table, order(scenario, table, np.flatnonzero(good)))
-    known = next((int(table.seq[at]) for at in longest), 0)
+    best_length = next((int(table.seq[at]) for at in longest), 0)
     low, high = np.where(good, table.seq, 0), table.seq.copy()
     bad = ~good
     while True:
         active = np.flatnonzero(
-            bad & (high > max(known, 1) * (1 + SAME)) & (high - low > _table_units(table))
+            bad & (high > max(best_length, 1) * (1 + SAME)) & (high - low > _table_units(table))
         )
         if not active.size:
             break
-        middle = (np.maximum(low[active], known) + high[active]) // 2
+        middle = (np.maximum(low[active], best_length) + high[active]) // 2
         middle = middle // _table_units(table)[active] * _table_units(table)[active]
         stuck = middle <= low[active]
         passed = np.zeros(active.size, bool)
@@ -301,7 +301,7 @@ def _shortened(scenario: Scenario, table: Table) -> Table:
         low[active] = np.where(passed, middle, low[active])
         high[active] = np.where(passed & ~stuck, high[active], middle)
         high[active[stuck]] = low[active[stuck]]
-        known = max(known, int(low[active].max(initial=0)))
+        best_length = max(best_length, int(low[active].max(initial=0)))
     chosen = np.flatnonzero(low > 0)
     if not bad[chosen].any():
         return table
@@ -347,15 +347,15 @@ def pareto(scenario: Scenario, solved: Solved) -> Ints:
     ordered = np.lexsort((seconds, costs.sum(axis=1)))
     left, costs = left[ordered], costs[ordered]
     front: list[int] = []
-    known: dict[int, bool] = {}
+    reaches: dict[int, bool] = {}
     while left.size:
         here = int(left[0])
-        if here not in known:
-            asked_for = left[: FIRST_LOOK * 2]
-            known |= dict(zip(asked_for.tolist(), table.reaching(scenario, asked_for).tolist(), strict=True))
+        if here not in reaches:
+            chunk = left[: FIRST_LOOK * 2]
+            reaches |= dict(zip(chunk.tolist(), table.reaching(scenario, chunk).tolist(), strict=True))
         keep = np.ones(left.size, bool)
         keep[0] = False
-        if known[here]:
+        if reaches[here]:
             front.append(here)
             keep = (costs < costs[0]).any(axis=1)
         left, costs = left[keep], costs[keep]

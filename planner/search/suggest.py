@@ -35,7 +35,7 @@ from planner.workload import Workload
 
 
 class Suggestions(Protocol):
-    """What chooses: an `optuna.Trial`, or anything with its suggestions."""
+    """A chooser: an `optuna.Trial`, or anything with its suggestions."""
 
     def suggest_categorical(self, name: str, choices: Any, /) -> Any: ...
 
@@ -99,9 +99,9 @@ def _nearest(trial: Suggestions, name: str, values: Sequence[int]) -> int:
     return min(values, key=lambda value: abs(math.log(value / wanted)))
 
 
-def _tokens(trial: Suggestions, name: str, unit: int, most: int) -> int:
+def _tokens(trial: Suggestions, name: str, unit: int, maximum: int) -> int:
     """A number of tokens that is a multiple of `unit`."""
-    return max(round(trial.suggest_int(name, 1, max(most, 2), log=True) / unit), 1) * unit
+    return max(round(trial.suggest_int(name, 1, max(maximum, 2), log=True) / unit), 1) * unit
 
 
 def _one(trial: Suggestions, name: str, values: Sequence[Any]) -> Any:
@@ -110,8 +110,8 @@ def _one(trial: Suggestions, name: str, values: Sequence[Any]) -> Any:
 
 def _suggested(trial: Suggestions, space: Space, seq: int, unit: int) -> Lists:
     counts = space.branches or tuple(range(1, MAX_BRANCHES + 1))
-    given = space.segments or space.rates
-    count = len(given) if given else _one(trial, "branches", counts)
+    values = space.segments or space.rates
+    count = len(values) if values else _one(trial, "branches", counts)
     whole = -(-seq // unit)
     lengths, rates = [], []
     length, rate = 0, 1
@@ -133,7 +133,7 @@ def _suggested(trial: Suggestions, space: Space, seq: int, unit: int) -> Lists:
 
 
 def parameters(config: AttentionConfig, space: Space, workload: Workload) -> dict[str, Any] | None:
-    """What a trial has to suggest to arrive at a config; None if the full space has no such config."""
+    """The parameters with which a trial arrives at a config; None if the full space has no such config."""
     kind = attention_kind(config)
     values: dict[str, Any] = {
         dimension.parameter: dimension.of(config)
@@ -147,25 +147,25 @@ def parameters(config: AttentionConfig, space: Space, workload: Workload) -> dic
         for n in range(1, len(lengths)):
             values[f"growth_{n}"] = lengths[n] // lengths[n - 1]
             values[f"rate_growth_{n}"] = rates[n] // rates[n - 1]
-    told = _Told(values)
+    replay = _Replay(values)
     try:
         # As on a device where a trial chooses the backend too.
-        made = chosen(told, space, workload, flex=True).config(0, workload)
+        made = chosen(replay, space, workload, flex=True).config(0, workload)
     except KeyError:
         return None
-    return {name: values[name] for name in told.asked} if made == config else None
+    return {name: values[name] for name in replay.names} if made == config else None
 
 
-class _Told:
-    """A trial that suggests what it was told, and remembers what it was asked for."""
+class _Replay:
+    """A trial that suggests given values, and remembers the names that it was asked for."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
-        self.values, self.asked = values, list[str]()
+        self.values, self.names = values, list[str]()
 
     def suggest_categorical(self, name: str, choices: Any, /) -> Any:
         if self.values[name] not in choices:
             raise KeyError(name)
-        self.asked.append(name)
+        self.names.append(name)
         return self.values[name]
 
     def suggest_int(self, name: str, low: int, high: int, *, step: int = 1, log: bool = False) -> int:
@@ -179,7 +179,7 @@ class _Told:
     def _within(self, name: str, low: float, high: float) -> Any:
         if not low <= self.values[name] <= high:
             raise KeyError(name)
-        self.asked.append(name)
+        self.names.append(name)
         return self.values[name]
 
 

@@ -49,13 +49,13 @@ ASKS: Final = 8
 PROVISIONAL: Final = -1
 """Number of a trial until the study has it."""
 WORST: Final = 50.0
-"""Value of what did not run: e^50 seconds."""
+"""The sampler's value for a config that did not run: the logarithm of e^50 seconds."""
 
 Measure = Callable[[AttentionConfig, Workload], Measurement]
 
 
 class TuningProgress(NamedTuple):
-    """How far it is."""
+    """Progress of tuning: trials measured so far and wanted in all, the last trial, the best so far."""
 
     measured: int
     wanted: int
@@ -79,19 +79,19 @@ def tuned(
     records: str | Path | None,
     learn: bool,
     progress: Callable[[TuningProgress], None] | None,
-    asked: dict[str, Any],
+    options: dict[str, Any],
 ) -> Tuned:
-    """What `planner.tune` returns."""
+    """The answer of `planner.tune`."""
     if type(trials) is not int or trials < 1:
         raise ConfigError(f"trials must be at least 1 and whole, got {trials!r}")
     check_sampler(sampler)
     card = "cpu" if device == "cpu" else present_gpu()
-    first = answered(vram, seq, **{**asked, "gpu": card, "objective": "speed"})
+    first = answered(vram, seq, **{**options, "gpu": card, "objective": "speed"})
     if learn:
-        _known_speed(first.scenario)
-    kept = Storage(storage or default_storage(first.name), study or f"tune-{first.name[:12]}", first.name)
+        _calibrated_speed(first.scenario)
+    store = Storage(storage or default_storage(first.name), study or f"tune-{first.name[:12]}", first.name)
     if storage is None:
-        make_folder(Path(kept.url), "trials")
+        make_folder(Path(store.url), "trials")
     with _measuring(measure, device, timeout, runs, records) as run:
         command = tune_command(
             vram,
@@ -104,29 +104,29 @@ def tuned(
                 "--sampler": (sampler, "tpe"),
                 "--seed": (seed, 0),
             },
-            asked,
+            options,
         )
         analytic = first.answer.model_copy(update={"command": command, "seed": seed})
         tuning = _Tuning(
             analytic,
             first.scenario,
             first.space,
-            kept,
+            store,
             run,
             limits(timeout, runs, analytic.versions),
             progress,
         )
-        found = tuning.go(trials, sampler, seed)
+        answer = tuning.go(trials, sampler, seed)
     if learn and tuning.measured:
         _learn(first.scenario, tuning.measured)
-    return found
+    return answer
 
 
 def stored(url: str, name: str) -> Tuned:
-    """What a study that tuning keeps has found so far; ConfigError where there is no such study."""
+    """The answer so far of a study that tuning keeps; ConfigError where there is no such study."""
     study = stored_study(url, name)
-    found = study.user_attrs.get(_FOUND)
-    if found is None:
+    summary = study.user_attrs.get(_SUMMARY)
+    if summary is None:
         raise ConfigError(
             f"study {name!r} in {url} has no measured config that ran within the budget; "
             "`planner tune` makes such studies"
@@ -136,24 +136,24 @@ def stored(url: str, name: str) -> Tuned:
     these: dict[str, Trial] = {}
     # Perhaps measured again, or (by an earlier version) under a number that a trial has now.
     for which in ("best", "analytic"):
-        trial = Trial(**found[which])
-        known = trials.get(trial.config)
+        trial = Trial(**summary[which])
+        newest = trials.get(trial.config)
         free = trial.number if trial.number not in numbers else max(numbers) + 1
-        these[which] = trial.model_copy(update={"number": known.number if known else free})
+        these[which] = trial.model_copy(update={"number": newest.number if newest else free})
     trials |= {trial.config: trial for trial in these.values()}
     ordered = tuple(sorted(trials.values(), key=lambda trial: trial.number))
-    return Tuned(**{**found, **these}, trials=ordered, kept=len(ordered), storage=url, study=name)
+    return Tuned(**{**summary, **these}, trials=ordered, kept=len(ordered), storage=url, study=name)
 
 
-_FOUND: Final = "found"
-"""The attribute of a study that has what is known of it but its trials."""
+_SUMMARY: Final = "found"
+"""The attribute of a study that has its answer so far, without the trials."""
 
 
 _OWNER: Final = "owner"
 """The attribute of a trial that says which process measures it."""
 
 _LIMITS: Final = "limits"
-"""The attribute of a trial that failed that says under what."""
+"""The attribute of a failed trial that says under which limits it ran."""
 
 
 def _myself() -> str:
@@ -165,10 +165,10 @@ def _myself() -> str:
 def _process(number: int) -> tuple[str, str] | None:
     """(state, when it began) of a process, as the system has them; None where it does not say."""
     try:
-        said = Path(f"/proc/{number}/stat").read_text()
+        status = Path(f"/proc/{number}/stat").read_text()
     except OSError:
         return None
-    fields = said.rpartition(")")[2].split()  # its name comes before, and may have anything in it
+    fields = status.rpartition(")")[2].split()  # its name comes before, and may have anything in it
     return fields[0], fields[19]
 
 
@@ -187,9 +187,9 @@ def _at_work(owner: str | None) -> bool:
         return False
     except PermissionError:
         pass  # somebody else's
-    known = _process(number)
-    if known is not None:
-        state, began = known
+    present = _process(number)
+    if present is not None:
+        state, began = present
         # Ended, and its parent has not heard of it; or the number is another process's by now.
         if state in "ZX" or (len(process) > 1 and process[1] != began):
             return False
@@ -197,20 +197,20 @@ def _at_work(owner: str | None) -> bool:
 
 
 def measured_of(study: optuna.Study, without: Collection[int] = ()) -> dict[AttentionConfig, Trial]:
-    """What was measured, in order, each config once: the first time that it ran, or else the last. `without`:
-    numbers of trials that do not count."""
-    found: dict[AttentionConfig, Trial] = {}
+    """The measured trials in order, each config once: the first time that it ran, or else the last.
+    `without`: numbers of trials that do not count."""
+    trials: dict[AttentionConfig, Trial] = {}
     for old in study.get_trials(deepcopy=False):
         trial = _trial(old)
         if trial is not None and trial.number not in without:
-            known = found.get(trial.config)
-            if known is None or not known.good:
-                found[trial.config] = trial
-    return found
+            earlier = trials.get(trial.config)
+            if earlier is None or not earlier.good:
+                trials[trial.config] = trial
+    return trials
 
 
 def _trial(old: FrozenTrial) -> Trial | None:
-    """What a study's trial has of one that was measured."""
+    """The measured trial that a study's trial holds; None if it holds none."""
     if "trial" not in old.user_attrs:
         return None
     # Earlier versions counted in each worker.
@@ -218,7 +218,7 @@ def _trial(old: FrozenTrial) -> Trial | None:
 
 
 def limits(timeout: float, runs: int, versions: dict[str, str | None]) -> dict[str, Any]:
-    """Under what trials run: if that changes, one that failed may not."""
+    """The limits that trials run under: if they change, one that failed may not fail again."""
     bounds = [resource.getrlimit(which)[0] for which in (resource.RLIMIT_AS, resource.RLIMIT_DATA)]
     memory = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     memory += [bound for bound in bounds if bound != resource.RLIM_INFINITY]
@@ -249,24 +249,24 @@ def _learn(scenario: Scenario, measured: list[Measurement]) -> None:
     from planner.calibration import save
     from planner.fitting.speed import corrected
 
-    known, speed = _known_speed(scenario)
+    calibration, speed = _calibrated_speed(scenario)
     rates = corrected(speed.rates, measured)
     speed = speed.model_copy(update={"rates": rates})
-    save(known.model_copy(update={"speed": speed}), own_path(known.device))
+    save(calibration.model_copy(update={"speed": speed}), own_path(calibration.device))
 
 
-def _known_speed(scenario: Scenario) -> tuple[Calibration, SpeedFit]:
+def _calibrated_speed(scenario: Scenario) -> tuple[Calibration, SpeedFit]:
     """The calibration that predictions of seconds rest on; ConfigError if there is none."""
-    known = scenario.calibration
-    if known is None or known.speed is None:
+    calibration = scenario.calibration
+    if calibration is None or calibration.speed is None:
         raise ConfigError("there is no calibration of this device's speed to correct: run planner calibrate")
-    return known, known.speed
+    return calibration, calibration.speed
 
 
-def _told(found: Trial) -> tuple[float, float]:
-    """(value, constraint) that the sampler is told."""
-    good = found.good and found.seconds
-    return math.log(found.seconds or 1.0) if good else WORST, 0.0 if found.good else 1.0
+def _value_and_constraint(trial: Trial) -> tuple[float, float]:
+    """(value, constraint) of a trial for the sampler: log seconds; 0 if the trial is good, else 1."""
+    good = trial.good and trial.seconds
+    return math.log(trial.seconds or 1.0) if good else WORST, 0.0 if trial.good else 1.0
 
 
 def _given_up(study: optuna.Study, number: int) -> bool:
@@ -296,20 +296,20 @@ class _Tuning:
         self.limits = limits
         self.trials: dict[AttentionConfig, Trial] = {}
         self.again: dict[AttentionConfig, FrozenTrial] = {}
-        """What failed before and is to be tried again, each with the last trial that did."""
+        """Configs that failed before and are to be tried again, each with its last failed trial."""
         self.outdated: set[int] = set()
-        """Numbers of those trials."""
+        """Numbers of the failed trials of these configs."""
         self.measured: list[Measurement] = []
-        """Of this call, in order."""
-        self.kept: tuple[Trial | None, Trial | None] = (None, None)
+        """Measurements of this call, in order."""
+        self.stored_picks: tuple[Trial | None, Trial | None] = (None, None)
         """The best and the analytic pick as the study has them."""
 
     def go(self, wanted: int, sampler: Sampler, seed: int) -> Tuned:
         study = open_study(self.storage, sampler_of(sampler, seed))
         self._take_up(study)
-        kept = len(self.trials)
-        if kept:
-            study.sampler = sampler_of(sampler, seed + kept)
+        earlier = len(self.trials)
+        if earlier:
+            study.sampler = sampler_of(sampler, seed + earlier)
         self._start(study)
         interrupted = False
         try:
@@ -325,7 +325,7 @@ class _Tuning:
             if not any(trial.good for trial in self.trials.values()):
                 raise
             interrupted = True
-        return self._result(kept, interrupted)
+        return self._result(earlier, interrupted)
 
     def _take_up(self, study: optuna.Study) -> None:
         """Trials of an earlier run. Those that it was in the midst of are begun again, unless it still is;
@@ -333,21 +333,23 @@ class _Tuning:
         for old in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             if not _at_work(old.user_attrs.get(_OWNER)) and _given_up(study, old.number):
                 self._queue(study, old.params)
-        earlier, known = measured_of(study), study.get_trials(deepcopy=False)
+        earlier, trials = measured_of(study), study.get_trials(deepcopy=False)
         nothing_ran = not any(trial.good for trial in earlier.values())
         self.again = {
-            config: known[trial.number]
+            config: trials[trial.number]
             for config, trial in earlier.items()
             if nothing_ran
-            or may_end_otherwise(trial, known[trial.number].user_attrs.get(_LIMITS), self.limits)
+            or may_end_otherwise(trial, trials[trial.number].user_attrs.get(_LIMITS), self.limits)
         }
-        self.outdated = {old.number for old in known if (trial := _trial(old)) and trial.config in self.again}
+        self.outdated = {
+            old.number for old in trials if (trial := _trial(old)) and trial.config in self.again
+        }
         self._hear(study)
 
-    def _queue(self, study: optuna.Study, known: dict[str, Any], **how: Any) -> None:
+    def _queue(self, study: optuna.Study, params: dict[str, Any], **how: Any) -> None:
         """Suggests a trial; it is marked from the beginning, so that whoever starts when it has just begun to
         run does not take it for a dead worker's."""
-        study.enqueue_trial(known, user_attrs={_OWNER: _myself()}, **how)
+        study.enqueue_trial(params, user_attrs={_OWNER: _myself()}, **how)
 
     def _ask(self, study: optuna.Study) -> optuna.Trial:
         """The next trial, with this process's mark."""
@@ -361,17 +363,17 @@ class _Tuning:
     def _hear(self, study: optuna.Study) -> None:
         """Trials that others measured for the same study meanwhile count like one's own."""
         for config, trial in measured_of(study, self.outdated).items():
-            known = self.trials.get(config)
-            if known is None or (trial.good and not known.good):
+            own = self.trials.get(config)
+            if own is None or (trial.good and not own.good):
                 self.trials[config] = trial
 
     def _start(self, study: optuna.Study) -> None:
         """The analytic pick comes first, then the rest of the Pareto set, fastest first."""
         configs = [self.analytic.config, *(pick.config for pick in self.analytic.pareto)]
         for config in dict.fromkeys(configs):
-            known = parameters(config, self.space, self.scenario.workload)
-            if known is not None and config not in self.trials:
-                self._queue(study, known, skip_if_exists=True)
+            params = parameters(config, self.space, self.scenario.workload)
+            if params is not None and config not in self.trials:
+                self._queue(study, params, skip_if_exists=True)
 
     def _one(self, study: optuna.Study, wanted: int) -> None:
         """One suggestion: measured, if it passes the gates and is new."""
@@ -398,12 +400,12 @@ class _Tuning:
         except UpdateFinishedTrialError:
             return  # another took this worker for dead, and the trial up
         new = config not in self.trials
-        found = self._run(config, trial.number) if new else self.trials[config]
+        outcome = self._run(config, trial.number) if new else self.trials[config]
         with whole():
-            self._tell(study, trial, found, new=new)
+            self._tell(study, trial, outcome, new=new)
         if new:
             self._hear(study)
-            self._report(wanted, found)
+            self._report(wanted, outcome)
 
     def _comes_in_time(self, study: optuna.Study, wanted: int) -> bool:
         """Whether a queued trial may yet suggest the analytic pick before as many as are wanted are measured;
@@ -418,10 +420,10 @@ class _Tuning:
         if self.progress:
             self.progress(TuningProgress(len(self.trials), wanted, last, self._best()))
 
-    def _tell(self, study: optuna.Study, trial: optuna.Trial, found: Trial, *, new: bool) -> None:
+    def _tell(self, study: optuna.Study, trial: optuna.Trial, outcome: Trial, *, new: bool) -> None:
         """Keeps what came of a trial; if another took this worker for dead, and the trial up, as one more."""
-        attributes = self._attributes(found) if new else {}
-        value, constraint = _told(found)
+        attributes = self._attributes(outcome) if new else {}
+        value, constraint = _value_and_constraint(outcome)
         try:
             for name, attribute in attributes.items():
                 trial.set_user_attr(name, attribute)
@@ -429,36 +431,36 @@ class _Tuning:
             study.tell(trial, value, skip_if_finished=True)
         except UpdateFinishedTrialError:
             if new:
-                self._add(study, found, trial.params, trial.distributions)
+                self._add(study, outcome, trial.params, trial.distributions)
         if new:
             self._keep(study)
 
     def _add(
         self,
         study: optuna.Study,
-        found: Trial,
+        outcome: Trial,
         params: dict[str, Any],
         distributions: dict[str, BaseDistribution],
     ) -> None:
         """Keeps what was measured as a trial of its own; from one without parameters no sampler learns."""
-        value, constraint = _told(found)
-        told: dict[str, Any] = {"value": value} if params else {"state": TrialState.FAIL}
+        value, constraint = _value_and_constraint(outcome)
+        ending: dict[str, Any] = {"value": value} if params else {"state": TrialState.FAIL}
         study.add_trial(
             create_trial(
-                **told,
+                **ending,
                 params=params,
                 distributions=distributions,
                 constraints={"runs": constraint},
-                user_attrs={_OWNER: _myself(), **self._attributes(found)},
+                user_attrs={_OWNER: _myself(), **self._attributes(outcome)},
             )
         )
-        number = measured_of(study, self.outdated)[found.config].number
-        self.trials[found.config] = found.model_copy(update={"number": number})
+        number = measured_of(study, self.outdated)[outcome.config].number
+        self.trials[outcome.config] = outcome.model_copy(update={"number": number})
 
-    def _attributes(self, found: Trial) -> dict[str, Any]:
-        """What a study's trial has of one that was measured."""
-        under = {} if found.good else {_LIMITS: self.limits}
-        return {**under, "trial": found.model_dump(mode="json")}
+    def _attributes(self, trial: Trial) -> dict[str, Any]:
+        """User attributes that a measured trial gets in the study."""
+        under = {} if trial.good else {_LIMITS: self.limits}
+        return {**under, "trial": trial.model_dump(mode="json")}
 
     def _again(self, study: optuna.Study, wanted: int) -> None:
         """Measures one that failed before: the analytic pick, or else the first."""
@@ -522,15 +524,15 @@ class _Tuning:
                 self.trials[old.config] = old.model_copy(update={"seconds": seconds})
 
     def _keep(self, study: optuna.Study) -> None:
-        """Writes into the study what was found so far, for whoever looks at it, now or after a crash."""
+        """Writes the answer so far into the study, for whoever looks at it, now or after a crash."""
         best, analytic = self._best(), self.trials.get(self.analytic.config)
-        if best is not None and analytic is not None and (best, analytic) != self.kept:
-            self.kept = best, analytic
-            found = self._result(0, False)
+        if best is not None and analytic is not None and (best, analytic) != self.stored_picks:
+            self.stored_picks = best, analytic
+            summary = self._result(0, False)
             without = {"trials", "kept", "storage", "study", "interrupted"}
-            study.set_user_attr(_FOUND, found.model_dump(mode="json", exclude=without))
+            study.set_user_attr(_SUMMARY, summary.model_dump(mode="json", exclude=without))
 
-    def _result(self, kept: int, interrupted: bool) -> Tuned:
+    def _result(self, earlier: int, interrupted: bool) -> Tuned:
         analytic = self.trials.get(self.analytic.config)
         best = self._best()
         if best is None or analytic is None:
@@ -553,7 +555,7 @@ class _Tuning:
             best=best,
             analytic=analytic,
             trials=tuple(ordered),
-            kept=kept,
+            kept=earlier,
             storage=self.storage.url,
             study=self.storage.study,
             interrupted=interrupted,
@@ -587,20 +589,20 @@ def whole() -> Iterator[None]:
 def _measuring(
     measure: Measure | None, device: Device, timeout: float, runs: int, records: str | Path | None
 ) -> Iterator[Measure]:
-    """What measures; every measurement is added to `records`, if that is a file."""
+    """A function that measures a config; every measurement is added to `records`, if that is a file."""
     from planner.measuring.records import append
     from planner.measuring.server import Batch
 
     with Batch(device, timeout=timeout, runs=runs) as batch:
         run = measure or batch.measure
 
-        def kept(config: AttentionConfig, workload: Workload) -> Measurement:
-            found = run(config, workload)
+        def recorded(config: AttentionConfig, workload: Workload) -> Measurement:
+            measurement = run(config, workload)
             if records is not None:
-                append(records, found)
-            return found
+                append(records, measurement)
+            return measurement
 
-        yield kept
+        yield recorded
 
 
 def present_gpu() -> str:
@@ -608,8 +610,8 @@ def present_gpu() -> str:
     from planner import gpus
     from planner.measuring.measure import measure
 
-    found = measure(AttentionConfig(variant="dense"), Workload(seq=64), "cuda", memory=False)
-    return gpus.find(found.environment.device or "").key
+    measurement = measure(AttentionConfig(variant="dense"), Workload(seq=64), "cuda", memory=False)
+    return gpus.find(measurement.environment.device or "").key
 
 
 def default_storage(name: str) -> str:

@@ -15,7 +15,7 @@ TIMEOUT: Final = 300.0
 
 
 def verify(
-    found: Recommendation, *, timeout: float = TIMEOUT, progress: OnStep | None = None
+    recommendation: Recommendation, *, timeout: float = TIMEOUT, progress: OnStep | None = None
 ) -> list[Verified]:
     """Runs the answer and each pick once, in processes of their own.
 
@@ -23,23 +23,25 @@ def verify(
     """
     from planner.measuring.server import Batch
 
-    device: Device = "cpu" if found.on == "cpu" else "cuda"
+    device: Device = "cpu" if recommendation.on == "cpu" else "cuda"
     answer = Pick(
-        config=found.config,
-        seq=found.workload.seq,
-        upper=found.memory.upper,
-        seconds=found.seconds,
-        mass=found.quality.mass,
-        layers=found.quality.layers,
+        config=recommendation.config,
+        seq=recommendation.workload.seq,
+        upper=recommendation.memory.upper,
+        seconds=recommendation.seconds,
+        mass=recommendation.quality.mass,
+        layers=recommendation.quality.layers,
     )
-    different = {pick.config: pick for pick in reversed((answer, *found.alternatives))}
+    different = {pick.config: pick for pick in reversed((answer, *recommendation.alternatives))}
     results = []
     with Batch(device, timeout=timeout, runs=3) as batch:
         for number, pick in enumerate(reversed(different.values())):
             if progress:
                 progress(number, len(different), pick.role or "the answer")
-            measured = batch.measure(pick.config, found.workload.model_copy(update={"seq": pick.seq}))
-            _same_card(found, measured)
+            measured = batch.measure(
+                pick.config, recommendation.workload.model_copy(update={"seq": pick.seq})
+            )
+            _same_card(recommendation, measured)
             results.append(_verified(pick, measured))
     return results
 
@@ -56,7 +58,14 @@ def _verified(pick: Pick, measured: Measurement) -> Verified:
     )
 
 
-def _same_card(found: Recommendation, measured: Measurement) -> None:
+def _same_card(recommendation: Recommendation, measured: Measurement) -> None:
     here = measured.environment.device
-    if measured.device == "cuda" and here and not found.on.startswith("generic") and here != found.on:
-        raise ConfigError(f"the answer is for {found.on}, this card is {here}; pass --gpu with its name")
+    if (
+        measured.device == "cuda"
+        and here
+        and not recommendation.on.startswith("generic")
+        and here != recommendation.on
+    ):
+        raise ConfigError(
+            f"the answer is for {recommendation.on}, this card is {here}; pass --gpu with its name"
+        )

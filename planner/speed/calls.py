@@ -36,7 +36,7 @@ class Calls(NamedTuple):
     unit: Amount = 0
     """Tokens of a gathered block; 0 of views."""
     largest: tuple[Amount, Amount] = (1, 1)
-    """Of a gather: (views, keys) of the program's largest, by which backward cuts all."""
+    """(views, keys) of the program's largest gather, by which backward cuts all."""
 
 
 class Program(NamedTuple):
@@ -107,8 +107,8 @@ def dilated(branches: Sequence[tuple[Amount, Amount]], shape: Shape) -> Program:
             before = maximum(pieces - apart, 0)
             # Half of the segment's pairs less the halves that the parts have of their own.
             ahead = maximum(pieces * (keys - queries), 0)
-            seen: Amount = ahead / 2 / maximum(before, 1)
-            part = part._replace(number=offsets * before, keys=maximum(seen, 1), later=(before > 0) * 1)
+            visible: Amount = ahead / 2 / maximum(before, 1)
+            part = part._replace(number=offsets * before, keys=maximum(visible, 1), later=(before > 0) * 1)
         calls.append(_cut(part, shape))
     return Program(calls, tiles)
 
@@ -229,7 +229,7 @@ def _lists(run: Run, rows: Rows, shape: Shape) -> Program:
 
 
 def _cut(call: Calls, shape: Shape) -> Calls:
-    """The same with keys cut to what a kernel may copy."""
+    """Calls with their keys cut to what a kernel may copy."""
     if not shape.packs:
         return call
     parts = rounded_up(call.keys, shape.pack_tokens(maximum(call.views, 1)))

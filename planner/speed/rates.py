@@ -1,4 +1,4 @@
-"""What a unit of work costs on a device: fitted to measurements, or documented defaults. Imports no torch.
+"""Seconds that a unit of work costs on a device: fitted to measurements, or documented defaults. No torch.
 
 Defaults are not measured on the device they are for, and say so. Where they come from:
 
@@ -30,7 +30,7 @@ from planner.workload import ITEMSIZE
 NOT_MEASURED: Final = "documented defaults: not measured"
 
 HOST: Final = ("launches", "gathers", "gates", "tiles", "passes")
-"""What a GPU's host does."""
+"""Units of work that a GPU's host does."""
 OPERATOR: Final = 5e-6
 """Seconds of the host's time an operator."""
 

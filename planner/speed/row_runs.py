@@ -28,7 +28,7 @@ class Run(NamedTuple):
     all rows. Or lists."""
     rows: Amount
     width: Amount
-    """Blocks."""
+    """Blocks of a row."""
     runs: Amount = 1
     """Groups of consecutive rows that may share a call."""
 
@@ -102,7 +102,8 @@ def _window_causal(blocks: Amount, side: Amount, shared: Amount) -> list[Run]:
 def _dilated_sparse(
     blocks: Amount, rows: Rows, budget: Amount, branches: list[tuple[Amount, Amount]], causal: bool
 ) -> list[Run]:
-    """With rates of 1 alone, windows within segments (here, the longest); else lists."""
+    """Runs of dilated_sparse: with rates of 1 alone, windows within segments (here, the longest); else
+    lists."""
     listed, width, runs = (rows.lists > 0) * 1, blocks, 1 + 0 * blocks
     if any_of(listed):
         width, runs = _sampled(blocks, budget, branches, causal)
@@ -160,10 +161,10 @@ def _offsets(
     for side in sides:
         for index, (room, (_, rate)) in enumerate(zip(side, sizes, strict=True)):
             total = total + rounded_down(room / rate)
-            met: Amount = 0
+            overlap: Amount = 0
             for other, step in zip(side, shared[index], strict=False):
-                met = maximum(met, rounded_down(minimum(room, other) / step))
-            total = total - met
+                overlap = maximum(overlap, rounded_down(minimum(room, other) / step))
+            total = total - overlap
     return total
 
 

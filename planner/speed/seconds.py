@@ -41,7 +41,7 @@ def seconds(columns: Columns, workload: Workload, machine: Machine, rates: Rates
 
 
 def seconds_of(config: AttentionConfig, workload: Workload, machine: Machine, rates: Rates) -> float:
-    """The same of one config."""
+    """Seconds of a warm call of one config; see `seconds`."""
     return float(seconds(columns_of(config, workload.seq), workload, machine, rates)[0])
 
 
@@ -58,10 +58,10 @@ def utilisation(columns: Columns, workload: Workload, machine: Machine, rates: R
 def _each(columns: Columns, workload: Workload, machine: Machine, rates: Rates, figure: Any) -> Floats:
     """figure(part, workload, machine, rates, apart) of all candidates, by parts that are computed alike."""
     _check(workload, machine, rates)
-    found = np.empty(len(columns))
-    for start in range(0, len(found), AT_ONCE):
-        part = columns if len(found) <= AT_ONCE else columns.take(slice(start, start + AT_ONCE))
-        into = found[start : start + AT_ONCE]
+    figures = np.empty(len(columns))
+    for start in range(0, len(figures), AT_ONCE):
+        part = columns if len(figures) <= AT_ONCE else columns.take(slice(start, start + AT_ONCE))
+        into = figures[start : start + AT_ONCE]
         apart = np.broadcast_to(np.asarray(goes_apart(part, workload, machine), bool), len(into))
         for chosen in (False, True):
             mask = apart == chosen
@@ -69,7 +69,7 @@ def _each(columns: Columns, workload: Workload, machine: Machine, rates: Rates, 
                 into[:] = figure(part, workload, machine, rates, chosen)
             elif mask.any():
                 into[mask] = figure(part.take(np.flatnonzero(mask)), workload, machine, rates, chosen)
-    return found
+    return figures
 
 
 def _predicted(columns: Columns, workload: Workload, machine: Machine, rates: Rates, apart: bool) -> Amount:

@@ -19,7 +19,7 @@ from attention.sizes.shape import Shape
 from planner.configs import Columns
 from planner.memory.dispatch import shape_of
 from planner.memory.machines import Machine
-from planner.speed import calls as work_calls
+from planner.speed import calls
 from planner.speed.calls import Calls, Program
 from planner.speed.row_runs import Run, rounded_down, rounded_up, runs_of
 from planner.workload import Workload
@@ -32,7 +32,7 @@ NAMES: Final = (
     "work", "pairs", "keys", "queries", "merged", "summed", "gathered", "widened", "launches", "gathers",
     "tiles", "tokens", "matmul", "scored", "ranked", "gated", "gates", "flex", "passes",
 )  # 19 names, in the rows in which the docstring explains them  # fmt: skip
-"""Of the totals. Numbers are of the tensors' type unless it says otherwise.
+"""Names of the totals. Numbers are of the tensors' type unless it says otherwise.
 
 `work`: N H T K D, a multiply-add forward for q k^T and one for the weighted sum, what idle workers could
 have done included. `pairs`: N H T K, likewise. `keys`: N H K D for each block of queries that reads them.
@@ -78,11 +78,11 @@ def gpu_kernel(multiprocessors: int) -> Kernel:
     return Kernel(multiprocessors, ((0, 128),), 128, shares_keys=True)
 
 
-def forward(calls: Iterable[Calls], tiles: Amount, shape: Shape, kernel: Kernel) -> Totals:
+def forward(kinds: Iterable[Calls], tiles: Amount, shape: Shape, kernel: Kernel) -> Totals:
     """Totals of a forward pass over one batch item."""
     total = _empty(shape, tiles)
     dim = shape.head_dim
-    for call in _present(calls):
+    for call in _present(kinds):
         lanes = call.views * call.heads
         blocks = rounded_up(call.queries, kernel.query_block(call.queries))
         launches = call.number * call.spans
@@ -104,13 +104,13 @@ def forward(calls: Iterable[Calls], tiles: Amount, shape: Shape, kernel: Kernel)
 
 
 def backward(
-    calls: Iterable[Calls], tiles: Amount, shape: Shape, kernel: Kernel, whole: bool = False
+    kinds: Iterable[Calls], tiles: Amount, shape: Shape, kernel: Kernel, whole: bool = False
 ) -> Totals:
-    """Totals of a backward pass over one batch item; `shape` is `Shape.backward()`, and the calls are its.
+    """Totals of a backward pass over one batch item; `shape` is `Shape.backward()`, and `kinds` are of it.
     `whole`: the kernel gets each call as it is, and its dk and dv are the result."""
     total = _empty(shape, tiles)
     dim = shape.head_dim
-    for call in _present(calls):
+    for call in _present(kinds):
         if whole:
             lanes = call.views * call.heads
             items = lanes * (rounded_up(call.keys, kernel.key_block) if kernel.shares_keys else 1)
@@ -153,9 +153,9 @@ def backward(
     return total
 
 
-def _present(calls: Iterable[Calls]) -> Iterator[Calls]:
-    """Those that occur for some candidate, with sizes that can be divided by."""
-    for call in calls:
+def _present(kinds: Iterable[Calls]) -> Iterator[Calls]:
+    """The kinds of call that occur for some candidate, with sizes that can be divided by."""
+    for call in kinds:
         if any_of(call.number > 0):
             yield call._replace(
                 views=maximum(call.views, 1), queries=maximum(call.queries, 1), keys=maximum(call.keys, 1)
@@ -176,17 +176,17 @@ def _add_kernel(
     the workers share `items`."""
     block = kernel.query_block(call.queries)
     blocks = rounded_up(call.queries, block)
-    seen = keys
+    visible = keys
     if any_of(call.causal):
         # Under its own causal mask it computes whole blocks of keys, those that lie ahead left out.
         full = rounded_down(keys / kernel.key_block)
         halves = full * (full + 1) / 2 * kernel.key_block**2 + (keys - full * kernel.key_block) * keys
-        seen = where(call.causal, halves / keys, keys)
+        visible = where(call.causal, halves / keys, keys)
     idle = rounded_up(items, kernel.workers) * kernel.workers / items
-    pairs = launches * lanes * call.queries * seen * idle
+    pairs = launches * lanes * call.queries * visible * idle
     total["work"] = total["work"] + pairs * dim
     total["pairs"] = total["pairs"] + pairs
-    total["keys"] = total["keys"] + launches * lanes * blocks * seen * dim
+    total["keys"] = total["keys"] + launches * lanes * blocks * visible * dim
     total["queries"] = (
         total["queries"] + launches * lanes * call.queries * rounded_up(keys, kernel.key_block) * dim
     )
@@ -205,12 +205,12 @@ class Work(NamedTuple):
 
     forward: Totals
     backward: Totals | None
-    """None in inference."""
+    """Totals of the backward pass; None in inference."""
 
 
 def work_of(columns: Columns, workload: Workload, machine: Machine, kernel: Kernel, *, apart: bool) -> Work:
-    """Of candidates of which `goes_apart` holds for all or for none; `workload.seq` is not read."""
-    given: Any = columns
+    """The work of candidates of which `goes_apart` holds for all or for none; `workload.seq` is not read."""
+    untyped: Any = columns
     shape = shape_of(columns, workload, machine)
     outer, trains = columns.multihead, workload.mode == "training"
     program, once = _program(columns, shape, apart, workload.batch)
@@ -225,7 +225,7 @@ def work_of(columns: Columns, workload: Workload, machine: Machine, kernel: Kern
     total = backward(program.calls, program.tiles, back, kernel, whole=once)
     _beside(total, columns, shape, 2, apart)
     if columns.variant == "adaptive":
-        kept, size = columns.rows(workload.causal).lists, given.block_size
+        kept, size = columns.rows(workload.causal).lists, untyped.block_size
         total["gated"] = shape.heads * shape.seq * kept * size
         total["gates"] = shape.heads * kept * rounded_up(ceil_div(shape.seq, size), gate_rows(shape, size))
         total["scored"] = total["scored"] + 2 * total["gated"] * shape.head_dim
@@ -234,26 +234,26 @@ def work_of(columns: Columns, workload: Workload, machine: Machine, kernel: Kern
 
 def _program(columns: Columns, shape: Shape, apart: bool, batch: int) -> tuple[Program, bool]:
     """The program of a pass, and whether it takes the whole batch at once."""
-    given: Any = columns
+    untyped: Any = columns
     if columns.variant == "adaptive":
         rows = columns.rows(shape.causal)
-        return work_calls.block_sparse(_chosen(rows.lists, shape, given.block_size), rows, shape), False
+        return calls.block_sparse(_chosen(rows.lists, shape, untyped.block_size), rows, shape), False
     if columns.variant == "block_sparse":
         fields: dict[str, Any] = {
-            "window": given.window,
-            "global_tokens": given.global_tokens,
-            "ratio": given.sparsity_ratio,
-            "lengths": given.lengths,
-            "rates": given.rates,
+            "window": untyped.window,
+            "global_tokens": untyped.global_tokens,
+            "ratio": untyped.sparsity_ratio,
+            "lengths": untyped.lengths,
+            "rates": untyped.rates,
         }
         rows = columns.rows(shape.causal)
         runs = runs_of(columns.pattern_type, rows, shape.seq, shape.causal, **fields)
         if apart:
-            return work_calls.flex(runs, rows, shape, batch), True
-        return work_calls.block_sparse(runs, rows, shape), False
+            return calls.flex(runs, rows, shape, batch), True
+        return calls.block_sparse(runs, rows, shape), False
     if apart:
-        return work_calls.whole(shape, batch), True
-    return work_calls.dilated(shape.within(columns.branches), shape), False
+        return calls.whole(shape, batch), True
+    return calls.dilated(shape.within(columns.branches), shape), False
 
 
 def _chosen(kept: Amount, shape: Shape, size: Amount) -> list[Run]:
@@ -266,12 +266,12 @@ def _chosen(kept: Amount, shape: Shape, size: Amount) -> list[Run]:
 def _beside(total: Totals, columns: Columns, shape: Shape, times: int, apart: bool) -> None:
     """Adds the matrix products beside an attention, which backward has twice: a scorer's, and those of
     the projections around it. Work of FlexAttention gets a name of its own."""
-    given: Any = columns
+    untyped: Any = columns
     if apart and columns.variant == "block_sparse":
-        total["flex"], total["work"] = total["work"] * (1 + FLEX_TILE / given.block_size), 0
+        total["flex"], total["work"] = total["work"] * (1 + FLEX_TILE / untyped.block_size), 0
     if columns.variant == "adaptive":
         rows = columns.rows(shape.causal)
-        products, ranked = work_calls.scoring(rows, shape, columns.score_dim or shape.head_dim)
+        products, ranked = calls.scoring(rows, shape, columns.score_dim or shape.head_dim)
         total["scored"], total["ranked"] = products * times, ranked
     if columns.multihead is not None:
         wide = shape.heads * shape.head_dim
@@ -280,7 +280,8 @@ def _beside(total: Totals, columns: Columns, shape: Shape, times: int, apart: bo
 
 
 def _all_items(total: Totals, batch: int, once: bool, times: int) -> Totals:
-    """Of all batch items, where the kernel's figures are of one (`once`: of all), and of `times` passes."""
+    """Totals of all batch items, where the kernel's figures are of one (`once`: of all), and of `times`
+    passes."""
     kernels = ("tokens", "matmul", "scored", "ranked", "gated", "gates") if once else NAMES[:-1]
     every = {name: count * (batch if name in kernels else 1) for name, count in total.items()}
     every["passes"] = 1

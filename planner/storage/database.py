@@ -28,15 +28,16 @@ _ASKED = (
 
 
 class Database(RDBStorage):
-    """Optuna's storage in a database; StorageError where one that was there does not come back in time."""
+    """Optuna's storage in a database; StorageError where a database that was there does not come back in
+    time."""
 
     @property
     def named(self) -> str:
         """Its URL, without a password."""
         return self.engine.url.render_as_string(hide_password=True)
 
-    def asked(self, ask: Callable[[], Any]) -> Any:
-        """What the database answers, or did when it is back."""
+    def answer_of(self, ask: Callable[[], Any]) -> Any:
+        """The database's answer to `ask`, asked again until it is back."""
         patience = Patience(f"the database {self.named}", "see to it, and the same command goes on")
         while True:
             try:
@@ -45,10 +46,10 @@ class Database(RDBStorage):
                 cause = _cause(error)
                 if not _passes(cause):
                     raise StorageError(
-                        f"the study was not kept: the database {self.named} failed ({_said(cause)}); what it "
-                        "has is whole: see to it, and the same command goes on"
+                        f"the study was not kept: the database {self.named} failed ({_first_line(cause)}); "
+                        "what it has is whole: see to it, and the same command goes on"
                     ) from error
-                patience.wait(_said(cause))
+                patience.wait(_first_line(cause))
 
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Any = None) -> bool:
         asked_before = False
@@ -64,7 +65,7 @@ class Database(RDBStorage):
                     return True
                 raise
 
-        done: bool = self.asked(ask)
+        done: bool = self.answer_of(ask)
         return done
 
 
@@ -72,10 +73,10 @@ def _patient(name: str) -> Callable[..., Any]:
     ask = getattr(RDBStorage, name)
 
     @functools.wraps(ask)
-    def asked(self: Database, *given: Any, **named: Any) -> Any:
-        return self.asked(lambda: ask(self, *given, **named))
+    def patient(self: Database, *arguments: Any, **options: Any) -> Any:
+        return self.answer_of(lambda: ask(self, *arguments, **options))
 
-    return asked
+    return patient
 
 
 for _name in _ASKED:
@@ -89,14 +90,14 @@ def open_database(url: str) -> Database:
         try:
             return Database(url)
         except (StorageInternalError, SQLAlchemyError) as error:
-            said = _said(_cause(error)).lower()
-            if not any(sign in said for sign in ("already exists", "duplicate", "unique", "locked")):
+            message = _first_line(_cause(error)).lower()
+            if not any(sign in message for sign in ("already exists", "duplicate", "unique", "locked")):
                 raise
-            patience.wait(said)
+            patience.wait(message)
 
 
 def _cause(error: Exception) -> BaseException:
-    """What the driver said, of what Optuna made of it."""
+    """The driver's own error, where Optuna wrapped it in one of its own."""
     return error.__cause__ if isinstance(error, StorageInternalError) and error.__cause__ else error
 
 
@@ -111,8 +112,8 @@ def _passes(error: BaseException) -> bool:
     return error.connection_invalidated or isinstance(error, OperationalError | InterfaceError)
 
 
-def _said(error: BaseException) -> str:
-    """One line of it."""
+def _first_line(error: BaseException) -> str:
+    """The first line of an error's message, at most 200 characters."""
     of = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
     lines = str(of).strip().splitlines()
     return lines[0][:200] if lines else type(of).__name__

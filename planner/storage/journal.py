@@ -46,10 +46,10 @@ _NEEDED: Final[tuple[tuple[str, ...], ...]] = (
     ("trial_id", "system_attr"),
     (),
 )
-"""What an entry has besides its operation and its worker, by the operation's number."""
+"""Keys of an entry besides its operation and its worker, by the operation's number."""
 _CREATE_STUDY, _CREATE_TRIAL = 0, 4
 _BEGIN: Final = b'{"op_code":'
-"""Of every line that Optuna writes."""
+"""The beginning of every line that Optuna writes."""
 
 
 class Journal(BaseJournalBackend):
@@ -73,11 +73,11 @@ class Journal(BaseJournalBackend):
         """How far the file was read."""
         self._first = 0
         self._logs: deque[Log] = deque()
-        """Those that were read and may be asked for again, and the number of the first."""
+        """Entries that were read and may be asked for again; `_first` is the number of the first of them."""
 
     def read_logs(self, log_number_from: int) -> Iterator[Log]:
-        """All from that number on. A line that is broken is left out with a StorageWarning; one that has no
-        end yet may be just being written, and comes later."""
+        """All entries from that number on. A line that is broken is left out with a StorageWarning; one that
+        has no end yet may be just being written, and comes later."""
         if log_number_from < self._first:
             self._start_over()
         self._logs.extend(self._new())
@@ -87,7 +87,7 @@ class Journal(BaseJournalBackend):
         return iter(list(self._logs))
 
     def _new(self) -> list[Log]:
-        """What was added since the last time."""
+        """Entries that were added since the last time."""
         file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         with os.fdopen(file, "rb") as stream:
             # Whoever sets a torn line aside must not do so in the midst of this.
@@ -97,7 +97,7 @@ class Journal(BaseJournalBackend):
         if not end:
             return []
         lines = whole.split(b"\n")
-        found, broken = logs_of(lines, self._count)
+        logs, broken = logs_of(lines, self._count)
         if broken:
             first = self._lines + broken[0] + 1
             many = f"line {first} is" if len(broken) == 1 else f"{len(broken)} lines from line {first} on are"
@@ -108,7 +108,7 @@ class Journal(BaseJournalBackend):
             )
         self._offset += len(whole) + 1
         self._lines += len(lines)
-        return found
+        return logs
 
     def append_logs(self, logs: list[Log]) -> None:
         """Adds entries and returns when they are on disk; StorageError if they could not be kept."""
@@ -138,11 +138,11 @@ class Journal(BaseJournalBackend):
             append_whole(file, b"\n")
             return
         aside = f"{self.path}.torn"
-        kept = os.open(aside, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        torn = os.open(aside, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
-            append_whole(kept, piece + b"\n")
+            append_whole(torn, piece + b"\n")
         finally:
-            os.close(kept)
+            os.close(torn)
         os.ftruncate(file, size - len(piece))
         warnings.warn(
             f"{self.path} ended in the midst of a line, as a crash or a full disk leaves it; its "
@@ -256,7 +256,7 @@ def logs_of(lines: Sequence[bytes], count: _Count) -> tuple[list[Log], list[int]
     because a later entry is about one more than there are, another stands in for it: what follows is about
     the same trials as before.
     """
-    found: list[Log] = []
+    logs: list[Log] = []
     broken: list[int] = []
     gap: int | None = None
     for number, line in enumerate(lines):
@@ -265,24 +265,24 @@ def logs_of(lines: Sequence[bytes], count: _Count) -> tuple[list[Log], list[int]
             if not line.strip():
                 continue
             broken.append(number)
-            gap = len(found)
+            gap = len(logs)
             log = _last_entry(line)
             if log is None:
                 continue
         if gap is not None:
             for which in ("study_id", "trial_id"):
                 while count.made[which] <= log.get(which, -1):
-                    stands_in = _stand_in(which, count, found[:gap])
+                    stands_in = _stand_in(which, count, logs[:gap])
                     count.add(stands_in)
-                    found.insert(gap, stands_in)
+                    logs.insert(gap, stands_in)
                     gap += 1
         count.add(log)
-        found.append(log)
-    return found, broken
+        logs.append(log)
+    return logs, broken
 
 
 def _stand_in(which: str, count: _Count, before: Iterable[Log]) -> Log:
-    """What a lost line may have said: a study under a name of its own, a trial that runs."""
+    """An entry that stands for a lost line: a study under a name of its own, or a trial that runs."""
     if which == "study_id" or not count.names:
         name = f"lost {count.made['study_id']}"
         return {"op_code": _CREATE_STUDY, "worker_id": "lost", "study_name": name, "directions": [1]}
@@ -293,7 +293,7 @@ def _stand_in(which: str, count: _Count, before: Iterable[Log]) -> Log:
 
 
 def _entry(line: bytes) -> Log | None:
-    """What a whole line says; None if it is no entry of a journal."""
+    """The entry on a whole line; None if it is none of a journal."""
     try:
         log = json.loads(line)
     except (ValueError, RecursionError):
@@ -336,7 +336,7 @@ def _refuse_others(path: str) -> None:
 
 
 def _looks_like(data: bytes) -> str | None:
-    """What the beginning of a file is, if it is no journal's."""
+    """A description of a file by its beginning; None if it is a journal."""
     lines = data.split(b"\n")
     # The first line may be all there is, and torn.
     begun = data[: len(_BEGIN)] == _BEGIN[: len(data)]

@@ -23,7 +23,7 @@ class Patience:
 
     def __init__(self, what: str, advice: str) -> None:
         self._what, self._advice = what, advice
-        self._began, self._pause, self._said = monotonic(), 0.001, False
+        self._began, self._pause, self._warned = monotonic(), 0.001, False
 
     def wait(self, why: str = "") -> None:
         """Waits a moment, longer each time; StorageError when it took too long. `why`: as of now."""
@@ -31,9 +31,9 @@ class Patience:
         if waited > PATIENCE:
             reason = f" ({why})" if why else ""
             raise StorageError(f"waited {PATIENCE:g} s for {self._what}, in vain{reason}; {self._advice}")
-        if waited > QUIET and not self._said:
-            self._said = True
-            said = f"waiting for {self._what} (up to {PATIENCE:g} s)" + (f": {why}" if why else "")
-            warnings.warn(said, StorageWarning, stacklevel=3)
+        if waited > QUIET and not self._warned:
+            self._warned = True
+            message = f"waiting for {self._what} (up to {PATIENCE:g} s)" + (f": {why}" if why else "")
+            warnings.warn(message, StorageWarning, stacklevel=3)
         sleep(self._pause)
         self._pause = min(2 * self._pause, 0.25)

@@ -19,9 +19,9 @@ class Storage:
     url: str
     """A URL as Optuna takes it, or a journal file."""
     study: str
-    """Name in it."""
+    """Name of the study in the storage."""
     question: str
-    """What the study is about; one of another question is refused."""
+    """Fingerprint of the question that the study answers; a study of another question is refused."""
 
 
 def open_study(storage: Storage | None, sampler: optuna.samplers.BaseSampler) -> optuna.Study:
@@ -33,14 +33,14 @@ def open_study(storage: Storage | None, sampler: optuna.samplers.BaseSampler) ->
         study = optuna.create_study(
             storage=_open(storage.url), study_name=storage.study, sampler=sampler, load_if_exists=True
         )
-        known = study.user_attrs.get("question")
-        if known is None:
+        question = study.user_attrs.get("question")
+        if question is None:
             study.set_user_attr("question", storage.question)
     except AttentionPlannerError:
         raise
     except Exception as error:  # noqa: BLE001 -- whatever a database driver raises
         raise _unusable(storage.url, error) from None
-    if known not in (None, storage.question):
+    if question not in (None, storage.question):
         raise ConfigError(
             f"study {storage.study!r} in {storage.url} answers another question; choose another --study"
         )
@@ -57,22 +57,22 @@ def stored_study(url: str, name: str) -> optuna.Study:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             storage = _open(url, reads=True)
-            known = optuna.get_all_study_names(storage)
-            study = optuna.load_study(study_name=name, storage=storage) if name in known else None
+            names = optuna.get_all_study_names(storage)
+            study = optuna.load_study(study_name=name, storage=storage) if name in names else None
     except AttentionPlannerError:
         raise
     except Exception as error:  # noqa: BLE001 -- whatever a database driver raises
         raise _unusable(url, error) from None
     if study is None:
-        there = f"it has {', '.join(map(repr, known[:5]))}" if known else "it has none"
+        there = f"it has {', '.join(map(repr, names[:5]))}" if names else "it has none"
         raise ConfigError(f"no study is called {name!r} in {url}; {there}")
     return study
 
 
 def _unusable(url: str, error: Exception) -> ConfigError:
-    said = " ".join(str(error).split()) or type(error).__name__
+    message = " ".join(str(error).split()) or type(error).__name__
     return ConfigError(
-        f"storage {url!r} cannot be used: {said[:200]}; write e.g. studies.journal or sqlite:///studies.db"
+        f"storage {url!r} cannot be used: {message[:200]}; write e.g. studies.journal or sqlite:///studies.db"
     )
 
 

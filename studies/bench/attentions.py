@@ -9,8 +9,8 @@ from attention.config import MultiheadConfig, PatternType
 
 HEADS, HEAD_DIM = 8, 64
 KEPT = 0.01
-"""Share of all blocks that dilated_sparse and adaptive keep, as in the seeds; of dilated_sparse at most those
-that its branches reach."""
+"""The share of all blocks that dilated_sparse and adaptive keep, as in the original project; dilated_sparse
+keeps at most those that its branches reach."""
 
 
 def configs() -> dict[str, AttentionConfig]:
@@ -38,17 +38,17 @@ def configs() -> dict[str, AttentionConfig]:
 
 
 def one_of_each(heads: int = HEADS, head_dim: int = HEAD_DIM) -> dict[str, AttentionConfig]:
-    """By kind, as `planner.report.plot.figure.KINDS` has colours for them; multihead is dilated_sparse
-    between projections."""
-    known = configs()
+    """A config of each kind in `planner.report.plot.figure.KINDS`; multihead is dilated_sparse between
+    projections."""
+    named = configs()
     chosen = SparsePatternConfig(sparsity_ratio=KEPT, block_size=128)
     outside = MultiheadConfig(embed_dim=heads * head_dim, num_heads=heads)
     return {
         "dense": AttentionConfig(variant="dense"),
-        "dilated": known["dilated, 3 branches"],
-        **{pattern: known[pattern] for pattern in get_args(PatternType)},
+        "dilated": named["dilated, 3 branches"],
+        **{pattern: named[pattern] for pattern in get_args(PatternType)},
         "adaptive": AttentionConfig(
             variant="adaptive", pattern=chosen, adaptive=AdaptiveConfig(num_heads=heads, head_dim=head_dim)
         ),
-        "multihead": known["dilated_sparse"].model_copy(update={"multihead": outside}),
+        "multihead": named["dilated_sparse"].model_copy(update={"multihead": outside}),
     }

@@ -38,13 +38,15 @@ QUESTIONS: Final[dict[str, str]] = {
 """In the order in which `all` runs them and lists show them."""
 
 
-def names(asked: tuple[str, ...]) -> tuple[str, ...]:
+def names(requested: tuple[str, ...]) -> tuple[str, ...]:
     """The studies asked for, each once, `all` for all of them; ConfigError for an unknown name."""
-    found: dict[str, None] = {}
-    for name in asked:
+    unique: dict[str, None] = {}
+    for name in requested:
         if name != "all" and name not in QUESTIONS:
             near = get_close_matches(name, QUESTIONS, 1)
-            meant = f"did you mean {near[0]}? " if near else ""
-            raise ConfigError(f"there is no study {name[:60]!r}; {meant}`planner study --list` has them all")
-        found |= dict.fromkeys(QUESTIONS if name == "all" else (name,))
-    return tuple(found)
+            suggestion = f"did you mean {near[0]}? " if near else ""
+            raise ConfigError(
+                f"there is no study {name[:60]!r}; {suggestion}`planner study --list` has them all"
+            )
+        unique |= dict.fromkeys(QUESTIONS if name == "all" else (name,))
+    return tuple(unique)

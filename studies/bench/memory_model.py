@@ -26,10 +26,10 @@ from studies.bench.records import Job, Row, markdown
 from studies.bench.study import Results, Scope
 
 SEED = 1009
-"""Not that of a calibration."""
+"""The random seed, another than a calibration's."""
 CASES, LONGEST = 1000, 131_072
 PEERED = 300
-"""The first so many peers are asked about too: with fake tensors one may take minutes."""
+"""The number of cases, from the first on, that peers predict too: with fake tensors one may take minutes."""
 QUICK, QUICK_LONGEST = 24, 2048
 """Cases of a quick study, and tokens of the longest."""
 TIMEOUT = 300.0
@@ -37,7 +37,7 @@ CPU = torch.device("cpu")
 
 
 def arithmetic(sample: Sample) -> int:
-    """Inputs, outputs and parameters, and in training their gradients, each times its type's size."""
+    """Bytes of inputs, outputs and parameters, and in training of their gradients."""
     config, workload = sample
     numbers = 2 * workload.batch * workload.seq * (workload.heads + workload.groups) * workload.head_dim
     if config.multihead:
@@ -48,7 +48,7 @@ def arithmetic(sample: Sample) -> int:
 
 
 def tracked(sample: Sample) -> int:
-    """`MemTracker`'s peak over a call with real tensors."""
+    """`MemTracker`'s peak in bytes over a call with real tensors."""
     config, workload = sample
     call = call_of(config, workload, CPU)
     call.start_cold()
@@ -64,7 +64,7 @@ def tracked(sample: Sample) -> int:
 
 
 def tracked_fake(sample: Sample) -> int:
-    """The same with tensors that have no memory."""
+    """`MemTracker`'s peak in bytes over a call with fake tensors, which have no memory."""
     with FakeTensorMode():
         return tracked(sample)
 
@@ -84,24 +84,24 @@ PEERS: dict[str, Callable[[Sample], int]] = {
 def case_row(kind: str, sample: Sample, batch: Batch, peered: bool) -> Row:
     """One sample, measured and predicted by all."""
     config, workload = sample
-    found = batch.measure(config, workload)
-    expected = estimate(config, workload, "cpu", threads=found.environment.threads)
+    measurement = batch.measure(config, workload)
+    expected = estimate(config, workload, "cpu", threads=measurement.environment.threads)
     row: Row = {
         "about": "memory",
         "kind": kind,
         "config": config.model_dump(mode="json", exclude_defaults=True),
         "workload": workload.model_dump(mode="json", exclude_defaults=True),
         "mode": workload.mode,
-        "outcome": found.kind,
-        "message": found.message,
-        "measured": found.allocated,
+        "outcome": measurement.kind,
+        "message": measurement.message,
+        "measured": measurement.allocated,
         "predicted": expected.allocated,
         "upper": expected.upper,
     }
-    return row | {"peers": {name: _asked(peer, sample) for name, peer in PEERS.items() if peered}}
+    return row | {"peers": {name: _answer(peer, sample) for name, peer in PEERS.items() if peered}}
 
 
-def _asked(peer: Callable[[Sample], int], sample: Sample) -> Row:
+def _answer(peer: Callable[[Sample], int], sample: Sample) -> Row:
     """A peer's bytes and seconds, or why it has none."""
     begin = perf_counter()
     try:
@@ -112,7 +112,7 @@ def _asked(peer: Callable[[Sample], int], sample: Sample) -> Row:
 
 
 def errors_table(rows: list[Row]) -> str:
-    """Prediction against measurement, by kind and mode, and together."""
+    """Markdown: the errors of predictions by kind and mode, and together."""
     rows = about_memory(rows)
     ordered = sorted(rows, key=lambda row: (row["kind"], row["mode"]))
     body = [
@@ -156,7 +156,7 @@ def _errors(rows: Sequence[Row]) -> list[str]:
 
 
 def peers_table(rows: list[Row]) -> str:
-    """All that predict, on the cases that were measured."""
+    """Markdown: the errors of this project and its peers, on the cases that were measured."""
     rows = about_memory(rows)
     good = [row for row in rows if row["outcome"] == "ok" and row["peers"]]
     return markdown(
@@ -166,31 +166,31 @@ def peers_table(rows: list[Row]) -> str:
 
 
 def _peer(name: str, rows: Iterable[Row]) -> list[str]:
-    asked = [(row["peers"][name], row["measured"]) for row in rows]
-    said = [
+    answers = [(row["peers"][name], row["measured"]) for row in rows]
+    predictions = [
         (answer["bytes"], measured, answer["seconds"])
-        for answer, measured in asked
+        for answer, measured in answers
         if answer["bytes"] is not None
     ]
-    counts = [str(len(asked)), str(len(asked) - len(said))]
-    if not said:
+    counts = [str(len(answers)), str(len(answers) - len(predictions))]
+    if not predictions:
         return [*counts, "", "", "", ""]
-    size = [abs(nbytes - measured) / measured for nbytes, measured, _ in said]
-    under = sum(nbytes < measured for nbytes, measured, _ in said) / len(said)
-    seconds = median(seconds for *_, seconds in said)
+    size = [abs(nbytes - measured) / measured for nbytes, measured, _ in predictions]
+    under = sum(nbytes < measured for nbytes, measured, _ in predictions) / len(predictions)
+    seconds = median(seconds for *_, seconds in predictions)
     return [*counts, _percent(median(size)), _percent(max(size)), f"{under:.1%}", f"{seconds:.4f}"]
 
 
 def reasons_table(rows: list[Row]) -> str:
-    """Why a peer has no prediction, and how often."""
+    """Markdown: why a peer has no prediction, and how often."""
     rows = about_memory(rows)
-    found: dict[tuple[str, str], int] = {}
+    counts: dict[tuple[str, str], int] = {}
     for row in rows:
         for name, answer in row["peers"].items():
             if answer["bytes"] is None:
-                found[name, answer["why"]] = found.get((name, answer["why"]), 0) + 1
+                counts[name, answer["why"]] = counts.get((name, answer["why"]), 0) + 1
     return markdown(
-        ([name, count, why] for (name, why), count in found.items()),
+        ([name, count, why] for (name, why), count in counts.items()),
         ["prediction by", "cases", "why it cannot"],
     )
 
@@ -203,13 +203,13 @@ def steps(scope: Scope) -> list[Job]:
     """The cases."""
     cases, longest, peered = (QUICK, QUICK_LONGEST, 8) if scope.quick else (CASES, LONGEST, PEERED)
     batch = scope.batch(timeout=TIMEOUT)
-    found = islice(samples(SEED, longest=longest), cases)
+    drawn = islice(samples(SEED, longest=longest), cases)
     return [
         (
             f"memory {n} {KINDS[n % len(KINDS)]}",
             partial(case_row, KINDS[n % len(KINDS)], sample, batch, n < peered),
         )
-        for n, sample in enumerate(found)
+        for n, sample in enumerate(drawn)
     ]
 
 

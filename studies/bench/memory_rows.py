@@ -1,4 +1,4 @@
-"""What rows of several studies say of memory: predicted for a card, predicted and measured where the study
+"""Memory in the rows of several studies: predicted for a card, and predicted and measured where the study
 runs."""
 
 from __future__ import annotations
@@ -12,49 +12,49 @@ from planner.workload import Workload
 from studies.bench.records import Row
 
 CARD: Final = "gtx1080"
-"""The card of the seeds."""
+"""The card of the original project."""
 MIB: Final = 1 << 20
-"""What the seeds call MB."""
+"""Bytes of what the original project calls MB."""
 
 
 def predicted(config: AttentionConfig, workload: Workload, device: str = CARD) -> Row:
-    """Bytes at the peak, by component and together."""
+    """Predicted bytes at the peak, by component and together."""
     return _shares(estimate(config, workload, device))
 
 
 def measured(config: AttentionConfig, workload: Workload, batch: Batch) -> Row:
-    """The same where the batch runs, and beside it what a first and a second call were measured to allocate;
-    None where it did not run, and `outcome` says why."""
-    found = batch.measure(config, workload)
-    place = found.environment
-    on = "cpu" if found.device == "cpu" else place.device or found.device
+    """Predicted bytes at the peak where the batch runs, and the measured bytes of a first (`cold`) and a
+    second (`warm`) call; these are None if it did not run, and `outcome` says why."""
+    measurement = batch.measure(config, workload)
+    place = measurement.environment
+    on = "cpu" if measurement.device == "cpu" else place.device or measurement.device
     return {
         **_shares(estimate(config, workload, on, threads=place.threads)),
-        "outcome": found.message or found.kind,
-        "cold": found.allocated,
-        "warm": found.allocated_warm,
+        "outcome": measurement.message or measurement.kind,
+        "cold": measurement.allocated,
+        "warm": measurement.allocated_warm,
     }
 
 
 def place(row: Row) -> str:
-    """Where a row's bytes are, for people: `CPU`, `GTX 1080`."""
+    """The device of a row, for people: `CPU`, `GTX 1080`."""
     name: str = row["on"].removeprefix("NVIDIA ").removeprefix("GeForce ")
     return "CPU" if name == "cpu" else name
 
 
 def mib(count: float) -> str:
-    """Bytes in the unit of the seeds, without its name."""
+    """Bytes in MiB, the unit of the original project, without its name."""
     size = count / MIB
     return f"{size:,.1f}" if size >= 1 else f"{size:.2g}"
 
 
-def _shares(found: MemoryEstimate) -> Row:
-    inside = {name: count for name, count in found.components.items() if name != "context"}
-    rounding = found.allocated - sum(inside.values())
+def _shares(prediction: MemoryEstimate) -> Row:
+    inside = {name: count for name, count in prediction.components.items() if name != "context"}
+    rounding = prediction.allocated - sum(inside.values())
     return {
-        "on": found.on,
-        "allocated": found.allocated,
-        "reserved": found.reserved,
-        "upper": found.upper,
+        "on": prediction.on,
+        "allocated": prediction.allocated,
+        "reserved": prediction.reserved,
+        "upper": prediction.upper,
         "components": inside | ({"rounding": rounding} if rounding else {}),
     }

@@ -11,7 +11,7 @@ from studies.bench.records import Row
 from studies.bench.study import Results
 
 ReadRow = Callable[[Row], float | None]
-"""What is shown of a row; None for nothing."""
+"""The number that is shown of a row; None for nothing."""
 
 
 class Series(NamedTuple):
@@ -31,20 +31,20 @@ class Panel(NamedTuple):
     marks: tuple[Series, ...]
     log: bool = False
     none: str = ""
-    """What is written where no mark has a number."""
+    """The text where no mark has a number."""
 
 
 def beside(figure: Any, rows: Results, panels: Sequence[Panel]) -> None:
-    """A line a row, named at the left, and panel beside panel; rules between series."""
+    """A line for each row, named at the left, and panel beside panel; rules between series."""
     figure.set_size_inches(11, 2.1 + 0.29 * len(rows))
     every = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    found: dict[str, Any] = {}
+    handles: dict[str, Any] = {}
     for axes, panel in zip(every, panels, strict=True):
         numbers = [[mark.of(row) for mark in panel.marks] for row in rows]
         for place, shown in enumerate(numbers):
             for mark, number in zip(panel.marks, shown, strict=True):
                 if number is not None:
-                    found[mark.name] = axes.scatter(
+                    handles[mark.name] = axes.scatter(
                         number,
                         place,
                         marker=mark.marker,
@@ -67,7 +67,7 @@ def beside(figure: Any, rows: Results, panels: Sequence[Panel]) -> None:
         _scale(axes, panel, max((n for shown in numbers for n in shown if n is not None), default=0.0))
     every[0].set_yticks(range(len(rows)), [row["name"] for row in rows])
     every[0].set_ylim(len(rows) - 0.5, -0.5)
-    figure.legend(list(found.values()), list(found), loc="outside lower right", ncols=len(found))
+    figure.legend(list(handles.values()), list(handles), loc="outside lower right", ncols=len(handles))
 
 
 def _lines(axes: Any, rows: Results) -> None:
@@ -79,16 +79,16 @@ def _lines(axes: Any, rows: Results) -> None:
     axes.tick_params(axis="y", length=0)
 
 
-def _scale(axes: Any, panel: Panel, most: float) -> None:
+def _scale(axes: Any, panel: Panel, maximum: float) -> None:
     axes.set_xlabel(panel.label)
-    if not most:
+    if not maximum:
         axes.set_xticks([])
     elif panel.log:
         axes.set_xscale("log")
         axes.margins(x=0.1)
         plain(axes.xaxis)
     else:
-        axes.set_xlim(0, 1.1 * most)
+        axes.set_xlim(0, 1.1 * maximum)
 
 
 def plain(axis: Any) -> None:
@@ -105,17 +105,16 @@ def plain(axis: Any) -> None:
 
 
 class Curves(NamedTuple):
-    """One quantity over a setting, a curve a series."""
+    """One quantity over a setting, a curve for each series."""
 
     label: str
     lines: ReadRow
-    """Predicted or computed."""
+    """The number of a line: predicted or computed."""
     dots: ReadRow | None = None
-    """Measured."""
+    """The number of a dot: measured."""
     log: bool = False
     none: str = ""
-    """Of a series that has a curve: how the axis names the place of rows without a number, above all
-    others; empty for no such place."""
+    """The axis label of the place of rows without a number, above all others; empty for no such place."""
     rule: tuple[float, str] | None = None
     """A level to compare with, and its name."""
 
@@ -127,8 +126,8 @@ def curves(
     along: Callable[[Any], None],
     series: Mapping[str, tuple[str, str]],
 ) -> None:
-    """Three panels a line and the names of the series after the last; `along` sets the axis of the setting
-    (the rows' `x`), `series` has a colour and a marker of each."""
+    """Panels, three a line, and the names of the series after the last. `along` sets the axis of the setting
+    (the rows' `x`); `series` has a colour and a marker of each."""
     lines = len(panels) // 3 + 1
     figure.set_size_inches(12, 0.9 + 3.1 * lines)
     every = figure.subplots(lines, 3, squeeze=False).ravel()
@@ -143,8 +142,8 @@ def curves(
             y = [top if (number := panel.lines(row)) is None else number for row in mine]
             axes.plot(x, y, **style | ({"marker": ""} if panel.dots else {}))
             if panel.dots:
-                known = [(row["x"], number) for row in mine if (number := panel.dots(row)) is not None]
-                axes.plot([at for at, _ in known], [number for _, number in known], **style, linestyle="")
+                points = [(row["x"], number) for row in mine if (number := panel.dots(row)) is not None]
+                axes.plot([at for at, _ in points], [number for _, number in points], **style, linestyle="")
         _level(axes, panel, top)
         axes.set_ylabel(panel.label)
         along(axes)
@@ -156,14 +155,14 @@ def curves(
 
 
 def _top(rows: Results, panel: Curves) -> float | None:
-    """Where the rows without a number stand, if there are any and they have a place."""
+    """The height of the rows without a number; None if there are none or they have no place."""
     numbers = [panel.lines(row) for row in rows]
-    known = [number for number in numbers if number is not None]
-    return 3 * max(known, default=1.0) if panel.none and len(known) < len(numbers) else None
+    present = [number for number in numbers if number is not None]
+    return 3 * max(present, default=1.0) if panel.none and len(present) < len(numbers) else None
 
 
 def _level(axes: Any, panel: Curves, top: float | None) -> None:
-    """The axis of what a panel shows, and its rule."""
+    """Sets the axis of a panel's quantity, and draws its rule."""
     if panel.log:
         axes.set_yscale("log")
         plain(axes.yaxis)

@@ -1,4 +1,4 @@
-"""What studies share: where a figure was measured, data on disk, and the tables made from it.
+"""The records of studies: where a figure was measured, data on disk, and the tables made from it.
 
 Data is JSON beside the studies, one file a study and kind of machine (`peers.cpu-avx2.json`). A row of a
 case that was to run or to fit says how it ended under `outcome`, itself or in its part `here`. Tables in
@@ -50,7 +50,7 @@ class NothingRanError(AttentionPlannerError):
 
 
 def environment(device: torch.device) -> Row:
-    """Where, with what and today: what is said of a figure that is measured now."""
+    """The provenance of a figure that is measured now: device, versions, threads and date."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     return {
         "device": name,
@@ -65,14 +65,14 @@ def environment(device: torch.device) -> Row:
 
 @cache
 def code() -> str:
-    """Tells one state of the code from another, where versions are equal: a digest of all that the packages
-    have, data of studies aside."""
-    root, found = Path(__file__).parents[2], sha256()
+    """A digest of all files of the packages, data of studies aside: it differs between two states of the code
+    with equal versions."""
+    root, digest = Path(__file__).parents[2], sha256()
     for package in CODE:
         for path in sorted((root / package).rglob("*")):
             if path.is_file() and "__pycache__" not in path.parts and DATA not in path.parents:
-                found.update(f"{path.relative_to(root).as_posix()}\0".encode() + path.read_bytes())
-    return found.hexdigest()[:12]
+                digest.update(f"{path.relative_to(root).as_posix()}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def _processor() -> str:
@@ -95,15 +95,15 @@ def machine(device: torch.device) -> str:
 
 
 Job = tuple[str, Callable[[], Row]]
-"""A label, of its own in its study, and what makes its row."""
+"""A label, unique in its study, and the function that makes its row."""
 
 
 class Collected(NamedTuple):
-    """What a study has come to."""
+    """The rows of a study that has run."""
 
     rows: list[Row]
     failed: dict[str, str]
-    """Steps that gave no row: label, and why."""
+    """Why a step gave no row, by its label."""
     source: str
     """The command, and where, with what and when it was measured, for people."""
 
@@ -147,36 +147,36 @@ def collect(
                 dated[label] = {"date": date.today().isoformat(), "row": row}
                 write(part, as_json({**head, "rows": dated}))
             bar.advance(task)
-    kept = [dated[label] for label, _ in steps if label in dated]
-    rows = [each["row"] for each in kept]
+    finished = [dated[label] for label, _ in steps if label in dated]
+    rows = [each["row"] for each in finished]
     if not any(end == OK for end in endings(rows)):
         settle(final)
         raise NothingRanError(_nothing(name, [*endings(rows), *failed.values()]))
-    head["environment"]["date"] = _span([each["date"] for each in kept])
+    head["environment"]["date"] = _span([each["date"] for each in finished])
     content = {**head, **({"failed": failed} if failed else {}), "rows": rows}
     write(final, as_json(content))
     return Collected(rows, failed, source(content))
 
 
 def _reason(error: BaseException) -> str:
-    """Its first line, short."""
+    """The first line of an error, shortened."""
     lines = str(error).strip().splitlines()
-    said = lines[0][:200] if lines else "it gave no reason"
-    return said if isinstance(error, AttentionPlannerError) else f"{type(error).__name__}: {said}"
+    text = lines[0][:200] if lines else "it gave no reason"
+    return text if isinstance(error, AttentionPlannerError) else f"{type(error).__name__}: {text}"
 
 
 def _nothing(name: str, ends: Sequence[str]) -> str:
-    """That nothing ran, and why: the most frequent reasons."""
+    """The message that nothing ran, with the most frequent reasons."""
     reasons = Counter(ends).most_common()
-    said = "; ".join(f"{reason} ({count} of {len(ends)})" for reason, count in reasons[:3])
+    text = "; ".join(f"{reason} ({count} of {len(ends)})" for reason, count in reasons[:3])
     more = f"; and {len(reasons) - 3} more reasons" if len(reasons) > 3 else ""
     return (
-        f"study {name}: nothing ran, so that there is nothing to say, and no file was written: {said}{more}"
+        f"study {name}: nothing ran, so that there is nothing to say, and no file was written: {text}{more}"
     )
 
 
 def _span(dates: Sequence[str]) -> str:
-    """A day, or the first and the last."""
+    """The day of all dates, or the first and the last."""
     first, last = min(dates), max(dates)
     return first if first == last else f"{first} to {last}"
 
@@ -196,14 +196,14 @@ def _why(part: Row) -> str:
 
 
 def source(content: Row) -> str:
-    """What data is from, for people; data that does not say of which version it is, is older."""
+    """The source of data, for people: command, device, versions, date. Older data has no version."""
     where = content["environment"]
     version = f"version {where['version']}, " if where.get("version") else ""
     return f"`{content['command']}`, {where['device']}, {version}torch {where['torch']}, {where['date']}"
 
 
 def settle(final: Path) -> None:
-    """The data is all that was asked for: the next run of its command begins anew."""
+    """Removes what an interrupted run would continue from: the next run of the command begins anew."""
     _part(final).unlink(missing_ok=True)
 
 
@@ -212,8 +212,8 @@ def _part(final: Path) -> Path:
 
 
 def _resumed(part: Path, head: Row, say: Callable[[str], None]) -> dict[str, Row]:
-    """What an interrupted run of the same command left, {date, row} by label; nothing of other code, of
-    another machine or of a file that cannot be read. `say` gets a line about it."""
+    """The rows that an interrupted run of the same command left, as {date, row} by label; none from other
+    code, another machine or a file that cannot be read. `say` gets a line about it."""
     try:
         text = part.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -239,7 +239,7 @@ def _resumed(part: Path, head: Row, say: Callable[[str], None]) -> dict[str, Row
 
 
 def as_json(content: Row) -> str:
-    """Data as JSON, a row a line."""
+    """Data as JSON, one row per line."""
     rows = content["rows"]
     if isinstance(rows, dict):
         lines = [f"{json.dumps(name)}: {json.dumps(row)}" for name, row in rows.items()]
@@ -261,7 +261,7 @@ def load(name: str, folder: Path = DATA) -> list[dict[str, Any]]:
 
 
 def timed(run: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one run."""
+    """Wall-clock seconds of one run."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     begin = perf_counter()

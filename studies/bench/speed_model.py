@@ -34,13 +34,14 @@ from planner.fitting.speed_runs import (
 )
 from planner.measuring.measure import Environment, Measurement
 from planner.measuring.server import Batch
+from planner.question.dimensions import attention_kind
 from planner.speed.seconds import seconds_of
 from planner.workload import Workload
 from studies.bench.records import Job, Row, markdown
 from studies.bench.study import Scope
 
 SEED = 2003
-"""Not that of a calibration."""
+"""The random seed, another than a calibration's."""
 CASES, SCENARIOS, CANDIDATES = 150, 30, 16
 TOP = 5
 TIMEOUT = 120.0
@@ -51,7 +52,7 @@ DRAWS = 200
 def timed_row(part: str, kind: str, sample: Sample, batch: Batch) -> Row:
     """One sample and its seconds."""
     config, workload = sample
-    found = batch.measure(config, workload)
+    measurement = batch.measure(config, workload)
     return {
         "about": "seconds",
         "part": part,
@@ -60,30 +61,30 @@ def timed_row(part: str, kind: str, sample: Sample, batch: Batch) -> Row:
         "workload": workload.model_dump(mode="json", exclude_defaults=True),
         "mode": workload.mode,
         "dtype": workload.dtype,
-        "outcome": found.kind,
-        "seconds": found.seconds,
-        "spread": found.spread,
-        "reference": found.reference,
-        "threads": found.environment.threads,
-        "capability": found.environment.capability,
+        "outcome": measurement.kind,
+        "seconds": measurement.seconds,
+        "spread": measurement.spread,
+        "reference": measurement.reference,
+        "threads": measurement.environment.threads,
+        "capability": measurement.environment.capability,
     }
 
 
 def scenario(number: int) -> list[Sample]:
-    """A workload and its candidates: what is no more work than WORK allows, so that all can be timed."""
+    """Random candidates of one workload, with no more work than WORK allows, so that all can be timed."""
     rng = random.Random(f"scenario {SEED} {number}")
     mode: Any = ("inference", "training")[number // len(DTYPES) % 2]
     dtype = DTYPES[number % len(DTYPES)]
     workload = workload_of(rng, dtype, mode, seq=rng.choice((1024, 2000, 2048, 4096, 4096, 8192)))
-    most = WORK["cpu"][1] / 2 * SLOW[dtype] * (BACKWARD_WORK if mode == "training" else 1)
-    found: dict[AttentionConfig, None] = {}
+    maximum = WORK["cpu"][1] / 2 * SLOW[dtype] * (BACKWARD_WORK if mode == "training" else 1)
+    configs: dict[AttentionConfig, None] = {}
     for _ in range(DRAWS):
         config = config_of(rng, rng.choice(KINDS[:5]), workload)
-        if work_of(config, workload) <= most:
-            found[config] = None
-        if len(found) == CANDIDATES:
+        if work_of(config, workload) <= maximum:
+            configs[config] = None
+        if len(configs) == CANDIDATES:
             break
-    return [Sample(config, workload) for config in found]
+    return [Sample(config, workload) for config in configs]
 
 
 def steps(scope: Scope) -> list[Job]:
@@ -91,30 +92,26 @@ def steps(scope: Scope) -> list[Job]:
     fitted, cases, scenarios = (42, 21, 1) if scope.quick else (RUNS * 3 // 4, CASES, SCENARIOS)
     repetitions, longer = (3, 1) if scope.quick else (REPETITIONS, LONGER)
     batch = scope.batch(timeout=TIMEOUT, memory=False, runs=repetitions, reference=True)
-    found: list[Job] = []
+    jobs: list[Job] = []
 
     def add(part: str, samples: Iterable[Sample]) -> None:
         for n, sample in enumerate(samples):
             kind = _kind(sample.config)
-            found.append((f"time, {part} {n} {kind}", partial(timed_row, part, kind, sample, batch)))
+            jobs.append((f"time, {part} {n} {kind}", partial(timed_row, part, kind, sample, batch)))
 
     add("fit", speed_runs("cpu", SEED, fitted))
     add("held out", islice(timing_samples("cpu", SEED + 1, longer=longer), cases))
     for number in range(scenarios):
         add(f"scenario {number}", scenario(number))
-    return found
+    return jobs
 
 
 def _kind(config: AttentionConfig) -> str:
-    if config.multihead is not None:
-        return "multihead"
-    if config.variant == "block_sparse" and config.pattern is not None:
-        return config.pattern.pattern_type
-    return config.variant
+    return "multihead" if config.multihead is not None else attention_kind(config)
 
 
 def _measurement(row: Row) -> Measurement:
-    # Rows that do not say it are older, of a CPU without a matrix unit.
+    # Rows without the field are older, of a CPU without a matrix unit.
     capability = row.get("capability", "")
     place = Environment(
         threads=row["threads"], capability=capability, python="", system="", settings={}, date=""
@@ -133,8 +130,8 @@ def _measurement(row: Row) -> Measurement:
 
 
 def predicted(rows: list[Row]) -> list[tuple[Row, float]]:
-    """(row, predicted seconds) of all rows but those fitted to; their seconds steadied by the reference. None
-    where nothing ran that could be fitted to."""
+    """(row, predicted seconds) of all rows but those fitted to; their seconds are steadied by the reference.
+    Empty if no row ran that could be fitted to."""
     ran = [row for row in rows if row["about"] == "seconds" and row["outcome"] == "ok"]
     runs = steady([_measurement(row) for row in ran])
     good = [({**row, "seconds": m.seconds}, m) for row, m in zip(ran, runs, strict=True)]
@@ -150,7 +147,7 @@ def predicted(rows: list[Row]) -> list[tuple[Row, float]]:
 
 
 def errors_table(rows: list[Row]) -> str:
-    """Held-out runs by kind, by dtype and mode, and together."""
+    """Markdown: the errors of held-out runs by kind, by dtype and mode, and together."""
     held = [(row, guess) for row, guess in predicted(rows) if row["part"] == "held out"]
     body = []
     keys: tuple[Callable[[Row], str], ...] = (
@@ -195,8 +192,8 @@ def _errors(held: list[tuple[Row, float]]) -> list[str]:
 
 
 def choices_table(rows: list[Row]) -> str:
-    """Of how many scenarios the fastest candidate is among the predicted fastest, and what is lost by
-    taking the predicted fastest without measuring, and by measuring five."""
+    """Markdown: in how many scenarios the fastest candidate is among the predicted fastest, and what is lost
+    by taking the predicted fastest without measuring, and by measuring five."""
     by_scenario: dict[str, list[tuple[float, float]]] = {}
     for row, guess in predicted(rows):
         if row["part"].startswith("scenario"):

@@ -1,4 +1,4 @@
-"""What a study is, and how one becomes files: data first, then the picture and three sentences.
+"""Studies, and how one becomes files: data first, then the picture and three sentences.
 
 `planner study NAME` writes NAME.MACHINE.json (the rows, with the command that repeats them and where they
 were measured), .csv (the same rows), .png, .svg and .md. A study that is interrupted goes on where it
@@ -29,28 +29,29 @@ from studies.bench.records import Job, Row, collect, machine, write
 Results = list[Row]
 
 
-class Said(NamedTuple):
-    """What a study has to say, a sentence each."""
+class Findings(NamedTuple):
+    """The three sentences of a study."""
 
-    asked: str
-    found: str
-    seeds: str
-    """Where the reports that this project began with say otherwise, and why; or that they do not."""
+    question: str
+    answer: str
+    original: str
+    """Where the reports of the original project (docs/reports.md) say otherwise, and why; or that they do
+    not."""
 
 
 def many(ratio: float) -> str:
-    """How many times: whole from 10 on, to two decimals below."""
+    """A ratio in words: whole from 10 on, with two decimals below."""
     return f"{ratio:.0f}" if ratio >= 10 else f"{ratio:.2f}"
 
 
 def together(names: Sequence[str]) -> str:
-    """`a, b and c`."""
+    """The names as `a, b and c`."""
     *first, last = names
     return f"{', '.join(first)} and {last}" if first else last
 
 
 def rounded_up(value: float, digits: int) -> float:
-    """Rounded up to so many decimals, for what is said to be the most."""
+    """A value rounded up to so many decimals, for sentences that say "at most"."""
     unit = 10.0**digits
     return math.ceil(round(value * unit, 6)) / unit
 
@@ -64,8 +65,8 @@ class Scope:
     _open: ExitStack = field(default_factory=ExitStack)
 
     def batch(self, **options: Any) -> Batch:
-        """What measures runs in processes of their own, on the study's device; ended with the study. Options
-        as `planner.measuring.server.Batch` takes them."""
+        """A server that measures runs in processes of their own on the study's device, ended with the study.
+        Options are those of `planner.measuring.server.Batch`."""
         kind: Any = self.device.type
         return self._open.enter_context(Batch(kind, **options))
 
@@ -77,65 +78,70 @@ class Study(NamedTuple):
     """One question. Rows are plain data; everything else is computed from them."""
 
     steps: Callable[[Scope], list[Job]]
-    """What makes the rows, step by step; `quick` asks for so few that all studies take minutes."""
+    """The steps that make the rows; a quick scope has so few that all studies together take minutes."""
     tables: Mapping[str, Callable[[Results], str]]
     """Markdown tables by name; docs show them by it."""
     draw: Callable[[Any, Results], None]
     """Draws into an empty matplotlib Figure; see `planner.report.plot.figure`."""
-    said: Callable[[Results], Said]
+    findings: Callable[[Results], Findings]
     devices: tuple[str, ...] = ("cpu", "cuda")
-    """Those on which it can run."""
+    """The devices on which it can run."""
     independent: bool = False
-    """Whether rows are left out whose steps end in an error; otherwise such an error ends the study."""
+    """Whether a step that ends in an error only leaves out its row; otherwise it ends the study."""
 
 
 class StudyRun(NamedTuple):
     """A study that has run."""
 
     name: str
-    said: Said
+    findings: Findings
     files: tuple[Path, ...]
     failed: Mapping[str, str]
-    """Cases that gave no row: which, and why."""
+    """Why a case gave no row, by its label."""
 
 
 def command(name: str, device: torch.device, quick: bool) -> str:
-    """What a reader runs to repeat it."""
+    """The command that repeats a study."""
     return f"planner study {name}" + " --quick" * quick + f" --device {device.type}" * (device.type != "cpu")
 
 
 def able(names: Sequence[str], device: str, every: bool) -> list[str]:
     """The studies that run on this device. ConfigError where one was named that does not; `every`: none was
     named, and those that do not are left out."""
-    found = [name for name in names if device in study(name).devices]
-    unable = [name for name in names if name not in found]
+    suitable = [name for name in names if device in study(name).devices]
+    unable = [name for name in names if name not in suitable]
     if unable and not every:
         raise ConfigError(
             f"on {device} there is no study {', '.join(unable)}: they run on "
             f"{' or '.join(study(unable[0]).devices)}"
         )
-    return found
+    return suitable
 
 
 def run(name: str, *, device: torch.device, quick: bool, out: Path) -> StudyRun:
     """Runs a study and writes its files into `out`, which is made if it is not there. NothingRanError where
     no case ran; then no file is written."""
     writable(out)
-    found = study(name)
-    asked = command(name, device, quick)
+    definition = study(name)
+    command_line = command(name, device, quick)
     stem = name + "-quick" * quick
     with _scope(device, quick) as scope:
         rows, failed, source = collect(
-            stem, asked, device, found.steps(scope), folder=out, independent=found.independent
+            stem,
+            command_line,
+            device,
+            definition.steps(scope),
+            folder=out,
+            independent=definition.independent,
         )
     base = out / f"{stem}.{machine(device)}"
     files = [base.with_name(f"{base.name}.{kind}") for kind in ("json", "csv", "md", "png", "svg")]
     # The rows are on disk by now: whatever goes wrong from here on loses none of them.
-    said = found.said(rows)
+    findings = definition.findings(rows)
     write(files[1], as_csv(rows))
     write(files[2], as_markdown(name, source, rows, failed))
-    written(files[3:], lambda figure: found.draw(figure, rows), f"study {name}:")
-    return StudyRun(name, said, tuple(files), failed)
+    written(files[3:], lambda figure: definition.draw(figure, rows), f"study {name}:")
+    return StudyRun(name, findings, tuple(files), failed)
 
 
 @contextmanager
@@ -148,7 +154,7 @@ def _scope(device: torch.device, quick: bool) -> Iterator[Scope]:
 
 
 def writable(out: Path) -> None:
-    """Makes the folder; AttentionPlannerError where nothing can be written into it."""
+    """Makes the folder; AttentionPlannerError if nothing can be written into it."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=out):
@@ -181,11 +187,12 @@ def _flat(row: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 
 def as_markdown(name: str, source: str, rows: Results, failed: Mapping[str, str]) -> str:
     """The question, the three sentences, what gave no row, the tables, the command and where it ran."""
-    found = study(name)
-    said = found.said(rows)
+    definition = study(name)
+    findings = definition.findings(rows)
     lost = "".join(f"\n{line}" for line in did_not_run(failed))
-    tables = "\n\n".join(table(rows) for table in found.tables.values())
-    return f"# {QUESTIONS[name]}\n\n{said.asked}\n{said.found}\n{said.seeds}{lost}\n\n{tables}\n\n{source}\n"
+    tables = "\n\n".join(table(rows) for table in definition.tables.values())
+    sentences = "\n".join(findings)
+    return f"# {QUESTIONS[name]}\n\n{sentences}{lost}\n\n{tables}\n\n{source}\n"
 
 
 def did_not_run(failed: Mapping[str, str]) -> list[str]:
@@ -195,5 +202,5 @@ def did_not_run(failed: Mapping[str, str]) -> list[str]:
 
 def study(name: str) -> Study:
     """The study of a name. Imports torch."""
-    found: Study = import_module(f"studies.{name.replace('-', '_')}").STUDY
-    return found
+    definition: Study = import_module(f"studies.{name.replace('-', '_')}").STUDY
+    return definition

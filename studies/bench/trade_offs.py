@@ -21,8 +21,8 @@ from planner.memory.estimate import estimate, machine_of
 from planner.quality.mass import mass_of
 from planner.quality.profiles import DEFAULT, PRESETS
 from planner.quality.reach import layers
+from planner.question.dimensions import attention_kind
 from planner.report.plot.figure import BLUE, GREEN, ORANGE, RED
-from planner.report.text.words import kind_of
 from planner.search.recommend import speed_rates_of
 from planner.speed.seconds import seconds_of
 from planner.workload import Dtype, Workload
@@ -31,11 +31,11 @@ from studies.bench.records import Job, Row, markdown
 from studies.bench.study import Results, Scope
 
 SEEDS_CARD: Final = "gtx1080"
-"""The card of the reports that this project began with."""
+"""The card of the original project."""
 FLEX_CARD: Final = "h100-sxm"
-"""One on which block-sparse attention runs as compiled FlexAttention."""
+"""A card on which block-sparse attention runs as compiled FlexAttention."""
 HEADS, HEAD_DIM = 8, 64
-"""Of all workloads here, as of theirs."""
+"""Heads and channels of all workloads here, as in the original project."""
 RUNS, TIMEOUT = 5, 300.0
 Target = Literal["cpu"] | gpus.Gpu
 
@@ -48,23 +48,23 @@ class StudyConfig(NamedTuple):
     series: str
     x: float = 0.0
     more: Mapping[str, Any] | None = None
-    """Of the row besides."""
+    """Further fields of the row."""
 
 
 class Purpose(NamedTuple):
-    """What predictions are for."""
+    """The workload and the card that predictions are for."""
 
     workload: Workload
     card: Target
 
 
 class Here(NamedTuple):
-    """Where and on what a study measures."""
+    """The device and the workload that a study measures."""
 
     plan: Purpose
     batch: Batch
     longest: float
-    """Seconds of a call: what is predicted to take longer is not measured."""
+    """Seconds of a call; configs that are predicted to take longer are not measured."""
 
 
 def sparse(
@@ -97,7 +97,7 @@ def adaptive(block: int, ratio: float) -> AttentionConfig:
 
 
 def task(seq: int, **sizes: Any) -> Workload:
-    """What every config is asked to do."""
+    """The workload of every config of a study."""
     return Workload(seq=seq, heads=HEADS, head_dim=HEAD_DIM, **sizes)
 
 
@@ -113,7 +113,7 @@ def here(scope: Scope, seq: int, longest: float = 3.0, **sizes: Any) -> Here:
 
 
 def case_steps(cases: Iterable[StudyConfig], plan: Purpose, place: Here) -> list[Job]:
-    """A step a case."""
+    """One step for each case."""
     return [(case.name, partial(row, case, plan, place)) for case in cases]
 
 
@@ -124,7 +124,7 @@ def row(case: StudyConfig, plan: Purpose, place: Here) -> Row:
         "name": case.name,
         "series": case.series,
         "x": case.x,
-        "kind": kind_of(case.config),
+        "kind": attention_kind(case.config),
         **(case.more or {}),
         "config": case.config.model_dump(mode="json", exclude_defaults=True),
         "quality": {
@@ -138,18 +138,18 @@ def row(case: StudyConfig, plan: Purpose, place: Here) -> Row:
 
 
 def predicted(config: AttentionConfig, plan: Purpose) -> Row:
-    """Bytes allocated at the peak and seconds of a warm call, as the models have them."""
+    """Predicted bytes allocated at the peak and seconds of a warm call."""
     workload, card = plan
     rates = speed_rates_of(card, workload, {})
     machine = machine_of(card, workload.dtype, None)
     return {
-        **_asked(plan),
+        **_task_row(plan),
         "allocated": estimate(config, workload, card).allocated,
         "seconds": seconds_of(config, workload, machine, rates),
     }
 
 
-def _asked(plan: Purpose) -> Row:
+def _task_row(plan: Purpose) -> Row:
     workload, card = plan
     return {
         "on": "CPU" if isinstance(card, str) else card.name.removeprefix("NVIDIA "),
@@ -161,10 +161,10 @@ def _asked(plan: Purpose) -> Row:
 
 
 def measured(config: AttentionConfig, place: Here) -> Row:
-    """The same, measured, beside what was expected; None where it did not run."""
+    """Measured bytes and seconds beside the predicted; None where the config did not run."""
     expected = predicted(config, place.plan)
-    found: Row = {
-        **_asked(place.plan),
+    record: Row = {
+        **_task_row(place.plan),
         "expected": {name: expected[name] for name in ("allocated", "seconds")},
         "outcome": "not run",
         "message": f"is expected to take more than {place.longest:g} s",
@@ -173,9 +173,9 @@ def measured(config: AttentionConfig, place: Here) -> Row:
         "reference": None,
     }
     if expected["seconds"] > place.longest:
-        return found
+        return record
     ran = place.batch.measure(config, place.plan.workload)
-    return found | {
+    return record | {
         "outcome": ran.kind,
         "message": ran.message,
         "allocated": ran.allocated,
@@ -188,9 +188,9 @@ def measured(config: AttentionConfig, place: Here) -> Row:
 
 
 def seconds(row: Row) -> float | None:
-    """Measured."""
-    found: float | None = row["here"]["seconds"]
-    return found
+    """Measured seconds of a warm call; None where it did not run."""
+    measured_seconds: float | None = row["here"]["seconds"]
+    return measured_seconds
 
 
 def slower(row: Row, base: Row) -> float | None:
@@ -210,26 +210,26 @@ def held(part: Row) -> float | None:
 
 
 def spread(figures: Iterable[float | None]) -> tuple[float, float]:
-    """(least, most) of those that are there; not numbers if none is."""
-    known = [figure for figure in figures if figure is not None]
-    return min(known, default=math.nan), max(known, default=math.nan)
+    """(minimum, maximum) of the figures that are not None; NaN if all are."""
+    present = [figure for figure in figures if figure is not None]
+    return min(present, default=math.nan), max(present, default=math.nan)
 
 
 STEADY: Final = 1.25
-"""Figures of which the most is no more than so many times the least stay what they are."""
+"""Figures whose maximum is no more than this many times their minimum count as equal."""
 
 
 def steady(figures: tuple[float, float]) -> bool:
-    """Whether (least, most) are near each other."""
-    least, most = figures
-    return most <= STEADY * least
+    """Whether (minimum, maximum) are near each other."""
+    minimum, maximum = figures
+    return maximum <= STEADY * minimum
 
 
 def memory_words(figures: tuple[float, float]) -> str:
-    """What (least, most) of `held` are, after `memory`."""
-    least, most = figures
+    """(minimum, maximum) of `held` in words, to follow the word `memory`."""
+    minimum, maximum = figures
     how = "stays at" if steady(figures) else "goes from"
-    return f"{how} {least:.2f} to {most:.2f} times q, k, v and out"
+    return f"{how} {minimum:.2f} to {maximum:.2f} times q, k, v and out"
 
 
 def where(part: Row) -> str:
@@ -238,12 +238,12 @@ def where(part: Row) -> str:
 
 
 def seeds_kb(part: Row) -> float:
-    """Bytes a token as the reports count them: in 1/1000 MiB."""
+    """Memory per token in the reports' unit of 1/1000 MiB."""
     return float(part["allocated"] / part["seq"] * 1000 / 2**20)
 
 
 def asked(part: Row) -> str:
-    """What was run or predicted, in words; of `planned` or `here`."""
+    """The device and workload of `planned` or `here`, in words."""
     causal = ", causal" if part["causal"] else ""
     return f"{part['on']}, {part['seq']:,} tokens, {part['dtype']}{causal}"
 
@@ -273,7 +273,7 @@ def table(rows: Results, more: Mapping[str, Callable[[Row], str]] | None = None)
             "predicted MB",
             "of q, k, v, out",
             "mass",
-            "layers until all is heard of",
+            "reach, layers",
         ],
     )
 
@@ -294,10 +294,10 @@ def _cells(row: Row, ratio: float | None) -> list[str]:
     ]
 
 
-def _ms(taken: float | None) -> str:
-    if taken is None:
+def _ms(duration: float | None) -> str:
+    if duration is None:
         return ""
-    return f"{taken * 1e3:,.0f}" if taken >= 0.1 else f"{taken * 1e3:.3g}"
+    return f"{duration * 1e3:,.0f}" if duration >= 0.1 else f"{duration * 1e3:.3g}"
 
 
 def _mb(nbytes: int | None) -> str:
@@ -313,8 +313,8 @@ def _of_floor(part: Row) -> str:
 
 
 def memory_panel(first: Row, reported: ReadRow) -> Panel:
-    """Of rows beside each other: measured, predicted for the card, and what the reports say (a token, in
-    their unit)."""
+    """The panel of memory for rows beside each other: measured, predicted for the card, and reported (per
+    token, in the reports' unit)."""
     mine, card = first["here"], first["planned"]
 
     def seeds(row: Row) -> float | None:
@@ -335,9 +335,7 @@ MASS: Final = Panel(
     "mass of dense\nattention, %", (Series("computed", lambda row: 100 * row["quality"]["mass"], GREEN, "s"),)
 )
 REACH: Final = Panel(
-    "layers until\nall is heard of",
-    (Series("computed", lambda row: row["quality"]["layers"], GREEN, "s"),),
-    none="never",
+    "reach,\nlayers", (Series("computed", lambda row: row["quality"]["layers"], GREEN, "s"),), none="never"
 )
 
 
@@ -358,5 +356,5 @@ def five(rows: Results) -> tuple[Curves, ...]:
             lambda row: held(row["here"]),
         ),
         Curves("mass of dense attention, %", lambda row: 100 * row["quality"]["mass"]),
-        Curves("layers until all is heard of", lambda row: row["quality"]["layers"], log=True, none="never"),
+        Curves("reach, layers", lambda row: row["quality"]["layers"], log=True, none="never"),
     )

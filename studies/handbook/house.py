@@ -1,4 +1,4 @@
-"""The rooms of the house from the imports as they are: what each stands on, as a table and a picture.
+"""The rooms of the house, from the imports: the rooms that each imports from, as a table and a picture.
 
 A room is a folder of `planner/` or `studies/`, or a module on the top level of `planner/`; `attention/` is
 one room, and so are the questions on the top level of `studies/`.
@@ -31,8 +31,8 @@ def modules() -> dict[str, ast.Module]:
     return parsed
 
 
-def imported(tree: ast.Module, known: Mapping[str, ast.Module]) -> Iterator[str]:
-    """The modules among `known` that a module imports, wherever in the file it does so."""
+def imported(tree: ast.Module, parsed: Mapping[str, ast.Module]) -> Iterator[str]:
+    """The modules among `parsed` that a module imports, wherever in the file it does so."""
     for node in ast.walk(tree):
         names: list[str] = []
         if isinstance(node, ast.Import):
@@ -40,7 +40,7 @@ def imported(tree: ast.Module, known: Mapping[str, ast.Module]) -> Iterator[str]
         elif isinstance(node, ast.ImportFrom) and node.module:
             names = [f"{node.module}.{alias.name}" for alias in node.names]
         for name in names:
-            while name and name not in known:
+            while name and name not in parsed:
                 name = name.rpartition(".")[0]
             if name:
                 yield name
@@ -54,7 +54,7 @@ def room(module: str) -> str:
 
 
 def arrows() -> dict[str, set[str]]:
-    """For each room those that it imports from. The packages' own `__init__` are doors, not rooms."""
+    """The rooms that each room imports from. The packages' own `__init__` are doors, not rooms."""
     parsed = modules()
     to: dict[str, set[str]] = {}
     for name, tree in parsed.items():

@@ -1,8 +1,8 @@
-"""Writes what is generated on README.md and the pages of docs/: `python -m studies.handbook.pages [PAGE...]`,
-or with `--check` only compares.
+"""Writes the generated parts of README.md and the pages of docs/: `python -m studies.handbook.pages
+[PAGE...]`, or with `--check` only compares.
 
 - `<!-- table: NAME -->` to `<!-- end -->`: a table of a study's committed data, or of what the code has;
-- `<!-- said: STUDY -->` to `<!-- end -->`: a study's sentences, on each kind of machine that it ran on;
+- `<!-- findings: STUDY -->` to `<!-- end -->`: a study's sentences, on each kind of machine that it ran on;
 - `<!-- picture: STUDY -->`: its picture, on the site only: drawn from the same data while the site is built;
 - outputs of commands and pictures that they draw: see `studies.handbook.reader`, which runs the page;
 - the reference: whole pages, from the code.
@@ -33,16 +33,18 @@ WHOLE: Final[dict[str, Callable[[], str]]] = {
 DRAWN: Final[dict[str, dict[str, Callable[[Any], None]]]] = {
     "docs/contributing.md": {"house.svg": house.draw}
 }
-"""Pictures that a page has of the code."""
+"""Pictures of the code, by page and file name."""
 TABLES: Final = {**reference.TABLES, "rooms": house.table}
 """Tables of the code, by name."""
 MISSING: Final = "Not measured yet."
-PLACE: Final = re.compile(r"(<!-- (?P<kind>table|said): (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+PLACE: Final = re.compile(
+    r"(<!-- (?P<kind>table|findings): (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL
+)
 PICTURE: Final = re.compile(r"<!-- picture: (?P<name>[\w-]+) -->")
 COMMENT: Final = re.compile(r"^<!-- .*? -->\n", re.MULTILINE)
 NUMBER: Final = re.compile(rb"-?\d+\.?\d*(?:e-?\d+)?")
 NEAR: Final = 0.01
-"""By how much a number of a drawing may differ: processors round differently."""
+"""The largest difference allowed between numbers of a drawing: processors round differently."""
 
 
 def pages() -> list[Path]:
@@ -51,7 +53,7 @@ def pages() -> list[Path]:
 
 
 def stale(page: Path) -> dict[Path, bytes]:
-    """What of a page, and of the pictures that it draws, is not as it should be: the contents by file."""
+    """The files of a page, its pictures included, that are not up to date: their new contents by path."""
     name = page.relative_to(ROOT).as_posix()
     whole = WHOLE.get(name.removeprefix("docs/"))
     if whole:
@@ -66,7 +68,7 @@ def stale(page: Path) -> dict[Path, bytes]:
 
 
 def same(path: Path, content: bytes) -> bool:
-    """Whether a file has this content, drawings as nearly as numbers of different processors are."""
+    """Whether a file has this content; numbers of drawings may differ by NEAR."""
     try:
         before = path.read_bytes()
     except FileNotFoundError:
@@ -80,14 +82,16 @@ def same(path: Path, content: bytes) -> bool:
 
 
 def filled(text: str) -> str:
-    """The text with every table and every study's sentences as the data has them, for each kind of machine
-    under the command that repeats them."""
+    """The text with every table and every study's sentences as they follow from the data, for each kind of
+    machine, with the command that repeats them."""
     tables = {table: name for name in QUESTIONS for table in study(name).tables}
 
     def replace(match: re.Match[str]) -> str:
         name = match["name"]
-        if match["kind"] == "said":
-            body = _each(name, lambda rows: "\n".join(f"- {said}" for said in study(name).said(rows)))
+        if match["kind"] == "findings":
+            body = _each(
+                name, lambda rows: "\n".join(f"- {sentence}" for sentence in study(name).findings(rows))
+            )
         elif name in TABLES:
             body = TABLES[name]()
         else:
@@ -98,7 +102,7 @@ def filled(text: str) -> str:
 
 
 def _each(name: str, show: Callable[[Any], str]) -> str:
-    """What a study's rows show, machine by machine, and where they are from."""
+    """The output of `show` for a study's rows, machine by machine, each with its source."""
     parts = []
     for data in load(name):
         parts += [show(data["rows"]), source(data)]
@@ -125,7 +129,7 @@ def _file(name: str, number: int) -> str:
 
 
 def for_site(text: str, folder: str) -> str:
-    """A page as the site shows it: pictures in `folder` in their places, remarks of this module gone."""
+    """A page as the site shows it: with the pictures of `folder` in their places, without the comments."""
 
     def replace(match: re.Match[str]) -> str:
         name = match["name"]
@@ -139,10 +143,10 @@ def for_site(text: str, folder: str) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    asked = {Path(name).resolve() for name in arguments if not name.startswith("-")}
+    selected = {Path(name).resolve() for name in arguments if not name.startswith("-")}
     wrong = False
     for page in pages():
-        if asked and page not in asked:
+        if selected and page not in selected:
             continue
         for path, content in stale(page).items():
             name = path.relative_to(ROOT).as_posix()

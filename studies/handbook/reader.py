@@ -27,10 +27,10 @@ from attention.errors import AttentionPlannerError
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 PROGRAMS: Final = {"planner": "-m planner", "python": ""}
-"""What a reader has in .venv/bin, and what of Python's it is."""
+"""Programs in a reader's .venv/bin, and the options of Python that they stand for."""
 TIMEOUT: Final = 120
 REASONS: Final = ("installs packages", "needs a GPU", "runs until it is stopped", "takes long")
-"""Why a block may not be run."""
+"""The reasons for which a block may stay unrun."""
 STEP: Final = re.compile(
     r"(?:^<!-- (?P<mark>not run|ci): (?P<why>[^>]*?) -->\n)?"
     r"^```(?P<language>sh|python)\n(?P<body>.*?)^```$"
@@ -45,12 +45,12 @@ class PageError(AttentionPlannerError):
 
 
 class Followed(NamedTuple):
-    """What came of a page."""
+    """The result of running a page."""
 
     text: str
-    """With every output as it is printed."""
+    """The page's text, with every output as it was printed."""
     pictures: dict[str, bytes]
-    """Drawn, by name."""
+    """The pictures that it drew, by name."""
 
 
 def follow(text: str, name: str) -> Followed:
@@ -93,13 +93,13 @@ def _step(match: re.Match[str], folder: Path, state: dict[str, Any], printed: di
 
 
 def plain(block: str) -> str:
-    """A block as an output names its command: in one line, without the folder of the program or remarks."""
+    """A block as an output names its command: in one line, without the program's folder and comments."""
     return re.sub(r"\s+#.*|\.venv/bin/|(?<=\s)\\\n\s*", "", block.strip())
 
 
 @contextlib.contextmanager
 def _folder() -> Iterator[Path]:
-    """What a reader has after installing: programs, the docs' files."""
+    """A temporary folder with what a reader has after installing: the programs, the files of the docs."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         programs = folder / ".venv" / "bin"
@@ -114,11 +114,11 @@ def _folder() -> Iterator[Path]:
 
 
 def _environment(folder: Path) -> dict[str, str]:
-    """Nothing of the user's that changes what is printed: calibrations, widths, colours."""
-    kept = {
+    """The environment without what changes the output: the user's calibrations, widths, colours."""
+    inherited = {
         name: value for name, value in os.environ.items() if name not in ("FORCE_COLOR", "CLICOLOR_FORCE")
     }
-    return kept | {
+    return inherited | {
         "COLUMNS": "80",
         "MPLBACKEND": "Agg",
         "PATH": f"{folder / '.venv' / 'bin'}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
@@ -129,7 +129,7 @@ def _environment(folder: Path) -> dict[str, str]:
 
 
 def _shell(script: str, folder: Path) -> str:
-    """What a script prints, on stdout and stderr."""
+    """The output of a script, on stdout and stderr."""
     run = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", script],
         cwd=folder,
@@ -146,7 +146,7 @@ def _shell(script: str, folder: Path) -> str:
 
 
 def _python(snippet: str, folder: Path, state: dict[str, Any]) -> str:
-    """What a snippet prints; the page's later snippets have its names."""
+    """The output of a snippet; the page's later snippets have its names."""
     before, printed = dict(os.environ), io.StringIO()
     os.environ.update(_environment(folder))
     try:

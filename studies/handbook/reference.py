@@ -1,6 +1,6 @@
-"""What pages show of the code: every command's help, the library's names, tables of its constants.
+"""The parts of pages that come from the code: every command's help, the library's names, tables of constants.
 
-Signatures, fields and what is said of them are read from the source, so that they are written there alone.
+Signatures, fields and their docstrings are read from the source, so that they are written there alone.
 """
 
 from __future__ import annotations
@@ -32,37 +32,37 @@ WRITTEN: Final = "Written by `python -m studies.handbook.pages` from the code."
 NAMES: Final[dict[str, tuple[str, Sequence[str]]]] = {
     "attention": ("What runs.", attention.__all__),
     "planner": ("What decides.", planner.__all__),
-    "planner.question.asked": ("What `planner.recommend` may be asked.", ("Asked",)),
+    "planner.question.asked": ("Keyword arguments of `planner.recommend`.", ("Asked",)),
     "planner.answers.recommendation": (
-        "What a recommendation is made of.",
+        "Parts of a recommendation.",
         ("Search", "Pick", "Quality", "Why", "Without"),
     ),
-    "planner.answers.tuned": ("What a trial of tuning is.", ("Trial",)),
+    "planner.answers.tuned": ("A trial of tuning.", ("Trial",)),
     "planner.answers.verified": ("A pick as it ran.", ("Verified",)),
     "planner.gpus": ("Known cards.", ("Gpu", "find", "known", "matching", "generic")),
-    "planner.quality.profiles": ("Where attention's mass lies.", ("preset",)),
-    "planner.quality.profile_file": ("The same, measured.", ("profile_from",)),
-    "planner.quality.mass": ("How much of it a config keeps.", ("mass_of",)),
-    "planner.quality.reach": ("How far it hears.", ("layers",)),
-    "planner.speed.rates": ("What a unit of work costs.", ("Rates", "default_rates")),
+    "planner.quality.profiles": ("How dense attention's mass is spread over distance.", ("preset",)),
+    "planner.quality.profile_file": ("Profiles measured from q and k.", ("profile_from",)),
+    "planner.quality.mass": ("The mass that a config keeps.", ("mass_of",)),
+    "planner.quality.reach": ("The reach of a config, in layers.", ("layers",)),
+    "planner.speed.rates": ("Seconds per unit of work on a device.", ("Rates", "default_rates")),
     "planner.memory.allocator": (
         "PyTorch's caching allocator, replayed.",
         ("replay", "Replay", "Oom", "fits", "smallest_cap", "Allocator"),
     ),
     "planner.memory.allocator_settings": ("Its settings.", ("AllocatorSettings",)),
-    "planner.calibration": ("What measuring a device told.", ("load", "Terms", "Domain", "SpeedFit")),
+    "planner.calibration": ("The result of measuring a device.", ("load", "Terms", "Domain", "SpeedFit")),
     "planner.measuring.records": ("Measurements in files.", ("append", "read")),
     "planner.search.verify": ("Picks, run here.", ("verify",)),
     "attention.config": ("Base of all values.", ("Value",)),
 }
-"""What the library's page has, module by module."""
+"""The names on the library's page, and a line about them, by module."""
 
 
 # The command line.
 
 
 def command_line() -> str:
-    """The page of all commands: what `--help` prints of each."""
+    """The page of all commands: the output of `--help` of each."""
     group: Any = typer.main.get_command(app)
     codes = " ".join((main.__doc__ or "").partition(": ")[2].split())
     parts = [
@@ -91,7 +91,7 @@ def _fence(body: str, language: str) -> str:
 
 
 def library() -> str:
-    """The page of the library: every public name, what it takes, what it is."""
+    """The page of the library: the signature and docstring of every public name."""
     parts = ["# Library", f"{WRITTEN} Names of other modules may change from one version to the next."]
     for module, (about, names) in NAMES.items():
         parts += [f"## {module}", about]
@@ -102,13 +102,13 @@ def library() -> str:
 
 
 def _entry(home: ModuleType, name: str) -> Iterator[str]:
-    found = getattr(home, name)
-    [node] = ast.parse(textwrap.dedent(inspect.getsource(found))).body
-    node = _Plain(import_module(found.__module__)).visit(node)
+    member = getattr(home, name)
+    [node] = ast.parse(textwrap.dedent(inspect.getsource(member))).body
+    node = _Plain(import_module(member.__module__)).visit(node)
     yield f"### {name}"
     if isinstance(node, ast.FunctionDef):
         yield _fence(_signature(node), "python")
-        yield inspect.getdoc(found) or ""
+        yield inspect.getdoc(member) or ""
     elif isinstance(node, ast.ClassDef):
         bases = ", ".join(ast.unparse(base) for base in node.bases)
         yield _fence(f"class {name}({bases})" if bases else f"class {name}", "python")
@@ -119,10 +119,10 @@ def _entry(home: ModuleType, name: str) -> Iterator[str]:
 
 
 class _Plain(ast.NodeTransformer):
-    """Types and constants as a reader understands them without the module: `int` for `Positive`."""
+    """Replaces types and constants by what a reader understands without the module: `int` for `Positive`."""
 
     def __init__(self, module: ModuleType) -> None:
-        self.known = vars(module)
+        self.names = vars(module)
 
     def visit_Subscript(self, node: ast.Subscript) -> Any:
         if ast.unparse(node.value) == "Annotated" and isinstance(node.slice, ast.Tuple):
@@ -134,16 +134,16 @@ class _Plain(ast.NodeTransformer):
         return self.generic_visit(node) if isinstance(node.op, ast.BitOr) else node
 
     def visit_Name(self, node: ast.Name) -> ast.AST:
-        found = self.known.get(node.id)
-        if node.id.isupper() and isinstance(found, int | float | str):
-            return ast.Constant(found)
-        if get_origin(found) in (Annotated, Literal, Union, UnionType, tuple):
-            return ast.Name(_plain(found))
+        value = self.names.get(node.id)
+        if node.id.isupper() and isinstance(value, int | float | str):
+            return ast.Constant(value)
+        if get_origin(value) in (Annotated, Literal, Union, UnionType, tuple):
+            return ast.Name(_plain(value))
         return node
 
 
 def _plain(kind: Any) -> str:
-    """A type, without what validates it."""
+    """The name of a type, without its validators."""
     origin, inside = get_origin(kind), get_args(kind)
     if origin is Annotated:
         return _plain(inside[0])
@@ -157,7 +157,7 @@ def _plain(kind: Any) -> str:
 
 
 def _signature(node: ast.FunctionDef) -> str:
-    """A function's first line, or a line an argument where that is too long."""
+    """A function's signature in one line, or with a line for each argument where that is too long."""
     returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
     arguments = _arguments(node.args)
     short = f"{node.name}({', '.join(arguments)}){returns}"
@@ -166,18 +166,18 @@ def _signature(node: ast.FunctionDef) -> str:
     return f"{node.name}(\n" + "".join(f"    {line},\n" for line in arguments) + f"){returns}"
 
 
-def _arguments(given: ast.arguments) -> list[str]:
-    first = len(given.args) - len(given.defaults)
-    found = [
-        _argument(one, given.defaults[at - first] if at >= first else None)
-        for at, one in enumerate(given.args)
+def _arguments(arguments: ast.arguments) -> list[str]:
+    first = len(arguments.args) - len(arguments.defaults)
+    texts = [
+        _argument(one, arguments.defaults[at - first] if at >= first else None)
+        for at, one in enumerate(arguments.args)
     ]
-    if given.vararg or given.kwonlyargs:
-        found.append("*" + (ast.unparse(given.vararg) if given.vararg else ""))
-    found += [_argument(*one) for one in zip(given.kwonlyargs, given.kw_defaults, strict=True)]
-    if given.kwarg:
-        found.append(f"**{ast.unparse(given.kwarg)}")
-    return found
+    if arguments.vararg or arguments.kwonlyargs:
+        texts.append("*" + (ast.unparse(arguments.vararg) if arguments.vararg else ""))
+    texts += [_argument(*one) for one in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)]
+    if arguments.kwarg:
+        texts.append(f"**{ast.unparse(arguments.kwarg)}")
+    return texts
 
 
 def _argument(argument: ast.arg, default: ast.expr | None) -> str:
@@ -189,21 +189,21 @@ def _about(node: ast.ClassDef | ast.FunctionDef) -> str:
 
 
 def _fields(node: ast.ClassDef) -> Iterator[str]:
-    """A line a field: its name, type, default, and the docstring under it."""
+    """A line for each field: its name, type, default, and the docstring under it."""
     for at, each in enumerate(node.body):
         if not isinstance(each, ast.AnnAssign) or not isinstance(each.target, ast.Name):
             continue
         if each.target.id.startswith("_"):
             continue
         after = node.body[at + 1] if at + 1 < len(node.body) else None
-        said = ""
+        text = ""
         if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
-            said = " ".join(inspect.cleandoc(str(after.value.value)).split())
+            text = " ".join(inspect.cleandoc(str(after.value.value)).split())
         default = _default(each.value)
         yield (
             f"- `{each.target.id}`: `{ast.unparse(each.annotation)}`"
             + f", default `{default}`" * bool(default)
-            + f". {said}" * bool(said)
+            + f". {text}" * bool(text)
         )
 
 
@@ -215,24 +215,24 @@ def _default(value: ast.expr | None) -> str:
 
 
 def _methods(node: ast.ClassDef) -> Iterator[str]:
-    """A line a public method or property: how it is called, and its docstring."""
+    """A line for each public method or property: its signature and its docstring."""
     for each in node.body:
         if not isinstance(each, ast.FunctionDef) or each.name.startswith("_"):
             continue
         returns = ast.unparse(each.returns) if each.returns else ""
         if {ast.unparse(one) for one in each.decorator_list} & {"property", "cached_property"}:
-            said = f"`{each.name}`: `{returns}`"
+            signature = f"`{each.name}`: `{returns}`"
         else:
-            said = f"`{each.name}({', '.join(_arguments(each.args)[1:])}) -> {returns}`"
+            signature = f"`{each.name}({', '.join(_arguments(each.args)[1:])}) -> {returns}`"
         about = " ".join(_about(each).split())
-        yield f"- {said}" + f". {about}" * bool(about)
+        yield f"- {signature}" + f". {about}" * bool(about)
 
 
 # Constants.
 
 
 def profiles_table() -> str:
-    """The presets of where attention's mass lies."""
+    """Markdown: the preset profiles."""
     rows = [
         (
             f"`{name}`" + " (default)" * (name == DEFAULT),
@@ -247,7 +247,7 @@ def profiles_table() -> str:
 
 
 def grid_table() -> str:
-    """The dimensions of the grid and of the full space."""
+    """Markdown: the dimensions of the grid and of the full search space."""
 
     def each(values: Sequence[float]) -> str:
         return ", ".join(f"{value:,g}" for value in values)
@@ -269,7 +269,7 @@ def grid_table() -> str:
             f"{each(candidates.BLOCK_SIZES)}; dilated_sparse not the last",
             ends(candidates.FREE_BLOCK_SIZES),
         ),
-        ("window", "powers of two blocks and three times those, until all is seen", "any number of blocks"),
+        ("window", "powers of two blocks and three times those, until all is kept", "any number of blocks"),
         (
             "global tokens",
             each(candidates.GLOBAL_TOKENS),
@@ -297,7 +297,7 @@ WIDTHS: Final = (64, 128)
 
 
 def rates_table() -> str:
-    """What share of its peak in float16 a card is taken to reach, where nobody has measured it."""
+    """Markdown: the share of its peak in float16 that a card is assumed to reach, if it was not measured."""
     head = [f"{step}, {width} channels" for step in ("forward", "backward") for width in WIDTHS]
     return markdown([_rates_row(find(name)) for name in CARDS], ["card", "capability", *head])
 

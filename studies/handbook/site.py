@@ -22,7 +22,7 @@ FOLDER: Final = "pictures"
 
 
 def prepare(pages: Path) -> None:
-    """Writes into the folder `pages`, which is emptied, what the site is made of."""
+    """Empties the folder `pages` and writes the site's pages and pictures into it."""
     shutil.rmtree(pages, ignore_errors=True)
     shutil.copytree(DOCS, pages, ignore=shutil.ignore_patterns("site"))
     for page in pages.rglob("*.md"):

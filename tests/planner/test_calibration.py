@@ -90,7 +90,7 @@ def test_new_draws_stay_below_it_as_often_as_it_says(draw, level, n):
 
 
 def test_without_a_calibration_the_margin_is_judgement():
-    bound = bound_of(None, DENSE, Workload(seq=64), 1000, given=False)
+    bound = bound_of(None, DENSE, Workload(seq=64), 1000, explicit=False)
     assert bound.upper == math.ceil(1000 * (1 + UNMEASURED))
     assert "not measured" in bound.confidence
     assert len(bound.notes) == 1
@@ -98,7 +98,7 @@ def test_without_a_calibration_the_margin_is_judgement():
 
 def test_inside_what_was_measured_it_is_the_conformal_error():
     found = made(terms=Terms(overhead=500))
-    bound = bound_of(found, DENSE, Workload(seq=64), 10**6, given=False)
+    bound = bound_of(found, DENSE, Workload(seq=64), 10**6, explicit=False)
     error, _ = conformal(ERRORS)
     assert bound.upper == math.ceil(10**6 + 500 + error * (10**6 + 500 + SMALL)) + ROUNDING
     assert "99.0% of 200 held-out runs" in bound.confidence
@@ -106,7 +106,7 @@ def test_inside_what_was_measured_it_is_the_conformal_error():
 
 
 def test_errors_that_are_all_below_zero_do_not_lower_it():
-    bound = bound_of(made(errors=(-0.5, -0.4)), DENSE, Workload(seq=64), 1000, given=False)
+    bound = bound_of(made(errors=(-0.5, -0.4)), DENSE, Workload(seq=64), 1000, explicit=False)
     assert bound.upper == 1000 + ROUNDING
     assert "66.7% of 2 held-out runs" in bound.confidence
 
@@ -127,32 +127,32 @@ def test_errors_that_are_all_below_zero_do_not_lower_it():
 def test_outside_what_was_measured_the_margin_is_wider_and_a_note_says_why(config, workload, said):
     found = made()
     asked = Workload(**({"seq": 16384} | workload))
-    inside = bound_of(found, DENSE, Workload(seq=16384), 10**9, given=False)
-    bound = bound_of(found, config, asked, 10**9, given=False)
+    inside = bound_of(found, DENSE, Workload(seq=16384), 10**9, explicit=False)
+    bound = bound_of(found, config, asked, 10**9, explicit=False)
     assert bound.upper - ROUNDING - 10**9 >= OUTSIDE * (inside.upper - ROUNDING - 10**9)
     assert "outside what was measured" in bound.confidence
     assert [said in note for note in bound.notes] == [True]
 
 
 def test_of_another_device_a_note_says_so():
-    bound = bound_of(made(), DENSE, Workload(seq=64), 10**6, given=True, device="gtx1080")
+    bound = bound_of(made(), DENSE, Workload(seq=64), 10**6, explicit=True, device="gtx1080")
     assert "the calibration is of cpu, the estimate for gtx1080" in bound.notes
 
 
 def test_builds_of_one_release_are_the_same_torch(monkeypatch):
     monkeypatch.setattr(calibration, "installed_torch", lambda: "2.13.0+cu126")
-    assert bound_of(made(), DENSE, Workload(seq=64), 10**6, given=False).notes == ()
+    assert bound_of(made(), DENSE, Workload(seq=64), 10**6, explicit=False).notes == ()
 
 
 def test_of_another_torch_it_is_used_only_when_asked_for(monkeypatch):
     monkeypatch.setattr(calibration, "installed_torch", lambda: "2.9.1")
     found, workload = made(), Workload(seq=64)
-    left = bound_of(found, DENSE, workload, 10**6, given=False)
-    none = bound_of(None, DENSE, workload, 10**6, given=False)
+    left = bound_of(found, DENSE, workload, 10**6, explicit=False)
+    none = bound_of(None, DENSE, workload, 10**6, explicit=False)
     assert left.upper == none.upper
     assert left.confidence == none.confidence
     assert "torch 2.9.1 is installed: not used" in left.notes[0]
-    used = bound_of(found, DENSE, workload, 10**6, given=True)
+    used = bound_of(found, DENSE, workload, 10**6, explicit=True)
     assert "held-out runs" in used.confidence
     assert used.upper < left.upper
     assert "the calibration is of torch 2.13.0, torch 2.9.1 is installed" in used.notes
@@ -160,7 +160,7 @@ def test_of_another_torch_it_is_used_only_when_asked_for(monkeypatch):
 
 def test_without_torch_a_calibration_of_any_torch_is_used(monkeypatch):
     monkeypatch.setattr(calibration, "installed_torch", lambda: None)
-    assert bound_of(made(), DENSE, Workload(seq=64), 1000, given=False).notes == ()
+    assert bound_of(made(), DENSE, Workload(seq=64), 1000, explicit=False).notes == ()
 
 
 # ---- files

@@ -35,9 +35,9 @@ def test_the_picture_is_over_the_block_size(rows):
 
 
 def test_what_is_said_is_computed(rows):
-    said = block_size.said(rows)
-    assert "blocks of 128 instead of 16" in said.found
-    assert "local_window 2.00 times the time" in said.found
-    assert "adaptive 1.14 times the time" in said.found
+    findings = block_size.findings(rows)
+    assert "blocks of 128 instead of 16" in findings.answer
+    assert "local_window 2.00 times the time" in findings.answer
+    assert "adaptive 1.14 times the time" in findings.answer
     rows[1]["here"]["seconds"] = None
-    assert "local_window an unknown time, as one did not run, and" in block_size.said(rows).found
+    assert "local_window an unknown time, as one did not run, and" in block_size.findings(rows).answer

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from planner.measuring.measure import Environment, Measurement
+from planner.report.plot.figure import drawn
 from studies import fits, min_mass, search
 
 HERE = Environment(python="3.11", system="Linux", settings={}, date="2026-01-01T00:00:00+00:00")
@@ -104,6 +105,20 @@ def test_known_layouts_keep_some_mass(name):
     assert len(row["mass"]) == len(min_mass.PRESETS) * len(min_mass.LENGTHS)
     assert all(0 < mass <= 1 for mass in row["mass"].values())
     assert name in min_mass.known_table([row])
+
+
+def test_where_no_config_keeps_the_mass_the_study_says_so():
+    rows = [
+        {
+            "profile": profile,
+            "card": "h100",
+            "seq": 1,
+            "seconds": dict.fromkeys(map(str, (*min_mass.LEVELS, 1.0))),
+        }
+        for profile in min_mass.PRESETS
+    ]
+    assert drawn(["png"], lambda figure: min_mass.draw(figure, rows))
+    assert "cannot be had" in min_mass.findings(rows).answer
 
 
 def test_prices_are_shares_of_dense_time():

@@ -1,4 +1,4 @@
-"""Configuration A against B: their plans, the seeds' lines beside them, the picture."""
+"""Configuration A against B: their plans, the original project's lines beside them, the picture."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_the_picture_has_a_bar_for_each_way_of_knowing(rows):
         config_impact.draw(drawn, rows)
         (axes,) = drawn.axes
         names = [label.get_text() for label in axes.get_yticklabels()]
-        assert names[:3] == ["A, the seeds", "B, the seeds", "A, GTX 1080, predicted"]
+        assert names[:3] == ["A, original project", "B, original project", "A, GTX 1080, predicted"]
         assert names[-1] == "B, CPU, measured"
         assert axes.get_xlabel() == "memory, bytes a token"
         assert "1,024  (128.0 MiB)" in [text.get_text() for text in axes.texts]
@@ -107,12 +107,12 @@ def test_the_picture_has_a_bar_for_each_way_of_knowing(rows):
 
 def test_what_it_says_has_its_figures_from_the_rows(rows):
     a, b = config_impact.pair(rows, "card")
-    said = config_impact.said(rows)
-    assert f"{b['allocated'] / a['allocated']:.3f} times" in said.found
-    assert f"it is {18 / 17:.3f} times" in said.found
-    assert "305.0 against 128.0 MiB, 2.4 times" in said.seeds
+    findings = config_impact.findings(rows)
+    assert f"{b['allocated'] / a['allocated']:.3f} times" in findings.answer
+    assert f"it is {18 / 17:.3f} times" in findings.answer
+    assert "305.0 against 128.0 MiB, 2.4 times" in findings.original
     lost = [*rows[:3], {**rows[3], "cold": None, "outcome": "out of memory"}]
-    assert "out of memory" in config_impact.said(lost).found
+    assert "out of memory" in config_impact.findings(lost).answer
 
 
 def test_a_and_b_are_the_docs_examples():

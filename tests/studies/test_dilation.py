@@ -51,16 +51,16 @@ def test_the_picture_shows_time_memory_mass_and_reach(rows):
         "time, times the first's",
         "memory, times q, k, v and out",
         "mass of dense attention, %",
-        "layers until all is heard of",
+        "reach, layers",
     ]
     assert figure.axes[0].get_xscale() == "log"
     assert len(figure.axes[0].get_yticklabels()) == len(rows)
 
 
 def test_what_is_said_is_computed(rows):
-    said = dilation.said(rows)
-    assert "1.00 to 5.00 times the first's time (CPU, 2,048 tokens, float32)" in said.found
-    assert "4.3 times the time at three rates" in said.seeds
-    assert "with as many blocks it is 6.0 times here" in said.seeds
+    findings = dilation.findings(rows)
+    assert "1.00 to 5.00 times the first's time (CPU, 2,048 tokens, float32)" in findings.answer
+    assert "4.3 times the time at three rates" in findings.original
+    assert "with as many blocks it is 6.0 times here" in findings.original
     rows[5]["here"]["seconds"] = None
-    assert dilation.said(rows).seeds.endswith("a Python step for each.")
+    assert dilation.findings(rows).original.endswith("a Python step for each.")

@@ -41,10 +41,10 @@ def test_the_picture_has_both_devices(rows):
 
 
 def test_what_is_said_is_computed(rows):
-    said = implementations.said(rows)
-    assert "the fastest is dense with 100 ms, the slowest multihead 8192/1, 5% with 900 ms" in said.found
-    assert "multihead" in said.found.partition("the largest")[2]
-    assert "112.5 ms" in said.seeds
-    assert "3,011.9 ms" in said.seeds
+    findings = implementations.findings(rows)
+    assert "the fastest is dense with 100 ms, the slowest multihead 8192/1, 5% with 900 ms" in findings.answer
+    assert "multihead" in findings.answer.partition("the largest")[2]
+    assert "112.5 ms" in findings.original
+    assert "3,011.9 ms" in findings.original
     rows[0]["here"]["seconds"] = rows[0]["here"]["allocated"] = None
-    assert "the fastest is dilated" in implementations.said(rows).found
+    assert "the fastest is dilated" in implementations.findings(rows).answer

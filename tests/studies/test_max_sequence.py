@@ -6,6 +6,7 @@ from matplotlib.figure import Figure
 
 from planner import max_sequence as longest_of
 from planner.gpus import find
+from planner.question.dimensions import attention_kind
 from planner.workload import Workload
 from studies import max_sequence
 from studies.bench.attentions import one_of_each
@@ -52,10 +53,11 @@ ROWS = [
 
 def test_there_is_one_attention_of_each_kind_that_pictures_have_colours_for():
     from planner.report.plot.figure import KINDS as colours
-    from planner.report.text.words import kind_of
 
     assert list(KINDS) == list(colours)
-    assert [kind_of(config) for kind, config in KINDS.items() if kind != "multihead"] == list(KINDS)[:-1]
+    assert [attention_kind(config) for kind, config in KINDS.items() if kind != "multihead"] == list(KINDS)[
+        :-1
+    ]
     assert KINDS["multihead"].multihead is not None
 
 
@@ -125,8 +127,8 @@ def test_the_picture_has_tokens_by_attention_and_shares_of_the_budget():
 
 
 def test_the_sentences_have_the_rows_figures():
-    said = max_sequence.said(ROWS)
-    assert "on 8 GB 8,000 (dense) to 56,000 (multihead) tokens are predicted for inference" in said.found
-    assert "1 of 1 lengths predicted for the CPU ran" in said.found
-    assert "97.5%" in said.found
-    assert "1,000 to 4,000 tokens on 8 GB, where 10 to 40 times" in said.seeds
+    findings = max_sequence.findings(ROWS)
+    assert "on 8 GB 8,000 (dense) to 56,000 (multihead) tokens are predicted for inference" in findings.answer
+    assert "1 of 1 lengths predicted for the CPU ran" in findings.answer
+    assert "97.5%" in findings.answer
+    assert "1,000 to 4,000 tokens on 8 GB, where 10 to 40 times" in findings.original

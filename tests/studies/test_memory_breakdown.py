@@ -112,7 +112,7 @@ def test_the_picture_is_a_waterfall_for_each_config(rows):
 
 
 def test_what_it_says_has_its_figures_from_the_rows(rows):
-    said = study.said(rows)
-    assert "dynamic pool sizing gives back 1,280.0" in said.found
-    assert "hold 1.5 MiB, measured" in said.found
-    assert "192.0 MiB there, not 24" in said.seeds
+    findings = study.findings(rows)
+    assert "dynamic pool sizing gives back 1,280.0" in findings.answer
+    assert "hold 1.5 MiB, measured" in findings.answer
+    assert "192.0 MiB there, not 24" in findings.original

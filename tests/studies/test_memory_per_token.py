@@ -1,4 +1,4 @@
-"""Bytes a token: predicted, measured, and the seeds' table beside."""
+"""Bytes a token: predicted, measured, and the original project's table beside."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_the_picture_names_every_attention_and_its_units(rows):
         study.draw(drawn, rows)
         left, right = drawn.axes
         names = [text.get_text() for text in left.get_legend().get_texts()]
-        assert names == [*study.configs(), "the seeds' base"]
+        assert names == [*study.configs(), "original base"]
         assert left.get_ylabel() == "memory, bytes a token"
         assert [text.get_text() for text in left.get_xticklabels()][::9] == ["2K", "1M"]
         assert right.get_title() == "CPU, lines predicted, points measured"
@@ -77,10 +77,10 @@ def test_the_picture_names_every_attention_and_its_units(rows):
 
 
 def test_what_it_says_has_its_figures_from_the_rows(rows):
-    said = study.said(rows)
-    assert "are 4,096?" in said.asked
+    findings = study.findings(rows)
+    assert "are 4,096?" in findings.question
     least = min(study.a_token(study.of_part(rows, "card", name)[-1]) for name in study.configs())
-    assert f"{least:,.0f} to" in said.found
-    assert "within 25.00% of its predictions in 7 cases" in said.found
-    assert "met within 0.4%" in said.seeds
-    assert "34.49 for multihead is 6.6 times" in said.seeds
+    assert f"{least:,.0f} to" in findings.answer
+    assert "within 25.00% of its predictions in 7 cases" in findings.answer
+    assert "met within 0.4%" in findings.original
+    assert "34.49 for multihead is 6.6 times" in findings.original

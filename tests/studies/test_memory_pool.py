@@ -50,8 +50,8 @@ def test_a_row_has_peaks_and_seconds_of_both(name):
 def test_pairs_are_run_in_turn():
     ran = []
 
-    def side(name: str) -> study.Side:
-        return study.Side(lambda: ran.append(name), study.Buffers(cache_entries=0, cache_bytes=0))
+    def side(name: str) -> study.PoolCase:
+        return study.PoolCase(lambda: ran.append(name), study.Buffers(cache_entries=0, cache_bytes=0))
 
     found = study._seconds({"on": side("on"), "off": side("off")}, CPU, 2)
     every = ["off", "on", "on", "off"]  # the next pair the other way round
@@ -102,17 +102,17 @@ def test_the_picture_has_both_ratios_and_every_series():
             "dilated, warm",
             "dilated_sparse, cold",
             "dilated_sparse, warm",
-            "the seeds, GTX 1080",
+            "original, GTX 1080",
         ]
-        assert [text.get_text() for text in left.texts] == ["the seeds: 19.8"]  # above the picture
+        assert [text.get_text() for text in left.texts] == ["original: 19.8"]  # above the picture
 
     figure.drawn(["svg"], look)
 
 
 def test_what_it_says_has_its_figures_from_the_rows():
-    said = study.said([made_up(), made_up("dilated_sparse", 32_768, on=(0.5, 0.5, 0.5))])
-    assert "no clear difference in 3 of 4 cases" in said.found
-    assert "faster (0.50) for dilated_sparse at 32,768 tokens in warm calls" in said.found
-    assert "1.010 to 1.020 times" in said.found
-    assert "up to 1.0 MiB" in said.found
-    assert "0.78 to 19.75 times the time and 0.77 to 0.84 times the memory" in said.seeds
+    findings = study.findings([made_up(), made_up("dilated_sparse", 32_768, on=(0.5, 0.5, 0.5))])
+    assert "no clear difference in 3 of 4 cases" in findings.answer
+    assert "faster (0.50) for dilated_sparse at 32,768 tokens in warm calls" in findings.answer
+    assert "1.010 to 1.020 times" in findings.answer
+    assert "up to 1.0 MiB" in findings.answer
+    assert "0.78 to 19.75 times the time and 0.77 to 0.84 times the memory" in findings.original

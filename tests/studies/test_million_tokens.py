@@ -111,10 +111,10 @@ def test_the_picture_has_predictions_a_measured_run_and_the_rings():
 
 
 def test_the_sentences_have_the_rows_figures():
-    said = million.said(ROWS)
-    assert "1,024 tokens ran in one process with 2.50 GB resident at most" in said.found
-    assert "in 1.50 times the time a token that 256 take" in said.found
-    assert "by arithmetic 11 NVIDIA GeForce GTX 1080" in said.found
+    findings = million.findings(ROWS)
+    assert "1,024 tokens ran in one process with 2.50 GB resident at most" in findings.answer
+    assert "in 1.50 times the time a token that 256 take" in findings.answer
+    assert "by arithmetic 11 NVIDIA GeForce GTX 1080" in findings.answer
     base = next(row for row in ROWS if row.get("what") == "block-sparse, base")
-    assert f" GB; {base['allocated'] / 1e9:.2f} predicted)" in said.seeds
-    assert "18 TB" in said.seeds
+    assert f" GB; {base['allocated'] / 1e9:.2f} predicted)" in findings.original
+    assert "18 TB" in findings.original

@@ -30,8 +30,8 @@ def test_a_quick_run_times_arrays_and_estimates():
 
 def test_what_is_over_its_bar_is_said():
     row = {"what": "1,000 candidates", "seconds": 0.3, "processor_seconds": 0.3, "at_most": 0.25}
-    assert "over their bar: 1,000 candidates" in model_speed.said([row]).found
-    assert "all 1 bars are kept" in model_speed.said([{**row, "seconds": 0.1}]).found
+    assert "over their bar: 1,000 candidates" in model_speed.findings([row]).answer
+    assert "all 1 bars are kept" in model_speed.findings([{**row, "seconds": 0.1}]).answer
 
 
 @pytest.mark.parametrize("path", sorted((DOCS / "examples").glob("*.json")), ids=lambda path: path.name)

@@ -223,8 +223,8 @@ def test_a_study_of_which_one_case_ran_says_what_it_has(enter, tmp_path, name):
     # Levels of one price are one case.
     enter(name, World("oom", tuple(range(9)) if name == "min-mass" else (0,)))
     answer = run(name, tmp_path)
-    assert all(sentence.endswith((".", "?")) for sentence in answer.said)
-    assert "nan" not in " ".join(answer.said).split()
+    assert all(sentence.endswith((".", "?")) for sentence in answer.findings)
+    assert "nan" not in " ".join(answer.findings).split()
     assert records.load(f"{name}-quick", tmp_path)[0]["rows"]
 
 
@@ -277,7 +277,7 @@ def test_a_study_that_is_interrupted_says_how_to_go_on(monkeypatch, tmp_path):
     monkeypatch.setattr(study, "run", stopped)
     done = CliRunner().invoke(app, ["study", "fits", "--quick", "--out", str(tmp_path)])
     assert (done.exit_code, done.stdout) == (130, "")
-    said = f"what is done is kept in {tmp_path}, and the same command goes on from there"
+    said = f"what is done is kept in {tmp_path}, and the same command continues from there"
     assert done.stderr == f"planner: interrupted; {said}\n"
 
 

@@ -61,8 +61,10 @@ def test_the_picture_has_mass_and_memory_over_time(row):
 
 
 def test_what_is_said_is_computed(row):
-    said = pareto.said([row])
-    assert f"of {row['grid']:,} candidates {row['passed']:,} pass and {len(row['front'])} are" in said.found
+    findings = pareto.findings([row])
+    assert (
+        f"of {row['grid']:,} candidates {row['passed']:,} pass and {len(row['front'])} are" in findings.answer
+    )
 
 
 def test_both_questions_are_asked():

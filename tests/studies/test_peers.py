@@ -158,7 +158,7 @@ def test_the_picture_has_a_panel_a_peer_one_of_training_and_one_of_memory():
 
 
 def test_the_sentences_have_the_rows_figures():
-    found = peers.said(ROWS).found
+    found = peers.findings(ROWS).answer
     assert "1.00 times FlexAttention's speed in the geometric mean over 4 layouts, 0.50 in the worst" in found
     assert "12.5% to 12.5% of dense SDPA's time at 4,096 tokens" in found
     assert "in bfloat16 1.25, dense SDPA 2.00, FlexAttention with its mask 3.00" in found

@@ -37,8 +37,8 @@ def test_the_picture_is_over_the_first_segment(rows):
 
 
 def test_what_is_said_is_computed(rows):
-    said = segments.said(rows)
+    findings = segments.findings(rows)
     first, last = rows[0]["planned"]["seconds"], rows[2]["planned"]["seconds"]
-    assert f"takes {last / first:.0f} times the time" in said.found
-    assert "100% instead of 43% of the mass" in said.found
-    assert "takes up to 0% longer (predicted)" in said.found
+    assert f"takes {last / first:.0f} times the time" in findings.answer
+    assert "100% instead of 43% of the mass" in findings.answer
+    assert "takes up to 0% longer (predicted)" in findings.answer

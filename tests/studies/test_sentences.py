@@ -52,13 +52,13 @@ def test_memory_that_settings_change_is_not_said_to_stay():
     for module in (dilation, segments, block_size):
         name = module.__name__.rpartition(".")[2].replace("_", "-")
         rows = committed(name)
-        assert "stays at" in module.said(rows).found
+        assert "stays at" in module.findings(rows).answer
         rows[-1]["here"]["allocated"] *= 3
-        said = module.said(rows)
-        assert "memory goes from" in said.found or "memory there goes from" in said.found
-        assert "stays at" not in said.found
-    assert "The seeds see no change in memory" in dilation.said(changed("dilation")).seeds
-    assert "The seeds too see no change" in dilation.said(committed("dilation")).seeds
+        findings = module.findings(rows)
+        assert "memory goes from" in findings.answer or "memory there goes from" in findings.answer
+        assert "stays at" not in findings.answer
+    assert "The original project sees no change in memory" in dilation.findings(changed("dilation")).original
+    assert "The original project too sees no change" in dilation.findings(committed("dilation")).original
 
 
 def changed(name: str) -> list[records.Row]:
@@ -71,50 +71,53 @@ def test_the_device_of_a_sentence_is_the_rows():
     rows = committed("dilation")
     for row in rows:
         row["here"]["on"] = "H100 80GB HBM3"
-    assert "on a H100 80GB HBM3 memory stays" in dilation.said(rows).found
+    assert "on a H100 80GB HBM3 memory stays" in dilation.findings(rows).answer
 
 
 def test_a_setting_without_a_time_is_not_compared():
     rows = committed("dilation")
     rows[0]["here"]["seconds"] = None
-    assert "have no time to compare with" in dilation.said(rows).found
+    assert "have no time to compare with" in dilation.findings(rows).answer
 
 
 def test_work_that_does_not_grow_with_the_segment_is_said():
     rows = committed("segments")
-    assert "a token's work grows with its segment" in segments.said(rows).seeds
+    assert "a token's work grows with its segment" in segments.findings(rows).original
     alone = [row for row in rows if row["series"] == "dilated, one branch"]
     alone[-1]["planned"]["seconds"] = alone[0]["planned"]["seconds"] / 2
-    said = segments.said(rows)
-    assert "takes 0.50 times the time" in said.found
-    assert "a token's work does not grow with its segment" in said.seeds
+    findings = segments.findings(rows)
+    assert "takes 0.50 times the time" in findings.answer
+    assert "a token's work does not grow with its segment" in findings.original
 
 
-def test_large_blocks_that_are_slower_are_not_said_to_be_as_the_seeds_say():
+def test_large_blocks_that_are_slower_are_not_said_to_be_as_the_original_project_say():
     rows = committed("block-size")
-    assert "The seeds too call large blocks faster and less flexible, but" in block_size.said(rows).seeds
-    assert "cut to the workspace" in block_size.said(rows).seeds
+    assert (
+        "The original project too calls large blocks faster and less flexible, but"
+        in block_size.findings(rows).original
+    )
+    assert "cut to the workspace" in block_size.findings(rows).original
     mine = [row for row in rows if row["series"] == "local_window"]
     mine[-1]["here"]["seconds"] *= 10
     mine[-1]["here"]["allocated"] *= 3
-    said = block_size.said(rows).seeds
-    assert "faster and less flexible, which not all are here, and" in said
-    assert "here the most is" in said
-    assert "cut to the workspace" not in said
+    sentence = block_size.findings(rows).original
+    assert "faster and less flexible, which not all are here, and" in sentence
+    assert "here the most is" in sentence
+    assert "cut to the workspace" not in sentence
 
 
 def test_what_sparsity_matters_for_is_what_differs():
     rows = committed("sparsity")
-    assert "here it is what matters for time and mass" in sparsity.said(rows).seeds
+    assert "here it is what matters for time and mass" in sparsity.findings(rows).original
     rows[5]["here"]["allocated"] *= 4
-    assert "here it matters for memory, time and mass" in sparsity.said(rows).seeds
+    assert "here it matters for memory, time and mass" in sparsity.findings(rows).original
     for row in rows:
         row["planned"]["seconds"], row["quality"]["mass"] = 1.0, 0.5
         row["here"]["allocated"] = row["planned"]["allocated"] = row["here"]["floor"]
         row["planned"]["floor"] = row["here"]["floor"]
-    assert "here it is what matters for none" in sparsity.said(rows).seeds
+    assert "here it is what matters for none" in sparsity.findings(rows).original
     rows[0]["here"]["seconds"] = None
-    assert "nearest blocks unknown" in sparsity.said(rows).found
+    assert "nearest blocks unknown" in sparsity.findings(rows).answer
     assert "| unknown |" in sparsity.even_table(rows)
 
 
@@ -122,23 +125,23 @@ def test_the_fastest_alone_is_no_slowest():
     rows = committed("implementations")
     for row in rows[1:]:
         row["here"] |= {"seconds": None, "allocated": None}
-    said = implementations.said(rows).found
-    assert f"{rows[0]['name']} alone ran" in said
-    assert "8 of 9 did not run" in said
-    assert "slowest" not in said
+    sentence = implementations.findings(rows).answer
+    assert f"{rows[0]['name']} alone ran" in sentence
+    assert "8 of 9 did not run" in sentence
+    assert "slowest" not in sentence
 
 
 def test_what_does_not_fit_is_said():
     rows = committed("fits")
     assert headline("fits", rows).startswith("What is recommended fits")
-    assert "met by a bound" in fits.said(rows).seeds
+    assert "met by a bound" in fits.findings(rows).original
     rows[0]["allocated"] = 2 * rows[0]["budget"]
     assert headline("fits", rows).startswith("1 of 99 answers take more than their budget")
-    said = fits.said(rows)
-    assert "1 of them above the budget" in said.found
-    assert "did not keep 1 of 99 within the budget" in said.seeds
+    findings = fits.findings(rows)
+    assert "1 of them above the budget" in findings.answer
+    assert "did not keep 1 of 99 within the budget" in findings.original
     rows[1] |= {"outcome": "oom", "allocated": None}
-    assert "98 answers ran, 1 did not run, 1 of them above" in fits.said(rows).found
+    assert "98 answers ran, 1 did not run, 1 of them above" in fits.findings(rows).answer
 
 
 def test_a_search_that_stays_far_is_not_said_to_come_near():
@@ -148,9 +151,9 @@ def test_a_search_that_stays_far_is_not_said_to_come_near():
         if row["part"] == "answer" and row["outcome"] == "ok":
             row["cold"], row["answer"] = None, -0.5
     assert "in 0% of random questions" in headline("search", rows)
-    said = search.said(rows).found
-    assert "comes within 5% in 0.0%" in said
-    assert "166 are worse than it by more than 1%, 0 better: of" in said
+    sentence = search.findings(rows).answer
+    assert "comes within 5% in 0.0%" in sentence
+    assert "166 are worse than it by more than 1%, 0 better: between" in sentence
 
 
 def test_what_length_follows_is_what_changes_it_more():
@@ -165,24 +168,24 @@ def test_what_length_follows_is_what_changes_it_more():
     assert "from attention to attention" in max_sequence._headline(cards)
     for row in max_sequence.of_part(rows, "seeds"):
         row["seq"] = row["said"] // 2
-    said = max_sequence.said(rows).seeds
-    assert "0.50 to 0.50 times as many" in said
-    assert "memory may have stopped them" in said
+    sentence = max_sequence.findings(rows).original
+    assert "0.50 to 0.50 times as many" in sentence
+    assert "memory may have stopped it" in sentence
 
 
-def test_the_seeds_figures_of_a_million_hold_where_they_are_met():
+def test_the_original_project_figures_of_a_million_hold_where_they_are_met():
     rows = committed("million-tokens")
-    said = million_tokens.said(rows).seeds
-    assert "for block-sparse attention holds if they are GiB" in said
-    assert "for multihead does not (" in said
-    assert "nor does their 1,000 for standard attention" in said
+    sentence = million_tokens.findings(rows).original
+    assert "for block-sparse attention holds if they are GiB" in sentence
+    assert "for multihead does not (" in sentence
+    assert "nor does its 1,000 for standard attention" in sentence
     for row in million_tokens.of_part(rows, "seeds"):
         row["allocated"] = 10**9 if row["attention"] == "dilated_sparse" else int(row["said"] * 2**30)
-    said = million_tokens.said(rows).seeds
-    assert "for block-sparse attention does not hold if they are GiB" in said
-    assert "for multihead does (36.16)" in said
-    assert "; their 1,000 for standard attention does:" in said
-    assert "not seven times" not in said
+    sentence = million_tokens.findings(rows).original
+    assert "for block-sparse attention does not hold if they are GiB" in sentence
+    assert "for multihead does (36.16)" in sentence
+    assert "; its 1,000 for standard attention does:" in sentence
+    assert "not seven times" not in sentence
 
 
 def test_what_a_million_tokens_need_is_of_the_rows():
@@ -199,24 +202,24 @@ def test_a_million_that_did_not_run_is_said_in_its_line():
     rows = committed("million-tokens")
     rows[0] = {"part": "measured", "attention": "local_window", "outcome": "memory ran out", "seq": 1_048_576}
     assert "| local_window | 1,048,576 | memory ran out |" in million_tokens.million_table(rows)
-    assert "memory ran out" not in million_tokens.said(rows).found
+    assert "memory ran out" not in million_tokens.findings(rows).answer
 
 
 def test_sparsity_that_saves_no_time_is_not_said_to():
     rows = committed("practical-limits")
-    assert "even dense attention with 100% of the mass fits" in practical_limits.said(rows).seeds
-    assert "what sparsity saves there is time, not memory" in practical_limits.said(rows).seeds
+    assert "even dense attention with 100% of the mass fits" in practical_limits.findings(rows).original
+    assert "what sparsity saves there is time, not memory" in practical_limits.findings(rows).original
     for row in rows:
         if row["outcome"] == "ok":
             row["widest"] = row["widest"] | {"seconds": row["seconds"]}
-    assert "what sparsity saves there is neither time nor memory" in practical_limits.said(rows).seeds
+    assert "what sparsity saves there is neither time nor memory" in practical_limits.findings(rows).original
     for row in rows:
         if row["outcome"] == "ok":
             row["widest"] = row["widest"] | {"mass": 0.4}
-    said = practical_limits.said(rows).seeds
-    assert "with 40% of the mass fits" in said
-    assert "even" not in said
-    assert "what sparsity saves" not in said
+    sentence = practical_limits.findings(rows).original
+    assert "with 40% of the mass fits" in sentence
+    assert "even" not in sentence
+    assert "what sparsity saves" not in sentence
 
 
 def test_a_card_that_nothing_fits_is_said():
@@ -224,9 +227,9 @@ def test_a_card_that_nothing_fits_is_said():
     for row in rows:
         if row["gb"] == 8:
             row |= {"outcome": "nothing fits", "relaxations": []}
-    said = practical_limits.said(rows)
-    assert "on the card of 8 GB none of them fits" in said.found
-    assert "here nothing is found for 8 GB either" in said.seeds
+    findings = practical_limits.findings(rows)
+    assert "on the card of 8 GB none of them fits" in findings.answer
+    assert "here nothing fits 8 GB either" in findings.original
 
 
 def test_mass_that_costs_little_at_the_end_is_not_said_to_cost_most():
@@ -239,14 +242,14 @@ def test_mass_that_costs_little_at_the_end_is_not_said_to_cost_most():
     for row in rows:
         if "seconds" in row:
             row["seconds"]["0.9"] = None
-    assert "90% is not to be had" in min_mass.said(rows).found
+    assert "90% cannot be had" in min_mass.findings(rows).answer
 
 
-def test_there_is_as_much_to_choose_from_as_is_unsurpassed():
+def test_there_is_as_much_to_choose_from_as_is_on_the_front():
     rows = committed("pareto")
     rows[0]["front"] = rows[0]["front"][:1]
-    assert f"there are 1 and {len(rows[1]['front'])} to choose from" in pareto.said(rows).seeds
-    assert "always" not in pareto.said(rows).seeds
+    assert f"there are 1 and {len(rows[1]['front'])} to choose from" in pareto.findings(rows).original
+    assert "always" not in pareto.findings(rows).original
 
 
 @pytest.fixture
@@ -271,7 +274,7 @@ def test_predictions_that_are_off_are_said_to_be(unfitted):
     assert title.startswith(
         "Memory is predicted to the byte in 0% of cases, seconds are off by 100.0% in the"
     )
-    assert "memory is off by 100.000% in the median" in accuracy.said(rows).found
+    assert "memory is off by 100.000% in the median" in accuracy.findings(rows).answer
 
 
 def test_bounds_that_lie_above_the_picture_are_counted_in_it(unfitted):
@@ -296,60 +299,60 @@ def test_twice_the_memory_is_not_denied():
     a, b = config_impact.pair(rows, "card")
     b["allocated"] = int(2.4 * a["allocated"])
     title = headline("config-impact", rows)
-    assert title.startswith("B is predicted to take 2.40 times A's memory; the seeds have 2.4 times")
+    assert title.startswith("B is predicted to take 2.40 times A's memory; the original project has 2.4")
     assert " not " not in title
 
 
 def test_buffers_that_follow_from_their_description_are_said_to():
     rows = committed("memory-breakdown")
-    assert "which do not follow from their own description" in memory_breakdown.said(rows).seeds
+    assert "which do not follow from its own description" in memory_breakdown.findings(rows).original
     ring = memory_breakdown.plan(rows, "B", memory_breakdown.RING_SEQ)["ring"]
     ring |= {"q, k and v": 24 * MIB, "memory pool": 128 * MIB}
-    said = memory_breakdown.said(rows).seeds
-    assert "which follow from their own description: q, k and v are 24.0 MiB there, and ten" in said
-    assert "not" not in said
+    sentence = memory_breakdown.findings(rows).original
+    assert "which follow from its own description: q, k and v are 24.0 MiB there, and ten" in sentence
+    assert "not" not in sentence
 
 
 def test_a_table_that_is_missed_is_not_said_to_be_met():
     rows = committed("memory-per-token")
-    assert "their base is met within 0.4%: it is q, k, v and out" in memory_per_token.said(rows).seeds
+    assert "its base is met within 0.4%: it is q, k, v and out" in memory_per_token.findings(rows).original
     memory_per_token.of_part(rows, "seeds", "base")[0]["allocated"] *= 2
-    said = memory_per_token.said(rows).seeds
-    assert "their base is missed by up to 10" in said
-    assert "it is q, k, v and out" not in said
+    sentence = memory_per_token.findings(rows).original
+    assert "its base is missed by up to 10" in sentence
+    assert "it is q, k, v and out" not in sentence
 
 
 def test_rows_enough_for_every_block_are_said_to_be():
     rows = committed("weights-storage")
-    assert "so that not every row has one" in weights_storage.said(rows).seeds
+    assert "so that not every row has one" in weights_storage.findings(rows).original
     for row in rows:
         if row["part"] == "stored":
             row["block_bytes"] //= 4
-    assert "which is enough for every row" in weights_storage.said(rows).seeds
+    assert "which is enough for every row" in weights_storage.findings(rows).original
 
 
 def test_buffers_that_are_needed_are_not_said_to_be_none():
     rows = committed("floors")
-    assert "need none of them" in floors.said(rows).seeds
+    assert "need none of them" in floors.findings(rows).original
     rows[0]["forward"] = rows[0]["floor"] + 200 * MIB
-    said = floors.said(rows)
-    assert "at most 200.0 MiB forward" in said.found
-    assert f"{2 * len(rows) - 1} of {2 * len(rows)} bars" in said.found
-    assert "here it is 200.0 MiB at most" in said.seeds
+    findings = floors.findings(rows)
+    assert "at most 200.0 MiB forward" in findings.answer
+    assert f"{2 * len(rows) - 1} of {2 * len(rows)} bars" in findings.answer
+    assert "here it is 200.0 MiB at most" in findings.original
 
 
 def test_a_pick_that_never_ran_has_no_rank():
     rows = committed("tuning")
     for row in rows:
         row |= {"rank": None, "speedup": None}
-    said = tuning.said(rows).found
-    assert "the models' pick never ran" in said
-    assert "number" not in said
+    sentence = tuning.findings(rows).answer
+    assert "the models' pick never ran" in sentence
+    assert "number" not in sentence
     rows[0] |= {"rank": 1, "speedup": 1.0}
-    said = tuning.said(rows).found
-    assert "number 1 of" in said
-    assert "did not run in 4 of 5 questions" in said
-    assert "nothing faster than a pick that ran" in said
+    sentence = tuning.findings(rows).answer
+    assert "number 1 of" in sentence
+    assert "did not run in 4 of 5 questions" in sentence
+    assert "nothing faster than a pick that ran" in sentence
 
 
 def test_a_pool_that_helps_everywhere_is_said_to():
@@ -357,21 +360,21 @@ def test_a_pool_that_helps_everywhere_is_said_to():
     for row in rows:
         for state in memory_pool.STATES:
             row["seconds"][state]["on"] = [second / 2 for second in row["seconds"][state]["off"]]
-    said = memory_pool.said(rows).found
-    assert "no clear difference in 0 of 16 cases and is faster (0.50)" in said
+    sentence = memory_pool.findings(rows).answer
+    assert "no clear difference in 0 of 16 cases and is faster (0.50)" in sentence
     assert "in 0 of 16 cases" in headline("memory-pool", rows)
 
 
 def test_bars_that_are_broken_are_named():
     rows = committed("model-speed")
     rows[0]["seconds"] = 10.0
-    assert f"over their bar: {rows[0]['what']}" in model_speed.said(rows).found
+    assert f"over their bar: {rows[0]['what']}" in model_speed.findings(rows).answer
 
 
 @pytest.mark.parametrize("part, what", [("flex", "FlexAttention's speed"), ("dense", "dense SDPA's time")])
 def test_a_peer_that_did_not_run_is_not_compared_with(part: str, what: str):
     rows = [row for row in committed("peers") if row["part"] != part]
-    assert what not in peers.said(rows).found
+    assert what not in peers.findings(rows).answer
     tables: dict[str, Any] = dict(peers.STUDY.tables)
     assert all(table(rows) for table in tables.values())
     figure = Figure(layout="constrained")

@@ -65,7 +65,7 @@ def test_the_picture_has_dense_as_a_level(rows):
 
 
 def test_what_is_said_is_computed(rows):
-    said = sparsity.said(rows)
-    assert "nearest blocks 0%; spread over rates 1, 4, 16 0%; adaptive 0% (CPU" in said.found
+    findings = sparsity.findings(rows)
+    assert "nearest blocks 0%; spread over rates 1, 4, 16 0%; adaptive 0% (CPU" in findings.answer
     tenth = rows[2]["quality"]["mass"]
-    assert f"a tenth of the blocks, nearest blocks, keeps {tenth:.0%}" in said.found
+    assert f"a tenth of the blocks, nearest blocks, keeps {tenth:.0%}" in findings.answer

@@ -73,7 +73,7 @@ def test_versus_gives_the_ratio_of_peer_to_ours():
     assert ratio > 0
 
 
-def steps(log: list[str], fails_at: str | None = None) -> list[records.Step]:
+def steps(log: list[str], fails_at: str | None = None) -> list[records.Job]:
     def run(label: str) -> records.Row:
         if label == fails_at:
             raise KeyboardInterrupt
@@ -288,7 +288,7 @@ def two_rows(monkeypatch):
         lambda scope: [(name, partial(step, name)) for name in ("a", "b")],
         {"small": lambda rows: records.markdown([[row["what"]] for row in rows], ["what"])},
         draw,
-        lambda rows: study.Said("Asked: x?", f"Found: {len(rows)}.", "The seeds say so too."),
+        lambda rows: study.Findings("Asked: x?", f"Found: {len(rows)}.", "The original project says so too."),
     )
     monkeypatch.setattr(study, "study", lambda name: small)
     return ran

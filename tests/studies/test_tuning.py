@@ -131,7 +131,7 @@ def test_the_picture_has_every_trials_speed(rows):
 
 
 def test_the_sentences_have_the_rows_figures(rows):
-    found = tuning.said(rows).found
+    found = tuning.findings(rows).answer
     assert "something faster in 1 of 3 questions, by a factor of 1.50" in found
     assert "of 2 of what ran, did not run in 1 of 3 questions, and 2 of 7 trials did not run" in found
-    assert "nothing faster" in tuning.said(rows[1:2]).found
+    assert "nothing faster" in tuning.findings(rows[1:2]).answer

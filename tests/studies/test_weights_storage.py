@@ -1,4 +1,4 @@
-"""Weights, dense and as active blocks: their sizes, the seeds' beside them, the picture."""
+"""Weights, dense and as active blocks: their sizes, the original project's beside them, the picture."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_what_is_stored_is_the_active_blocks_and_their_indices(rows, name):
 
 def test_dense_weights_are_the_dense_matrix(rows):
     row = study.stored(rows, "dense", 4096)
-    assert row["dense"] == 8 * 4096**2 * 2 == 256 * MIB  # the seeds' figure
+    assert row["dense"] == 8 * 4096**2 * 2 == 256 * MIB  # the original project's figure
     assert row["dense"] < row["stored"] < 1.001 * row["dense"]
 
 
@@ -85,7 +85,7 @@ def test_the_picture_names_every_attention_and_its_units(rows):
     def look(drawn):
         study.draw(drawn, rows)
         left, right = drawn.axes
-        assert {*study.configs(), "the seeds: 95% sparsity"} == {text.get_text() for text in left.texts}
+        assert {*study.configs(), "original: 95% sparsity"} == {text.get_text() for text in left.texts}
         assert [text.get_text() for text in left.get_yticklabels()][:3] == ["1 MiB", "32 MiB", "1 GiB"]
         assert left.get_xlabel() == right.get_xlabel() == "tokens"
         assert "lines predicted, GTX 1080" in right.get_title()
@@ -94,8 +94,8 @@ def test_the_picture_names_every_attention_and_its_units(rows):
 
 
 def test_what_it_says_has_its_figures_from_the_rows(rows):
-    said = study.said(rows)
-    assert "8,192.5 MiB for dilated_sparse 5%" in said.found
-    assert "16,384 for dense" in said.found
-    assert "0.64 and 0.61 blocks of 128 a row" in said.seeds
-    assert "16.0 and 48.0 MiB" in said.seeds
+    findings = study.findings(rows)
+    assert "8,192.5 MiB for dilated_sparse 5%" in findings.answer
+    assert "16,384 for dense" in findings.answer
+    assert "0.64 and 0.61 blocks of 128 a row" in findings.original
+    assert "16.0 and 48.0 MiB" in findings.original

@@ -1,4 +1,4 @@
-"""What one product of 16-bit matrices takes on a CPU with a matrix unit (AMX), where torch leaves it to
+"""Scratch of one product of 16-bit matrices on a CPU with a matrix unit (AMX), where torch leaves it to
 oneDNN: `scratch_bytes` of `gemm.py` for that unit.
 
 oneDNN divides a product among threads and into blocks, and takes from torch, for each thread: a copy of a
@@ -27,9 +27,9 @@ TILE: Final = 16
 """Rows of a tile, and its columns."""
 TILE_BYTES: Final = 1024
 THREAD_BYTES: Final = 640
-"""Of a thread, besides blocks: its list of pairs of blocks, for each that one call of a kernel takes."""
+"""Bytes of a thread besides blocks: its list of pairs of blocks, for each that one call of a kernel takes."""
 ENTRY_BYTES: Final = 128
-"""Of each kind of buffer: where it begins is rounded up."""
+"""Bytes for each kind of buffer, whose beginning is rounded up."""
 SMALL_BLOCK: Final = 126
 """Bytes of a block of the first matrix up to which the vector unit multiplies bfloat16."""
 
@@ -53,7 +53,7 @@ class Way(NamedTuple):
     rows: int
     columns: int
     depth: int
-    """Of a block: its part of the inner dimension."""
+    """A block's part of the inner dimension."""
     apart: int
     """Numbers from a row of the first matrix, or of its copy, to the next."""
     row_blocks: int = 1
@@ -78,7 +78,7 @@ class Way(NamedTuple):
         return self.depth * self.depth_blocks * self.batch
 
 
-def taken(product: Product, way: Way) -> int:
+def buffer_bytes(product: Product, way: Way) -> int:
     """Bytes of all buffers."""
     depth, together = up(way.depth, STEP), way.depth_blocks * way.batch
     packed = 2 * up(way.columns, way.packed) * depth * together
@@ -112,15 +112,15 @@ def _workspace(product: Product, way: Way) -> int:
     rest = product.inner % way.depth if product.inner > way.depth else 0
     if not (way.fills or way.gathers):
         rest = up(rest, 2)
-    most = 0
+    largest = 0
     for rows in (way.rows, product.rows % way.rows):
         for columns in (way.columns, product.columns % way.columns):
             for depth in (way.depth, rest):
                 if rows and columns and depth and depth <= way.apart:
                     filled = way.fills and (depth % 2 > 0 or (depth > STEP and depth % STEP > 0))
                     gathered = 2 * rows * up(depth, STEP) if way.gathers else 0
-                    most = max(most, TILE_BYTES * (_tiles(rows, columns, depth) + filled) + gathered)
-    return most
+                    largest = max(largest, TILE_BYTES * (_tiles(rows, columns, depth) + filled) + gathered)
+    return largest
 
 
 def _tiles(rows: int, columns: int, depth: int) -> int:
@@ -139,8 +139,8 @@ def _held(rows: int, columns: int, depth: int) -> tuple[int, int, int]:
     full, cut = tall > 12, columns % TILE > 0
     high, wide = up(rows, TILE), up(columns, TILE)
     if full and not cut:
-        least, deep = (L1 - 4096) // 96, 2 * depth
-        five, four = least <= deep < (L1 - 5120) // 80, least <= deep < (L1 - 4096) // 64
+        minimum, deep = (L1 - 4096) // 96, 2 * depth
+        five, four = minimum <= deep < (L1 - 5120) // 80, minimum <= deep < (L1 - 4096) // 64
         if columns % 80 == 0 and five and rows > 32:
             return tall, 1, 5
         if columns % 64 == 0 and four and rows > 32:
@@ -152,8 +152,8 @@ def _held(rows: int, columns: int, depth: int) -> tuple[int, int, int]:
     if full and cut and wide in (32, 48, 64):
         return tall, 1 + (wide == 32), 2 if wide == 32 else wide // TILE
     if rows <= TILE:
-        most = 5 if not cut else 4 if wide <= 64 else 3
-        return rows, 1, min(most, wide // TILE)
+        maximum = 5 if not cut else 4 if wide <= 64 else 3
+        return rows, 1, min(maximum, wide // TILE)
     basic = _two_by_two(rows, columns, tall)
     weak = basic[0] < 8 or rows % basic[0] > 0
     if not full and not cut and weak:
@@ -164,15 +164,16 @@ def _held(rows: int, columns: int, depth: int) -> tuple[int, int, int]:
         if high == 32 and columns % 32 == 0:
             return TILE, 2, 2
     if columns <= TILE:
-        most = 5 if rows % TILE == 0 else 4 if high <= 64 else 3
-        return TILE, min(most, high // TILE), 1
+        maximum = 5 if rows % TILE == 0 else 4 if high <= 64 else 3
+        return TILE, min(maximum, high // TILE), 1
     if not full and cut and high == wide == 32:
         return TILE, 2, 2
     return basic
 
 
 def _two_by_two(rows: int, columns: int, tall: int) -> tuple[int, int, int]:
-    """As two by two tiles where these come out even, else as three or two by one."""
+    """(rows of a tile, tiles one above the other, side by side): two by two tiles where these come out even,
+    else three or two by one."""
     high, wide, cut = rows // tall, columns // TILE, columns % TILE > 0
     over = min(2, high)
     even = wide > 0 and not cut
@@ -196,15 +197,15 @@ def chunked(product: Product, transposed: bool) -> Way:
     rows, inner, columns, threads, _ = product
     tall, wide = _tall(rows), min(64, columns)
     most_shares = min(max(1, threads // 8), 7, parts(inner, 1024))
-    found, best = None, single(0)
+    division, best = None, single(0)
     for shares in range(1, most_shares + 1):
         workers = threads // shares
         high_parts, wide_parts = parts(rows, tall), parts(columns, wide)
         work = high_parts * wide_parts * shares
-        least = parts(tall, 2) if work < 1.5 * threads and tall > 32 else tall
+        minimum = parts(tall, 2) if work < 1.5 * threads and tall > 32 else tall
         beside = min(6 if work > 16 * threads else 4, wide_parts)
-        any_found = False
-        for height in _heights(rows, tall, least):
+        improved = False
+        for height in _heights(rows, tall, minimum):
             for column_blocks in range(beside, 0, -1):
                 for row_blocks in range(min(4, high_parts), 0, -1):
                     pieces = parts(rows, height * row_blocks) * parts(columns, wide * column_blocks)
@@ -213,14 +214,14 @@ def chunked(product: Product, transposed: bool) -> Way:
                     way = _stepped(product, transposed, shares, height, row_blocks, column_blocks)
                     score = _score(product, way)
                     if score > best:
-                        found, best, any_found = way, score, True
-        if not any_found:
-            way = _stepped(product, transposed, shares, least, 1, 1)
+                        division, best, improved = way, score, True
+        if not improved:
+            way = _stepped(product, transposed, shares, minimum, 1, 1)
             score = _score(product, way)
             if score > best:
-                found, best = way, score
-    assert found
-    return found
+                division, best = way, score
+    assert division
+    return division
 
 
 def _tall(rows: int) -> int:
@@ -232,20 +233,20 @@ def _tall(rows: int) -> int:
     return min(rows, 64)
 
 
-def _heights(rows: int, tall: int, least: int) -> Iterator[int]:
+def _heights(rows: int, tall: int, minimum: int) -> Iterator[int]:
     """Rows of blocks that are tried. oneDNN has them in a hash table: the last that it puts in come first."""
     heights = [tall]
-    while heights[-1] > 1 and parts(heights[-1], 2) >= least:
+    while heights[-1] > 1 and parts(heights[-1], 2) >= minimum:
         heights.append(parts(heights[-1], 2))
     if rows > TILE:
-        heights += range(min(rows // TILE * TILE, 64), up(least, TILE) - 1, -TILE)
+        heights += range(min(rows // TILE * TILE, 64), up(minimum, TILE) - 1, -TILE)
     return reversed(dict.fromkeys(heights))
 
 
 def _stepped(
     product: Product, transposed: bool, shares: int, height: int, row_blocks: int, column_blocks: int
 ) -> Way:
-    """With the inner dimension in as few calls as the second cache has room for."""
+    """The way with the inner dimension in as few calls as the second cache has room for."""
     inner, threads = product.inner, product.threads // shares * shares
     way = Way(
         threads,
@@ -263,13 +264,13 @@ def _stepped(
         way = way._replace(copies=transposed or inner % 2 > 0)
     else:
         depth = min(up(parts(inner, shares), 2), STEP)
-        most = batch = parts(parts(inner, depth), shares)
+        steps = batch = parts(parts(inner, depth), shares)
         needed = _needed(product, _placed(product, way._replace(depth=depth, batch=batch)))
         # Rows that lie a power of two apart are better read on.
         patience = 2 if not transposed and inner >= 4096 and inner & (inner - 1) == 0 else 0
         if needed // L2 > patience and batch > 1:
             longer, shorter = max(batch // (needed // L2), 1), parts(batch, parts(needed, L2))
-            left, less = most % longer, most % shorter
+            left, less = steps % longer, steps % shorter
             batch = shorter if less == 0 or not (left == 0 or less < left) else longer
         together = depth * batch
         if not transposed and inner % STEP and together > STEP:
@@ -285,7 +286,7 @@ def _stepped(
 
 
 def _placed(product: Product, way: Way) -> Way:
-    """With what follows from the inner dimension's steps."""
+    """The way with the fields that follow from the inner dimension's steps."""
     sums = product.inner > way.together() or product.inner % way.depth > 0
     apart = product.inner
     if way.copies:
@@ -324,5 +325,5 @@ def _score(product: Product, way: Way) -> np.float32:
             even = single(0.8) * (single(product.inner) / single(depth)) / steps * single(shares)
             balance = balance * even
         score = score + for_balance * (balance / single(threads))
-    found: np.float32 = score / (single(1) + for_balance + for_cache)
-    return found
+    mean: np.float32 = score / (single(1) + for_balance + for_cache)
+    return mean

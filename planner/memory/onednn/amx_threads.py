@@ -20,9 +20,9 @@ from planner.memory.onednn.amx import L1, L2, STEP, TILE, Product, Way, parts, s
 
 L1_FILLED: Final = L1 * 5 // 6
 SETS_BYTES: Final = 2048 * 64
-"""Of the second cache: one line of each set."""
+"""Bytes of one line of each set of the second cache."""
 WAYS: Final = 12
-"""Of a set's 16 that oneDNN fills."""
+"""Ways of a set's 16 that oneDNN fills."""
 BUSY: Final = 0.75
 """Share of the threads that have to have work where one dimension is shared."""
 # Bytes a cycle that a core moves: to and from the first cache where it hits and where it misses, and from
@@ -40,7 +40,7 @@ def shared(product: Product) -> Way | None:
 
 
 def _in_one_dimension(product: Product) -> Way | None:
-    """Where one dimension is small: maybe_small_dims_heuristics."""
+    """The division where one dimension is small: maybe_small_dims_heuristics."""
     rows, inner, columns, threads, second_transposed = product
     way = Way(threads, rows, columns, inner, inner, fills=inner % STEP > 0 and not _even(inner))
     if rows <= 32 and second_transposed:
@@ -66,23 +66,23 @@ def _in_one_dimension(product: Product) -> Way | None:
 
 def _in_all(product: Product) -> Way | None:
     """The best of all divisions: find_best_blocking."""
-    found: _Choice | None = None
+    best: _Choice | None = None
     for threads, by_rows, by_inner in _thread_counts(product.threads):
         by_columns = threads // by_rows // by_inner
         high = _evenly(parts(product.rows, by_rows), TILE)
         division = _Division.of(product, threads, by_rows, by_inner, by_columns, high)
         if division.worth_it():
-            found = _better(found, division.choice())
-    if found and not product.second_transposed and not found.keeps_second:
+            best = _better(best, division.choice())
+    if best and not product.second_transposed and not best.keeps_second:
         # Each thread would pack the second matrix again for each strip; tiles are of all rows now.
-        rows, columns = found.division.rows.threads, found.division.columns.threads
-        inner = found.division.inner_threads
+        rows, columns = best.division.rows.threads, best.division.columns.threads
+        inner = best.division.inner_threads
         division = _Division.of(
             product, rows * columns * inner, rows, inner, columns, _evenly(product.rows, TILE)
         )
         for packs_in_cache in (False, True):
-            found = _better(found, division.choice(keeps_second=True, packs_in_cache=packs_in_cache))
-    return found.way if found else None
+            best = _better(best, division.choice(keeps_second=True, packs_in_cache=packs_in_cache))
+    return best.way if best else None
 
 
 @lru_cache(maxsize=64)
@@ -104,9 +104,9 @@ class _Side(NamedTuple):
     total: int
     threads: int
     share: int
-    """Of a thread."""
+    """A thread's rows or columns."""
     strip: int
-    """Of two tiles."""
+    """Rows or columns of two tiles."""
 
     def too_few(self, unit: int) -> bool:
         """Whether a thread would have none if shares are multiples of `unit`."""
@@ -114,7 +114,7 @@ class _Side(NamedTuple):
 
 
 class _Block(NamedTuple):
-    """Of the matrix that is kept: rows or columns, depth, and how many depths are kept together."""
+    """A block of the matrix that is kept: rows or columns, depth, and how many depths are kept together."""
 
     length: int
     depth: int
@@ -137,7 +137,7 @@ class _Choice(NamedTuple):
 
 
 def _better(old: _Choice | None, new: _Choice | None) -> _Choice | None:
-    """That of the higher score; of equals the first, unless only the other keeps the second matrix."""
+    """The choice of the higher score; of equals the first, unless only the other keeps the second matrix."""
     if new is None or new.score <= 0:
         return old
     if old is None or new.score > old.score:
@@ -153,7 +153,7 @@ class _Division(NamedTuple):
 
     threads: int
     all_threads: int
-    """Those that there are, of which some may have no work."""
+    """Threads that there are, of which some may have no work."""
     rows: _Side
     columns: _Side
     inner: int
@@ -250,24 +250,25 @@ class _Division(NamedTuple):
         return min(parts(share, blocks) * step, self.inner)
 
     def _block(
-        self, keeps_second: bool, depth: int, least: int = 0, packs_in_cache: bool = False
+        self, keeps_second: bool, depth: int, minimum: int = 0, packs_in_cache: bool = False
     ) -> _Block | None:
-        """What a thread best keeps: most multiplications for a byte that moves, larger blocks first."""
+        """The block that a thread best keeps: most multiplications for a byte that moves, larger blocks
+        first."""
         moving, kept = self._sides(keeps_second)
         if moving.too_few(moving.strip) or self._inner_too_few(depth):
             return None
         room = L2 // (2 * kept.strip * min(depth, self.inner_share))
-        found, best = None, single(0)
+        best_block, best = None, single(0)
         for strips in _groups(parts(kept.share, kept.strip)):
             if strips > room:
                 continue
             for depths in _groups(parts(self.inner_share, depth)):
                 block = _Block(strips * kept.strip, depth, depths)
-                if depths >= least and self._used(keeps_second, block, packs_in_cache) <= L2:
+                if depths >= minimum and self._used(keeps_second, block, packs_in_cache) <= L2:
                     score = self._worth(keeps_second, block)
                     if score > best:
-                        found, best = block, score
-        return found
+                        best_block, best = block, score
+        return best_block
 
     def _inner_too_few(self, unit: int) -> bool:
         return up(self.inner_share, unit) * (self.inner_threads - 1) >= self.inner
@@ -309,8 +310,8 @@ class _Division(NamedTuple):
         depth = min(block.together, self.inner_share)
         stays = depth == self.inner or self._used_with_result(keeps_second, block) < L2
         moved = 2 * depth * (strip + count) + (0 if stays and self.inner_threads == 1 else 4 * strip * count)
-        found: np.float32 = single(strip * count * depth) / single(moved)
-        return found
+        ratio: np.float32 = single(strip * count * depth) / single(moved)
+        return ratio
 
     def _scored(self, keeps_second: bool, passes_cache: bool, block: _Block, way: Way) -> _Choice:
         score = single(self.rows.total * self.inner * self.columns.total) / single(512 * self.all_threads)
@@ -318,8 +319,8 @@ class _Division(NamedTuple):
         return _Choice(single(0) if cycles is None else score / cycles, keeps_second, passes_cache, self, way)
 
     def _cycles(self, keeps_second: bool, block: _Block, way: Way) -> np.float32 | None:
-        """What the division would take, None if sums of several threads do not fit: in oneDNN's order and
-        precision, on which choices between near equals depend."""
+        """Cycles that the division would take, None if sums of several threads do not fit: in oneDNN's order
+        and precision, on which choices between near equals depend."""
         moving, kept = self._sides(keeps_second)
         step, result = min(STEP, self.inner), 2 if self.inner_threads == 1 else 4
         kept_size = single(2 * kept.share * self.inner_share)
@@ -352,22 +353,22 @@ class _Division(NamedTuple):
         return None if reduced is None else cycles + reduced
 
     def _result_cycles(self, way: Way) -> np.float32:
-        """To and from the first cache for blocks of the result."""
+        """Cycles to move blocks of the result to and from the first cache."""
         columns, strips = self.columns.strip, parts(way.columns, self.columns.strip)
         missed = single(way.rows * strips * up(2 * columns, 64))
         written = single(way.rows * strips * parts(columns, TILE) * 64)
         numbers = single(way.rows * way.columns)
-        kept = single(4) * numbers * single(way.depth_blocks)
-        found: np.float32 = (
+        sums = single(4) * numbers * single(way.depth_blocks)
+        cycles: np.float32 = (
             missed / STORE_MISS
             + (written - missed) / HIT
             + numbers * single(4) / HIT
-            + kept / (HIT if way.depth == self.inner else STORE_MISS)
+            + sums / (HIT if way.depth == self.inner else STORE_MISS)
         )
-        return found
+        return cycles
 
     def _reduction_cycles(self) -> np.float32 | None:
-        """To add the sums of the threads that share the inner dimension."""
+        """Cycles to add the sums of the threads that share the inner dimension."""
         rows, columns, threads = self.rows, self.columns, self.inner_threads
         if 8 * rows.share * columns.share >= L2:
             return None
@@ -376,8 +377,8 @@ class _Division(NamedTuple):
         sizes = 2 * (rows.share + columns.share) * self.inner_share + 2 * rows.share * columns.share
         read = read / (_shared(2) if sizes < L2 else LAST_LEVEL)
         written = single(2 * rows.total * columns.total // workers) / _shared(1)
-        found: np.float32 = read + written + single(25000)
-        return found
+        cycles: np.float32 = read + written + single(25000)
+        return cycles
 
 
 @lru_cache(maxsize=4096)
@@ -390,9 +391,9 @@ def _groups(count: int) -> tuple[int, ...]:
     return tuple(sizes)
 
 
-def _evenly(count: int, most: int) -> int:
-    """The size of equal parts of up to `most`."""
-    return parts(count, parts(count, most))
+def _evenly(count: int, maximum: int) -> int:
+    """The size of equal parts of up to `maximum`."""
+    return parts(count, parts(count, maximum))
 
 
 def _even(depth: int) -> bool:
@@ -406,13 +407,13 @@ def _even(depth: int) -> bool:
 @lru_cache(maxsize=512)
 def _shared(cores: int) -> np.float32:
     """Bytes a cycle from memory that so many cores share: between those measured, on a line."""
-    known = sorted(SHARED)
-    if cores >= known[-1]:
-        return single(SHARED[known[-1]])
-    after = next(number for number, count in enumerate(known) if count >= cores)
-    high = single(SHARED[known[after]])
+    counts = sorted(SHARED)
+    if cores >= counts[-1]:
+        return single(SHARED[counts[-1]])
+    after = next(number for number, count in enumerate(counts) if count >= cores)
+    high = single(SHARED[counts[after]])
     if after == 0:
         return high
-    x, low = known[after - 1], single(SHARED[known[after - 1]])
-    found: np.float32 = low + (high - low) * single(cores - x) / single(known[after] - x)
-    return found
+    x, low = counts[after - 1], single(SHARED[counts[after - 1]])
+    rate: np.float32 = low + (high - low) * single(cores - x) / single(counts[after] - x)
+    return rate

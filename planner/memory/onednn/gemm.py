@@ -1,4 +1,4 @@
-"""What one product of 16-bit matrices takes on a CPU where torch leaves it to oneDNN, by the unit it runs on.
+"""Scratch of one product of 16-bit matrices on a CPU where torch leaves it to oneDNN, by the unit it runs on.
 
 oneDNN works on blocks of rows that it finds by weighing how evenly threads share them, and takes its scratch
 from torch: for each thread a copy of a block of the second matrix in the order of its instructions, sums of a
@@ -21,12 +21,12 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.memory.onednn.amx import ENTRY_BYTES, THREAD_BYTES, Product, chunked, small, taken, up
+from planner.memory.onednn.amx import ENTRY_BYTES, THREAD_BYTES, Product, buffer_bytes, chunked, small, up
 from planner.memory.onednn.amx_threads import shared
 from planner.memory.onednn.units import Unit
 
 COLUMNS: Final = 64
-"""Of a block of the result."""
+"""Columns of a block of the result."""
 LEAST_WORK: Final = 16**3
 """Products of at most so many multiplications stay with torch (mkldnn_gemm_min_size)."""
 
@@ -57,12 +57,12 @@ def scratch_bytes(
         product = Product(rows, inner, columns, threads, second_transposed)
         way = (None if transposed or rows == 1 else shared(product)) or chunked(product, transposed)
         if half or not small(way):
-            return taken(product, way)
+            return buffer_bytes(product, way)
     return _vector_bytes(rows, inner, columns, threads, transposed, single=half)
 
 
 def _vector_bytes(rows: int, inner: int, columns: int, threads: int, transposed: bool, single: bool) -> int:
-    """Of a vector unit. `single`: copies are in single precision."""
+    """Scratch of a product on a vector unit. `single`: copies are in single precision."""
     size, step = (4, 16) if single else (2, 32)
     depth = min(inner, 1024 if inner > 1024 and not transposed and rows > 1 else 512)
     # A copy also keeps apart long rows that would meet in the cache.
@@ -94,15 +94,15 @@ def _blocks(
     """(rows of a block, blocks of columns that are worked on together, threads for the inner dimension):
     those that threads share most evenly, the first of equals, larger blocks first."""
     across = -(-columns // COLUMNS)
-    least, splits = min(32, rows), 1
+    minimum, splits = min(32, rows), 1
     if threads > across:
-        least = min(16, rows)
+        minimum = min(16, rows)
         if (transposed or rows == 1) and inner >= 2048 and (single or _power_of_two(inner)):
             splits = min(threads, 4)
-    candidates = np.arange(min(256, rows), least - 1, -1)
-    found, best = (1, 1, 1), np.float32(1)
+    candidates = np.arange(min(256, rows), minimum - 1, -1)
+    blocks, best = (1, 1, 1), np.float32(1)
     for split in range(splits, 0, -1):
-        any_found = False
+        improved = False
         for chunk in range(min(16 if copies else 1, across), 0, -1):
             work = -(-rows // candidates) * -(-columns // (min(columns, COLUMNS) * chunk))
             share = threads // split
@@ -111,14 +111,14 @@ def _blocks(
                 uneven = np.where((work < 3 * share) & (work % share != 0), np.float32(np.inf), uneven)
             at = int(np.argmin(uneven))
             if uneven[at] < best:
-                best, found, any_found = uneven[at], (int(candidates[at]), chunk, split), True
-        if not any_found:
+                best, blocks, improved = uneven[at], (int(candidates[at]), chunk, split), True
+        if not improved:
             few = candidates[-1:]
             work = -(-rows // few) * across
             uneven = _imbalance(rows, inner, columns, threads, depth, few, work, 1, split)
             if uneven[0] < best:
-                best, found = uneven[0], (least, 1, split)
-    return found
+                best, blocks = uneven[0], (minimum, 1, split)
+    return blocks
 
 
 def _imbalance(
@@ -140,16 +140,16 @@ def _imbalance(
     left_over = (single(chunks) * single(chunk) - single(across)) / single(across)
     idle = single((threads - share * split) / threads)
     depths = _distance(np.array(inner), split * depth)
-    found: Singles = (_distance(work, share) + beyond + left_over + idle + depths) / single(5)
-    return found
+    mean: Singles = (_distance(work, share) + beyond + left_over + idle + depths) / single(5)
+    return mean
 
 
 def _distance(work: NDArray[np.int64], unit: int) -> Singles:
     """How far `work` is from a multiple of `unit`, as a share of it (calculate_spatial_disbalance)."""
     rest = work % unit
     away = np.where(work < unit, unit - rest, np.minimum(unit - rest, rest))
-    found: Singles = (away / unit).astype(np.float32)
-    return found
+    distance: Singles = (away / unit).astype(np.float32)
+    return distance
 
 
 def _power_of_two(count: int) -> bool:

@@ -10,4 +10,4 @@ UNITS: Final[dict[str, tuple[Unit, ...]]] = {
     "bfloat16": ("amx_bf16", "avx512_bf16"),
     "float16": ("amx_fp16", "avx512_fp16"),
 }
-"""For each type, those it would take before others."""
+"""Units for each dtype, in the order in which oneDNN prefers them."""

@@ -11,7 +11,7 @@ from attention.sizes.arena import arena_bytes
 from attention.sizes.arrays import Count, maximum
 from attention.sizes.row_bounds import chosen_rows
 from attention.sizes.tiles import pieces, sparse_extent
-from planner.memory.plans import tiles as plans
+from planner.memory.plans import tiles
 from planner.memory.plans.tiles import Case
 from planner.memory.table import PlanTable
 
@@ -55,7 +55,7 @@ def adaptive(table: PlanTable, case: Case, scorer: Scorer) -> None:
         return goes
 
     _hide(table, case, scorer, backward=False)
-    plans.block_sparse(table, case._replace(turn=turn), chosen_rows(scorer.size, scorer.kept))
+    tiles.block_sparse(table, case._replace(turn=turn), chosen_rows(scorer.size, scorer.kept))
     if not case.trains:
         table.free("hidden positions")
 
@@ -65,19 +65,19 @@ def _hide(table: PlanTable, case: Case, scorer: Scorer, *, backward: bool) -> No
     shape = case.shape.backward() if backward else case.shape
     extent = sparse_extent(chosen_rows(scorer.size, scorer.kept), shape)
     itemsize = shape.wide if backward and shape.widens else shape.itemsize
-    found: Count = 0
+    largest: Count = 0
     for kind, piece in zip(extent.kinds, pieces(extent, shape), strict=True):
         column = piece.column if backward else kind.views * kind.keys
         views = kind.views if shape.causal else 1
-        found = maximum(found, kind.heads * column // views * kind.gathers * kind.exists)
+        largest = maximum(largest, kind.heads * column // views * kind.gathers * kind.exists)
     short = shape.seq % scorer.size > 0
     name = "hidden positions"
     table.phase(f"backward, {name}" if backward else name)
-    table.add(f"{name} of backward" if backward else name, "masks", found * itemsize * short, "N H K e")
+    table.add(f"{name} of backward" if backward else name, "masks", largest * itemsize * short, "N H K e")
 
 
 def _learn(table: PlanTable, case: Case, scorer: Scorer) -> None:
-    """From the gradient of out to that of the chosen scores, and on to those of the projections."""
+    """Backward from the gradient of out to that of the chosen scores, and on to those of the projections."""
     shape, numbers = case.shape, _parameters(case, scorer)
     table.phase("backward, gate")
     table.add("gradient of the scores", "temp_buffers", _chosen(case, scorer) * scorer.wide, "B H n k w")

@@ -111,7 +111,7 @@ def _result(table: PlanTable, case: Case) -> None:
 
 
 def _gradients(table: PlanTable, case: Case, name: str, widths: tuple[Count, ...], bias: bool) -> None:
-    """Of the parameters of projections to so many channels each."""
+    """Adds the gradients of the parameters of projections to `widths` channels."""
     width, e = _width(case), case.shape.itemsize
     rows: Count = sum(widths)
     table.phase(f"backward, weights of the {name}")

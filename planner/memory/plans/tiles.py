@@ -55,9 +55,9 @@ class Case(NamedTuple):
     runs: int = 1
     """Forward passes of one call: 2 where backward repeats the forward pass."""
     run: int = 0
-    """Which of those this one is."""
+    """Number of this forward pass among them, from 0."""
     turn: Callable[[PlanTable], bool] | None = None
-    """What happens between forward and backward, and whether backward follows; None for nothing in
+    """Adds what happens between forward and backward, and says whether backward follows; None for nothing in
     between."""
 
     @property
@@ -101,12 +101,12 @@ def whole(table: PlanTable, case: Case) -> None:
     """Dense attention with as many kv heads as heads: one kernel call over everything."""
     shape, e = case.shape, case.shape.itemsize
     call = KernelCall(case.batch, shape.heads, shape.seq, shape.seq, shape.head_dim, e, causal=shape.causal)
-    found = case.machine.forward(call)
+    kernel = case.machine.forward(call)
     table.phase("forward")
     table.add("out", "output", case.channels * e, "B S H D e")
     lse = "saved_for_backward" if case.trains else "temp_buffers"
-    table.add("log-sum-exp", lse, found.result - case.channels * e, "of the kernel")
-    table.add("kernel scratch", "workspace", found.scratch, "of the kernel")
+    table.add("log-sum-exp", lse, kernel.result - case.channels * e, "of the kernel")
+    table.add("kernel scratch", "workspace", kernel.scratch, "of the kernel")
     table.free("kernel scratch")
     if not (case.trains or case.keeps_lse):
         table.free("log-sum-exp")
@@ -115,11 +115,11 @@ def whole(table: PlanTable, case: Case) -> None:
     if shape.widens:
         program_backward(table, case, lambda back: dilated_extent(((shape.seq, 1),), back), 0)
     else:
-        found = case.machine.backward(call._replace(dense=True))
+        kernel = case.machine.backward(call._replace(dense=True))
         table.phase("backward")
         table.add("dq", "gradients", case.channels * e, "B S H D e")
-        table.add("dk and dv", "gradients", found.result - case.channels * e, "2 B S H D e")
-        table.add("backward scratch", "workspace", found.scratch, "of the kernel")
+        table.add("dk and dv", "gradients", kernel.result - case.channels * e, "2 B S H D e")
+        table.add("backward scratch", "workspace", kernel.scratch, "of the kernel")
         table.free("backward scratch")
 
 
@@ -133,11 +133,11 @@ def program(table: PlanTable, case: Case, extent_of: Callable[[Shape], Extent]) 
     if case.trains:
         back = shape.backward()
         other = arena_bytes(backward_sizes(extent_of(back), back))
-    size, kept = _arena(case, arena, other)
-    there = kept if case.warm or case.run else 0
+    size, pool_size = _arena(case, arena, other)
+    there = pool_size if case.warm or case.run else 0
     mask, _ = _masks(case, extent_of)
     if case.warm and not case.run:
-        table.kept(POOLED, "memory_pool", kept, "a pool's buffer, of the call before")
+        table.kept(POOLED, "memory_pool", pool_size, "a pool's buffer, of the call before")
         table.kept(
             "causal mask of the call before",
             "pattern_cache",
@@ -157,17 +157,17 @@ def program(table: PlanTable, case: Case, extent_of: Callable[[Shape], Extent]) 
             table.add("forward arena", "workspace", size - there, "attention/sizes/tiles.py forward_sizes")
             _make(table, "causal mask", mask)
         call = _call(kind, kind.views, kind.keys, shape)
-        found = _taken(case.machine.forward, call, kind)
+        kernel = _bytes_of(case.machine.forward, call, kind)
         rows = kind.heads * kind.views * kind.queries
         merging = rows * shape.wide * (kind.later > 0)
         _hidden(table, kind, kind.views * kind.keys * e, shape)
         result = f"{kind.name}: part"
-        table.add(result, "temp_buffers", found.result * kind.exists, "N T H (D e + w)")
-        scratch = maximum(found.scratch, merging) * kind.exists
+        table.add(result, "temp_buffers", kernel.result * kind.exists, "N T H (D e + w)")
+        scratch = maximum(kernel.scratch, merging) * kind.exists
         table.add(f"{kind.name}: scratch", "workspace", scratch, "of the kernel, or of the merge")
         table.free(result, f"{kind.name}: scratch", f"{kind.name}: hidden positions")
     table.free("causal mask")
-    _leave(table, "forward arena", POOLED, kept - there)
+    _leave(table, "forward arena", POOLED, pool_size - there)
     if keeps and not case.trains:
         table.free("log-sum-exp")
     if case.goes_back(table):
@@ -186,17 +186,17 @@ def program_backward(
     extent = extent_of(shape)
     if arena is None:
         arena = arena_bytes(backward_sizes(extent, shape))
-    size, kept = _arena(case, arena, forward_arena)
+    size, pool_size = _arena(case, arena, forward_arena)
     # The forward pass's arena, kept, is taken again.
     there = _arena(case, forward_arena, arena)[1]
     if case.warm:
         table.kept(
             f"backward {POOLED}",
             "memory_pool",
-            maximum(kept - there, 0),
+            maximum(pool_size - there, 0),
             "a pool's buffer, of the call before",
         )
-        there = maximum(there, kept)
+        there = maximum(there, pool_size)
     number = shape.wide if shape.widens else e
     _, mask = _masks(case, extent_of)
     for n, (kind, piece) in enumerate(zip(extent.kinds, pieces(extent, shape), strict=True)):
@@ -215,15 +215,19 @@ def program_backward(
         call = _call(kind, piece.views, piece.keys, shape, number)
         if shape.widens:
             call = call._replace(dense=1)
-        found = _taken(case.machine.backward, call, kind)
+        kernel = _bytes_of(case.machine.backward, call, kind)
         _hidden(table, kind, piece.column * number, shape)
-        table.add(f"{kind.name}: dq, dk, dv", "temp_buffers", found.result * kind.exists, "N H (T + 2 K) D w")
-        table.add(f"{kind.name}: backward scratch", "workspace", found.scratch * kind.exists, "of the kernel")
+        table.add(
+            f"{kind.name}: dq, dk, dv", "temp_buffers", kernel.result * kind.exists, "N H (T + 2 K) D w"
+        )
+        table.add(
+            f"{kind.name}: backward scratch", "workspace", kernel.scratch * kind.exists, "of the kernel"
+        )
         table.free(
             f"{kind.name}: dq, dk, dv", f"{kind.name}: backward scratch", f"{kind.name}: hidden positions"
         )
     table.free("causal mask of backward")
-    _leave(table, "backward arena", f"backward {POOLED}", maximum(kept - there, 0))
+    _leave(table, "backward arena", f"backward {POOLED}", maximum(pool_size - there, 0))
 
 
 def _hidden(table: PlanTable, kind: Kind, count: Count, shape: Shape) -> None:
@@ -240,11 +244,11 @@ def _arena(case: Case, own: Count, other: Count) -> tuple[Count, Count]:
     return size, size * case.pool * (size <= case.pool_bytes)
 
 
-def _leave(table: PlanTable, name: str, kept_name: str, kept: Count) -> None:
+def _leave(table: PlanTable, name: str, pool_name: str, pool_size: Count) -> None:
     """Ends a buffer's use; what the pool keeps of it stays."""
     table.free(name)
     table.phase(f"after {name}")
-    table.add(kept_name, "memory_pool", kept, "a pool's buffer, for the next call")
+    table.add(pool_name, "memory_pool", pool_size, "a pool's buffer, for the next call")
 
 
 class MaskBytes(NamedTuple):
@@ -260,7 +264,8 @@ class MaskBytes(NamedTuple):
 
 
 def _masks(case: Case, extent_of: Callable[[Shape], Extent]) -> tuple[MaskBytes, MaskBytes]:
-    """Of the forward and of the backward pass. They are one in the cache if sizes and dtype are equal."""
+    """Masks of the forward and of the backward pass. They are one in the cache if sizes and dtype are
+    equal."""
     shape = case.shape
     queries, keys = extent_of(shape).mask
     if not case.trains:
@@ -279,13 +284,13 @@ def _masks(case: Case, extent_of: Callable[[Shape], Extent]) -> tuple[MaskBytes,
 
 
 def _mask(nbytes: Count, uses: Count, keeps: Count) -> MaskBytes:
-    """Of a mask that was asked for `uses` times before."""
+    """Bytes of a mask that was asked for `uses` times before."""
     staying, there = nbytes * keeps * (uses == 1), nbytes * keeps * (uses >= 2)
     return MaskBytes(nbytes - staying - there, staying, there)
 
 
 def _make(table: PlanTable, name: str, mask: MaskBytes) -> None:
-    """A mask, of which what does not stay is to be freed under its name."""
+    """Adds a mask; its bytes that do not stay are to be freed under its name."""
     formula = "attention/sizes/tiles.py Extent.mask"
     table.add(name, "masks", mask.passing, formula)
     table.add(f"{name}, kept", "pattern_cache", mask.staying, f"{formula}, for the next call")
@@ -306,8 +311,8 @@ def _call(kind: Kind, views: Count, keys: Count, shape: Shape, itemsize: int | N
     )
 
 
-def _taken(kernel: Callable[[KernelCall], Bytes], call: KernelCall, kind: Kind) -> Bytes:
-    """What a kernel takes for a call of this kind; not computed where no candidate has such calls."""
+def _bytes_of(kernel: Callable[[KernelCall], Bytes], call: KernelCall, kind: Kind) -> Bytes:
+    """Bytes that a kernel takes for a call of this kind; not computed where no candidate has such calls."""
     return kernel(call) if any_of(kind.exists) else Bytes(0, 0)
 
 
@@ -315,7 +320,7 @@ def flex(table: PlanTable, case: Case, rows: Rows) -> None:
     """Block-sparse attention by compiled FlexAttention; see `attention/ops/flex.py`."""
     shape, e = case.shape, case.shape.itemsize
     call = KernelCall(case.batch, shape.heads, shape.seq, shape.seq, shape.head_dim, e)
-    found = case.machine.flex(call)
+    kernel = case.machine.flex(call)
     table.phase("forward")
     table.add("out", "output", case.channels * e, "B S H D e")
     table.add(
@@ -327,7 +332,7 @@ def flex(table: PlanTable, case: Case, rows: Rows) -> None:
     table.add(
         "log-sum-exp",
         "saved_for_backward" if case.trains else "temp_buffers",
-        found.result - case.channels * e,
+        kernel.result - case.channels * e,
         "float32 B H S",
     )
     if not case.trains:
@@ -338,7 +343,7 @@ def flex(table: PlanTable, case: Case, rows: Rows) -> None:
     table.add("dq", "gradients", case.channels * e, "B S H D e")
     table.add("dk", "gradients", case.kv_channels * e, "B S G D e")
     table.add("dv", "gradients", case.kv_channels * e, "B S G D e")
-    table.add("backward scratch", "workspace", found.scratch, "of the kernel")
+    table.add("backward scratch", "workspace", kernel.scratch, "of the kernel")
     table.free("backward scratch")
 
 
@@ -354,12 +359,12 @@ def block_sparse(table: PlanTable, case: Case, rows: Rows) -> None:
 
 def _once(shape: Shape, extent_of: Callable[[Shape], Extent]) -> Callable[[Shape], Extent]:
     """`extent_of` for a shape and for its backward, each computed once: most of an evaluation's time."""
-    found: dict[bool, Extent] = {}
+    extents: dict[bool, Extent] = {}
 
-    def once(asked: Shape) -> Extent:
-        forward = asked is shape
-        if forward not in found:
-            found[forward] = extent_of(asked)
-        return found[forward]
+    def once(wanted: Shape) -> Extent:
+        forward = wanted is shape
+        if forward not in extents:
+            extents[forward] = extent_of(wanted)
+        return extents[forward]
 
     return once

@@ -16,14 +16,14 @@ from planner.memory.table import PlanTable
 
 
 class ReturnedWeights(NamedTuple):
-    """Which weights are returned."""
+    """The attention weights that a call returns."""
 
     size: Count
     """Tokens a block."""
     active: Count
     """Blocks a head: `attention.layout.count_active`, or `active_of_choice` of an adaptive attention."""
     branches: int
-    """Of a dilated attention; else 0."""
+    """Branches of a dilated attention; else 0."""
     own: bool
     """Whether every head of every batch item has blocks of its own."""
 
@@ -31,7 +31,7 @@ class ReturnedWeights(NamedTuple):
 def weighted(
     table: PlanTable, case: Case, attend: Callable[[PlanTable, Case], None], returned: ReturnedWeights
 ) -> None:
-    """What `attend` adds, and after its forward pass the weights, which live to the end."""
+    """Adds what `attend` does, and after its forward pass the weights, which live to the end."""
 
     def turn(table: PlanTable) -> bool:
         _weights(table, case, returned)

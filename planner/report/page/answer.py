@@ -9,11 +9,11 @@ from attention.errors import ConfigError
 from planner.answers.read import Answer, read_answer
 from planner.answers.recommendation import Recommendation
 
-MOST_BYTES: Final = 5 * 10**6
+MAXIMUM_BYTES: Final = 5 * 10**6
 
 
 def answer_page(file: Path | None, storage: str | None, study: str | None) -> str:
-    """HTML of the answer in a file, or of what a study has found so far."""
+    """HTML of the answer in a file, or of the trials so far of a study in a storage."""
     if file is not None:
         return page_of(read_answer(file))
     from planner.search.tune import stored
@@ -22,7 +22,7 @@ def answer_page(file: Path | None, storage: str | None, study: str | None) -> st
 
 
 def page_of(answer: Answer) -> str:
-    """The whole file; ConfigError if it would be larger than anyone wants to open."""
+    """HTML of an answer; ConfigError if it would take more than MAXIMUM_BYTES."""
     if isinstance(answer.found, Recommendation):
         from planner.report.page.recommend import recommend_page
 
@@ -32,8 +32,8 @@ def page_of(answer: Answer) -> str:
 
         text = tune_page(answer.found)
     size = len(text.encode())
-    if size > MOST_BYTES:
+    if size > MAXIMUM_BYTES:
         raise ConfigError(
-            f"the page would take {size:,} bytes, more than {MOST_BYTES:,}: its texts are too long"
+            f"the page would take {size:,} bytes, more than {MAXIMUM_BYTES:,}: its texts are too long"
         )
     return text

@@ -25,19 +25,19 @@ SHAPES: Final = {
     "adaptive": "M-.4-1.1h.8v.7h.7v.8h-.7v.7h-.8v-.7h-.7v-.8h.7z",
     "multihead": "M0-.5L.6-1.1L1.1-.6L.5 0L1.1 .6L.6 1.1L0 .5L-.6 1.1L-1.1 .6L-.5 0L-1.1-.6L-.6-1.1z",
 }
-"""Of each kind of attention, about 1 around 0; its colour is of the class of its name."""
+"""The SVG path of each kind of attention, from about -1 to 1; the class of its name gives the colour."""
 SHADES: Final = 5
 LARGE, SMALL = 7.0, 3.0
-"""Half the size of a mark of what takes most memory, and the smallest, in pixels."""
+"""Half the size of the largest mark (most memory) and of the smallest, in pixels."""
 LETTER, BOLD, LINE = 7.2, 8.0, 15.0
-"""Width of a letter of a chart, of a bold one, and the height of a line, at most."""
+"""The largest width of a letter in a chart, that of a bold one, and the height of a line, in pixels."""
 
 
 # Bars, one in a row of a table.
 
 
 def bar(start: float, length: float, kind: str = "") -> Html:
-    """A piece of the way from 0 to 1."""
+    """A bar from `start` over `length`, both as shares of the whole width, 0 to 1."""
     first, last = (min(max(at, 0.0), 1.0) for at in (start, start + length))
     width = min(max(last - first, 0.004), 1.0)
     first = min(first, 1 - width)
@@ -51,12 +51,12 @@ def delta(share: float, kind: str = "") -> Html:
     return _strip(*drawn, _rect(0.4985, 0.003, "line"))
 
 
-def pair(expected: float, found: float | None) -> Html:
-    """What was expected, pale, and on it what was found; from 0 to 1."""
+def pair(expected: float, measured: float | None) -> Html:
+    """A pale bar of what was expected, and on it one of what was measured; both are shares, 0 to 1."""
     pale = _rect(0, min(max(expected, 0.004), 1.0), "pale")
-    if found is None:
+    if measured is None:
         return _strip(pale)
-    return _strip(pale, _rect(0, min(max(found, 0.004), 1.0), "ink", low=2.5, high=5))
+    return _strip(pale, _rect(0, min(max(measured, 0.004), 1.0), "ink", low=2.5, high=5))
 
 
 def _strip(*parts: Html) -> Html:
@@ -86,34 +86,34 @@ class Mark(NamedTuple):
     x: float
     y: float
     size: float
-    """Its area against the largest, 0 to 1."""
+    """Its area as a share of the largest mark's, 0 to 1."""
     kind: str
     """One of SHAPES."""
-    said: str
-    """All that there is to say of it."""
+    description: str
+    """The text that is shown when the mark is pointed at."""
     name: str = ""
-    """What is written beside it; with a ring around it if anything is."""
+    """A name beside the mark, which then has a ring around it; empty for none."""
 
 
 class Axis(NamedTuple):
-    """What points are drawn against."""
+    """An axis of a chart of points."""
 
     label: str
-    said: Callable[[float], str]
-    """How a tick is written."""
+    tick_text: Callable[[float], str]
+    """The text of a tick at a value."""
     log: bool = False
 
 
 def points(what: str, marks: Sequence[Mark], x: Axis, y: Axis, *, diagonal: bool = False) -> Html:
-    """A chart of points, for both screens, and what the one that is looked at has to say. `diagonal`: both
-    axes are one, and a line has what is equal on both."""
+    """A chart of points, for both screens, with the description of the point that is looked at. `diagonal`:
+    both axes have one scale, and a line marks where both values are equal."""
     kinds = dict.fromkeys(mark.kind for mark in marks)
     key = tag("ul", *(tag("li", _alone(kind), " " + kind) for kind in kinds), class_="key")
     charts = [
         _points(what, marks, x, y, diagonal, width, height, kind)
         for width, height, kind in ((340, 320, "narrow"), (760, 420, "wide"))
     ]
-    return tag("figure", key, *charts, tag("p", class_="said", aria_hidden="true"))
+    return tag("figure", key, *charts, tag("p", class_="description", aria_hidden="true"))
 
 
 def _alone(kind: str) -> Html:
@@ -130,7 +130,7 @@ def _shape(kind: str, x: float, y: float, size: float) -> Html:
 
 
 class _Scale(NamedTuple):
-    """Values to pixels."""
+    """Maps the values of an axis to pixels."""
 
     low: float
     high: float
@@ -139,24 +139,24 @@ class _Scale(NamedTuple):
     log: bool
 
     def at(self, value: float) -> float:
-        share = (_known(value, self.log) - self.low) / (self.high - self.low)
+        share = (_position(value, self.log) - self.low) / (self.high - self.low)
         return self.first + share * (self.last - self.first)
 
-    def ticks(self, most: int) -> list[float]:
+    def ticks(self, maximum: int) -> list[float]:
         if self.log:
-            return log_ticks(math.exp(self.low), math.exp(self.high), most)
-        return linear_ticks(self.low, self.high, most)
+            return log_ticks(math.exp(self.low), math.exp(self.high), maximum)
+        return linear_ticks(self.low, self.high, maximum)
 
 
 def _scale(values: Sequence[float], log: bool, first: float, last: float) -> _Scale:
-    """Of all values, with room at both ends."""
-    known = [_known(value, log) for value in values]
-    room = 0.07 * (max(known) - min(known)) or 0.1 * (1.0 if log else abs(known[0]) or 1.0)
-    return _Scale(min(known) - room, max(known) + room, first, last, log)
+    """The scale that all values lie on, with room at both ends."""
+    positions = [_position(value, log) for value in values]
+    room = 0.07 * (max(positions) - min(positions)) or 0.1 * (1.0 if log else abs(positions[0]) or 1.0)
+    return _Scale(min(positions) - room, max(positions) + room, first, last, log)
 
 
-def _known(value: float, log: bool) -> float:
-    """Where it is on an axis; what no figure can be is at its end."""
+def _position(value: float, log: bool) -> float:
+    """A value's position on an axis, logarithmic if `log`; values out of range lie at its ends."""
     return math.log(min(max(value, 1e-12), 1e12)) if log else min(max(value, -1e12), 1e12)
 
 
@@ -179,9 +179,9 @@ def _points(
         if mark.name:
             names.append((mark.name, Name(*at, BOLD * len(mark.name), LINE)))
     spots = placed([name for _, name in names], boxes, Box(left, top, right, low), LARGE + 9)
-    for (said, _), spot in zip(names, spots, strict=True):
+    for (text, _), spot in zip(names, spots, strict=True):
         middle = {"x": _number((spot.left + spot.right) / 2), "y": _number(spot.high - 0.28 * LINE)}
-        parts.append(tag("text", said, class_="name", text_anchor="middle", **middle))
+        parts.append(tag("text", text, class_="name", text_anchor="middle", **middle))
     return tag(
         "svg",
         *parts,
@@ -199,31 +199,31 @@ def _mark(mark: Mark, at: tuple[float, float], size: float) -> Html:
     hit = tag("circle", cx=x, cy=y, r=LARGE + 5, class_="hit")
     return tag(
         "g",
-        tag("title", mark.said),
+        tag("title", mark.description),
         hit,
         ring,
         _shape(mark.kind, *at, size),
         tabindex="0",
         role="img",
         class_="point",
-        aria_label=mark.said,
+        aria_label=mark.description,
     )
 
 
 def _frame(wide: _Scale, high: _Scale, x: Axis, y: Axis) -> list[Html]:
     """Grid, ticks and names of the axes."""
     parts = []
-    for tick in _apart(wide.ticks(9), wide, x.said):
+    for tick in _apart(wide.ticks(9), wide, x.tick_text):
         at = _number(wide.at(tick))
         parts += [
             tag("path", d=f"M{at} {high.first}V{high.last}", class_="grid"),
-            tag("text", x.said(tick), x=at, y=high.first + 16, text_anchor="middle"),
+            tag("text", x.tick_text(tick), x=at, y=high.first + 16, text_anchor="middle"),
         ]
     for tick in high.ticks(6):
         at = _number(high.at(tick))
         parts += [
             tag("path", d=f"M{wide.first} {at}H{wide.last}", class_="grid"),
-            tag("text", y.said(tick), x=wide.first - 6, y=_number(high.at(tick) + 4), text_anchor="end"),
+            tag("text", y.tick_text(tick), x=wide.first - 6, y=_number(high.at(tick) + 4), text_anchor="end"),
         ]
     return [
         *parts,
@@ -232,23 +232,23 @@ def _frame(wide: _Scale, high: _Scale, x: Axis, y: Axis) -> list[Html]:
     ]
 
 
-def _apart(ticks: Sequence[float], scale: _Scale, said: Callable[[float], str]) -> list[float]:
-    """Those of which the text does not touch the one before, nor the edge."""
-    kept: list[float] = []
+def _apart(ticks: Sequence[float], scale: _Scale, tick_text: Callable[[float], str]) -> list[float]:
+    """The ticks whose text touches neither the one before nor the edge."""
+    readable: list[float] = []
     edge = -math.inf
     for tick in ticks:
-        half = LETTER * len(said(tick)) / 2
+        half = LETTER * len(tick_text(tick)) / 2
         if scale.at(tick) - half > edge and scale.at(tick) + half < scale.last + 10:
-            kept.append(tick)
+            readable.append(tick)
             edge = scale.at(tick) + half + LETTER
-    return kept
+    return readable
 
 
 # Layouts.
 
 
 def matrix(what: str, shares: Floats) -> Html:
-    """Who sees whom, a square each cell, the darker the more of it."""
+    """An attention mask, a square for each cell: the darker, the larger the share that is kept."""
     rows, columns = shares.shape
     marks: dict[int, list[str]] = {}
     for row, values in enumerate(shares.tolist()):
@@ -272,12 +272,12 @@ def matrix(what: str, shares: Floats) -> Html:
 
 
 def shade(share: float) -> int:
-    """0 for nothing, SHADES - 1 for all."""
+    """The shade of a share: 0 for nothing, SHADES - 1 for all."""
     return 0 if share <= 0 else SHADES - 1 if share >= 1 else 1 + min(int(3 * share), 2)
 
 
 def strip(positions: Sequence[bool]) -> Html:
-    """Which positions are taken."""
+    """A mark for each position that is true."""
     path = "".join(f"M{at}.15 0h.7v1h-.7z" for at, one in enumerate(positions) if one)
     return tag(
         "svg",

@@ -31,12 +31,12 @@ Inside = str | int | float | None
 def tag(name: str, /, *inside: Inside, **attributes: str | int | float | bool | None) -> Html:
     """An element. What is inside is escaped unless it is markup; None is nothing. In names of attributes a
     final underscore is dropped and others are dashes; None and False leave one out, True has no value."""
-    said = "".join(
+    written = "".join(
         f" {_named(key)}" + ("" if value is True else f'="{escape(str(value))}"')
         for key, value in attributes.items()
         if value is not None and value is not False
     )
-    return Html(f"<{name}{said}>" if name in _EMPTY else f"<{name}{said}>{join(inside)}</{name}>")
+    return Html(f"<{name}{written}>" if name in _EMPTY else f"<{name}{written}>{join(inside)}</{name}>")
 
 
 def _named(key: str) -> str:
@@ -55,12 +55,12 @@ class Heading(NamedTuple):
 
     name: str
     kind: str = ""
-    """How it is set: `number`, `bar`, `word` (never broken, so nothing that is anyone's text), or as text."""
+    """The column's style: `number`, `bar`, `word` (never broken: for short names alone), or none for text."""
 
 
 def table(caption: str, columns: Sequence[Heading], rows: Iterable[Sequence[Inside]], kind: str = "") -> Html:
-    """A table; the first cell of a row is its heading. Roles are said because a narrow screen shows rows as
-    blocks, which browsers then take for no table."""
+    """A table; the first cell of a row is its heading. Roles are explicit because a narrow screen shows rows
+    as blocks, and browsers no longer treat those as a table."""
     head = tag(
         "tr",
         *(tag("th", one.name, scope="col", role="columnheader", class_=one.kind or None) for one in columns),
@@ -86,11 +86,11 @@ def _cells(columns: Sequence[Heading], row: Sequence[Inside]) -> Iterable[Html]:
 
 
 def pairs(rows: Iterable[tuple[str, Inside]], kind: str = "pairs") -> Html:
-    """Names and what is said of them; a row without a name goes on with the one before."""
+    """Rows of (name, content) as a list; a row without a name continues the one before."""
     parts: list[Html] = []
-    for name, said in rows:
+    for name, content in rows:
         parts += [tag("dt", name)] if name else []
-        parts.append(tag("dd", said))
+        parts.append(tag("dd", content))
     return tag("dl", *parts, class_=kind)
 
 
@@ -104,7 +104,7 @@ class Section(NamedTuple):
 
 
 def page(title: str, head: Html, sections: Sequence[Section], foot: str) -> str:
-    """The whole file. `head`: what is in large, under a heading of the first rank."""
+    """The page as one file of HTML. `head`: the content of its header, with the first heading."""
     style, script = _STYLE.read_text(encoding="utf-8"), _SCRIPT.read_text(encoding="utf-8")
     policy = f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}; img-src data:"
     links = [tag("li", tag("a", one.heading, href=f"#{one.key}")) for one in sections]

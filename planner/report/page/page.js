@@ -18,11 +18,11 @@
       status.textContent = done ? "Copied" : "Selected: copy it with your keyboard";
     });
   }
-  for (const said of document.querySelectorAll(".said")) {
+  for (const description of document.querySelectorAll(".description")) {
     const usual = "Point at a mark, or reach it with the tab key, for its figures.";
-    said.textContent = usual;
-    for (const point of said.parentElement.querySelectorAll(".point")) {
-      const show = () => { said.textContent = point.getAttribute("aria-label"); };
+    description.textContent = usual;
+    for (const point of description.parentElement.querySelectorAll(".point")) {
+      const show = () => { description.textContent = point.getAttribute("aria-label"); };
       point.addEventListener("focus", show);
       point.addEventListener("mouseenter", show);
       point.addEventListener("click", show);

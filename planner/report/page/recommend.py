@@ -7,6 +7,7 @@ from typing import Final
 
 from planner.answers.recommendation import Pick, Recommendation
 from planner.answers.verified import Verified
+from planner.question.dimensions import attention_kind
 from planner.report.page.charts import SHAPES, Axis, Mark, delta, pair, points
 from planner.report.page.html import Heading, Html, Section, join, page, pairs, table, tag
 from planner.report.page.sections import budget, layout, program, provenance, tiles
@@ -14,60 +15,59 @@ from planner.report.text import words
 from planner.report.text.recommend import changed, dimension, reasons, searched, seconds, shape
 from planner.units import format_bytes
 
-MOST: Final = 100
+MAXIMUM_ROWS: Final = 100
 """Rows that a table shows."""
 _AIM: Final = {"speed": "The fastest attention", "seq": "The longest sequence", "quality": "The most mass"}
 
 
-def recommend_page(found: Recommendation, verified: Sequence[Verified]) -> str:
-    """The whole file."""
-    where = f"{words.task(found.workload)}, on {found.on}"
+def recommend_page(answer: Recommendation, verified: Sequence[Verified]) -> str:
+    """The page of a recommendation as one file of HTML."""
+    where = f"{words.task(answer.workload)}, on {answer.on}"
     head = join(
         [
-            tag("p", f"{_AIM[found.objective]} within {format_bytes(found.budget)}", class_="kicker"),
-            tag("h1", words.attention(found.config)),
+            tag("p", f"{_AIM[answer.objective]} within {format_bytes(answer.budget)}", class_="kicker"),
+            tag("h1", words.attention(answer.config)),
             tag("p", where),
-            _tiles(found, verified),
-            tag("p", shape(found.config), class_="shape"),
+            _tiles(answer, verified),
+            tag("p", shape(answer.config), class_="shape"),
         ]
     )
-    quality = found.quality
+    quality = answer.quality
     sections = [
-        _picks(found),
-        budget(found.memory, found.budget, found.reserve),
-        _why(found),
-        _pareto(found),
-        layout(found.config, found.workload, quality.profile, quality.mass, quality.layers),
+        _picks(answer),
+        budget(answer.memory, answer.budget, answer.reserve),
+        _why(answer),
+        _pareto(answer),
+        layout(answer.config, answer.workload, quality.profile, quality.mass, quality.layers),
         *([_measured(verified)] if verified else []),
-        program(found.config, found.workload),
-        _provenance(found),
+        program(answer.config, answer.workload),
+        _provenance(answer),
     ]
-    title = (
-        f"{words.attention(found.config)} for {found.workload.seq:,} tokens in {format_bytes(found.budget)}"
-    )
+    task = f"{answer.workload.seq:,} tokens in {format_bytes(answer.budget)}"
+    title = f"{words.attention(answer.config)} for {task}"
     return page(title, head, sections, "Made by planner report.")
 
 
-def _tiles(found: Recommendation, verified: Sequence[Verified]) -> Html:
-    quality = found.quality
+def _tiles(answer: Recommendation, verified: Sequence[Verified]) -> Html:
+    quality = answer.quality
     ran = next((one for one in verified if one.role == "answer" and one.seconds is not None), None)
     time = "a call, predicted"
     if ran is not None and ran.seconds is not None:
         time += f"; {seconds(ran.seconds)} measured"
     layers = f"{quality.layers:,} layer{'s' * (quality.layers != 1)}" if quality.layers else "never"
-    length = ("length", f"{found.workload.seq:,}", "tokens, the most that fit")
+    length = ("length", f"{answer.workload.seq:,}", "tokens, the most that fit")
     return tiles(
         [
-            *([length] if found.objective == "seq" else []),
-            ("memory", format_bytes(found.memory.upper), f"at most, of {format_bytes(found.budget)}"),
-            ("time", seconds(found.seconds), time),
+            *([length] if answer.objective == "seq" else []),
+            ("memory", format_bytes(answer.memory.upper), f"at most, of {format_bytes(answer.budget)}"),
+            ("time", seconds(answer.seconds), time),
             ("mass", f"{quality.mass:.1%}", f"of dense attention's, profile {quality.profile!r}"),
-            ("reach", layers, "until every token can be heard of"),
+            ("reach", layers, "until every token is reached"),
         ]
     )
 
 
-def _picks(found: Recommendation) -> Section:
+def _picks(answer: Recommendation) -> Section:
     columns = [
         Heading("pick", "word"),
         Heading("attention", "word"),
@@ -78,13 +78,13 @@ def _picks(found: Recommendation) -> Section:
         Heading("mass", "number"),
         Heading("layers", "number"),
     ]
-    rows = [(one.role, *_figures(one)) for one in found.alternatives]
-    return Section("picks", "Three to choose from", table("Picks of what nothing surpasses", columns, rows))
+    rows = [(one.role, *_figures(one)) for one in answer.alternatives]
+    return Section("picks", "Three to choose from", table("Picks from the Pareto front", columns, rows))
 
 
 def _figures(one: Pick) -> tuple[str, ...]:
     return (
-        words.kind_of(one.config),
+        attention_kind(one.config),
         shape(one.config),
         f"{one.seq:,}",
         format_bytes(one.upper),
@@ -94,11 +94,11 @@ def _figures(one: Pick) -> tuple[str, ...]:
     )
 
 
-def _why(found: Recommendation) -> Section:
-    said = pairs(reasons(found.why, found.objective))
-    steps = found.why.steps[:MOST]
+def _why(answer: Recommendation) -> Section:
+    summary = pairs(reasons(answer.why, answer.objective))
+    steps = answer.why.steps[:MAXIMUM_ROWS]
     if not steps:
-        return Section("why", "Why this one", said)
+        return Section("why", "Why this one", summary)
     columns = [
         Heading("one step"),
         Heading("time", "number"),
@@ -110,12 +110,12 @@ def _why(found: Recommendation) -> Section:
         Heading("layers", "number"),
         Heading("fails", "fails"),
     ]
-    times = [step.seconds / found.seconds - 1 if found.seconds > 0 else 0.0 for step in steps]
-    memory = [float(step.upper - found.memory.upper) for step in steps]
-    mass = [step.mass - found.quality.mass for step in steps]
+    times = [step.seconds / answer.seconds - 1 if answer.seconds > 0 else 0.0 for step in steps]
+    memory = [float(step.upper - answer.memory.upper) for step in steps]
+    mass = [step.mass - answer.quality.mass for step in steps]
     rows = []
     for at, step in enumerate(steps):
-        change = changed(found, step)
+        change = changed(answer, step)
         rows.append(
             (
                 f"{dimension(step)}: {step.before} to {step.after}",
@@ -130,26 +130,26 @@ def _why(found: Recommendation) -> Section:
             )
         )
     what = "What half and double of each dimension would change, and which constraint it would then fail"
-    return Section("why", "Why this one", join([said, table(what, columns, rows, "bars steps")]))
+    return Section("why", "Why this one", join([summary, table(what, columns, rows, "bars steps")]))
 
 
 def _delta(values: Sequence[float], at: int, better: int) -> Html:
-    """One of several changes as a bar, the largest of them whole; blue is for the better."""
-    most = max(abs(value) for value in values) or 1.0
-    return delta(values[at] / most, "better" if values[at] * better > 0 else "worse")
+    """One of several changes as a bar, the largest of them whole; blue is an improvement."""
+    maximum = max(abs(value) for value in values) or 1.0
+    return delta(values[at] / maximum, "better" if values[at] * better > 0 else "worse")
 
 
-def _pareto(found: Recommendation) -> Section:
-    picks = found.pareto[:MOST]
+def _pareto(answer: Recommendation) -> Section:
+    picks = answer.pareto[:MAXIMUM_ROWS]
     roles: dict[Pick, str] = {}
-    for one in found.alternatives:
+    for one in answer.alternatives:
         plain = one.model_copy(update={"role": ""})
         roles[plain] = ", ".join(filter(None, (roles.get(plain), one.role)))
     drawn = list(dict.fromkeys([*picks, *roles]))
     if not drawn:
         return Section("pareto", "What else there is", tag("p", "Nothing else was found."))
-    most = max(one.upper for one in drawn) or 1
-    marks = [_mark(one, roles.get(one, ""), most) for one in drawn]
+    maximum = max(one.upper for one in drawn) or 1
+    marks = [_mark(one, roles.get(one, ""), maximum) for one in drawn]
     columns = [
         Heading("attention", "word"),
         Heading("config"),
@@ -161,34 +161,36 @@ def _pareto(found: Recommendation) -> Section:
         Heading("pick"),
     ]
     rows = [(*_figures(one), roles.get(one, "")) for one in drawn]
-    what = "What nothing surpasses in memory, time and mass together"
+    what = "Pareto front of memory, time and mass"
     body = [
         tag(
             "p",
-            "Each mark is a config that nothing surpasses in memory, time and mass together; its area "
-            "is the memory that it takes. Up and to the left is better.",
+            "Each mark is a config on the Pareto front: no other is at least as good in memory, time and "
+            "mass, and better in one. Its area is the memory that it takes. Up and to the left is better.",
         ),
         points(
             what,
             marks,
             Axis("time of a call, predicted", seconds, log=True),
-            Axis(f"mass of dense attention, profile {found.quality.profile!r}", _share),
+            Axis(f"mass of dense attention, profile {answer.quality.profile!r}", _share),
         ),
         tag("details", tag("summary", "The same as a table"), table(what, columns, rows)),
     ]
     return Section("pareto", "What else there is", join(body))
 
 
-def _mark(one: Pick, role: str, most: int) -> Mark:
-    kind = words.kind_of(one.config)
-    said = f"{kind}: {seconds(one.seconds)}, {one.mass:.1%} of the mass, {format_bytes(one.upper)} at most"
-    said += f", {one.seq:,} tokens. {shape(one.config)}"
+def _mark(one: Pick, role: str, maximum: int) -> Mark:
+    kind = attention_kind(one.config)
+    description = (
+        f"{kind}: {seconds(one.seconds)}, {one.mass:.1%} of the mass, {format_bytes(one.upper)} at most"
+    )
+    description += f", {one.seq:,} tokens. {shape(one.config)}"
     return Mark(
         one.seconds,
         100 * one.mass,
-        one.upper / most,
+        one.upper / maximum,
         kind if kind in SHAPES else "dense",
-        f"{role}, {said}" if role else said,
+        f"{role}, {description}" if role else description,
         role,
     )
 
@@ -208,30 +210,30 @@ def _measured(results: Sequence[Verified]) -> Section:
         Heading("", "bar"),
         Heading("outcome"),
     ]
-    most = max(max(one.upper, one.allocated or 0) for one in results) or 1
+    largest = max(max(one.upper, one.allocated or 0) for one in results) or 1
     longest = max(max(one.predicted, one.seconds or 0.0) for one in results) or 1.0
     rows = [
         (
             one.role,
             format_bytes(one.allocated) if one.allocated is not None else "-",
             format_bytes(one.upper),
-            pair(one.upper / most, one.allocated / most if one.allocated is not None else None),
+            pair(one.upper / largest, one.allocated / largest if one.allocated is not None else None),
             seconds(one.seconds) if one.seconds is not None else "-",
             seconds(one.predicted),
             pair(one.predicted / longest, one.seconds / longest if one.seconds is not None else None),
             f"{one.kind}: {one.message}" if one.message else one.kind,
         )
-        for one in results[:MOST]
+        for one in results[:MAXIMUM_ROWS]
     ]
     what = "Picks as they ran, beside what was predicted: pale the prediction, dark the measurement"
     return Section("measured", "Predicted and measured", table(what, columns, rows, "bars"))
 
 
-def _provenance(found: Recommendation) -> Section:
+def _provenance(answer: Recommendation) -> Section:
     rows = [
-        ("device", found.on),
-        ("rests on", found.calibration),
-        ("searched", searched(found)),
-        *(("note", note) for note in found.memory.notes),
+        ("device", answer.on),
+        ("calibration", answer.calibration),
+        ("searched", searched(answer)),
+        *(("note", note) for note in answer.memory.notes),
     ]
-    return provenance(rows, found.versions, found.seed, found.command)
+    return provenance(rows, answer.versions, answer.seed, answer.command)

@@ -1,4 +1,4 @@
-"""Parts of a page that a recommendation and what tuning found have in common."""
+"""Parts that the pages of a recommendation and of tuning have in common."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ from planner.units import format_bytes
 from planner.workload import Workload
 
 CELLS: Final = 64
-"""Rows and columns of a layout's picture, at most."""
+"""The largest number of rows and of columns of a layout's picture."""
 SHADE_NAMES: Final = ("none", "up to 1/3", "up to 2/3", "more", "all")
 
 
 def tiles(figures: Iterable[tuple[str, str, str]]) -> Html:
-    """What there is to know first: (name, figure, what it means) each."""
+    """The main figures, as (name, figure, its meaning) each."""
     parts = [
-        tag("div", tag("dt", name), tag("dd", tag("strong", figure), " ", tag("span", said)))
-        for name, figure, said in figures
+        tag("div", tag("dt", name), tag("dd", tag("strong", figure), " ", tag("span", meaning)))
+        for name, figure, meaning in figures
     ]
     return tag("dl", *parts, class_="tiles")
 
 
 def budget(memory: MemoryEstimate, whole: int, reserve: int) -> Section:
-    """What the budget is made of, each share on top of those before it."""
+    """The budget, share by share, each bar beginning where the one before ends."""
     shares = [(label(step.name), step.bytes, "") for step in waterfall(memory)]
     shares.append(("margin", memory.upper - memory.device, "margin"))
     shares.append(("reserved", reserve, "reserved"))
     shares.append(("left", whole - reserve - memory.upper, "left"))
-    rows, start, most = [], 0, max(whole, 1)
+    rows, start, total = [], 0, max(whole, 1)
     for name, count, kind in shares:
         if count > 0:
-            drawn = bar(start / most, count / most, kind)
-            rows.append((name, drawn, format_bytes(count), f"{count / most:.1%}"))
+            drawn = bar(start / total, count / total, kind)
+            rows.append((name, drawn, format_bytes(count), f"{count / total:.1%}"))
             start += count
-    rows.append(("the budget", bar(0, whole / most, "whole"), format_bytes(whole), "100.0%"))
+    rows.append(("the budget", bar(0, whole / total, "whole"), format_bytes(whole), "100.0%"))
     columns = [Heading("share"), Heading("", "bar"), Heading("bytes", "number"), Heading("of it", "number")]
     body = [
         table("What the budget is made of at the peak of memory", columns, rows, "bars shares"),
@@ -57,22 +57,20 @@ def budget(memory: MemoryEstimate, whole: int, reserve: int) -> Section:
 def layout(
     config: AttentionConfig, workload: Workload, profile: str, mass: float, layers: int | None
 ) -> Section:
-    """Which block sees which, and how much that keeps."""
-    heading = "Which token sees which"
+    """A picture of the attention mask, and its figures."""
+    heading = "Attention mask"
     try:
-        found = seen(config, workload, PRESETS.get(profile, PRESETS[DEFAULT]))
+        mask = seen(config, workload, PRESETS.get(profile, PRESETS[DEFAULT]))
     except ConfigError as error:
         return Section("layout", heading, tag("p", f"No picture: {error}."))
     # Mass and reach are the answer's, under its own profile.
-    found = found._replace(
-        mass=None if found.chosen else mass, profile=profile, layers=found.layers or layers
-    )
-    rows: list[tuple[str, str]] = figures(found)
-    if found.chosen:
+    mask = mask._replace(mass=None if mask.chosen else mass, profile=profile, layers=mask.layers or layers)
+    rows: list[tuple[str, str]] = figures(mask)
+    if mask.chosen:
         return Section("layout", heading, pairs(rows))
-    shares = cells(found, CELLS, CELLS)
-    whose = "that head 0 sees" if found.unit == "token" else "seen"
-    what = f"A square with a mark for each pair of {found.unit}s {whose}: {percent(found.share)} of all"
+    shares = cells(mask, CELLS, CELLS)
+    whose = "that head 0 keeps" if mask.unit == "token" else "kept"
+    what = f"A square with a mark for each pair of {mask.unit}s {whose}: {percent(mask.share)} of all"
     picture = tag(
         "figure",
         tag(
@@ -82,22 +80,22 @@ def layout(
             matrix(what, shares),
             class_="square",
         ),
-        tag("figcaption", _scale(found, len(shares)), _shades(shares)),
+        tag("figcaption", _scale(mask, len(shares)), _shades(shares)),
     )
     return Section(
-        "layout", heading, tag("div", picture, tag("div", pairs(rows), _heads(found)), class_="beside")
+        "layout", heading, tag("div", picture, tag("div", pairs(rows), _heads(mask)), class_="beside")
     )
 
 
-def _scale(found: Seen, across: int) -> str:
-    seq = found.workload.seq
-    each = f"{round(seq / across):,}" if across < found.units else f"{found.size:,}"
-    whose = " For head 0." if found.unit == "token" else ""
+def _scale(mask: Seen, across: int) -> str:
+    seq = mask.workload.seq
+    each = f"{round(seq / across):,}" if across < mask.units else f"{mask.size:,}"
+    whose = " For head 0." if mask.unit == "token" else ""
     return f"{seq:,} tokens each way, {each} a mark; the first is at the top left.{whose}"
 
 
 def _shades(shares: Floats) -> Html | None:
-    """What shades mean, where there are any."""
+    """The meaning of the shades; None if no cell is kept in part."""
     if not ((shares > 0) & (shares < 1)).any():
         return None
     marks = [
@@ -114,30 +112,30 @@ def _shades(shares: Floats) -> Html | None:
         )
         for level in range(SHADES)
     ]
-    return join([" Of a mark's pairs are seen:", tag("ul", *marks, class_="key")])
+    return join([" Share of a mark's pairs that is kept:", tag("ul", *marks, class_="key")])
 
 
-def _heads(found: Seen) -> Html | None:
-    """Which positions heads take, of a dilated attention."""
+def _heads(mask: Seen) -> Html | None:
+    """The positions that heads attend to; None if the attention is not dilated."""
     rows = [
         (
             f"{one.length:,} / {one.rate}",
             ", ".join(map(str, one.heads[:3])) + ", ..." * (len(one.heads) > 3),
             strip(one.positions),
         )
-        for one in strips(found)
+        for one in strips(mask)
     ]
     if not rows:
         return None
-    first = max(len(one.positions) for one in strips(found))
+    first = max(len(one.positions) for one in strips(mask))
     columns = [Heading("segment / rate"), Heading("heads"), Heading("", "bar")]
     return table(
-        f"Which of the first {first} positions of a segment heads take", columns, rows, "bars strips"
+        f"Positions that heads attend to, of the first {first} of a segment", columns, rows, "bars strips"
     )
 
 
 def program(config: AttentionConfig, workload: Workload) -> Section:
-    """The answer as code, to be copied."""
+    """The program that builds the config, with a button to copy it."""
     code = tag("pre", tag("code", snippet(config, workload), id="code"), tabindex="0", aria_label="Program")
     button = tag("button", "Copy", type="button", class_="copy", hidden=True)
     status = tag("span", role="status", class_="copied")
@@ -147,8 +145,8 @@ def program(config: AttentionConfig, workload: Workload) -> Section:
 def provenance(
     rows: Iterable[tuple[str, str]], versions: Mapping[str, str | None], seed: int, command: str
 ) -> Section:
-    """Where the figures are from, and what gives them again."""
-    known = ", ".join(f"{name} {version or 'not installed'}" for name, version in versions.items())
-    said = [*rows, ("versions", known), ("seed", str(seed))]
-    repeat = [("again with", tag("code", command))] if command else []
-    return Section("provenance", "Where this is from", pairs([*said, *repeat]))
+    """The sources of the figures, and the command that repeats them."""
+    installed = ", ".join(f"{name} {version or 'not installed'}" for name, version in versions.items())
+    entries = [*rows, ("versions", installed), ("seed", str(seed))]
+    repeat = [("repeat with", tag("code", command))] if command else []
+    return Section("provenance", "Where this is from", pairs([*entries, *repeat]))

@@ -1,4 +1,4 @@
-"""What tuning found, as a page. Imports no torch."""
+"""The result of tuning as a page. Imports no torch."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from typing import Final
 
 from planner.answers.tuned import Trial, Tuned
+from planner.question.dimensions import attention_kind
 from planner.report.page.charts import SHAPES, Axis, Mark, points
 from planner.report.page.html import Heading, Section, join, page, pairs, table, tag
 from planner.report.page.sections import budget, layout, program, provenance, tiles
@@ -14,57 +15,57 @@ from planner.report.text.recommend import seconds, shape
 from planner.report.text.tune import named, outcome
 from planner.units import format_bytes
 
-MOST: Final = 300
-"""Trials that are shown."""
+MAXIMUM_TRIALS: Final = 300
+"""Trials that a page shows."""
 
 
-def tune_page(found: Tuned) -> str:
-    """The whole file."""
-    best, quality = found.best, found.quality
-    ran = sum(trial.good for trial in found.trials)
-    taken = f"{format_bytes(best.allocated)}" if best.allocated is not None else format_bytes(best.upper)
-    meant = f"at the peak, measured, of {format_bytes(found.budget)}"
+def tune_page(tuned: Tuned) -> str:
+    """The page of a tuning result as one file of HTML."""
+    best, quality = tuned.best, tuned.quality
+    ran = sum(trial.good for trial in tuned.trials)
+    memory = f"{format_bytes(best.allocated)}" if best.allocated is not None else format_bytes(best.upper)
+    memory_note = f"at the peak, measured, of {format_bytes(tuned.budget)}"
     if best.allocated is None:
-        meant = f"at most, predicted, of {format_bytes(found.budget)}"
+        memory_note = f"at most, predicted, of {format_bytes(tuned.budget)}"
     layers = f"{quality.layers:,} layer{'s' * (quality.layers != 1)}" if quality.layers else "never"
     head = join(
         [
             tag(
-                "p", f"The fastest of {ran:,} that ran, within {format_bytes(found.budget)}", class_="kicker"
+                "p", f"The fastest of {ran:,} that ran, within {format_bytes(tuned.budget)}", class_="kicker"
             ),
-            tag("h1", words.attention(found.config)),
-            tag("p", f"{words.task(found.workload)}, on {found.on}"),
+            tag("h1", words.attention(tuned.config)),
+            tag("p", f"{words.task(tuned.workload)}, on {tuned.on}"),
             tiles(
                 [
                     ("time", outcome(best), f"a call, measured; {seconds(best.predicted)} predicted"),
-                    ("memory", taken, meant),
+                    ("memory", memory, memory_note),
                     ("mass", f"{quality.mass:.1%}", f"of dense attention's, profile {quality.profile!r}"),
-                    ("reach", layers, "until every token can be heard of"),
+                    ("reach", layers, "until every token is reached"),
                 ]
             ),
-            tag("p", shape(found.config), class_="shape"),
+            tag("p", shape(tuned.config), class_="shape"),
         ]
     )
     sections = [
-        _trials(found),
-        budget(found.memory, found.budget, found.reserve),
-        layout(found.config, found.workload, quality.profile, quality.mass, quality.layers),
-        program(found.config, found.workload),
-        _provenance(found),
+        _trials(tuned),
+        budget(tuned.memory, tuned.budget, tuned.reserve),
+        layout(tuned.config, tuned.workload, quality.profile, quality.mass, quality.layers),
+        program(tuned.config, tuned.workload),
+        _provenance(tuned),
     ]
-    title = f"{words.attention(found.config)}, tuned for {found.workload.seq:,} tokens on {found.on}"
+    title = f"{words.attention(tuned.config)}, tuned for {tuned.workload.seq:,} tokens on {tuned.on}"
     return page(title, head, sections, "Made by planner report.")
 
 
-def _trials(found: Tuned) -> Section:
-    shown = sorted(found.trials, key=lambda one: (_time(one) or math.inf, one.number))[:MOST]
+def _trials(tuned: Tuned) -> Section:
+    shown = sorted(tuned.trials, key=lambda one: (_time(one) or math.inf, one.number))[:MAXIMUM_TRIALS]
     ran = [one for one in shown if _time(one) is not None]
-    marks = [_mark(one, found) for one in ran]
-    failed = sum(not one.good for one in found.trials)
-    said = [
-        ("the best", f"{outcome(found.best)}, {named(found.best)}"),
-        ("models alone", f"{outcome(found.analytic)}, {named(found.analytic)}{_ratio(found)}"),
-        ("trials", f"{len(found.trials):,} measured; {failed:,} did not run within the budget"),
+    marks = [_mark(one, tuned) for one in ran]
+    failed = sum(not one.good for one in tuned.trials)
+    summary = [
+        ("the best", f"{outcome(tuned.best)}, {named(tuned.best)}"),
+        ("models alone", f"{outcome(tuned.analytic)}, {named(tuned.analytic)}{_ratio(tuned)}"),
+        ("trials", f"{len(tuned.trials):,} measured; {failed:,} did not run within the budget"),
     ]
     columns = [
         Heading("trial", "number"),
@@ -83,7 +84,7 @@ def _trials(found: Tuned) -> Section:
             seconds(one.predicted),
             format_bytes(one.allocated) if one.allocated is not None else "-",
             format_bytes(one.upper),
-            words.kind_of(one.config),
+            attention_kind(one.config),
             shape(one.config),
             f"{one.kind}: {one.message}" if one.message else one.kind,
         )
@@ -105,7 +106,7 @@ def _trials(found: Tuned) -> Section:
         ),
     ]
     body = [
-        pairs(said),
+        pairs(summary),
         *(chart if marks else []),
         tag("details", tag("summary", "All trials as a table"), table(what, columns, rows)),
     ]
@@ -116,36 +117,36 @@ def _time(one: Trial) -> float | None:
     return one.seconds if one.good else None
 
 
-def _ratio(found: Tuned) -> str:
-    if not math.isfinite(found.speedup) or found.speedup <= 0:
+def _ratio(tuned: Tuned) -> str:
+    if not math.isfinite(tuned.speedup) or tuned.speedup <= 0:
         return ""
-    return f": the best takes {1 / found.speedup:.1%} of its time"
+    return f": the best takes {1 / tuned.speedup:.1%} of its time"
 
 
-def _mark(one: Trial, found: Tuned) -> Mark:
-    kind = words.kind_of(one.config)
+def _mark(one: Trial, tuned: Tuned) -> Mark:
+    kind = attention_kind(one.config)
     names = [
         name
-        for name, other in (("best", found.best), ("models alone", found.analytic))
+        for name, other in (("best", tuned.best), ("models alone", tuned.analytic))
         if other.config == one.config
     ]
-    said = f"trial {one.number}, {kind}: {outcome(one)} measured, {seconds(one.predicted)} predicted. "
+    description = f"trial {one.number}, {kind}: {outcome(one)} measured, {seconds(one.predicted)} predicted. "
     return Mark(
         one.predicted,
         one.seconds or 0.0,
         0.5,
         kind if kind in SHAPES else "dense",
-        said + shape(one.config),
+        description + shape(one.config),
         ", ".join(names),
     )
 
 
-def _provenance(found: Tuned) -> Section:
+def _provenance(tuned: Tuned) -> Section:
     rows = [
-        ("device", found.on),
-        ("rests on", found.calibration),
-        ("study", found.study),
-        *(("note", note) for note in found.memory.notes),
-        *([("", "tuning was interrupted; the same command goes on")] if found.interrupted else []),
+        ("device", tuned.on),
+        ("calibration", tuned.calibration),
+        ("study", tuned.study),
+        *(("note", note) for note in tuned.memory.notes),
+        *([("", "tuning was interrupted; the same command continues it")] if tuned.interrupted else []),
     ]
-    return provenance(rows, found.versions, found.seed, found.command)
+    return provenance(rows, tuned.versions, tuned.seed, tuned.command)

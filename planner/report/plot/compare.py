@@ -1,4 +1,4 @@
-"""Two predictions as a picture: component by component side by side, and what the second takes more."""
+"""Two predictions as a picture: component by component side by side, and by how much they differ."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from planner.report.text.estimate import label
 from planner.units import format_bytes
 
 HIGH: Final = 0.36
-"""Of one bar; a row is 1."""
+"""Height of one bar; a row is 1."""
 COLUMNS: Final = (58, 112, 218)
-"""Where the figures beside the bars end, in points from the bars' right."""
+"""Right ends of the columns of figures beside the bars, in points from the bars' right."""
 
 
-def plot_comparison(found: Comparison, names: tuple[str, str], path: Path) -> None:
-    """Writes the picture, as PNG or SVG by the file's suffix. `names`: what A and B are called."""
-    written([path], lambda figure: draw_comparison(figure, found, names))
+def plot_comparison(comparison: Comparison, names: tuple[str, str], path: Path) -> None:
+    """Writes the picture, as PNG or SVG by the file's suffix. `names`: the names of A and B."""
+    written([path], lambda figure: draw_comparison(figure, comparison, names))
 
 
-def rows_of(found: Comparison) -> list[tuple[str, int, int]]:
-    """(name, bytes of A, bytes of B) of what is drawn: components, then what they make together."""
-    a, b = found.a.estimate, found.b.estimate
-    rows = [(label(name), *both) for name, both in found.components.items()]
+def rows_of(comparison: Comparison) -> list[tuple[str, int, int]]:
+    """The bars as (name, bytes of A, bytes of B): components, then their sums."""
+    a, b = comparison.a.estimate, comparison.b.estimate
+    rows = [(label(name), *both) for name, both in comparison.components.items()]
     cached = (a.reserved - a.allocated, b.reserved - b.allocated)
     rows += [("cached segments", *cached)] if any(cached) else []
     return [*rows, ("together", a.device, b.device), ("upper bound", a.upper, b.upper)]
 
 
 def change(a: int, b: int) -> str:
-    """What B takes more: bytes, and the share of A's."""
+    """The difference from A to B in bytes, and as a share of A."""
     if a == b:
         return "="
     share = f" ({(b - a) / a:+.0%})" if a and b and b < 10 * a else f" (x {b / a:.3g})" if a and b else ""
@@ -45,8 +45,8 @@ def short(count: int) -> str:
     return format_bytes(count, 2 if count >= 10**9 else 1)
 
 
-def draw_comparison(figure: Any, found: Comparison, names: tuple[str, str]) -> None:
-    rows = rows_of(found)
+def draw_comparison(figure: Any, comparison: Comparison, names: tuple[str, str]) -> None:
+    rows = rows_of(comparison)
     figure.set_size_inches(8, 2.1 + 0.44 * len(rows))
     axes = figure.add_subplot()
     unit, name = bytes_unit(max(max(row[1], row[2]) for row in rows))
@@ -65,20 +65,20 @@ def draw_comparison(figure: Any, found: Comparison, names: tuple[str, str]) -> N
     axes.set_yticks(range(len(rows)), [row[0] for row in rows], fontsize=TEXT + 1)
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel(f"memory at the peak, {name}")
-    a, b = found.a.estimate, found.b.estimate
+    a, b = comparison.a.estimate, comparison.b.estimate
     more = format_bytes(abs(b.upper - a.upper))
-    said = "At the upper bound both take the same"
+    headline = "At the upper bound both take the same"
     if a.upper != b.upper:
-        said = f"At the upper bound B takes {more} {'more' if b.upper > a.upper else 'less'} than A"
+        headline = f"At the upper bound B takes {more} {'more' if b.upper > a.upper else 'less'} than A"
     sides = [
         f"{x}: {y[:28]}, {words.attention(z.config)}" for x, y, z in zip("AB", names, (a, b), strict=True)
     ]
-    title(figure, said)
+    title(figure, headline)
     figure.legend(bars, sides, loc="outside lower left", ncols=1, fontsize=TEXT, handlelength=1.2)
 
 
 def _column(axes: Any, at: int, texts: tuple[str, str, str], color: str) -> None:
-    """What is said of a row, right of the bars; of row -1 above them."""
+    """The figures of a row, right of the bars; row -1 is the heading above them."""
     for text, right, ink in zip(texts, COLUMNS, (INK, INK, color), strict=True):
         axes.annotate(
             text,

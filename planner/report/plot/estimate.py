@@ -1,4 +1,4 @@
-"""Pictures that commands draw: the waterfall of an estimate, the Pareto set of a recommendation."""
+"""Pictures that commands draw: the waterfall of an estimate, the Pareto front of a recommendation."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from planner.memory.estimate import MemoryEstimate
+from planner.question.dimensions import attention_kind
 from planner.report.places import Box, Name, placed
 from planner.report.plot.figure import BLUE, GRID, INK, KINDS, MUTED, RED, TEXT, title, written
 from planner.report.text import words
 from planner.report.text.estimate import label, waterfall
-from planner.report.text.words import kind_of
 from planner.report.ticks import linear_ticks, log_ticks
 from planner.units import format_bytes
 
@@ -19,23 +19,23 @@ if TYPE_CHECKING:
     from planner.answers.recommendation import Recommendation
 
 LARGEST: Final = 110.0
-"""Area of the mark of what takes most memory, in square points."""
+"""Area of the largest mark (most memory), in square points."""
 
 
-def plot(found: MemoryEstimate, path: Path, budget: int | None = None) -> None:
+def plot(estimate: MemoryEstimate, path: Path, budget: int | None = None) -> None:
     """Writes the waterfall, 960 pixels wide, as PNG or SVG by the file's suffix."""
-    written([path], lambda figure: draw_waterfall(figure, found, budget))
+    written([path], lambda figure: draw_waterfall(figure, estimate, budget))
 
 
-def plot_pareto(found: Recommendation, path: Path) -> None:
-    """Writes time against mass of what nothing surpasses, the picks marked, as PNG or SVG."""
-    written([path], lambda figure: draw_pareto(figure, found))
+def plot_pareto(answer: Recommendation, path: Path) -> None:
+    """Writes the Pareto front, mass over time with the picks marked, as PNG or SVG by the file's suffix."""
+    written([path], lambda figure: draw_pareto(figure, answer))
 
 
-def bytes_unit(most: float) -> tuple[int, str]:
-    """The unit of an axis that goes up to so many bytes."""
+def bytes_unit(maximum: float) -> tuple[int, str]:
+    """(bytes of it, name) of the unit of an axis that goes up to `maximum` bytes."""
     for size, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "KB")):
-        if most >= size:
+        if maximum >= size:
             return size, name
     return 1, "B"
 
@@ -43,18 +43,18 @@ def bytes_unit(most: float) -> tuple[int, str]:
 # The waterfall.
 
 
-def draw_waterfall(figure: Any, found: MemoryEstimate, budget: int | None) -> None:
-    steps = waterfall(found)
-    unit, name = bytes_unit(max(found.device, found.upper))
+def draw_waterfall(figure: Any, estimate: MemoryEstimate, budget: int | None) -> None:
+    steps = waterfall(estimate)
+    unit, name = bytes_unit(max(estimate.device, estimate.upper))
     figure.set_size_inches(8, 1.9 + 0.36 * (len(steps) + 1))
     axes = figure.add_subplot()
-    rows = [*((label(step.name), step.start, step.bytes) for step in steps), ("together", 0, found.device)]
+    rows = [*((label(step.name), step.start, step.bytes) for step in steps), ("together", 0, estimate.device)]
     colors = [BLUE] * len(steps) + [MUTED]
     for place, ((_, start, count), color) in enumerate(zip(rows, colors, strict=True)):
         axes.barh(place, count / unit, left=start / unit, color=color, edgecolor=color)
-        said = f"{format_bytes(count)}   {count / found.device:6.1%}"
+        text = f"{format_bytes(count)}   {count / estimate.device:6.1%}"
         axes.annotate(
-            said,
+            text,
             (1, place),
             xycoords=("axes fraction", "data"),
             xytext=(104, 0),
@@ -63,10 +63,10 @@ def draw_waterfall(figure: Any, found: MemoryEstimate, budget: int | None) -> No
             va="center",
             fontsize=TEXT + 0.5,
         )
-    lines = [("upper bound", found.upper, RED, "--")]
-    if budget is not None and budget < 3 * found.upper:
+    lines = [("upper bound", estimate.upper, RED, "--")]
+    if budget is not None and budget < 3 * estimate.upper:
         lines.append(("budget", budget, INK, ":"))
-    axes.set_xlim(0, 1.04 * max(found.device, *(count for _, count, _, _ in lines)) / unit)
+    axes.set_xlim(0, 1.04 * max(estimate.device, *(count for _, count, _, _ in lines)) / unit)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     # One above the other, so that lines that are near each other do not write over each other.
     for above, (what, count, color, style) in enumerate(lines):
@@ -86,22 +86,26 @@ def draw_waterfall(figure: Any, found: MemoryEstimate, budget: int | None) -> No
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel(f"memory at the peak, {name}")
     outside = f"; budget {format_bytes(budget)}" if budget is not None and len(lines) == 1 else ""
-    title(figure, f"{words.attention(found.config)}, on {found.on}{outside}", words.task(found.workload))
+    title(
+        figure,
+        f"{words.attention(estimate.config)}, on {estimate.on}{outside}",
+        words.task(estimate.workload),
+    )
 
 
-# The Pareto set.
+# The Pareto front.
 
 
-def draw_pareto(figure: Any, found: Recommendation) -> None:
+def draw_pareto(figure: Any, answer: Recommendation) -> None:
     from planner.report.text.recommend import seconds
 
     figure.set_size_inches(8, 5.2)
     axes = figure.add_subplot()
-    most = max(pick.upper for pick in (*found.pareto, *found.alternatives))
-    kinds = dict.fromkeys(kind_of(pick.config) for pick in found.pareto)
+    largest = max(pick.upper for pick in (*answer.pareto, *answer.alternatives))
+    kinds = dict.fromkeys(attention_kind(pick.config) for pick in answer.pareto)
     for kind in kinds:
         color, marker = KINDS[kind]
-        picks = [pick for pick in found.pareto if kind_of(pick.config) == kind]
+        picks = [pick for pick in answer.pareto if attention_kind(pick.config) == kind]
         axes.scatter(
             [pick.seconds for pick in picks],
             [100 * pick.mass for pick in picks],
@@ -109,50 +113,50 @@ def draw_pareto(figure: Any, found: Recommendation) -> None:
             zorder=2,
             marker=marker,
             label=kind,
-            s=[max(LARGEST * pick.upper / most, 6) for pick in picks],
+            s=[max(LARGEST * pick.upper / largest, 6) for pick in picks],
             linewidths=0,
         )
     axes.set_xscale("log")
     axes.margins(x=0.1, y=0.14)
     _round_ticks(axes, seconds)
     axes.set_xlabel("time of a call, predicted")
-    axes.set_ylabel(f"mass of dense attention, %, profile {found.quality.profile!r}")
+    axes.set_ylabel(f"mass of dense attention, %, profile {answer.quality.profile!r}")
     axes.grid(which="major", color=GRID, zorder=0)
-    least = min(pick.upper for pick in found.pareto)
-    lengths = sorted({pick.seq for pick in found.pareto})
-    asked = words.task(found.workload)
+    smallest = min(pick.upper for pick in answer.pareto)
+    lengths = sorted({pick.seq for pick in answer.pareto})
+    below = words.task(answer.workload)
     if len(lengths) > 1:
-        asked = f"{lengths[0]:,} to {lengths[-1]:,} tokens, {words.sizes(found.workload)}"
-    title(figure, f"What nothing surpasses in memory, time and mass, on {found.on}", asked)
+        below = f"{lengths[0]:,} to {lengths[-1]:,} tokens, {words.sizes(answer.workload)}"
+    title(figure, f"Pareto front of memory, time and mass, on {answer.on}", below)
     figure.legend(
         loc="outside lower left",
         ncols=len(kinds),
         fontsize=TEXT,
         handletextpad=0.3,
         columnspacing=1.4,
-        title=f"size: memory at most, {format_bytes(least)} to {format_bytes(most)}",
+        title=f"size: memory at most, {format_bytes(smallest)} to {format_bytes(largest)}",
         alignment="left",
         title_fontsize=TEXT,
     )
-    _name_picks(figure, axes, found, seconds)
+    _name_picks(figure, axes, answer, seconds)
 
 
-def _round_ticks(axes: Any, said: Callable[[float], str]) -> None:
+def _round_ticks(axes: Any, seconds_text: Callable[[float], str]) -> None:
     """Ticks at round numbers of seconds, in words, and of mass."""
     (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
     ticks = log_ticks(left, right, 8)
-    axes.set_xticks(ticks, [said(at) for at in ticks])
+    axes.set_xticks(ticks, [seconds_text(at) for at in ticks])
     axes.set_xticks([], minor=True)
     axes.set_yticks(linear_ticks(low, high, 7))
     axes.set(xlim=(left, right), ylim=(low, high))
 
 
-def _name_picks(figure: Any, axes: Any, found: Recommendation, said: Any) -> None:
+def _name_picks(figure: Any, axes: Any, answer: Recommendation, seconds_text: Any) -> None:
     """Rings around the picks and their roles beside them, where there is room."""
     roles: dict[tuple[float, float], list[str]] = {}
-    for pick in found.alternatives:
+    for pick in answer.alternatives:
         roles.setdefault((pick.seconds, 100 * pick.mass), []).append(pick.role)
-    texts = [f"{', '.join(names)}: {said(at[0])}, {at[1]:.1f}%" for at, names in roles.items()]
+    texts = [f"{', '.join(names)}: {seconds_text(at[0])}, {at[1]:.1f}%" for at, names in roles.items()]
     axes.scatter(
         [x for x, _ in roles],
         [y for _, y in roles],
@@ -164,7 +168,7 @@ def _name_picks(figure: Any, axes: Any, found: Recommendation, said: Any) -> Non
     )
     figure.draw_without_rendering()
     scale = figure.dpi / 72
-    spots = axes.transData.transform([(pick.seconds, 100 * pick.mass) for pick in found.pareto])
+    spots = axes.transData.transform([(pick.seconds, 100 * pick.mass) for pick in answer.pareto])
     radius = 7 * scale
     points = [Box(x - radius, y - radius, x + radius, y + radius) for x, y in spots.tolist()]
     at = axes.transData.transform(list(roles)).tolist()

@@ -22,7 +22,7 @@ FONT: Final = "DejaVu Sans"
 """Comes with matplotlib."""
 DPI: Final = 120
 TEXT, LABEL, TITLE = 9.5, 10.5, 12.0
-"""Sizes in points: at marks, of axes, of the whole."""
+"""Font sizes in points: beside marks, of axes, of the title."""
 BLUE, ORANGE, GREEN, RED, SKY, PINK, YELLOW = (
     "#0072b2",
     "#e69f00",
@@ -33,7 +33,7 @@ BLUE, ORANGE, GREEN, RED, SKY, PINK, YELLOW = (
     "#f0e442",
 )
 COLORS: Final = (BLUE, ORANGE, GREEN, RED, SKY, PINK)
-"""In the order in which series take them."""
+"""The colours of series, in this order."""
 INK, MUTED, GRID = "#1f2328", "#6b737b", "#e3e6e8"
 KINDS: Final = {
     "dense": (INK, "s"),
@@ -44,7 +44,7 @@ KINDS: Final = {
     "adaptive": (PINK, "P"),
     "multihead": (RED, "X"),
 }
-"""Colour and marker of each kind of attention; see `planner.report.text.words.kind_of`."""
+"""Colour and marker of each kind of attention; see `planner.question.dimensions.attention_kind`."""
 _SETTINGS: Final = {
     "font.family": FONT, "font.size": TEXT, "axes.labelsize": LABEL, "axes.titlesize": LABEL,
     "axes.edgecolor": MUTED, "axes.labelcolor": INK, "text.color": INK, "xtick.color": INK,
@@ -80,7 +80,7 @@ def drawn(formats: Sequence[str], draw: Callable[[Any], None], what: str = "--pl
         raise UnavailableError(
             f"{what} needs the font {FONT!r}, which comes with matplotlib and is missing: reinstall it"
         ) from None
-    found = []
+    pictures = []
     with matplotlib.rc_context(_SETTINGS):
         figure = make(figsize=(8, 5), layout="constrained")
         import_module("matplotlib.backends.backend_agg").FigureCanvasAgg(figure)
@@ -92,8 +92,8 @@ def drawn(formats: Sequence[str], draw: Callable[[Any], None], what: str = "--pl
             buffer = io.BytesIO()
             about = {"Date": None} if name == "svg" else {"Software": None}
             figure.savefig(buffer, format=name, dpi=DPI, metadata=about)
-            found.append(buffer.getvalue())
-    return found
+            pictures.append(buffer.getvalue())
+    return pictures
 
 
 def _plain_if_narrow(axis: Any) -> None:
@@ -114,7 +114,7 @@ def _plain_if_narrow(axis: Any) -> None:
 
 
 def title(figure: Any, text: str, below: str = "") -> None:
-    """What the picture says, and under it what it was asked of."""
+    """Sets the title: what the picture shows, and `below` it of which workload."""
     figure.suptitle(f"{text}\n{below}" if below else text, fontsize=TITLE, x=0.02, ha="left")
 
 

@@ -1,4 +1,4 @@
-"""A layout as a picture: which tokens see which, and of a dilated attention which positions heads take."""
+"""A layout as a picture: the attention mask and, for a dilated attention, the positions of each head."""
 
 from __future__ import annotations
 
@@ -13,44 +13,44 @@ from planner.report.text import words
 from planner.report.text.layout import percent
 
 CELLS: Final = 128
-"""Rows and columns of a picture, at most."""
+"""The largest number of rows and of columns of a picture."""
 SHADES: Final = ("#ffffff", "#b3d4ea", "#7db6db", "#3d8fc4", BLUE)
 LEVELS: Final = ("none", "up to 1/3", "up to 2/3", "more", "all")
-"""What they stand for, of the pairs of tokens or blocks of one mark."""
+"""The meaning of each shade: the share of a mark's pairs that is kept."""
 
 
-def plot_layout(found: Seen, path: Path) -> None:
+def plot_layout(mask: Seen, path: Path) -> None:
     """Writes the picture as PNG or SVG; ConfigError for adaptive, which has none before it runs."""
-    if found.chosen:
+    if mask.chosen:
         raise ConfigError("an adaptive attention chooses its blocks at run time: leave out --plot")
-    written([path], lambda figure: draw_layout(figure, found))
+    written([path], lambda figure: draw_layout(figure, mask))
 
 
-def draw_layout(figure: Any, found: Seen) -> None:
-    heads = strips(found)
+def draw_layout(figure: Any, mask: Seen) -> None:
+    heads = strips(mask)
     below = 0.6 + 0.28 * len(heads) if heads else 0.0
     figure.set_size_inches(6.4, 7.1 + below)
     parts = figure.subfigures(2, 1, height_ratios=(7.1, below)) if heads else [figure]
-    _draw_matrix(parts[0], found)
+    _draw_matrix(parts[0], mask)
     if heads:
         _draw_strips(parts[1].add_subplot(), heads)
-    workload = found.workload
-    kept = f"{percent(found.share)} of all pairs of {found.unit}s" + ", by head 0" * (found.unit == "token")
-    blocks = f" in {found.units:,} blocks of {found.size:,}" * (found.unit == "block")
+    workload = mask.workload
+    headline = f"{percent(mask.share)} of all pairs of {mask.unit}s" + ", by head 0" * (mask.unit == "token")
+    blocks = f" in {mask.units:,} blocks of {mask.size:,}" * (mask.unit == "block")
     title(
         figure,
-        f"{words.attention(found.config)}: {kept}",
+        f"{words.attention(mask.config)}: {headline}",
         f"{workload.seq:,} tokens{blocks}" + ", causal" * workload.causal,
     )
 
 
-def _draw_matrix(figure: Any, found: Seen) -> None:
+def _draw_matrix(figure: Any, mask: Seen) -> None:
     from matplotlib.colors import BoundaryNorm, ListedColormap
     from matplotlib.patches import Patch
 
     axes = figure.add_subplot()
-    shares = cells(found, CELLS, CELLS)
-    seq = found.workload.seq
+    shares = cells(mask, CELLS, CELLS)
+    seq = mask.workload.seq
     axes.imshow(
         shares,
         extent=(0, seq, seq, 0),
@@ -80,19 +80,19 @@ def _draw_matrix(figure: Any, found: Seen) -> None:
             fontsize=TEXT,
             handlelength=1.2,
             columnspacing=1.4,
-            title="how many of a mark's pairs are seen",
+            title="share of a mark's pairs that is kept",
             title_fontsize=TEXT,
         )
 
 
 def _draw_strips(axes: Any, heads: list[Strip]) -> None:
-    """A line for each kind of head, a mark for each position that it takes."""
+    """A line for each kind of head, a mark for each position that it attends to."""
     place = 0.0
     labels = {}
     for (length, rate), group in groupby(heads, key=lambda strip: strip[:2]):
         for strip in group:
-            taken = [at for at, one in enumerate(strip.positions) if one]
-            axes.scatter(taken, [place] * len(taken), marker="s", s=13, color=BLUE, linewidths=0)
+            positions = [at for at, one in enumerate(strip.positions) if one]
+            axes.scatter(positions, [place] * len(positions), marker="s", s=13, color=BLUE, linewidths=0)
             few = ", ".join(map(str, strip.heads[:2])) + ", .." * (len(strip.heads) > 2)
             labels[place] = f"{tokens(length)} / {rate}, head {few}"
             place += 1

@@ -9,17 +9,17 @@ from planner.answers.comparison import Comparison
 from planner.units import format_bytes
 
 
-def comparison_data(found: Comparison) -> dict[str, Any]:
-    """All of it as plain data."""
+def comparison_data(comparison: Comparison) -> dict[str, Any]:
+    """A comparison as plain data."""
 
     def pair(both: Iterable[Any]) -> dict[str, Any]:
         return dict(zip("ab", both, strict=True))
 
-    sides = (found.a, found.b)
+    sides = (comparison.a, comparison.b)
     return {
-        "asked": {name: pair(both) for name, both in found.asked.items()},
-        "components": {name: pair(both) for name, both in found.components.items()},
-        "buffers": [buffer._asdict() for buffer in found.buffers],
+        "asked": {name: pair(both) for name, both in comparison.asked.items()},
+        "components": {name: pair(both) for name, both in comparison.components.items()},
+        "buffers": [buffer._asdict() for buffer in comparison.buffers],
         **{
             name: pair(getattr(each.estimate, name) for each in sides)
             for name in ("allocated", "reserved", "device", "needed", "upper", "at")
@@ -28,30 +28,30 @@ def comparison_data(found: Comparison) -> dict[str, Any]:
     }
 
 
-def comparison_text(found: Comparison, names: tuple[str, str]) -> str:
-    """All of it in 80 columns."""
+def comparison_text(comparison: Comparison, names: tuple[str, str]) -> str:
+    """A comparison as text of at most 80 columns."""
     from planner.report.text import words
     from planner.report.text.estimate import label, wrapped
 
-    a, b = found.a.estimate, found.b.estimate
+    a, b = comparison.a.estimate, comparison.b.estimate
     head = [
         f"{letter}: {name}: {words.attention(each.config)}, on {each.on}, peak in {each.at!r}"
         for letter, name, each in zip("AB", names, (a, b), strict=True)
     ]
-    asked = [f"{name}: {_value(one)} -> {_value(two)}" for name, (one, two) in found.asked.items()]
-    rows = [_row(label(name), *both) for name, both in found.components.items() if name != "context"]
+    differences = [f"{name}: {_value(one)} -> {_value(two)}" for name, (one, two) in comparison.asked.items()]
+    rows = [_row(label(name), *both) for name, both in comparison.components.items() if name != "context"]
     figures = {"allocated": (a.allocated, b.allocated)}
     if (a.on, b.on) != ("cpu", "cpu"):
         figures |= {"reserved": (a.reserved, b.reserved), "device": (a.device, b.device)}
     figures["upper bound"] = (a.upper, b.upper)
-    if found.a.measured and found.b.measured:
-        figures["measured"] = (found.a.measured, found.b.measured)
+    if comparison.a.measured and comparison.b.measured:
+        figures["measured"] = (comparison.a.measured, comparison.b.measured)
     buffers = []
-    for buffer in found.buffers:
+    for buffer in comparison.buffers:
         buffers += [_row(buffer.name, buffer.a, buffer.b), *wrapped(buffer.formula, "    ", first="    ")]
     parts = [
         [line for each in head for line in wrapped(each, "   ")],
-        ["what differs"] + [line for each in asked for line in wrapped(each, "    ", first="  ")],
+        ["what differs"] + [line for each in differences for line in wrapped(each, "    ", first="  ")],
         [f"{'component':<38}{'A':>13}{'B':>13}{'B - A':>14}", *rows],
         ["buffers at the peak that differ", *buffers] if buffers else ["all buffers at the peak are alike"],
         [_row(name, *both) for name, both in figures.items()],

@@ -27,13 +27,13 @@ class Bar(NamedTuple):
     bytes: int
 
 
-def waterfall(found: MemoryEstimate) -> tuple[Bar, ...]:
-    """The peak of what the device loses, share by share: components of what is allocated, what the caching
-    allocator adds, what lies outside of it."""
-    shares = {name: count for name, count in found.components.items() if name != "context"}
-    shares["rounding"] = found.allocated - sum(shares.values())
-    shares["cached segments"] = found.reserved - found.allocated
-    shares["context"] = found.device - found.reserved
+def waterfall(estimate: MemoryEstimate) -> tuple[Bar, ...]:
+    """The peak of device memory, share by share: the components of allocated memory, what the caching
+    allocator adds, and what lies outside of it."""
+    shares = {name: count for name, count in estimate.components.items() if name != "context"}
+    shares["rounding"] = estimate.allocated - sum(shares.values())
+    shares["cached segments"] = estimate.reserved - estimate.allocated
+    shares["context"] = estimate.device - estimate.reserved
     steps: list[Bar] = []
     for name, count in shares.items():
         if count > 0:
@@ -46,25 +46,25 @@ def label(component: str) -> str:
     return _LABELS.get(component, component.replace("_", " "))
 
 
-def estimate_text(found: MemoryEstimate, budget: int | None, *, lines: bool, ink: str = "#") -> str:
-    """What was asked, the waterfall, the figures and whether they fit. `lines`: every buffer too. `ink`:
-    what bars are drawn with."""
+def estimate_text(estimate: MemoryEstimate, budget: int | None, *, lines: bool, ink: str = "#") -> str:
+    """The config and workload, the waterfall, the figures and whether they fit `budget` bytes. `lines`: list
+    every buffer too. `ink`: the character that bars are drawn with."""
     parts = [
-        [f"{words.attention(found.config)}, on {found.on}", words.task(found.workload)],
-        _waterfall(found, ink),
-        _pairs(_figures(found) + _budget(found, budget)),
+        [f"{words.attention(estimate.config)}, on {estimate.on}", words.task(estimate.workload)],
+        _waterfall(estimate, ink),
+        _pairs(_figures(estimate) + _budget(estimate, budget)),
     ]
     if lines:
-        parts.append(_lines(found))
-    parts.append([line for note in found.notes for line in wrapped(f"note: {note}", "  ")])
+        parts.append(_lines(estimate))
+    parts.append([line for note in estimate.notes for line in wrapped(f"note: {note}", "  ")])
     return "\n\n".join("\n".join(part) for part in parts if part)
 
 
-def _waterfall(found: MemoryEstimate, ink: str) -> list[str]:
-    drawn = [_row(f"at the peak, in {found.at!r}", "bytes", "share")]
-    for step in waterfall(found):
-        drawn.append(_step(label(step.name), step.start, step.bytes, found.device, ink))
-    return [*drawn, _step("together", 0, found.device, found.device, ink)]
+def _waterfall(estimate: MemoryEstimate, ink: str) -> list[str]:
+    drawn = [_row(f"at the peak, in {estimate.at!r}", "bytes", "share")]
+    for step in waterfall(estimate):
+        drawn.append(_step(label(step.name), step.start, step.bytes, estimate.device, ink))
+    return [*drawn, _step("together", 0, estimate.device, estimate.device, ink)]
 
 
 def _step(name: str, start: int, count: int, whole: int, ink: str) -> str:
@@ -78,54 +78,54 @@ def _row(left: str, figure: str, share: str) -> str:
     return f"{left:<{WIDTH - 20}} {figure:>11} {share:>7}".rstrip()
 
 
-def _figures(found: MemoryEstimate) -> list[tuple[str, str]]:
-    floor = found.workload.floor
-    rows = [("floor", f"{_bytes(floor)}: q + k + v + out"), ("allocated", _bytes(found.allocated))]
-    if found.on != "cpu":
+def _figures(estimate: MemoryEstimate) -> list[tuple[str, str]]:
+    floor = estimate.workload.floor
+    rows = [("floor", f"{_bytes(floor)}: q + k + v + out"), ("allocated", _bytes(estimate.allocated))]
+    if estimate.on != "cpu":
         rows += [
-            ("reserved", f"{_bytes(found.reserved)}, by the caching allocator"),
-            ("device", f"{_bytes(found.device)}, context included"),
-            ("needed", f"{_bytes(found.needed)}, to run at all"),
+            ("reserved", f"{_bytes(estimate.reserved)}, by the caching allocator"),
+            ("device", f"{_bytes(estimate.device)}, context included"),
+            ("needed", f"{_bytes(estimate.needed)}, to run at all"),
         ]
-    return [*rows, ("upper bound", _bytes(found.upper)), ("", found.confidence)]
+    return [*rows, ("upper bound", _bytes(estimate.upper)), ("", estimate.confidence)]
 
 
-def _budget(found: MemoryEstimate, budget: int | None) -> list[tuple[str, str]]:
+def _budget(estimate: MemoryEstimate, budget: int | None) -> list[tuple[str, str]]:
     if budget is None:
         return []
-    spare = budget - found.upper
+    spare = budget - estimate.upper
     if spare >= 0:
-        said = f"fits, {format_bytes(spare)} to spare at the upper bound"
-    elif found.needed <= budget:
-        said = f"may fit: the upper bound is {format_bytes(-spare)} above it"
+        verdict = f"fits, {format_bytes(spare)} to spare at the upper bound"
+    elif estimate.needed <= budget:
+        verdict = f"may fit: the upper bound is {format_bytes(-spare)} above it"
     else:
-        said = f"does not fit: {format_bytes(found.needed - budget)} too little"
-    return [("budget", _bytes(budget)), ("", said)]
+        verdict = f"does not fit: {format_bytes(estimate.needed - budget)} too little"
+    return [("budget", _bytes(budget)), ("", verdict)]
 
 
-def _lines(found: MemoryEstimate) -> list[str]:
+def _lines(estimate: MemoryEstimate) -> list[str]:
     shown = ["alive at the peak"]
-    for line in sorted(found.lines, key=lambda line: -line.bytes):
+    for line in sorted(estimate.lines, key=lambda line: -line.bytes):
         shown.append(_row(f"  {line.name} ({label(line.component)})", f"{line.bytes:,}", ""))
         shown += wrapped(line.source, "      ", first="      ")
     return shown
 
 
-def longest_text(found: Longest) -> str:
+def longest_text(answer: Longest) -> str:
     """The answer of `max-seq`."""
-    asked, on = found.beyond, found.beyond.on
-    head = [f"{words.attention(asked.config)}, on {on}", words.sizes(asked.workload)]
-    rows = [("budget", _bytes(found.budget))]
-    if found.fits is not None:
+    beyond, on = answer.beyond, answer.beyond.on
+    head = [f"{words.attention(beyond.config)}, on {on}", words.sizes(beyond.workload)]
+    rows = [("budget", _bytes(answer.budget))]
+    if answer.fits is not None:
         rows += [
-            ("longest", f"{found.fits.workload.seq:,} tokens"),
-            ("upper bound", _bytes(found.fits.upper)),
-            ("", found.fits.confidence),
+            ("longest", f"{answer.fits.workload.seq:,} tokens"),
+            ("upper bound", _bytes(answer.fits.upper)),
+            ("", answer.fits.confidence),
         ]
-    what = "next block" if found.fits else "one block"
-    rows += [(what, f"{asked.workload.seq:,} tokens: {_bytes(asked.upper)}")]
-    rows += [("would fit", spelt(change, exactly=True)) for change in found.relaxations]
-    notes = [line for note in asked.notes for line in wrapped(f"note: {note}", "  ")]
+    what = "next block" if answer.fits else "one block"
+    rows += [(what, f"{beyond.workload.seq:,} tokens: {_bytes(beyond.upper)}")]
+    rows += [("would fit", spelt(change, exactly=True)) for change in answer.relaxations]
+    notes = [line for note in beyond.notes for line in wrapped(f"note: {note}", "  ")]
     return "\n\n".join("\n".join(part) for part in (head, _pairs(rows), notes) if part)
 
 
@@ -138,5 +138,5 @@ def _pairs(rows: Iterable[tuple[str, str]]) -> list[str]:
 
 
 def wrapped(text: str, indent: str, first: str = "") -> list[str]:
-    """Lines of at most 80 columns."""
+    """The text in lines of at most 80 columns."""
     return textwrap.wrap(text, WIDTH, initial_indent=first, subsequent_indent=indent)

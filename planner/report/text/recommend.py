@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from attention.config import MIB, AttentionConfig
 from planner.answers.recommendation import Pick, Recommendation, Step, Why, Without
+from planner.question.dimensions import attention_kind
 from planner.report.text import words
 from planner.report.text.estimate import WIDTH, label, waterfall, wrapped
 from planner.report.text.snippet import snippet
@@ -16,72 +17,74 @@ if TYPE_CHECKING:
     from planner.answers.verified import Verified
 
 NAME = 13
-"""Columns before what is said."""
+"""Columns of the name at the beginning of a row."""
 _MEASURE = {"speed": "faster", "seq": "longer", "quality": "more mass"}
 
 
-def recommend_text(found: Recommendation, ink: str = "#") -> str:
+def recommend_text(answer: Recommendation, ink: str = "#") -> str:
     """The answer, the three picks, the budget, the reasons, the snippet."""
     parts = [
-        _head(found),
-        _answer(found),
-        _picks(found.alternatives),
-        _budget(found, ink),
-        _why(found),
-        _steps(found),
-        _search(found),
-        [line for note in found.memory.notes for line in wrapped(f"note: {note}", "  ")],
-        ["as a program (also: --format py)", "", *snippet(found.config, found.workload).splitlines()],
+        _head(answer),
+        _answer(answer),
+        _picks(answer.alternatives),
+        _budget(answer, ink),
+        _why(answer),
+        _steps(answer),
+        _search(answer),
+        [line for note in answer.memory.notes for line in wrapped(f"note: {note}", "  ")],
+        ["as a program (also: --format py)", "", *snippet(answer.config, answer.workload).splitlines()],
     ]
     return "\n\n".join("\n".join(part) for part in parts if part)
 
 
-def _head(found: Recommendation) -> list[str]:
-    return [f"{words.attention(found.config)}, on {found.on}", words.task(found.workload)]
+def _head(answer: Recommendation) -> list[str]:
+    return [f"{words.attention(answer.config)}, on {answer.on}", words.task(answer.workload)]
 
 
-def _answer(found: Recommendation) -> list[str]:
-    left = found.budget - found.reserve - found.memory.upper
-    quality = found.quality
+def _answer(answer: Recommendation) -> list[str]:
+    left = answer.budget - answer.reserve - answer.memory.upper
+    quality = answer.quality
     rows = [
-        ("config", shape(found.config)),
+        ("config", shape(answer.config)),
         (
             "memory",
-            f"{format_bytes(found.memory.upper)} at most, of {format_bytes(found.budget)}; "
-            f"{format_bytes(left)} left" + f", {format_bytes(found.reserve)} reserved" * (found.reserve > 0),
+            f"{format_bytes(answer.memory.upper)} at most, of {format_bytes(answer.budget)}; "
+            f"{format_bytes(left)} left"
+            + f", {format_bytes(answer.reserve)} reserved"
+            * (answer.reserve > 0),
         ),
-        ("", found.memory.confidence),
-        ("time", f"{seconds(found.seconds)} a call, predicted"),
+        ("", answer.memory.confidence),
+        ("time", f"{seconds(answer.seconds)} a call, predicted"),
         ("attends to", f"{quality.mass:.1%} of dense attention's mass, profile {quality.profile!r}"),
         ("reach", reach(quality.layers)),
-        ("rests on", found.calibration),
+        ("calibration", answer.calibration),
     ]
     return pairs(rows)
 
 
 def shape(config: AttentionConfig) -> str:
-    """The dimensions that were chosen."""
-    said = []
+    """The chosen value of each dimension, in words."""
+    parts = []
     pattern = config.pattern
     if pattern is not None:
-        said.append(f"block {pattern.block_size}")
+        parts.append(f"block {pattern.block_size}")
         if config.variant == "adaptive" or pattern.pattern_type == "dilated_sparse":
-            said.append(f"{pattern.sparsity_ratio:.3g} of blocks")
+            parts.append(f"{pattern.sparsity_ratio:.3g} of blocks")
         else:
-            said.append(f"window {pattern.local_window_size:,}")
+            parts.append(f"window {pattern.local_window_size:,}")
         if config.variant == "block_sparse" and pattern.pattern_type == "global_local":
-            said.append(f"global {pattern.global_tokens:,}")
+            parts.append(f"global {pattern.global_tokens:,}")
     if config.segment_lengths:
         branches = ", ".join(f"{length:,} / {rate}" for length, rate in config.branches)
-        said.append(f"segments / rates {branches}")
+        parts.append(f"segments / rates {branches}")
     if config.backend != "auto":
-        said.append(f"backend {config.backend}")
-    said.append(f"workspace {config.workspace_bytes / MIB:g} MiB")
-    return "; ".join(said)
+        parts.append(f"backend {config.backend}")
+    parts.append(f"workspace {config.workspace_bytes / MIB:g} MiB")
+    return "; ".join(parts)
 
 
 def seconds(value: float) -> str:
-    """4,560 s, 1.23 s, 45.6 ms or 789 us."""
+    """Seconds with a unit: 4,560 s, 1.23 s, 45.6 ms or 789 us."""
     if 999.5 <= value < 1e9:
         return f"{value:,.0f} s"
     for factor, unit in ((1, "s"), (1e3, "ms"), (1e6, "us")):
@@ -91,9 +94,10 @@ def seconds(value: float) -> str:
 
 
 def reach(layers: int | None) -> str:
+    """Reach in words; None: never."""
     if layers is None:
-        return "never: some tokens cannot be heard of, however many layers"
-    return f"all that may be seen, within {layers} layer{'s' * (layers != 1)}"
+        return "never: some tokens stay out of reach, however many layers"
+    return f"every token that causality permits, within {layers} layer{'s' * (layers != 1)}"
 
 
 def _picks(picks: Sequence[Pick]) -> list[str]:
@@ -101,7 +105,7 @@ def _picks(picks: Sequence[Pick]) -> list[str]:
         return []
     rows: list[tuple[str, list[str]]] = [
         ("", [pick.role for pick in picks]),
-        ("attention", [words.kind_of(pick.config) for pick in picks]),
+        ("attention", [attention_kind(pick.config) for pick in picks]),
         *_dimensions(picks),
         ("tokens", [f"{pick.seq:,}" for pick in picks]),
         ("memory", [format_bytes(pick.upper) for pick in picks]),
@@ -113,7 +117,7 @@ def _picks(picks: Sequence[Pick]) -> list[str]:
 
 
 def _dimensions(picks: Sequence[Pick]) -> Iterator[tuple[str, list[str]]]:
-    """Rows of the chosen dimensions, those that any of the picks has."""
+    """A row for each dimension that any of the picks has."""
 
     def row(name: str, cells: list[str]) -> Iterator[tuple[str, list[str]]]:
         if any(cells):
@@ -121,7 +125,7 @@ def _dimensions(picks: Sequence[Pick]) -> Iterator[tuple[str, list[str]]]:
 
     patterns = [pick.config.pattern for pick in picks]
     yield from row("block", [str(p.block_size) if p else "" for p in patterns])
-    kinds = [words.kind_of(pick.config) for pick in picks]
+    kinds = [attention_kind(pick.config) for pick in picks]
     yield from row(
         "window",
         [
@@ -141,12 +145,12 @@ def _dimensions(picks: Sequence[Pick]) -> Iterator[tuple[str, list[str]]]:
         yield f"branch {n + 1}", [f"{b[0][0]:,} / {b[0][1]}" if b else "-" for b in branches]
 
 
-def _budget(found: Recommendation, ink: str) -> list[str]:
-    """What the budget is made of."""
-    whole = found.budget
-    shares = [(label(step.name), step.bytes) for step in waterfall(found.memory)]
-    shares += [("margin", found.memory.upper - found.memory.device), ("reserved", found.reserve)]
-    shares.append(("left", whole - found.reserve - found.memory.upper))
+def _budget(answer: Recommendation, ink: str) -> list[str]:
+    """The budget, share by share, with bars of `ink`."""
+    whole = answer.budget
+    shares = [(label(step.name), step.bytes) for step in waterfall(answer.memory)]
+    shares += [("margin", answer.memory.upper - answer.memory.device), ("reserved", answer.reserve)]
+    shares.append(("left", whole - answer.reserve - answer.memory.upper))
     bar = WIDTH - 42
     lines = [f"{'the budget':<{WIDTH - 20}} {'bytes':>11} {'share':>7}"]
     for name, count in shares:
@@ -157,22 +161,22 @@ def _budget(found: Recommendation, ink: str) -> list[str]:
     return lines
 
 
-def _why(found: Recommendation) -> list[str]:
-    return pairs(reasons(found.why, found.objective))
+def _why(answer: Recommendation) -> list[str]:
+    return pairs(reasons(answer.why, answer.objective))
 
 
 def reasons(why: Why, objective: str) -> list[tuple[str, str]]:
-    """The reasons, (name, said) each."""
+    """Why this config was chosen, as (name, text) each."""
     rows = []
     if why.binding is None:
-        rows.append(("why", "no constraint keeps it back: without any of them it would be the same"))
+        rows.append(("why", "no constraint binds: without any of them the answer would be the same"))
     for one in why.without:
         rows.append(("why" if one is why.without[0] else "", _without(one, objective)))
     if why.runner_up is not None and why.behind is not None:
         rows.append(
             (
                 "runner-up",
-                f"{words.kind_of(why.runner_up.config)}: {shape(why.runner_up.config)}; "
+                f"{attention_kind(why.runner_up.config)}: {shape(why.runner_up.config)}; "
                 f"{_behind(why.behind, objective)}",
             )
         )
@@ -185,7 +189,7 @@ def _without(one: Without, objective: str) -> str:
         better = f"{1 + one.gain:.1f} times as {'fast' if objective == 'speed' else 'long'}"
     pick = one.pick
     return (
-        f"{one.constraint} binds: without it {better}, by {words.kind_of(pick.config)} with {pick.mass:.1%} "
+        f"{one.constraint} binds: without it {better}, by {attention_kind(pick.config)} with {pick.mass:.1%} "
         f"of the mass in {format_bytes(pick.upper)}"
     )
 
@@ -198,12 +202,12 @@ def _behind(behind: float, objective: str) -> str:
     return f"{behind:.1%} less"
 
 
-def _steps(found: Recommendation) -> list[str]:
-    if not found.why.steps:
+def _steps(answer: Recommendation) -> list[str]:
+    if not answer.why.steps:
         return []
     lines = [f"{'one step':<34}{'time':>9}{'memory':>11}{'mass':>8}{'layers':>8}  fails"]
-    for step in found.why.steps:
-        change = changed(found, step)
+    for step in answer.why.steps:
+        change = changed(answer, step)
         figures = f"{f'{dimension(step)} to {step.after}':<33.33} {change.time:>9}{change.memory:>11}"
         figures += f"{change.mass:>8}{step.layers or 'never':>8}"
         lines.append(f"{figures}  {','.join(step.failed)}".rstrip())
@@ -211,52 +215,52 @@ def _steps(found: Recommendation) -> list[str]:
 
 
 class Change(NamedTuple):
-    """What a step changes, in words."""
+    """The changes that a step of one dimension makes, in words."""
 
     time: str
     memory: str
     mass: str
-    """Points of a hundred."""
+    """Percentage points."""
 
 
-def changed(found: Recommendation, step: Step) -> Change:
-    memory = step.upper - found.memory.upper
+def changed(answer: Recommendation, step: Step) -> Change:
+    memory = step.upper - answer.memory.upper
     return Change(
-        f"{step.seconds / found.seconds - 1:+.1%}" if found.seconds > 0 else "-",
+        f"{step.seconds / answer.seconds - 1:+.1%}" if answer.seconds > 0 else "-",
         ("+" if memory >= 0 else "-") + format_bytes(abs(memory), 1),
-        f"{(step.mass - found.quality.mass) * 100:+.1f}",
+        f"{(step.mass - answer.quality.mass) * 100:+.1f}",
     )
 
 
 def dimension(step: Step) -> str:
-    """What is changed, as options call it."""
+    """The dimension that a step changes, as the options name it."""
     return step.dimension.removesuffix("_bytes").removesuffix("_size")
 
 
-def _search(found: Recommendation) -> list[str]:
-    return pairs([("searched", searched(found))])
+def _search(answer: Recommendation) -> list[str]:
+    return pairs([("searched", searched(answer))])
 
 
-def searched(found: Recommendation) -> str:
-    """What was looked at, and how much that helped."""
-    search = found.search
-    said = (
+def searched(answer: Recommendation) -> str:
+    """How many candidates were evaluated and tried, and what the trials gained."""
+    search = answer.search
+    text = (
         f"{search.grid:,} candidates of the grid, all evaluated: {search.fit:,} fit, {search.passed:,} of "
         f"them pass mass and time"
     )
     if search.trials:
-        gap = f"{search.gain:.2%} {_MEASURE[found.objective]} than" if search.gain > 0 else "no better than"
-        said += f"; {search.trials:,} trials over the full space: {gap} the grid's exact optimum"
-    return said
+        gap = f"{search.gain:.2%} {_MEASURE[answer.objective]} than" if search.gain > 0 else "no better than"
+        text += f"; {search.trials:,} trials over the full space: {gap} the grid's exact optimum"
+    return text
 
 
 def pairs(rows: Iterable[tuple[str, str]]) -> list[str]:
-    """Names and what is said of them, wrapped."""
-    return [line for name, said in rows for line in wrapped(said, " " * NAME, first=f"{name:<{NAME}}")]
+    """Rows of (name, text) as lines of at most 80 columns."""
+    return [line for name, text in rows for line in wrapped(text, " " * NAME, first=f"{name:<{NAME}}")]
 
 
 def verified_text(results: Sequence[Verified]) -> str:
-    """Predicted beside measured."""
+    """The picks as they ran here: measured memory and time beside the predicted."""
     lines = [f"{'measured here':<14}{'memory':>12}{'upper bound':>14}{'time':>11}{'predicted':>11}  outcome"]
     for one in results:
         memory = format_bytes(one.allocated) if one.allocated is not None else "-"

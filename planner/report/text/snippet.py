@@ -8,7 +8,7 @@ from attention.config import AdaptiveConfig, AttentionConfig, MultiheadConfig, S
 from planner.workload import Workload
 
 WIDTH = 74
-"""Characters of a field, beyond which its parts have lines of their own."""
+"""Characters of a field beyond which each of its parts gets a line of its own."""
 _PARTS = (SparsePatternConfig, AdaptiveConfig, MultiheadConfig)
 
 
@@ -54,13 +54,13 @@ def _assignment(config: AttentionConfig) -> list[str]:
 
 
 def _fields(value: Value) -> list[str]:
-    """What differs from the defaults, as keyword arguments."""
-    found = []
+    """The fields that differ from their defaults, as keyword arguments."""
+    arguments = []
     for name, field in type(value).model_fields.items():
-        given = getattr(value, name)
-        if given != field.default:
-            found.append(f"{name}={_literal(given)}")
-    return found
+        setting = getattr(value, name)
+        if setting != field.default:
+            arguments.append(f"{name}={_literal(setting)}")
+    return arguments
 
 
 def _literal(value: Any) -> str:

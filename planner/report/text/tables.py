@@ -1,4 +1,4 @@
-"""What commands show: cards and measurements as plain data, and as tables of at most 80 columns.
+"""Cards and measurements as plain data, and as tables of at most 80 columns.
 
 Imports rich and no torch.
 """
@@ -44,7 +44,7 @@ def show(what: RenderableType) -> None:
 
 
 def gpu_data(gpu: Gpu) -> dict[str, Plain]:
-    """All that is known of a card, with the sources of the figures; rates and kernels by dtype."""
+    """A card's figures and their sources; rates and kernels by dtype."""
     data = {field.name: getattr(gpu, field.name) for field in fields(gpu)}
     return data | {
         "aliases": list(gpu.aliases),
@@ -108,7 +108,7 @@ def _capability(gpu: Gpu) -> str:
 
 
 def _figure(value: float | None, unit: int) -> str:
-    """About three digits in `unit`, at most five characters; `-` where nobody knows or there is none."""
+    """A figure in `unit` with about three digits, at most five characters; `-` if there is none."""
     if value is None:
         return "-"
     scaled = value / unit
@@ -120,32 +120,32 @@ def _figure(value: float | None, unit: int) -> str:
 # Measurements.
 
 
-def measurement_data(found: Measurement) -> Plain:
+def measurement_data(measurement: Measurement) -> Plain:
     """The record, as it is kept in files of records."""
-    return cast(Plain, json.loads(found.to_json()))
+    return cast(Plain, json.loads(measurement.to_json()))
 
 
-def measurement_table(found: Measurement) -> RenderableType:
-    """What was asked, each figure there is, and where it was measured; or why there are no figures."""
-    asked = [Text(attention(found.config), style="bold"), Text(task(found.workload))]
-    if found.kind == "ok":
-        rows = [("time", _time(found))]
-        return Group(*asked, _figures(found), _pairs(rows + _where(found)))
-    rows = [(found.kind, found.message or "")]
-    rows += [("asked for last", _bytes(found.requested))] if found.requested is not None else []
-    rows += [("free then", _bytes(found.available))] if found.available is not None else []
-    return Group(*asked, _pairs(rows + _where(found)))
+def measurement_table(measurement: Measurement) -> RenderableType:
+    """The config and workload, each figure there is, and where it was measured; or why there are none."""
+    head = [Text(attention(measurement.config), style="bold"), Text(task(measurement.workload))]
+    if measurement.kind == "ok":
+        rows = [("time", _time(measurement))]
+        return Group(*head, _figures(measurement), _pairs(rows + _where(measurement)))
+    rows = [(measurement.kind, measurement.message or "")]
+    rows += [("asked for last", _bytes(measurement.requested))] if measurement.requested is not None else []
+    rows += [("free then", _bytes(measurement.available))] if measurement.available is not None else []
+    return Group(*head, _pairs(rows + _where(measurement)))
 
 
-def _figures(found: Measurement) -> Table:
+def _figures(measurement: Measurement) -> Table:
     rows = [
-        ("allocated, first call", found.allocated),
-        ("allocated, warm call", found.allocated_warm),
-        ("reserved by the caching allocator", found.reserved),
-        ("device peak, seen by the driver", found.device_peak),
-        ("context", found.context),
-        ("resident, above the start", found.resident),
-        ("floor: q + k + v + out", found.workload.floor),
+        ("allocated, first call", measurement.allocated),
+        ("allocated, warm call", measurement.allocated_warm),
+        ("reserved by the caching allocator", measurement.reserved),
+        ("device peak, seen by the driver", measurement.device_peak),
+        ("context", measurement.context),
+        ("resident, above the start", measurement.resident),
+        ("floor: q + k + v + out", measurement.workload.floor),
     ]
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0), pad_edge=False)
     table.add_column()
@@ -157,15 +157,15 @@ def _figures(found: Measurement) -> Table:
     return table
 
 
-def _time(found: Measurement) -> str:
-    assert found.seconds is not None
-    spread = f", spread {found.spread:.1%}" if found.spread is not None else ""
-    return f"{found.seconds:.4g} s, median of {found.runs} warm calls{spread}"
+def _time(measurement: Measurement) -> str:
+    assert measurement.seconds is not None
+    spread = f", spread {measurement.spread:.1%}" if measurement.spread is not None else ""
+    return f"{measurement.seconds:.4g} s, median of {measurement.runs} warm calls{spread}"
 
 
-def _where(found: Measurement) -> list[tuple[str, str]]:
-    """The cap and the environment, as far as they are known."""
-    place = found.environment
+def _where(measurement: Measurement) -> list[tuple[str, str]]:
+    """The cap and the environment, without what the record does not have."""
+    place = measurement.environment
     software = [
         ("torch", place.torch),
         ("CUDA", place.cuda),
@@ -173,16 +173,16 @@ def _where(found: Measurement) -> list[tuple[str, str]]:
         ("Python", place.python),
     ]
     rows: dict[str, list[str | None]] = {
-        "held to": [_bytes(found.cap_bytes)] if found.cap_bytes is not None else [],
-        "device": [place.device or found.device, place.capability]
+        "held to": [_bytes(measurement.cap_bytes)] if measurement.cap_bytes is not None else [],
+        "device": [place.device or measurement.device, place.capability]
         + ([f"{place.threads} threads"] if place.threads else []),
         "software": [*(f"{name} {version}" for name, version in software if version), place.system],
         "kernel": [place.backend, place.kernel],
         "settings": [f"{name}={value}" for name, value in place.settings.items()],
         "date": [place.date],
     }
-    known = {name: [value for value in values if value] for name, values in rows.items()}
-    return [(name, ", ".join(values)) for name, values in known.items() if values]
+    lines = {name: [value for value in values if value] for name, values in rows.items()}
+    return [(name, ", ".join(values)) for name, values in lines.items() if values]
 
 
 def _bytes(count: int) -> str:

@@ -3,32 +3,33 @@
 from __future__ import annotations
 
 from planner.answers.tuned import Trial, Tuned
+from planner.question.dimensions import attention_kind
 from planner.report.text import words
 from planner.report.text.recommend import pairs, seconds, shape
 from planner.search.tune import TuningProgress
 from planner.units import format_bytes
 
 
-def said(now: TuningProgress) -> str:
-    """One trial that ended, and the best so far."""
+def progress_text(now: TuningProgress) -> str:
+    """A line about the trial that ended last and the best one so far."""
     assert now.last is not None
     best = f"best {seconds(now.best.seconds)}" if now.best and now.best.seconds else "none has run yet"
     return f"{now.measured} of {now.wanted}: {outcome(now.last)}, {named(now.last)}; {best}"
 
 
-def tuned_text(found: Tuned) -> str:
+def tuned_text(tuned: Tuned) -> str:
     """The fastest, what it was compared with, and all that was measured, fastest first."""
-    best, analytic = found.best, found.analytic
+    best, analytic = tuned.best, tuned.analytic
     rows = [
         ("config", shape(best.config)),
         ("time", f"{outcome(best)} a call, measured; {seconds(best.predicted)} were predicted"),
         ("memory", _memory(best)),
-        ("analytic", f"{outcome(analytic)}, {named(analytic)}: the fastest takes {_ratio(found)} of it"),
-        ("trials", _counts(found)),
-        ("kept in", f"{found.storage}, study {found.study}"),
+        ("analytic", f"{outcome(analytic)}, {named(analytic)}: the fastest takes {_ratio(tuned)} of it"),
+        ("trials", _counts(tuned)),
+        ("kept in", f"{tuned.storage}, study {tuned.study}"),
     ]
-    head = [f"{words.attention(best.config)}, on {found.on}", words.task(found.workload)]
-    ordered = sorted(found.trials, key=lambda t: (t.seconds if t.good and t.seconds else 1e9, t.number))
+    head = [f"{words.attention(best.config)}, on {tuned.on}", words.task(tuned.workload)]
+    ordered = sorted(tuned.trials, key=lambda t: (t.seconds if t.good and t.seconds else 1e9, t.number))
     table = [f"{'trial':>5}  {'time':>9} {'predicted':>10} {'memory':>11}  config"]
     for trial in ordered[:15]:
         memory = format_bytes(trial.allocated) if trial.allocated else "-"
@@ -38,13 +39,13 @@ def tuned_text(found: Tuned) -> str:
 
 
 def outcome(trial: Trial) -> str:
-    """Its time, or how else it ended."""
+    """A trial's time, or how else it ended."""
     return seconds(trial.seconds) if trial.good and trial.seconds else trial.kind
 
 
 def named(trial: Trial) -> str:
-    """Its config in words."""
-    return f"{words.kind_of(trial.config)}: {shape(trial.config)}"
+    """A trial's config in words."""
+    return f"{attention_kind(trial.config)}: {shape(trial.config)}"
 
 
 def _memory(trial: Trial) -> str:
@@ -53,11 +54,11 @@ def _memory(trial: Trial) -> str:
     return f"{format_bytes(trial.allocated)} measured, {format_bytes(trial.upper)} at most predicted"
 
 
-def _ratio(found: Tuned) -> str:
-    return f"{1 / found.speedup:.1%}" if found.speedup else "-"
+def _ratio(tuned: Tuned) -> str:
+    return f"{1 / tuned.speedup:.1%}" if tuned.speedup else "-"
 
 
-def _counts(found: Tuned) -> str:
-    failed = sum(not trial.good for trial in found.trials)
-    kept = f", {found.kept} of them kept from before" if found.kept else ""
-    return f"{len(found.trials)} measured{kept}; {failed} did not run within the budget"
+def _counts(tuned: Tuned) -> str:
+    failed = sum(not trial.good for trial in tuned.trials)
+    reused = f", {tuned.kept} of them kept from before" if tuned.kept else ""
+    return f"{len(tuned.trials)} measured{reused}; {failed} did not run within the budget"

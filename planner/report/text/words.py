@@ -1,4 +1,4 @@
-"""What was asked, in a line each. Imports no torch."""
+"""Configs and workloads in words, a line each. Imports no torch."""
 
 from __future__ import annotations
 
@@ -7,27 +7,20 @@ from planner.workload import Workload
 
 
 def attention(config: AttentionConfig) -> str:
-    """Which attention it is."""
+    """The variant and, if it is block-sparse, its pattern."""
     inside = ", between projections" * (config.multihead is not None)
     if config.variant == "block_sparse" and config.pattern:
         return f"{config.variant}, {config.pattern.pattern_type}{inside}"
     return config.variant + inside
 
 
-def kind_of(config: AttentionConfig) -> str:
-    """The variant, or a block-sparse one's pattern."""
-    if config.variant == "block_sparse" and config.pattern:
-        return config.pattern.pattern_type
-    return config.variant
-
-
 def task(workload: Workload) -> str:
-    """What it is asked to do."""
+    """The sizes of a workload, its length first."""
     return f"{workload.seq:,} tokens, {sizes(workload)}"
 
 
 def sizes(workload: Workload) -> str:
-    """All of it but the length."""
+    """The sizes of a workload without its length."""
     groups = f" ({workload.groups} for keys)" if workload.groups != workload.heads else ""
     return (
         f"batch {workload.batch}, {workload.heads} heads{groups} x {workload.head_dim}, {workload.dtype}, "

@@ -546,7 +546,7 @@ def test_the_command_is_installed_as_planner():
         ("recommend --vram 8GB --seq 8K --trials 0 --storage a.journal", "trials=0 asks for none"),
         (
             "recommend --vram 8GB --seq 8K --trials 0 --seed 1",
-            "--seed: of trials, and --trials 0 asks for none",
+            "--seed: for trials only, and --trials 0 asks for none",
         ),
         ("recommend --vram 8GB --seq 8K --verify --format py", "--verify says how the picks ran"),
         ("recommend --gpu gtx1080 --vram 16GB --seq 8K", "GTX 1080 has 8,491,368,448 that can be used"),

@@ -20,7 +20,7 @@ from planner.quality.profiles import PRESETS
 from planner.quality.reach import layers
 from planner.report.plot.figure import drawn
 from planner.report.plot.layout import draw_layout, plot_layout
-from planner.report.seen import MOST_TOKENS, cells, seen, seen_data, strips
+from planner.report.seen import MAXIMUM_TOKENS, cells, seen, seen_data, strips
 from planner.report.text.layout import HALVES, seen_text
 from planner.workload import Workload
 
@@ -69,7 +69,7 @@ def test_figures_are_those_of_the_layout_and_the_models(config, causal):
     if config is not DILATED:
         layout = build_layout(config, 1024, causal)
         assert (found.units, found.size, found.exact) == (layout.blocks, layout.block_size, True)
-        assert (found.least, found.most) == (layout.counts.min(), layout.counts.max())
+        assert (found.minimum, found.maximum) == (layout.counts.min(), layout.counts.max())
         assert found.share == pytest.approx(layout.density)
     if causal and config.variant == "dense":
         assert found.permitted == 1
@@ -78,7 +78,7 @@ def test_figures_are_those_of_the_layout_and_the_models(config, causal):
 def test_a_dilated_attention_is_seen_by_one_head():
     found = look(DILATED)
     assert (found.unit, found.units, found.size) == ("token", 1024, 1)
-    assert (found.least, found.most) == (256, 256 + 192)
+    assert (found.minimum, found.maximum) == (256, 256 + 192)
     kinds = strips(found)
     assert [(one.length, one.rate, one.heads[0]) for one in kinds] == [
         (256, 1, 0),
@@ -95,7 +95,7 @@ def test_a_dilated_attention_is_seen_by_one_head():
 @pytest.mark.parametrize("causal", [False, True])
 def test_of_an_adaptive_attention_the_budget_is_known(causal):
     found = look(ADAPTIVE, seq=4000, causal=causal)
-    assert (found.units, found.most, found.mass, found.layers) == (32, 3, None, None)
+    assert (found.units, found.maximum, found.mass, found.layers) == (32, 3, None, None)
     rows = np.minimum(np.arange(1, 33), 3) if causal else np.full(32, 3)
     assert found.mean == pytest.approx(rows.mean())
     text = seen_text(found, "#")
@@ -118,7 +118,7 @@ def test_reach_is_looked_for_so_far_and_no_further():
 
 def test_what_is_too_much_for_a_picture_is_refused():
     with pytest.raises(ConfigError, match="at most 67,108,864 tokens"):
-        look(WINDOW, seq=MOST_TOKENS + 1)
+        look(WINDOW, seq=MAXIMUM_TOKENS + 1)
     many = AttentionConfig(variant="dilated", segment_lengths=(64,) * 13, dilation_rates=(1,) * 13)
     with pytest.raises(ConfigError, match="at most 12 branches"):
         look(many)

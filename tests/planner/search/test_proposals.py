@@ -22,14 +22,14 @@ def params(kind, window=40, ratio=0.8, backend="auto"):
 def test_kinds_take_turns_at_first_and_dense_has_one():
     turns = Turns(KINDS, 20, explores=True)
     assert [turns.fixed(number)["kind"] for number in range(3)] == list(KINDS)
-    turns.told((0.0, 1.0), {"kind": "dense"}, {"kind": RANGES["kind"]})
+    turns.record((0.0, 1.0), {"kind": "dense"}, {"kind": RANGES["kind"]})
     assert {turns.fixed(number)["kind"] for number in range(3, 10)} == {"dilated", "local_window"}
 
 
 def test_after_that_the_best_are_changed_by_steps_that_no_trial_had():
     turns = Turns(KINDS, 20, explores=True)
     for kind, value in (("dense", 3.0), ("dilated", 1.0), ("local_window", 2.0)):
-        turns.told((0.0, value), params(kind), RANGES)
+        turns.record((0.0, value), params(kind), RANGES)
     found = [turns.fixed(number) for number in range(10, 200)]
     steps = [step for step in found if len(step) > 1]
     assert {step["kind"] for step in steps} == {"dilated", "local_window"}
@@ -41,15 +41,15 @@ def test_after_that_the_best_are_changed_by_steps_that_no_trial_had():
 
 def test_what_passes_leads_before_what_does_not():
     turns = Turns(KINDS[1:], 10, explores=False)
-    turns.told((0.5, 0.1), params("dilated", window=1), RANGES)
-    turns.told((0.0, 9.0), params("dilated", window=50), RANGES)
-    turns.told((0.2, 0.1), params("dilated", window=2), RANGES)
+    turns.record((0.5, 0.1), params("dilated", window=1), RANGES)
+    turns.record((0.0, 9.0), params("dilated", window=50), RANGES)
+    turns.record((0.2, 0.1), params("dilated", window=2), RANGES)
     assert turns.leaders["dilated"].params["window"] == 50
 
 
 def test_with_something_to_start_from_steps_come_at_once():
     turns = Turns(KINDS, 10, explores=False)
-    turns.told((0.0, 1.0), params("dilated"), RANGES)
+    turns.record((0.0, 1.0), params("dilated"), RANGES)
     assert turns.fixed(1) == params("dilated", window=20)
 
 

@@ -66,7 +66,7 @@ def test_a_database_that_comes_back_is_waited_for_and_that_is_said(url, monkeypa
         return "here"
 
     with pytest.warns(StorageWarning, match="waiting for the database sqlite.*: the server closed") as said:
-        assert storage.asked(answers) == "here"
+        assert storage.answer_of(answers) == "here"
     assert len(said) == 1
     storage.engine.dispose()
 
@@ -74,7 +74,7 @@ def test_a_database_that_comes_back_is_waited_for_and_that_is_said(url, monkeypa
 def test_a_connection_that_ended_within_a_question_is_one_that_comes_back(url):
     # Reading, Optuna asks a second time in the session of the first.
     storage, errors = open_database(url), [PendingRollbackError("Can't reconnect until ...")]
-    assert storage.asked(lambda: "here" if not errors else raised(errors.pop())) == "here"
+    assert storage.answer_of(lambda: "here" if not errors else raised(errors.pop())) == "here"
     storage.engine.dispose()
 
 
@@ -90,7 +90,7 @@ def test_a_database_that_does_not_come_back_is_an_error(url, monkeypatch):
         raise gone(invalidated=False)
 
     with pytest.raises(StorageError, match=r"waited 0\.1 s for the database .*in vain \(the server closed"):
-        storage.asked(never)
+        storage.answer_of(never)
     storage.engine.dispose()
 
 

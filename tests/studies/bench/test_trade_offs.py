@@ -14,7 +14,7 @@ from studies.bench import trade_offs as t
 from studies.bench.panels import Curves, Panel, Series, beside, curves, plain
 
 WINDOW = t.sparse(kind="local_window", block=64, local_window_size=256)
-PLAN = t.Plan(t.task(4096), gpus.find(t.SEEDS_CARD))
+PLAN = t.Purpose(t.task(4096), gpus.find(t.SEEDS_CARD))
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def place(scope):
 
 
 def rows_of(place, *configs: AttentionConfig):
-    cases = [t.Case(f"case {n}", config, "one", n + 1) for n, config in enumerate(configs)]
+    cases = [t.StudyConfig(f"case {n}", config, "one", n + 1) for n, config in enumerate(configs)]
     rows = [run() for _, run in t.case_steps(cases, PLAN, place)]
     assert json.loads(json.dumps(rows)) == rows
     return rows

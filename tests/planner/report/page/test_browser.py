@@ -311,10 +311,10 @@ def test_everything_can_be_done_with_the_keyboard(browser, pages):
     assert seen - {-1} == set(range(browser.run(f"{marks}.length")))
     assert browser.run(
         "(() => { const one = document.querySelectorAll('.points.wide .point')[2]; one.focus();"
-        " return document.querySelector('.said').textContent === one.getAttribute('aria-label'); })()"
+        " return document.querySelector('.description').textContent === one.getAttribute('aria-label'); })()"
     )
     assert browser.run("getComputedStyle(document.activeElement).outlineStyle") == "none"  # a ring is drawn
-    assert browser.run("document.querySelector('.said').textContent")
+    assert browser.run("document.querySelector('.description').textContent")
 
 
 @pytest.mark.parametrize("clipboard", [True, False])

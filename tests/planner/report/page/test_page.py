@@ -20,7 +20,7 @@ from planner.answers.verified import Verified
 from planner.cli.main import app
 from planner.files import write_whole
 from planner.question.space import Space
-from planner.report.page.answer import MOST_BYTES, page_of
+from planner.report.page.answer import MAXIMUM_BYTES, page_of
 from planner.report.page.html import Html, join, tag
 from planner.report.text.recommend import seconds
 from planner.report.text.snippet import snippet
@@ -261,7 +261,7 @@ def test_figures_that_cannot_be_are_shown_all_the_same(figure, recommended, tune
 
 def test_a_page_that_nobody_could_open_is_refused(recommended):
     with pytest.raises(ConfigError, match="the page would take"):
-        page_of(Answer(recommended.model_copy(update={"on": "x" * MOST_BYTES})))
+        page_of(Answer(recommended.model_copy(update={"on": "x" * MAXIMUM_BYTES})))
 
 
 # ---- markup
