@@ -41,11 +41,13 @@ class DryEnd(NamedTuple):
 class Zygote:
     """A Python with torch in it, on which functions run dry; a context manager.
 
-    `path` is put before sys.path of the process, so that it finds the
-    functions. Not for several threads at once.
+    `ahead` is the folder of its torch where that comes before its own packages; `path` is put before sys.path
+    of the process, so that it finds the functions. Not for several threads at once.
     """
 
-    def __init__(self, gpu: Gpu, *, torch: TorchBuild, path: Sequence[Path] = ()) -> None:
+    def __init__(
+        self, gpu: Gpu, *, torch: TorchBuild, ahead: str | None = None, path: Sequence[Path] = ()
+    ) -> None:
         self._gpu = gpu
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed in close()
         answers, theirs = os.pipe()
@@ -56,7 +58,7 @@ class Zygote:
                 stdout=self._log,
                 stderr=self._log,
                 pass_fds=(theirs,),
-                env=environment(gpu, torch=torch),
+                env=environment(gpu, torch=torch, ahead=ahead),
                 start_new_session=True,
             )
         finally:

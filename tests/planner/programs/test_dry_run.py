@@ -11,9 +11,6 @@ from pathlib import Path
 import pytest
 
 import planner
-from attention.errors import UnavailableError
-from planner.standin.install import torch_for
-from planner.standin.interpreter import interpreter
 
 pytestmark = [pytest.mark.dry, pytest.mark.slow]
 EXAMPLES = Path(__file__).resolve().parents[3] / "docs" / "examples"
@@ -24,12 +21,9 @@ LINEAR = (
 )
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _cuda_build():
-    try:
-        torch_for(interpreter(sys.executable))
-    except UnavailableError as error:
-        pytest.skip(str(error))
+@pytest.fixture(autouse=True)
+def _cuda_build(dry_build):
+    """Skips without one."""
 
 
 def run(text: str, *arguments: str, **options):
@@ -60,7 +54,7 @@ def test_a_plain_loop_with_workers_fits_and_its_steps_are_told():
     assert len(found.steps) == 4
     assert found.steps[1].allocated == found.allocated > found.steps[0].allocated
     assert sum(held.bytes for held in found.largest) > 0.9 * found.allocated
-    assert found.largest[0].where.startswith(str(EXAMPLES / "loop.py"))
+    assert "loop.py:19 main" in found.largest[0].where
     assert any("loop.py" in warning and "item" in warning for warning in found.warnings)
 
 
@@ -146,7 +140,7 @@ def test_the_allocators_settings_are_heard():
     text = "import torch\nx = torch.empty(11 << 20, dtype=torch.uint8, device='cuda')"
     assert run(text).reserved == 12 * MIB
     assert run(text, allocator="large_segment_size_mb:64").reserved >= 12 * MIB
-    assert run(text, allocator="expandable_segments:True").reserved == 12 * MIB
+    assert run(text, allocator="expandable_segments:True").reserved == 20 * MIB
 
 
 def test_a_program_that_uses_no_card_is_said():

@@ -185,7 +185,7 @@ def test_ends_of_children_are_values(dry):
 
 
 @pytest.mark.parametrize("program", ["compiled", "compiled_flex"])
-def test_compiled_functions_run(program, dry, dry_torch):
-    if not dry_torch.triton:
+def test_compiled_functions_run(program, dry, dry_build):
+    if not dry_build[0].triton:
         pytest.skip("no Triton")
     assert value(dry.run("dry_programs", program, {}))
