@@ -41,14 +41,23 @@ class Bytes(NamedTuple):
     scratch: Count
 
 
+class FlexBytes(NamedTuple):
+    """What compiled FlexAttention takes beside its results."""
+
+    saved: Count
+    """For its backward."""
+    forward: Count
+    """While it runs."""
+    backward: Count
+    """While its backward runs."""
+
+
 class Machine(Protocol):
     """A device's kernels."""
 
     def forward(self, call: KernelCall) -> Bytes: ...
     def backward(self, call: KernelCall) -> Bytes: ...
-    def flex(self, call: KernelCall) -> Bytes:
-        """What compiled FlexAttention leaves going forward (out, log-sum-exp), and takes going backward."""
-        ...
+    def flex(self, call: KernelCall) -> FlexBytes: ...
 
     def product(
         self,
@@ -97,7 +106,7 @@ class Cpu:
             )
         )
 
-    def flex(self, call: KernelCall) -> Bytes:
+    def flex(self, call: KernelCall) -> FlexBytes:
         raise AssertionError("compiled FlexAttention runs on CUDA only")
 
     def product(
@@ -210,15 +219,8 @@ class Cuda:
     ) -> Count:
         return 0  # cuBLAS works in a workspace of its own, which is a line of the device's
 
-    def flex(self, call: KernelCall) -> Bytes:
-        sizes = {
-            "batch": call.views,
-            "heads": call.heads,
-            "queries": call.queries,
-            "keys": call.keys,
-            "head_dim": call.head_dim,
-            "itemsize": call.itemsize,
-        }
-        out = call.views * call.heads * call.queries * call.head_dim * call.itemsize
-        back = cuda_kernels.backward_lines("flex", kv_heads=call.heads, capability=self.capability, **sizes)
-        return Bytes(out + device.total(cuda_kernels.forward_lines("flex", **sizes)), device.total(back))
+    def flex(self, call: KernelCall) -> FlexBytes:
+        sizes = {**_sizes(call), "batch": call.views, "head_dim": call.head_dim}
+        forward = cuda_kernels.forward_lines("flex", **sizes)
+        back = cuda_kernels.backward_lines("flex", kv_heads=call.heads, **sizes)
+        return FlexBytes(forward[0].bytes, device.total(forward[1:]), device.total(back))
