@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Hashable, Sequence
-from typing import Final, NamedTuple
+from typing import Final, Literal, NamedTuple
 
 from planner.memory.allocator_settings import MIN_BLOCK, ROUND_LARGE, SMALL, SMALL_SEGMENT, AllocatorSettings
 
@@ -23,6 +23,8 @@ _NO_LIMIT: Final = 1 << 62
 
 Events = Sequence[tuple[Hashable, int | None]]
 """(key, bytes) allocates; (key, 0) or (key, None) frees."""
+Limit = Literal["either", "card", "fraction"]
+"""What a cap is of: see `Allocator`."""
 
 
 class Block:
@@ -49,21 +51,27 @@ class Block:
 class _Pool:
     """The blocks of one pool: by address, cached ones by (size, address), unmapped ones by address."""
 
-    def __init__(self, page: int, expandable: bool) -> None:
+    def __init__(self, page: int, addresses: int | None) -> None:
         self.page = page
+        self.addresses = addresses
         self.blocks: dict[int, Block] = {}
         self.free: list[tuple[int, int]] = []
         self.unmapped: list[int] = []
         self.top = 0
         self.searches = 0
-        if expandable:
-            # Torch reserves 1.125 times the card's memory in addresses; more than any card has is the
-            # same, but for programs that fragment all of it.
-            self.put(self.new(page << 40, mapped=False))
+        if addresses is not None:
+            self.extend()
 
     def new(self, size: int, mapped: bool = True) -> Block:
         block = self.blocks[self.top] = Block(self.top, size, mapped)
         self.top += size
+        return block
+
+    def extend(self) -> Block:
+        """A range of addresses without memory, in whole pages."""
+        assert self.addresses is not None
+        block = self.new(-(-self.addresses // self.page) * self.page, mapped=False)
+        self.put(block)
         return block
 
     def put(self, block: Block) -> None:
@@ -115,15 +123,26 @@ class _Pool:
 class Allocator:
     """The allocator's state, one call at a time; `replay` is the usual way in.
 
-    `cap` is what `set_per_process_memory_fraction` or the card allows, in bytes: `reserved` never
-    exceeds it. With expandable segments torch compares the fraction with the segment that it would
-    open otherwise, and the card with the pages it maps; a cap here stands for both, so what fits here
-    fits either way.
+    `cap` is what `set_per_process_memory_fraction` or the card allows, in bytes, as `limit` says. They differ
+    in two ways. With expandable segments torch compares the fraction with the segment that it would open
+    otherwise, and never again as it maps pages, so that `reserved` can exceed it; the card counts the pages
+    alone. And garbage is collected only under a fraction. A cap by `either` stands for both: `reserved` never
+    exceeds it, and what fits fits either way, up to the garbage that a card would not collect.
+
+    `memory` is all that the card has. Expandable segments take nine eighths of it in addresses, and as much
+    again when these are too fragmented, which happens on cards of a few hundred MiB; None for no end of them.
     """
 
-    def __init__(self, settings: AllocatorSettings | None = None, cap: int | None = None) -> None:
+    def __init__(
+        self,
+        settings: AllocatorSettings | None = None,
+        cap: int | None = None,
+        limit: Limit = "either",
+        memory: int | None = None,
+    ) -> None:
         self.settings = settings or AllocatorSettings()
         self.cap = cap
+        self.limit = limit
         self.allocated = self.requested = self.reserved = 0
         self.peak_allocated = self.peak_requested = self.peak_reserved = 0
         self.retries = 0
@@ -133,9 +152,10 @@ class Allocator:
         self._expandable = self.settings.expandable_segments
         self._max_split = self.settings.max_split_size or _NO_LIMIT
         self._slack = self.settings.max_non_split_rounding or self.settings.large_segment_size
-        self._collects = cap is not None and self.settings.garbage_collection_threshold > 0
-        self._small = _Pool(SMALL_SEGMENT, self._expandable)
-        self._large = _Pool(self.settings.large_segment_size, self._expandable)
+        self._collects = limit != "card" and self.settings.garbage_collection_threshold > 0
+        addresses = (_NO_LIMIT if memory is None else memory + memory // 8) if self._expandable else None
+        self._small = _Pool(SMALL_SEGMENT, addresses)
+        self._large = _Pool(self.settings.large_segment_size, addresses)
 
     def allocate(self, requested: int) -> Block | None:
         """The block for `requested` > 0 bytes, or None where memory runs out.
@@ -218,7 +238,7 @@ class Allocator:
     def _open(self, pool: _Pool, size: int) -> Block | None:
         """A new segment, or a stretch of newly mapped pages, of at least `size` bytes, if the cap allows."""
         segment = self.settings.segment_size(size)
-        if not self._allows(segment):
+        if not (self._expandable and self.limit == "card") and not self._allows(segment):
             return None
         if self._expandable:
             return self._extend(pool, size)
@@ -252,6 +272,8 @@ class Allocator:
                 room, last = room + last.size, last.next
             if room >= size:
                 break
+        else:
+            block = pool.extend()
         if not block.mapped and not self._map(pool, block, min(block.size, size)):
             return None
         while block.size < size:
@@ -266,7 +288,7 @@ class Allocator:
     def _map(self, pool: _Pool, block: Block, size: int) -> bool:
         """Backs the beginning of an unmapped block by whole pages and caches it; False if over the cap."""
         size = -(-size // pool.page) * pool.page
-        if not self._allows(size):
+        if self.limit != "fraction" and not self._allows(size):
             return False
         pool.take(block)
         if size < block.size:
@@ -362,9 +384,15 @@ class Replay(NamedTuple):
     oom: Oom | None
 
 
-def replay(events: Events, settings: AllocatorSettings | None = None, cap: int | None = None) -> Replay:
-    """Runs `events` from an empty allocator to their end, or to where memory runs out."""
-    allocator = Allocator(settings, cap)
+def replay(
+    events: Events,
+    settings: AllocatorSettings | None = None,
+    cap: int | None = None,
+    limit: Limit = "either",
+    memory: int | None = None,
+) -> Replay:
+    """Runs `events` from an empty allocator to their end, or to where memory runs out; see `Allocator`."""
+    allocator = Allocator(settings, cap, limit, memory)
     live: dict[Hashable, Block] = {}
     oom = None
     for index, (key, size) in enumerate(events):

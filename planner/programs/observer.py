@@ -24,6 +24,8 @@ Frame = dict[str, Any]
 Event = dict[str, Any]
 HeldBlock = tuple[int, int, list[Frame]]
 
+_WRAPPERS = ("/torch/utils/_device.py", "/torch/utils/_contextlib.py", "/torch/overrides.py")
+"""Files of torch that stand between a call and what it calls."""
 EVENTS = 200_000
 """Allocations and frees that are remembered; a ring."""
 HOLDERS = 10
@@ -81,8 +83,11 @@ def peak_holders(
 
 def place_of(frames: list[Frame]) -> str:
     """Where a tensor was made: the innermost line outside of torch, and which of torch's files it called."""
+    frames = [frame for frame in frames if not frame["filename"].endswith(_WRAPPERS)]
     inner = next((frame for frame in frames if _is_torch(frame["filename"])), None)
     outer = next((frame for frame in frames if _is_users(frame["filename"])), None)
+    if outer is not None and "/torchinductor_" in outer["filename"]:
+        return "code that torch.compile made"
     if outer is None:
         return "backward (autograd)" if inner is None else _named(inner)
     if inner is None or frames[0] is outer:
@@ -206,13 +211,13 @@ class Watch:
 
     def report(self, ended: bool = False) -> dict[str, Any]:
         devices = self.devices()
-        each = []
+        each, card = [], sys.modules["sitecustomize"].report(self.torch)
         for device in devices:
-            free, total = self.torch.cuda.mem_get_info(device)
             stats = self.stats(device)
-            if stats["reserved"] or device == 0:
-                holders = self.holders(device) if ended and not self.out_of_memory else []
-                each.append({"device": device, "total": total, "free": free, **stats, "holders": holders})
+            if stats["reserved"]:
+                holders = self.holders(device) if ended and "uncaught" not in self.notes else []
+                peak = card["held"] + card["devices"][device]["peak"]
+                each.append({"device": device, "peak": peak, **stats, "holders": holders})
         return {
             "process": self.process,
             "torch": self.torch.__version__,
@@ -227,6 +232,7 @@ class Watch:
             "values_read": self.values_read.most_common(PLACES),
             "values_read_in_all": sum(self.values_read.values()),
             "notes": self.notes,
+            "unknown": sorted(card["unknown"]),
         }
 
     def write(self, ended: bool = False) -> None:

@@ -30,6 +30,13 @@ _VALUES: Final = (
     "that end on a loss, samplers and data-dependent shapes, may go another way"
 )
 _SCALER: Final = "GradScaler finds no infinities here: a step that it would skip is done"
+_NOT_SEEN: Final = {
+    "cuDNN convolution": "workspaces of cuDNN's convolutions; torch's own ran in their place",
+    "cuDNN recurrent network": "workspaces of cuDNN's recurrent networks; torch's own ran in their place",
+    "cuDNN attention": "workspaces of cuDNN's attention, where torch would take it; flash or efficient ran",
+    "NCCL buffers": "NCCL's buffers, half a gigabyte and more a process group; collectives did nothing",
+}
+"""By the stand-in's names, what else a card would hold."""
 _RESET: Final = "the program kept a memory history of its own: what held memory at the peak is not known"
 _RING: Final = "more tensors were made than are remembered: what held memory is that of the program's end"
 
@@ -90,7 +97,6 @@ def dry_run(
         torch=torch.version,
         allocator=settings,
         code=code,
-        context=context,
         total=bytes_of_card,
         snapshot=str(snapshot) if snapshot and snapshot.exists() else None,
         seconds=time.monotonic() - began,
@@ -127,13 +133,12 @@ def answer(
     torch: str,
     allocator: str,
     code: int,
-    context: int,
     total: int,
     snapshot: str | None,
     seconds: float,
 ) -> DryRun:
     """What the reports of a program's processes come to. Several processes on one card add up there."""
-    uses = _uses(reports, context, total)
+    uses = _uses(reports, total)
     fullest = max(
         uses,
         key=lambda use: use.device,
@@ -152,7 +157,7 @@ def answer(
         torch=torch,
         allocator=allocator,
         exit_code=RAN_OUT if uncaught and code else code,
-        used=bool(reports),
+        used=bool(uses),
         allocated=fullest.allocated,
         reserved=fullest.reserved,
         device=fullest.device,
@@ -163,7 +168,9 @@ def answer(
         steps=tuple(StepPeak(**step) for step in main["steps"]) if main else (),
         gpus=tuple(uses),
         warnings=tuple(_warnings(reports)),
-        unknown=tuple(sorted({name for report in reports for name in report.get("unknown", ())})),
+        unknown=tuple(
+            sorted({_NOT_SEEN.get(name, name) for report in reports for name in report["unknown"]})
+        ),
         stopped=any(report["notes"].get("stopped") for report in reports),
         error=next((report["error"] for report in reports if report["error"]), ""),
         snapshot=snapshot,
@@ -175,14 +182,14 @@ def _allocated(report: dict[str, Any]) -> int:
     return max((each["allocated"] for each in report["devices"]), default=0)
 
 
-def _uses(reports: Sequence[dict[str, Any]], context: int, total: int) -> list[GpuUse]:
+def _uses(reports: Sequence[dict[str, Any]], total: int) -> list[GpuUse]:
     sums: dict[int, list[int]] = {}
     for report in reports:
         for each in report["devices"]:
             entry = sums.setdefault(each["device"], [0, 0, 0])
             entry[0] += each["allocated"]
             entry[1] += each["reserved"]
-            entry[2] += each["reserved"] + context
+            entry[2] += each["peak"]
     return [
         GpuUse(gpu=gpu, total=total, allocated=allocated, reserved=reserved, device=min(device, total))
         for gpu, (allocated, reserved, device) in sorted(sums.items())

@@ -65,8 +65,6 @@ def folder(torch: TorchBuild) -> Path:
             except OSError:
                 if not (home / CORE).exists():  # another build was first, and its folder is as good
                     raise
-            else:
-                Path(made).mkdir()  # for the temporary folder to remove
     except OSError as error:
         raise StorageError(
             f"the stand-in for CUDA's libraries cannot be kept in {home.parent}: {error.strerror or error}; "

@@ -26,6 +26,7 @@ def serve(answers: int) -> None:
         if not child:
             os.close(reader)
             os.setpgid(0, 0)
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # the tasks are the parent's
             _child(task, writer)
         os.close(writer)
         text, late = _read(reader, task["timeout"])

@@ -120,7 +120,7 @@ def _ask(python: Path, ahead: Path | None) -> dict[str, object]:
 
 
 def _variables(path: Path) -> dict[str, str]:
-    """The strings that torch's version.py assigns; it is read, not run."""
+    """The strings that torch's own file of versions assigns; it is read, not run."""
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     return dict(re.findall(r"^(\w+)(?:: [\w\[\]]+)? = '([^']*)'", text, re.MULTILINE))
 

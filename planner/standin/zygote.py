@@ -2,7 +2,7 @@
 
 A task names a function by module and name, its arguments as JSON, and the card. The child calls it and
 answers with what it returns, which has to be JSON; what the card came to is beside it. Whatever happens to a
-child is a `TaskEnd` and leaves the others as they were.
+child is a `DryEnd` and leaves the others as they were.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _ENTRY = (
 )
 
 
-class TaskEnd(NamedTuple):
+class DryEnd(NamedTuple):
     """How a task ended."""
 
     kind: Literal["ok", "oom", "error", "died", "timeout"]
@@ -75,7 +75,7 @@ class Zygote:
         held: int | None = None,
         variables: Mapping[str, str] | None = None,
         timeout: float = 600.0,
-    ) -> TaskEnd:
+    ) -> DryEnd:
         """Calls `module.function(**arguments)` in a new child, on the card given or the process's own.
 
         `variables` are set in the child's environment before it touches CUDA (`PYTORCH_ALLOC_CONF` for one).
@@ -98,7 +98,7 @@ class Zygote:
         if not line:
             raise UnavailableError(f"the process of dry runs has ended: {self._said()}")
         kind, value, report = json.loads(line)
-        return TaskEnd(kind, value, report)
+        return DryEnd(kind, value, report)
 
     def close(self) -> None:
         """Ends the process."""

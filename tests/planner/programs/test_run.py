@@ -21,8 +21,7 @@ HELD = [{"where": "train.py:9 forward > torch/nn/modules/linear.py forward", "by
 def report(**changes: Any) -> dict[str, Any]:
     device = {
         "device": 0,
-        "total": 8 * GIB,
-        "free": GIB,
+        "peak": 3 * GIB + GIB // 2,
         "allocated": 2 * GIB,
         "reserved": 3 * GIB,
         "retries": 0,
@@ -35,6 +34,7 @@ def report(**changes: Any) -> dict[str, Any]:
         "values_read": [],
         "values_read_in_all": 0,
         "notes": {},
+        "unknown": [],
         **changes,
     }
 
@@ -54,7 +54,6 @@ def answer(*reports: dict[str, Any], code: int = 0) -> DryRun:
         torch="2.13.0+cu130",
         allocator="",
         code=code,
-        context=GIB // 2,
         total=8 * GIB,
         snapshot=None,
         seconds=2.0,
@@ -98,7 +97,7 @@ def test_a_program_that_used_no_card_says_so():
 
 def test_of_several_cards_the_fullest_counts_and_each_is_shown():
     second = report()
-    second["devices"] = [{**second["devices"][0], "device": 1, "reserved": 4 * GIB}]
+    second["devices"] = [{**second["devices"][0], "device": 1, "reserved": 4 * GIB, "peak": 5 * GIB}]
     found = answer(report(), second)
     assert [use.gpu for use in found.gpus] == [0, 1]
     assert found.reserved == 4 * GIB
