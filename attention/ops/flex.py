@@ -60,15 +60,22 @@ def compiled() -> Any:
 def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, mask: Any, scale: float) -> Tensor:
     """out [B, S, H, D]; differentiable by FlexAttention's own backward. `mask` is the layout's."""
     out = compiled()(
-        q.transpose(1, 2),
-        k.transpose(1, 2),
-        v.transpose(1, 2),
+        *(_swapped(x) for x in (q, k, v)),
         block_mask=mask,
         scale=scale,
         enable_gqa=q.shape[2] != k.shape[2],
         kernel_options=options(q, layout),
     )
-    return out.transpose(1, 2)  # type: ignore[no-any-return]
+    return _swapped(out)
+
+
+def _swapped(x: Tensor) -> Tensor:
+    """A view with tokens and heads in each other's place. A single head gets the strides of a new tensor:
+    where they are others, which nothing reads, torch copies the gradient of out."""
+    for one, other in ((1, 2), (2, 1)):
+        if x.shape[one] == 1:
+            return x.squeeze(one).unsqueeze(other)
+    return x.transpose(1, 2)
 
 
 def options(q: Tensor, layout: Layout) -> dict[str, int | bool] | None:
