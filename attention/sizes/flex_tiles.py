@@ -19,7 +19,7 @@ LARGEST: Final = 128
 """Tokens of torch's largest tile: blocks that are multiples of it suit all of them."""
 
 
-class Tile(NamedTuple):
+class FlexTile(NamedTuple):
     """What a program of a kernel works on. Going forward it holds queries and walks over keys; backward, half
     of the programs do so too, and the others hold keys and walk over queries."""
 
@@ -33,45 +33,45 @@ class Tile(NamedTuple):
 
 
 _A100: Final = {
-    (4, 64): Tile(128, 32, 3, 4),
-    (4, 128): Tile(128, 32, 3, 4),
-    (4, 256): Tile(64, 16, 3, 4),
-    (2, 64): Tile(128, 64, 3, 4),
-    (2, 128): Tile(128, 64, 3, 8),
-    (2, 192): Tile(128, 32, 2, 8),
-    (2, 256): Tile(32, 64, 3, 4),
+    (4, 64): FlexTile(128, 32, 3, 4),
+    (4, 128): FlexTile(128, 32, 3, 4),
+    (4, 256): FlexTile(64, 16, 3, 4),
+    (2, 64): FlexTile(128, 64, 3, 4),
+    (2, 128): FlexTile(128, 64, 3, 8),
+    (2, 192): FlexTile(128, 32, 2, 8),
+    (2, 256): FlexTile(32, 64, 3, 4),
 }
 _H100: Final = {
-    (4, 64): Tile(128, 32, 3, 4),
-    (4, 128): Tile(32, 64, 3, 4),
-    (4, 192): Tile(32, 64, 1, 8),
-    (4, 256): Tile(32, 32, 3, 4),
-    (2, 64): Tile(128, 128, 3, 4),
-    (2, 128): Tile(128, 64, 3, 8),
-    (2, 256): Tile(64, 32, 3, 4),
+    (4, 64): FlexTile(128, 32, 3, 4),
+    (4, 128): FlexTile(32, 64, 3, 4),
+    (4, 192): FlexTile(32, 64, 1, 8),
+    (4, 256): FlexTile(32, 32, 3, 4),
+    (2, 64): FlexTile(128, 128, 3, 4),
+    (2, 128): FlexTile(128, 64, 3, 8),
+    (2, 256): FlexTile(64, 32, 3, 4),
 }
-_B200: Final = _H100 | {(4, 192): Tile(32, 64, 2, 4), (2, 192): Tile(128, 128, 1, 8)}
+_B200: Final = _H100 | {(4, 192): FlexTile(32, 64, 2, 4), (2, 192): FlexTile(128, 128, 1, 8)}
 _RTX_50: Final = {
-    (4, 64): Tile(128, 32, 2, 4),
-    (4, 128): Tile(128, 32, 2, 4),
-    (4, 256): Tile(64, 16, 2, 4),
-    (2, 64): Tile(128, 64, 2, 4),
-    (2, 128): Tile(128, 64, 2, 8),
-    (2, 256): Tile(32, 64, 2, 4),
+    (4, 64): FlexTile(128, 32, 2, 4),
+    (4, 128): FlexTile(128, 32, 2, 4),
+    (4, 256): FlexTile(64, 16, 2, 4),
+    (2, 64): FlexTile(128, 64, 2, 4),
+    (2, 128): FlexTile(128, 64, 2, 8),
+    (2, 256): FlexTile(32, 64, 2, 4),
 }
 
 
-SMALL_BACKWARD: Final = Tile(32, 32, 2, 4)
+SMALL_BACKWARD: Final = FlexTile(32, 32, 2, 4)
 """Going backward over more than 128 channels in 16 bits on cards with 99 KiB of shared memory: torch's takes
 112 or more. Of 64 tokens held the gradients alone would fill the registers."""
 
 
-def torch_forward(head_dim: int, itemsize: int, capability: tuple[int, int]) -> Tile:
+def torch_forward(head_dim: int, itemsize: int, capability: tuple[int, int]) -> FlexTile:
     """torch's tile going forward: queries held, keys walked (torch 2.13, CUDAConfigHeuristic)."""
-    return _tuned(capability).get((itemsize, head_dim), Tile(64, 64, 3, 4))
+    return _tuned(capability).get((itemsize, head_dim), FlexTile(64, 64, 3, 4))
 
 
-def _tuned(capability: tuple[int, int]) -> dict[tuple[int, int], Tile]:
+def _tuned(capability: tuple[int, int]) -> dict[tuple[int, int], FlexTile]:
     """torch's tiles by bytes a number and head_dim."""
     if capability >= (11, 0):
         return _RTX_50
@@ -80,24 +80,24 @@ def _tuned(capability: tuple[int, int]) -> dict[tuple[int, int], Tile]:
     return _H100 if capability == (9, 0) else _A100
 
 
-def torch_backward(head_dim: int, itemsize: int, capability: tuple[int, int]) -> Tile:
+def torch_backward(head_dim: int, itemsize: int, capability: tuple[int, int]) -> FlexTile:
     """torch's tile going backward (torch 2.13, CUDAConfigHeuristic)."""
     major, minor = capability
     if itemsize == 4:
-        return Tile(16, 16, 1, 4)
+        return FlexTile(16, 16, 1, 4)
     if capability == (9, 0):
         if head_dim < 64:
-            return Tile(64, 64, 3, 4)
-        return Tile(128, 64, 3, 8) if head_dim <= 128 else Tile(64, 64, 2, 4)
+            return FlexTile(64, 64, 3, 4)
+        return FlexTile(128, 64, 3, 8) if head_dim <= 128 else FlexTile(64, 64, 2, 4)
     if major == 10:
         if head_dim <= 128:
-            return Tile(128, 64, 3, 4)
-        return Tile(64, 64, 1, 8 if head_dim <= 192 else 4)
+            return FlexTile(128, 64, 3, 4)
+        return FlexTile(64, 64, 1, 8 if head_dim <= 192 else 4)
     if head_dim < 64:
-        return Tile(128, 32, 3, 4)
+        return FlexTile(128, 32, 3, 4)
     if major >= 11:
-        return Tile(64, 64, 1 if head_dim >= 128 else 2, 4)
-    return Tile(64, 64, 3 if minor == 6 and head_dim == 128 else 2, 4)
+        return FlexTile(64, 64, 1 if head_dim >= 128 else 2, 4)
+    return FlexTile(64, 64, 3 if minor == 6 and head_dim == 128 else 2, 4)
 
 
 def unfit_sizes(head_dim: int, itemsize: int, capability: tuple[int, int]) -> str | None:
@@ -112,7 +112,7 @@ def unfit_sizes(head_dim: int, itemsize: int, capability: tuple[int, int]) -> st
     return None
 
 
-def forward_tile(block_size: int, head_dim: int, itemsize: int, capability: tuple[int, int]) -> Tile:
+def forward_tile(block_size: int, head_dim: int, itemsize: int, capability: tuple[int, int]) -> FlexTile:
     """The tile going forward over blocks of a power of two tokens, from `SMALLEST`: torch's, no larger than a
     block and as the card's shared memory has room for it."""
     sizes = (itemsize, capability)
@@ -129,7 +129,7 @@ def forward_tile(block_size: int, head_dim: int, itemsize: int, capability: tupl
     return tile
 
 
-def backward_tile(block_size: int, head_dim: int, itemsize: int, capability: tuple[int, int]) -> Tile:
+def backward_tile(block_size: int, head_dim: int, itemsize: int, capability: tuple[int, int]) -> FlexTile:
     """As `forward_tile`, going backward."""
     tile = torch_backward(head_dim, itemsize, capability)
     if itemsize == 2 and head_dim > 128 and shared_bytes(capability) < 112 << 10:
@@ -137,16 +137,16 @@ def backward_tile(block_size: int, head_dim: int, itemsize: int, capability: tup
     return _within(tile, block_size)
 
 
-def _within(tile: Tile, block_size: int) -> Tile:
+def _within(tile: FlexTile, block_size: int) -> FlexTile:
     return _holding(tile, min(tile.held, block_size))._replace(walked=min(tile.walked, block_size))
 
 
-def _holding(tile: Tile, held: int) -> Tile:
+def _holding(tile: FlexTile, held: int) -> FlexTile:
     """With fewer tokens held: torch's tiles of up to 64 have 4 warps."""
     return tile if held == tile.held else tile._replace(held=held, warps=4)
 
 
-def _fits(tile: Tile, head_dim: int, itemsize: int, capability: tuple[int, int]) -> bool:
+def _fits(tile: FlexTile, head_dim: int, itemsize: int, capability: tuple[int, int]) -> bool:
     return forward_shared(tile, head_dim, itemsize, capability) <= shared_bytes(capability)
 
 
@@ -157,7 +157,7 @@ def shared_bytes(capability: tuple[int, int]) -> int:
     return 227 << 10 if 9 <= capability[0] <= 11 else 99 << 10
 
 
-def forward_shared(tile: Tile, head_dim: int, itemsize: int, capability: tuple[int, int]) -> int:
+def forward_shared(tile: FlexTile, head_dim: int, itemsize: int, capability: tuple[int, int]) -> int:
     """Bytes of shared memory that the kernel going forward takes, at most; exact before 10.0 and from 12.0 on
     (Triton 3.7)."""
     channels = 1 << (head_dim - 1).bit_length()

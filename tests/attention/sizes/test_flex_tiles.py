@@ -12,7 +12,7 @@ from attention.sizes.flex_tiles import (
     LARGEST,
     MOST_CHANNELS,
     SMALLEST,
-    Tile,
+    FlexTile,
     backward_tile,
     declared_block,
     forward_shared,
@@ -38,7 +38,7 @@ head_dim, tile, bytes."""
 def recorded(direction):
     for what, card, itemsize, head_dim, tile, taken in json.loads(RECORDED.read_text(encoding="utf-8")):
         if what == direction:
-            yield (card // 10, card % 10), itemsize, head_dim, Tile(*tile), taken
+            yield (card // 10, card % 10), itemsize, head_dim, FlexTile(*tile), taken
 
 
 def test_shared_memory_going_forward_is_what_triton_takes():

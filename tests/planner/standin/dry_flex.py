@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
 
-from attention.config import AttentionConfig
-from planner.measuring.call import call_of
-from planner.workload import Workload
 
-
-def run(config: dict[str, Any], workload: dict[str, Any], compiled: bool = True) -> int:
+def run(config: dict[str, Any], workload: dict[str, Any], packages: str, compiled: bool = True) -> int:
     """Most bytes allocated by a call after a first one. Kernels do nothing here: not `compiled` leaves them
-    out, which is faster, and tells nothing of their tiles."""
+    out, which is faster, and tells nothing of their tiles. `packages` is where the project's needs are."""
+    sys.path.append(packages)  # behind this Python's own, whose torch is another
+    from attention.config import AttentionConfig
+    from planner.measuring.call import call_of
+    from planner.workload import Workload
+
     if not compiled:
         from torch._inductor.async_compile import AsyncCompile
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
+import pydantic
 import pytest
 
 from attention import AttentionConfig, SparsePatternConfig
@@ -28,9 +30,9 @@ def run(dry, card, config, workload, **how):
     arguments = {
         "config": config.model_dump(mode="json"),
         "workload": workload.model_dump(mode="json"),
-        **how,
+        "packages": str(Path(pydantic.__file__).parents[1]),
     }
-    end = dry.run("dry_flex", "run", arguments, gpu=find(card))
+    end = dry.run("dry_flex", "run", arguments | how, gpu=find(card))
     assert end.kind == "ok", end.value
     return end.value
 
