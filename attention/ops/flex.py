@@ -57,14 +57,15 @@ def compiled() -> Any:
     return torch.compile(flex_attention, dynamic=False)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, mask: Any, scale: float) -> Tensor:
-    """out [B, S, H, D]; differentiable by FlexAttention's own backward. `mask` is the layout's."""
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Any, block_size: int, scale: float) -> Tensor:
+    """out [B, S, H, D]; differentiable by FlexAttention's own backward. `mask` is a `block_mask` of blocks of
+    so many tokens."""
     out = compiled()(
         *(_swapped(x) for x in (q, k, v)),
         block_mask=mask,
         scale=scale,
         enable_gqa=q.shape[2] != k.shape[2],
-        kernel_options=options(q, layout),
+        kernel_options=options(q, block_size),
     )
     return _swapped(out)
 
@@ -78,12 +79,12 @@ def _swapped(x: Tensor) -> Tensor:
     return x.transpose(1, 2)
 
 
-def options(q: Tensor, layout: Layout) -> dict[str, int | bool] | None:
-    """What torch has to be told of a layout's `block_mask`, for such q; its last dimension is channels."""
+def options(q: Tensor, block_size: int) -> dict[str, int | bool] | None:
+    """What torch has to be told of a `block_mask` of such blocks, for q [B, S, H, D]."""
     if q.device.type != "cuda":
         return None
     capability = torch.cuda.get_device_capability(q.device)
-    return kernel_options(layout.block_size, layout.seq, q.shape[3], q.dtype.itemsize, capability)
+    return kernel_options(block_size, q.shape[1], q.shape[3], q.dtype.itemsize, capability)
 
 
 def block_lists(layout: Layout, causal: bool, device: torch.device) -> tuple[Tensor, ...]:
