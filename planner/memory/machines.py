@@ -222,5 +222,5 @@ class Cuda:
     def flex(self, call: KernelCall) -> FlexBytes:
         sizes = {**_sizes(call), "batch": call.views, "head_dim": call.head_dim}
         forward = cuda_kernels.forward_lines("flex", **sizes)
-        back = cuda_kernels.backward_lines("flex", kv_heads=call.heads, **sizes)
+        back = cuda_kernels.backward_lines("flex", kv_heads=call.heads, capability=self.capability, **sizes)
         return FlexBytes(forward[0].bytes, device.total(forward[1:]), device.total(back))
