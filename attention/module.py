@@ -95,7 +95,8 @@ class Attention(nn.Module):
         layout = self._layout(shape)
         key = (self.config.pattern, self.config.branches, shape.seq, shape.causal, q.device)
         lists = self.scratch.indices.get(key, lambda: flex.block_lists(layout, shape.causal, q.device))
-        return flex.attend(q, k, v, flex.block_mask(layout, shape.causal, lists), self._scale(shape))
+        mask = flex.block_mask(layout, shape.causal, lists)
+        return flex.attend(q, k, v, mask, layout.block_size, self._scale(shape))
 
     def _layout(self, shape: Shape) -> Layout:
         layout: Layout = self.scratch.layouts.get(

@@ -93,7 +93,9 @@ def sides(pattern: str, dtype: torch.dtype, block: int, kept: int, device: torch
         mask = flex.block_mask(layout, False, flex.block_lists(layout, False, device))
         active = layout.active
         ours = lambda: module(q, k, v)  # noqa: E731
-    peer = lambda: flex.compiled()(*heads_first, block_mask=mask)  # noqa: E731
+    told = flex.options(q, block)
+    options = {"kernel_options": told} if told else {}
+    peer = lambda: flex.compiled()(*heads_first, block_mask=mask, **options)  # noqa: E731
     held = sum(part.nbytes for part in mask.as_tuple(flatten=True) if isinstance(part, Tensor))
     return Sides(config, ours, peer, heads_first, active, lists, held)
 

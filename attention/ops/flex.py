@@ -17,7 +17,8 @@ from torch import Tensor
 from attention.config import AttentionConfig
 from attention.errors import UnavailableError
 from attention.layout import Layout
-from attention.sizes.flex import FLEX_CAPABILITY, flex_is_lean, flex_takes_blocks
+from attention.sizes.flex import flex_is_lean, unfit_config
+from attention.sizes.flex_tiles import declared_block, kernel_options, unfit_sizes
 from attention.sizes.row_bounds import rows_of
 
 
@@ -36,20 +37,11 @@ def resolve(config: AttentionConfig, q: Tensor, k: Tensor, is_causal: bool) -> s
 
 def unfit(config: AttentionConfig, q: Tensor) -> str | None:
     """Why FlexAttention cannot run this; None if it can."""
-    if config.variant != "block_sparse":
-        return f"variant {config.variant!r} is computed by views or lists of its own"
+    if why := unfit_config(config):
+        return why
     if q.device.type != "cuda":
         return f"compiled FlexAttention trains on CUDA only, the tensors are on {q.device}"
-    capability = torch.cuda.get_device_capability(q.device)
-    if capability < FLEX_CAPABILITY:
-        have, need = (".".join(map(str, version)) for version in (capability, FLEX_CAPABILITY))
-        return f"it needs compute capability {need}, this GPU has {have}"
-    if q.dtype == torch.float64:
-        return "it has no float64 kernels"
-    block = config.pattern.block_size if config.pattern else 0
-    if not flex_takes_blocks(block):
-        return f"block_size must be a power of two from 16, got {block}"
-    return None
+    return unfit_sizes(q.shape[3], q.dtype.itemsize, torch.cuda.get_device_capability(q.device))
 
 
 def _lean(config: AttentionConfig, q: Tensor, k: Tensor, is_causal: bool) -> bool:
@@ -65,17 +57,34 @@ def compiled() -> Any:
     return torch.compile(flex_attention, dynamic=False)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float) -> Tensor:
-    """out [B, S, H, D]; differentiable by FlexAttention's own backward."""
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Any, block_size: int, scale: float) -> Tensor:
+    """out [B, S, H, D]; differentiable by FlexAttention's own backward. `mask` is a `block_mask` of blocks of
+    so many tokens."""
     out = compiled()(
-        q.transpose(1, 2),
-        k.transpose(1, 2),
-        v.transpose(1, 2),
+        *(_swapped(x) for x in (q, k, v)),
         block_mask=mask,
         scale=scale,
         enable_gqa=q.shape[2] != k.shape[2],
+        kernel_options=options(q, block_size),
     )
-    return out.transpose(1, 2)  # type: ignore[no-any-return]
+    return _swapped(out)
+
+
+def _swapped(x: Tensor) -> Tensor:
+    """A view with tokens and heads in each other's place. A single head gets the strides of a new tensor:
+    where they are others, which nothing reads, torch copies the gradient of out."""
+    for one, other in ((1, 2), (2, 1)):
+        if x.shape[one] == 1:
+            return x.squeeze(one).unsqueeze(other)
+    return x.transpose(1, 2)
+
+
+def options(q: Tensor, block_size: int) -> dict[str, int | bool] | None:
+    """What torch has to be told of a `block_mask` of such blocks, for q [B, S, H, D]."""
+    if q.device.type != "cuda":
+        return None
+    capability = torch.cuda.get_device_capability(q.device)
+    return kernel_options(block_size, q.shape[1], q.shape[3], q.dtype.itemsize, capability)
 
 
 def block_lists(layout: Layout, causal: bool, device: torch.device) -> tuple[Tensor, ...]:
@@ -95,10 +104,12 @@ def block_lists(layout: Layout, causal: bool, device: torch.device) -> tuple[Ten
 
 
 def block_mask(layout: Layout, causal: bool, lists: tuple[Tensor, ...]) -> Any:
-    """The BlockMask of a layout and its `block_lists`."""
+    """The BlockMask of a layout and its `block_lists`. On a GPU its block size may be one that torch accepts
+    instead of the layout's, which is then among `options`."""
     from torch.nn.attention.flex_attention import BlockMask
 
-    size = (layout.block_size, layout.block_size)
+    block = layout.block_size if lists[0].device.type == "cpu" else declared_block(layout.block_size)
+    size = (block, block)
     mask_mod = _past if causal else _everything
     return BlockMask((layout.seq, layout.seq), *lists, BLOCK_SIZE=size, mask_mod=mask_mod)  # type: ignore[arg-type,misc]
 

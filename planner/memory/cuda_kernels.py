@@ -11,6 +11,7 @@ from planner.memory.cuda_process import FLOAT32, DeviceLine
 KernelName = Literal["flash", "efficient", "flex", "plain"]
 
 _FLASH = "flash_api.cpp of PyTorch's flash attention 2"
+_FLEX = "Inductor's flex_attention lowering, torch 2.13"
 _EFFICIENT = "attention_backward.cu and kernel_backward.h of PyTorch's memory-efficient attention"
 
 
@@ -41,7 +42,10 @@ def forward_lines(
             _scratch("output sums", sums, "float32 B H Q D in 16 bits where D > 128; kernel_forward.h"),
         )
     if kernel == "flex":
-        return (_scratch("log-sum-exp", FLOAT32 * rows, "float32 B H Q; Inductor's flex_attention lowering"),)
+        return (
+            _scratch("log-sum-exp", FLOAT32 * rows, f"float32 B H Q; {_FLEX}"),
+            _scratch("row maxima", FLOAT32 * rows, f"float32 B H Q, whether asked for or not; {_FLEX}"),
+        )
     _check_plain(kernel)
     scores = 2 * itemsize * rows * keys
     return (
@@ -89,8 +93,7 @@ def backward_lines(
     if kernel == "efficient":
         return _efficient_backward(batch, heads, queries, keys, head_dim, itemsize, capability)
     if kernel == "flex":
-        source = "assumption: float32 B H Q for delta and as much for the gradient of lse; Inductor may fuse"
-        return (_scratch("delta", 2 * FLOAT32 * rows, source),)
+        return (_scratch("delta", FLOAT32 * rows, f"float32 B H Q; {_FLEX}"),)
     _check_plain(kernel)
     return (
         _scratch("delta", itemsize * rows, "B H Q; attention/ops/kernels.py"),

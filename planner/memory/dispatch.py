@@ -11,7 +11,8 @@ from typing import Any
 from attention.config import AttentionConfig, Backend
 from attention.sizes.adaptive import active_of_choice
 from attention.sizes.arrays import Count
-from attention.sizes.flex import FLEX_CAPABILITY, flex_is_lean, flex_takes_blocks
+from attention.sizes.flex import flex_is_lean, flex_takes_blocks
+from attention.sizes.flex_tiles import unfit_sizes
 from attention.sizes.row_bounds import Rows
 from attention.sizes.shape import Shape, chunk_tokens
 from planner.configs import Columns, columns_of
@@ -105,8 +106,7 @@ def has_flex(workload: Workload, machine: Machine) -> bool:
     """Whether compiled FlexAttention runs such workloads there; see `attention.ops.flex.unfit`."""
     return (
         isinstance(machine, Cuda)
-        and machine.capability >= FLEX_CAPABILITY
-        and workload.dtype != "float64"
+        and unfit_sizes(workload.head_dim, workload.itemsize, machine.capability) is None
         and not workload.weights
     )
 

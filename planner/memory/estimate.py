@@ -11,6 +11,8 @@ from pydantic import BeforeValidator
 
 from attention.config import AttentionConfig, Value, as_tuple
 from attention.errors import ConfigError
+from attention.sizes.flex import unfit_config
+from attention.sizes.flex_tiles import unfit_sizes
 from planner import gpus
 from planner.bisection import largest
 from planner.calibration import Bound, Calibration, bound_of, shipped
@@ -215,9 +217,10 @@ def _refuse_unfit(config: AttentionConfig, workload: Workload, gpu: gpus.Gpu) ->
             f"{gpu.name} has no bfloat16 attention kernel: it needs compute capability 8.0; use float16 or "
             "float32"
         )
-    if config.backend == "flex" and "flex" not in gpus.backends(gpu, workload.dtype):
+    why = unfit_config(config) or unfit_sizes(workload.head_dim, workload.itemsize, gpu.capability)
+    if config.backend == "flex" and why:
         raise ConfigError(
-            f"backend='flex' cannot run on {gpu.name} in {workload.dtype}; use backend='auto' or 'sdpa'"
+            f"backend='flex' cannot run this on {gpu.name}: {why}; use backend='auto' or 'sdpa'"
         )
 
 

@@ -40,14 +40,23 @@ class Bytes(NamedTuple):
     scratch: Count
 
 
+class FlexBytes(NamedTuple):
+    """What compiled FlexAttention takes beside its results."""
+
+    saved: Count
+    """For its backward."""
+    forward: Count
+    """While it runs."""
+    backward: Count
+    """While its backward runs."""
+
+
 class Machine(Protocol):
     """A device's kernels."""
 
     def forward(self, call: KernelCall) -> Bytes: ...
     def backward(self, call: KernelCall) -> Bytes: ...
-    def flex(self, call: KernelCall) -> Bytes:
-        """Bytes of compiled FlexAttention: its result (out, log-sum-exp), and its scratch in backward."""
-        ...
+    def flex(self, call: KernelCall) -> FlexBytes: ...
 
     def product(
         self,
@@ -96,7 +105,7 @@ class Cpu:
             )
         )
 
-    def flex(self, call: KernelCall) -> Bytes:
+    def flex(self, call: KernelCall) -> FlexBytes:
         raise AssertionError("compiled FlexAttention runs on CUDA only")
 
     def product(
@@ -212,17 +221,8 @@ class Cuda:
     ) -> Count:
         return 0  # cuBLAS works in a workspace of its own, which is a line of the device's
 
-    def flex(self, call: KernelCall) -> Bytes:
-        sizes = {
-            "batch": call.views,
-            "heads": call.heads,
-            "queries": call.queries,
-            "keys": call.keys,
-            "head_dim": call.head_dim,
-            "itemsize": call.itemsize,
-        }
-        out = call.views * call.heads * call.queries * call.head_dim * call.itemsize
+    def flex(self, call: KernelCall) -> FlexBytes:
+        sizes = {**_sizes(call), "batch": call.views, "head_dim": call.head_dim}
+        forward = cuda_kernels.forward_lines("flex", **sizes)
         back = cuda_kernels.backward_lines("flex", kv_heads=call.heads, capability=self.capability, **sizes)
-        return Bytes(
-            out + cuda_process.total(cuda_kernels.forward_lines("flex", **sizes)), cuda_process.total(back)
-        )
+        return FlexBytes(forward[0].bytes, cuda_process.total(forward[1:]), cuda_process.total(back))

@@ -204,7 +204,9 @@ PATTERNS = {
     "local_window": patterned("local_window", local_window_size=256),
     "global_local": patterned("global_local", local_window_size=128, global_tokens=70),
     "dilated_sparse": patterned("dilated_sparse", [(8, 1), (16, 3)], sparsity_ratio=0.4),
+    "blocks of 16": patterned("local_window", block=16, local_window_size=64),
     "blocks of 128": patterned("local_window", block=128, local_window_size=256),
+    "blocks of 256": patterned("dilated_sparse", [(2, 1), (4, 2)], block=256, sparsity_ratio=0.6),
 }
 every_pattern = pytest.mark.parametrize("config", PATTERNS.values(), ids=PATTERNS.keys())
 
@@ -212,7 +214,7 @@ every_pattern = pytest.mark.parametrize("config", PATTERNS.values(), ids=PATTERN
 @pytest.mark.filterwarnings("ignore")  # inductor's own
 @causal_or_not
 @pytest.mark.parametrize("kv_heads", [1, HEADS])
-@pytest.mark.parametrize("seq", [1024, 1000])
+@pytest.mark.parametrize("seq", [1024, 1000, 1152, 100])
 @dtypes
 @every_pattern
 def test_flex_is_as_exact_as_a_naive_attention(config, dtype, seq, kv_heads, causal):

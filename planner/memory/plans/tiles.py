@@ -27,6 +27,7 @@ from attention.sizes.tiles import (
     pieces,
     sparse_extent,
 )
+from planner.memory.allocator_settings import MIN_BLOCK
 from planner.memory.machines import Bytes, KernelCall, Machine
 from planner.memory.table import PlanTable
 
@@ -320,30 +321,28 @@ def flex(table: PlanTable, case: Case, rows: Rows) -> None:
     """Block-sparse attention by compiled FlexAttention; see `attention/ops/flex.py`."""
     shape, e = case.shape, case.shape.itemsize
     call = KernelCall(case.batch, shape.heads, shape.seq, shape.seq, shape.head_dim, e)
-    kernel = case.machine.flex(call)
+    takes = case.machine.flex(call)
     table.phase("forward")
-    table.add("out", "output", case.channels * e, "B S H D e")
     table.add(
         "block lists",
         "sparse_indices",
-        flex_list_bytes(rows, shape.seq),
-        "attention/sizes/flex.py flex_list_bytes",
+        flex_list_bytes(rows, shape.seq, unit=MIN_BLOCK),
+        "attention/sizes/flex.py flex_list_bytes, each list rounded up to 512",
     )
-    table.add(
-        "log-sum-exp",
-        "saved_for_backward" if case.trains else "temp_buffers",
-        kernel.result - case.channels * e,
-        "float32 B H S",
-    )
+    saved = "saved_for_backward" if case.trains else "temp_buffers"
+    table.add("log-sum-exp", saved, takes.saved, "float32 B H S")
+    table.add("row maxima", "temp_buffers", takes.forward, "float32 B H S")
+    table.add("out", "output", case.channels * e, "B S H D e")
+    table.free("row maxima")
     if not case.trains:
         table.free("log-sum-exp")
     if not case.goes_back(table):
         return
     table.phase("backward")
+    table.add("backward scratch", "workspace", takes.backward, "float32 B H S")
     table.add("dq", "gradients", case.channels * e, "B S H D e")
     table.add("dk", "gradients", case.kv_channels * e, "B S G D e")
     table.add("dv", "gradients", case.kv_channels * e, "B S G D e")
-    table.add("backward scratch", "workspace", kernel.scratch, "of the kernel")
     table.free("backward scratch")
 
 
