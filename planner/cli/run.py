@@ -22,7 +22,10 @@ def measure(
     *,
     workload: Workload,
     config: AttentionConfig,
-    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where to run.")] = "cpu",
+    device: Annotated[
+        str,
+        typer.Option(metavar="DEVICE", help="Where to run: cpu, cuda, or dry:NAME, a card that is not here."),
+    ] = "cpu",
     timeout: Annotated[
         float, typer.Option(max=MAXIMUM_TIMEOUT, help="Maximum seconds of the whole run.")
     ] = 120,

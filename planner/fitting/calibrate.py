@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 from attention.errors import AttentionPlannerError, ConfigError
 from planner.calibration import SMALL, Calibration, Domain, Terms, own_path, save
 from planner.files import make_folder
-from planner.measuring.measure import Device, Measurement
+from planner.measuring.measure import Device, Measurement, check_timed
 from planner.question.runs import OnStep
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ def calibrated(
     speed: bool,
 ) -> Calibration:
     """The calibration that `planner.calibrate` returns, and saves."""
+    check_timed(device)
     fitted, held_out = plan_runs(device, seed, runs)
     from planner.measuring.server import Batch
 

@@ -23,7 +23,7 @@ from planner.calibration import Costs, Rates, SpeedFit
 from planner.configs import columns_of
 from planner.fitting.samples import Sample
 from planner.fitting.speed_runs import LONGER, timing_samples
-from planner.measuring.measure import Device, Measurement
+from planner.measuring.measure import Device, Measurement, check_timed
 from planner.memory.dispatch import goes_apart
 from planner.memory.machines import Cpu, Cuda, Machine, this_cpu, units_of
 from planner.speed.rates import HOST, default_cpu_rates, default_rates, with_double
@@ -84,7 +84,10 @@ class Coefficient(NamedTuple):
 
 
 def fit(measurements: Sequence[Measurement]) -> Rates:
-    """Rates of the device that was measured; AttentionPlannerError if no run gave seconds."""
+    """Rates of the device that was measured; AttentionPlannerError if no run gave seconds, ConfigError for
+    dry runs."""
+    for measurement in measurements:
+        check_timed(measurement.device)
     good = [m for m in measurements if m.kind == "ok"]
     if not good:
         raise AttentionPlannerError(f"no speed to fit: none of {len(measurements)} timed runs gave seconds")

@@ -129,6 +129,8 @@ def _trial(task: dict[str, Any], say: Say) -> dict[str, Any]:
         raise UnavailableError(
             f"torch {torch.__version__} sees no CUDA device here; check the driver, or use device='cpu'"
         )
+    if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())  # torch tells free memory by index alone
     measured = _measured_cuda if device.type == "cuda" else _measured_cpu
     if "variables" in task:
         measured = _measured_dry
@@ -230,12 +232,12 @@ def _measured_dry(
     before, because compilers try kernels out."""
     import torch
 
-    device = torch.device("cuda")
+    device = torch.device("cuda", torch.cuda.current_device())
     free_at_start, total = torch.cuda.mem_get_info(device)
     say(stage="making the inputs")
     call = call_of(config, workload, device)
     how = _how(config, workload, call)
-    say(environment=_environment(device) | how)
+    say(environment=_environment(device) | how | {"driver": "none: a dry run"})
     if how["backend"] == "flex":
         say(stage="compiling")
         call()

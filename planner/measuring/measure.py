@@ -31,6 +31,8 @@ DryDevice = Annotated[str, Field(pattern=r"^dry:[a-z0-9-]+$")]
 OptionalBytes = int | None
 ByteSizes = Annotated[tuple[int, ...], BeforeValidator(as_tuple)]
 
+WALKED: Final = "PLANNER_TESTS_WALK_DRY"
+"""Tests set it to walk the ways of CUDA in a dry run, whose seconds mean nothing."""
 SETTINGS = (
     "ATEN_CPU_CAPABILITY",
     "CUBLASLT_WORKSPACE_SIZE",
@@ -258,6 +260,15 @@ def check_arguments(
             raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}")
 
 
+def check_timed(device: str) -> None:
+    """ConfigError for a dry run, which gives no seconds."""
+    if dry.is_dry(device):
+        raise ConfigError(
+            f"{device}: a dry run has no seconds, so nothing can be timed on it; use 'cuda' where it is, "
+            "or 'cpu'"
+        )
+
+
 def check_device(device: str, cap_bytes: int | None) -> None:
     """UnavailableError for what can be seen to be missing without starting anything."""
     if importlib.util.find_spec("torch") is None:
@@ -270,6 +281,12 @@ def check_device(device: str, cap_bytes: int | None) -> None:
         return
     if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
         raise UnavailableError("no CUDA device to measure on: CUDA_VISIBLE_DEVICES hides all; unset it")
+    if "STANDIN_LIBRARIES" in os.environ:
+        if WALKED in os.environ:
+            return
+        raise UnavailableError(
+            "inside a dry run nothing is computed, so nothing can be timed; measure bytes with device='dry:NAME'"
+        )
     nodes = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd", "/dev/nvhost-ctrl-gpu")
     if sys.platform == "darwin" or (
         sys.platform == "linux" and not any(os.path.exists(node) for node in nodes)

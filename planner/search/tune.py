@@ -30,7 +30,7 @@ from planner.answers.recommendation import Quality, Recommendation
 from planner.answers.tuned import Trial, Tuned
 from planner.calibration import Calibration, SpeedFit, own_path
 from planner.files import make_folder
-from planner.measuring.measure import SETTINGS, Device, Measurement
+from planner.measuring.measure import SETTINGS, Device, Measurement, check_timed
 from planner.question.asked import Sampler
 from planner.question.command import tune_command
 from planner.question.runs import TRIAL_RUNS, TRIAL_TIMEOUT, TUNING_TRIALS
@@ -85,6 +85,7 @@ def tuned(
     if type(trials) is not int or trials < 1:
         raise ConfigError(f"trials must be at least 1 and whole, got {trials!r}")
     check_sampler(sampler)
+    check_timed(device)
     card = "cpu" if device == "cpu" else present_gpu()
     first = answered(vram, seq, **{**options, "gpu": card, "objective": "speed"})
     if learn:

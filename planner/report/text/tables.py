@@ -138,12 +138,13 @@ def measurement_table(measurement: Measurement) -> RenderableType:
 
 
 def _figures(measurement: Measurement) -> Table:
+    seen_by = "with the planned context" if measurement.is_dry else "seen by the driver"
     rows = [
         ("allocated, first call", measurement.allocated),
         ("allocated, warm call", measurement.allocated_warm),
         ("reserved by the caching allocator", measurement.reserved),
-        ("device peak, seen by the driver", measurement.device_peak),
-        ("context", measurement.context),
+        (f"device peak, {seen_by}", measurement.device_peak),
+        ("context, planned" if measurement.is_dry else "context", measurement.context),
         ("resident, above the start", measurement.resident),
         ("floor: q + k + v + out", measurement.workload.floor),
     ]
@@ -158,7 +159,8 @@ def _figures(measurement: Measurement) -> Table:
 
 
 def _time(measurement: Measurement) -> str:
-    assert measurement.seconds is not None
+    if measurement.seconds is None:
+        return "none: a dry run, kernels did nothing"
     spread = f", spread {measurement.spread:.1%}" if measurement.spread is not None else ""
     return f"{measurement.seconds:.4g} s, median of {measurement.runs} warm calls{spread}"
 
