@@ -13,17 +13,20 @@ from attention.config import AttentionConfig, Value, as_tuple
 from attention.errors import ConfigError
 from planner import gpus
 from planner.bisection import largest
-from planner.calibration import Bound, Calibration, bound_of, shipped
+from planner.calibration import Bound, Calibration, bound_of, of_this_torch, shipped
 from planner.memory import cuda_process as device_share
 from planner.memory.allocator import replay, smallest_cap
 from planner.memory.allocator_settings import AllocatorSettings
 from planner.memory.cuda_process import Display
 from planner.memory.dispatch import plan_of
+from planner.memory.dry_runs import dry_bound
 from planner.memory.machines import Cpu, Cuda, Machine, this_cpu, units_of
 from planner.memory.table import COMPONENTS, Plan
 from planner.workload import Dtype, Workload
 
 SCHEMA_VERSION: Final = 1
+MULTIPROCESSORS: Final = 148
+"""Of cards of which the number is not known, all of them large: as a B200 has."""
 
 
 class Line(Value):
@@ -113,7 +116,7 @@ def estimate(
 def machine_of(device: Literal["cpu"] | gpus.Gpu, dtype: Dtype, threads: int | None) -> Machine:
     """What runs there; `threads` are a CPU's, None for those that torch takes."""
     if not isinstance(device, str):
-        return Cuda(device.capability)
+        return Cuda(device.capability, device.sm_count or MULTIPROCESSORS)
     here = this_cpu(dtype)
     return here if threads is None else replace(here, threads=threads)
 
@@ -166,23 +169,22 @@ def _on_gpu(
     given: bool,
 ) -> MemoryEstimate:
     _refuse_unfit(config, workload, gpu)
-    machine: Machine = Cuda(gpu.capability)
+    machine = machine_of(gpu, workload.dtype, None)
     plan = plan_of(config, workload, machine)
-    libraries = _libraries(config, gpu)
-    events = [(line.name, int(line.bytes)) for line in libraries] + list(plan.events())
+    events = list(plan.events())
     found = replay(events, settings)
     at, _ = plan.peak()
     context = int(device_share.total(outside))
     cap = smallest_cap(events, settings)
-    bound = bound_of(
-        calibration, config, workload, found.peak_reserved + context, given=given, device=gpu.key
-    )
+    lost = found.peak_reserved + context
+    bound = dry_bound(config, workload, lost)
+    if calibration is not None and (given or of_this_torch(calibration)):
+        bound = bound_of(calibration, config, workload, lost, given=given, device=gpu.key)
     components = plan.components(at)
-    components["workspace"] = components.get("workspace", 0) + int(device_share.total(libraries))
     components["context"] = context
     named = tuple(
         Line(name=line.name, component=line.component, bytes=int(line.bytes), source=line.source)
-        for line in (*libraries, *outside)
+        for line in outside
         if line.bytes
     )
     return MemoryEstimate(
@@ -200,13 +202,6 @@ def _on_gpu(
         lines=_lines(plan, at) + named,
         notes=bound.notes,
     )
-
-
-def _libraries(config: AttentionConfig, gpu: gpus.Gpu) -> tuple[device_share.DeviceLine, ...]:
-    """cuBLAS's workspace, which any matrix product of the process takes; cuBLASLt's where a projection
-    with a bias is part of the module."""
-    blas, light = device_share.library_lines(gpu.capability)
-    return (blas, light) if config.multihead is not None and config.multihead.bias else (blas,)
 
 
 def _refuse_unfit(config: AttentionConfig, workload: Workload, gpu: gpus.Gpu) -> None:

@@ -81,7 +81,7 @@ class Scenario:
             others_bytes=self.options.get("others_bytes", 0),
             context_bytes=context,
         )
-        return int(device_share.total(lines)) + int(device_share.library_lines(self.card.capability)[0].bytes)
+        return int(device_share.total(lines))
 
     def at(self, seq: int) -> Workload:
         """The workload at another length."""
