@@ -199,8 +199,8 @@ def bound_of(
     notes = []
     if calibration.device != device:
         notes.append(f"the calibration is of {calibration.device}, the estimate for {device}")
-    here = installed_torch()
-    if here is not None and _release(here) != _release(calibration.torch):
+    if not of_this_torch(calibration):
+        here = installed_torch()
         if not explicit:
             note = f"calibrated with torch {calibration.torch}, torch {here} is installed: not used"
             bound = bound_of(None, config, workload, predicted, explicit=False)
@@ -216,6 +216,12 @@ def bound_of(
         notes.append(f"not among what was measured: {', '.join(outside)}")
     total = predicted + calibration.terms.overhead
     return Bound(math.ceil(total + margin * (total + SMALL)) + ROUNDING, confidence_text, tuple(notes))
+
+
+def of_this_torch(calibration: Calibration) -> bool:
+    """Whether it was made with the release of torch that is installed, or none is."""
+    here = installed_torch()
+    return here is None or _release(here) == _release(calibration.torch)
 
 
 def least_upper(calibration: Calibration | None, predicted: Any) -> Any:

@@ -22,7 +22,7 @@ from attention.layout import count_active
 from attention.pool import buffers_for
 from planner import gpus
 from planner.measuring.server import Batch
-from planner.memory.cuda_process import library_lines
+from planner.memory.cuda_process import blas_workspace
 from planner.report.plot.figure import BLUE, ORANGE, SKY, title
 from planner.workload import Workload
 from studies.bench import memory_rows
@@ -93,7 +93,7 @@ class Component(NamedTuple):
 
 def cublas(_: object = None) -> int:
     """Bytes of cuBLAS's workspace on the card."""
-    return int(library_lines(gpus.find(CARD).capability)[0].bytes)
+    return int(blas_workspace(gpus.find(CARD).capability).bytes)
 
 
 _QKV: Formula = ("3 B S H D e", lambda x: 3 * x.full)

@@ -89,7 +89,7 @@ def forward(
         case "flash":
             out, lse = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)[:2]
         case "efficient":
-            bias = None if bias is None else _aligned(bias, q, k)
+            bias = None if bias is None else aligned_bias(bias, q, k)
             out, lse = aten._scaled_dot_product_efficient_attention(
                 q, k, v, bias, True, 0.0, causal, scale=scale
             )[:2]
@@ -148,7 +148,7 @@ def backward(
                 q,
                 k,
                 v,
-                None if bias is None else _aligned(bias, q, k),
+                None if bias is None else aligned_bias(bias, q, k),
                 out,
                 _padded(lse),
                 rng,
@@ -168,9 +168,13 @@ def _aligned_channels(x: Tensor) -> Tensor:
     return x if not missing else torch.nn.functional.pad(x, (0, missing))
 
 
-def _aligned(bias: Tensor, q: Tensor, k: Tensor) -> Tensor:
-    """The bias as the efficient kernel wants it: expanded, in q's dtype, rows aligned."""
+def aligned_bias(bias: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """The bias as the efficient kernel wants it: expanded, in q's dtype, rows aligned. What is one row for
+    many is written once."""
     keys = k.shape[2]
+    for dim, stride in enumerate(bias.stride()[:-1]):
+        if not stride:
+            bias = bias.narrow(dim, 0, 1)
     room = -(-keys // BIAS_ALIGNMENT) * BIAS_ALIGNMENT
     padded = bias.new_zeros(*bias.shape[:-1], room, dtype=q.dtype)
     padded[..., :keys] = bias

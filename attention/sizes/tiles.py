@@ -189,6 +189,7 @@ def _last_single(common: _Sparse, single: Kind) -> Kind:
         queries=maximum(short, 1),
         keys=minimum(keys, shape.pack_tokens(1)),
         exists=common.adjacent * (short > 0) * shape.causal,
+        masked=minimum(single.masked, short),
         later=short * common.split,
     )
 
@@ -239,8 +240,8 @@ def _lists(common: _Sparse) -> Kind:
     if shape.causal:
         wanted = _split(minimum(wanted, full), masked)
     views = minimum(common.together, maximum(rows.many, 1))
-    # Without a causal mask what is added hides the end of the sequence, for each view.
-    hidden = views * common.queries * (shape.heads if rows.own else 1) * (common.short > 0)
+    # Without a causal mask what is added hides the end of the sequence, for each view in one row.
+    hidden = views * (shape.heads if rows.own else 1) * (common.short > 0)
     return Kind(
         "lists",
         heads=shape.heads if rows.own else shape.kv_heads,
@@ -270,6 +271,7 @@ def _last_lists(common: _Sparse, lists: Kind) -> Kind:
         queries=maximum(short, 1),
         keys=minimum(common.listed, maximum(wanted, 1)) * rows.size,
         exists=lists.exists * (short > 0) * shape.causal,
+        masked=minimum(lists.masked, short),
     )
 
 

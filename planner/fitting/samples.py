@@ -41,6 +41,8 @@ FLOOR_BYTES: Final = 1 << 29
 """Most bytes in q, k, v and out."""
 STEPS: Final = 120
 """Most kernel calls, about: what is cut small takes its time without much work."""
+HEAD_DIMS: Final = (8, 16, 24, 32, 40, 64, 64, 64, 80, 96, 128, 128)
+BATCHES: Final = (1, 1, 2, 3)
 BACKWARD_WORK: Final = 3.5
 """Work of a forward and a backward in forwards."""
 TRIES: Final = 1000
@@ -63,8 +65,11 @@ def samples(
     floor_bytes: int = FLOOR_BYTES,
     steps: float = STEPS,
     kinds: Sequence[SampleKind] = KINDS,
+    head_dims: Sequence[int] = HEAD_DIMS,
+    batches: Sequence[int] = BATCHES,
 ) -> Iterator[Sample]:
-    """Samples without end, the kinds in turn; sequences of `shortest` to `longest` tokens.
+    """Samples without end, the kinds in turn; sequences of `shortest` to `longest` tokens. What is in
+    `head_dims` or `batches` several times is drawn as often.
 
     The n-th sample depends on the arguments alone. ConfigError if nothing lies within the bounds.
     """
@@ -73,21 +78,30 @@ def samples(
     number = 0
     while True:
         rng = random.Random(f"{seed} {number}")
-        yield _within(rng, kinds[number % len(kinds)], (shortest, longest), (work, floor_bytes, steps))
+        draw = _Draw(rng, kinds[number % len(kinds)], (shortest, longest), head_dims, batches)
+        yield _within(draw, (work, floor_bytes, steps))
         number += 1
 
 
-def _within(
-    rng: random.Random, kind: SampleKind, lengths: tuple[int, int], bounds: tuple[float, int, float]
-) -> Sample:
+class _Draw(NamedTuple):
+    """What a sample is drawn from."""
+
+    rng: random.Random
+    kind: SampleKind
+    lengths: tuple[int, int]
+    head_dims: Sequence[int]
+    batches: Sequence[int]
+
+
+def _within(draw: _Draw, bounds: tuple[float, int, float]) -> Sample:
     for _ in range(TRIES):
-        sample = _sample(rng, kind, _tokens(rng, *lengths))
+        sample = _sample(draw, _tokens(draw.rng, *draw.lengths))
         sizes = work_of(*sample), sample.workload.floor, steps_of(*sample)
         if all(size <= bound for size, bound in zip(sizes, bounds, strict=True)):
             return sample
     work, floor_bytes, steps = bounds
     raise ConfigError(
-        f"no {kind} sample of at least {lengths[0]:,} tokens is within work={work:g}, "
+        f"no {draw.kind} sample of at least {draw.lengths[0]:,} tokens is within work={work:g}, "
         f"floor_bytes={floor_bytes:,} and steps={steps:g}; allow more, or shorter ones"
     )
 
@@ -150,8 +164,10 @@ def _tokens(rng: random.Random, shortest: int, longest: int) -> int:
     return min(max(tokens, shortest), longest)
 
 
-def _sample(rng: random.Random, kind: SampleKind, seq: int) -> Sample:
-    sizes: dict[str, Any] = {"heads": rng.choice((1, 2, 3, 4, 8, 12)), "head_dim": _head_dim(rng)}
+def _sample(draw: _Draw, seq: int) -> Sample:
+    rng, kind = draw.rng, draw.kind
+    heads, head_dim = rng.choice((1, 2, 3, 4, 8, 12)), rng.choice(draw.head_dims)
+    sizes: dict[str, Any] = {"heads": heads, "head_dim": head_dim}
     shared = [count for count in range(1, sizes["heads"] + 1) if sizes["heads"] % count == 0]
     kv_heads = rng.choice((None, rng.choice(shared)))
     base = kind
@@ -170,7 +186,7 @@ def _sample(rng: random.Random, kind: SampleKind, seq: int) -> Sample:
         )
     workload = Workload(
         seq=seq,
-        batch=rng.choice((1, 1, 2, 3)),
+        batch=rng.choice(draw.batches),
         kv_heads=kv_heads,
         dtype=_one(rng, get_args(Dtype)),
         mode=_one(rng, get_args(Mode)),
@@ -179,10 +195,6 @@ def _sample(rng: random.Random, kind: SampleKind, seq: int) -> Sample:
         **sizes,
     )
     return Sample(AttentionConfig(**parts, **_settings(rng)), workload)
-
-
-def _head_dim(rng: random.Random) -> int:
-    return rng.choice((8, 16, 24, 32, 40, 64, 64, 64, 80, 96, 128, 128))
 
 
 def _settings(rng: random.Random) -> dict[str, Any]:

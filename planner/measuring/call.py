@@ -69,7 +69,8 @@ def call_of(config: AttentionConfig, workload: Workload, device: torch.device) -
 
     torch.manual_seed(0)
     dtype, training = getattr(torch, workload.dtype), workload.mode == "training"
-    module = build(config, device).to(dtype)
+    # On the way to the device in one step: made there in float32, it would leave holes in the allocator.
+    module = build(config, torch.device("cpu")).to(device=device, dtype=dtype)
 
     def normal(*sizes: int, requires_grad: bool = False) -> Tensor:
         where = (workload.batch, workload.seq, *sizes)

@@ -285,7 +285,7 @@ def check_device(device: str, cap_bytes: int | None) -> None:
         if WALKED in os.environ:
             return
         raise UnavailableError(
-            "inside a dry run nothing is computed, so nothing can be timed; measure bytes with device='dry:NAME'"
+            "inside a dry run nothing is computed and nothing can be timed; measure bytes on 'dry:NAME'"
         )
     nodes = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd", "/dev/nvhost-ctrl-gpu")
     if sys.platform == "darwin" or (

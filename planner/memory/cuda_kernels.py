@@ -1,18 +1,27 @@
-"""Memory that kernels allocate on a GPU beside their output. Imports no torch."""
+"""What kernels allocate on a GPU beside what they return. Imports no torch.
+
+Checked against dry runs: torch 2.13's own host code over kernels that do nothing, on cards from Pascal to
+Blackwell (planner/standin). Sizes may be ints or NumPy int64 arrays, but for `head_dim`, which is an int.
+"""
 
 from __future__ import annotations
 
-from typing import Literal
+from functools import lru_cache
+from typing import Literal, NamedTuple
 
 from attention.errors import ConfigError
-from attention.sizes.arrays import Count, ceil_div, maximum, minimum, up
+from attention.sizes.arrays import Count, ceil_div, each, maximum, minimum, up, where
 from planner.memory.cuda_process import FLOAT32, DeviceLine
 
 KernelName = Literal["flash", "efficient", "flex", "plain"]
+Stage = tuple[DeviceLine, ...]
+"""What is alive together."""
 
 _FLASH = "flash_api.cpp of PyTorch's flash attention 2"
 _FLEX = "Inductor's flex_attention lowering, torch 2.13"
 _EFFICIENT = "attention_backward.cu and kernel_backward.h of PyTorch's memory-efficient attention"
+_PLAIN = "attention/ops/kernels.py"
+_RNG = "what dropout would read"
 
 
 def forward_lines(
@@ -22,18 +31,26 @@ def forward_lines(
     heads: Count,
     queries: Count,
     keys: Count,
-    head_dim: Count,
+    head_dim: int,
     itemsize: int,
-) -> tuple[DeviceLine, ...]:
-    """Memory that one forward call of a kernel allocates beside its output.
+    multiprocessors: int = 108,
+) -> Stage:
+    """What one forward call of a kernel allocates beside its output; the first is the log-sum-exp.
 
-    Omitted: flash attention's split-key accumulators, which it uses only where B x H x Q / 64 leaves most
-    multiprocessors idle, and copies of operands whose last stride is not 1 or whose D is not a multiple
-    of 8.
+    Omitted: copies of operands whose D is not a multiple of 8.
     """
     rows = batch * heads * queries
     if kernel == "flash":
-        return (_scratch("log-sum-exp", FLOAT32 * rows, f"float32 B H Q; {_FLASH}"),)
+        parts = splits(batch * heads * ceil_div(queries, 64), keys, head_dim, multiprocessors)
+        parts = parts * (parts > 1)
+        wide = parts * FLOAT32 * rows
+        return (
+            _scratch("log-sum-exp", FLOAT32 * rows, f"float32 B H Q; {_FLASH}"),
+            _scratch("sums of parts of the keys", wide * _flash_channels(head_dim), f"see splits; {_FLASH}"),
+            _scratch("log-sum-exp of parts of the keys", wide, f"see splits; {_FLASH}"),
+            _scratch("random state", 16 + 0 * rows, _RNG),
+            _scratch("random offset", 8 + 0 * rows, _RNG),
+        )
     if kernel == "efficient":
         padded = FLOAT32 * batch * heads * up(queries, 32)
         sums = FLOAT32 * rows * head_dim * (head_dim > 128) if itemsize == 2 else 0 * rows
@@ -47,58 +64,171 @@ def forward_lines(
             _scratch("row maxima", FLOAT32 * rows, f"float32 B H Q, whether asked for or not; {_FLEX}"),
         )
     _check_plain(kernel)
-    scores = 2 * itemsize * rows * keys
+    scores, copied = itemsize * rows * keys, _copied(batch, heads) * itemsize * batch * heads * head_dim
     return (
-        _scratch("log-sum-exp", itemsize * rows, "B H Q; attention/ops/kernels.py"),
-        _scratch("scores", scores, "B H Q K, twice; attention/ops/kernels.py"),
+        _scratch("log-sum-exp", itemsize * rows, f"B H Q; {_PLAIN}"),
+        _scratch("scores", scores, f"B H Q K; {_PLAIN}"),
+        _scratch("weights", scores, f"B H Q K; {_PLAIN}"),
+        _scratch(
+            "copy of v", copied * keys, f"B H K D: matmul copies views of several batches and heads; {_PLAIN}"
+        ),
     )
 
 
-def backward_lines(
+def backward_stages(
     kernel: KernelName,
     *,
     batch: Count,
     heads: Count,
-    kv_heads: Count,
     queries: Count,
     keys: Count,
-    head_dim: Count,
+    head_dim: int,
     itemsize: int,
     capability: tuple[int, int] = (8, 0),
+    dense: Count = 1,
+    whole: bool = True,
     deterministic_sms: int | None = None,
-) -> tuple[DeviceLine, ...]:
-    """Memory that one backward call of a kernel allocates beside dq, dk and dv.
+) -> tuple[Stage, ...]:
+    """What one backward call of a kernel allocates beside dq, dk and dv, one stage after another.
 
-    `deterministic_sms` is the card's number of multiprocessors where deterministic algorithms are asked
-    for, which makes flash attention keep several sums of dq; None where they are not.
+    `dense`: 1 if the gradient of out lies in memory as [B, Q, H, D], else 0. `whole`: whether the
+    log-sum-exp is as the kernel returned it. `deterministic_sms` is the card's number of multiprocessors
+    where deterministic algorithms are asked for, which makes flash attention keep several sums of dq; None
+    where they are not.
     """
     rows = batch * heads * queries
+    operand = rows * head_dim * itemsize
     if kernel == "flash":
-        splits: Count = 1
+        several: Count = 1
         if deterministic_sms is not None:
-            splits = ceil_div(deterministic_sms, batch * heads)
+            several = ceil_div(deterministic_sms, batch * heads)
         blocked = FLOAT32 * batch * heads * up(queries, 128)
-        expanded = 2 * itemsize * batch * keys * heads * head_dim * (kv_heads < heads)
+        strided = (1 - dense * (heads == 1)) * (rows > 1) * (not whole)
         return (
-            _scratch("softmax_d", blocked, f"float32 B H Q, Q rounded up to 128; {_FLASH}"),
-            _scratch(
-                "dq_accum",
-                blocked * up(head_dim, 32) * splits,
-                f"float32 B H Q D, Q rounded up to 128 and D to 32, times the splits; {_FLASH}",
-            ),
-            _scratch(
-                "dk and dv expanded", expanded, f"to all query heads where kv_heads are fewer; {_FLASH}"
+            (
+                _scratch("random state", 16 + 0 * rows, _RNG),
+                _scratch("log-sum-exp in one piece", FLOAT32 * rows * strided, f"float32 B H Q; {_PLAIN}"),
+                _scratch("gradient of out in one piece", operand * (1 - dense), f"B Q H D; {_FLASH}"),
+                _scratch("out in one piece", operand * (1 - dense), f"B Q H D; {_FLASH}"),
+                _scratch("softmax_d", blocked, f"float32 B H Q, Q rounded up to 128; {_FLASH}"),
+                _scratch(
+                    "dq_accum",
+                    blocked * _flash_channels(head_dim) * several,
+                    f"float32 B H Q D, Q rounded up to 128, D to 32 or above 128 to 64; {_FLASH}",
+                ),
             ),
         )
     if kernel == "efficient":
-        return _efficient_backward(batch, heads, queries, keys, head_dim, itemsize, capability)
+        ahead = (
+            _scratch("random state", 8 + 0 * rows, _RNG),
+            _scratch(
+                "log-sum-exp, padded",
+                FLOAT32 * batch * heads * up(queries, 32),
+                f"float32 B H Q, Q rounded up to 32; {_PLAIN}",
+            ),
+            _scratch("gradient of out in one piece", operand * (1 - dense), f"B Q H D; {_EFFICIENT}"),
+        )
+        stages = _efficient_backward(batch, heads, queries, keys, head_dim, itemsize, capability)
+        return tuple((*ahead, *stage) for stage in stages)
     if kernel == "flex":
-        return (_scratch("delta", FLOAT32 * rows, f"float32 B H Q; {_FLEX}"),)
+        return ((_scratch("delta", FLOAT32 * rows, f"float32 B H Q; {_FLEX}"),),)
     _check_plain(kernel)
+    scores = itemsize * rows * keys
+    delta = _scratch("delta", itemsize * rows, f"B H Q; {_PLAIN}")
+    weights = _scratch("weights", scores, f"B H Q K; {_PLAIN}")
+    results = batch * heads * (queries + 2 * keys) * head_dim * itemsize
+    early = f"B H Q K, less what dq, dk and dv take, which are not there yet; {_PLAIN}"
+    copied = _copied(batch, heads) * operand
     return (
-        _scratch("delta", itemsize * rows, "B H Q; attention/ops/kernels.py"),
-        _scratch("scores", 3 * itemsize * rows * keys, "B H Q K, three times; attention/ops/kernels.py"),
+        (
+            delta,
+            weights,
+            _scratch("scores", maximum(scores - maximum(results - scores, 0), 0), early),
+            _scratch("gradient of the scores", maximum(scores - results, 0), early),
+        ),
+        (
+            delta,
+            weights,
+            _scratch("scores", scores, f"B H Q K; {_PLAIN}"),
+            _scratch(
+                "copy of the gradient",
+                copied,
+                f"B H Q D: matmul copies views of several batches and heads; {_PLAIN}",
+            ),
+        ),
     )
+
+
+def _flash_channels(head_dim: int) -> int:
+    """Channels that flash attention keeps in sums."""
+    return up(head_dim, 32 if head_dim <= 128 else 64)
+
+
+def _copied(batch: Count, heads: Count) -> Count:
+    """1 if matmul copies a view of [batch, heads, ...] to make its products, else 0."""
+    return (batch > 1) * (heads > 1) * 1
+
+
+MOST_SPLITS = 128
+"""Parts into which flash attention cuts the keys at most."""
+
+
+def splits(tiles: Count, keys: Count, head_dim: int, multiprocessors: int) -> Count:
+    """Parts into which flash attention's forward cuts the keys where its `tiles` of 64 queries leave
+    multiprocessors idle; 1 where it does not. See num_splits_heuristic in flash_api.cpp."""
+    blocks = ceil_div(keys, 256 if head_dim <= 64 else 128 if head_dim <= 128 else 64)
+    places = 2 * multiprocessors
+    idle = (10 * tiles < 8 * places) & (blocks > 1)
+    return each(
+        lambda tiles, blocks: (_splits(tiles, blocks, places),), idle, (1,), tiles + 0 * blocks, blocks
+    )[0]
+
+
+@lru_cache(maxsize=65536)
+def _splits(tiles: int, blocks: int, places: int) -> int:
+    """Of the numbers of parts that differ in their blocks, the first whose waves are filled to 85% of the
+    best."""
+
+    def filled(parts: int) -> float:
+        waves = tiles * parts / places
+        return waves / -(-tiles * parts // places)
+
+    differ = [
+        parts
+        for parts in range(1, min(MOST_SPLITS, places, blocks) + 1)
+        if parts == 1 or -(-blocks // parts) != -(-blocks // (parts - 1))
+    ]
+    best = max(map(filled, differ))
+    return next(parts for parts in differ if filled(parts) >= 0.85 * best)
+
+
+class BackwardTile(NamedTuple):
+    """How a kernel of the memory-efficient backward works."""
+
+    queries: int
+    keys: int
+    keeps: bool
+    """Whether dk and dv of a tile are summed in memory: there is no room for them in registers."""
+    delta: bool
+    """Whether it computes the rows' delta itself."""
+
+
+def efficient_tile(head_dim: int, itemsize: int, capability: tuple[int, int]) -> BackwardTile:
+    """The kernel that is chosen, by what fits into a multiprocessor's shared memory."""
+    roomy = capability in ((8, 0), (8, 7), (9, 0), (10, 0), (10, 3))
+    if itemsize == 4:
+        return BackwardTile(128 if roomy and head_dim > 64 else 64, 64, keeps=False, delta=False)
+    if head_dim <= 64:
+        return BackwardTile(64, 64, keeps=False, delta=True)
+    if capability < (7, 0):
+        return BackwardTile(64, 64, keeps=True, delta=True)
+    if head_dim > 128:
+        return BackwardTile(128, 64, keeps=True, delta=capability >= (7, 5))
+    if roomy:
+        return BackwardTile(128, 128, keeps=False, delta=True)
+    if capability < (8, 0) or (capability < (12, 0) and head_dim <= 96):
+        return BackwardTile(128, 64, keeps=False, delta=True)
+    return BackwardTile(64, 64, keeps=True, delta=True)
 
 
 def _efficient_backward(
@@ -106,48 +236,95 @@ def _efficient_backward(
     heads: Count,
     queries: Count,
     keys: Count,
-    head_dim: Count,
+    head_dim: int,
     itemsize: int,
     capability: tuple[int, int],
-) -> tuple[DeviceLine, ...]:
-    """Delta, and accumulators that depend on the tile (rows x columns) of the kernel that is chosen.
-
-    The tile is 64 x 64 up to D = 64. Above, 16-bit kernels have 128 x 128, 128 x 64 or 64 x 64, by shared
-    memory; the sizes here hold for each of these.
-    """
+) -> tuple[Stage, ...]:
+    """Delta, where that is no part of the kernel from products of its own; then what is summed in memory."""
     group = batch * heads
-    wide = head_dim > 64
-    tile = 64 + 64 * wide
-    sums = up(queries, tile) * up(head_dim, tile)
-    locks = 4 * ceil_div(queries, 64) * ceil_div(head_dim, 64)
-    accumulators = 0 * queries
-    if itemsize == 2:
-        blocks = ceil_div(keys, 64)
-        splits = minimum(blocks, maximum(200 // group, 1))
-        accumulators = 2 * splits * 64 * up(head_dim, 128) * wide
-    product = 0 * group * queries * head_dim
-    if itemsize == 2 and capability == (7, 0):
-        product = 3 * FLOAT32 * group * queries * head_dim * wide
-    return (
-        _scratch("delta", 2 * FLOAT32 * group * queries, f"float32 B H Q, and a copy of it; {_EFFICIENT}"),
+    rows = group * queries
+    tile = efficient_tile(head_dim, itemsize, capability)
+    tiles = ceil_div(queries, tile.queries) * ceil_div(head_dim, tile.keys)
+    sums = FLOAT32 * tiles * tile.queries * tile.keys + 16 * tiles
+    kept: Count = 0 * rows
+    if tile.keeps:
+        splits = 1 + 0 * rows
+        if capability >= (7, 0):
+            splits = minimum(ceil_div(keys, tile.keys), maximum(200 // group, 1))
+        kept = 2 * FLOAT32 * splits * tile.keys * up(head_dim, tile.queries)
+    if itemsize == 4 and capability < (7, 0):
+        sums = 0 * rows
+    delta = _scratch("delta", FLOAT32 * rows, f"float32 B H Q; {_EFFICIENT}")
+    summing = (
+        delta,
         _scratch(
-            "dq accumulator",
-            FLOAT32 * group * (sums + locks),
-            "float32 B H Q D, both rounded up to the tile, and 16 bytes a tile; counted for float32 below "
-            f"7.0 too, where grad x out takes its place; {_EFFICIENT}",
-        ),
-        _scratch(
-            "dk and dv accumulators",
-            FLOAT32 * group * accumulators,
-            "assumption: as the kernel without room for them in registers has them, 16 bits and D > 64, "
-            f"64 keys x D a split and at most 200 / (B H) splits; {_EFFICIENT}",
-        ),
-        _scratch(
-            "grad x out",
-            product,
-            f"assumption: V100 in 16 bits with D > 64 computes delta in three float32 B H Q D; {_EFFICIENT}",
+            "sums",
+            group * (sums + kept),
+            "float32 B H Q D, both rounded up to the tile, and 16 bytes a tile; where dk and dv are not kept "
+            f"in registers, those of a tile for each of at most 200 / (B H) parts of the keys; {_EFFICIENT}",
         ),
     )
+    if tile.delta:
+        return (summing,)
+    product = FLOAT32 * rows * head_dim
+    wide = product * (itemsize == 2)
+    return (
+        (
+            _scratch("gradient of out in float32", wide, f"B H Q D; {_EFFICIENT}"),
+            _scratch("out in float32", wide, f"B H Q D; {_EFFICIENT}"),
+            _scratch("grad x out", product, f"float32 B H Q D; {_EFFICIENT}"),
+            delta,
+            _scratch(
+                "delta in one piece",
+                FLOAT32 * rows * (heads > 1) * (queries > 1),
+                f"float32 B H Q; {_EFFICIENT}",
+            ),
+        ),
+        summing,
+    )
+
+
+def largest(stages: tuple[tuple[Count, ...], ...]) -> tuple[Count, ...]:
+    """The stage that takes most, the first of several; of arrays entry by entry, filled up with zeros."""
+    width = max(map(len, stages))
+    best, *others = (stage + (0,) * (width - len(stage)) for stage in stages)
+    for other in others:
+        more = sum(other) > sum(best)
+        best = tuple(where(more, new, old) for new, old in zip(other, best, strict=True))
+    return best
+
+
+def column_sum(
+    rows: int, columns: int, itemsize: int, capability: tuple[int, int], multiprocessors: int
+) -> tuple[int, int]:
+    """Scratch of a sum over the rows of [rows, columns], as a bias's gradient is: partial sums of the blocks
+    of threads that share a column, each of which takes as much as its threads hold, and their counters; see
+    PyTorch's Reduce.cuh."""
+    wide = max(itemsize, FLOAT32)
+    vector = 4 if columns % 4 == 0 and itemsize < 8 else 2 if columns % 2 == 0 and itemsize < 8 else 1
+    most = 512 // vector // (2 if itemsize == 16 else 1)
+    across, down = columns // vector, rows
+
+    def power(count: int) -> int:
+        return min(1 << (max(count, 1).bit_length() - 1), most)
+
+    width = min(power(across), 32)
+    height = min(power(down), most // width)
+    width = min(power(across), most // height)
+    each_thread = rows
+    if each_thread >= height * 16 or each_thread >= 256:
+        each_thread = ceil_div(rows, height)
+        blocks = ceil_div(across, width)
+    else:
+        return 0, 0
+    threads_there = (
+        1024 if capability == (7, 5) else 1536 if capability in ((8, 6), (8, 9), (12, 0)) else 2048
+    )
+    target = multiprocessors * (threads_there // (width * height))
+    if each_thread < 256 or blocks > target:
+        return 0, 0
+    shares = max(min(ceil_div(target, blocks), ceil_div(each_thread, 16)), ceil_div(each_thread, 256))
+    return (wide * columns * shares * width * vector, 4 * blocks) if shares > 1 else (0, 0)
 
 
 def _scratch(name: str, count: Count, source: str) -> DeviceLine:

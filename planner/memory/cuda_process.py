@@ -92,10 +92,11 @@ def device_lines(
     )
 
 
-def library_lines(capability: tuple[int, int], *, handles: int = 1) -> tuple[DeviceLine, ...]:
-    """Workspaces of cuBLAS and cuBLASLt, one a (handle, stream); there from the first matrix product on.
+def blas_workspace(capability: tuple[int, int]) -> DeviceLine:
+    """cuBLAS's workspace, which a thread's first matrix product takes and which stays: backward, which runs
+    in a thread of autograd's, takes one of its own. cuBLASLt works in the same.
 
-    `CUBLAS_WORKSPACE_CONFIG` is taken to be unset. In builds that share one workspace the second is nil.
+    `CUBLAS_WORKSPACE_CONFIG` is taken to be unset.
     """
     large = capability >= (9, 0)
     each = 32 * MIB if large else 4096 * 1024 * 2 + 16 * 1024 * 8
@@ -104,9 +105,4 @@ def library_lines(capability: tuple[int, int], *, handles: int = 1) -> tuple[Dev
         if large
         else ":4096:2:16:8, 8,519,680 bytes"
     )
-    return (
-        DeviceLine("cuBLAS workspace", "workspace", each * handles, source, True),
-        DeviceLine(
-            "cuBLASLt workspace", "workspace", MIB * handles, "1 MiB by default (pytorch #73328)", True
-        ),
-    )
+    return DeviceLine("cuBLAS workspace", "workspace", each, source, True)

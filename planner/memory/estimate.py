@@ -15,17 +15,20 @@ from attention.sizes.flex import unfit_config
 from attention.sizes.flex_tiles import unfit_sizes
 from planner import gpus
 from planner.bisection import largest
-from planner.calibration import Bound, Calibration, bound_of, shipped
+from planner.calibration import Bound, Calibration, bound_of, of_this_torch, shipped
 from planner.memory import cuda_process
 from planner.memory.allocator import replay, smallest_cap
 from planner.memory.allocator_settings import AllocatorSettings
 from planner.memory.cuda_process import Display
 from planner.memory.dispatch import plan_of
+from planner.memory.dry_runs import dry_bound
 from planner.memory.machines import Cpu, Cuda, Machine, this_cpu, units_of
 from planner.memory.table import COMPONENTS, Plan
 from planner.workload import Dtype, Workload
 
 SCHEMA_VERSION: Final = 1
+MULTIPROCESSORS: Final = 148
+"""Of cards of which the number is not known, all of them large: as a B200 has."""
 
 
 class Line(Value):
@@ -115,7 +118,7 @@ def estimate(
 def machine_of(device: Literal["cpu"] | gpus.Gpu, dtype: Dtype, threads: int | None) -> Machine:
     """The machine of a device; `threads` are a CPU's, None for those that torch takes."""
     if not isinstance(device, str):
-        return Cuda(device.capability)
+        return Cuda(device.capability, device.sm_count or MULTIPROCESSORS)
     here = this_cpu(dtype)
     return here if threads is None else replace(here, threads=threads)
 
@@ -168,23 +171,22 @@ def _on_gpu(
     explicit: bool,
 ) -> MemoryEstimate:
     _refuse_unfit(config, workload, gpu)
-    machine: Machine = Cuda(gpu.capability)
+    machine = machine_of(gpu, workload.dtype, None)
     plan = plan_of(config, workload, machine)
-    libraries = _libraries(config, gpu)
-    events = [(line.name, int(line.bytes)) for line in libraries] + list(plan.events())
+    events = list(plan.events())
     outcome = replay(events, settings)
     at, _ = plan.peak()
     context = int(cuda_process.total(outside))
     cap = smallest_cap(events, settings)
-    bound = bound_of(
-        calibration, config, workload, outcome.peak_reserved + context, explicit=explicit, device=gpu.key
-    )
+    lost = outcome.peak_reserved + context
+    bound = dry_bound(config, workload, lost)
+    if calibration is not None and (explicit or of_this_torch(calibration)):
+        bound = bound_of(calibration, config, workload, lost, explicit=explicit, device=gpu.key)
     components = plan.components(at)
-    components["workspace"] = components.get("workspace", 0) + int(cuda_process.total(libraries))
     components["context"] = context
     named = tuple(
         Line(name=line.name, component=line.component, bytes=int(line.bytes), source=line.source)
-        for line in (*libraries, *outside)
+        for line in outside
         if line.bytes
     )
     return MemoryEstimate(
@@ -202,13 +204,6 @@ def _on_gpu(
         lines=_lines(plan, at) + named,
         notes=bound.notes,
     )
-
-
-def _libraries(config: AttentionConfig, gpu: gpus.Gpu) -> tuple[cuda_process.DeviceLine, ...]:
-    """cuBLAS's workspace, which any matrix product of the process takes; cuBLASLt's where a projection
-    with a bias is part of the module."""
-    blas, light = cuda_process.library_lines(gpu.capability)
-    return (blas, light) if config.multihead is not None and config.multihead.bias else (blas,)
 
 
 def _refuse_unfit(config: AttentionConfig, workload: Workload, gpu: gpus.Gpu) -> None:

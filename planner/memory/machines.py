@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from attention.sizes.arrays import Count, any_of, each, maximum, up
 from planner.memory import cpu_kernels, cuda_kernels, cuda_process
@@ -23,9 +23,13 @@ class KernelCall(NamedTuple):
     itemsize: int
     causal: bool = False
     dense: Count = 0
-    """1 if the gradient of out lies in memory as [N, T, H, D], else 0."""
+    """1 if out and its gradient lie in memory as [N, T, H, D], else 0."""
     masked: Count = 0
     """Rows of an additive mask [rows, K], 0 for none."""
+    unmasked: Count = 1
+    """0 if all such calls have a mask, else 1."""
+    whole: bool = False
+    """Whether it is all of an attention, so that backward gets the log-sum-exp as forward gave it."""
 
 
 def _sizes(call: KernelCall) -> dict[str, Count]:
@@ -34,10 +38,10 @@ def _sizes(call: KernelCall) -> dict[str, Count]:
 
 
 class Bytes(NamedTuple):
-    """Bytes of a call's result, and of the scratch that it takes besides while it runs."""
+    """Bytes of a call's results, and of the scratch that it takes besides while it runs; tensor by tensor."""
 
-    result: Count
-    scratch: Count
+    result: tuple[Count, ...]
+    scratch: tuple[Count, ...]
 
 
 class FlexBytes(NamedTuple):
@@ -70,6 +74,22 @@ class Machine(Protocol):
         transposed view, `second_transposed`: the second is."""
         ...
 
+    def workspace(self) -> Count:
+        """What the library that makes products keeps from a thread's first product on."""
+        ...
+
+    def multiplies(self, itemsize: int) -> bool:
+        """Whether attention over such numbers is made by that library."""
+        ...
+
+    def column_sum(self, rows: Count, columns: Count, itemsize: int) -> tuple[Count, ...]:
+        """What the sum over the rows of [rows, columns] takes besides its result."""
+        ...
+
+    def listed(self, positions: Count) -> Count:
+        """What the list of so many gathered positions takes of the device's memory."""
+        ...
+
 
 @dataclass(frozen=True)
 class Cpu:
@@ -82,28 +102,38 @@ class Cpu:
     products: Unit | None = None
 
     def forward(self, call: KernelCall) -> Bytes:
-        return Bytes(
-            *cpu_kernels.forward_bytes(
-                **_sizes(call),
-                views=call.views,
-                head_dim=call.head_dim,
-                threads=self.threads,
-                causal=call.causal,
-                packs=self.dtype in self.units,
-                float16=self.dtype == "float16",
-            )
+        result, scratch = cpu_kernels.forward_bytes(
+            **_sizes(call),
+            views=call.views,
+            head_dim=call.head_dim,
+            threads=self.threads,
+            causal=call.causal,
+            packs=self.dtype in self.units,
+            float16=self.dtype == "float16",
         )
+        return Bytes((result,), (scratch,))
 
     def backward(self, call: KernelCall) -> Bytes:
-        return Bytes(
-            *cpu_kernels.backward_bytes(
-                **_sizes(call),
-                views=call.views,
-                head_dim=call.head_dim,
-                threads=self.threads,
-                dense_grad=call.dense,
-            )
+        result, scratch = cpu_kernels.backward_bytes(
+            **_sizes(call),
+            views=call.views,
+            head_dim=call.head_dim,
+            threads=self.threads,
+            dense_grad=call.dense,
         )
+        return Bytes((result,), (scratch,))
+
+    def workspace(self) -> Count:
+        return 0
+
+    def multiplies(self, itemsize: int) -> bool:
+        return False
+
+    def column_sum(self, rows: Count, columns: Count, itemsize: int) -> tuple[Count, ...]:
+        return (0,)
+
+    def listed(self, positions: Count) -> Count:
+        return 0  # it is NumPy's
 
     def flex(self, call: KernelCall) -> FlexBytes:
         raise AssertionError("compiled FlexAttention runs on CUDA only")
@@ -158,12 +188,22 @@ def units_of(capability: str) -> frozenset[str]:
     return frozenset(["bfloat16"] * ("AMX" in capability) + ["float16"] * float16)
 
 
+def _channels(call: KernelCall) -> int:
+    """Channels that kernels are given; see `attention.ops.kernels._aligned_channels`."""
+    return call.head_dim if call.itemsize == 8 else up(call.head_dim, 8)
+
+
+def _applies(call: KernelCall, number: int) -> Count:
+    """1 if some such call runs on the kernel of this place among several in `Cuda.kernels`, else 0."""
+    return (call.masked > 0) * 1 if number else maximum(call.unmasked, (call.masked == 0) * 1)
+
+
 FLASH_CHANNELS = 256
 """The most that flash attention takes."""
 
 
 def _mask_copy(kernel: cuda_kernels.KernelName, call: KernelCall) -> Count:
-    """The mask with rows as the efficient kernel wants them; see `attention.ops.kernels._aligned`."""
+    """The mask with rows as the efficient kernel wants them; see `attention.ops.kernels.aligned_bias`."""
     return call.masked * up(call.keys, 8) * call.itemsize if kernel == "efficient" else 0
 
 
@@ -172,6 +212,8 @@ class Cuda:
     """An NVIDIA GPU."""
 
     capability: tuple[int, int]
+    multiprocessors: int = 108
+    """How many there are; kernels that would leave some idle cut their work further."""
 
     def kernels(self, call: KernelCall) -> tuple[cuda_kernels.KernelName, ...]:
         """The kernels that calls of this size run on, see `attention.ops.kernels.choose`; the second only
@@ -183,33 +225,49 @@ class Cuda:
         return ("flash", "efficient") if any_of(call.masked > 0) else ("flash",)
 
     def forward(self, call: KernelCall) -> Bytes:
-        out = call.views * call.heads * call.queries * call.head_dim * call.itemsize
-        results, scratch = [], []
-        for number, kernel in enumerate(self.kernels(call)):
-            lines = cuda_kernels.forward_lines(
-                kernel, **_sizes(call), batch=call.views, head_dim=up(call.head_dim, 8)
+        dim = _channels(call)
+        rows = call.views * call.heads * call.queries
+        both = call.views * call.heads * call.keys
+        results: list[tuple[Count, ...]] = []
+        stages: list[tuple[Count, ...]] = []
+        kernels = self.kernels(call)
+        for number, kernel in enumerate(kernels):
+            first, *lines = cuda_kernels.forward_lines(
+                kernel, **_sizes(call), batch=call.views, head_dim=dim, multiprocessors=self.multiprocessors
             )
-            applies = 1 if number == 0 else (call.masked > 0) * 1
-            results.append((out + lines[0].bytes) * applies)
-            scratch.append((cuda_process.total(lines[1:]) + _mask_copy(kernel, call)) * applies)
-        return Bytes(maximum(*results), maximum(*scratch))
+            applies = 1 if len(kernels) == 1 else _applies(call, number)
+            pads = 0 if dim == call.head_dim else dim * call.itemsize
+            ahead = (rows * pads, both * pads, both * pads, _mask_copy(kernel, call))
+            taken = (*ahead, *(line.bytes for line in lines))
+            results.append((rows * dim * call.itemsize, first.bytes * applies))
+            stages.append(tuple(count * applies for count in taken))
+        out, lse = cuda_kernels.largest(tuple(results))
+        return Bytes((out, lse), cuda_kernels.largest(tuple(stages)))
 
     def backward(self, call: KernelCall) -> Bytes:
-        dim = up(call.head_dim, 8)
-        scratch = []
-        for number, kernel in enumerate(self.kernels(call)):
-            lines = cuda_kernels.backward_lines(
+        dim = _channels(call)
+        rows = call.views * call.heads * call.queries * dim * call.itemsize
+        both = call.views * call.heads * call.keys * dim * call.itemsize
+        dense, pads = call.dense, 0
+        if dim != call.head_dim:  # all operands are copied, heads before tokens
+            dense, pads = (call.heads == 1) | (call.queries == 1), 1
+        scratch, kernels = [], self.kernels(call)
+        for number, kernel in enumerate(kernels):
+            stages = cuda_kernels.backward_stages(
                 kernel,
                 **_sizes(call),
                 batch=call.views,
-                kv_heads=call.heads,
                 head_dim=dim,
                 capability=self.capability,
+                dense=dense,
+                whole=call.whole,
             )
-            applies = 1 if number == 0 else (call.masked > 0) * 1
-            scratch.append((cuda_process.total(lines) + _mask_copy(kernel, call)) * applies)
-        result = call.views * call.heads * (call.queries + 2 * call.keys) * dim * call.itemsize
-        return Bytes(result, maximum(*scratch))
+            applies = 1 if len(kernels) == 1 else _applies(call, number)
+            ahead = (rows * pads,) * 3 + (both * pads,) * 2 + (_mask_copy(kernel, call),)
+            for stage in stages:
+                taken = (*ahead, *(line.bytes for line in stage))
+                scratch.append(tuple(count * applies for count in taken))
+        return Bytes((rows, both, both), cuda_kernels.largest(tuple(scratch)))
 
     def product(
         self,
@@ -219,10 +277,26 @@ class Cuda:
         transposed: bool = False,
         second_transposed: bool = False,
     ) -> Count:
-        return 0  # cuBLAS works in a workspace of its own, which is a line of the device's
+        return 0  # cuBLAS works in its workspace
+
+    def workspace(self) -> Count:
+        return cuda_process.blas_workspace(self.capability).bytes
+
+    def multiplies(self, itemsize: int) -> bool:
+        return itemsize == 8
+
+    def column_sum(self, rows: Count, columns: Count, itemsize: int) -> tuple[Count, ...]:
+        def one(rows: int, columns: int) -> tuple[int, int]:
+            return cuda_kernels.column_sum(rows, columns, itemsize, self.capability, self.multiprocessors)
+
+        rows, columns = rows + 0 * columns, columns + 0 * rows
+        return each(one, rows > 0, (0, 0), rows, columns)
+
+    def listed(self, positions: Count) -> Count:
+        return 8 * positions
 
     def flex(self, call: KernelCall) -> FlexBytes:
-        sizes = {**_sizes(call), "batch": call.views, "head_dim": call.head_dim}
+        sizes: dict[str, Any] = {**_sizes(call), "batch": call.views, "head_dim": call.head_dim}
         forward = cuda_kernels.forward_lines("flex", **sizes)
-        back = cuda_kernels.backward_lines("flex", kv_heads=call.heads, capability=self.capability, **sizes)
+        (back,) = cuda_kernels.backward_stages("flex", capability=self.capability, **sizes)
         return FlexBytes(forward[0].bytes, cuda_process.total(forward[1:]), cuda_process.total(back))

@@ -5,7 +5,7 @@ Bytes are ints, or NumPy arrays for many candidates at once. The peak is the lar
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from attention.sizes.arrays import Count
@@ -33,6 +33,10 @@ class Buffer(NamedTuple):
     """Phases in which it is alive, in the plan's order; consecutive."""
     formula: str
     """How the bytes come about, in words."""
+    tensors: tuple[Count, ...]
+    """The bytes of each of the tensors that it consists of."""
+    before: bool
+    """Whether it was there before all that the call is given."""
 
 
 class Plan(NamedTuple):
@@ -74,16 +78,31 @@ class Plan(NamedTuple):
         return {name: nbytes for name, nbytes in by_component.items() if nbytes}
 
     def events(self) -> Iterator[tuple[str, int | None]]:
-        """(name, bytes) as a buffer is allocated and (name, None) as it is freed, in order."""
+        """(name, bytes) as a tensor is allocated and (name, None) as it is freed, in order."""
         alive: list[Buffer] = []
         for phase in self.phases:
             for buffer in [b for b in alive if phase not in b.phases]:
                 alive.remove(buffer)
-                yield buffer.name, None
-            for buffer in self.buffers:
+                yield from ((name, None) for name, _ in _tensors(buffer))
+            for buffer in sorted(self.buffers, key=lambda buffer: not buffer.before):
                 if phase in buffer.phases and buffer not in alive and buffer.bytes:
                     alive.append(buffer)
-                    yield buffer.name, int(buffer.bytes)
+                    yield from _tensors(buffer)
+
+
+Tensors = Count | Sequence[Count]
+"""Bytes of one tensor, or of each of several."""
+
+
+def _each(count: Tensors) -> tuple[Count, ...]:
+    return tuple(count) if isinstance(count, (tuple, list)) else (count,)  # type: ignore[return-value]
+
+
+def _tensors(buffer: Buffer) -> Iterator[tuple[str, int]]:
+    """Names and bytes of a buffer's tensors."""
+    for number, count in enumerate(buffer.tensors):
+        if count:
+            yield buffer.name if number == 0 else f"{buffer.name} ({number + 1})", int(count)
 
 
 class PlanTable:
@@ -91,21 +110,28 @@ class PlanTable:
 
     def __init__(self) -> None:
         self._phases: list[str] = [START]
-        self._lines: list[tuple[str, str, Count, str, int, int | None]] = []
+        self._lines: list[tuple[str, str, tuple[Count, ...], str, int, int | None]] = []
         self._open: dict[str, int] = {}
+        self._before: set[int] = set()
 
     def phase(self, name: str) -> None:
         """Begins a phase: buffers that are added from now on are alive from it on."""
         self._phases.append(name)
 
-    def add(self, name: str, component: str, count: Count, formula: str) -> None:
+    def add(self, name: str, component: str, count: Tensors, formula: str) -> None:
         """A buffer that is alive from the present phase until it is freed, or to the end."""
         self._open[name] = len(self._lines)
-        self._lines.append((name, component, count, formula, len(self._phases) - 1, None))
+        self._lines.append((name, component, _each(count), formula, len(self._phases) - 1, None))
 
-    def kept(self, name: str, component: str, count: Count, formula: str) -> None:
+    def lasting(self, name: str, component: str, count: Tensors, formula: str) -> None:
+        """A buffer that is alive from its first use to the end: nothing where it is there already."""
+        if all(line[0] != name for line in self._lines):
+            self.add(name, component, count, formula)
+
+    def kept(self, name: str, component: str, count: Tensors, formula: str) -> None:
         """A buffer that an earlier call left, alive from the start to the end."""
-        self._lines.append((name, component, count, formula, 0, None))
+        self._before.add(len(self._lines))
+        self._lines.append((name, component, _each(count), formula, 0, None))
 
     def free(self, *names: str) -> None:
         """The present phase is the last in which these are alive."""
@@ -118,8 +144,7 @@ class PlanTable:
         """The plan, without the lines that are zero whatever the candidate."""
         phases = tuple(self._phases)
         buffers = (
-            Buffer(name, component, count, phases[first:stop], formula)
-            for name, component, count, formula, first, stop in self._lines
-            if not (type(count) is int and count == 0)
+            Buffer(name, component, sum(tensors), phases[first:stop], formula, tensors, n in self._before)
+            for n, (name, component, tensors, formula, first, stop) in enumerate(self._lines)
         )
-        return Plan(phases, tuple(buffers))
+        return Plan(phases, tuple(x for x in buffers if not (type(x.bytes) is int and x.bytes == 0)))

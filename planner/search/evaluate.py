@@ -16,6 +16,7 @@ from attention.config import AttentionConfig
 from attention.sizes.arrays import Floats, Ints
 from planner.calibration import least_upper
 from planner.configs import Columns
+from planner.memory.dry_runs import dry_runs, dry_upper
 from planner.memory.estimate import MemoryEstimate, estimate
 from planner.memory.peaks import peaks
 from planner.quality import mass as quality
@@ -46,7 +47,10 @@ def figures(scenario: Scenario, columns: Columns) -> Figures:
 def least_memory(scenario: Scenario, columns: Columns) -> Floats:
     """Bytes of the upper bound, or fewer: what the caching allocator rounds up is not among it."""
     found = peaks(columns, scenario.workload, scenario.machine) + scenario.outside
-    return np.asarray(least_upper(scenario.calibration, found), np.float64)
+    calibration = scenario.calibration
+    if calibration is None and not isinstance(scenario.card, str):
+        return np.asarray(dry_upper(found, dry_runs()), np.float64)
+    return np.asarray(least_upper(calibration, found), np.float64)
 
 
 def times(scenario: Scenario, columns: Columns) -> Floats:

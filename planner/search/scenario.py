@@ -82,7 +82,7 @@ class Scenario:
             others_bytes=self.options.get("others_bytes", 0),
             context_bytes=context,
         )
-        return int(cuda_process.total(lines)) + int(cuda_process.library_lines(self.card.capability)[0].bytes)
+        return int(cuda_process.total(lines))
 
     def at(self, seq: int) -> Workload:
         """The workload at another length."""

@@ -6,7 +6,9 @@ from __future__ import annotations
 from typing import Final
 
 from attention.config import AttentionConfig
+from planner import gpus
 from planner.measuring.server import Batch
+from planner.memory.cuda_process import blas_workspace
 from planner.memory.estimate import MemoryEstimate, estimate
 from planner.workload import Workload
 from studies.bench.records import Row
@@ -18,8 +20,14 @@ MIB: Final = 1 << 20
 
 
 def predicted(config: AttentionConfig, workload: Workload, device: str = CARD) -> Row:
-    """Predicted bytes at the peak, by component and together."""
-    return _shares(estimate(config, workload, device))
+    """Bytes at the peak, by component and together; allocated with cuBLAS's workspace, which the seeds'
+    processes had from products before."""
+    planned = estimate(config, workload, device)
+    found, there = _shares(planned), any(line.name == "cuBLAS workspace" for line in planned.lines)
+    workspace = 0 if there else int(blas_workspace(gpus.find(device).capability).bytes)
+    inside = found["components"]
+    inside["workspace"] = inside.get("workspace", 0) + workspace
+    return {**found, "allocated": found["allocated"] + workspace}
 
 
 def measured(config: AttentionConfig, workload: Workload, batch: Batch) -> Row:

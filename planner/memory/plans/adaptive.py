@@ -34,7 +34,8 @@ def adaptive(table: PlanTable, case: Case, scorer: Scorer) -> None:
     """Choice and attention, and in training the backward pass."""
     numbers = _parameters(case, scorer)
     if not case.run:
-        table.kept("projections of the scorer", "parameters", numbers * case.shape.itemsize, "2 H D E e")
+        half = numbers // 2 * case.shape.itemsize
+        table.kept("projections of the scorer", "parameters", (half, half), "2 H D E e")
     table.phase("choosing blocks")
     table.add("chosen blocks", "sparse_indices", _chosen(case, scorer) * 8, "8 B H n k")
     table.add(
@@ -43,6 +44,7 @@ def adaptive(table: PlanTable, case: Case, scorer: Scorer) -> None:
         arena_bytes(choosing_sizes(case.shape, scorer)),
         f"{SIZES} choosing_sizes",
     )
+    tiles.products(table, case)
     table.free("scratch of the choice")
 
     def turn(table: PlanTable) -> bool:
@@ -84,9 +86,12 @@ def _learn(table: PlanTable, case: Case, scorer: Scorer) -> None:
     table.add(
         "scratch of the gate", "workspace", arena_bytes(gate_sizes(shape, scorer.size)), f"{SIZES} gate_sizes"
     )
+    tiles.products(table, case, backward=True)
     table.free("scratch of the gate")
     table.phase("backward, scorer")
-    table.add("sums of the projections' gradients", "temp_buffers", numbers * scorer.wide, "2 H D E w")
+    half = numbers // 2
+    sums = (half * scorer.wide, half * scorer.wide)
+    table.add("sums of the projections' gradients", "temp_buffers", sums, "2 H D E w")
     table.add(
         "scratch of the scorer",
         "workspace",
@@ -97,7 +102,8 @@ def _learn(table: PlanTable, case: Case, scorer: Scorer) -> None:
     if not scorer.casts:  # then the sums are the gradients
         table.free("sums of the projections' gradients")
     table.phase("backward, projections")
-    table.add("gradients of the projections", "gradients", numbers * shape.itemsize, "2 H D E e")
+    gradients = (half * shape.itemsize, half * shape.itemsize)
+    table.add("gradients of the projections", "gradients", gradients, "2 H D E e")
     table.free("gradient of the scores")
     if scorer.casts:
         table.free("sums of the projections' gradients")

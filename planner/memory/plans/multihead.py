@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from attention.sizes.arrays import Count, maximum
-from planner.memory.plans.tiles import Case
-from planner.memory.table import PlanTable
+from planner.memory.cuda_kernels import largest
+from planner.memory.plans.tiles import Case, products
+from planner.memory.table import PlanTable, Tensors
 
 KEPT = ("memory_pool", "pattern_cache")
 """Components that a forward pass leaves behind, whoever needs its results."""
@@ -67,8 +68,14 @@ def multihead(
 
 def parameter_bytes(case: Case, bias: bool) -> Count:
     """Bytes of all weights and biases."""
-    width = _width(case)
-    return (width + 2 * _kv_width(case) + width) * (width + bias) * case.shape.itemsize
+    return sum(_parameter_tensors(case, bias))
+
+
+def _parameter_tensors(case: Case, bias: bool) -> tuple[Count, ...]:
+    """Bytes of the weight and bias of the output projection and of those of the input projections."""
+    width, e = _width(case), case.shape.itemsize
+    rows = width + 2 * _kv_width(case)
+    return (width * width * e, width * bias * e, rows * width * e, rows * bias * e)
 
 
 def _width(case: Case) -> Count:
@@ -87,7 +94,7 @@ def _tokens(case: Case) -> Count:
 
 def _inputs(table: PlanTable, case: Case, bias: bool) -> None:
     e = case.shape.itemsize
-    table.add("parameters", "parameters", parameter_bytes(case, bias), "(R + E) (E + 1 if biased) e")
+    table.add("parameters", "parameters", _parameter_tensors(case, bias), "(R + E) (E + 1 if biased) e")
     table.add("input", "qkv", case.channels * e, "B S E e")
     if case.trains:
         table.add("gradient of the result", "gradients", case.channels * e, "B S E e")
@@ -116,16 +123,22 @@ def _gradients(table: PlanTable, case: Case, name: str, widths: tuple[Count, ...
     rows: Count = sum(widths)
     table.phase(f"backward, weights of the {name}")
     table.add(f"weight gradient, {name}", "gradients", rows * width * e, "(E or R) E e")
+    products(table, case, backward=True)
     scratch = [case.machine.product(each, _tokens(case), width, transposed=True) for each in widths]
     _scratch(table, maximum(*scratch))
     table.phase(f"backward, biases of the {name}")
     table.add(f"bias gradient, {name}", "gradients", rows * e * bias, "(E or R) e")
+    if bias:
+        sums = tuple(case.machine.column_sum(_tokens(case), each, e) for each in widths)
+        table.add("partial sums", "workspace", largest(sums), "of the kernel")
+        table.free("partial sums")
 
 
 def _product(
     table: PlanTable, case: Case, rows: Count, inner: Count, columns: Count, forward: bool = False
 ) -> None:
     """A projection's scratch, in the phase of its result. Going `forward`, weights are a transposed view."""
+    products(table, case, backward=not forward)
     _scratch(table, case.machine.product(rows, inner, columns, second_transposed=forward))
 
 
@@ -145,12 +158,15 @@ class _Unsaved(PlanTable):
     def phase(self, name: str) -> None:
         self._table.phase(self._prefix + name)
 
-    def add(self, name: str, component: str, count: Count, formula: str) -> None:
+    def add(self, name: str, component: str, count: Tensors, formula: str) -> None:
         self._table.add(self._prefix + name, component, count, formula)
         if component not in KEPT:
             self._alive.append(name)
 
-    def kept(self, name: str, component: str, count: Count, formula: str) -> None:
+    def lasting(self, name: str, component: str, count: Tensors, formula: str) -> None:
+        self._table.lasting(name, component, count, formula)
+
+    def kept(self, name: str, component: str, count: Tensors, formula: str) -> None:
         self._table.kept(name, component, count, formula)
 
     def free(self, *names: str) -> None:

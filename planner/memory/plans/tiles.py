@@ -28,6 +28,7 @@ from attention.sizes.tiles import (
     sparse_extent,
 )
 from planner.memory.allocator_settings import MIN_BLOCK
+from planner.memory.cuda_kernels import largest
 from planner.memory.machines import Bytes, KernelCall, Machine
 from planner.memory.table import PlanTable
 
@@ -98,16 +99,27 @@ def inputs(table: PlanTable, case: Case) -> None:
         table.add("gradient of out", "gradients", case.channels * e, "B S H D e")
 
 
+def products(table: PlanTable, case: Case, *, backward: bool = False) -> None:
+    """What a product's library keeps from now on: a thread's. Autograd runs backward in a thread of its own,
+    and in that a forward pass that is repeated."""
+    name = "cuBLAS workspace of backward" if backward or case.run else "cuBLAS workspace"
+    table.lasting(name, "workspace", case.machine.workspace(), "planner/memory/cuda_process.py")
+
+
 def whole(table: PlanTable, case: Case) -> None:
     """Dense attention with as many kv heads as heads: one kernel call over everything."""
     shape, e = case.shape, case.shape.itemsize
-    call = KernelCall(case.batch, shape.heads, shape.seq, shape.seq, shape.head_dim, e, causal=shape.causal)
+    call = KernelCall(
+        case.batch, shape.heads, shape.seq, shape.seq, shape.head_dim, e, causal=shape.causal, whole=True
+    )
     kernel = case.machine.forward(call)
+    out = kernel.result[0] if len(kernel.result) > 1 else case.channels * e
     table.phase("forward")
-    table.add("out", "output", case.channels * e, "B S H D e")
+    table.add("out", "output", out, "B S H D e")
     lse = "saved_for_backward" if case.trains else "temp_buffers"
-    table.add("log-sum-exp", lse, kernel.result - case.channels * e, "of the kernel")
+    table.add("log-sum-exp", lse, sum(kernel.result) - out, "of the kernel")
     table.add("kernel scratch", "workspace", kernel.scratch, "of the kernel")
+    _multiplied(table, case)
     table.free("kernel scratch")
     if not (case.trains or case.keeps_lse):
         table.free("log-sum-exp")
@@ -116,12 +128,25 @@ def whole(table: PlanTable, case: Case) -> None:
     if shape.widens:
         program_backward(table, case, lambda back: dilated_extent(((shape.seq, 1),), back), 0)
     else:
-        kernel = case.machine.backward(call._replace(dense=True))
+        kernel = case.machine.backward(call._replace(dense=1))
+        dq = kernel.result[0] if len(kernel.result) > 1 else case.channels * e
         table.phase("backward")
-        table.add("dq", "gradients", case.channels * e, "B S H D e")
-        table.add("dk and dv", "gradients", kernel.result - case.channels * e, "2 B S H D e")
+        table.add("dq", "gradients", dq, "B S H D e")
+        table.add("dk and dv", "gradients", _rest(kernel.result, dq), "2 B S H D e")
         table.add("backward scratch", "workspace", kernel.scratch, "of the kernel")
+        _multiplied(table, case, backward=True)
         table.free("backward scratch")
+
+
+def _rest(parts: tuple[Count, ...], first: Count) -> tuple[Count, ...]:
+    """The parts after the first, which takes `first` bytes, or what is left of them all."""
+    return parts[1:] if len(parts) > 1 else (parts[0] - first,)
+
+
+def _multiplied(table: PlanTable, case: Case, *, backward: bool = False) -> None:
+    """`products`, where kernels are made of them."""
+    if case.machine.multiplies(case.shape.itemsize):
+        products(table, case, backward=backward)
 
 
 def program(table: PlanTable, case: Case, extent_of: Callable[[Shape], Extent]) -> None:
@@ -157,15 +182,20 @@ def program(table: PlanTable, case: Case, extent_of: Callable[[Shape], Extent]) 
             )
             table.add("forward arena", "workspace", size - there, "attention/sizes/tiles.py forward_sizes")
             _make(table, "causal mask", mask)
-        call = _call(kind, kind.views, kind.keys, shape)
+        call = _call(kind, kind.views, kind.keys, shape)._replace(unmasked=_unmasked(kind, kind.keys, shape))
         kernel = _bytes_of(case.machine.forward, call, kind)
         rows = kind.heads * kind.views * kind.queries
         merging = rows * shape.wide * (kind.later > 0)
         _hidden(table, kind, kind.views * kind.keys * e, shape)
+        left = [count * kind.exists for count in kernel.result]
         result = f"{kind.name}: part"
-        table.add(result, "temp_buffers", kernel.result * kind.exists, "N T H (D e + w)")
-        scratch = maximum(kernel.scratch, merging) * kind.exists
+        table.add(result, "temp_buffers", left, "N T H (D e + w)")
+        # The list of what is gathered is gone when the kernel is called.
+        listing = maximum(_list(case, kind, kind.views * kind.keys) - sum(kernel.result), 0)
+        most = largest((kernel.scratch, (merging,), (listing,)))
+        scratch = [count * kind.exists for count in most]
         table.add(f"{kind.name}: scratch", "workspace", scratch, "of the kernel, or of the merge")
+        _multiplied(table, case)
         table.free(result, f"{kind.name}: scratch", f"{kind.name}: hidden positions")
     table.free("causal mask")
     _leave(table, "forward arena", POOLED, pool_size - there)
@@ -214,19 +244,31 @@ def program_backward(
             )
             _make(table, "causal mask of backward", mask)
         call = _call(kind, piece.views, piece.keys, shape, number)
+        call = call._replace(unmasked=_unmasked(kind, piece.keys, shape))
         if shape.widens:
             call = call._replace(dense=1)
         kernel = _bytes_of(case.machine.backward, call, kind)
         _hidden(table, kind, piece.column * number, shape)
-        table.add(
-            f"{kind.name}: dq, dk, dv", "temp_buffers", kernel.result * kind.exists, "N H (T + 2 K) D w"
-        )
-        table.add(
-            f"{kind.name}: backward scratch", "workspace", kernel.scratch * kind.exists, "of the kernel"
-        )
+        places = case.machine.listed(piece.column // kind.unit * (kind.heads if kind.own else 1))
+        if kind.gathers:
+            table.add(
+                f"{kind.name}: places", "sparse_indices", places * kind.exists, "8 N K / b, or 8 N H K / b"
+            )
+        left = [count * kind.exists for count in kernel.result]
+        table.add(f"{kind.name}: dq, dk, dv", "temp_buffers", left, "N H (T + 2 K) D w")
+        listing = maximum(_list(case, kind, piece.column) - sum(kernel.result), 0)
+        # Sums of dk and of dv over lists are in single precision, into which a view's are copied.
+        copied = kind.heads * piece.keys * shape.head_dim * shape.wide
+        copied = copied * (kind.gathers and number < shape.wide)
+        most = largest((kernel.scratch, (listing,), (copied,)))
+        taken = [count * kind.exists for count in most]
+        table.add(f"{kind.name}: backward scratch", "workspace", taken, "of the kernel")
+        _multiplied(table, case, backward=True)
         table.free(
             f"{kind.name}: dq, dk, dv", f"{kind.name}: backward scratch", f"{kind.name}: hidden positions"
         )
+        if kind.gathers:
+            table.free(f"{kind.name}: places")
     table.free("causal mask of backward")
     _leave(table, "backward arena", f"backward {POOLED}", maximum(pool_size - there, 0))
 
@@ -312,9 +354,22 @@ def _call(kind: Kind, views: Count, keys: Count, shape: Shape, itemsize: int | N
     )
 
 
+def _unmasked(kind: Kind, keys: Count, shape: Shape) -> Count:
+    """0 if all calls of a kind, given so many keys at once, have an additive mask, else 1. Under a causal
+    mask those have none that are before the diagonal; else those that do not see the end."""
+    if shape.causal:
+        return maximum((kind.later > 0) * 1, (keys < kind.keys) * 1, (kind.masked == 0) * 1)
+    return maximum((shape.seq > kind.unit) * 1, (kind.masked == 0) * 1)
+
+
 def _bytes_of(kernel: Callable[[KernelCall], Bytes], call: KernelCall, kind: Kind) -> Bytes:
-    """Bytes that a kernel takes for a call of this kind; not computed where no candidate has such calls."""
-    return kernel(call) if any_of(kind.exists) else Bytes(0, 0)
+    """What a kernel takes for a call of this kind; not computed where no candidate has such calls."""
+    return kernel(call) if any_of(kind.exists) else Bytes((0,), (0,))
+
+
+def _list(case: Case, kind: Kind, positions: Count) -> Count:
+    """The list of what a call of this kind gathers, of so many positions of all views."""
+    return case.machine.listed(positions * (kind.heads if kind.own else 1)) if kind.gathers else 0
 
 
 def flex(table: PlanTable, case: Case, rows: Rows) -> None:

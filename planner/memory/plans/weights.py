@@ -11,7 +11,7 @@ from typing import NamedTuple
 from attention.sizes.arena import arena_bytes
 from attention.sizes.arrays import Count
 from attention.sizes.weights import weights_sizes
-from planner.memory.plans.tiles import Case
+from planner.memory.plans.tiles import Case, products
 from planner.memory.table import PlanTable
 
 
@@ -57,6 +57,7 @@ def _weights(table: PlanTable, case: Case, returned: ReturnedWeights) -> None:
         arena_bytes(weights_sizes(shape, returned.size, returned.active, returned.branches)),
         "attention/sizes/weights.py",
     )
+    products(table, case)
     table.free("scratch of the weights")
     if not case.trains:
         table.free("log-sum-exp of the weights")

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from attention import ConfigError
-from planner.gpus import known
-from planner.memory.cuda_kernels import backward_lines, forward_lines
-from planner.memory.cuda_process import DeviceLine, device_lines, library_lines, total
+from planner.gpus import find, known
+from planner.memory.cuda_kernels import backward_stages, column_sum, forward_lines, largest, splits
+from planner.memory.cuda_process import DeviceLine, blas_workspace, device_lines, total
 
 MIB = 1 << 20
 KERNELS = ["flash", "efficient", "flex", "plain"]
@@ -57,9 +57,8 @@ def test_nonsense_about_the_device_is_refused(wrong):
     ],
 )
 def test_library_workspaces_by_capability(capability, each):
-    assert sizes(library_lines(capability)) == {"cuBLAS workspace": each, "cuBLASLt workspace": MIB}
-    assert total(library_lines(capability, handles=3)) == 3 * (each + MIB)
-    assert all(line.inside_allocator for line in library_lines(capability))
+    line = blas_workspace(capability)
+    assert (line.name, line.bytes, line.inside_allocator) == ("cuBLAS workspace", each, True)
 
 
 SHAPE = {"batch": 1, "heads": 16, "queries": 131_072, "keys": 131_072, "head_dim": 64, "itemsize": 2}
@@ -67,144 +66,211 @@ ODD = {"batch": 3, "heads": 4, "queries": 1000, "keys": 500, "head_dim": 40, "it
 
 
 def test_flash_at_131072_tokens():
-    assert sizes(forward_lines("flash", **SHAPE)) == {"log-sum-exp": 8 * MIB}
-    assert sizes(backward_lines("flash", kv_heads=16, **SHAPE)) == {
+    found = sizes(forward_lines("flash", **SHAPE))
+    assert found == {
+        "log-sum-exp": 8 * MIB,
+        "sums of parts of the keys": 0,
+        "log-sum-exp of parts of the keys": 0,
+        "random state": 16,
+        "random offset": 8,
+    }
+    (stage,) = backward_stages("flash", **SHAPE)
+    assert {name: count for name, count in sizes(stage).items() if count} == {
+        "random state": 16,
         "softmax_d": 8 * MIB,
         "dq_accum": 512 * MIB,
-        "dk and dv expanded": 0,
     }
 
 
-def test_flash_rounds_queries_to_128_and_channels_to_32():
-    found = sizes(backward_lines("flash", kv_heads=4, **ODD))
-    assert found["softmax_d"] == 4 * 3 * 4 * 1024
-    assert found["dq_accum"] == 4 * 3 * 4 * 1024 * 64
+def test_flash_rounds_queries_to_128_and_channels_to_32_or_64():
+    for head_dim, channels in ((40, 64), (72, 96), (128, 128), (136, 192), (160, 192), (200, 256)):
+        (stage,) = backward_stages("flash", **(ODD | {"head_dim": head_dim}))
+        assert sizes(stage)["softmax_d"] == 4 * 3 * 4 * 1024
+        assert sizes(stage)["dq_accum"] == 4 * 3 * 4 * 1024 * channels
 
 
-def test_flash_expands_dk_and_dv_for_grouped_heads():
-    found = sizes(backward_lines("flash", kv_heads=2, **ODD))
-    assert found["dk and dv expanded"] == 2 * 3 * 500 * 4 * 40 * 2
+def test_flash_copies_what_lies_apart():
+    (stage,) = backward_stages("flash", dense=0, whole=False, **ODD)
+    found = sizes(stage)
+    assert found["gradient of out in one piece"] == found["out in one piece"] == 3 * 4 * 1000 * 40 * 2
+    assert found["log-sum-exp in one piece"] == 4 * 3 * 4 * 1000
+
+
+def test_flash_cuts_keys_where_multiprocessors_are_idle():
+    # One query over 131,072 keys in 8 heads: 8 tiles for 2 x 108 places, 23 parts.
+    assert splits(8, 131_072, 64, 108) == 23
+    assert splits(173, 131_072, 64, 108) == 1
+    assert splits(8, 256, 64, 108) == 1
+    found = sizes(forward_lines("flash", **(SHAPE | {"heads": 8, "queries": 1})))
+    assert found["sums of parts of the keys"] == 4 * 23 * 8 * 64
+    assert found["log-sum-exp of parts of the keys"] == 4 * 23 * 8
 
 
 def test_deterministic_flash_keeps_a_sum_a_split():
     # 108 multiprocessors over 12 (batch, head) pairs make 9 splits, 100 make ceil(8.3) = 9, 12 make 1.
-    base = sizes(backward_lines("flash", kv_heads=4, **ODD))["dq_accum"]
-    for multiprocessors, splits in ((108, 9), (100, 9), (12, 1)):
-        lines = backward_lines("flash", kv_heads=4, deterministic_sms=multiprocessors, **ODD)
-        assert sizes(lines)["dq_accum"] == splits * base
+    (base,) = backward_stages("flash", **ODD)
+    for multiprocessors, parts in ((108, 9), (100, 9), (12, 1)):
+        (stage,) = backward_stages("flash", deterministic_sms=multiprocessors, **ODD)
+        assert sizes(stage)["dq_accum"] == parts * sizes(base)["dq_accum"]
 
 
-def test_efficient_forward_pads_its_log_sum_exp_to_32():
-    assert sizes(forward_lines("efficient", **ODD)) == {"log-sum-exp": 4 * 3 * 4 * 1024, "output sums": 0}
-    few = forward_lines("efficient", **(ODD | {"queries": 33}))
-    assert few[0].bytes == 4 * 3 * 4 * 64
+# Card, bytes a number, channels, (batch, heads, queries, keys), and what a dry run of torch 2.13.0 had in its
+# memory-efficient attention at most: forward with out, backward with dq, dk and dv.
+DRY = [
+    ("gtx1080", 2, 40, (1, 2, 100, 200), 17024, 162400),
+    ("gtx1080", 2, 72, (40, 8, 64, 300), 3031040, 65095680),
+    ("gtx1080", 2, 104, (1, 2, 100, 200), 42624, 512672),
+    ("gtx1080", 2, 136, (40, 8, 64, 300), 16793600, 110648320),
+    ("gtx1080", 2, 256, (1, 2, 100, 200), 308224, 1139744),
+    ("gtx1080", 4, 40, (1, 2, 100, 200), 33024, 225600),
+    ("gtx1080", 4, 72, (40, 8, 64, 300), 5980160, 73154560),
+    ("gtx1080", 4, 104, (1, 2, 100, 200), 84224, 584000),
+    ("gtx1080", 4, 136, (40, 8, 64, 300), 11223040, 138035200),
+    ("gtx1080", 4, 256, (1, 2, 100, 200), 205824, 1435200),
+    ("v100-sxm2-16gb", 2, 40, (1, 2, 100, 200), 17024, 162400),
+    ("v100-sxm2-16gb", 2, 72, (40, 8, 64, 300), 3031040, 54609920),
+    ("v100-sxm2-16gb", 2, 104, (1, 2, 100, 200), 42624, 381536),
+    ("v100-sxm2-16gb", 2, 136, (40, 8, 64, 300), 16793600, 136862720),
+    ("v100-sxm2-16gb", 2, 256, (1, 2, 100, 200), 308224, 1926048),
+    ("v100-sxm2-16gb", 4, 40, (1, 2, 100, 200), 33024, 258400),
+    ("v100-sxm2-16gb", 4, 72, (40, 8, 64, 300), 5980160, 77670400),
+    ("v100-sxm2-16gb", 4, 104, (1, 2, 100, 200), 84224, 631200),
+    ("v100-sxm2-16gb", 4, 136, (40, 8, 64, 300), 11223040, 142556160),
+    ("v100-sxm2-16gb", 4, 256, (1, 2, 100, 200), 205824, 1492000),
+    ("t4", 2, 40, (1, 2, 100, 200), 17024, 162400),
+    ("t4", 2, 72, (40, 8, 64, 300), 3031040, 54609920),
+    ("t4", 2, 104, (1, 2, 100, 200), 42624, 381536),
+    ("t4", 2, 136, (40, 8, 64, 300), 16793600, 136862720),
+    ("t4", 2, 256, (1, 2, 100, 200), 308224, 1926048),
+    ("t4", 4, 40, (1, 2, 100, 200), 33024, 258400),
+    ("t4", 4, 72, (40, 8, 64, 300), 5980160, 77670400),
+    ("t4", 4, 104, (1, 2, 100, 200), 84224, 631200),
+    ("t4", 4, 136, (40, 8, 64, 300), 11223040, 142556160),
+    ("t4", 4, 256, (1, 2, 100, 200), 205824, 1492000),
+    ("rtx3090", 2, 40, (1, 2, 100, 200), 17024, 162400),
+    ("rtx3090", 2, 72, (40, 8, 64, 300), 3031040, 54609920),
+    ("rtx3090", 2, 104, (1, 2, 100, 200), 42624, 905888),
+    ("rtx3090", 2, 136, (40, 8, 64, 300), 16793600, 136862720),
+    ("rtx3090", 2, 256, (1, 2, 100, 200), 308224, 1926048),
+    ("rtx3090", 4, 40, (1, 2, 100, 200), 33024, 258400),
+    ("rtx3090", 4, 72, (40, 8, 64, 300), 5980160, 77670400),
+    ("rtx3090", 4, 104, (1, 2, 100, 200), 84224, 631200),
+    ("rtx3090", 4, 136, (40, 8, 64, 300), 11223040, 142556160),
+    ("rtx3090", 4, 256, (1, 2, 100, 200), 205824, 1492000),
+    ("h100-sxm", 2, 40, (1, 2, 100, 200), 17024, 162400),
+    ("h100-sxm", 2, 72, (40, 8, 64, 300), 3031040, 54604800),
+    ("h100-sxm", 2, 104, (1, 2, 100, 200), 42624, 381504),
+    ("h100-sxm", 2, 136, (40, 8, 64, 300), 16793600, 136862720),
+    ("h100-sxm", 2, 256, (1, 2, 100, 200), 308224, 1926048),
+    ("h100-sxm", 4, 40, (1, 2, 100, 200), 33024, 258400),
+    ("h100-sxm", 4, 72, (40, 8, 64, 300), 5980160, 88156160),
+    ("h100-sxm", 4, 104, (1, 2, 100, 200), 84224, 631136),
+    ("h100-sxm", 4, 136, (40, 8, 64, 300), 11223040, 158284800),
+    ("h100-sxm", 4, 256, (1, 2, 100, 200), 205824, 1491872),
+    ("rtx5090", 2, 40, (1, 2, 100, 200), 17024, 162400),
+    ("rtx5090", 2, 72, (40, 8, 64, 300), 3031040, 65095680),
+    ("rtx5090", 2, 104, (1, 2, 100, 200), 42624, 905888),
+    ("rtx5090", 2, 136, (40, 8, 64, 300), 16793600, 136862720),
+    ("rtx5090", 2, 256, (1, 2, 100, 200), 308224, 1926048),
+    ("rtx5090", 4, 40, (1, 2, 100, 200), 33024, 258400),
+    ("rtx5090", 4, 72, (40, 8, 64, 300), 5980160, 77670400),
+    ("rtx5090", 4, 104, (1, 2, 100, 200), 84224, 631200),
+    ("rtx5090", 4, 136, (40, 8, 64, 300), 11223040, 142556160),
+    ("rtx5090", 4, 256, (1, 2, 100, 200), 205824, 1492000),
+]
 
 
-@pytest.mark.parametrize(
-    "head_dim, itemsize, sums", [(128, 2, 0), (136, 2, 4 * 3 * 4 * 1000 * 136), (136, 4, 0)]
-)
-def test_efficient_forward_sums_wide_16_bit_outputs_in_float32(head_dim, itemsize, sums):
-    lines = forward_lines("efficient", **(ODD | {"head_dim": head_dim, "itemsize": itemsize}))
-    assert sizes(lines)["output sums"] == sums
-
-
-def test_efficient_backward_up_to_64_channels():
-    # 16 tiles of 64 queries by one of 64 channels, 4 float32 more each; dk and dv stay in registers.
-    assert sizes(backward_lines("efficient", kv_heads=4, **ODD)) == {
-        "delta": 2 * 4 * 3 * 4 * 1000,
-        "dq accumulator": 4 * 12 * (16 * 64 * 64 + 16 * 4),
-        "dk and dv accumulators": 0,
-        "grad x out": 0,
+@pytest.mark.parametrize("card, itemsize, head_dim, shape, forward, backward", DRY)
+def test_the_efficient_kernels_take_what_a_dry_run_took(card, itemsize, head_dim, shape, forward, backward):
+    batch, heads, queries, keys = shape
+    call = {
+        "batch": batch,
+        "heads": heads,
+        "queries": queries,
+        "keys": keys,
+        "head_dim": head_dim,
+        "itemsize": itemsize,
     }
-
-
-def test_efficient_backward_beyond_64_channels():
-    # 500 keys make 8 blocks of 64; 200 // 12 = 16 splits would be allowed.
-    found = sizes(backward_lines("efficient", kv_heads=4, **(ODD | {"head_dim": 100})))
-    assert found["dq accumulator"] == 4 * 12 * (1024 * 128 + 4 * 16 * 2)
-    assert found["dk and dv accumulators"] == 4 * 12 * 2 * 8 * 64 * 128
-    few = sizes(backward_lines("efficient", kv_heads=4, **(ODD | {"head_dim": 100, "queries": 33})))
-    assert few["dq accumulator"] == 4 * 12 * (128 * 128 + 4 * 1 * 2)
-    long = sizes(backward_lines("efficient", kv_heads=4, **(ODD | {"head_dim": 100, "keys": 10_000})))
-    assert long["dk and dv accumulators"] == 4 * 12 * 2 * 16 * 64 * 128
-    many = ODD | {"head_dim": 100, "batch": 1000, "keys": 10_000}
-    assert sizes(backward_lines("efficient", kv_heads=4, **many))["dk and dv accumulators"] == (
-        4 * 4000 * 2 * 1 * 64 * 128
-    )
-
-
-def test_efficient_backward_in_float32_keeps_no_dk_and_dv():
-    found = sizes(backward_lines("efficient", kv_heads=4, **(ODD | {"head_dim": 100, "itemsize": 4})))
-    assert found["dk and dv accumulators"] == 0
+    out = batch * heads * queries * head_dim * itemsize
+    assert out + total(forward_lines("efficient", **call)) == forward
+    stages = backward_stages("efficient", dense=0, capability=find(card).capability, **call)
+    ours = {"random state", "log-sum-exp, padded"}  # made before the operator is called
+    most = max(total(line for line in stage if line.name not in ours) for stage in stages)
+    assert out + 2 * (batch * heads * keys * head_dim * itemsize) + most == backward
 
 
 @pytest.mark.parametrize(
-    "capability, head_dim, itemsize, floats",
-    [((7, 0), 100, 2, 3), ((7, 0), 64, 2, 0), ((7, 0), 100, 4, 0), ((7, 5), 100, 2, 0)],
+    "rows, columns, itemsize, capability, multiprocessors, scratch",
+    [
+        (2048, 768, 2, (9, 0), 114, (12_582_912, 24)),
+        (8, 512, 2, (8, 0), 108, (0, 0)),
+        (256, 512, 2, (8, 0), 108, (0, 0)),
+        (16_384, 512, 2, (8, 0), 108, (64 * MIB, 16)),
+    ],
 )
-def test_only_volta_in_16_bits_multiplies_out_and_gradient_aside(capability, head_dim, itemsize, floats):
-    shape = ODD | {"head_dim": head_dim, "itemsize": itemsize}
-    found = sizes(backward_lines("efficient", kv_heads=4, capability=capability, **shape))
-    assert found["grad x out"] == floats * 4 * 12 * 1000 * head_dim
+def test_a_bias_gradient_is_summed_in_blocks(rows, columns, itemsize, capability, multiprocessors, scratch):
+    assert column_sum(rows, columns, itemsize, capability, multiprocessors) == scratch
 
 
 def test_plain_products_hold_whole_scores():
-    assert total(forward_lines("plain", **(ODD | {"itemsize": 8}))) == 8 * 12 * 1000 * (1 + 2 * 500)
-    assert total(backward_lines("plain", kv_heads=4, **(ODD | {"itemsize": 8}))) == (
-        8 * 12 * 1000 * (1 + 3 * 500)
-    )
+    rows, copied = 8 * 12 * 1000, 8 * 12 * 40
+    assert total(forward_lines("plain", **(ODD | {"itemsize": 8}))) == rows * (1 + 2 * 500) + copied * 500
+    early, late = backward_stages("plain", **(ODD | {"itemsize": 8}))
+    results = copied * (1000 + 2 * 500)
+    assert total(early) == rows * (1 + 3 * 500) - results
+    assert total(late) == rows * (1 + 2 * 500) + copied * 1000
 
 
 def test_flex_holds_rows_only():
     rows = 4 * 12 * 1000
     assert sizes(forward_lines("flex", **ODD)) == {"log-sum-exp": rows, "row maxima": rows}
-    assert sizes(backward_lines("flex", kv_heads=2, **ODD)) == {"delta": rows}
+    (stage,) = backward_stages("flex", **ODD)
+    assert sizes(stage) == {"delta": rows}
 
 
 def test_an_unknown_kernel_is_refused():
     with pytest.raises(ConfigError, match="'cudnn'"):
         forward_lines("cudnn", **ODD)
     with pytest.raises(ConfigError, match="'cudnn'"):
-        backward_lines("cudnn", kv_heads=4, **ODD)
+        backward_stages("cudnn", **ODD)
 
 
 GRID = {
     "batch": [1, 2, 3, 1, 70_000],
     "heads": [8, 4, 6, 16, 4],
-    "kv_heads": [8, 1, 3, 16, 4],
     "queries": [1, 127, 128, 131_072, 33],
     "keys": [1, 129, 4096, 131_072, 65],
-    "head_dim": [8, 64, 65, 128, 256],
 }
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("itemsize", [2, 4])
-def test_arrays_give_what_ints_give(kernel, itemsize):
+@pytest.mark.parametrize("head_dim", [8, 64, 72, 128, 256])
+def test_arrays_give_what_ints_give(kernel, itemsize, head_dim):
     arrays = {name: np.array(values, dtype=np.int64) for name, values in GRID.items()}
-    options = {"capability": (7, 0), "deterministic_sms": 80}
+    options = {"capability": (7, 0), "deterministic_sms": 80, "dense": 0, "whole": False}
 
     def both(values):
-        forward = {name: value for name, value in values.items() if name != "kv_heads"}
-        return (
-            *forward_lines(kernel, itemsize=itemsize, **forward),
-            *backward_lines(kernel, itemsize=itemsize, **options, **values),
-        )
+        call = {**values, "itemsize": itemsize, "head_dim": head_dim}
+        return (forward_lines(kernel, **call), *backward_stages(kernel, **options, **call))
 
     rows = [both({name: values[i] for name, values in GRID.items()}) for i in range(5)]
-    for i, line in enumerate(both(arrays)):
-        expected = [row[i].bytes for row in rows]
-        assert all(type(count) is int for count in expected)
-        assert line.bytes.dtype == np.int64
-        assert np.broadcast_to(line.bytes, 5).tolist() == expected
-    np.testing.assert_array_equal(total(both(arrays)), [total(row) for row in rows])
+    for n, stage in enumerate(both(arrays)):
+        for at, line in enumerate(stage):
+            expected = [row[n][at].bytes for row in rows]
+            assert all(type(count) is int for count in expected)
+            assert np.broadcast_to(line.bytes, 5).tolist() == expected
+    counts = [tuple(line.bytes for line in stage) for stage in both(arrays)]
+    most = [largest(tuple(tuple(line.bytes for line in stage) for stage in row)) for row in rows]
+    together = [np.broadcast_to(part, 5).tolist() for part in largest(tuple(counts))]
+    assert together == [list(parts) for parts in zip(*most, strict=True)]
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_every_line_says_what_it_is(kernel):
-    scratch = (*forward_lines(kernel, **ODD), *backward_lines(kernel, kv_heads=4, **ODD))
-    assert all(line.inside_allocator and line.component == "workspace" for line in scratch)
-    assert all(line.name and line.source for line in scratch)
+    for stage in (forward_lines(kernel, **ODD), *backward_stages(kernel, **ODD)):
+        assert all(line.inside_allocator and line.component == "workspace" for line in stage)
+        assert all(line.name and line.source for line in stage)
 
 
 def test_every_known_architecture_has_a_context():

@@ -1,0 +1,75 @@
+"""How far predictions for GPUs were from dry runs, and the margin that follows from it. Imports no torch.
+
+A dry run is torch's own CUDA build over a stand-in for CUDA's libraries (`planner.standin`): its allocator
+and its operators' host code are real, kernels are not run. One set of random cases sets the margin, another
+checks it; both are named in `planner/data/dry-runs.json`, which `python -m studies.bench.dry --write` writes.
+What a context and a display take is no part of it: those are figures with sources of their own.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+from pydantic import Field
+
+from attention.config import AttentionConfig, Value
+from planner.calibration import OUTSIDE, Bound, Domain, Names, installed_torch
+from planner.workload import Workload
+
+PATH: Final = Path(__file__).parents[1] / "data" / "dry-runs.json"
+CHECKED: Final = "checked by dry runs: allocator and operators real, kernels not run"
+SEGMENT: Final = 2 << 20
+"""A small segment of the caching allocator: one more or fewer is a matter of a few hundred bytes."""
+
+
+class DryCases(Value):
+    """Random cases, as `studies.bench.dry.cases` has them."""
+
+    seed: int
+    cases: Annotated[int, Field(ge=1)]
+    """Those that ran."""
+    exceeded: Annotated[int, Field(ge=0)]
+    """Those that took more than the upper bound."""
+
+
+class DryRuns(Value):
+    """Two disjoint sets of dry runs."""
+
+    torch: str
+    cards: Names
+    domain: Domain
+    margin: Annotated[float, Field(ge=0)]
+    """Share of a prediction that is added to it, beside one segment: none of `set_by` is above that."""
+    set_by: DryCases
+    checked_by: DryCases
+
+
+@cache
+def dry_runs() -> DryRuns:
+    """Those that came with this package."""
+    return DryRuns.from_json(PATH.read_bytes())
+
+
+def dry_upper(predicted: Any, runs: DryRuns) -> Any:
+    """The upper bound of what a card loses, for a prediction or an array of them."""
+    return predicted * (1 + runs.margin) + SEGMENT
+
+
+def dry_bound(config: AttentionConfig, workload: Workload, predicted: int) -> Bound:
+    """The upper bound of a prediction for a GPU that nobody calibrated; wider outside of what was run dry."""
+    runs = dry_runs()
+    notes = []
+    upper = float(dry_upper(predicted, runs))
+    outside = runs.domain.misses(config, workload)
+    said = CHECKED
+    if outside:
+        upper = predicted * (1.01 + runs.margin * OUTSIDE) + SEGMENT
+        said = "outside what was run dry: a wider margin"
+        notes.append(f"not among what was run dry: {', '.join(outside)}")
+    here = installed_torch()
+    if here is not None and here.partition("+")[0] != runs.torch:
+        notes.append(f"the dry runs were of torch {runs.torch}, torch {here} is installed")
+    return Bound(math.ceil(upper), said, tuple(notes))

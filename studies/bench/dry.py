@@ -1,0 +1,288 @@
+"""Are predictions for GPUs right? Random cases, each run dry on a card that is not there, beside what
+`planner.estimate` says of it.
+
+    python -m studies.bench.dry rows.jsonl --seed 1 --count 300
+
+measures what the file does not have yet and says how far predictions are from all that it has. A row is
+written as its case ends; predictions are made anew each time. With kernels that do nothing, a case costs
+what its host code does, so that long sequences are as cheap as short ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from statistics import median
+from typing import Any, Final, NamedTuple
+
+from attention.config import AttentionConfig, Backend
+from attention.errors import ConfigError
+from planner import gpus
+from planner.calibration import Domain
+from planner.configs import columns_of
+from planner.files import write_whole
+from planner.fitting.samples import samples
+from planner.measuring.dry import PREFIX
+from planner.measuring.server import Batch
+from planner.memory.dispatch import goes_apart
+from planner.memory.dry_runs import PATH, SEGMENT, DryCases, DryRuns
+from planner.memory.estimate import MemoryEstimate, estimate, machine_of
+from planner.workload import Workload
+from studies.bench.records import Row
+
+CARDS: Final = (
+    "gtx1060", "gtx1080ti", "p100", "v100-sxm2-16gb", "v100-pcie-32gb", "rtx2060", "t4", "rtx3050", "rtx3090",
+    "a30", "a100-sxm4-80gb", "rtx4060", "rtx4090", "l40s", "h100-pcie", "h100-sxm", "gh200", "rtx5070",
+    "rtx5090", "b200",
+)  # from Pascal to Blackwell, from 10 to 170 multiprocessors  # fmt: skip
+LONGEST: Final = 131_072
+HEAD_DIMS: Final = (8, 16, 24, 32, 40, 64, 64, 64, 80, 96, 100, 128, 128, 160, 192, 256)
+BATCHES: Final = (1, 1, 2, 3, 4)
+STEPS: Final = 1000
+"""Kernel calls of a case, about; milliseconds each where kernels do nothing."""
+FLOOR_SHARE: Final = 16
+"""A case's q, k, v and out take at most one part in so many of the smallest card."""
+STEP: Final = 0.0025
+"""The margin is a multiple of this share: the least that no case exceeds."""
+FLEX_SHARE: Final = 0.25
+"""Share of the block-sparse cases that may go by compiled FlexAttention, which takes seconds to compile."""
+
+
+class DryCase(NamedTuple):
+    """What to run, where."""
+
+    config: AttentionConfig
+    workload: Workload
+    card: str
+
+
+def cases(seed: int, *, flex: float = FLEX_SHARE) -> Iterator[DryCase]:
+    """Cases without end, the same for the same seed; of the block-sparse ones a share of `flex` may be by
+    FlexAttention, the others are by SDPA."""
+    floor = min(gpus.find(card).usable_bytes for card in CARDS) // FLOOR_SHARE
+    drawn = samples(
+        seed,
+        longest=LONGEST,
+        work=float("inf"),
+        floor_bytes=floor,
+        steps=STEPS,
+        head_dims=HEAD_DIMS,
+        batches=BATCHES,
+    )
+    for number, (config, workload) in enumerate(drawn):
+        rng = random.Random(f"card {seed} {number}")
+        card = rng.choice(CARDS)
+        if workload.dtype == "bfloat16" and not gpus.native_bfloat16(gpus.find(card)):
+            workload = workload.model_copy(update={"dtype": "float16"})
+        backend: Backend = rng.choice(("auto", "flex")) if rng.random() < flex else "sdpa"
+        if config.variant != "block_sparse" and backend == "flex":
+            backend = "auto"
+        if backend == "flex" and (
+            "flex" not in gpus.backends(gpus.find(card), workload.dtype) or workload.weights
+        ):
+            backend = "auto"
+        yield DryCase(config.model_copy(update={"backend": backend}), workload, card)
+
+
+def goes_flex(case: DryCase) -> bool:
+    """Whether a case is planned to go by compiled FlexAttention."""
+    config, workload, card = case
+    machine = machine_of(gpus.find(card), workload.dtype, None)
+    columns = columns_of(config, workload.seq)
+    return config.variant == "block_sparse" and bool(goes_apart(columns, workload, machine))
+
+
+def measured(case: DryCase, batch: Batch) -> Row:
+    """A case's row: what it is, and what its run took or how it failed."""
+    found = batch.measure(case.config, case.workload, card=PREFIX + case.card)
+    return {
+        "card": case.card,
+        "config": case.config.model_dump(mode="json", exclude_defaults=True),
+        "workload": case.workload.model_dump(mode="json", exclude_defaults=True),
+        "kind": found.kind,
+        "message": (found.message or "")[:300],
+        "kernel": found.environment.kernel,
+        "allocated": found.allocated,
+        "reserved": found.reserved,
+        "device": found.device_peak,
+        "warm": found.allocated_warm,
+        "torch": (found.environment.torch or "").partition("+")[0],
+    }
+
+
+def case_of(row: Row) -> DryCase:
+    return DryCase(AttentionConfig(**row["config"]), Workload(**row["workload"]), row["card"])
+
+
+def predicted(case: DryCase) -> MemoryEstimate:
+    return estimate(case.config, case.workload, case.card)
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a file, none if there is no such file."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def sweep(path: Path, seed: int, count: int, *, flex: float = FLEX_SHARE) -> list[Row]:
+    """The rows of the first `count` cases of a seed; those that the file does not have are measured and
+    added to it. Cases that the library refuses to plan are rows of the kind `refused`."""
+    rows = read_rows(path)
+    there = {row["number"] for row in rows if row["seed"] == seed}
+    with path.open("a") as file, Batch(PREFIX + CARDS[0]) as batch:
+        for number, case in enumerate(islice(cases(seed, flex=flex), count)):
+            if number in there:
+                continue
+            try:
+                predicted(case)
+                row = measured(case, batch)
+            except ConfigError as error:
+                row = {"card": case.card, "kind": "refused", "message": str(error)[:300]}
+            rows.append({"seed": seed, "number": number, **row})
+            file.write(json.dumps(rows[-1]) + "\n")
+            file.flush()
+    return rows
+
+
+class Error(NamedTuple):
+    """How far a prediction is from a measurement. Relative ones are of predicted - measured."""
+
+    row: Row
+    case: DryCase
+    allocated: float
+    reserved: float
+    missed: int
+    """Bytes of reserved, predicted - measured."""
+    upper: float
+    """Upper bound over measured."""
+
+
+def errors(rows: Iterable[Row]) -> list[Error]:
+    """Of the rows that were measured."""
+    found = []
+    for row in rows:
+        if row["kind"] != "ok":
+            continue
+        case = case_of(row)
+        estimated = predicted(case)
+        found.append(
+            Error(
+                row,
+                case,
+                estimated.allocated / row["allocated"] - 1,
+                estimated.reserved / row["reserved"] - 1,
+                estimated.reserved - row["reserved"],
+                estimated.upper / row["device"],
+            )
+        )
+    return found
+
+
+def summary(found: Sequence[Error]) -> dict[str, Any]:
+    """Shares within bounds, the worst, and the upper bound's tightness."""
+    count = len(found)
+
+    def share(within: Iterable[bool]) -> float:
+        return sum(within) / count
+
+    close = [abs(e.reserved) <= 0.01 or abs(e.missed) <= SEGMENT for e in found]
+    return {
+        "cases": count,
+        "allocated exact": share(e.allocated == 0 for e in found),
+        "allocated within 0.1%": share(abs(e.allocated) <= 0.001 for e in found),
+        "allocated within 1%": share(abs(e.allocated) <= 0.01 for e in found),
+        "allocated from": min(e.allocated for e in found),
+        "allocated to": max(e.allocated for e in found),
+        "reserved exact": share(e.missed == 0 for e in found),
+        "reserved within 1% or a segment": share(close),
+        "reserved from": min(e.reserved for e in found),
+        "reserved to": max(e.reserved for e in found),
+        "upper exceeded": sum(e.upper < 1 for e in found),
+        "upper / measured, median": median(e.upper for e in found),
+        "upper / measured, most": max(e.upper for e in found),
+    }
+
+
+def margin(found: Sequence[Error]) -> float:
+    """The share of a prediction that is to be added to it, so that none of these is above it."""
+    beyond: float = max((e.row["device"] - SEGMENT) / (e.row["device"] + e.missed) - 1 for e in found)
+    return max(math.ceil(beyond / STEP), 0) * STEP
+
+
+def written(setting: Sequence[Error], checking: Sequence[Error]) -> DryRuns:
+    """What `planner/data/dry-runs.json` has, of two sets of cases."""
+    share = margin(setting)
+
+    def of(found: Sequence[Error]) -> DryCases:
+        exceeded = sum(e.row["device"] > (e.row["device"] + e.missed) * (1 + share) + SEGMENT for e in found)
+        return DryCases(seed=found[0].row["seed"], cases=len(found), exceeded=exceeded)
+
+    both = [*setting, *checking]
+    return DryRuns(
+        torch=both[-1].row["torch"],
+        cards=tuple(sorted({e.case.card for e in both})),
+        domain=Domain(
+            variants=tuple(sorted({e.case.config.variant for e in both})),
+            dtypes=tuple(sorted({e.case.workload.dtype for e in both})),
+            modes=tuple(sorted({e.case.workload.mode for e in both})),
+            longest=LONGEST,
+        ),
+        margin=share,
+        set_by=of(setting),
+        checked_by=of(checking),
+    )
+
+
+def described(error: Error) -> str:
+    """A line about one case."""
+    config, workload, card = error.case
+    what = (
+        config.pattern.pattern_type if config.variant == "block_sparse" and config.pattern else config.variant
+    )
+    parts = [
+        f"{error.allocated:+.2%} {error.reserved:+.2%} upper {error.upper:.3f}",
+        card,
+        what,
+        workload.mode,
+    ]
+    parts += [workload.dtype, f"S{workload.seq} B{workload.batch} H{workload.heads}/{workload.groups}"]
+    parts += [f"D{workload.head_dim}", "causal" * workload.causal, "weights" * workload.weights]
+    if config.multihead:
+        parts += ["multihead", "bias" * config.multihead.bias, "checkpoint" * config.multihead.checkpoint]
+    parts += ["flex" * goes_flex(error.case), f"pool {config.pool}", f"{error.row['allocated'] / 1e6:.1f} MB"]
+    parts.append(f"#{error.row['seed']}.{error.row['number']}")
+    return " ".join(part for part in parts if part)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("rows", type=Path, help="file of rows, JSON lines")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--count", type=int, default=0, help="cases of the seed to have (default: none more)")
+    parser.add_argument("--flex", type=float, default=FLEX_SHARE, help="share that may go by FlexAttention")
+    parser.add_argument("--worst", type=int, default=20, help="cases to name")
+    parser.add_argument("--write", type=Path, help="rows of another seed: write the margin that they set")
+    given = parser.parse_args()
+    rows = sweep(given.rows, given.seed, given.count, flex=given.flex)
+    if given.write:
+        setting = errors(read_rows(given.write))
+        write_whole(PATH, f"{written(setting, errors(rows)).to_json(indent=1)}\n".encode(), "the file")
+    found = errors(rows)
+    for error in sorted(found, key=lambda e: -abs(e.allocated))[: given.worst]:
+        print(described(error))
+    print("reserved:")
+    for error in sorted(found, key=lambda e: -abs(e.reserved))[: given.worst]:
+        print(described(error))
+    for name, figure in summary(found).items():
+        print(f"{name:36} {figure:.4g}")
+    for row in rows:
+        if row["kind"] not in ("ok", "refused"):
+            print(row["seed"], row["number"], row["card"], row["kind"], row["message"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""The margin of GPU predictions, and recorded dry runs that the plans must give to the byte."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+import planner
+from attention import AttentionConfig
+from planner.memory.dry_runs import CHECKED, SEGMENT, dry_bound, dry_runs
+from planner.workload import Workload
+
+DENSE = AttentionConfig(variant="dense")
+ROWS = json.loads((Path(__file__).parent / "dry_rows.json").read_text(encoding="utf-8"))
+
+
+def named(row):
+    pattern = (row["config"].get("pattern") or {}).get("pattern_type", "")
+    parts = (row["card"], row["config"]["variant"], pattern, row["workload"].get("mode", "inference"))
+    return " ".join(filter(None, parts))
+
+
+@pytest.mark.parametrize("row", ROWS, ids=named)
+def test_the_plans_take_what_dry_runs_took(row):
+    found = planner.estimate(AttentionConfig(**row["config"]), Workload(**row["workload"]), row["card"])
+    assert (found.allocated, found.reserved) == (row["allocated"], row["reserved"])
+
+
+def test_one_set_sets_the_margin_and_another_checks_it():
+    runs = dry_runs()
+    assert runs.set_by.seed != runs.checked_by.seed
+    assert runs.set_by.exceeded == runs.checked_by.exceeded == 0
+    assert runs.set_by.cases >= 100
+    assert runs.checked_by.cases >= 100
+    assert len(runs.cards) >= 12
+
+
+def test_the_bound_of_a_card_says_what_checked_it():
+    bound = dry_bound(DENSE, Workload(seq=64), 10**9)
+    assert bound.upper == math.ceil(10**9 * (1 + dry_runs().margin) + SEGMENT)
+    assert bound.confidence == CHECKED
+
+
+def test_beyond_what_was_run_dry_the_margin_is_wider():
+    bound = dry_bound(DENSE, Workload(seq=1 << 20), 10**9)
+    assert bound.upper > 10**9 * (1.01 + dry_runs().margin)
+    assert "outside" in bound.confidence
+    assert "1,048,576 tokens" in bound.notes[0]

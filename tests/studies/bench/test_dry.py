@@ -1,0 +1,56 @@
+"""The sweep of dry runs: its cases are the same each time, and its rows say how far predictions are."""
+
+import json
+from itertools import islice
+from pathlib import Path
+
+import pytest
+
+from planner import gpus
+from studies.bench import dry
+
+ROWS = Path(__file__).parents[2] / "planner" / "memory" / "dry_rows.json"
+
+
+def recorded():
+    rows = json.loads(ROWS.read_text(encoding="utf-8"))
+    return [
+        {"seed": 1, "number": n, "kind": "ok", "torch": "2.13.0", "device": row["reserved"] + 10**9, **row}
+        for n, row in enumerate(rows)
+    ]
+
+
+def test_cases_are_the_same_for_the_same_seed_and_reach_all_cards():
+    found = list(islice(dry.cases(5), 120))
+    assert found == list(islice(dry.cases(5), 120))
+    assert found[:9] != list(islice(dry.cases(6), 9))
+    assert {case.card for case in found} == set(dry.CARDS)
+    assert {gpus.find(card).architecture for card in dry.CARDS} == {
+        "Pascal",
+        "Volta",
+        "Turing",
+        "Ampere",
+        "Ada",
+        "Hopper",
+        "Blackwell",
+    }
+    assert any(dry.goes_flex(case) for case in found)
+    assert not any(dry.goes_flex(case) for case in islice(dry.cases(5, flex=0), 40))
+
+
+def test_recorded_rows_are_predicted_to_the_byte():
+    found = dry.errors(recorded())
+    figures = dry.summary(found)
+    assert figures["cases"] == len(found) == len(recorded())
+    assert figures["allocated exact"] == figures["reserved exact"] == 1
+    assert all(dry.described(error) for error in found)
+
+
+@pytest.mark.parametrize("more, margin", [(0, 0.0), (dry.SEGMENT, 0.0), (30_000_000, 0.03)])
+def test_the_margin_is_the_least_step_above_all(more, margin):
+    rows = [row | {"reserved": row["reserved"] + more, "device": 10**9 + more} for row in recorded()[:1]]
+    assert dry.margin(dry.errors(rows)) == pytest.approx(margin)
+
+
+def test_what_failed_is_no_error():
+    assert dry.errors([{"kind": "oom", "card": "t4"}, {"kind": "refused", "card": "t4"}]) == []
