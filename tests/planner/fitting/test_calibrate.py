@@ -190,7 +190,7 @@ def test_the_command_prints_it_and_says_where_it_is(monkeypatch, short, tmp_path
     arguments = ["calibrate", "--runs", "6", "--out", str(path)]
     stopped = CliRunner().invoke(app, arguments)
     assert (stopped.exit_code, stopped.stdout) == (130, "")
-    assert "the same command goes on" in stopped.stderr
+    assert "the same command continues" in stopped.stderr
     Measures(monkeypatch)
     done = CliRunner().invoke(app, [*arguments, "--format", "json"])
     assert done.exit_code == 0

@@ -16,7 +16,7 @@ def frame(name: str, line: int = 1, function: str = "f") -> dict:
 
 TORCH = frame("/env/lib/python3.11/site-packages/torch/nn/modules/linear.py", 7, "forward")
 MODEL = frame("/env/lib/python3.11/site-packages/transformers/llama.py", 8, "forward")
-MINE = frame("/home/me/train.py", 9, "step")
+MINE = frame("/code/train.py", 9, "step")
 
 
 @pytest.mark.parametrize(
@@ -24,12 +24,12 @@ MINE = frame("/home/me/train.py", 9, "step")
     [
         ([], "backward (autograd)"),
         ([TORCH], "torch/nn/modules/linear.py:7 forward"),
-        ([MINE], "/home/me/train.py:9 step"),
+        ([MINE], "/code/train.py:9 step"),
         ([TORCH, MODEL, MINE], "transformers/llama.py:8 forward > torch/nn/modules/linear.py forward"),
         ([MODEL, TORCH, MINE], "transformers/llama.py:8 forward"),
-        ([frame("<string>"), MINE], "/home/me/train.py:9 step"),
-        ([frame(observer.__file__), MINE], "/home/me/train.py:9 step"),
-        ([frame(random.__file__), MINE], "/home/me/train.py:9 step"),
+        ([frame("<string>"), MINE], "/code/train.py:9 step"),
+        ([frame(observer.__file__), MINE], "/code/train.py:9 step"),
+        ([frame(random.__file__), MINE], "/code/train.py:9 step"),
     ],
 )
 def test_a_tensor_is_named_by_the_innermost_line_outside_of_torch(frames, place):
@@ -37,7 +37,7 @@ def test_a_tensor_is_named_by_the_innermost_line_outside_of_torch(frames, place)
 
 
 def test_a_file_of_the_working_directory_is_named_from_there(monkeypatch):
-    monkeypatch.setattr("os.getcwd", lambda: "/home/me")
+    monkeypatch.setattr("os.getcwd", lambda: "/code")
     assert place_of([MINE]) == "train.py:9 step"
 
 
