@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, NamedTuple
@@ -237,6 +238,7 @@ def _release(torch: str) -> str:
     return torch.partition("+")[0]
 
 
+@cache
 def installed_torch() -> str | None:
     """Version of torch, without importing it; None if there is none."""
     try:

@@ -67,10 +67,15 @@ def each(
         return function(*arguments) if condition else tuple(otherwise)
     numpy = _numpy()
     columns = [numpy.array(numpy.broadcast_to(one, condition.shape)) for one in otherwise]  # type: ignore[attr-defined]
-    inputs = [numpy.broadcast_to(one, condition.shape) for one in arguments]  # type: ignore[attr-defined]
-    for at in numpy.flatnonzero(condition).tolist():
-        for column, value in zip(columns, function(*(int(one[at]) for one in inputs)), strict=True):
-            column[at] = value
+    where = numpy.flatnonzero(condition)
+    if not where.size:
+        return tuple(columns)
+    inputs = [numpy.broadcast_to(one, condition.shape)[where] for one in arguments]  # type: ignore[attr-defined]
+    # Candidates share their sizes: each combination is computed once.
+    rows, back = numpy.unique(numpy.stack(inputs, axis=1), axis=0, return_inverse=True)
+    values = zip(*(function(*row) for row in rows.tolist()), strict=True)
+    for column, values_of_rows in zip(columns, values, strict=True):
+        column[where] = numpy.array(values_of_rows)[back.ravel()]
     return tuple(columns)
 
 
