@@ -29,7 +29,13 @@ ROOT: Final = Path(__file__).resolve().parents[2]
 PROGRAMS: Final = {"planner": "-m planner", "python": ""}
 """Programs in a reader's .venv/bin, and the options of Python that they stand for."""
 TIMEOUT: Final = 120
-REASONS: Final = ("installs packages", "needs a GPU", "runs until it is stopped", "takes long")
+REASONS: Final = (
+    "installs packages",
+    "needs a GPU",
+    "needs a CUDA build of torch",
+    "runs until it is stopped",
+    "takes long",
+)
 """The reasons for which a block may stay unrun."""
 STEP: Final = re.compile(
     r"(?:^<!-- (?P<mark>not run|ci): (?P<why>[^>]*?) -->\n)?"
