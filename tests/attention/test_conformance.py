@@ -124,14 +124,14 @@ def test_gradients_of_shared_keys_survive_many_tiles(name, dtype, causal):
     """Every tile of queries adds to dk and dv of the same keys: sums kept in 16 bits lose what is added
     late. Output gradients of one sign, because sums that cancel show less."""
     module = module_of(in_little_room(IMPLEMENTATIONS[name]))
-    q, k, v = qkv(1500, kv_heads=1, dtype=dtype)
+    q, k, v = qkv(1000, kv_heads=1, dtype=dtype)
     check_low_precision(module, q, k, v, causal, grad=1 + output_gradient(q))
 
 
 @pytest.mark.pairwise
 @causal_or_not
 @sixteen_bits
-@pytest.mark.parametrize("seq", [300, 1500])
+@pytest.mark.parametrize("seq", [300, 1000])
 def test_low_precision_stays_exact_with_diffuse_scores(seq, dtype, causal):
     """All weights near 1 / keys: exp(s - lse) of a rounded s - lse is off by the same factor everywhere."""
     q, k, v = qkv(seq, dtype=torch.float64)
