@@ -38,6 +38,14 @@ def reading_once() -> Iterator[None]:
         _contents.reset(token)
 
 
+def cache_folder() -> Path:
+    """Where what can be made again is kept: `$XDG_CACHE_HOME/attention-planner`, by default in ~/.cache."""
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    # As the XDG specification has it, a relative path is as none.
+    base = Path(given) if given.startswith("/") else Path.home() / ".cache"
+    return base / "attention-planner"
+
+
 def read_json(path: Path, named: str = "") -> Any:
     """The JSON data of a file; ConfigError where it cannot be read or is no JSON. `named`: the option that
     named the file, for the message."""

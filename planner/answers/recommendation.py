@@ -100,7 +100,10 @@ class Search(Value):
 
 
 class Recommendation(Value):
-    """The answer of `planner.recommend`: a config that fits, with its figures, its reasons and the choice."""
+    """The answer of `planner.recommend`: a config that fits, with its figures, its reasons and the choice.
+
+    On disk, `planner recommend --verify` adds one more key, `verified`; see `planner.answers.verified`.
+    """
 
     schema_version: Literal[1] = SCHEMA_VERSION
     versions: dict[str, str | None]

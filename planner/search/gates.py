@@ -1,5 +1,9 @@
 """What an answer has to keep to, each gate a value: by how much a candidate exceeds it, and the question
-without it. Imports no torch."""
+without it. Imports no torch.
+
+Who enforces them: `solve` for the grid (`passing`, `first`), `refine` for trials of Optuna, `climb` for
+steps, all by `evaluate.excess` and `evaluate.failed`; `relax` and `explain` ask what lies beyond them.
+"""
 
 from __future__ import annotations
 

@@ -11,4 +11,9 @@ to do without cuDNN, and what it would have taken is noted by name. Collectives 
 hold no buffers. None of this was held against hardware.
 
 Nothing here imports torch; the process that is run does, and only its own.
+
+To read in this order: `interpreter` and `install` say which torch runs (`torch_for`), `torch_build` what that
+torch is, `build` makes the libraries of `standin.c`, `environment` the variables of a program,
+`site/sitecustomize.py` is what that program does first. `zygote` and `forked` run functions of tests and
+sweeps, each in a fork.
 """

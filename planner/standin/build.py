@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Final
 
 from attention.errors import StorageError, UnavailableError
+from planner.files import cache_folder
 from planner.standin import elf
 from planner.standin.torch_build import TorchBuild
 
@@ -46,7 +47,7 @@ def folder(torch: TorchBuild) -> Path:
 
     UnavailableError without a compiler, StorageError where the cache cannot be written.
     """
-    home = cache() / f"{torch.version}-{_fingerprint(torch)}"
+    home = cache_folder() / "standin" / f"{torch.version}-{_fingerprint(torch)}"
     if (home / CORE).exists():
         return home
     compiler = shutil.which("gcc") or shutil.which("cc")
@@ -71,12 +72,6 @@ def folder(torch: TorchBuild) -> Path:
             "name a folder that can be written with XDG_CACHE_HOME"
         ) from error
     return home
-
-
-def cache() -> Path:
-    """Where built stand-ins are kept."""
-    given = os.environ.get("XDG_CACHE_HOME")
-    return Path(given or Path.home() / ".cache") / "attention-planner" / "standin"
 
 
 def _fingerprint(torch: TorchBuild) -> str:

@@ -12,7 +12,6 @@ import contextlib
 import fcntl
 import importlib.util
 import json
-import os
 import re
 import subprocess
 import sys
@@ -23,8 +22,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from attention.errors import StorageError, UnavailableError
+from planner.files import cache_folder
 from planner.standin.interpreter import Interpreter
-from planner.standin.torch_build import TorchBuild, find
+from planner.standin.torch_build import TorchBuild, check_platform, check_version, find
 from planner.units import format_bytes
 
 PYPI: Final = "https://pypi.org"
@@ -36,14 +36,6 @@ PATIENCE: Final = 10.0
 _NEEDS: Final = re.compile(r"^Requires-Dist: (triton) *\(?==([\w.]+)", re.M)
 
 Tell = Callable[[str], None]
-
-
-def cache_folder() -> Path:
-    """Where stand-ins and private builds of torch are kept."""
-    given = os.environ.get("XDG_CACHE_HOME", "")
-    # As the XDG specification has it, a relative path is as none.
-    base = Path(given) if given.startswith("/") else Path.home() / ".cache"
-    return base / "attention-planner"
 
 
 def private_folder(python: Interpreter) -> Path:
@@ -66,7 +58,9 @@ def install(python: Interpreter, say: Tell, *, index: str = INDEX) -> Path:
     It is made under another name and renamed when whole, so that an interruption leaves nothing half-made.
     UnavailableError without pip or a wheel, StorageError where it cannot be written.
     """
+    check_platform(python.system, python.machine)
     folder = private_folder(python)
+    check_version(release(python))
     if folder.is_dir():
         return folder
     try:
