@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Final
 
-from attention.errors import StorageError, UnavailableError
+from attention.errors import UnavailableError
 from planner.files import cache_folder
 from planner.standin import elf
 from planner.standin.torch_build import TorchBuild
@@ -45,7 +45,7 @@ _STANDARD: Final = ("-O1", "-fPIC", "-shared", "-w", "-pthread")
 def folder(torch: TorchBuild) -> Path:
     """The built stand-in for this torch; builds it where it is not there yet, in seconds.
 
-    UnavailableError without a compiler, StorageError where the cache cannot be written.
+    UnavailableError without a compiler, or where the cache cannot be written.
     """
     home = cache_folder() / "standin" / f"{torch.version}-{_fingerprint(torch)}"
     if (home / CORE).exists():
@@ -67,7 +67,7 @@ def folder(torch: TorchBuild) -> Path:
                 if not (home / CORE).exists():  # another build was first, and its folder is as good
                     raise
     except OSError as error:
-        raise StorageError(
+        raise UnavailableError(
             f"the stand-in for CUDA's libraries cannot be kept in {home.parent}: {error.strerror or error}; "
             "name a folder that can be written with XDG_CACHE_HOME"
         ) from error

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from attention.errors import StorageError, UnavailableError
+from attention.errors import UnavailableError
 from planner.files import cache_folder
 from planner.standin.interpreter import Interpreter
 from planner.standin.torch_build import TorchBuild, check_platform, check_version, find
@@ -56,7 +56,7 @@ def install(python: Interpreter, say: Tell, *, index: str = INDEX) -> Path:
     """The folder with the CUDA build for a Python, made if it is not there.
 
     It is made under another name and renamed when whole, so that an interruption leaves nothing half-made.
-    UnavailableError without pip or a wheel, StorageError where it cannot be written.
+    UnavailableError without pip or a wheel, or where it cannot be written.
     """
     check_platform(python.system, python.machine)
     folder = private_folder(python)
@@ -71,7 +71,7 @@ def install(python: Interpreter, say: Tell, *, index: str = INDEX) -> Path:
             _fill(Path(made), python, index, say)
             (Path(made) / "site").rename(folder)
     except OSError as error:
-        raise StorageError(
+        raise UnavailableError(
             f"{folder} cannot be made: {error.strerror or error}; "
             "set XDG_CACHE_HOME to a folder that can be written, with 3 GB free"
         ) from None

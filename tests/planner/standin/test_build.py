@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from attention.errors import ConfigError, StorageError, UnavailableError
+from attention.errors import ConfigError, UnavailableError
 from planner.gpus import find as find_gpu
 from planner.standin import elf
 from planner.standin.build import CORE, cuda_symbols, cuda_versions, folder, stub_source, version_script
@@ -116,7 +116,7 @@ print(ctypes.CDLL("libcudart.so.13").cudaGetDeviceCount(ctypes.byref(count)), co
 def test_builds_that_cannot_be(toy, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    with pytest.raises(StorageError, match=r"cannot be kept in .*XDG_CACHE_HOME"):
+    with pytest.raises(UnavailableError, match=r"cannot be kept in .*XDG_CACHE_HOME"):
         folder(toy)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("PATH", str(tmp_path))

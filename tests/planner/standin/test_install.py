@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from attention.errors import StorageError, UnavailableError
+from attention.errors import UnavailableError
 from planner.standin import install
 from planner.standin.interpreter import Interpreter
 
@@ -100,13 +100,13 @@ def test_of_two_at_once_one_makes_it_and_one_waits(monkeypatch):
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_folder_that_cannot_be_written_is_said(tmp_path):
     tmp_path.chmod(0o500)
-    with pytest.raises(StorageError, match="set XDG_CACHE_HOME"):
+    with pytest.raises(UnavailableError, match="set XDG_CACHE_HOME"):
         install.install(PYTHON, lambda _: None)
 
 
 def test_a_cache_that_is_a_file_is_said(tmp_path):
     (tmp_path / "attention-planner").write_text("")
-    with pytest.raises(StorageError, match="set XDG_CACHE_HOME"):
+    with pytest.raises(UnavailableError, match="set XDG_CACHE_HOME"):
         install.install(PYTHON, lambda _: None)
 
 
