@@ -27,10 +27,11 @@ from planner.standin.interpreter import Interpreter
 from planner.standin.torch_build import TorchBuild, check_platform, check_version, find
 from planner.units import format_bytes
 
-PYPI: Final = "https://pypi.org"
-INDEX: Final = f"{PYPI}/simple"
+INDEX: Final = "https://pypi.org/simple"
 UNPACKED: Final = 2.5
 """Bytes on disk, torch and triton, in those of their wheels (measured: 2.1 GB of 812 MB)."""
+USUAL: Final = {"torch": 526_600_000, "triton": 285_800_000}
+"""Bytes of the wheels of torch 2.13.0 and of its triton."""
 PATIENCE: Final = 10.0
 """Seconds that the index gets to say how large a wheel is."""
 _NEEDS: Final = re.compile(r"^Requires-Dist: (triton) *\(?==([\w.]+)", re.M)
@@ -143,19 +144,24 @@ def _platforms() -> list[str]:
 
 
 def _size(name: str, version: str, python: Interpreter, index: str) -> str:
-    """How much is to be loaded, where PyPI tells."""
-    if index != INDEX:
-        return "of a size that the index does not tell"
-    try:
-        with urllib.request.urlopen(f"{PYPI}/pypi/{name}/{version}/json", timeout=PATIENCE) as answer:
-            files: list[dict[str, Any]] = json.load(answer)["urls"]
-    except (OSError, ValueError, KeyError):
-        return "of a size that the index did not tell"
-    tag = "cp" + python.python.replace(".", "")
-    sizes = [one["size"] for one in files if f"-{tag}-" in one["filename"] and "x86_64" in one["filename"]]
-    if not sizes:
-        return "of a size that the index did not tell"
-    return f"{format_bytes(min(sizes))} to load, about {format_bytes(int(UNPACKED * min(sizes)))} on disk"
+    """How much is to be downloaded: as the index tells, or else as it was with torch 2.13.0."""
+    tag, kind = "cp" + python.python.replace(".", ""), "application/vnd.pypi.simple.v1+json"
+    request = urllib.request.Request(f"{index}/{name}/", headers={"Accept": kind})
+    sizes: list[int] = []
+    with (
+        contextlib.suppress(OSError, ValueError, KeyError),
+        urllib.request.urlopen(request, timeout=PATIENCE) as answer,
+    ):
+        files: list[dict[str, Any]] = json.load(answer)["files"]
+        names = f"{name}-{version}-{tag}-", "x86_64.whl"
+        sizes = [
+            one["size"]
+            for one in files
+            if one["filename"].startswith(names[0]) and one["filename"].endswith(names[1]) and "size" in one
+        ]
+    exact = f"{format_bytes(min(sizes))}" if sizes else f"about {format_bytes(USUAL.get(name, 0))}"
+    size = min(sizes) if sizes else USUAL.get(name, 0)
+    return f"{exact} to download, about {format_bytes(int(UNPACKED * size))} on disk"
 
 
 def torch_for(python: Interpreter) -> tuple[TorchBuild, str | None]:
