@@ -24,6 +24,7 @@ Holders = Annotated[tuple[Holder, ...], BeforeValidator(as_tuple)]
 class StepPeak(Value):
     """Peaks so far when an optimizer had done a step."""
 
+    number: int
     seconds: float
     """Since torch was imported."""
     allocated: int
@@ -41,7 +42,8 @@ class OutOfMemory(Value):
     free: int
     """Bytes that the card had left."""
     short: int
-    """Bytes that were missing at least: of a card that is larger by them, this allocation succeeds."""
+    """Bytes that were missing at least; 0 where the card had enough, and a limit of the program's own or
+    fragmentation kept them."""
     where: str
     step: int
     """Optimizer steps that had been done."""
@@ -61,6 +63,8 @@ class GpuUse(Value):
     """Peak of segments."""
     device: int
     """Peak of what the card loses: segments and contexts."""
+    processes: int = 1
+    """Processes that used it at the same time; their peaks are added up."""
 
 
 class DryRun(Value):
@@ -89,7 +93,9 @@ class DryRun(Value):
     largest: Holders
     """What held memory at the peak of tensors, largest first."""
     steps: Annotated[tuple[StepPeak, ...], BeforeValidator(as_tuple)]
-    """Of the process that took most, at most a thousand."""
+    """Of the process that took most, at most a thousand, the last among them."""
+    stepped: int
+    """Steps of that process in all; several optimizers count each."""
     gpus: Annotated[tuple[GpuUse, ...], BeforeValidator(as_tuple)]
     warnings: Annotated[tuple[str, ...], BeforeValidator(as_tuple)]
     """What may make a real run differ, with its places in the program."""

@@ -9,16 +9,18 @@ peak, and what may mislead where values are not real. A program that never touch
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import json
 import os
 import sys
 import sysconfig
+import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 Frame = dict[str, Any]
 Event = dict[str, Any]
@@ -28,10 +30,18 @@ _WRAPPERS = ("/torch/utils/_device.py", "/torch/utils/_contextlib.py", "/torch/o
 """Files of torch that stand between a call and what it calls."""
 EVENTS = 200_000
 """Allocations and frees that are remembered; a ring."""
+STEPS = 1000
+"""Optimizer steps that are kept, the last among them."""
+FAILURES = 10
+"""Allocations that failed, of which the last is kept always."""
 HOLDERS = 10
 """Holders of memory that are named."""
 PLACES = 5
 """Places in the program that a warning names."""
+try:
+    _HERE = os.getcwd()
+except OSError:
+    _HERE = os.sep
 _LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib")})
 
 
@@ -101,6 +111,8 @@ def _is_torch(filename: str) -> bool:
 
 def _is_users(filename: str) -> bool:
     """Neither torch's nor the standard library's nor this file, nor code without a file."""
+    if filename in ("<string>", "<stdin>"):
+        return True
     if _is_torch(filename) or filename == __file__ or filename.startswith("<"):
         return False
     return not any(filename.startswith(folder) and "-packages" not in filename for folder in _LIBRARIES)
@@ -110,7 +122,7 @@ def _named(frame: Frame, line: bool = True) -> str:
     name = frame["filename"]
     for mark in ("site-packages/", "dist-packages/"):
         name = name.rpartition(mark)[2] if mark in name else name
-    here = os.getcwd() + os.sep
+    here = _HERE + os.sep
     name = name[len(here) :] if name.startswith(here) else name
     if "/torch/" in name:
         name = "torch/" + name.rpartition("/torch/")[2]
@@ -123,13 +135,21 @@ def _named(frame: Frame, line: bool = True) -> str:
 class Watch:
     """What a process has seen so far."""
 
-    def __init__(self, torch: Any, folder: str, stop_after: int, snapshot: str) -> None:
+    def __init__(
+        self, torch: Any, card: Callable[[Any], dict[str, Any]], folder: str, stop_after: int, snapshot: str
+    ) -> None:
         self.torch = torch
+        self.card = card
         self.folder = folder
         self.stop_after = stop_after
         self.snapshot = snapshot
+        self.start()
+
+    def start(self) -> None:
+        """Nothing is seen yet: the process has just begun, or was forked from one that saw something."""
         self.process = os.getpid()
         self.began = time.time()
+        self.stepped_in_all = 0
         self.steps: list[dict[str, Any]] = []
         self.out_of_memory: list[dict[str, Any]] = []
         self.error = ""
@@ -160,12 +180,16 @@ class Watch:
             return
         each = [self.stats(device) for device in devices]
         fullest = max(each, key=lambda stats: stats["allocated"])
-        self.steps.append({"seconds": time.time() - self.began, **fullest})
-        if len(self.steps) <= 3 or self.stop_after:
+        self.stepped_in_all += 1
+        del self.steps[STEPS - 1 :]  # the first ones and the last
+        self.steps.append({"number": self.stepped_in_all, "seconds": time.time() - self.began, **fullest})
+        if self.stepped_in_all <= 3:
             self.write()
-        if self.stop_after and len(self.steps) >= self.stop_after:
+        if self.stop_after and self.stepped_in_all == self.stop_after:
             self.notes["stopped"] = True
             raise SystemExit(0)
+        if self.stop_after and self.stepped_in_all > self.stop_after:
+            self.notes["went on"] = True
 
     def ran_out(self, device: int, requested: int, total: int, free: int) -> None:
         """torch calls this where an allocation fails for good, before it raises."""
@@ -183,17 +207,22 @@ class Watch:
                 "allocated": stats.get("allocated_bytes.all.current", 0),
                 "reserved": stats.get("reserved_bytes.all.current", 0),
                 "where": place_of(stack),
-                "holders": self.holders(device) if len(self.out_of_memory) < 3 else [],
-                "step": len(self.steps),
+                "holders": self.holders(device),
+                "step": self.stepped_in_all,
             }
         )
+        del self.out_of_memory[FAILURES - 1 : -1]  # the first ones and the last
         self.write()
 
     def holders(self, device: int) -> list[dict[str, Any]]:
         """What holds the device's memory at its peak; nothing if the program turned the history off."""
         if not self.history:
             return []
-        snapshot = self.torch.cuda.memory._snapshot()
+        try:
+            snapshot = self.torch.cuda.memory._snapshot()
+        except (RuntimeError, UnicodeError):  # of names that are no text
+            self.notes["unnamed"] = True
+            return []
         blocks = []
         for segment in snapshot["segments"]:
             if segment["device"] != device:
@@ -211,10 +240,11 @@ class Watch:
 
     def report(self, ended: bool = False) -> dict[str, Any]:
         devices = self.devices()
-        each, card = [], sys.modules["sitecustomize"].report(self.torch)
+        each, card = [], self.card(self.torch)
+        ran_out = {event["device"] for event in self.out_of_memory}
         for device in devices:
             stats = self.stats(device)
-            if stats["reserved"]:
+            if stats["reserved"] or device in ran_out:
                 holders = self.holders(device) if ended and "uncaught" not in self.notes else []
                 peak = card["held"] + card["devices"][device]["peak"]
                 each.append({"device": device, "peak": peak, **stats, "holders": holders})
@@ -223,11 +253,12 @@ class Watch:
             "torch": self.torch.__version__,
             "python": ".".join(map(str, sys.version_info[:3])),
             "ended": ended,
+            "began": self.began,
             "seconds": time.time() - self.began,
             "devices": each,
-            "steps": self.steps[:1000],
-            "stepped": len(self.steps),
-            "out_of_memory": self.out_of_memory[:10],
+            "steps": self.steps,
+            "stepped": self.stepped_in_all,
+            "out_of_memory": self.out_of_memory,
             "error": self.error,
             "values_read": self.values_read.most_common(PLACES),
             "values_read_in_all": sum(self.values_read.values()),
@@ -240,16 +271,21 @@ class Watch:
         if os.getpid() != self.process or not self.devices():
             return
         path = os.path.join(self.folder, f"{self.process}.json")
-        with open(path + ".part", "w", encoding="utf-8") as file:
-            json.dump(self.report(ended), file)
-        os.replace(path + ".part", path)
+        text = json.dumps(self.report(ended))
+        with contextlib.suppress(OSError):  # who asked may be gone
+            with open(path + ".part", "w", encoding="utf-8") as file:
+                file.write(text)
+            os.replace(path + ".part", path)
 
     def ended(self) -> None:
         if os.getpid() != self.process or not self.devices():
             return
-        if self.snapshot:
-            self.torch.cuda.memory._dump_snapshot(self.snapshot)
         self.write(ended=True)
+        if self.snapshot:
+            try:
+                self.torch.cuda.memory._dump_snapshot(self.snapshot)
+            except (OSError, RuntimeError) as error:
+                print(f"planner: the snapshot was not written: {error}", file=sys.stderr)
 
 
 def _walk(frame: FrameType | None) -> Iterator[tuple[FrameType, int]]:
@@ -258,13 +294,15 @@ def _walk(frame: FrameType | None) -> Iterator[tuple[FrameType, int]]:
         frame = frame.f_back
 
 
-def watch(torch: Any) -> Watch:
-    """Puts hooks in place; torch has just been imported."""
+def watch(torch: Any, card: Callable[[Any], dict[str, Any]]) -> Watch:
+    """Puts hooks in place; torch has just been imported. `card`: what the stand-in has of this process."""
     folder, steps, snapshot = (
         os.environ[f"STANDIN_OBSERVER_{name}"] for name in ("FOLDER", "STEPS", "SNAPSHOT")
     )
-    seen = Watch(torch, folder, int(steps), snapshot)
+    seen = Watch(torch, card, folder, int(steps), snapshot)
     atexit.register(seen.ended)
+    os.register_at_fork(after_in_child=seen.start)
+    _on_exit(seen)
     _on_error(seen)
     _on_step(seen)
     _on_card(seen)
@@ -274,12 +312,40 @@ def watch(torch: Any) -> Watch:
     return seen
 
 
+def _on_exit(seen: Watch) -> None:
+    """Workers of multiprocessing, and some programs, leave without what is registered for the end."""
+    leave = os._exit
+
+    def left(status: int) -> NoReturn:
+        seen.ended()
+        leave(status)
+
+    os._exit = left
+
+
+def _memory_ran_out(seen: Watch, error: BaseException | None) -> bool:
+    """Whether an error is of memory, or was raised for one."""
+    while error is not None:
+        if isinstance(error, seen.torch.OutOfMemoryError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def _on_error(seen: Watch) -> None:
-    before = sys.excepthook
+    before, in_thread = sys.excepthook, threading.excepthook
+
+    def thread_hook(arguments: Any) -> None:
+        if _memory_ran_out(seen, arguments.exc_value):
+            seen.notes["uncaught"] = True
+        in_thread(arguments)
+
+    threading.excepthook = thread_hook
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        seen.error = f"{kind.__module__}.{kind.__name__}: {error}"[:2000]
-        if issubclass(kind, seen.torch.OutOfMemoryError):
+        name = kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
+        seen.error = f"{name}: {error}".removesuffix(": ")[:2000]
+        if _memory_ran_out(seen, error):
             seen.notes["uncaught"] = True
         before(kind, error, trace)
 
@@ -297,6 +363,8 @@ def _on_card(seen: Watch) -> None:
     torch = seen.torch
 
     def begin() -> None:
+        with contextlib.suppress(OSError), open(os.path.join(seen.folder, f"{os.getpid()}.begun"), "w"):
+            pass  # so that it is known of one that cannot say what it took
         torch._C._cuda_attach_out_of_memory_observer(seen.ran_out)
         torch.cuda.memory._record_memory_history(context="alloc", stacks="python", max_entries=EVENTS)
         record = torch.cuda.memory._record_memory_history

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -22,6 +24,7 @@ from planner.standin.install import torch_for
 from planner.standin.interpreter import interpreter, program_of, python_of
 from planner.units import parse_bytes
 
+ALLOCATOR_VARIABLES: Final = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 OBSERVER: Final = Path(__file__).with_name("observer.py")
 RAN_OUT: Final = 3
 """The exit code where memory ran out and nothing caught it."""
@@ -38,6 +41,14 @@ _NOT_SEEN: Final = {
 }
 """By the stand-in's names, what else a card would hold."""
 _RESET: Final = "the program kept a memory history of its own: what held memory at the peak is not known"
+_NOT_LOADED: Final = (
+    "the stand-in was not loaded: python -I, -E and -S, and an environment that is cleaned, keep it out"
+)
+_LOST: Final = (
+    "{count} processes that used a card ended before they could say what they took (killed, or crashed)"
+)
+_SHARED: Final = "{count} processes used gpu {gpu} at the same time: their peaks are added up"
+_WENT_ON: Final = "the program went on after the step that was to be its last"
 _RING: Final = "more tensors were made than are remembered: what held memory is that of the program's end"
 
 
@@ -68,8 +79,8 @@ def dry_run(
         raise ConfigError(f"gpus must be 1 to 16, got {gpus}")
     if steps is not None and steps < 1:
         raise ConfigError(f"steps must be at least 1, got {steps}")
-    settings = allocator if allocator is not None else os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
-    AllocatorSettings.parse(settings)
+    if allocator and not re.search(r"per_process_memory_fraction|backend", allocator):
+        AllocatorSettings.parse(allocator)  # these two are torch's to read, here where it runs
     program_of(command)
     python = interpreter(python_of(command))
     torch, site = torch_for(python)
@@ -78,11 +89,15 @@ def dry_run(
         snapshot = Path(snapshot).absolute()
         if not snapshot.parent.is_dir():
             raise ConfigError(f"--snapshot {snapshot}: there is no folder {snapshot.parent}")
+        if snapshot.is_dir():
+            raise ConfigError(f"--snapshot {snapshot} is a folder; name a file")
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="planner-dry-run-") as folder:
         variables = environment(card, vram=bytes_of_card, gpus=gpus, held=context, torch=torch, ahead=site)
+        if allocator is not None:
+            variables.pop("PYTORCH_ALLOC_CONF", None)
+            variables["PYTORCH_CUDA_ALLOC_CONF"] = allocator
         variables |= {
-            "PYTORCH_CUDA_ALLOC_CONF": settings,
             "STANDIN_OBSERVER": str(OBSERVER),
             "STANDIN_OBSERVER_FOLDER": folder,
             "STANDIN_OBSERVER_STEPS": str(steps or 0),
@@ -90,13 +105,19 @@ def dry_run(
         }
         code = _code(command, variables, stdout)
         reports = list(_reports(Path(folder)))
+        begun = {path.stem for path in Path(folder).glob("*.begun")}
+        lost = len(begun - {path.stem for path in Path(folder).glob("*.json")})
+        loaded = (Path(folder) / "loaded").exists()
     return answer(
         reports,
         command=tuple(command),
         gpu=card.key,
         torch=torch.version,
-        allocator=settings,
+        allocator=allocator
+        or next((text for name in ALLOCATOR_VARIABLES if (text := os.environ.get(name))), ""),
         code=code,
+        lost=lost,
+        loaded=loaded,
         total=bytes_of_card,
         snapshot=str(snapshot) if snapshot and snapshot.exists() else None,
         seconds=time.monotonic() - began,
@@ -104,8 +125,18 @@ def dry_run(
 
 
 def _code(command: Sequence[str], variables: dict[str, str], stdout: IO[Any] | int | None) -> int:
-    """Runs it with this terminal's streams. Ctrl-C goes to the program, which may take its time to end."""
-    with subprocess.Popen(command, env=variables, stdout=stdout) as process:
+    """Runs it with this terminal's streams. Ctrl-C and SIGTERM go to the program, which may take its time."""
+    try:
+        process = subprocess.Popen(command, env=variables, stdout=stdout)
+    except OSError as error:
+        raise ConfigError(
+            f"{command[0]} cannot be started: {error.strerror or error}; a script needs a first line that "
+            "names its interpreter, or the interpreter before it"
+        ) from None
+    before = None
+    if threading.current_thread() is threading.main_thread():
+        before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    with process:
         interrupted = False
         while True:
             try:
@@ -115,6 +146,8 @@ def _code(command: Sequence[str], variables: dict[str, str], stdout: IO[Any] | i
                 if interrupted:
                     process.kill()
                 interrupted = True
+    if before is not None:
+        signal.signal(signal.SIGTERM, before)
     if interrupted:
         return 128 + signal.SIGINT
     return 128 - code if code < 0 else code
@@ -134,6 +167,8 @@ def answer(
     allocator: str,
     code: int,
     total: int,
+    lost: int = 0,
+    loaded: bool = True,
     snapshot: str | None,
     seconds: float,
 ) -> DryRun:
@@ -144,7 +179,8 @@ def answer(
         key=lambda use: use.device,
         default=GpuUse(gpu=0, total=total, allocated=0, reserved=0, device=0),
     )
-    main = max(reports, key=_allocated, default=None)
+    on_it = [report for report in reports if any(each["device"] == fullest.gpu for each in report["devices"])]
+    main = max(on_it, key=_allocated, default=None)
     failures = [failure for report in reports for failure in _failures(report)]
     uncaught = [failure for failure, _ in failures if not failure.caught]
     out = uncaught[0] if uncaught else failures[-1][0] if failures else None
@@ -156,8 +192,8 @@ def answer(
         gpu=gpu,
         torch=torch,
         allocator=allocator,
-        exit_code=RAN_OUT if uncaught and code else code,
-        used=bool(uses),
+        exit_code=RAN_OUT if (uncaught and code) or (not code and fullest.device > total) else code,
+        used=bool(uses or lost),
         allocated=fullest.allocated,
         reserved=fullest.reserved,
         device=fullest.device,
@@ -167,11 +203,12 @@ def answer(
         largest=tuple(Holder(**held) for held in holders),
         steps=tuple(StepPeak(**step) for step in main["steps"]) if main else (),
         gpus=tuple(uses),
-        warnings=tuple(_warnings(reports)),
+        warnings=(*_warnings(reports), *_circumstances(uses, lost, loaded, reports)),
         unknown=tuple(
             sorted({_NOT_SEEN.get(name, name) for report in reports for name in report["unknown"]})
         ),
         stopped=any(report["notes"].get("stopped") for report in reports),
+        stepped=main["stepped"] if main else 0,
         error=next((report["error"] for report in reports if report["error"]), ""),
         snapshot=snapshot,
         seconds=seconds,
@@ -183,17 +220,46 @@ def _allocated(report: dict[str, Any]) -> int:
 
 
 def _uses(reports: Sequence[dict[str, Any]], total: int) -> list[GpuUse]:
-    sums: dict[int, list[int]] = {}
-    for report in reports:
-        for each in report["devices"]:
-            entry = sums.setdefault(each["device"], [0, 0, 0])
-            entry[0] += each["allocated"]
-            entry[1] += each["reserved"]
-            entry[2] += each["peak"]
-    return [
-        GpuUse(gpu=gpu, total=total, allocated=allocated, reserved=reserved, device=min(device, total))
-        for gpu, (allocated, reserved, device) in sorted(sums.items())
-    ]
+    """What each card lost: of processes that ran at the same time the sum, of others the largest."""
+    uses = []
+    for gpu in sorted({each["device"] for report in reports for each in report["devices"]}):
+        spans = [
+            (report["began"], report["began"] + report["seconds"], each)
+            for report in reports
+            for each in report["devices"]
+            if each["device"] == gpu
+        ]
+        together = [[each for begin, end, each in spans if begin <= moment < end] for moment, _, _ in spans]
+        at_once = max(together, key=lambda each: sum(one["peak"] for one in each))
+        allocated, reserved, device = (
+            sum(one[name] for one in at_once) for name in ("allocated", "reserved", "peak")
+        )
+        uses.append(
+            GpuUse(
+                gpu=gpu,
+                total=total,
+                allocated=allocated,
+                reserved=reserved,
+                device=device,
+                processes=len(at_once),
+            )
+        )
+    return uses
+
+
+def _circumstances(
+    uses: Sequence[GpuUse], lost: int, loaded: bool, reports: Sequence[dict[str, Any]]
+) -> Iterable[str]:
+    """What a reader has to know of how it ran."""
+    if not loaded:
+        yield _NOT_LOADED
+    if lost:
+        yield _LOST.format(count=lost)
+    for use in uses:
+        if use.processes > 1:
+            yield _SHARED.format(count=use.processes, gpu=use.gpu)
+    if any(report["notes"].get("went on") for report in reports):
+        yield _WENT_ON
 
 
 def _failures(report: dict[str, Any]) -> list[tuple[OutOfMemory, list[dict[str, Any]]]]:
@@ -206,7 +272,7 @@ def _failures(report: dict[str, Any]) -> list[tuple[OutOfMemory, list[dict[str, 
                 gpu=event["device"],
                 requested=event["requested"],
                 free=event["free"],
-                short=max(event["requested"] - event["free"], 1),
+                short=max(event["requested"] - event["free"], 0),
                 where=event["where"],
                 step=event["step"],
                 caught=not (report["notes"].get("uncaught") and event is events[-1]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ print(json.dumps({
     "torch": found.get("__version__"), "cuda": found.get("cuda"),
 }))
 """
+_PYTHON: Final = re.compile(r"python[\d.]*t?")
 PATIENCE: Final = 60.0
 """Seconds that a Python gets to say what it has."""
 
@@ -59,14 +61,14 @@ def program_of(command: Sequence[str]) -> str:
 def python_of(command: Sequence[str]) -> str:
     """The Python that a command runs: itself, or what its first line names, or else the first on PATH."""
     path = program_of(command)
-    if Path(path).name.startswith("python"):
-        return path
     with open(path, "rb") as file:
         first = file.readline(4096)
+    if _PYTHON.fullmatch(Path(path).name) and not first.startswith(b"#!"):
+        return path
     words = first[2:].decode(errors="replace").split() if first.startswith(b"#!") else []
     if words and Path(words[0]).name == "env":
         words = [word for word in words[1:] if not word.startswith("-") and "=" not in word]
-    if words and Path(words[0]).name.startswith("python"):
+    if words and _PYTHON.fullmatch(Path(words[0]).name):
         named = shutil.which(words[0])
         if named:
             return named
@@ -85,10 +87,11 @@ def interpreter(path: str, environment: dict[str, str] | None = None) -> Interpr
             text=True,
             check=False,
             timeout=PATIENCE,
+            stdin=subprocess.DEVNULL,
             env=os.environ | (environment or {}),
         )
-        told = json.loads(run.stdout)
-    except (OSError, ValueError, subprocess.TimeoutExpired):
+        told = json.loads(run.stdout.splitlines()[-1])
+    except (OSError, ValueError, IndexError, subprocess.TimeoutExpired):
         raise UnavailableError(
             f"{path} does not say which torch it has; is it a Python of 3.9 or later?"
         ) from None

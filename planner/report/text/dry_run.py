@@ -23,8 +23,9 @@ def dry_run_text(run: DryRun) -> str:
         *wrapped(shlex.join(run.command), "  "),
         *wrapped(f"on {card.name} with {format_bytes(size)}, torch {run.torch}: a dry run; {REAL}", "  "),
     ]
-    if not run.used:
-        return "\n".join([*head, "", f"It used no card, and ended with exit code {run.exit_code}."])
+    if not run.used and run.out_of_memory is None:
+        notes = [line for note in run.warnings for line in wrapped(f"note: {note}", "  ")]
+        return "\n".join([*head, "", f"It used no card, and ended with exit code {run.exit_code}.", *notes])
     parts = [head, _figures(run), _verdict(run), _holders(run), _steps(run)]
     parts += [[line for note in run.warnings for line in wrapped(f"note: {note}", "  ")]]
     parts += [[line for name in run.unknown for line in wrapped(f"not in these figures: {name}", "  ")]]
@@ -36,6 +37,8 @@ def _row(name: str, count: int, what: str) -> str:
 
 
 def _figures(run: DryRun) -> list[str]:
+    if not run.gpus:
+        return []
     outside = run.device - run.reserved
     rows = [
         _row("allocated", run.allocated, "tensors, at their peak"),
@@ -55,12 +58,14 @@ def _verdict(run: DryRun) -> list[str]:
     out = run.out_of_memory
     lines = []
     if out is not None:
-        lines += wrapped(_out(out), "  ")
+        lines += wrapped(_out(out, run.exit_code), "  ")
     elif run.stopped:
-        lines += wrapped(f"It fits so far: ended after {len(run.steps)} optimizer steps, as asked for.", "  ")
+        lines += wrapped(f"It fits so far: asked to end after {run.stepped} optimizer steps.", "  ")
+    elif run.left < 0:
+        lines += [f"It does not fit: the card has {format_bytes(-run.left)} too little."]
     else:
         lines += ["It fits." if run.exit_code == 0 else f"It ended with exit code {run.exit_code}."]
-    if run.retries:
+    if run.retries and out is None:
         times = f"{run.retries} times" if run.retries > 1 else "once"
         lines += wrapped(f"The allocator gave its cache back and tried again {times}: it is tight.", "  ")
     if run.error and (out is None or out.caught):
@@ -68,13 +73,20 @@ def _verdict(run: DryRun) -> list[str]:
     return lines
 
 
-def _out(out: OutOfMemory) -> str:
+def _out(out: OutOfMemory, code: int) -> str:
     when = f"after {out.step} optimizer steps" if out.step != 1 else "after 1 optimizer step"
+    missing = (
+        f"{format_bytes(out.short)} too little"
+        if out.short
+        else "kept by fragmentation or a limit of its own"
+    )
     text = (
         f"Out of memory {when}: {format_bytes(out.requested)} were asked for and {format_bytes(out.free)} "
-        f"left, {format_bytes(out.short)} too little, at {out.where}."
+        f"left, {missing}, at {out.where}."
     )
-    return text + (" The program caught it and went on." if out.caught else "")
+    if not out.caught:
+        return text
+    return f"{text} The program caught it and {'went on' if code == 0 else f'ended with exit code {code}'}."
 
 
 def _holders(run: DryRun) -> list[str]:
@@ -95,6 +107,7 @@ def _steps(run: DryRun) -> list[str]:
     shown = run.steps if len(run.steps) <= STEPS else (*run.steps[: STEPS - 1], run.steps[-1])
     rows = [f"{'optimizer step':<14} {'allocated':>11} {'reserved':>11}   peaks so far"]
     for step in shown:
-        number = run.steps.index(step) + 1
-        rows.append(f"{number:<14,} {format_bytes(step.allocated):>11} {format_bytes(step.reserved):>11}")
+        rows.append(
+            f"{step.number:<14,} {format_bytes(step.allocated):>11} {format_bytes(step.reserved):>11}"
+        )
     return rows

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,8 @@ pytestmark = [pytest.mark.dry, pytest.mark.slow]
 EXAMPLES = Path(__file__).resolve().parents[3] / "docs" / "examples"
 MIB = 1 << 20
 GIB = 1 << 30
+BILLION = "import torch\nx = torch.empty(1 << 30, dtype=torch.uint8, device='cuda')\n"
+TOO_MUCH = "torch.empty(30 << 30, dtype=torch.uint8, device='cuda')"
 LINEAR = (
     "import torch\nmodel = torch.nn.Linear(1024, 1024).cuda()\nx = torch.randn(256, 1024, device='cuda')\n"
 )
@@ -80,6 +83,47 @@ def test_what_runs_out_and_is_caught_goes_on():
     assert found.allocated == GIB
 
 
+FORKS = (
+    "import torch, multiprocessing\n"
+    "def work(): torch.empty(1 << 30, dtype=torch.uint8, device='cuda')\n"
+    "process = multiprocessing.get_context('fork').Process(target=work)\nprocess.start()\nprocess.join()"
+)
+
+
+@pytest.mark.parametrize(
+    "text", [FORKS, BILLION + "import os; os._exit(0)", BILLION + "import os; os.chdir('/')"]
+)
+def test_however_a_process_begins_and_ends_its_bytes_are_told(text):
+    found = run(text)
+    assert (found.exit_code, found.allocated) == (0, GIB)
+
+
+def test_what_is_killed_is_said():
+    found = run(BILLION + "import os; os.kill(os.getpid(), 9)")
+    assert (found.exit_code, found.used) == (137, True)
+    assert any("ended before they could say" in warning for warning in found.warnings)
+
+
+@pytest.mark.parametrize(
+    "rest", [TOO_MUCH, f"try: {TOO_MUCH}\nexcept RuntimeError as error: raise ValueError from error"]
+)
+def test_the_first_allocation_may_run_out_and_another_error_be_raised_for_it(rest):
+    found = run("import torch\n" + rest)
+    assert found.exit_code == 3
+    assert found.out_of_memory.requested == 30 * GIB
+
+
+def test_a_sitecustomize_of_the_user_is_run_and_nothing_is_lost(tmp_path, monkeypatch):
+    (tmp_path / "sitecustomize.py").write_text("import builtins; builtins.mine = 7")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([*sys.path, str(tmp_path)]))
+    assert run(BILLION + "assert mine == 7").allocated == GIB
+
+
+def test_a_python_that_keeps_the_stand_in_out_is_said():
+    found = planner.dry_run([sys.executable, "-I", "-c", "0"], gpu="rtx4090")
+    assert any("python -I" in warning for warning in found.warnings)
+
+
 def test_a_smaller_card_has_less():
     text = "import torch\nx = torch.empty(2 << 30, dtype=torch.uint8, device='cuda')"
     assert run(text, vram="4GB").exit_code == 0
@@ -89,7 +133,7 @@ def test_a_smaller_card_has_less():
 def test_a_crash_is_the_programs_own():
     found = run(LINEAR + "raise KeyError('no such key')")
     assert found.exit_code == 1
-    assert found.error == "builtins.KeyError: 'no such key'"
+    assert found.error == "KeyError: 'no such key'"
 
 
 def test_what_wants_cudnn_runs_without_and_is_said():

@@ -27,7 +27,8 @@ MINE = frame("/code/train.py", 9, "step")
         ([MINE], "/code/train.py:9 step"),
         ([TORCH, MODEL, MINE], "transformers/llama.py:8 forward > torch/nn/modules/linear.py forward"),
         ([MODEL, TORCH, MINE], "transformers/llama.py:8 forward"),
-        ([frame("<string>"), MINE], "/code/train.py:9 step"),
+        ([frame("<frozen importlib>"), MINE], "/code/train.py:9 step"),
+        ([frame("<string>")], "<string>:1 f"),
         ([frame(observer.__file__), MINE], "/code/train.py:9 step"),
         ([frame(random.__file__), MINE], "/code/train.py:9 step"),
     ],
@@ -37,7 +38,7 @@ def test_a_tensor_is_named_by_the_innermost_line_outside_of_torch(frames, place)
 
 
 def test_a_file_of_the_working_directory_is_named_from_there(monkeypatch):
-    monkeypatch.setattr("os.getcwd", lambda: "/code")
+    monkeypatch.setattr(observer, "_HERE", "/code")
     assert place_of([MINE]) == "train.py:9 step"
 
 

@@ -28,7 +28,10 @@ def report(**changes: Any) -> dict[str, Any]:
     }
     return {
         "devices": [{**device, "holders": HELD}],
-        "steps": [{"seconds": 1.0, "allocated": GIB, "reserved": 2 * GIB, "retries": 0}],
+        "began": 0.0,
+        "seconds": 1.0,
+        "stepped": 1,
+        "steps": [{"number": 1, "seconds": 1.0, "allocated": GIB, "reserved": 2 * GIB, "retries": 0}],
         "out_of_memory": [],
         "error": "",
         "values_read": [],
@@ -46,7 +49,7 @@ def failure(**changes: Any) -> dict[str, Any]:
     }  # a row of a table  # fmt: skip
 
 
-def answer(*reports: dict[str, Any], code: int = 0) -> DryRun:
+def answer(*reports: dict[str, Any], code: int = 0, lost: int = 0, loaded: bool = True) -> DryRun:
     return run.answer(
         reports,
         command=("python", "train.py"),
@@ -54,6 +57,8 @@ def answer(*reports: dict[str, Any], code: int = 0) -> DryRun:
         torch="2.13.0+cu130",
         allocator="",
         code=code,
+        lost=lost,
+        loaded=loaded,
         total=8 * GIB,
         snapshot=None,
         seconds=2.0,
@@ -86,7 +91,7 @@ def test_an_error_of_memory_that_was_caught_leaves_the_programs_own_code():
     assert found.exit_code == 7
     assert found.out_of_memory.caught
     assert found.out_of_memory.requested == GIB // 2
-    assert "The program caught it and went on." in dry_run_text(found).replace("\n  ", " ")
+    assert "The program caught it and ended with exit code 7." in dry_run_text(found).replace("\n  ", " ")
 
 
 def test_a_program_that_used_no_card_says_so():
@@ -104,8 +109,30 @@ def test_of_several_cards_the_fullest_counts_and_each_is_shown():
     assert "gpu 1" in dry_run_text(found)
 
 
-def test_processes_that_share_a_card_add_up():
-    assert answer(report(), report()).device == 7 * GIB
+def test_processes_that_share_a_card_add_up_and_it_is_said():
+    shared = answer(report(), report())
+    assert shared.device == 7 * GIB
+    assert any("2 processes used gpu 0 at the same time" in warning for warning in shared.warnings)
+
+
+def test_processes_one_after_the_other_do_not_add_up():
+    assert answer(report(), report(began=2.0)).device == 3.5 * GIB
+
+
+def test_processes_that_need_more_than_the_card_together_do_not_fit():
+    together = answer(report(), report(), report())
+    assert together.exit_code == 3
+    assert "It does not fit: the card has 2.68 GB too little." in dry_run_text(together)
+
+
+def test_a_process_that_could_not_say_what_it_took_is_said():
+    killed = answer(code=137, lost=1)
+    assert killed.used
+    assert any("ended before they could say" in warning for warning in killed.warnings)
+
+
+def test_a_stand_in_that_was_kept_out_is_said():
+    assert "python -I, -E and -S" in dry_run_text(answer(loaded=False)).replace("\n  ", " ")
 
 
 def test_what_may_mislead_is_said():
