@@ -108,9 +108,11 @@ def window_rows(size: Count, blocks: Count, window: Count, global_tokens: Count,
         )
     full = 2 * side + 1
     apart = (shared > 0) * (blocks - 1 - side > shared)
-    # Rows that see everything: the global ones, and those whose window reaches both ends.
     lists = (shared + minimum(full, blocks - shared - 1)) * apart
-    everything = maximum(shared, maximum(minimum(side, blocks - 1) - maximum(blocks - 1 - side, 0) + 1, 0))
+    # Rows that see everything: the global ones, and those whose window reaches the end and, towards the
+    # beginning, the global blocks. Where these follow upon the global ones, all are consecutive.
+    first, last = maximum(blocks - 1 - side, 0), minimum(side + shared, blocks - 1)
+    everything = maximum(shared, last - first + 1, (first <= shared) * (last + 1))
     span = where(shared > 0, blocks, minimum(full, blocks))
     return Rows(
         size,

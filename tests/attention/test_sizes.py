@@ -185,8 +185,9 @@ def test_what_is_reserved_is_enough_at_the_sizes_that_people_run():
     assert not failures(0, 120)
 
 
-FOUND = (101571, 35919617041351)
-"""Seeds of programs that asked for more: windows of several segments, rows on either side of an end."""
+FOUND = (101571, 35919617041351, 35920073626039)
+"""Seeds of programs that asked for more: windows of several segments, rows on either side of an end, windows
+that end where the global blocks begin."""
 
 
 @pytest.mark.parametrize("seed", FOUND)
