@@ -197,15 +197,11 @@ class Watch:
             {"filename": code.f_code.co_filename, "line": number, "name": code.f_code.co_name}
             for code, number in _walk(sys._getframe().f_back)  # None in backward, in a thread of its own
         ]
-        stats = self.torch.cuda.memory_stats(device)
         self.out_of_memory.append(
             {
                 "device": device,
                 "requested": requested,
-                "total": total,
                 "free": free,
-                "allocated": stats.get("allocated_bytes.all.current", 0),
-                "reserved": stats.get("reserved_bytes.all.current", 0),
                 "where": place_of(stack),
                 "holders": self.holders(device),
                 "step": self.stepped_in_all,
@@ -249,10 +245,6 @@ class Watch:
                 peak = card["held"] + card["devices"][device]["peak"]
                 each.append({"device": device, "peak": peak, **stats, "holders": holders})
         return {
-            "process": self.process,
-            "torch": self.torch.__version__,
-            "python": ".".join(map(str, sys.version_info[:3])),
-            "ended": ended,
             "began": self.began,
             "seconds": time.time() - self.began,
             "devices": each,

@@ -19,7 +19,7 @@ from planner import gpus as cards
 from planner.answers.dry_run import DryRun, GpuUse, Holder, OutOfMemory, StepPeak
 from planner.memory.allocator_settings import AllocatorSettings
 from planner.memory.cuda_process import device_lines, total
-from planner.standin.environment import environment
+from planner.standin.environment import MOST_GPUS, environment
 from planner.standin.install import torch_for
 from planner.standin.interpreter import interpreter, program_of, python_of
 from planner.units import parse_bytes
@@ -49,6 +49,7 @@ _LOST: Final = (
 )
 _SHARED: Final = "{count} processes used gpu {gpu} at the same time: their peaks are added up"
 _WENT_ON: Final = "the program went on after the step that was to be its last"
+_UNNAMED: Final = "names of files that are no text keep it from being told what held memory at the peak"
 _RING: Final = "more tensors were made than are remembered: what held memory is that of the program's end"
 
 
@@ -75,8 +76,8 @@ def dry_run(
     """
     card = cards.find(gpu)
     bytes_of_card = card.usable_bytes if vram is None else parse_bytes(vram, "vram")
-    if not 1 <= gpus <= 16:
-        raise ConfigError(f"gpus must be 1 to 16, got {gpus}")
+    if not 1 <= gpus <= MOST_GPUS:
+        raise ConfigError(f"gpus must be 1 to {MOST_GPUS}, got {gpus}")
     if steps is not None and steps < 1:
         raise ConfigError(f"steps must be at least 1, got {steps}")
     if allocator and not re.search(r"per_process_memory_fraction|backend", allocator):
@@ -295,11 +296,13 @@ def _holders_of(report: dict[str, Any] | None, gpu: int) -> list[dict[str, Any]]
 def _warnings(reports: Sequence[dict[str, Any]]) -> Iterable[str]:
     count = sum(report["values_read_in_all"] for report in reports)
     if count:
+        reader = max(reports, key=lambda report: report["values_read_in_all"])
         places = [
-            f"{place} ({times:,} times)" if times > 1 else place for place, times in reports[0]["values_read"]
+            f"{place} ({times:,} times)" if times > 1 else place for place, times in reader["values_read"]
         ]
         yield _VALUES.format(count=count, places=", ".join(places))
     notes = {name for report in reports for name, there in report["notes"].items() if there}
-    for name, text in (("scaler", _SCALER), ("own history", _RESET), ("ring", _RING)):
+    texts = {"scaler": _SCALER, "own history": _RESET, "ring": _RING, "unnamed": _UNNAMED}
+    for name, text in texts.items():
         if name in notes:
             yield text

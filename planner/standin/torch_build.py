@@ -19,11 +19,9 @@ MADE_FOR: Final = ("2.8", "2.13")
 """The oldest and the newest torch that was tried; those in between are taken, others refused. 2.8.0+cu128 and
 2.11.0+cu130 were tried with a few operators and a training step, 2.13.0+cu130 with everything here."""
 _ASK = """
-import importlib.metadata as m, importlib.util as u, json, sys
-spec = u.find_spec("torch")
-known = [d.version for d in m.distributions(name="torch")]
-print(json.dumps({"torch": spec and spec.origin, "version": known[:1], "python": list(sys.version_info[:3]),
-                  "triton": u.find_spec("triton") is not None}))
+import importlib.util, json
+spec = importlib.util.find_spec("torch")
+print(json.dumps({"torch": spec and spec.origin, "triton": importlib.util.find_spec("triton") is not None}))
 """
 _SECONDS: Final = 60
 _ARCHES = re.compile(rb"sm_\d+[af]?(?: sm_\d+[af]?)+")

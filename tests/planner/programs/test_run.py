@@ -139,7 +139,7 @@ def test_what_may_mislead_is_said():
     read = report(
         values_read=[["train.py:12 item", 3]], values_read_in_all=3, notes={"scaler": True, "ring": True}
     )
-    warnings = answer(read).warnings
+    warnings = answer(report(), read).warnings  # whichever process read them
     assert "train.py:12 item (3 times)" in warnings[0]
     assert any("GradScaler" in warning for warning in warnings)
     assert any("more tensors were made" in warning for warning in warnings)
