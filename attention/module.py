@@ -24,6 +24,7 @@ from attention.pool import buffers_for
 from attention.sizes.row_bounds import rows_of
 from attention.sizes.shape import Shape
 from attention.sizes.tiles import Extent, dilated_extent, sparse_extent
+from attention.sizes.whole_calls import WholeCall, whole_calls
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -79,8 +80,11 @@ class Attention(nn.Module):
             check_room(self.config, shape, q)
         if backend == "flex" and not return_attention_weights:
             return self._by_flex(q, k, v, shape)
-        layout = self._layout(shape) if self.config.variant == "block_sparse" else None
-        problem = self._problem(shape, layout)
+        calls = whole_calls(self.config, shape)
+        layout = None
+        if self.config.variant == "block_sparse" and (calls is None or return_attention_weights):
+            layout = self._layout(shape)
+        problem = self._problem(shape, layout, calls)
         out, lse = attend(q, k, v, problem, keeps_lse=return_attention_weights)
         if not return_attention_weights:
             return out
@@ -108,7 +112,9 @@ class Attention(nn.Module):
     def _scale(self, shape: Shape) -> float:
         return self.config.scale or 1.0 / math.sqrt(shape.head_dim)
 
-    def _problem(self, shape: Shape, layout: Layout | None) -> Problem:
+    def _problem(
+        self, shape: Shape, layout: Layout | None, calls: tuple[WholeCall, ...] | None
+    ) -> Problem:
         branches = shape.within(self.config.branches)
         if self.config.variant == "dense":
             branches = ((shape.seq, 1),)
@@ -129,7 +135,8 @@ class Attention(nn.Module):
             tiles=program,
             extent=extent,
             scale=self._scale(shape),
-            covers=layout is not None or any(rate == 1 for _, rate in branches),
+            covers=self.config.variant == "block_sparse" or any(rate == 1 for _, rate in branches),
             whole=layout is None and bool(shape.is_whole(branches)),
             buffers=self.scratch,
+            calls=calls,
         )

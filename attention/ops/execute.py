@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from attention.ops import kernels
+from attention.ops import kernels, whole_calls
 from attention.ops.backward import Gradients, once
 from attention.ops.maskless import maskless
 from attention.ops.program import Call, Gather, Tile
@@ -27,6 +27,7 @@ from attention.pool import Buffers
 from attention.sizes.arena import arena_bytes
 from attention.sizes.shape import Shape, Span
 from attention.sizes.tiles import Cut, Extent, Kind, backward_sizes, cut, forward_sizes, sums_in_full
+from attention.sizes.whole_calls import WholeCall
 
 TILES_AHEAD, BYTES_AHEAD = 32, 512 << 10
 """Tiles, and bytes of what they list, that a CPU makes before it runs them."""
@@ -49,6 +50,8 @@ class Problem:
     whole: bool
     """Whether a single kernel call over all tokens does it (dense, as many kv heads as heads)."""
     buffers: Buffers
+    calls: tuple[WholeCall, ...] | None = None
+    """Its calls where whole ones do it instead of tiles."""
 
     @property
     def backward_sizes(self) -> dict[str, int]:
@@ -194,6 +197,9 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, problem: Problem, keeps_lse: bool, trains: bool
 ) -> tuple[Tensor, Tensor | None]:
     shape = problem.shape
+    if problem.calls is not None:
+        whole = whole_calls.forward(q, k, v, problem.calls, shape, problem.scale, problem.covers)
+        return whole[0], whole[1] if keeps_lse else None
     if problem.whole:
         heads_first = (x.transpose(1, 2) for x in (q, k, v))
         out, whole_lse = (
@@ -326,6 +332,10 @@ def _merge(total: Tensor, total_lse: Tensor, part: Tensor, part_lse: Tensor, scr
 def _gradients(grad: Tensor, saved: Sequence[Tensor], problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) from the gradient of out and what forward saved: q, k, v, out and lse. They are computed
     without masks where those let something through."""
+    if problem.calls is not None:
+        return whole_calls.backward(
+            grad, saved, problem.calls, problem.shape, problem.scale, problem.covers
+        )
     gradients = _backward(grad, saved, problem)
     if not problem.shape.causal or _is_clean(*gradients):
         return gradients

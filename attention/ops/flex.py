@@ -17,6 +17,7 @@ from torch import Tensor
 from attention.config import AttentionConfig
 from attention.errors import UnavailableError
 from attention.layout import Layout
+from attention.ops.kernels import has_windows
 from attention.sizes.flex import flex_is_lean, unfit_config
 from attention.sizes.flex_tiles import declared_block, kernel_options, unfit_sizes
 from attention.sizes.row_bounds import rows_of
@@ -29,7 +30,10 @@ def resolve(config: AttentionConfig, q: Tensor, k: Tensor, is_causal: bool) -> s
         return "sdpa"
     why = unfit(config, q)
     if config.backend == "auto":
-        return "sdpa" if why or not _lean(config, q, k, is_causal) else "flex"
+        windows = config.pattern is not None and config.pattern.pattern_type != "dilated_sparse"
+        if why or (windows and has_windows(q)) or not _lean(config, q, k, is_causal):
+            return "sdpa"
+        return "flex"
     if why:
         raise UnavailableError(f"backend='flex' cannot serve this: {why}; use backend='auto' or 'sdpa'")
     return "flex"

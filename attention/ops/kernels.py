@@ -162,6 +162,42 @@ def backward(
             return _plain_backward(grad, q, k, v, out, lse, scale, causal, bias)
 
 
+def has_windows(x: Tensor) -> bool:
+    """Whether `windowed` takes tensors like `x`."""
+    return choose(x, biased=False) == "flash"
+
+
+def windowed(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, left: int | None, right: int | None
+) -> tuple[Tensor, Tensor]:
+    """Attention of q [N, H, T, D] over k and v [N, G, K, D], G dividing H, as (out, lse): a query at place t
+    sees keys from t + K - T - `left` to t + K - T + `right`, from the first or to the last for None."""
+    dim = q.shape[-1]
+    q, k, v = (_aligned_channels(x.transpose(1, 2)) for x in (q, k, v))
+    out, lse = aten._flash_attention_forward(
+        q, k, v, None, None, q.shape[1], k.shape[1], 0.0, left is None and right == 0, False,
+        scale=scale, window_size_left=left, window_size_right=right,
+    )[:2]  # fmt: skip
+    return out.transpose(1, 2)[..., :dim], lse
+
+
+def windowed_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, scale: float,
+    left: int | None, right: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dq, dk, dv) of `windowed`, for out and lse of the whole row."""
+    dim = q.shape[-1]
+    grad, q, k, v, out = (_aligned_channels(x.transpose(1, 2)) for x in (grad, q, k, v, out))
+    rng = torch.empty(2, dtype=torch.uint64, device=q.device)  # of dropout: nothing reads it
+    grads = aten._flash_attention_backward(
+        grad, q, k, v, out, lse.contiguous(), None, None, q.shape[1], k.shape[1], 0.0,
+        left is None and right == 0, rng, rng[:0],
+        scale=scale, window_size_left=left, window_size_right=right,
+    )  # fmt: skip
+    dq, dk, dv = (x.transpose(1, 2)[..., :dim] for x in grads)
+    return dq, dk, dv
+
+
 def _aligned_channels(x: Tensor) -> Tensor:
     """x [N, H, T, D] with zeros up to a multiple of CHANNELS, which change no score and no output."""
     missing = -x.shape[-1] % CHANNELS

@@ -82,6 +82,8 @@ class Shape(NamedTuple):
     scratch."""
     widens: bool
     """Whether backward gives the kernel single-precision copies (16 bit on a CPU)."""
+    windows: bool = False
+    """Whether the kernel takes fewer kv heads than heads, and windows (flash attention on CUDA)."""
 
     @property
     def wide(self) -> int:
@@ -221,7 +223,7 @@ class Shape(NamedTuple):
     def is_whole(self, branches: tuple[tuple[Count, Count], ...]) -> Count:
         """1 if branches, as `within` gives them, are one kernel call over all of q, k and v: a single one
         that covers the sequence at rate 1, with as many kv heads as heads; else 0."""
-        if len(branches) != 1:
+        if len(branches) != 1 or self.windows:
             return 0
         length, rate = branches[0]
         return (length >= self.seq) * (rate == 1) * (self.heads == self.kv_heads) * 1

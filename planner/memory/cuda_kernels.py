@@ -86,13 +86,14 @@ def backward_stages(
     itemsize: int,
     capability: tuple[int, int] = (8, 0),
     dense: Count = 1,
-    whole: bool = True,
+    whole: Count = 1,
     deterministic_sms: int | None = None,
+    kv_heads: Count | None = None,
 ) -> tuple[Stage, ...]:
     """What one backward call of a kernel allocates beside dq, dk and dv, one stage after another.
 
-    `dense`: 1 if the gradient of out lies in memory as [B, Q, H, D], else 0. `whole`: whether the
-    log-sum-exp is as the kernel returned it. `deterministic_sms` is the card's number of multiprocessors
+    `dense`: 1 if the gradient of out lies in memory as [B, Q, H, D], else 0. `whole`: 1 if the log-sum-exp
+    is as the kernel returned it, else 0. `kv_heads`: None for as many as heads. `deterministic_sms` is the card's number of multiprocessors
     where deterministic algorithms are asked for, which makes flash attention keep several sums of dq; None
     where they are not.
     """
@@ -103,7 +104,10 @@ def backward_stages(
         if deterministic_sms is not None:
             several = ceil_div(deterministic_sms, batch * heads)
         blocked = FLOAT32 * batch * heads * up(queries, 128)
-        strided = (1 - dense * (heads == 1)) * (rows > 1) * (not whole)
+        strided = (1 - dense * (heads == 1)) * (rows > 1) * (1 - whole)
+        apart: Count = 0
+        if kv_heads is not None:
+            apart = batch * heads * keys * head_dim * itemsize * (kv_heads < heads)
         return (
             (
                 _scratch("random state", 16 + 0 * rows, _RNG),
@@ -116,6 +120,8 @@ def backward_stages(
                     blocked * _flash_channels(head_dim) * several,
                     f"float32 B H Q D, Q rounded up to 128, D to 32 or above 128 to 64; {_FLASH}",
                 ),
+                _scratch("dk of each query head", apart, f"B H K D; {_FLASH}"),
+                _scratch("dv of each query head", apart, f"B H K D; {_FLASH}"),
             ),
         )
     if kernel == "efficient":

@@ -15,9 +15,10 @@ from attention.sizes.flex import flex_is_lean, flex_takes_blocks
 from attention.sizes.flex_tiles import unfit_sizes
 from attention.sizes.row_bounds import Rows
 from attention.sizes.shape import Shape, chunk_tokens
+from attention.sizes.whole_calls import WholeCall, branch_calls, pattern_calls
 from planner.configs import Columns, columns_of
 from planner.memory.machines import Cpu, Cuda, Machine
-from planner.memory.plans import adaptive, multihead, tiles, weights
+from planner.memory.plans import adaptive, multihead, tiles, weights, whole_calls
 from planner.memory.table import Plan, PlanTable
 from planner.workload import Workload
 
@@ -68,7 +69,10 @@ def planned(
 
 def _attention(table: PlanTable, case: tiles.Case, columns: Columns, apart: bool) -> None:
     """The attention alone, over q, k and v."""
-    if columns.variant == "adaptive":
+    calls = calls_of(columns, case.shape)
+    if calls is not None and not apart:
+        whole_calls.whole_calls(table, case, calls)
+    elif columns.variant == "adaptive":
         rows = columns.rows(case.shape.causal)
         scorer = adaptive.scorer_of(case, rows.size, rows.lists, columns.score_dim)
         adaptive.adaptive(table, case, scorer)
@@ -79,6 +83,18 @@ def _attention(table: PlanTable, case: tiles.Case, columns: Columns, apart: bool
         tiles.whole(table, case)
     else:
         tiles.dilated(table, case, _by_rate(case.shape.within(columns.branches)))
+
+
+def calls_of(columns: Columns, shape: Shape) -> tuple[WholeCall, ...] | None:
+    """The candidates' calls, where whole ones do it instead of tiles; see
+    `attention.sizes.whole_calls.whole_calls`."""
+    if not shape.windows or columns.variant == "adaptive":
+        return None
+    if columns.variant == "block_sparse":
+        sizes: dict[str, Any] = {"size": columns.block_size, "window": columns.window}
+        return pattern_calls(columns.pattern_type, shape, **sizes, global_tokens=columns.global_tokens)  # type: ignore[arg-type]
+    branches = columns.branches if columns.variant == "dilated" else ((shape.seq, 1),)
+    return branch_calls(_by_rate(shape.within(branches)), shape)
 
 
 def _by_rate(branches: tuple[tuple[Count, Count], ...]) -> tuple[tuple[Count, Count], ...]:
@@ -95,6 +111,9 @@ def goes_apart(columns: Columns, workload: Workload, machine: Machine) -> Any:
         return False
     if columns.variant == "block_sparse":
         seq: Any = columns.seq
+        by_windows = columns.pattern_type != "dilated_sparse" and shape_of(columns, workload, machine).windows
+        if columns.backend == "auto" and by_windows:
+            return False
         return has_flex(workload, machine) and goes_flex(
             columns.backend, columns.rows(workload.causal), seq, workload
         )
@@ -168,4 +187,5 @@ def shape_of(columns: Columns, workload: Workload, machine: Machine) -> Shape:
         chunk=chunk_tokens(cpu=cpu, **sizes),
         packs=sixteen and isinstance(machine, Cpu) and workload.dtype in machine.units,
         widens=sixteen,
+        windows=isinstance(machine, Cuda) and machine.has_windows(workload.head_dim, workload.itemsize),
     )

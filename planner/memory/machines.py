@@ -28,8 +28,16 @@ class KernelCall(NamedTuple):
     """Rows of an additive mask [rows, K], 0 for none."""
     unmasked: Count = 1
     """0 if all such calls have a mask, else 1."""
-    whole: bool = False
-    """Whether it is all of an attention, so that backward gets the log-sum-exp as forward gave it."""
+    whole: Count = 0
+    """1 if backward gets the log-sum-exp in one piece, as forward gave it, else 0."""
+    groups: Count | None = None
+    """Key and value heads; None for as many as heads."""
+    tokens_first: bool = False
+    """Whether operands whose D is padded are padded as [N, T, H, D]."""
+
+    @property
+    def kv_heads(self) -> Count:
+        return self.heads if self.groups is None else self.groups
 
 
 def _sizes(call: KernelCall) -> dict[str, Count]:
@@ -215,19 +223,23 @@ class Cuda:
     multiprocessors: int = 108
     """How many there are; kernels that would leave some idle cut their work further."""
 
+    def has_windows(self, head_dim: int, itemsize: int) -> bool:
+        """Whether flash attention takes such numbers; see `attention.ops.kernels.has_windows`."""
+        return self.capability >= (8, 0) and itemsize == 2 and head_dim <= FLASH_CHANNELS
+
     def kernels(self, call: KernelCall) -> tuple[cuda_kernels.KernelName, ...]:
         """The kernels that calls of this size run on, see `attention.ops.kernels.choose`; the second only
         for those with an additive mask, which flash does not take."""
         if call.itemsize == 8:
             return ("plain",)
-        if self.capability < (8, 0) or call.itemsize != 2 or call.head_dim > FLASH_CHANNELS:
+        if not self.has_windows(call.head_dim, call.itemsize):
             return ("efficient",)
         return ("flash", "efficient") if any_of(call.masked > 0) else ("flash",)
 
     def forward(self, call: KernelCall) -> Bytes:
         dim = _channels(call)
         rows = call.views * call.heads * call.queries
-        both = call.views * call.heads * call.keys
+        both = call.views * call.kv_heads * call.keys
         results: list[tuple[Count, ...]] = []
         stages: list[tuple[Count, ...]] = []
         kernels = self.kernels(call)
@@ -247,10 +259,10 @@ class Cuda:
     def backward(self, call: KernelCall) -> Bytes:
         dim = _channels(call)
         rows = call.views * call.heads * call.queries * dim * call.itemsize
-        both = call.views * call.heads * call.keys * dim * call.itemsize
+        both = call.views * call.kv_heads * call.keys * dim * call.itemsize
         dense, pads = call.dense, 0
-        if dim != call.head_dim:  # all operands are copied, heads before tokens
-            dense, pads = (call.heads == 1) | (call.queries == 1), 1
+        if dim != call.head_dim:  # all operands are copied, in tiles heads before tokens
+            dense, pads = call.tokens_first | (call.heads == 1) | (call.queries == 1), 1
         scratch, kernels = [], self.kernels(call)
         for number, kernel in enumerate(kernels):
             stages = cuda_kernels.backward_stages(
@@ -261,6 +273,7 @@ class Cuda:
                 capability=self.capability,
                 dense=dense,
                 whole=call.whole,
+                kv_heads=call.groups,
             )
             applies = 1 if len(kernels) == 1 else _applies(call, number)
             ahead = (rows * pads,) * 3 + (both * pads,) * 2 + (_mask_copy(kernel, call),)

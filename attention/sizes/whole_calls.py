@@ -1,0 +1,284 @@
+"""An attention as a few kernel calls over the whole sequence, where the kernel has masks of its own. No torch.
+
+Flash attention on CUDA takes fewer kv heads than heads, a causal mask aligned to the end, and a window of so
+many tokens before and behind a query. What is no window of its own is put together from few of them:
+
+* Dense attention is one call; a dilated branch one for each offset, over views of its segments.
+* A window whose edges are blocks of b tokens is one of w b tokens, and for each block a triangle: the query
+  at place t of its block also sees the first t tokens of the block w before, and where nothing is causal, of
+  the block w behind all but the first t + 1. The triangles of all blocks are one call over views.
+* Global blocks are a call over their columns, and one over their rows.
+
+Sizes are ints, or NumPy arrays for many configs at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from attention.config import AttentionConfig, PatternType
+from attention.sizes.arrays import Count, ceil_div, lcm, maximum, minimum, up, where
+from attention.sizes.shape import MOST_VIEWS, Shape, Span
+from attention.sizes.window import window_blocks
+
+CHANNELS = 8
+"""Kernels read channels in vectors of up to this many 16-bit numbers."""
+SINGLE = 4
+"""Bytes of a number in single precision."""
+PART_SHARE, PART_WORKSPACES = 32, 3
+"""What a part returns takes at most one part in so many of q, k, v and out, and so many workspaces."""
+
+
+class WholeCall(NamedTuple):
+    """Calls that differ by their offset alone: that of offset o begins o tokens later, and has heads o,
+    o + `period`, ..."""
+
+    name: str
+    start: Count
+    """First token of the queries."""
+    length: Count
+    """Tokens over which a view's queries stretch."""
+    key_start: Count
+    key_length: Count
+    step: Count = 1
+    """Tokens from one query, or key, to the next."""
+    views: Count = 1
+    view_step: Count = 0
+    """Tokens from one view to the next, which never overlap."""
+    left: Count | None = None
+    """A query at place t of T sees keys from t + K - T - left on; None: from the first on."""
+    right: Count | None = None
+    """It sees keys up to t + K - T + right; None: up to the last."""
+    offsets: Count = 1
+    period: Count = 1
+    """Heads from one head of a call to the next."""
+    first: bool = False
+    """Whether nothing came before in these queries."""
+    exists: Count = 1
+
+    @property
+    def queries(self) -> Count:
+        """Of a view, of the first offset, which has most."""
+        return ceil_div(self.length, self.step)
+
+    @property
+    def keys(self) -> Count:
+        """Of a view, of the first offset."""
+        return ceil_div(self.key_length, self.step)
+
+    def heads(self, shape: Shape) -> Count:
+        """Query heads of the first offset."""
+        return ceil_div(shape.heads, self.period)
+
+    def kv_heads(self, shape: Shape) -> Count:
+        """Key and value heads of the first offset: all of them, or one for each query head."""
+        shared = (shape.heads // shape.kv_heads) % self.period == 0
+        return where(shared, shape.kv_heads, self.heads(shape))
+
+    def covers(self, shape: Shape) -> Count:
+        """1 if its queries are all tokens of all heads, in order, so that what it returns is the output."""
+        all_tokens = (self.views * self.length == shape.seq) * (self.views <= MOST_VIEWS)
+        return self.first * (self.period == 1) * (self.step == 1) * all_tokens * 1
+
+    def spans(self, shape: Shape) -> Iterator[tuple[Span, Span]]:
+        """(queries, keys) of each call; of ints."""
+        repeat = shape.heads // shape.kv_heads
+        shared = repeat % self.period == 0
+        for offset in range(self.offsets):
+            shift = offset % self.step
+            queries, keys = (
+                _places(length - shift, self.step) for length in (self.length, self.key_length)
+            )
+            if queries < 1 or keys < 1:
+                continue
+            heads = len(range(offset, shape.heads, self.period))
+            span = Span(
+                self.start + shift, queries, self.step, self.views, self.view_step, offset, heads, self.period
+            )
+            key_span = span._replace(start=self.key_start + shift, length=keys, head=offset // repeat)
+            if shared:
+                yield span, key_span._replace(head=0, heads=shape.kv_heads, head_step=1)
+            else:
+                yield span, key_span._replace(head_step=self.period // repeat)
+
+
+def _places(length: Count, step: Count) -> Count:
+    """Places 0, step, 2 step, ... below `length`."""
+    return maximum(ceil_div(length, step), 0)
+
+
+def whole_calls(config: AttentionConfig, shape: Shape) -> tuple[WholeCall, ...] | None:
+    """The calls of an attention in their order, where `shape.windows`; None for one that is not made of whole
+    calls."""
+    pattern = config.pattern
+    if not shape.windows or config.variant == "adaptive":
+        return None
+    if pattern is not None:
+        return pattern_calls(
+            pattern.pattern_type, shape, size=pattern.block_size, window=pattern.local_window_size,
+            global_tokens=pattern.global_tokens,
+        )  # fmt: skip
+    branches = shape.within(config.branches) if config.variant == "dilated" else ((shape.seq, 1),)
+    return branch_calls(sorted(branches, key=lambda branch: branch[1]), shape)
+
+
+def pattern_calls(
+    kind: PatternType | None, shape: Shape, *, size: Count, window: Count, global_tokens: Count
+) -> tuple[WholeCall, ...] | None:
+    """The calls of a block_sparse pattern from its fields; None for one that is not made of whole calls."""
+    if kind == "dilated_sparse":
+        return None
+    blocks = ceil_div(shape.seq, size)
+    tokens = global_tokens if kind == "global_local" else 0
+    side, shared = window_blocks(window, tokens, size, blocks, shape.causal)
+    return block_window_calls(size, side, shared, shape)
+
+
+def branch_calls(branches: Sequence[tuple[Count, Count]], shape: Shape) -> tuple[WholeCall, ...]:
+    """Dilated attention, and dense as its branch (seq, 1). Branches come with their smallest rates first."""
+    repeat = shape.heads // shape.kv_heads
+    right = 0 if shape.causal else None
+    calls = []
+    for order, (length, rate) in enumerate(branches):
+        whole, rest = shape.seq // length, shape.seq % length
+        period = where(repeat % rate == 0, rate, lcm(rate, repeat))
+        call = WholeCall(
+            f"branch {order + 1}",
+            start=0,
+            length=length,
+            key_start=0,
+            key_length=length,
+            step=rate,
+            views=whole,
+            view_step=length,
+            right=right,
+            offsets=minimum(period, shape.heads),
+            period=period,
+            first=order == 0,
+        )
+        begin = whole * length
+        tail = call._replace(
+            name=f"branch {order + 1}, the end",
+            start=begin, length=rest, key_start=begin, key_length=rest, views=1, exists=(rest > 0) * 1,
+        )  # a segment's figures in a row  # fmt: skip
+        calls += [call, tail]
+    return tuple(calls)
+
+
+def block_window_calls(
+    size: Count, side: Count, shared: Count, shape: Shape
+) -> tuple[WholeCall, ...]:
+    """local_window (no shared blocks) and global_local with edges at blocks of `size` tokens; `side` and
+    `shared` as `attention.sizes.window.window_blocks` has them."""
+    causal = shape.causal
+    begin = minimum(shared * size, shape.seq)
+    seq = shape.seq - begin  # what is behind the global tokens
+    blocks, short = seq // size, seq % size
+    reach = side * size
+    rows, columns = _global_calls(begin, shape, causal)
+    own = WholeCall(
+        "own blocks", begin, size, begin, size, views=blocks, view_step=size, right=0 if causal else None,
+        first=True, exists=(side == 0) * (blocks > 0) * 1,
+    )  # fmt: skip
+    at = begin + blocks * size
+    own_end = own._replace(
+        name="own blocks, the end", start=at, length=short, key_start=at, key_length=short, views=1,
+        exists=(side == 0) * (short > 0) * 1,
+    )  # fmt: skip
+    window = _window(begin, seq, reach, 0 if causal else reach)
+    window = window._replace(exists=(side > 0) * (seq > 0) * 1)
+    # A triangle has one row and one column fewer than its block.
+    edge = size - 1
+    pairs = maximum(blocks - side, 0)
+    before = WholeCall(
+        "edges before", begin + reach + 1, edge, begin, edge, views=pairs, view_step=size, right=0,
+        exists=(side > 0) * (edge > 0) * (pairs > 0) * 1,
+    )  # fmt: skip
+    end = maximum(short - 1, 0)
+    last = blocks - side  # the block that the last, short one sees an edge of
+    before_end = before._replace(
+        name="edges before, the end", start=at + 1, length=end, key_start=begin + maximum(last, 0) * size,
+        key_length=end, views=1, exists=(side > 0) * (end > 0) * (last >= 0) * 1,
+    )  # fmt: skip
+    calls = (rows, own, own_end, window, before, before_end)
+    if not causal:
+        behind = before._replace(
+            name="edges behind", start=begin, key_start=begin + reach + 1, left=0, right=None
+        )
+        behind_end = before_end._replace(
+            name="edges behind, the end", start=before_end.key_start, key_start=before_end.start, left=0,
+            right=None,
+        )  # fmt: skip
+        calls += (behind, behind_end)
+    return (*calls, columns)
+
+
+def token_window_calls(window: Count, shared: Count, shape: Shape) -> tuple[WholeCall, ...]:
+    """local_window and global_local whose edges are tokens: a causal query sees `window` tokens before it,
+    another one half of them on either side; `shared` tokens are global."""
+    causal = shape.causal
+    begin = minimum(shared, shape.seq)
+    seq = shape.seq - begin
+    side = window if causal else window // 2
+    rows, columns = _global_calls(begin, shape, causal)
+    call = _window(begin, seq, side, 0 if causal else side)
+    return rows, call._replace(exists=(seq > 0) * 1), columns
+
+
+def _window(begin: Count, seq: Count, left: Count, right: Count) -> WholeCall:
+    return WholeCall("window", begin, seq, begin, seq, left=left, right=right, first=True)
+
+
+def _global_calls(tokens: Count, shape: Shape, causal: bool) -> tuple[WholeCall, WholeCall]:
+    """The first `tokens` as queries, and as keys of those behind them, who merge them into their windows."""
+    rows = WholeCall(
+        "global rows", 0, tokens, 0, tokens if causal else shape.seq, right=0 if causal else None,
+        first=True, exists=(tokens > 0) * 1,
+    )  # fmt: skip
+    behind = shape.seq - tokens
+    columns = WholeCall("global columns", tokens, behind, 0, tokens, exists=(tokens > 0) * (behind > 0) * 1)
+    return rows, columns
+
+
+class Cut(NamedTuple):
+    """What a kernel is given at once of a call."""
+
+    views: Count
+    kv_heads: Count
+    """With the query heads that read them."""
+
+
+def forward_cut(call: WholeCall, shape: Shape) -> Cut:
+    """Parts whose results, which are merged into the output, take little beside it. What is the output comes
+    in one part."""
+    views = call.queries * call.heads(shape) * up(shape.head_dim, CHANNELS) * shape.itemsize
+    room = PART_WORKSPACES * shape.workspace + _floor(shape) // PART_SHARE
+    return _cut(call, shape, views * (1 - call.covers(shape)), room)
+
+
+def backward_cut(call: WholeCall, shape: Shape) -> Cut:
+    """Parts whose scratch, and gradients and copies of operands where those are not the results and operands
+    themselves, take no more than q, k, v and out of a batch item."""
+    heads, kv_heads, dim = call.heads(shape), call.kv_heads(shape), up(shape.head_dim, CHANNELS)
+    e = shape.itemsize
+    sums = SINGLE * call.queries * heads * up(shape.head_dim, 32)
+    # Flash attention makes dk and dv of each query head and adds up those of a kv head.
+    apart = 2 * call.keys * where(heads > kv_heads, heads, 0) * dim * e
+    others = (3 * call.queries * heads + 2 * call.keys * kv_heads) * dim * e
+    a_view = sums + apart + others * (1 - call.covers(shape))
+    return _cut(call, shape, a_view, maximum(shape.workspace, _floor(shape)))
+
+
+def _cut(call: WholeCall, shape: Shape, a_view: Count, room: Count) -> Cut:
+    """Views of `a_view` bytes each, or some kv heads of one view, that fit `room` bytes."""
+    kv_heads = call.kv_heads(shape)
+    a_view = maximum(a_view, 1)
+    views = minimum(maximum(call.views, 1), MOST_VIEWS, maximum(room // a_view, 1))
+    some = minimum(maximum(kv_heads * room // a_view, 1), kv_heads)
+    return Cut(views, where(a_view > room, some, kv_heads))
+
+
+def _floor(shape: Shape) -> Count:
+    """Bytes of q, k, v and out of a batch item."""
+    return 2 * shape.seq * (shape.token_bytes + shape.kv_token_bytes)
