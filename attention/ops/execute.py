@@ -333,9 +333,7 @@ def _gradients(grad: Tensor, saved: Sequence[Tensor], problem: Problem) -> tuple
     """(dq, dk, dv) from the gradient of out and what forward saved: q, k, v, out and lse. They are computed
     without masks where those let something through."""
     if problem.calls is not None:
-        return whole_calls.backward(
-            grad, saved, problem.calls, problem.shape, problem.scale, problem.covers
-        )
+        return whole_calls.backward(grad, saved, problem.calls, problem.shape, problem.scale, problem.covers)
     gradients = _backward(grad, saved, problem)
     if not problem.shape.causal or _is_clean(*gradients):
         return gradients

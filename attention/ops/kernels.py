@@ -14,12 +14,14 @@ lse of the whole row, which makes each part's gradient exact.
 
 from __future__ import annotations
 
+import os
 from functools import cache
 
 import torch
 from torch import Tensor
 
 from attention.errors import UnavailableError
+from attention.sizes.whole_calls import CHANNELS, has_flash
 
 aten = torch.ops.aten
 EFFICIENT_ALIGNMENT = 32
@@ -27,9 +29,11 @@ EFFICIENT_ALIGNMENT = 32
 BIAS_ALIGNMENT = 8
 """The efficient kernel wants bias rows that begin at multiples of this many elements."""
 
-CHANNELS = 8
-"""Flash and efficient kernels read channels in vectors of up to this many 16-bit numbers."""
 ALIGNED = ("flash", "efficient")
+TRUST = "ATTENTION_TRUST_KERNELS"
+"""The environment variable that, where set, leaves out holding a kernel against its definition."""
+TOLERANCE = 0.1
+"""How far 16-bit results over 16 channels and 33 tokens may be off; a window off by one is off by more."""
 
 
 @cache
@@ -63,10 +67,10 @@ def choose(x: Tensor, biased: bool) -> str:
         )
     if x.dtype == torch.float64:
         return "plain"
-    modern = torch.cuda.get_device_capability(x.device) >= (8, 0)
-    if modern and not biased and x.dtype != torch.float32 and x.shape[-1] <= 256:
+    capability = torch.cuda.get_device_capability(x.device)
+    if not biased and has_flash(capability, x.shape[-1], x.itemsize) and _flash_is_built():
         return "flash"
-    if not modern and x.dtype == torch.bfloat16:
+    if capability < (8, 0) and x.dtype == torch.bfloat16:
         raise UnavailableError(
             f"no bfloat16 attention kernel on {torch.cuda.get_device_name(x.device)}: it needs compute "
             "capability 8.0; use float16 or float32"
@@ -164,7 +168,47 @@ def backward(
 
 def has_windows(x: Tensor) -> bool:
     """Whether `windowed` takes tensors like `x`."""
-    return choose(x, biased=False) == "flash"
+    if choose(x, biased=False) != "flash":
+        return False
+    trusted = bool(os.environ.get(TRUST)) or torch.cuda.is_current_stream_capturing()
+    return trusted or _windows_are_right(x.device, x.dtype)
+
+
+@cache
+def _flash_is_built() -> bool:
+    """Whether this torch has flash attention: some builds for Windows do not."""
+    return torch.backends.cuda.is_flash_attention_available()
+
+
+@cache
+def _windows_are_right(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `windowed` and its backward do as they say: a small call of each is held against the
+    definition, once for a device and type. TRUST leaves that out."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = ((4, 33), (2, 40), (2, 40), (4, 33))  # heads and tokens of q, k, v and the gradient of out
+    q, k, v, grad = (torch.randn(1, h, t, 16, generator=generator).to(dtype).double() for h, t in sizes)
+    left, right, scale = 7, 2, 0.25
+    place = torch.arange(33)[:, None] + 7
+    key = torch.arange(40)
+    bias = torch.zeros(33, 40, dtype=torch.float64)
+    bias.masked_fill_((key < place - left) | (key > place + right), -torch.inf)
+    wide_k, wide_v = (x.repeat_interleave(2, 1) for x in (k, v))
+    out, lse = _plain(q, wide_k, wide_v, scale, False, bias)
+    dq, dk, dv = _plain_backward(grad, q, wide_k, wide_v, out, lse, scale, False, bias)
+    expected = (out, lse, dq, *(x.unflatten(1, (2, 2)).sum(2) for x in (dk, dv)))
+    given = [x.to(device, dtype) for x in (q, k, v)]
+    row = (out.to(device, dtype), lse.float().to(device))
+    try:
+        forward = windowed(*given, scale=scale, left=left, right=right)
+        gradients = windowed_backward(
+            grad.to(device, dtype), *given, *row, scale=scale, left=left, right=right
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:  # this build or card has no such kernel
+        return False
+    pairs = zip((*forward, *gradients), expected, strict=True)
+    return all(bool((x.double().cpu() - y).abs().max() < TOLERANCE) for x, y in pairs)
 
 
 def windowed(

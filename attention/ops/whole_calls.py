@@ -98,7 +98,12 @@ def _merge(total: Tensor, total_lse: Tensor, part: Tensor, part_lse: Tensor) -> 
 
 
 def backward(
-    grad: Tensor, saved: Sequence[Tensor], calls: Sequence[WholeCall], shape: Shape, scale: float, covers: bool
+    grad: Tensor,
+    saved: Sequence[Tensor],
+    calls: Sequence[WholeCall],
+    shape: Shape,
+    scale: float,
+    covers: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) from the gradient of out and what forward saved: q, k, v, out and lse."""
     q, k, v, out, lse = saved

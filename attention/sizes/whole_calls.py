@@ -1,4 +1,4 @@
-"""An attention as a few kernel calls over the whole sequence, where the kernel has masks of its own. No torch.
+"""An attention as a few kernel calls over the whole sequence, where the kernel has masks of its own.
 
 Flash attention on CUDA takes fewer kv heads than heads, a causal mask aligned to the end, and a window of so
 many tokens before and behind a query. What is no window of its own is put together from few of them:
@@ -9,7 +9,7 @@ many tokens before and behind a query. What is no window of its own is put toget
   the block w behind all but the first t + 1. The triangles of all blocks are one call over views.
 * Global blocks are a call over their columns, and one over their rows.
 
-Sizes are ints, or NumPy arrays for many configs at once.
+Sizes are ints, or NumPy arrays for many configs at once. Imports no torch.
 """
 
 from __future__ import annotations
@@ -28,6 +28,20 @@ SINGLE = 4
 """Bytes of a number in single precision."""
 PART_SHARE, PART_WORKSPACES = 32, 3
 """What a part returns takes at most one part in so many of q, k, v and out, and so many workspaces."""
+
+
+FLASH_CHANNELS = 256
+"""The most that flash attention takes."""
+NARROW_SHARED_MEMORY = ((8, 6), (8, 9), (12, 0), (12, 1))
+"""Capabilities whose multiprocessors have too little of it for flash attention's backward over 193 to 224
+channels; see sdp_utils.cpp of PyTorch."""
+
+
+def has_flash(capability: tuple[int, int], head_dim: int, itemsize: int) -> bool:
+    """Whether flash attention takes such numbers on a card, forward and backward."""
+    padded = up(head_dim, CHANNELS)
+    trains = not (192 < padded <= 224 and capability in NARROW_SHARED_MEMORY)
+    return capability >= (8, 0) and itemsize == 2 and padded <= FLASH_CHANNELS and trains
 
 
 class WholeCall(NamedTuple):
@@ -87,9 +101,7 @@ class WholeCall(NamedTuple):
         shared = repeat % self.period == 0
         for offset in range(self.offsets):
             shift = offset % self.step
-            queries, keys = (
-                _places(length - shift, self.step) for length in (self.length, self.key_length)
-            )
+            queries, keys = (_places(length - shift, self.step) for length in (self.length, self.key_length))
             if queries < 1 or keys < 1:
                 continue
             heads = len(range(offset, shape.heads, self.period))
@@ -166,9 +178,7 @@ def branch_calls(branches: Sequence[tuple[Count, Count]], shape: Shape) -> tuple
     return tuple(calls)
 
 
-def block_window_calls(
-    size: Count, side: Count, shared: Count, shape: Shape
-) -> tuple[WholeCall, ...]:
+def block_window_calls(size: Count, side: Count, shared: Count, shape: Shape) -> tuple[WholeCall, ...]:
     """local_window (no shared blocks) and global_local with edges at blocks of `size` tokens; `side` and
     `shared` as `attention.sizes.window.window_blocks` has them."""
     causal = shape.causal

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from attention.sizes.arrays import Count, any_of, each, maximum, up
+from attention.sizes.whole_calls import has_flash
 from planner.memory import cpu_kernels, cuda_kernels, cuda_process
 from planner.memory.onednn.units import UNITS, Unit
 
@@ -206,10 +207,6 @@ def _applies(call: KernelCall, number: int) -> Count:
     return (call.masked > 0) * 1 if number else maximum(call.unmasked, (call.masked == 0) * 1)
 
 
-FLASH_CHANNELS = 256
-"""The most that flash attention takes."""
-
-
 def _mask_copy(kernel: cuda_kernels.KernelName, call: KernelCall) -> Count:
     """The mask with rows as the efficient kernel wants them; see `attention.ops.kernels.aligned_bias`."""
     return call.masked * up(call.keys, 8) * call.itemsize if kernel == "efficient" else 0
@@ -225,7 +222,7 @@ class Cuda:
 
     def has_windows(self, head_dim: int, itemsize: int) -> bool:
         """Whether flash attention takes such numbers; see `attention.ops.kernels.has_windows`."""
-        return self.capability >= (8, 0) and itemsize == 2 and head_dim <= FLASH_CHANNELS
+        return has_flash(self.capability, head_dim, itemsize)
 
     def kernels(self, call: KernelCall) -> tuple[cuda_kernels.KernelName, ...]:
         """The kernels that calls of this size run on, see `attention.ops.kernels.choose`; the second only

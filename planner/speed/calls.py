@@ -13,6 +13,7 @@ from typing import NamedTuple
 from attention.sizes.arrays import Amount, any_of, lcm, maximum, minimum, where
 from attention.sizes.row_bounds import Rows
 from attention.sizes.shape import WIDE, Shape
+from attention.sizes.whole_calls import WholeCall, backward_cut, forward_cut
 from planner.speed.row_runs import Run, rounded_up
 
 
@@ -37,6 +38,9 @@ class Calls(NamedTuple):
     """Tokens of a gathered block; 0 of views."""
     largest: tuple[Amount, Amount] = (1, 1)
     """(views, keys) of the program's largest gather, by which backward cuts all."""
+    summed: Amount = 0
+    """Of a call that the kernel gets as it is in backward: its rows of dk, of which as many are of dv, that
+    are added to what is there."""
 
 
 class Program(NamedTuple):
@@ -49,6 +53,49 @@ class Program(NamedTuple):
 def whole(shape: Shape, batch: int) -> Program:
     """Dense attention in one call, which takes the batch too."""
     return Program([Calls(1, batch, shape.heads, shape.seq, shape.seq, causal=int(shape.causal))], 0)
+
+
+def whole_calls(
+    calls: Sequence[WholeCall], shape: Shape, batch: int, kernel_keys: int, *, backward: bool
+) -> Program:
+    """Calls over the whole sequence by the kernel's own masks; `kernel_keys`: those that it takes at a
+    time. See `attention/ops/whole_calls.py`."""
+    kinds = []
+    for call in calls:
+        cut = (backward_cut if backward else forward_cut)(call, shape)
+        heads, kv_heads = call.heads(shape), call.kv_heads(shape)
+        views = maximum(call.views, 1)
+        parts = rounded_up(views, cut.views) * rounded_up(kv_heads, cut.kv_heads)
+        # All batch items are one call where that is all of the attention's tokens.
+        together = call.covers(shape) * (parts == 1)
+        lanes = where(cut.views < views, heads, heads / rounded_up(kv_heads, cut.kv_heads))
+        queries, keys = maximum(call.queries, 1), maximum(call.keys, 1)
+        kinds.append(
+            Calls(
+                call.exists * call.offsets * where(together, 1 / batch, parts),
+                where(together, batch * views, views / rounded_up(views, cut.views)),
+                lanes,
+                queries,
+                _visible(call, queries, keys, kernel_keys),
+                causal=(call.left is None and call.right is not None) * 1,
+                later=int(not call.first),
+                summed=(1 - call.covers(shape)) * views * keys * kv_heads / parts,
+            )
+        )
+    return Program(kinds, 0)
+
+
+def _visible(call: WholeCall, queries: Amount, keys: Amount, kernel_keys: int) -> Amount:
+    """Keys that a query sees of a call on average, as the kernel computes them: half a step of its keys more
+    at each edge of a window. Those of a causal mask alone are counted where it is applied."""
+    if call.left is None:
+        return keys
+    left, right = minimum(call.left, keys - 1), keys - 1 if call.right is None else minimum(call.right, keys)
+    if call.right is None:  # the triangle behind, as the causal one is
+        return (keys + kernel_keys) / 2
+    # Near either end of the sequence a window is cut: by half of its side's keys on average.
+    cut = (left * (left + 1) + right * (right + 1)) / 2 / queries
+    return minimum(maximum(left + right + 1 - cut, 1) + kernel_keys, keys)
 
 
 def flex(runs: Sequence[Run], rows: Rows, shape: Shape, batch: int) -> Program:

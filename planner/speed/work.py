@@ -17,7 +17,7 @@ from attention.sizes.adaptive import gate_rows
 from attention.sizes.arrays import Amount, any_of, ceil_div, maximum, minimum, where
 from attention.sizes.shape import Shape
 from planner.configs import Columns
-from planner.memory.dispatch import shape_of
+from planner.memory.dispatch import calls_of, shape_of
 from planner.memory.machines import Machine
 from planner.speed import calls
 from planner.speed.calls import Calls, Program
@@ -115,6 +115,7 @@ def backward(
             lanes = call.views * call.heads
             items = lanes * (rounded_up(call.keys, kernel.key_block) if kernel.shares_keys else 1)
             _add_kernel(total, call, call.number, lanes, items, call.keys, kernel, dim)
+            total["summed"] = total["summed"] + call.number * call.summed * dim
             continue
         overlaps = (call.views > 1) * (call.step > 0) * (call.keys > call.step)
         gathers = any_of(call.unit > 0)
@@ -213,7 +214,7 @@ def work_of(columns: Columns, workload: Workload, machine: Machine, kernel: Kern
     untyped: Any = columns
     shape = shape_of(columns, workload, machine)
     outer, trains = columns.multihead, workload.mode == "training"
-    program, once = _program(columns, shape, apart, workload.batch)
+    program, once = _program(columns, shape, apart, workload.batch, kernel)
     total = forward(program.calls, program.tiles, shape, kernel)
     _beside(total, columns, shape, 1, apart)
     again = trains and outer is not None and outer.checkpoint  # the forward runs once more
@@ -221,8 +222,10 @@ def work_of(columns: Columns, workload: Workload, machine: Machine, kernel: Kern
     if not trains:
         return Work(ahead, None)
     back = shape.backward()
-    program, once = _program(columns, back, apart and not shape.widens, workload.batch)
-    total = backward(program.calls, program.tiles, back, kernel, whole=once)
+    program, once = _program(columns, back, apart and not shape.widens, workload.batch, kernel, backward=True)
+    total = backward(
+        program.calls, program.tiles, back, kernel, whole=once or calls_of(columns, shape) is not None
+    )
     _beside(total, columns, shape, 2, apart)
     if columns.variant == "adaptive":
         kept, size = columns.rows(workload.causal).lists, untyped.block_size
@@ -232,9 +235,14 @@ def work_of(columns: Columns, workload: Workload, machine: Machine, kernel: Kern
     return Work(ahead, _all_items(total, workload.batch, once, 1))
 
 
-def _program(columns: Columns, shape: Shape, apart: bool, batch: int) -> tuple[Program, bool]:
+def _program(
+    columns: Columns, shape: Shape, apart: bool, batch: int, kernel: Kernel, *, backward: bool = False
+) -> tuple[Program, bool]:
     """The program of a pass, and whether it takes the whole batch at once."""
     untyped: Any = columns
+    parts = None if apart else calls_of(columns, shape)
+    if parts is not None:
+        return calls.whole_calls(parts, shape, batch, kernel.key_block, backward=backward), False
     if columns.variant == "adaptive":
         rows = columns.rows(shape.causal)
         return calls.block_sparse(_chosen(rows.lists, shape, untyped.block_size), rows, shape), False

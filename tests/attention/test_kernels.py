@@ -1,8 +1,10 @@
-"""Masks as the memory-efficient kernel is given them."""
+"""Masks as the memory-efficient kernel is given them, and whether a kernel is trusted with windows."""
 
 import pytest
 import torch
+from flash import flash_attention
 
+from attention.ops import kernels
 from attention.ops.kernels import BIAS_ALIGNMENT, aligned_bias
 
 N, H, T, K = 3, 4, 10, 13
@@ -29,3 +31,33 @@ def test_a_mask_is_what_it_was_with_aligned_rows_and_nothing_written_twice(name)
     for size, stride in zip(bias.shape[:-1], bias.stride()[:-1], strict=True):
         rows //= 1 if stride else size
     assert found.untyped_storage().nbytes() == rows * 16 * 4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_window_that_is_off_by_one_is_not_trusted(dtype, monkeypatch):
+    def right() -> bool:
+        return kernels._windows_are_right.__wrapped__(torch.device("cpu"), dtype)
+
+    def shifted(function, **by):
+        def run(*tensors, scale, left, right):
+            edges = {"left": left + by.get("left", 0), "right": right + by.get("right", 0)}
+            return function(*tensors, scale=scale, **edges)
+
+        return run
+
+    with flash_attention():
+        assert right()
+        for name in ("windowed", "windowed_backward"):
+            for edge in ("left", "right"):
+                for by in (1, -1):
+                    with monkeypatch.context() as patch:
+                        patch.setattr(kernels, name, shifted(getattr(kernels, name), **{edge: by}))
+                        assert not right(), (name, edge, by)
+
+
+def test_a_build_without_the_kernel_has_no_windows(monkeypatch):
+    def missing(*tensors, **options):
+        raise RuntimeError("FlashAttention was not enabled for this build")
+
+    monkeypatch.setattr(kernels, "windowed", missing)
+    assert not kernels._windows_are_right.__wrapped__(torch.device("cpu"), torch.bfloat16)

@@ -1,0 +1,194 @@
+"""Attention as whole calls: as programs without tensors, and against the oracle with a kernel that is played
+by its definition (`flash.py`). On a GPU `test_gpu.py` runs them as they are."""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from conformance import (
+    IMPLEMENTATIONS,
+    LEAST_WORKSPACE,
+    cases,
+    changed,
+    check_float64,
+    check_low_precision,
+    in_little_room,
+    module_of,
+    qkv,
+)
+from flash import flash_attention, hidden
+from hypothesis import assume, given, settings
+
+from attention import AttentionConfig, SparsePatternConfig
+from attention.ops.whole_calls import _parts
+from attention.reference import multiplicity
+from attention.sizes import whole_calls as sizes
+from attention.sizes.shape import Shape, chunk_tokens
+from attention.sizes.whole_calls import Cut, backward_cut, forward_cut, whole_calls
+
+WHOLE = {
+    name: config
+    for name, config in IMPLEMENTATIONS.items()
+    if not name.startswith(("adaptive", "dilated_sparse"))
+}
+WHOLE |= {
+    f"{kind}, block {block}, window {window}": AttentionConfig(
+        variant="block_sparse",
+        pattern=SparsePatternConfig(
+            pattern_type=kind, block_size=block, local_window_size=window, global_tokens=shared
+        ),
+    )
+    for kind, block, window, shared in [
+        ("local_window", 1, 5, 1), ("local_window", 5, 1, 1), ("local_window", 32, 64, 1),
+        ("local_window", 8, 1000, 1), ("global_local", 1, 6, 3), ("global_local", 5, 22, 7),
+        ("global_local", 16, 1, 40), ("global_local", 8, 40, 1000), ("global_local", 64, 64, 1),
+    ]
+}  # kinds with their sizes  # fmt: skip
+config_by_config = pytest.mark.parametrize("config", WHOLE.values(), ids=WHOLE.keys())
+causal_or_not = pytest.mark.parametrize("causal", [False, True])
+
+
+def shape_of(seq: int, heads: int = 4, kv_heads: int = 2, causal: bool = False, **fields) -> Shape:
+    sizes = {"seq": seq, "heads": heads, "kv_heads": kv_heads, "head_dim": 16, "itemsize": 2}
+    sizes |= {"workspace": LEAST_WORKSPACE, **fields}
+    chunk = chunk_tokens(cpu=False, **sizes)
+    return Shape(**sizes, causal=causal, chunk=chunk, packs=False, widens=False, windows=True)
+
+
+def met(calls, shape: Shape, cut_of) -> np.ndarray:
+    """How often each (head, query, key) is met, [H, S, S], in the parts that a kernel is given; where a call
+    says that nothing came before, nothing did."""
+    counts = np.zeros((shape.heads, shape.seq, shape.seq), np.int64)
+    repeat = shape.heads // shape.kv_heads
+    for call in calls:
+        if not call.exists:
+            continue
+        here = np.zeros_like(counts)
+        for queries, keys in _parts(call, shape, cut_of(call, shape)):
+            sees = ~hidden(queries.length, keys.length, call.left, call.right).numpy()
+            assert sees.any(axis=1).all(), "a query that sees nothing would have no log-sum-exp"
+            assert queries.heads % keys.heads == 0
+            for n in range(queries.batch):
+                tokens = queries.start + n * queries.batch_step + queries.step * np.arange(queries.length)
+                seen = keys.start + n * keys.batch_step + keys.step * np.arange(keys.length)
+                assert tokens.max() < shape.seq
+                assert seen.max() < shape.seq
+                for place in range(queries.heads):
+                    head = queries.head + place * queries.head_step
+                    kv_head = keys.head + place // (queries.heads // keys.heads) * keys.head_step
+                    assert kv_head == head // repeat
+                    here[head][np.ix_(tokens, seen)] += sees
+        assert not (call.first and (counts.any(axis=2) & here.any(axis=2)).any())
+        counts += here
+    return counts
+
+
+@pytest.mark.pairwise
+@causal_or_not
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 2), (12, 1), (3, 3)])
+@pytest.mark.parametrize("seq", [1, 7, 17, 64, 100])
+@config_by_config
+def test_calls_meet_the_pairs_that_the_oracle_counts(config, seq, heads, causal):
+    shape = shape_of(seq, *heads, causal=causal)
+    calls = whole_calls(config, shape)
+    expected = multiplicity(config, seq, shape.heads, causal).numpy()
+    np.testing.assert_array_equal(met(calls, shape, forward_cut), expected)
+    np.testing.assert_array_equal(met(calls, shape, backward_cut), expected)
+    few = met(calls, shape, lambda call, _: Cut(2, 1))
+    np.testing.assert_array_equal(few, expected)
+
+
+@causal_or_not
+@config_by_config
+def test_the_output_is_of_one_call_where_that_covers_all(config, causal):
+    shape = shape_of(96, causal=causal)
+    first = next(call for call in whole_calls(config, shape) if call.exists)
+    touched = met([first], shape, forward_cut).any(axis=2)
+    assert bool(first.covers(shape)) == (touched.all() and first.first and first.period == 1)
+
+
+def test_parts_of_long_calls_take_what_they_may():
+    for config in WHOLE.values():
+        for causal in (False, True):
+            shape = shape_of(131_072, 32, 8, causal, head_dim=128, workspace=16 << 20)
+            floor = 2 * shape.seq * (shape.token_bytes + shape.kv_token_bytes)
+            for call in whole_calls(config, shape):
+                cut = forward_cut(call, shape)
+                heads = cut.kv_heads * (call.heads(shape) // call.kv_heads(shape))
+                part = cut.views * call.queries * heads * shape.head_dim * shape.itemsize
+                least = part // max(cut.views, cut.kv_heads)
+                if call.exists and not call.covers(shape) and least < floor // 32:
+                    assert part <= floor // 32 + (48 << 20), (config, call)
+
+
+@pytest.fixture
+def small_parts():
+    """Kernels get a view or two, or one kv head, at a time."""
+    with mock.patch.object(sizes, "_cut", return_value=Cut(2, 1)):
+        yield
+
+
+@pytest.mark.pairwise
+@causal_or_not
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("seq", [1, 17, 77])
+@config_by_config
+def test_float64_is_the_oracle(config, seq, kv_heads, causal):
+    with flash_attention():
+        check_float64(module_of(config), *qkv(seq, batch=2, kv_heads=kv_heads), causal)
+
+
+@pytest.mark.pairwise
+@causal_or_not
+@pytest.mark.parametrize("seq", [17, 77])
+@config_by_config
+def test_small_parts_make_the_same(config, seq, causal, small_parts):
+    with flash_attention():
+        check_float64(module_of(config), *qkv(seq, batch=2, kv_heads=2), causal)
+
+
+@pytest.mark.pairwise
+@causal_or_not
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@config_by_config
+def test_low_precision_is_as_near_as_a_naive_attention(config, dtype, causal):
+    with flash_attention():
+        check_low_precision(module_of(config), *qkv(77, batch=2, kv_heads=2, dtype=dtype), causal)
+
+
+@settings(max_examples=40)
+@given(cases())
+def test_random_cases_are_the_oracle(case):
+    assume(case["config"].variant != "adaptive")
+    sizes = {name: case[name] for name in ("batch", "heads", "kv_heads", "head_dim")}
+    with flash_attention():
+        config = changed(case["config"], backend="sdpa")
+        check_float64(module_of(config), *qkv(case["seq"], **sizes), case["causal"])
+
+
+@causal_or_not
+@config_by_config
+def test_weights_are_as_tiles_have_them(config, causal):
+    q, k, v = qkv(50, kv_heads=2)
+    module = module_of(in_little_room(config))
+    _, expected = module(q, k, v, is_causal=causal, return_attention_weights=True)
+    with flash_attention():
+        _, weights = module(q, k, v, is_causal=causal, return_attention_weights=True)
+    torch.testing.assert_close(weights.to_dense(), expected.to_dense(), rtol=0, atol=1e-12)
+
+
+def test_inputs_that_lie_otherwise_are_taken():
+    q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in qkv(64, batch=2, kv_heads=2))
+    for config in (WHOLE["dense"], WHOLE["dilated-1"], WHOLE["global_local"]):
+        with flash_attention():
+            check_float64(module_of(config), q, k, v, True)
+
+
+def test_no_layout_is_made():
+    config = WHOLE["local_window"]
+    module = module_of(config)
+    with flash_attention(), mock.patch.object(type(module), "_layout", side_effect=AssertionError):
+        module(*qkv(77))
