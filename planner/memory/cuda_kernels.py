@@ -7,13 +7,13 @@ Blackwell (planner/standin). Sizes may be ints or NumPy int64 arrays, but for `h
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Literal, NamedTuple
+from typing import Final, Literal, NamedTuple
 
 from attention.errors import ConfigError
 from attention.sizes.arrays import Count, ceil_div, each, maximum, minimum, up, where
 from planner.memory.cuda_process import FLOAT32, DeviceLine
 
-KernelName = Literal["flash", "efficient", "flex", "plain"]
+KernelName = Literal["flash", "efficient", "flex"]
 Stage = tuple[DeviceLine, ...]
 """What is alive together."""
 
@@ -21,6 +21,7 @@ _FLASH = "flash_api.cpp of PyTorch's flash attention 2"
 _FLEX = "Inductor's flex_attention lowering, torch 2.13"
 _EFFICIENT = "attention_backward.cu and kernel_backward.h of PyTorch's memory-efficient attention"
 _PLAIN = "attention/ops/kernels.py"
+_COPIED = "matmul copies views of several batches and heads"
 _RNG = "what dropout would read"
 
 
@@ -63,16 +64,7 @@ def forward_lines(
             _scratch("log-sum-exp", FLOAT32 * rows, f"float32 B H Q; {_FLEX}"),
             _scratch("row maxima", FLOAT32 * rows, f"float32 B H Q, whether asked for or not; {_FLEX}"),
         )
-    _check_plain(kernel)
-    scores, copied = itemsize * rows * keys, _copied(batch, heads) * itemsize * batch * heads * head_dim
-    return (
-        _scratch("log-sum-exp", itemsize * rows, f"B H Q; {_PLAIN}"),
-        _scratch("scores", scores, f"B H Q K; {_PLAIN}"),
-        _scratch("weights", scores, f"B H Q K; {_PLAIN}"),
-        _scratch(
-            "copy of v", copied * keys, f"B H K D: matmul copies views of several batches and heads; {_PLAIN}"
-        ),
-    )
+    raise ConfigError(f"kernel must be 'flash', 'efficient' or 'flex', got {kernel!r}")
 
 
 def backward_stages(
@@ -132,41 +124,109 @@ def backward_stages(
         return tuple((*ahead, *stage) for stage in stages)
     if kernel == "flex":
         return ((_scratch("delta", FLOAT32 * rows, f"float32 B H Q; {_FLEX}"),),)
-    _check_plain(kernel)
-    scores = itemsize * rows * keys
-    delta = _scratch("delta", itemsize * rows, f"B H Q; {_PLAIN}")
-    weights = _scratch("weights", scores, f"B H Q K; {_PLAIN}")
-    results = batch * heads * (queries + 2 * keys) * head_dim * itemsize
-    early = f"B H Q K, less what dq, dk and dv take, which are not there yet; {_PLAIN}"
-    copied = _copied(batch, heads) * operand
+    raise ConfigError(f"kernel must be 'flash', 'efficient' or 'flex', got {kernel!r}")
+
+
+class Step(NamedTuple):
+    """What is freed, and what is allocated then."""
+
+    frees: tuple[str, ...]
+    line: DeviceLine
+    multiplies: bool = False
+    """Whether it is a product's result, after which cuBLAS takes its workspace."""
+
+
+class Products(NamedTuple):
+    """Sizes of attention made of plain matrix products, in bytes."""
+
+    queries: Count
+    """B H Q D numbers."""
+    keys: Count
+    """B H K D numbers."""
+    scores: Count
+    """B H Q K numbers."""
+    rows: Count
+    """B H Q numbers."""
+    hidden: Count
+    """Which keys a causal mask hides: Q K bytes, 0 without one."""
+    copies: Count
+    """1 if matmul copies views of queries to multiply them, for they are of several batches and heads; else
+    0."""
+    copies_keys: Count
+    """The same of keys and values."""
+
+
+def plain_forward(sizes: Products) -> tuple[Step, ...]:
+    """The forward pass of plain products step by step, up to its results `out` and `log-sum-exp`."""
     return (
-        (
-            delta,
-            weights,
-            _scratch("scores", maximum(scores - maximum(results - scores, 0), 0), early),
-            _scratch("gradient of the scores", maximum(scores - results, 0), early),
+        *_plain_scores(sizes),
+        _step("row maxima", sizes.rows, "B H Q, of logsumexp", frees=("hidden by the causal mask",)),
+        _step("magnitudes of the row maxima", sizes.rows, "B H Q, of logsumexp"),
+        _step("infinite row maxima", sizes.rows // 8, "a byte for B H Q, of logsumexp"),
+        _step(
+            "scores less the row maxima",
+            sizes.scores,
+            "B H Q K, of logsumexp",
+            frees=("infinite row maxima", "magnitudes of the row maxima"),
         ),
-        (
-            delta,
-            weights,
-            _scratch("scores", scores, f"B H Q K; {_PLAIN}"),
-            _scratch(
-                "copy of the gradient",
-                copied,
-                f"B H Q D: matmul copies views of several batches and heads; {_PLAIN}",
-            ),
-        ),
+        _step("log-sum-exp", sizes.rows, "B H Q"),
+        _step("weights", sizes.scores, "B H Q K", frees=("scores less the row maxima", "row maxima")),
+        _step("copy of v", sizes.keys * sizes.copies_keys, f"B H K D: {_COPIED}"),
+        _step("out", sizes.queries, "B H Q D", multiplies=True),
     )
+
+
+PLAIN_FORWARD_LEFT: Final = ("scores", "weights", "copy of v")
+"""What forward frees as it returns."""
+
+
+def plain_backward(sizes: Products) -> tuple[Step, ...]:
+    """The backward pass of plain products step by step, up to its results dq, dk and dv."""
+    queries, keys = sizes.queries * sizes.copies, sizes.keys * sizes.copies_keys
+    copy = f"B H Q D: {_COPIED}"
+    return (
+        *_plain_scores(sizes),
+        _step("weights", sizes.scores, "B H Q K", frees=("hidden by the causal mask",)),
+        _step("gradient x out", sizes.queries, "B H Q D", frees=("scores",)),
+        _step("delta", sizes.rows, "B H Q"),
+        _step("copy of the gradient", queries, copy, frees=("gradient x out",)),
+        _step("copy of v", keys, f"B H K D: {_COPIED}"),
+        _step("gradient x v", sizes.scores, "B H Q K", multiplies=True),
+        _step("less delta", sizes.scores, "B H Q K", frees=("copy of the gradient", "copy of v")),
+        _step("times weights", sizes.scores, "B H Q K", frees=("gradient x v",)),
+        _step("gradient of the scores", sizes.scores, "B H Q K", frees=("less delta",)),
+        _step("second copy of k", keys, f"B H K D: {_COPIED}", frees=("times weights",)),
+        _step("dq", sizes.queries, "B H Q D", multiplies=True),
+        _step("second copy of q", queries, copy, frees=("second copy of k",)),
+        _step("dk", sizes.keys, "B H K D"),
+        _step("second copy of the gradient", queries, copy, frees=("second copy of q",)),
+        _step("dv", sizes.keys, "B H K D"),
+    )
+
+
+PLAIN_BACKWARD_LEFT: Final = ("second copy of the gradient", "weights", "delta", "gradient of the scores")
+"""What backward frees as it returns."""
+
+
+def _plain_scores(sizes: Products) -> tuple[Step, ...]:
+    """Up to the scores and what the causal mask hides of them."""
+    return (
+        _step("copy of q", sizes.queries * sizes.copies, f"B H Q D: {_COPIED}"),
+        _step("copy of k", sizes.keys * sizes.copies_keys, f"B H K D: {_COPIED}"),
+        _step("scores", sizes.scores, "B H Q K", multiplies=True),
+        _step("hidden by the causal mask", sizes.hidden, "a byte for Q K", frees=("copy of q", "copy of k")),
+    )
+
+
+def _step(
+    name: str, count: Count, formula: str, *, frees: tuple[str, ...] = (), multiplies: bool = False
+) -> Step:
+    return Step(frees, _scratch(name, count, f"{formula}; {_PLAIN}"), multiplies)
 
 
 def _flash_channels(head_dim: int) -> int:
     """Channels that flash attention keeps in sums."""
     return up(head_dim, 32 if head_dim <= 128 else 64)
-
-
-def _copied(batch: Count, heads: Count) -> Count:
-    """1 if matmul copies a view of [batch, heads, ...] to make its products, else 0."""
-    return (batch > 1) * (heads > 1) * 1
 
 
 MOST_SPLITS = 128
@@ -329,8 +389,3 @@ def column_sum(
 
 def _scratch(name: str, count: Count, source: str) -> DeviceLine:
     return DeviceLine(name, "workspace", count, source, True)
-
-
-def _check_plain(kernel: str) -> None:
-    if kernel != "plain":
-        raise ConfigError(f"kernel must be 'flash', 'efficient', 'flex' or 'plain', got {kernel!r}")

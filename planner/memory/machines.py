@@ -28,6 +28,8 @@ class KernelCall(NamedTuple):
     """Rows of an additive mask [rows, K], 0 for none."""
     unmasked: Count = 1
     """0 if all such calls have a mask, else 1."""
+    packed: bool = False
+    """Whether keys and values of all views and heads lie in one piece."""
     whole: bool = False
     """Whether it is all of an attention, so that backward gets the log-sum-exp as forward gave it."""
 
@@ -42,6 +44,8 @@ class Bytes(NamedTuple):
 
     result: tuple[Count, ...]
     scratch: tuple[Count, ...]
+    steps: tuple[cuda_kernels.Step, ...] = ()
+    """Where it is made of plain products, all of that as it comes, in place of the two."""
 
 
 class FlexBytes(NamedTuple):
@@ -189,8 +193,23 @@ def units_of(capability: str) -> frozenset[str]:
 
 
 def _channels(call: KernelCall) -> int:
-    """Channels that kernels are given; see `attention.ops.kernels._aligned_channels`."""
-    return call.head_dim if call.itemsize == 8 else up(call.head_dim, 8)
+    """Channels that fused kernels are given; see `attention.ops.kernels._aligned_channels`."""
+    return up(call.head_dim, 8)
+
+
+def _products(call: KernelCall) -> cuda_kernels.Products:
+    """Sizes of a call that is made of plain products."""
+    lanes, e = call.views * call.heads, call.itemsize
+    copies = (call.views > 1) * (call.heads > 1) * 1
+    return cuda_kernels.Products(
+        queries=lanes * call.queries * call.head_dim * e,
+        keys=lanes * call.keys * call.head_dim * e,
+        scores=lanes * call.queries * call.keys * e,
+        rows=lanes * call.queries * e,
+        hidden=call.queries * call.keys * call.causal,
+        copies=copies * (call.queries > 1),
+        copies_keys=copies * (call.keys > 1) * (not call.packed),
+    )
 
 
 def _applies(call: KernelCall, number: int) -> Count:
@@ -218,13 +237,13 @@ class Cuda:
     def kernels(self, call: KernelCall) -> tuple[cuda_kernels.KernelName, ...]:
         """The kernels that calls of this size run on, see `attention.ops.kernels.choose`; the second only
         for those with an additive mask, which flash does not take."""
-        if call.itemsize == 8:
-            return ("plain",)
         if self.capability < (8, 0) or call.itemsize != 2 or call.head_dim > FLASH_CHANNELS:
             return ("efficient",)
         return ("flash", "efficient") if any_of(call.masked > 0) else ("flash",)
 
     def forward(self, call: KernelCall) -> Bytes:
+        if call.itemsize == 8:
+            return Bytes((), (), cuda_kernels.plain_forward(_products(call)))
         dim = _channels(call)
         rows = call.views * call.heads * call.queries
         both = call.views * call.heads * call.keys
@@ -245,6 +264,8 @@ class Cuda:
         return Bytes((out, lse), cuda_kernels.largest(tuple(stages)))
 
     def backward(self, call: KernelCall) -> Bytes:
+        if call.itemsize == 8:
+            return Bytes((), (), cuda_kernels.plain_backward(_products(call)))
         dim = _channels(call)
         rows = call.views * call.heads * call.queries * dim * call.itemsize
         both = call.views * call.heads * call.keys * dim * call.itemsize
