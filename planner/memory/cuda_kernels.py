@@ -35,14 +35,16 @@ def forward_lines(
     head_dim: int,
     itemsize: int,
     multiprocessors: int = 108,
+    fewer: Count = 0,
 ) -> Stage:
-    """What one forward call of a kernel allocates beside its output; the first is the log-sum-exp.
+    """What one forward call of a kernel allocates beside its output; the first is the log-sum-exp. `fewer`:
+    keys by which one such call after the other has fewer, where flash attention may take more for that.
 
     Omitted: copies of operands whose D is not a multiple of 8.
     """
     rows = batch * heads * queries
     if kernel == "flash":
-        parts = splits(batch * heads * ceil_div(queries, 64), keys, head_dim, multiprocessors)
+        parts = splits(batch * heads * ceil_div(queries, 64), keys, head_dim, multiprocessors, fewer)
         parts = parts * (parts > 1)
         wide = parts * FLOAT32 * rows
         return (
@@ -90,6 +92,7 @@ def backward_stages(
     """
     rows = batch * heads * queries
     operand = rows * head_dim * itemsize
+    dense = dense | (rows == 1) * 1  # a single row lies as any does
     if kernel == "flash":
         several: Count = 1
         if deterministic_sms is not None:
@@ -233,15 +236,20 @@ MOST_SPLITS = 128
 """Parts into which flash attention cuts the keys at most."""
 
 
-def splits(tiles: Count, keys: Count, head_dim: int, multiprocessors: int) -> Count:
+def splits(tiles: Count, keys: Count, head_dim: int, multiprocessors: int, fewer: Count = 0) -> Count:
     """Parts into which flash attention's forward cuts the keys where its `tiles` of 64 queries leave
-    multiprocessors idle; 1 where it does not. See num_splits_heuristic in flash_api.cpp."""
-    blocks = ceil_div(keys, 256 if head_dim <= 64 else 128 if head_dim <= 128 else 64)
+    multiprocessors idle; 1 where it does not. Of calls that have `fewer` keys one after the other, the most.
+    See num_splits_heuristic in flash_api.cpp."""
+    block = 256 if head_dim <= 64 else 128 if head_dim <= 128 else 64
     places = 2 * multiprocessors
-    idle = (10 * tiles < 8 * places) & (blocks > 1)
-    return each(
-        lambda tiles, blocks: (_splits(tiles, blocks, places),), idle, (1,), tiles + 0 * blocks, blocks
-    )[0]
+    idle = (10 * tiles < 8 * places) & (keys > block)
+
+    def most(tiles: int, keys: int, fewer: int) -> tuple[int]:
+        counts = {ceil_div(some, block) for some in range(keys, 0, -(fewer or keys))}
+        return (max(_splits(tiles, blocks, places) for blocks in counts),)
+
+    both = 0 * (tiles + keys + fewer)
+    return each(most, idle, (1,), tiles + both, keys + both, fewer + both)[0]
 
 
 @lru_cache(maxsize=65536)
@@ -385,6 +393,34 @@ def column_sum(
         return 0, 0
     shares = max(min(ceil_div(target, blocks), ceil_div(each_thread, 16)), ceil_div(each_thread, 256))
     return (wide * columns * shares * width * vector, 4 * blocks) if shares > 1 else (0, 0)
+
+
+def best_of(slices: int, size: int, itemsize: int, multiprocessors: int) -> tuple[int, ...]:
+    """Scratch of the largest numbers of each of `slices` rows of `size`, where those are so many that a row
+    is shared out among blocks of threads; see PyTorch's TensorTopK.cu. Registers are those of all cards so
+    far: 65,536 a multiprocessor."""
+    enough = next(least for most, least in _SHARED_OUT if slices <= most)
+    if size < enough:
+        return (0,) * 8
+    block = 256
+    resident = 65_536 // (40 * block)
+    each_thread = min(max(ceil_div(slices * size, multiprocessors * resident * block), 4), 64)
+    blocks = slices * ceil_div(size, each_thread * block)
+    return (
+        slices * itemsize,  # the least number of those wanted
+        slices * 8,  # how many are yet to be found, before and after
+        slices * itemsize * 2,  # the digits that are settled, before and after
+        blocks * 256 * 2,  # counts of digits
+        slices * 256 * 4,  # and their sums
+        blocks * 4,
+        blocks * 4,
+        1280,  # of a sum by key, about
+    )
+
+
+_SHARED_OUT = (
+    (20, 20_000), (40, 10_000), (80, 8_000), (199, 5_000), (799, 3_000), (4_000, 800), (1 << 62, 400),
+)  # (rows up to, numbers of a row from) which rows are shared out  # fmt: skip
 
 
 def _scratch(name: str, count: Count, source: str) -> DeviceLine:

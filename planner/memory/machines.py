@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from attention.sizes.arrays import Count, any_of, each, maximum, up
+from attention.sizes.arrays import Count, any_of, each, maximum, minimum, up, where
 from planner.memory import cpu_kernels, cuda_kernels, cuda_process
 from planner.memory.onednn.units import UNITS, Unit
 
@@ -26,8 +26,14 @@ class KernelCall(NamedTuple):
     """1 if out and its gradient lie in memory as [N, T, H, D], else 0."""
     masked: Count = 0
     """Rows of an additive mask [rows, K], 0 for none."""
+    mask_keys: Count = 1 << 62
+    """Keys that a call with a mask has at most."""
     unmasked: Count = 1
     """0 if all such calls have a mask, else 1."""
+    sizes: tuple[tuple[Count, Count, Count], ...] = ()
+    """(views, queries, keys) of such calls that differ, in place of the ones above, where that matters."""
+    fewer: Count = 0
+    """Keys by which one such call after the other has fewer; 0 if all have as many."""
     packed: bool = False
     """Whether keys and values of all views and heads lie in one piece."""
     whole: bool = False
@@ -90,6 +96,11 @@ class Machine(Protocol):
         """What the sum over the rows of [rows, columns] takes besides its result."""
         ...
 
+    def best_of(self, slices: Count, size: Count, kept: Count, itemsize: int) -> tuple[Count, ...]:
+        """What choosing the `kept` best of each of `slices` rows of `size`, and sorting them by place, takes
+        besides its results."""
+        ...
+
     def listed(self, positions: Count) -> Count:
         """What the list of so many gathered positions takes of the device's memory."""
         ...
@@ -134,6 +145,9 @@ class Cpu:
         return False
 
     def column_sum(self, rows: Count, columns: Count, itemsize: int) -> tuple[Count, ...]:
+        return (0,)
+
+    def best_of(self, slices: Count, size: Count, kept: Count, itemsize: int) -> tuple[Count, ...]:
         return (0,)
 
     def listed(self, positions: Count) -> Count:
@@ -197,6 +211,20 @@ def _channels(call: KernelCall) -> int:
     return up(call.head_dim, 8)
 
 
+def _largest(call: KernelCall) -> KernelCall:
+    """The call of its sizes that has most scores."""
+    for views, queries, keys in call.sizes[:1]:
+        call = call._replace(views=views, queries=queries, keys=keys)
+    for views, queries, keys in call.sizes[1:]:
+        more = views * queries * keys > call.views * call.queries * call.keys
+        call = call._replace(
+            views=where(more, views, call.views),
+            queries=where(more, queries, call.queries),
+            keys=where(more, keys, call.keys),
+        )
+    return call
+
+
 def _products(call: KernelCall) -> cuda_kernels.Products:
     """Sizes of a call that is made of plain products."""
     lanes, e = call.views * call.heads, call.itemsize
@@ -223,7 +251,11 @@ FLASH_CHANNELS = 256
 
 def _mask_copy(kernel: cuda_kernels.KernelName, call: KernelCall) -> Count:
     """The mask with rows as the efficient kernel wants them; see `attention.ops.kernels.aligned_bias`."""
-    return call.masked * up(call.keys, 8) * call.itemsize if kernel == "efficient" else 0
+    return (
+        call.masked * up(minimum(call.keys, call.mask_keys), 8) * call.itemsize
+        if kernel == "efficient"
+        else 0
+    )
 
 
 @dataclass(frozen=True)
@@ -243,25 +275,39 @@ class Cuda:
 
     def forward(self, call: KernelCall) -> Bytes:
         if call.itemsize == 8:
-            return Bytes((), (), cuda_kernels.plain_forward(_products(call)))
+            return Bytes((), (), cuda_kernels.plain_forward(_products(_largest(call))))
+        alone = (call.views, call.queries, call.keys)
+        calls = [
+            call._replace(views=views, queries=queries, keys=keys)
+            for views, queries, keys in call.sizes or (alone,)
+        ]
+        out, lse, *scratch = cuda_kernels.largest(
+            tuple(taken for one in calls for taken in self._forward(one))
+        )
+        return Bytes((out, lse), tuple(scratch))
+
+    def _forward(self, call: KernelCall) -> tuple[tuple[Count, ...], ...]:
+        """Out, log-sum-exp and scratch of a call by each of the kernels that it may run on."""
         dim = _channels(call)
         rows = call.views * call.heads * call.queries
         both = call.views * call.heads * call.keys
-        results: list[tuple[Count, ...]] = []
-        stages: list[tuple[Count, ...]] = []
         kernels = self.kernels(call)
+        each_kernel = []
         for number, kernel in enumerate(kernels):
             first, *lines = cuda_kernels.forward_lines(
-                kernel, **_sizes(call), batch=call.views, head_dim=dim, multiprocessors=self.multiprocessors
+                kernel,
+                **_sizes(call),
+                batch=call.views,
+                head_dim=dim,
+                multiprocessors=self.multiprocessors,
+                fewer=call.fewer,
             )
             applies = 1 if len(kernels) == 1 else _applies(call, number)
             pads = 0 if dim == call.head_dim else dim * call.itemsize
             ahead = (rows * pads, both * pads, both * pads, _mask_copy(kernel, call))
-            taken = (*ahead, *(line.bytes for line in lines))
-            results.append((rows * dim * call.itemsize, first.bytes * applies))
-            stages.append(tuple(count * applies for count in taken))
-        out, lse = cuda_kernels.largest(tuple(results))
-        return Bytes((out, lse), cuda_kernels.largest(tuple(stages)))
+            taken = (rows * dim * call.itemsize, first.bytes, *ahead, *(line.bytes for line in lines))
+            each_kernel.append(tuple(count * applies for count in taken))
+        return tuple(each_kernel)
 
     def backward(self, call: KernelCall) -> Bytes:
         if call.itemsize == 8:
@@ -312,6 +358,14 @@ class Cuda:
 
         rows, columns = rows + 0 * columns, columns + 0 * rows
         return each(one, rows > 0, (0, 0), rows, columns)
+
+    def best_of(self, slices: Count, size: Count, kept: Count, itemsize: int) -> tuple[Count, ...]:
+        def one(slices: int, size: int) -> tuple[int, ...]:
+            return cuda_kernels.best_of(slices, size, itemsize, self.multiprocessors)
+
+        slices, size = slices + 0 * size, size + 0 * slices
+        choosing = each(one, slices > 0, (0,) * 8, slices, size)
+        return cuda_kernels.largest((choosing, (8 * kept,)))  # sorting: the places of a row
 
     def listed(self, positions: Count) -> Count:
         return 8 * positions

@@ -207,7 +207,9 @@ def program(table: PlanTable, case: Case, extent_of: Callable[[Shape], Extent]) 
             )
             table.add("forward arena", "workspace", size - there, "attention/sizes/tiles.py forward_sizes")
             _make(table, "causal mask", mask)
-        call = _call(kind, kind.views, kind.keys, shape)._replace(unmasked=_unmasked(kind, kind.keys, shape))
+        call = _call(extent, kind, kind.views, kind.keys, shape)._replace(
+            unmasked=_unmasked(kind, kind.keys, shape), sizes=kind.sizes
+        )
         kernel = _bytes_of(case.machine.forward, call, kind)
         rows = kind.heads * kind.views * kind.queries
         merging = rows * shape.wide * (kind.later > 0)
@@ -291,7 +293,7 @@ def program_backward(
                 "attention/sizes/tiles.py backward_sizes",
             )
             _make(table, "causal mask of backward", mask)
-        call = _call(kind, piece.views, piece.keys, shape, number)
+        call = _call(extent, kind, piece.views, piece.keys, shape, number)
         call = call._replace(unmasked=_unmasked(kind, piece.keys, shape))
         if shape.widens:
             call = call._replace(dense=1)
@@ -395,7 +397,9 @@ def _make(table: PlanTable, name: str, mask: MaskBytes) -> None:
     table.add(f"{name}, kept", "pattern_cache", mask.staying, f"{formula}, for the next call")
 
 
-def _call(kind: Kind, views: Count, keys: Count, shape: Shape, itemsize: int | None = None) -> KernelCall:
+def _call(
+    extent: Extent, kind: Kind, views: Count, keys: Count, shape: Shape, itemsize: int | None = None
+) -> KernelCall:
     # A kind that does not exist may have no queries; a kernel has some.
     return KernelCall(
         views,
@@ -407,7 +411,9 @@ def _call(kind: Kind, views: Count, keys: Count, shape: Shape, itemsize: int | N
         causal=kind.whole,
         dense=kind.dense,
         masked=kind.masked,
+        mask_keys=extent.mask[1] if shape.causal else keys,
         packed=kind.own,
+        fewer=kind.fewer,
     )
 
 

@@ -20,7 +20,7 @@ from planner.memory.cuda_kernels import (
 from planner.memory.cuda_process import DeviceLine, blas_workspace, device_lines, total
 
 MIB = 1 << 20
-KERNELS = ["flash", "efficient", "flex", "plain"]
+KERNELS = ["flash", "efficient", "flex"]
 
 
 def sizes(lines):
