@@ -427,7 +427,9 @@ def _cut(kind: Kind, shape: Shape, inside: Count) -> Kind:
     split = (few < kind.keys) * (1 - inside)
     later = where(split, kind.views * kind.queries, kind.later)
     keys = where(split, minimum(kind.keys, few), kind.keys)
-    sizes = tuple((*some, where(split, minimum(most, few), most)) for *some, most in kind.sizes)
+    sizes = tuple(
+        (views, queries, where(split, minimum(most, few), most)) for views, queries, most in kind.sizes
+    )
     return kind._replace(keys=keys, later=later, sizes=sizes)
 
 

@@ -50,6 +50,10 @@ class Bytes(NamedTuple):
 
     result: tuple[Count, ...]
     scratch: tuple[Count, ...]
+    copies: tuple[Count, ...] = ()
+    """What it takes besides, and before its results: copies of operands."""
+    before: tuple[Count, ...] = ()
+    """Scratch that goes before `scratch` comes."""
     steps: tuple[cuda_kernels.Step, ...] = ()
     """Where it is made of plain products, all of that as it comes, in place of the two."""
 
@@ -275,7 +279,7 @@ class Cuda:
 
     def forward(self, call: KernelCall) -> Bytes:
         if call.itemsize == 8:
-            return Bytes((), (), cuda_kernels.plain_forward(_products(_largest(call))))
+            return Bytes((), (), steps=cuda_kernels.plain_forward(_products(_largest(call))))
         alone = (call.views, call.queries, call.keys)
         calls = [
             call._replace(views=views, queries=queries, keys=keys)
@@ -284,7 +288,7 @@ class Cuda:
         out, lse, *scratch = cuda_kernels.largest(
             tuple(taken for one in calls for taken in self._forward(one))
         )
-        return Bytes((out, lse), tuple(scratch))
+        return Bytes((out, lse), tuple(scratch[4:]), tuple(scratch[:4]))
 
     def _forward(self, call: KernelCall) -> tuple[tuple[Count, ...], ...]:
         """Out, log-sum-exp and scratch of a call by each of the kernels that it may run on."""
@@ -311,14 +315,15 @@ class Cuda:
 
     def backward(self, call: KernelCall) -> Bytes:
         if call.itemsize == 8:
-            return Bytes((), (), cuda_kernels.plain_backward(_products(call)))
+            return Bytes((), (), steps=cuda_kernels.plain_backward(_products(call)))
         dim = _channels(call)
         rows = call.views * call.heads * call.queries * dim * call.itemsize
         both = call.views * call.heads * call.keys * dim * call.itemsize
         dense, pads = call.dense, 0
         if dim != call.head_dim:  # all operands are copied, heads before tokens
             dense, pads = (call.heads == 1) | (call.queries == 1), 1
-        scratch, kernels = [], self.kernels(call)
+        scratch: list[tuple[Count, ...]] = []
+        kernels = self.kernels(call)
         for number, kernel in enumerate(kernels):
             stages = cuda_kernels.backward_stages(
                 kernel,
@@ -334,7 +339,12 @@ class Cuda:
             for stage in stages:
                 taken = (*ahead, *(line.bytes for line in stage))
                 scratch.append(tuple(count * applies for count in taken))
-        return Bytes((rows, both, both), cuda_kernels.largest(tuple(scratch)))
+        results, before = (rows, both, both), ()
+        if len(kernels) == 1 and len(scratch) > 1:
+            before, *scratch = scratch
+            before = before[6:]
+        most = cuda_kernels.largest(tuple(scratch))
+        return Bytes(results, most[6:], most[:6], before)
 
     def product(
         self,

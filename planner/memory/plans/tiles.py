@@ -120,10 +120,11 @@ def whole(table: PlanTable, case: Case) -> None:
         _stepped(table, case, kernel.steps, "forward", "", {"out": "output", "log-sum-exp": lse})
         table.free(*PLAIN_FORWARD_LEFT)
     else:
+        table.add("copies of operands", "workspace", kernel.copies, "of the kernel")
         table.add("out", "output", out, "B S H D e")
         table.add("log-sum-exp", lse, sum(kernel.result) - out, "of the kernel")
         table.add("kernel scratch", "workspace", kernel.scratch, "of the kernel")
-        table.free("kernel scratch")
+        table.free("copies of operands", "kernel scratch")
     if not (case.trains or case.keeps_lse):
         table.free("log-sum-exp")
     if not case.goes_back(table):
@@ -139,10 +140,21 @@ def whole(table: PlanTable, case: Case) -> None:
             _stepped(table, case, kernel.steps, "backward", "", results, backward=True)
             table.free(*PLAIN_BACKWARD_LEFT)
             return
+        table.add("copies of operands", "workspace", kernel.copies, "of the kernel")
         table.add("dq", "gradients", dq, "B S H D e")
         table.add("dk and dv", "gradients", _rest(kernel.result, dq), "2 B S H D e")
+        _before(table, kernel, "", "backward")
         table.add("backward scratch", "workspace", kernel.scratch, "of the kernel")
-        table.free("backward scratch")
+        table.free("copies of operands", "backward scratch")
+
+
+def _before(table: PlanTable, kernel: Bytes, prefix: str, phase: str, exists: Count = 1) -> None:
+    """Adds what a kernel takes and frees before the rest of its scratch."""
+    if kernel.before:
+        name = f"{prefix}first scratch"
+        table.add(name, "workspace", [count * exists for count in kernel.before], "of the kernel")
+        table.free(name)
+        table.phase(f"{phase}, summed")
 
 
 def _rest(parts: tuple[Count, ...], first: Count) -> tuple[Count, ...]:
@@ -195,7 +207,7 @@ def program(table: PlanTable, case: Case, extent_of: Callable[[Shape], Extent]) 
             mask.there,
             "attention/sizes/tiles.py Extent.mask",
         )
-    for number, kind in enumerate(extent.kinds):
+    for number, kind in enumerate(_in_order(case, extent.kinds)):
         table.phase(f"forward, {kind.name}")
         if number == 0:
             table.add("out", "output", case.channels * e, "B S H D e")
@@ -222,7 +234,7 @@ def program(table: PlanTable, case: Case, extent_of: Callable[[Shape], Extent]) 
         table.add(result, "temp_buffers", left, "N T H (D e + w)")
         # The list of what is gathered is gone when the kernel is called.
         listing = maximum(_list(case, kind, kind.views * kind.keys) - sum(kernel.result), 0)
-        most = largest((kernel.scratch, (merging,), (listing,)))
+        most = largest(((*kernel.copies, *kernel.scratch), (merging,), (listing,)))
         scratch = [count * kind.exists for count in most]
         table.add(f"{kind.name}: scratch", "workspace", scratch, "of the kernel, or of the merge")
         table.free(result, f"{kind.name}: scratch", f"{kind.name}: hidden positions")
@@ -232,6 +244,13 @@ def program(table: PlanTable, case: Case, extent_of: Callable[[Shape], Extent]) 
         table.free("log-sum-exp")
     if case.goes_back(table):
         program_backward(table, case, extent_of, arena, other)
+
+
+def _in_order(case: Case, kinds: tuple[Kind, ...]) -> tuple[Kind, ...]:
+    """The kinds as their calls come, where whole scores are held: rows that see the same are the first."""
+    if not case.machine.multiplies(case.shape.itemsize):
+        return kinds
+    return tuple(sorted(kinds, key=lambda kind: kind.name != "long view"))
 
 
 def _stepped_forward(table: PlanTable, case: Case, kind: Kind, steps: Sequence[Step], merging: Count) -> None:
@@ -280,7 +299,10 @@ def program_backward(
         there = maximum(there, pool_size)
     number = shape.wide if shape.widens else e
     _, mask = _masks(case, extent_of)
-    for n, (kind, piece) in enumerate(zip(extent.kinds, pieces(extent, shape), strict=True)):
+    ordered = _in_order(case, extent.kinds)
+    by_name = dict(zip((kind.name for kind in extent.kinds), pieces(extent, shape), strict=True))
+    for n, kind in enumerate(ordered):
+        piece = by_name[kind.name]
         table.phase(f"backward, {kind.name}")
         if n == 0:
             table.add("dq", "gradients", case.channels * e, "B S H D e")
@@ -313,18 +335,24 @@ def program_backward(
             left_over = (*results, *PLAIN_BACKWARD_LEFT, "hidden positions", *["places"] * kind.gathers)
             table.free(*(prefix + name for name in left_over))
             continue
+        copies = f"{kind.name}: copies of operands"
+        taken = [count * kind.exists for count in kernel.copies]
+        table.add(copies, "workspace", taken, "of the kernel")
         left = [count * kind.exists for count in kernel.result]
         table.add(f"{kind.name}: dq, dk, dv", "temp_buffers", left, "N H (T + 2 K) D w")
-        listing = maximum(_list(case, kind, piece.column) - sum(kernel.result), 0)
+        listing = maximum(_list(case, kind, piece.column) - sum(kernel.result) - sum(kernel.copies), 0)
         # Sums of dk and of dv over lists are in single precision, into which a view's are copied.
         copied = kind.heads * piece.keys * shape.head_dim * shape.wide
         copied = copied * (kind.gathers and number < shape.wide)
+        copied = maximum(copied - sum(kernel.copies), 0)
+        _before(table, kernel, f"{kind.name}: ", f"backward, {kind.name}", kind.exists)
         most = largest((kernel.scratch, (listing,), (copied,)))
         taken = [count * kind.exists for count in most]
         table.add(f"{kind.name}: backward scratch", "workspace", taken, "of the kernel")
         table.free(
-            f"{kind.name}: dq, dk, dv", f"{kind.name}: backward scratch", f"{kind.name}: hidden positions"
+            *(f"{kind.name}: {left}" for left in ("dq, dk, dv", "backward scratch", "hidden positions"))
         )
+        table.free(copies)
         if kind.gathers:
             table.free(f"{kind.name}: places")
     table.free("causal mask of backward")
