@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 
 def spread(blocks: int, kept: int, causal: bool) -> torch.Tensor:
-    """int64 [blocks, kept]: for each row its own block and others at even distances, ascending; under `causal`
-    none that comes later, and -1 at the end where there are fewer."""
+    """int64 [blocks, kept]: for each row its own block and others at even distances, ascending; under
+    `causal` none that comes later, and -1 at the end where there are fewer."""
     import torch
 
     row, place = torch.arange(blocks)[:, None], torch.arange(kept)
