@@ -486,6 +486,9 @@ def flex(table: PlanTable, case: Case, rows: Rows) -> None:
         return
     table.phase("backward")
     table.add("backward scratch", "workspace", takes.backward, "float32 B H S")
+    if case.turn is not None:  # nobody else holds out, which is only wanted for that scratch
+        table.free("out")
+        table.phase("backward, gradients")
     table.add("dq", "gradients", case.channels * e, "B S H D e")
     table.add("dk", "gradients", case.kv_channels * e, "B S G D e")
     table.add("dv", "gradients", case.kv_channels * e, "B S G D e")
