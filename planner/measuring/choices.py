@@ -6,10 +6,13 @@ that there has to be a choice that a scorer could make. Imports torch where it i
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
+
+    from attention.sizes.adaptive import Scorer
+    from attention.sizes.shape import Shape
 
 
 def spread(blocks: int, kept: int, causal: bool) -> torch.Tensor:
@@ -29,13 +32,18 @@ def spread(blocks: int, kept: int, causal: bool) -> torch.Tensor:
 def choose_by_spread() -> None:
     """From now on adaptive attentions of this process score as they do and then take `spread`. Writing it
     takes no memory of the device."""
-    import attention.adaptive as adaptive
+    from attention import adaptive
+    from attention.ops.scorer import chosen_blocks
 
-    real = adaptive.chosen_blocks
+    def chosen(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        query_weight: torch.Tensor,
+        key_weight: torch.Tensor,
+        shape: Shape,
+        sizes: Scorer,
+    ) -> torch.Tensor:
+        blocks = chosen_blocks(q, k, query_weight, key_weight, shape, sizes)
+        return blocks.copy_(spread(blocks.shape[2], blocks.shape[3], bool(shape.causal)))
 
-    def chosen(q: torch.Tensor, k: torch.Tensor, *others: Any) -> torch.Tensor:
-        blocks = real(q, k, *others)
-        shape = others[2]
-        return blocks.copy_(spread(*blocks.shape[2:], causal=bool(shape.causal)))
-
-    adaptive.chosen_blocks = chosen
+    setattr(adaptive, "chosen_blocks", chosen)  # noqa: B010 -- a name that the module does not export

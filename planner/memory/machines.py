@@ -339,7 +339,8 @@ class Cuda:
             for stage in stages:
                 taken = (*ahead, *(line.bytes for line in stage))
                 scratch.append(tuple(count * applies for count in taken))
-        results, before = (rows, both, both), ()
+        results = (rows, both, both)
+        before: tuple[Count, ...] = ()
         if len(kernels) == 1 and len(scratch) > 1:
             before, *scratch = scratch
             before = before[6:]
