@@ -5,7 +5,7 @@ import pytest
 from planner.measuring.choices import spread
 
 
-@pytest.mark.parametrize(("blocks", "kept"), [(1, 1), (5, 1), (5, 3), (7, 7), (64, 13)])
+@pytest.mark.parametrize("blocks, kept", [(1, 1), (5, 1), (5, 3), (7, 7), (64, 13)])
 @pytest.mark.parametrize("causal", [False, True])
 def test_each_row_has_itself_and_distinct_blocks_in_order(blocks, kept, causal):
     for row, chosen in enumerate(spread(blocks, kept, causal).tolist()):
