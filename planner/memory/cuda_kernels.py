@@ -130,7 +130,7 @@ def backward_stages(
     raise ConfigError(f"kernel must be 'flash', 'efficient' or 'flex', got {kernel!r}")
 
 
-class Step(NamedTuple):
+class KernelStep(NamedTuple):
     """What is freed, and what is allocated then."""
 
     frees: tuple[str, ...]
@@ -159,7 +159,7 @@ class Products(NamedTuple):
     """The same of keys and values."""
 
 
-def plain_forward(sizes: Products) -> tuple[Step, ...]:
+def plain_forward(sizes: Products) -> tuple[KernelStep, ...]:
     """The forward pass of plain products step by step, up to its results `out` and `log-sum-exp`."""
     return (
         *_plain_scores(sizes),
@@ -183,7 +183,7 @@ PLAIN_FORWARD_LEFT: Final = ("scores", "weights", "copy of v")
 """What forward frees as it returns."""
 
 
-def plain_backward(sizes: Products) -> tuple[Step, ...]:
+def plain_backward(sizes: Products) -> tuple[KernelStep, ...]:
     """The backward pass of plain products step by step, up to its results dq, dk and dv."""
     queries, keys = sizes.queries * sizes.copies, sizes.keys * sizes.copies_keys
     copy = f"B H Q D: {_COPIED}"
@@ -211,7 +211,7 @@ PLAIN_BACKWARD_LEFT: Final = ("second copy of the gradient", "weights", "delta",
 """What backward frees as it returns."""
 
 
-def _plain_scores(sizes: Products) -> tuple[Step, ...]:
+def _plain_scores(sizes: Products) -> tuple[KernelStep, ...]:
     """Up to the scores and what the causal mask hides of them."""
     return (
         _step("copy of q", sizes.queries * sizes.copies, f"B H Q D: {_COPIED}"),
@@ -223,8 +223,8 @@ def _plain_scores(sizes: Products) -> tuple[Step, ...]:
 
 def _step(
     name: str, count: Count, formula: str, *, frees: tuple[str, ...] = (), multiplies: bool = False
-) -> Step:
-    return Step(frees, _scratch(name, count, f"{formula}; {_PLAIN}"), multiplies)
+) -> KernelStep:
+    return KernelStep(frees, _scratch(name, count, f"{formula}; {_PLAIN}"), multiplies)
 
 
 def _flash_channels(head_dim: int) -> int:

@@ -54,7 +54,7 @@ class Bytes(NamedTuple):
     """What it takes besides, and before its results: copies of operands."""
     before: tuple[Count, ...] = ()
     """Scratch that goes before `scratch` comes."""
-    steps: tuple[cuda_kernels.Step, ...] = ()
+    steps: tuple[cuda_kernels.KernelStep, ...] = ()
     """Where it is made of plain products, all of that as it comes, in place of the two."""
 
 

@@ -28,7 +28,7 @@ from attention.sizes.tiles import (
     sparse_extent,
 )
 from planner.memory.allocator_settings import MIN_BLOCK
-from planner.memory.cuda_kernels import PLAIN_BACKWARD_LEFT, PLAIN_FORWARD_LEFT, Step, largest
+from planner.memory.cuda_kernels import PLAIN_BACKWARD_LEFT, PLAIN_FORWARD_LEFT, KernelStep, largest
 from planner.memory.machines import Bytes, KernelCall, Machine
 from planner.memory.table import PlanTable
 
@@ -165,7 +165,7 @@ def _rest(parts: tuple[Count, ...], first: Count) -> tuple[Count, ...]:
 def _stepped(
     table: PlanTable,
     case: Case,
-    steps: Sequence[Step],
+    steps: Sequence[KernelStep],
     phase: str,
     prefix: str,
     results: Mapping[str, str],
@@ -253,7 +253,9 @@ def _in_order(case: Case, kinds: tuple[Kind, ...]) -> tuple[Kind, ...]:
     return tuple(sorted(kinds, key=lambda kind: kind.name != "long view"))
 
 
-def _stepped_forward(table: PlanTable, case: Case, kind: Kind, steps: Sequence[Step], merging: Count) -> None:
+def _stepped_forward(
+    table: PlanTable, case: Case, kind: Kind, steps: Sequence[KernelStep], merging: Count
+) -> None:
     """The calls of a kind that are made of products, from what they list to the merge."""
     prefix, phase = f"{kind.name}: ", f"forward, {kind.name}"
     if kind.gathers:
