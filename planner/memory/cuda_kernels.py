@@ -419,8 +419,15 @@ def best_of(slices: int, size: int, itemsize: int, multiprocessors: int) -> tupl
 
 
 _SHARED_OUT = (
-    (20, 20_000), (40, 10_000), (80, 8_000), (199, 5_000), (799, 3_000), (4_000, 800), (1 << 62, 400),
-)  # (rows up to, numbers of a row from) which rows are shared out  # fmt: skip
+    (20, 20_000),
+    (40, 10_000),
+    (80, 8_000),
+    (199, 5_000),
+    (799, 3_000),
+    (4_000, 800),
+    (1 << 62, 400),
+)
+"""(Rows up to, numbers of a row from) which rows are shared out."""
 
 
 def _scratch(name: str, count: Count, source: str) -> DeviceLine:
