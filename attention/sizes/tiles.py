@@ -48,6 +48,11 @@ class Kind(NamedTuple):
     """Most queries of a head in a call that is merged into what came before."""
     largest: tuple[Count, Count] = (1, 1)
     """(views, keys of a view) of the program's largest gather, by which backward cuts all of them."""
+    sizes: tuple[tuple[Count, Count, Count], ...] = ()
+    """(views, queries, keys) of calls that differ, where that matters to a kernel: one that takes more for
+    fewer, or no call has most of all three. Empty where one does."""
+    fewer: Count = 0
+    """Keys by which one of its calls after the other has fewer; 0 if all have as many."""
 
 
 class Extent(NamedTuple):
@@ -216,7 +221,15 @@ def _long(common: _Sparse) -> Kind:
     rows, shape, tile, wide = common.rows, common.shape, common.tile, common.wide
     limit = shape.pack_tokens(1)
     queries = minimum(maximum(rows.alike * rows.size, tile * wide), tile)
-    halves = where(wide, minimum(ceil_div(common.together, 2) * rows.size, tile), 0)
+    together = minimum(common.together, ceil_div(shape.seq, rows.size))
+    half = ceil_div(together, 2)
+    halves = where(wide, minimum(half * rows.size, tile), 0)
+    # In a wide tile all rows see few blocks less than one does; the last tile may have fewer rows.
+    width = rows.span - shape.causal
+    slides = maximum(ceil_div(shape.seq, rows.size) - rows.span + 1, 1)
+    left = where(slides % together, slides % together, together)
+    keys = where(wide, minimum(maximum(width - together + 1, 1) * rows.size, shape.seq), common.keys)
+    rest = where(wide, minimum(maximum(width - left + 1, 1) * rows.size, shape.seq), common.keys)
     too_long = (limit < common.keys) * queries
     return Kind(
         "long view",
@@ -227,6 +240,11 @@ def _long(common: _Sparse) -> Kind:
         exists=common.adjacent * ((rows.alike > 1) | (wide > 0)),
         dense=common.dense,
         later=maximum(halves, too_long),
+        sizes=(
+            (1, queries, minimum(keys, limit)),
+            (1, where(wide, left * rows.size, queries), minimum(rest, limit)),
+            (1, where(wide, half * rows.size, queries), where(wide, half * rows.size, minimum(keys, limit))),
+        ),
     )
 
 
@@ -240,6 +258,13 @@ def _lists(common: _Sparse) -> Kind:
     if shape.causal:
         wanted = _split(minimum(wanted, full), masked)
     views = minimum(common.together, maximum(rows.many, 1))
+    # Rows of an adaptive attention keep equally many blocks, but for the first of a causal one; the last
+    # row is by itself.
+    many = rows.many
+    if rows.own:
+        many = ceil_div(shape.seq, rows.size) - where(shape.causal, rows.lists, 1)
+    left = where(maximum(many, 0) % views, maximum(many, 0) % views, views)
+    keys = minimum(listed, maximum(wanted, 1), full) * rows.size
     # Without a causal mask what is added hides the end of the sequence, for each view in one row.
     hidden = views * (shape.heads if rows.own else 1) * (common.short > 0)
     return Kind(
@@ -247,7 +272,7 @@ def _lists(common: _Sparse) -> Kind:
         heads=shape.heads if rows.own else shape.kv_heads,
         views=views,
         queries=common.queries,
-        keys=minimum(listed, maximum(wanted, 1), full) * rows.size,
+        keys=keys,
         unit=rows.size,
         gathers=True,
         exists=(rows.lists > 0) * maximum((masked > 0) * 1, (rows.lists > 1) * 1, 1 - shape.causal),
@@ -257,6 +282,7 @@ def _lists(common: _Sparse) -> Kind:
         moves=rows.moves,
         largest=(common.together, minimum(listed, full) * rows.size),
         later=views * common.queries * maximum(common.cut, common.list_split),
+        sizes=tuple((some, common.queries, keys) for some in (views, left, 1)),
     )
 
 
@@ -272,6 +298,7 @@ def _last_lists(common: _Sparse, lists: Kind) -> Kind:
         keys=minimum(common.listed, maximum(wanted, 1)) * rows.size,
         exists=lists.exists * (short > 0) * shape.causal,
         masked=minimum(lists.masked, short),
+        sizes=(),
     )
 
 
@@ -331,10 +358,12 @@ def dilated_extent(branches: Sequence[tuple[Count, Count]], shape: Shape) -> Ext
             dense=(period == 1) * 1,
             later=views * queries * (order > 0),
         )
+        kind = kind._replace(sizes=_last_sizes(kind, length, rate, tile, inside, shape))
         if shape.causal:
             # A segment's part in a tile, and its keys before.
             merges = maximum(merges, cut)
-            kinds.append(kind._replace(keys=queries, whole=True))
+            own = tuple((some, count, count) for some, count, _ in kind.sizes)
+            kinds.append(kind._replace(keys=queries, whole=True, sizes=own))
             # Where tiles begin at multiples of a tile in every segment, the last of them may be short.
             even = (length % tile == 0) | (length >= shape.seq)
             tiles, last = minimum(length, shape.seq) // tile, shape.seq // tile * tile % length
@@ -350,17 +379,36 @@ def dilated_extent(branches: Sequence[tuple[Count, Count]], shape: Shape) -> Ext
                 keys=maximum(behind, 1),
                 later=part,
                 exists=cut * where(even, (tiles > 1) * 1, 1),
+                sizes=(),
+                fewer=ceil_div(tile, rate),
             )
             tail = kind._replace(
                 name=f"branch {order + 1}, last before",
                 queries=maximum(ceil_div(shape.seq % tile, rate), 1),
                 keys=maximum(ceil_div(last, rate), 1),
                 exists=cut * even * (shape.seq % tile > 0) * (last > 0),
+                fewer=0,
             )
             kinds.append(_cut(tail._replace(later=tail.queries), shape, inside))
         merges = maximum(merges, (shape.pack_tokens(1) < kind.keys) * (1 - inside) * kind.exists)
         kinds.append(_cut(kind, shape, inside))
     return Extent(tile, tuple(kinds), merges, (0, 0))
+
+
+def _last_sizes(
+    kind: Kind, length: Count, rate: Count, tile: Count, inside: Count, shape: Shape
+) -> tuple[tuple[Count, Count, Count], ...]:
+    """(views, queries, keys) of a branch's calls: most of them, and those of the last tile and segment."""
+    views, queries, keys = kind.views, kind.queries, kind.keys
+    rest, short = shape.seq % tile, shape.seq % length
+    fewer = where(inside, rest // length, 1)
+    few = where(inside, queries, ceil_div(where(rest, rest, tile), rate))
+    last = where(short * (length < shape.seq), ceil_div(short, rate), keys)
+    return (
+        (views, queries, keys),
+        (where(fewer, fewer, views), few, where(inside, keys, last)),
+        (1, where(inside, last, queries), last),
+    )
 
 
 @lru_cache(maxsize=4096)
@@ -378,7 +426,11 @@ def _cut(kind: Kind, shape: Shape, inside: Count) -> Kind:
     few = shape.pack_tokens(1)
     split = (few < kind.keys) * (1 - inside)
     later = where(split, kind.views * kind.queries, kind.later)
-    return kind._replace(keys=where(split, minimum(kind.keys, few), kind.keys), later=later)
+    keys = where(split, minimum(kind.keys, few), kind.keys)
+    sizes = tuple(
+        (views, queries, where(split, minimum(most, few), most)) for views, queries, most in kind.sizes
+    )
+    return kind._replace(keys=keys, later=later, sizes=sizes)
 
 
 def forward_sizes(extent: Extent, shape: Shape, keeps_lse: bool) -> dict[str, Count]:

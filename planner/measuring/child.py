@@ -229,9 +229,12 @@ def _measured_dry(
     config: AttentionConfig, workload: Workload, task: dict[str, Any], say: Say
 ) -> dict[str, Any]:
     """A card that is not there: the bytes of a first and of a second call. What is compiled is compiled
-    before, because compilers try kernels out."""
+    before, because compilers try kernels out; what a scorer chooses is not garbage."""
     import torch
 
+    from planner.measuring.choices import choose_by_spread
+
+    choose_by_spread()
     device = torch.device("cuda", torch.cuda.current_device())
     free_at_start, total = torch.cuda.mem_get_info(device)
     say(stage="making the inputs")

@@ -7,13 +7,13 @@ Blackwell (planner/standin). Sizes may be ints or NumPy int64 arrays, but for `h
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Literal, NamedTuple
+from typing import Final, Literal, NamedTuple
 
 from attention.errors import ConfigError
 from attention.sizes.arrays import Count, ceil_div, each, maximum, minimum, up, where
 from planner.memory.cuda_process import FLOAT32, DeviceLine
 
-KernelName = Literal["flash", "efficient", "flex", "plain"]
+KernelName = Literal["flash", "efficient", "flex"]
 Stage = tuple[DeviceLine, ...]
 """What is alive together."""
 
@@ -21,6 +21,7 @@ _FLASH = "flash_api.cpp of PyTorch's flash attention 2"
 _FLEX = "Inductor's flex_attention lowering, torch 2.13"
 _EFFICIENT = "attention_backward.cu and kernel_backward.h of PyTorch's memory-efficient attention"
 _PLAIN = "attention/ops/kernels.py"
+_COPIED = "matmul copies views of several batches and heads"
 _RNG = "what dropout would read"
 
 
@@ -34,14 +35,16 @@ def forward_lines(
     head_dim: int,
     itemsize: int,
     multiprocessors: int = 108,
+    fewer: Count = 0,
 ) -> Stage:
-    """What one forward call of a kernel allocates beside its output; the first is the log-sum-exp.
+    """What one forward call of a kernel allocates beside its output; the first is the log-sum-exp. `fewer`:
+    keys by which one such call after the other has fewer, where flash attention may take more for that.
 
     Omitted: copies of operands whose D is not a multiple of 8.
     """
     rows = batch * heads * queries
     if kernel == "flash":
-        parts = splits(batch * heads * ceil_div(queries, 64), keys, head_dim, multiprocessors)
+        parts = splits(batch * heads * ceil_div(queries, 64), keys, head_dim, multiprocessors, fewer)
         parts = parts * (parts > 1)
         wide = parts * FLOAT32 * rows
         return (
@@ -63,16 +66,7 @@ def forward_lines(
             _scratch("log-sum-exp", FLOAT32 * rows, f"float32 B H Q; {_FLEX}"),
             _scratch("row maxima", FLOAT32 * rows, f"float32 B H Q, whether asked for or not; {_FLEX}"),
         )
-    _check_plain(kernel)
-    scores, copied = itemsize * rows * keys, _copied(batch, heads) * itemsize * batch * heads * head_dim
-    return (
-        _scratch("log-sum-exp", itemsize * rows, f"B H Q; {_PLAIN}"),
-        _scratch("scores", scores, f"B H Q K; {_PLAIN}"),
-        _scratch("weights", scores, f"B H Q K; {_PLAIN}"),
-        _scratch(
-            "copy of v", copied * keys, f"B H K D: matmul copies views of several batches and heads; {_PLAIN}"
-        ),
-    )
+    raise ConfigError(f"kernel must be 'flash', 'efficient' or 'flex', got {kernel!r}")
 
 
 def backward_stages(
@@ -93,12 +87,13 @@ def backward_stages(
     """What one backward call of a kernel allocates beside dq, dk and dv, one stage after another.
 
     `dense`: 1 if the gradient of out lies in memory as [B, Q, H, D], else 0. `whole`: 1 if the log-sum-exp
-    is as the kernel returned it, else 0. `kv_heads`: None for as many as heads. `deterministic_sms` is the card's number of multiprocessors
-    where deterministic algorithms are asked for, which makes flash attention keep several sums of dq; None
-    where they are not.
+    is as the kernel returned it, else 0. `kv_heads`: None for as many as heads. `deterministic_sms` is the
+    card's number of multiprocessors where deterministic algorithms are asked for, which makes flash attention
+    keep several sums of dq; None where they are not.
     """
     rows = batch * heads * queries
     operand = rows * head_dim * itemsize
+    dense = dense | (rows == 1) * 1  # a single row lies as any does
     if kernel == "flash":
         several: Count = 1
         if deterministic_sms is not None:
@@ -138,31 +133,104 @@ def backward_stages(
         return tuple((*ahead, *stage) for stage in stages)
     if kernel == "flex":
         return ((_scratch("delta", FLOAT32 * rows, f"float32 B H Q; {_FLEX}"),),)
-    _check_plain(kernel)
-    scores = itemsize * rows * keys
-    delta = _scratch("delta", itemsize * rows, f"B H Q; {_PLAIN}")
-    weights = _scratch("weights", scores, f"B H Q K; {_PLAIN}")
-    results = batch * heads * (queries + 2 * keys) * head_dim * itemsize
-    early = f"B H Q K, less what dq, dk and dv take, which are not there yet; {_PLAIN}"
-    copied = _copied(batch, heads) * operand
+    raise ConfigError(f"kernel must be 'flash', 'efficient' or 'flex', got {kernel!r}")
+
+
+class KernelStep(NamedTuple):
+    """What is freed, and what is allocated then."""
+
+    frees: tuple[str, ...]
+    line: DeviceLine
+    multiplies: bool = False
+    """Whether it is a product's result, after which cuBLAS takes its workspace."""
+
+
+class Products(NamedTuple):
+    """Sizes of attention made of plain matrix products, in bytes."""
+
+    queries: Count
+    """B H Q D numbers."""
+    keys: Count
+    """B H K D numbers."""
+    scores: Count
+    """B H Q K numbers."""
+    rows: Count
+    """B H Q numbers."""
+    hidden: Count
+    """Which keys a causal mask hides: Q K bytes, 0 without one."""
+    copies: Count
+    """1 if matmul copies views of queries to multiply them, for they are of several batches and heads; else
+    0."""
+    copies_keys: Count
+    """The same of keys and values."""
+
+
+def plain_forward(sizes: Products) -> tuple[KernelStep, ...]:
+    """The forward pass of plain products step by step, up to its results `out` and `log-sum-exp`."""
     return (
-        (
-            delta,
-            weights,
-            _scratch("scores", maximum(scores - maximum(results - scores, 0), 0), early),
-            _scratch("gradient of the scores", maximum(scores - results, 0), early),
+        *_plain_scores(sizes),
+        _step("row maxima", sizes.rows, "B H Q, of logsumexp", frees=("hidden by the causal mask",)),
+        _step("magnitudes of the row maxima", sizes.rows, "B H Q, of logsumexp"),
+        _step("infinite row maxima", sizes.rows // 8, "a byte for B H Q, of logsumexp"),
+        _step(
+            "scores less the row maxima",
+            sizes.scores,
+            "B H Q K, of logsumexp",
+            frees=("infinite row maxima", "magnitudes of the row maxima"),
         ),
-        (
-            delta,
-            weights,
-            _scratch("scores", scores, f"B H Q K; {_PLAIN}"),
-            _scratch(
-                "copy of the gradient",
-                copied,
-                f"B H Q D: matmul copies views of several batches and heads; {_PLAIN}",
-            ),
-        ),
+        _step("log-sum-exp", sizes.rows, "B H Q"),
+        _step("weights", sizes.scores, "B H Q K", frees=("scores less the row maxima", "row maxima")),
+        _step("copy of v", sizes.keys * sizes.copies_keys, f"B H K D: {_COPIED}"),
+        _step("out", sizes.queries, "B H Q D", multiplies=True),
     )
+
+
+PLAIN_FORWARD_LEFT: Final = ("scores", "weights", "copy of v")
+"""What forward frees as it returns."""
+
+
+def plain_backward(sizes: Products) -> tuple[KernelStep, ...]:
+    """The backward pass of plain products step by step, up to its results dq, dk and dv."""
+    queries, keys = sizes.queries * sizes.copies, sizes.keys * sizes.copies_keys
+    copy = f"B H Q D: {_COPIED}"
+    return (
+        *_plain_scores(sizes),
+        _step("weights", sizes.scores, "B H Q K", frees=("hidden by the causal mask",)),
+        _step("gradient x out", sizes.queries, "B H Q D", frees=("scores",)),
+        _step("delta", sizes.rows, "B H Q"),
+        _step("copy of the gradient", queries, copy, frees=("gradient x out",)),
+        _step("copy of v", keys, f"B H K D: {_COPIED}"),
+        _step("gradient x v", sizes.scores, "B H Q K", multiplies=True),
+        _step("less delta", sizes.scores, "B H Q K", frees=("copy of the gradient", "copy of v")),
+        _step("times weights", sizes.scores, "B H Q K", frees=("gradient x v",)),
+        _step("gradient of the scores", sizes.scores, "B H Q K", frees=("less delta",)),
+        _step("second copy of k", keys, f"B H K D: {_COPIED}", frees=("times weights",)),
+        _step("dq", sizes.queries, "B H Q D", multiplies=True),
+        _step("second copy of q", queries, copy, frees=("second copy of k",)),
+        _step("dk", sizes.keys, "B H K D"),
+        _step("second copy of the gradient", queries, copy, frees=("second copy of q",)),
+        _step("dv", sizes.keys, "B H K D"),
+    )
+
+
+PLAIN_BACKWARD_LEFT: Final = ("second copy of the gradient", "weights", "delta", "gradient of the scores")
+"""What backward frees as it returns."""
+
+
+def _plain_scores(sizes: Products) -> tuple[KernelStep, ...]:
+    """Up to the scores and what the causal mask hides of them."""
+    return (
+        _step("copy of q", sizes.queries * sizes.copies, f"B H Q D: {_COPIED}"),
+        _step("copy of k", sizes.keys * sizes.copies_keys, f"B H K D: {_COPIED}"),
+        _step("scores", sizes.scores, "B H Q K", multiplies=True),
+        _step("hidden by the causal mask", sizes.hidden, "a byte for Q K", frees=("copy of q", "copy of k")),
+    )
+
+
+def _step(
+    name: str, count: Count, formula: str, *, frees: tuple[str, ...] = (), multiplies: bool = False
+) -> KernelStep:
+    return KernelStep(frees, _scratch(name, count, f"{formula}; {_PLAIN}"), multiplies)
 
 
 def _flash_channels(head_dim: int) -> int:
@@ -170,24 +238,24 @@ def _flash_channels(head_dim: int) -> int:
     return up(head_dim, 32 if head_dim <= 128 else 64)
 
 
-def _copied(batch: Count, heads: Count) -> Count:
-    """1 if matmul copies a view of [batch, heads, ...] to make its products, else 0."""
-    return (batch > 1) * (heads > 1) * 1
-
-
 MOST_SPLITS = 128
 """Parts into which flash attention cuts the keys at most."""
 
 
-def splits(tiles: Count, keys: Count, head_dim: int, multiprocessors: int) -> Count:
+def splits(tiles: Count, keys: Count, head_dim: int, multiprocessors: int, fewer: Count = 0) -> Count:
     """Parts into which flash attention's forward cuts the keys where its `tiles` of 64 queries leave
-    multiprocessors idle; 1 where it does not. See num_splits_heuristic in flash_api.cpp."""
-    blocks = ceil_div(keys, 256 if head_dim <= 64 else 128 if head_dim <= 128 else 64)
+    multiprocessors idle; 1 where it does not. Of calls that have `fewer` keys one after the other, the most.
+    See num_splits_heuristic in flash_api.cpp."""
+    block = 256 if head_dim <= 64 else 128 if head_dim <= 128 else 64
     places = 2 * multiprocessors
-    idle = (10 * tiles < 8 * places) & (blocks > 1)
-    return each(
-        lambda tiles, blocks: (_splits(tiles, blocks, places),), idle, (1,), tiles + 0 * blocks, blocks
-    )[0]
+    idle = (10 * tiles < 8 * places) & (keys > block)
+
+    def most(tiles: int, keys: int, fewer: int) -> tuple[int]:
+        counts = {ceil_div(some, block) for some in range(keys, 0, -(fewer or keys))}
+        return (max(_splits(tiles, blocks, places) for blocks in counts),)
+
+    both = 0 * (tiles + keys + fewer)
+    return each(most, idle, (1,), tiles + both, keys + both, fewer + both)[0]
 
 
 @lru_cache(maxsize=65536)
@@ -333,10 +401,40 @@ def column_sum(
     return (wide * columns * shares * width * vector, 4 * blocks) if shares > 1 else (0, 0)
 
 
+def best_of(slices: int, size: int, itemsize: int, multiprocessors: int) -> tuple[int, ...]:
+    """Scratch of the largest numbers of each of `slices` rows of `size`, where those are so many that a row
+    is shared out among blocks of threads; see PyTorch's TensorTopK.cu. Registers are those of all cards so
+    far: 65,536 a multiprocessor."""
+    enough = next(least for most, least in _SHARED_OUT if slices <= most)
+    if size < enough:
+        return (0,) * 8
+    block = 256
+    resident = 65_536 // (40 * block)
+    each_thread = min(max(ceil_div(slices * size, multiprocessors * resident * block), 4), 64)
+    blocks = slices * ceil_div(size, each_thread * block)
+    return (
+        slices * itemsize,  # the least number of those wanted
+        slices * 8,  # how many are yet to be found, before and after
+        slices * itemsize * 2,  # the digits that are settled, before and after
+        blocks * 256 * 2,  # counts of digits
+        slices * 256 * 4,  # and their sums
+        blocks * 4,
+        blocks * 4,
+        1280,  # of a sum by key, about
+    )
+
+
+_SHARED_OUT = (
+    (20, 20_000),
+    (40, 10_000),
+    (80, 8_000),
+    (199, 5_000),
+    (799, 3_000),
+    (4_000, 800),
+    (1 << 62, 400),
+)
+"""(Rows up to, numbers of a row from) which rows are shared out."""
+
+
 def _scratch(name: str, count: Count, source: str) -> DeviceLine:
     return DeviceLine(name, "workspace", count, source, True)
-
-
-def _check_plain(kernel: str) -> None:
-    if kernel != "plain":
-        raise ConfigError(f"kernel must be 'flash', 'efficient', 'flex' or 'plain', got {kernel!r}")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from attention.sizes.arrays import Count, any_of, each, maximum, up
+from attention.sizes.arrays import Count, any_of, each, maximum, minimum, up, where
 from attention.sizes.whole_calls import has_flash
 from planner.memory import cpu_kernels, cuda_kernels, cuda_process
 from planner.memory.onednn.units import UNITS, Unit
@@ -27,8 +27,16 @@ class KernelCall(NamedTuple):
     """1 if out and its gradient lie in memory as [N, T, H, D], else 0."""
     masked: Count = 0
     """Rows of an additive mask [rows, K], 0 for none."""
+    mask_keys: Count = 1 << 62
+    """Keys that a call with a mask has at most."""
     unmasked: Count = 1
     """0 if all such calls have a mask, else 1."""
+    sizes: tuple[tuple[Count, Count, Count], ...] = ()
+    """(views, queries, keys) of such calls that differ, in place of the ones above, where that matters."""
+    fewer: Count = 0
+    """Keys by which one such call after the other has fewer; 0 if all have as many."""
+    packed: bool = False
+    """Whether keys and values of all views and heads lie in one piece."""
     whole: Count = 0
     """1 if backward gets the log-sum-exp in one piece, as forward gave it, else 0."""
     groups: Count | None = None
@@ -51,6 +59,12 @@ class Bytes(NamedTuple):
 
     result: tuple[Count, ...]
     scratch: tuple[Count, ...]
+    copies: tuple[Count, ...] = ()
+    """What it takes besides, and before its results: copies of operands."""
+    before: tuple[Count, ...] = ()
+    """Scratch that goes before `scratch` comes."""
+    steps: tuple[cuda_kernels.KernelStep, ...] = ()
+    """Where it is made of plain products, all of that as it comes, in place of the two."""
 
 
 class FlexBytes(NamedTuple):
@@ -93,6 +107,11 @@ class Machine(Protocol):
 
     def column_sum(self, rows: Count, columns: Count, itemsize: int) -> tuple[Count, ...]:
         """What the sum over the rows of [rows, columns] takes besides its result."""
+        ...
+
+    def best_of(self, slices: Count, size: Count, kept: Count, itemsize: int) -> tuple[Count, ...]:
+        """What choosing the `kept` best of each of `slices` rows of `size`, and sorting them by place, takes
+        besides its results."""
         ...
 
     def listed(self, positions: Count) -> Count:
@@ -139,6 +158,9 @@ class Cpu:
         return False
 
     def column_sum(self, rows: Count, columns: Count, itemsize: int) -> tuple[Count, ...]:
+        return (0,)
+
+    def best_of(self, slices: Count, size: Count, kept: Count, itemsize: int) -> tuple[Count, ...]:
         return (0,)
 
     def listed(self, positions: Count) -> Count:
@@ -198,8 +220,37 @@ def units_of(capability: str) -> frozenset[str]:
 
 
 def _channels(call: KernelCall) -> int:
-    """Channels that kernels are given; see `attention.ops.kernels._aligned_channels`."""
-    return call.head_dim if call.itemsize == 8 else up(call.head_dim, 8)
+    """Channels that fused kernels are given; see `attention.ops.kernels._aligned_channels`."""
+    return up(call.head_dim, 8)
+
+
+def _largest(call: KernelCall) -> KernelCall:
+    """The call of its sizes that has most scores."""
+    for views, queries, keys in call.sizes[:1]:
+        call = call._replace(views=views, queries=queries, keys=keys)
+    for views, queries, keys in call.sizes[1:]:
+        more = views * queries * keys > call.views * call.queries * call.keys
+        call = call._replace(
+            views=where(more, views, call.views),
+            queries=where(more, queries, call.queries),
+            keys=where(more, keys, call.keys),
+        )
+    return call
+
+
+def _products(call: KernelCall) -> cuda_kernels.Products:
+    """Sizes of a call that is made of plain products."""
+    lanes, e = call.views * call.heads, call.itemsize
+    copies = (call.views > 1) * (call.heads > 1) * 1
+    return cuda_kernels.Products(
+        queries=lanes * call.queries * call.head_dim * e,
+        keys=lanes * call.keys * call.head_dim * e,
+        scores=lanes * call.queries * call.keys * e,
+        rows=lanes * call.queries * e,
+        hidden=call.queries * call.keys * call.causal,
+        copies=copies * (call.queries > 1),
+        copies_keys=copies * (call.keys > 1) * (not call.packed),
+    )
 
 
 def _applies(call: KernelCall, number: int) -> Count:
@@ -209,7 +260,11 @@ def _applies(call: KernelCall, number: int) -> Count:
 
 def _mask_copy(kernel: cuda_kernels.KernelName, call: KernelCall) -> Count:
     """The mask with rows as the efficient kernel wants them; see `attention.ops.kernels.aligned_bias`."""
-    return call.masked * up(call.keys, 8) * call.itemsize if kernel == "efficient" else 0
+    return (
+        call.masked * up(minimum(call.keys, call.mask_keys), 8) * call.itemsize
+        if kernel == "efficient"
+        else 0
+    )
 
 
 @dataclass(frozen=True)
@@ -227,40 +282,57 @@ class Cuda:
     def kernels(self, call: KernelCall) -> tuple[cuda_kernels.KernelName, ...]:
         """The kernels that calls of this size run on, see `attention.ops.kernels.choose`; the second only
         for those with an additive mask, which flash does not take."""
-        if call.itemsize == 8:
-            return ("plain",)
         if not self.has_windows(call.head_dim, call.itemsize):
             return ("efficient",)
         return ("flash", "efficient") if any_of(call.masked > 0) else ("flash",)
 
     def forward(self, call: KernelCall) -> Bytes:
+        if call.itemsize == 8:
+            return Bytes((), (), steps=cuda_kernels.plain_forward(_products(_largest(call))))
+        alone = (call.views, call.queries, call.keys)
+        calls = [
+            call._replace(views=views, queries=queries, keys=keys)
+            for views, queries, keys in call.sizes or (alone,)
+        ]
+        out, lse, *scratch = cuda_kernels.largest(
+            tuple(taken for one in calls for taken in self._forward(one))
+        )
+        return Bytes((out, lse), tuple(scratch[4:]), tuple(scratch[:4]))
+
+    def _forward(self, call: KernelCall) -> tuple[tuple[Count, ...], ...]:
+        """Out, log-sum-exp and scratch of a call by each of the kernels that it may run on."""
         dim = _channels(call)
         rows = call.views * call.heads * call.queries
         both = call.views * call.kv_heads * call.keys
-        results: list[tuple[Count, ...]] = []
-        stages: list[tuple[Count, ...]] = []
         kernels = self.kernels(call)
+        each_kernel = []
         for number, kernel in enumerate(kernels):
             first, *lines = cuda_kernels.forward_lines(
-                kernel, **_sizes(call), batch=call.views, head_dim=dim, multiprocessors=self.multiprocessors
+                kernel,
+                **_sizes(call),
+                batch=call.views,
+                head_dim=dim,
+                multiprocessors=self.multiprocessors,
+                fewer=call.fewer,
             )
             applies = 1 if len(kernels) == 1 else _applies(call, number)
             pads = 0 if dim == call.head_dim else dim * call.itemsize
             ahead = (rows * pads, both * pads, both * pads, _mask_copy(kernel, call))
-            taken = (*ahead, *(line.bytes for line in lines))
-            results.append((rows * dim * call.itemsize, first.bytes * applies))
-            stages.append(tuple(count * applies for count in taken))
-        out, lse = cuda_kernels.largest(tuple(results))
-        return Bytes((out, lse), cuda_kernels.largest(tuple(stages)))
+            taken = (rows * dim * call.itemsize, first.bytes, *ahead, *(line.bytes for line in lines))
+            each_kernel.append(tuple(count * applies for count in taken))
+        return tuple(each_kernel)
 
     def backward(self, call: KernelCall) -> Bytes:
+        if call.itemsize == 8:
+            return Bytes((), (), steps=cuda_kernels.plain_backward(_products(call)))
         dim = _channels(call)
         rows = call.views * call.heads * call.queries * dim * call.itemsize
         both = call.views * call.kv_heads * call.keys * dim * call.itemsize
         dense, pads = call.dense, 0
         if dim != call.head_dim:  # all operands are copied, in tiles heads before tokens
             dense, pads = call.tokens_first | (call.heads == 1) | (call.queries == 1), 1
-        scratch, kernels = [], self.kernels(call)
+        scratch: list[tuple[Count, ...]] = []
+        kernels = self.kernels(call)
         for number, kernel in enumerate(kernels):
             stages = cuda_kernels.backward_stages(
                 kernel,
@@ -277,7 +349,13 @@ class Cuda:
             for stage in stages:
                 taken = (*ahead, *(line.bytes for line in stage))
                 scratch.append(tuple(count * applies for count in taken))
-        return Bytes((rows, both, both), cuda_kernels.largest(tuple(scratch)))
+        results = (rows, both, both)
+        before: tuple[Count, ...] = ()
+        if len(kernels) == 1 and len(scratch) > 1:
+            before, *scratch = scratch
+            before = before[6:]
+        most = cuda_kernels.largest(tuple(scratch))
+        return Bytes(results, most[6:], most[:6], before)
 
     def product(
         self,
@@ -301,6 +379,14 @@ class Cuda:
 
         rows, columns = rows + 0 * columns, columns + 0 * rows
         return each(one, rows > 0, (0, 0), rows, columns)
+
+    def best_of(self, slices: Count, size: Count, kept: Count, itemsize: int) -> tuple[Count, ...]:
+        def one(slices: int, size: int) -> tuple[int, ...]:
+            return cuda_kernels.best_of(slices, size, itemsize, self.multiprocessors)
+
+        slices, size = slices + 0 * size, size + 0 * slices
+        choosing = each(one, slices > 0, (0,) * 8, slices, size)
+        return cuda_kernels.largest((choosing, (8 * kept,)))  # sorting: the places of a row
 
     def listed(self, positions: Count) -> Count:
         return 8 * positions

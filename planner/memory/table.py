@@ -140,6 +140,10 @@ class PlanTable:
             *line, _ = self._lines[place]
             self._lines[place] = (*line, len(self._phases))  # type: ignore[assignment]
 
+    def holds(self, name: str) -> bool:
+        """Whether a buffer was added and not freed."""
+        return name in self._open
+
     def done(self) -> Plan:
         """The plan, without the lines that are zero whatever the candidate."""
         phases = tuple(self._phases)

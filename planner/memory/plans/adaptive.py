@@ -45,7 +45,10 @@ def adaptive(table: PlanTable, case: Case, scorer: Scorer) -> None:
         f"{SIZES} choosing_sizes",
     )
     tiles.products(table, case)
-    table.free("scratch of the choice")
+    rows = case.shape.heads * scorer.choosing_rows(case.shape)
+    best = case.machine.best_of(rows, scorer.blocks(case.shape), scorer.kept, scorer.wide)
+    table.add("scratch of the best", "workspace", best, "of the kernel")
+    table.free("scratch of the choice", "scratch of the best")
 
     def turn(table: PlanTable) -> bool:
         """The scorer learns before the attention does."""
@@ -104,7 +107,7 @@ def _learn(table: PlanTable, case: Case, scorer: Scorer) -> None:
     table.phase("backward, projections")
     gradients = (half * shape.itemsize, half * shape.itemsize)
     table.add("gradients of the projections", "gradients", gradients, "2 H D E e")
-    table.free("gradient of the scores")
+    table.free("gradient of the scores", "chosen blocks")
     if scorer.casts:
         table.free("sums of the projections' gradients")
 

@@ -57,7 +57,7 @@ def multihead(
         _result(table, case)
         return
     table.free("projected q", "projected k", "projected v", "gradient of the attention")
-    table.free("out", "log-sum-exp")
+    table.free(*(name for name in ("out", "log-sum-exp") if table.holds(name)))
     table.phase("backward, input projections")
     table.add("gradient of the input", "gradients", case.channels * e, "B S E e")
     _product(table, case, _tokens(case), _width(case), _width(case))

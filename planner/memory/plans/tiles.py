@@ -10,7 +10,7 @@ a number in sums.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from attention.sizes.arena import POOL_FROM_TOKENS, arena_bytes, bucket_bytes
@@ -28,7 +28,7 @@ from attention.sizes.tiles import (
     sparse_extent,
 )
 from planner.memory.allocator_settings import MIN_BLOCK
-from planner.memory.cuda_kernels import largest
+from planner.memory.cuda_kernels import PLAIN_BACKWARD_LEFT, PLAIN_FORWARD_LEFT, KernelStep, largest
 from planner.memory.machines import Bytes, KernelCall, Machine
 from planner.memory.table import PlanTable
 
@@ -110,17 +110,21 @@ def whole(table: PlanTable, case: Case) -> None:
     """Dense attention with as many kv heads as heads: one kernel call over everything."""
     shape, e = case.shape, case.shape.itemsize
     call = KernelCall(
-        case.batch, shape.heads, shape.seq, shape.seq, shape.head_dim, e, causal=shape.causal, whole=True
+        case.batch, shape.heads, shape.seq, shape.seq, shape.head_dim, e, causal=shape.causal, whole=1
     )
     kernel = case.machine.forward(call)
     out = kernel.result[0] if len(kernel.result) > 1 else case.channels * e
     table.phase("forward")
-    table.add("out", "output", out, "B S H D e")
     lse = "saved_for_backward" if case.trains else "temp_buffers"
-    table.add("log-sum-exp", lse, sum(kernel.result) - out, "of the kernel")
-    table.add("kernel scratch", "workspace", kernel.scratch, "of the kernel")
-    _multiplied(table, case)
-    table.free("kernel scratch")
+    if kernel.steps:
+        _stepped(table, case, kernel.steps, "forward", "", {"out": "output", "log-sum-exp": lse})
+        table.free(*PLAIN_FORWARD_LEFT)
+    else:
+        table.add("copies of operands", "workspace", kernel.copies, "of the kernel")
+        table.add("out", "output", out, "B S H D e")
+        table.add("log-sum-exp", lse, sum(kernel.result) - out, "of the kernel")
+        table.add("kernel scratch", "workspace", kernel.scratch, "of the kernel")
+        table.free("copies of operands", "kernel scratch")
     if not (case.trains or case.keeps_lse):
         table.free("log-sum-exp")
     if not case.goes_back(table):
@@ -131,11 +135,26 @@ def whole(table: PlanTable, case: Case) -> None:
         kernel = case.machine.backward(call._replace(dense=1))
         dq = kernel.result[0] if len(kernel.result) > 1 else case.channels * e
         table.phase("backward")
+        if kernel.steps:
+            results = dict.fromkeys(("dq", "dk", "dv"), "gradients")
+            _stepped(table, case, kernel.steps, "backward", "", results, backward=True)
+            table.free(*PLAIN_BACKWARD_LEFT)
+            return
+        table.add("copies of operands", "workspace", kernel.copies, "of the kernel")
         table.add("dq", "gradients", dq, "B S H D e")
         table.add("dk and dv", "gradients", _rest(kernel.result, dq), "2 B S H D e")
+        _before(table, kernel, "", "backward")
         table.add("backward scratch", "workspace", kernel.scratch, "of the kernel")
-        _multiplied(table, case, backward=True)
-        table.free("backward scratch")
+        table.free("copies of operands", "backward scratch")
+
+
+def _before(table: PlanTable, kernel: Bytes, prefix: str, phase: str, exists: Count = 1) -> None:
+    """Adds what a kernel takes and frees before the rest of its scratch."""
+    if kernel.before:
+        name = f"{prefix}first scratch"
+        table.add(name, "workspace", [count * exists for count in kernel.before], "of the kernel")
+        table.free(name)
+        table.phase(f"{phase}, summed")
 
 
 def _rest(parts: tuple[Count, ...], first: Count) -> tuple[Count, ...]:
@@ -143,10 +162,28 @@ def _rest(parts: tuple[Count, ...], first: Count) -> tuple[Count, ...]:
     return parts[1:] if len(parts) > 1 else (parts[0] - first,)
 
 
-def _multiplied(table: PlanTable, case: Case, *, backward: bool = False) -> None:
-    """`products`, where kernels are made of them."""
-    if case.machine.multiplies(case.shape.itemsize):
-        products(table, case, backward=backward)
+def _stepped(
+    table: PlanTable,
+    case: Case,
+    steps: Sequence[KernelStep],
+    phase: str,
+    prefix: str,
+    results: Mapping[str, str],
+    *,
+    exists: Count = 1,
+    backward: bool = False,
+) -> None:
+    """Adds the steps of a kernel that is made of products, under names with a prefix; a phase begins where
+    something is freed. `results`: components of those that are not scratch."""
+    for step in steps:
+        line = step.line
+        if step.frees:
+            table.free(*(prefix + name for name in step.frees))
+            table.phase(f"{phase}, {line.name}")
+        component = results.get(line.name, line.component)
+        table.add(prefix + line.name, component, line.bytes * exists, line.source)
+        if step.multiplies:
+            products(table, case, backward=backward)
 
 
 def program(table: PlanTable, case: Case, extent_of: Callable[[Shape], Extent]) -> None:
@@ -170,7 +207,7 @@ def program(table: PlanTable, case: Case, extent_of: Callable[[Shape], Extent]) 
             mask.there,
             "attention/sizes/tiles.py Extent.mask",
         )
-    for number, kind in enumerate(extent.kinds):
+    for number, kind in enumerate(_in_order(case, extent.kinds)):
         table.phase(f"forward, {kind.name}")
         if number == 0:
             table.add("out", "output", case.channels * e, "B S H D e")
@@ -182,20 +219,24 @@ def program(table: PlanTable, case: Case, extent_of: Callable[[Shape], Extent]) 
             )
             table.add("forward arena", "workspace", size - there, "attention/sizes/tiles.py forward_sizes")
             _make(table, "causal mask", mask)
-        call = _call(kind, kind.views, kind.keys, shape)._replace(unmasked=_unmasked(kind, kind.keys, shape))
+        call = _call(extent, kind, kind.views, kind.keys, shape)._replace(
+            unmasked=_unmasked(kind, kind.keys, shape), sizes=kind.sizes
+        )
         kernel = _bytes_of(case.machine.forward, call, kind)
         rows = kind.heads * kind.views * kind.queries
         merging = rows * shape.wide * (kind.later > 0)
         _hidden(table, kind, kind.views * kind.keys * e, shape)
+        if kernel.steps:
+            _stepped_forward(table, case, kind, kernel.steps, merging)
+            continue
         left = [count * kind.exists for count in kernel.result]
         result = f"{kind.name}: part"
         table.add(result, "temp_buffers", left, "N T H (D e + w)")
         # The list of what is gathered is gone when the kernel is called.
         listing = maximum(_list(case, kind, kind.views * kind.keys) - sum(kernel.result), 0)
-        most = largest((kernel.scratch, (merging,), (listing,)))
+        most = largest(((*kernel.copies, *kernel.scratch), (merging,), (listing,)))
         scratch = [count * kind.exists for count in most]
         table.add(f"{kind.name}: scratch", "workspace", scratch, "of the kernel, or of the merge")
-        _multiplied(table, case)
         table.free(result, f"{kind.name}: scratch", f"{kind.name}: hidden positions")
     table.free("causal mask")
     _leave(table, "forward arena", POOLED, pool_size - there)
@@ -203,6 +244,36 @@ def program(table: PlanTable, case: Case, extent_of: Callable[[Shape], Extent]) 
         table.free("log-sum-exp")
     if case.goes_back(table):
         program_backward(table, case, extent_of, arena, other)
+
+
+def _in_order(case: Case, kinds: tuple[Kind, ...]) -> tuple[Kind, ...]:
+    """The kinds as their calls come, where whole scores are held: rows that see the same are the first."""
+    if not case.machine.multiplies(case.shape.itemsize):
+        return kinds
+    return tuple(sorted(kinds, key=lambda kind: kind.name != "long view"))
+
+
+def _stepped_forward(
+    table: PlanTable, case: Case, kind: Kind, steps: Sequence[KernelStep], merging: Count
+) -> None:
+    """The calls of a kind that are made of products, from what they list to the merge."""
+    prefix, phase = f"{kind.name}: ", f"forward, {kind.name}"
+    if kind.gathers:
+        _listing(table, case, kind, kind.views * kind.keys, phase)
+    results = dict.fromkeys(("out", "log-sum-exp"), "temp_buffers")
+    _stepped(table, case, steps, phase, prefix, results, exists=kind.exists)
+    table.free(*(prefix + name for name in PLAIN_FORWARD_LEFT))
+    table.phase(f"{phase}, merged")
+    table.add(f"{prefix}merged log-sum-exp", "temp_buffers", merging * kind.exists, "N T H w")
+    table.free(*(prefix + name for name in (*results, "merged log-sum-exp", "hidden positions")))
+
+
+def _listing(table: PlanTable, case: Case, kind: Kind, positions: Count, phase: str) -> None:
+    """What a call gathers; the list is gone when the kernel is called."""
+    name = f"{kind.name}: positions"
+    table.add(name, "sparse_indices", _list(case, kind, positions) * kind.exists, "8 N K, or 8 N H K")
+    table.free(name)
+    table.phase(f"{phase}, gathered")
 
 
 def program_backward(
@@ -230,7 +301,10 @@ def program_backward(
         there = maximum(there, pool_size)
     number = shape.wide if shape.widens else e
     _, mask = _masks(case, extent_of)
-    for n, (kind, piece) in enumerate(zip(extent.kinds, pieces(extent, shape), strict=True)):
+    ordered = _in_order(case, extent.kinds)
+    by_name = dict(zip((kind.name for kind in extent.kinds), pieces(extent, shape), strict=True))
+    for n, kind in enumerate(ordered):
+        piece = by_name[kind.name]
         table.phase(f"backward, {kind.name}")
         if n == 0:
             table.add("dq", "gradients", case.channels * e, "B S H D e")
@@ -243,30 +317,44 @@ def program_backward(
                 "attention/sizes/tiles.py backward_sizes",
             )
             _make(table, "causal mask of backward", mask)
-        call = _call(kind, piece.views, piece.keys, shape, number)
+        call = _call(extent, kind, piece.views, piece.keys, shape, number)
         call = call._replace(unmasked=_unmasked(kind, piece.keys, shape))
         if shape.widens:
             call = call._replace(dense=1)
         kernel = _bytes_of(case.machine.backward, call, kind)
+        if kernel.steps and kind.gathers:
+            _listing(table, case, kind, piece.column, f"backward, {kind.name}")
         _hidden(table, kind, piece.column * number, shape)
         places = case.machine.listed(piece.column // kind.unit * (kind.heads if kind.own else 1))
         if kind.gathers:
             table.add(
                 f"{kind.name}: places", "sparse_indices", places * kind.exists, "8 N K / b, or 8 N H K / b"
             )
+        if kernel.steps:
+            prefix, results = f"{kind.name}: ", dict.fromkeys(("dq", "dk", "dv"), "temp_buffers")
+            phase = f"backward, {kind.name}"
+            _stepped(table, case, kernel.steps, phase, prefix, results, exists=kind.exists, backward=True)
+            left_over = (*results, *PLAIN_BACKWARD_LEFT, "hidden positions", *["places"] * kind.gathers)
+            table.free(*(prefix + name for name in left_over))
+            continue
+        copies = f"{kind.name}: copies of operands"
+        taken = [count * kind.exists for count in kernel.copies]
+        table.add(copies, "workspace", taken, "of the kernel")
         left = [count * kind.exists for count in kernel.result]
         table.add(f"{kind.name}: dq, dk, dv", "temp_buffers", left, "N H (T + 2 K) D w")
-        listing = maximum(_list(case, kind, piece.column) - sum(kernel.result), 0)
+        listing = maximum(_list(case, kind, piece.column) - sum(kernel.result) - sum(kernel.copies), 0)
         # Sums of dk and of dv over lists are in single precision, into which a view's are copied.
         copied = kind.heads * piece.keys * shape.head_dim * shape.wide
         copied = copied * (kind.gathers and number < shape.wide)
+        copied = maximum(copied - sum(kernel.copies), 0)
+        _before(table, kernel, f"{kind.name}: ", f"backward, {kind.name}", kind.exists)
         most = largest((kernel.scratch, (listing,), (copied,)))
         taken = [count * kind.exists for count in most]
         table.add(f"{kind.name}: backward scratch", "workspace", taken, "of the kernel")
-        _multiplied(table, case, backward=True)
         table.free(
-            f"{kind.name}: dq, dk, dv", f"{kind.name}: backward scratch", f"{kind.name}: hidden positions"
+            *(f"{kind.name}: {left}" for left in ("dq, dk, dv", "backward scratch", "hidden positions"))
         )
+        table.free(copies)
         if kind.gathers:
             table.free(f"{kind.name}: places")
     table.free("causal mask of backward")
@@ -339,7 +427,9 @@ def _make(table: PlanTable, name: str, mask: MaskBytes) -> None:
     table.add(f"{name}, kept", "pattern_cache", mask.staying, f"{formula}, for the next call")
 
 
-def _call(kind: Kind, views: Count, keys: Count, shape: Shape, itemsize: int | None = None) -> KernelCall:
+def _call(
+    extent: Extent, kind: Kind, views: Count, keys: Count, shape: Shape, itemsize: int | None = None
+) -> KernelCall:
     # A kind that does not exist may have no queries; a kernel has some.
     return KernelCall(
         views,
@@ -351,6 +441,9 @@ def _call(kind: Kind, views: Count, keys: Count, shape: Shape, itemsize: int | N
         causal=kind.whole,
         dense=kind.dense,
         masked=kind.masked,
+        mask_keys=extent.mask[1] if shape.causal else keys,
+        packed=kind.own,
+        fewer=kind.fewer,
     )
 
 
@@ -395,6 +488,9 @@ def flex(table: PlanTable, case: Case, rows: Rows) -> None:
         return
     table.phase("backward")
     table.add("backward scratch", "workspace", takes.backward, "float32 B H S")
+    if case.turn is not None:  # nobody else holds out, which is only wanted for that scratch
+        table.free("out")
+        table.phase("backward, gradients")
     table.add("dq", "gradients", case.channels * e, "B S H D e")
     table.add("dk", "gradients", case.kv_channels * e, "B S G D e")
     table.add("dv", "gradients", case.kv_channels * e, "B S G D e")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from attention.sizes.arrays import Count, any_of, maximum, where
+from attention.sizes.arrays import Count, any_of, maximum, minimum, where
 from attention.sizes.whole_calls import Cut, WholeCall, backward_cut, forward_cut
 from planner.memory.cuda_kernels import largest
 from planner.memory.cuda_process import FLOAT32
@@ -30,16 +30,14 @@ def whole_calls(table: PlanTable, case: Case, calls: Sequence[WholeCall]) -> Non
     for call in calls:
         table.phase(f"forward, {call.name}")
         covers = call.covers(shape)
-        cut = forward_cut(call, shape)
-        kernel = case.machine.forward(_kernel_call(call, case, cut, covers))
         alone = call.exists * (1 - covers)
-        rows = cut.views * _heads(call, cut, case) * call.queries
+        out, lse_bytes, scratch, rows = _forward_bytes(call, case, forward_cut(call, shape), covers)
         # A call over views of all tokens has its log-sum-exp in another order than is kept.
         reordered = case.lse_bytes * (call.views > 1) * covers
         merging = (FLOAT32 * rows * (not call.first) * alone, reordered * call.exists)
-        table.add(f"{call.name}: part", "temp_buffers", [x * alone for x in kernel.result], "N T H (D e + 4)")
-        scratch = largest((tuple(x * call.exists for x in kernel.scratch), merging))
-        table.add(f"{call.name}: scratch", "workspace", scratch, "of the kernel, or of the merge")
+        table.add(f"{call.name}: part", "temp_buffers", (out * alone, lse_bytes * alone), "N T H (D e + 4)")
+        most = largest((tuple(x * call.exists for x in scratch), merging))
+        table.add(f"{call.name}: scratch", "workspace", most, "of the kernel, or of the merge")
         table.free(f"{call.name}: part", f"{call.name}: scratch")
     if not (case.trains or case.keeps_lse):
         table.free("log-sum-exp")
@@ -61,10 +59,45 @@ def _backward(table: PlanTable, case: Case, calls: Sequence[WholeCall]) -> None:
         alone = call.exists * (1 - _is_one(call, cut, case))
         kernel = case.machine.backward(_kernel_call(call, case, cut, 1 - alone))
         results = [x * alone for x in kernel.result]
+        copies = [x * call.exists for x in kernel.copies]
+        table.add(f"{call.name}: copies of operands", "workspace", copies, "where D is padded")
         table.add(f"{call.name}: dq, dk, dv", "temp_buffers", results, "N (T H + 2 K G) D e")
         scratch = [x * call.exists for x in kernel.scratch]
         table.add(f"{call.name}: backward scratch", "workspace", scratch, "of the kernel")
-        table.free(f"{call.name}: dq, dk, dv", f"{call.name}: backward scratch")
+        table.free(
+            f"{call.name}: copies of operands", f"{call.name}: dq, dk, dv", f"{call.name}: backward scratch"
+        )
+
+
+def _forward_bytes(
+    call: WholeCall, case: Case, cut: Cut, covers: Count
+) -> tuple[Count, Count, tuple[Count, ...], Count]:
+    """Out, log-sum-exp, scratch and rows of the kernel call that takes most: the largest, or one with fewer
+    views or heads, for whom the kernel cuts the keys further."""
+    largest_call = _kernel_call(call, case, cut, covers)
+    shape, kv_heads = case.shape, call.kv_heads(case.shape)
+    last = shape.heads // call.period  # heads of the last offset
+    sizes = [
+        largest_call,
+        largest_call._replace(views=where(covers, largest_call.views, (call.views - 1) % cut.views + 1)),
+        largest_call._replace(
+            heads=where(kv_heads <= cut.kv_heads, maximum(last, 1), largest_call.heads),
+            queries=maximum(call.length // call.step, 1),
+            keys=maximum(call.key_length // call.step, 1),
+            groups=minimum(largest_call.kv_heads, maximum(last, 1)),
+        ),
+        _with_heads(largest_call, (kv_heads - 1) % cut.kv_heads + 1, covers),
+    ]
+    differing = list(dict.fromkeys(sizes)) if type(call.views) is int else sizes
+    kernels = [case.machine.forward(size) for size in differing]
+    most = largest(tuple((*kernel.result, *kernel.copies, *kernel.scratch) for kernel in kernels))
+    return most[0], most[1], most[2:], largest_call.views * largest_call.heads * largest_call.queries
+
+
+def _with_heads(call: KernelCall, kv_heads: Count, covers: Count) -> KernelCall:
+    """The call for fewer kv heads and the query heads that read them."""
+    kv_heads = where(covers, call.kv_heads, kv_heads)
+    return call._replace(heads=call.heads // call.kv_heads * kv_heads, groups=kv_heads)
 
 
 def _is_one(call: WholeCall, cut: Cut, case: Case) -> Count:

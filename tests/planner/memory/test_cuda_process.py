@@ -7,11 +7,20 @@ import pytest
 
 from attention import ConfigError
 from planner.gpus import find, known
-from planner.memory.cuda_kernels import backward_stages, column_sum, forward_lines, largest, splits
+from planner.memory.cuda_kernels import (
+    Products,
+    backward_stages,
+    column_sum,
+    forward_lines,
+    largest,
+    plain_backward,
+    plain_forward,
+    splits,
+)
 from planner.memory.cuda_process import DeviceLine, blas_workspace, device_lines, total
 
 MIB = 1 << 20
-KERNELS = ["flash", "efficient", "flex", "plain"]
+KERNELS = ["flash", "efficient", "flex"]
 
 
 def sizes(lines):
@@ -212,13 +221,35 @@ def test_a_bias_gradient_is_summed_in_blocks(rows, columns, itemsize, capability
     assert column_sum(rows, columns, itemsize, capability, multiprocessors) == scratch
 
 
+def plain_peak(steps):
+    """Most bytes that are alive at once."""
+    alive, peak = {}, 0
+    for step in steps:
+        for name in step.frees:
+            del alive[name]
+        alive[step.line.name] = step.line.bytes
+        peak = max(peak, sum(alive.values()))
+    return peak
+
+
 def test_plain_products_hold_whole_scores():
-    rows, copied = 8 * 12 * 1000, 8 * 12 * 40
-    assert total(forward_lines("plain", **(ODD | {"itemsize": 8}))) == rows * (1 + 2 * 500) + copied * 500
-    early, late = backward_stages("plain", **(ODD | {"itemsize": 8}))
-    results = copied * (1000 + 2 * 500)
-    assert total(early) == rows * (1 + 3 * 500) - results
-    assert total(late) == rows * (1 + 2 * 500) + copied * 1000
+    rows, channels = 8 * 12 * 1000, 8 * 12 * 40 * 8
+    sizes = Products(
+        queries=channels * 1000,
+        keys=channels * 500,
+        scores=rows * 500 * 8,
+        rows=rows * 8,
+        hidden=0,
+        copies=1,
+        copies_keys=1,
+    )
+    assert plain_peak(plain_forward(sizes)) == rows * 8 * (1 + 2 * 500) + channels * (500 + 1000)
+    # Weights, two more of the scores' size, delta.
+    assert plain_peak(plain_backward(sizes)) == rows * 8 * (1 + 3 * 500)
+    # Where channels are many: scores, weights and delta, dq, dk and dv, and a copy of the gradient.
+    wide = sizes._replace(queries=sizes.queries * 32, keys=sizes.keys * 32)
+    held = rows * 8 * (1 + 2 * 500) + 32 * channels * (1000 + 2 * 500 + 1000)
+    assert plain_peak(plain_backward(wide)) == held
 
 
 def test_flex_holds_rows_only():
