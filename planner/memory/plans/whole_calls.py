@@ -39,8 +39,8 @@ def whole_calls(table: PlanTable, case: Case, calls: Sequence[WholeCall]) -> Non
         most = largest((tuple(x * call.exists for x in scratch), merging))
         table.add(f"{call.name}: scratch", "workspace", most, "of the kernel, or of the merge")
         table.free(f"{call.name}: part", f"{call.name}: scratch")
-    if not (case.trains or case.keeps_lse):
-        table.free("log-sum-exp")
+    if not case.trains:
+        table.free("log-sum-exp")  # where weights are wanted it is theirs from here on
     if case.goes_back(table):
         _backward(table, case, calls)
 
