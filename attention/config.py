@@ -22,6 +22,7 @@ SAID: Final = 6
 
 Variant = Literal["dense", "dilated", "block_sparse", "adaptive"]
 PatternType = Literal["local_window", "global_local", "dilated_sparse"]
+Edges = Literal["block", "token"]
 Backend = Literal["auto", "sdpa", "flex"]
 Switch = Literal["auto", "on", "off"]
 
@@ -29,8 +30,8 @@ PATTERN_TYPES: tuple[str, ...] = get_args(PatternType)
 
 # What each pattern and variant reads; everything else a config carries is `inert`.
 _PATTERN_READS = {
-    "local_window": {"block_size", "local_window_size"},
-    "global_local": {"block_size", "local_window_size", "global_tokens"},
+    "local_window": {"block_size", "local_window_size", "edges"},
+    "global_local": {"block_size", "local_window_size", "global_tokens", "edges"},
     "dilated_sparse": {"block_size", "sparsity_ratio", "segment_lengths", "dilation_rates"},
 }
 _ADAPTIVE_READS = {"block_size", "sparsity_ratio"}
@@ -154,8 +155,12 @@ class SparsePatternConfig(Value):
     """Tokens of the window, centred; causal: before the query. Whole blocks to a side count, and the query's
     own block is always kept. Read by local_window, global_local."""
     global_tokens: Tokens = 64
-    """First tokens, which are seen by all and, if not causal, see all; rounded up to blocks. Read by
-    global_local."""
+    """First tokens, which are seen by all and, if not causal, see all; rounded up to blocks unless edges are
+    tokens. Read by global_local."""
+    edges: Edges = "block"
+    """Where windows and global tokens end: `block`, at blocks, as above; `token`, at the token: a query q sees
+    the keys k with 0 <= q - k <= local_window_size (causal), or |q - k| <= local_window_size // 2, and blocks
+    are no more than how the work is cut. Read by local_window, global_local."""
 
 
 class AdaptiveConfig(Value):
@@ -242,6 +247,17 @@ class AttentionConfig(Value):
     def branches(self) -> tuple[tuple[int, int], ...]:
         """(segment length, dilation rate) of each branch."""
         return tuple(zip(self.segment_lengths, self.dilation_rates, strict=True))
+
+    @property
+    def token_edges(self) -> bool:
+        """Whether it is a window, global tokens or not, that ends at the token."""
+        pattern = self.pattern
+        return (
+            self.variant == "block_sparse"
+            and pattern is not None
+            and pattern.pattern_type != "dilated_sparse"
+            and pattern.edges == "token"
+        )
 
     @property
     def inert(self) -> tuple[str, ...]:

@@ -200,7 +200,7 @@ def spans(
     else:
         pattern = _pattern(config)
         tokens = pattern.global_tokens if pattern.pattern_type == "global_local" else 0
-        side, shared = window_blocks(pattern.local_window_size, tokens, size, blocks, causal)
+        side, shared = window_blocks(pattern.local_window_size, tokens, size, blocks, causal, pattern.edges)
         (_, apart), (start, stop) = window_spans(i, side, shared, blocks, causal)
     if causal:
         stop = i + 1

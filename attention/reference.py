@@ -111,8 +111,9 @@ def multiplicity(config: AttentionConfig, seq: int, heads: int, is_causal: bool)
     """M, float64 [heads, seq, seq]: how often head h pairs query q with key k.
 
     dilated: the number of branches (s, r) in which both positions p lie in one segment p // s and
-    have (p % s) % r == h % r. block_sparse: 1 where the key's block is kept for the query's block.
-    dense: 1. Causal: 0 for k > q. The result is cached and shared: do not write to it.
+    have (p % s) % r == h % r. block_sparse: 1 where the key's block is kept for the query's block; with
+    edges="token", where the key is in the query's window, or one of the two is global. dense: 1. Causal: 0
+    for k > q. The result is cached and shared: do not write to it.
     """
     if config.variant == "adaptive":
         raise ConfigError(_NEEDS_LAYOUT)
@@ -127,6 +128,10 @@ def multiplicity(config: AttentionConfig, seq: int, heads: int, is_causal: bool)
                     positions = torch.tensor([p for p in range(begin, end) if (p - begin) % rate == h % rate])
                     if positions.numel():
                         m[h, positions[:, None], positions] += 1
+    elif config.token_edges:
+        assert config.pattern is not None
+        for q in range(seq):
+            m[:, q, [k for k in range(seq) if _sees_token(config.pattern, q, k, is_causal)]] = 1
     else:
         assert config.pattern is not None
         size = config.pattern.block_size
@@ -157,6 +162,14 @@ def _chosen(config: AttentionConfig, seq: int, is_causal: bool, layout: Tensor |
                     if c >= 0:
                         m[n, h, i * size : (i + 1) * size, c * size : (c + 1) * size] = 1
     return m.tril() if is_causal else m
+
+
+def _sees_token(pattern: SparsePatternConfig, q: int, k: int, causal: bool) -> bool:
+    """Whether query q sees key k of a pattern that ends at the token."""
+    shared = pattern.global_tokens if pattern.pattern_type == "global_local" else 0
+    if causal:
+        return k <= q and (q - k <= pattern.local_window_size or k < shared)
+    return abs(q - k) <= pattern.local_window_size // 2 or k < shared or q < shared
 
 
 def _kept_blocks(

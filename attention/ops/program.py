@@ -18,10 +18,11 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 
-Mask = Literal["none", "causal", "diagonal", "tail"]
+Mask = Literal["none", "causal", "diagonal", "tail", "band"]
 """`none`: every query sees every key. `causal`: query t sees keys 0..t of an equally long span.
 `diagonal`: the last block of keys is the queries' own, and causal. `tail`: of a gather, positions
-past the end of the sequence are hidden."""
+past the end of the sequence are hidden. `band`: query t sees the keys that are at columns t..t + `band` of
+the program's mask."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,15 @@ class Call:
     mask: Mask = "none"
     first: bool = False
     """Whether nothing came before in these queries of a merging tile: the part is then taken as it is."""
+    column: int = 0
+    """Of the first key, in the program's mask, under a `band` mask."""
+    band: int = 0
+    """Columns of that mask from the first to the last that a query sees."""
+
+    def seen(self, t: int) -> tuple[int, int]:
+        """(first, one past the last) key that query t sees under a `band` mask."""
+        first = t - self.column
+        return max(first, 0), min(first + self.band + 1, self.keys.length)
 
     @property
     def edge(self) -> int:
@@ -93,4 +103,4 @@ class Tile:
     @property
     def masks(self) -> bool:
         """Whether a kernel computes pairs that do not see each other, to hide them afterwards."""
-        return any(call.mask in ("causal", "diagonal") for call in self.calls)
+        return any(call.mask in ("causal", "diagonal", "band") for call in self.calls)

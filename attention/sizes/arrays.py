@@ -87,6 +87,13 @@ def floor_power_of_two(a: Count) -> Count:
     return 1 << exponent.astype("int64")  # type: ignore[no-any-return]
 
 
+def floor_root(a: Count) -> Count:
+    """The square root of `a`, which is below 2^52, rounded down."""
+    if type(a) is int:
+        return math.isqrt(a)
+    return _numpy().sqrt(a).astype("int64")  # type: ignore[no-any-return]
+
+
 def floor(value: float) -> Count:
     """The largest whole number up to `value`, below 2^53; also of an array."""
     if type(value) is float:

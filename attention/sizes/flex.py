@@ -22,6 +22,8 @@ def unfit_config(config: AttentionConfig) -> str | None:
     if config.variant != "block_sparse":
         return f"variant {config.variant!r} is computed by views or lists of its own"
     assert config.pattern is not None
+    if config.token_edges:
+        return "edges='token' ends inside of blocks: other backends have that as an argument of a kernel, or tiles"
     block = config.pattern.block_size
     if not flex_takes_blocks(block):
         return f"block_size must be a power of two from {SMALLEST}, got {block}"

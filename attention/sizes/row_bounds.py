@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from functools import reduce
 from typing import NamedTuple
 
-from attention.config import AttentionConfig, PatternType
+from attention.config import AttentionConfig, Edges, PatternType
 from attention.sizes.arrays import Count, any_of, ceil_div, each, lcm, maximum, minimum, row_blocks, where
 from attention.sizes.window import window_blocks
 
@@ -59,6 +59,7 @@ def rows_of(config: AttentionConfig, seq: int, causal: bool) -> Rows:
         ratio=pattern.sparsity_ratio,
         lengths=config.segment_lengths,
         rates=config.dilation_rates,
+        edges=pattern.edges,
     )
 
 
@@ -73,6 +74,7 @@ def pattern_rows(
     ratio: float,
     lengths: Sequence[Count],
     rates: Sequence[Count],
+    edges: Edges = "block",
 ) -> Rows:
     """The widest rows of a block_sparse pattern from its fields, of which its kind reads its own. Lengths are
     in tokens."""
@@ -81,7 +83,7 @@ def pattern_rows(
         in_blocks = [length // size for length in lengths]
         short = seq % size > 0
         return dilated_sparse_rows(size, blocks, row_blocks(ratio, blocks), in_blocks, rates, causal, short)
-    return window_rows(size, blocks, window, global_tokens if kind == "global_local" else 0, causal)
+    return window_rows(size, blocks, window, global_tokens if kind == "global_local" else 0, causal, edges)
 
 
 def chosen_rows(size: Count, kept: Count) -> Rows:
@@ -89,10 +91,12 @@ def chosen_rows(size: Count, kept: Count) -> Rows:
     return Rows(size, span=0 * kept, lists=kept, full_lists=kept, alike=0 * kept, slides=0 * kept, own=True)
 
 
-def window_rows(size: Count, blocks: Count, window: Count, global_tokens: Count, causal: bool) -> Rows:
+def window_rows(
+    size: Count, blocks: Count, window: Count, global_tokens: Count, causal: bool, edges: Edges = "block"
+) -> Rows:
     """The widest rows of local_window (no global tokens) and global_local: closed forms of the rule in
     `attention/sizes/window.py`."""
-    side, shared = window_blocks(window, global_tokens, size, blocks, causal)
+    side, shared = window_blocks(window, global_tokens, size, blocks, causal, edges)
     if causal:
         apart = (shared > 0) * (blocks - 1 > shared + side)
         return Rows(

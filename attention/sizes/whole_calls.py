@@ -17,10 +17,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from attention.config import AttentionConfig, PatternType
+from attention.config import AttentionConfig, Edges, PatternType
 from attention.sizes.arrays import Count, ceil_div, lcm, maximum, minimum, up, where
 from attention.sizes.shape import MOST_VIEWS, Shape, Span
-from attention.sizes.window import window_blocks
+from attention.sizes.window import token_side, window_blocks
 
 CHANNELS = 8
 """Kernels read channels in vectors of up to this many 16-bit numbers."""
@@ -129,20 +129,23 @@ def whole_calls(config: AttentionConfig, shape: Shape) -> tuple[WholeCall, ...] 
     if pattern is not None:
         return pattern_calls(
             pattern.pattern_type, shape, size=pattern.block_size, window=pattern.local_window_size,
-            global_tokens=pattern.global_tokens,
+            global_tokens=pattern.global_tokens, edges=pattern.edges,
         )  # fmt: skip
     branches = shape.within(config.branches) if config.variant == "dilated" else ((shape.seq, 1),)
     return branch_calls(sorted(branches, key=lambda branch: branch[1]), shape)
 
 
 def pattern_calls(
-    kind: PatternType | None, shape: Shape, *, size: Count, window: Count, global_tokens: Count
-) -> tuple[WholeCall, ...] | None:
+    kind: PatternType | None, shape: Shape, *, size: Count, window: Count, global_tokens: Count,
+    edges: Edges = "block",
+) -> tuple[WholeCall, ...] | None:  # fmt: skip
     """The calls of a block_sparse pattern from its fields; None for one that is not made of whole calls."""
     if kind == "dilated_sparse":
         return None
     blocks = ceil_div(shape.seq, size)
     tokens = global_tokens if kind == "global_local" else 0
+    if edges == "token":
+        return token_window_calls(window, tokens, shape)
     side, shared = window_blocks(window, tokens, size, blocks, shape.causal)
     return block_window_calls(size, side, shared, shape)
 
@@ -230,7 +233,7 @@ def token_window_calls(window: Count, shared: Count, shape: Shape) -> tuple[Whol
     causal = shape.causal
     begin = minimum(shared, shape.seq)
     seq = shape.seq - begin
-    side = window if causal else window // 2
+    side = minimum(token_side(window, causal), shape.seq)
     rows, columns = _global_calls(begin, shape, causal)
     call = _window(begin, seq, side, 0 if causal else side)
     return rows, call._replace(exists=(seq > 0) * 1), columns

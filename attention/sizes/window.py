@@ -6,16 +6,24 @@ rows keep everything. Under a causal mask nothing behind the row's own block is 
 
 from __future__ import annotations
 
+from attention.config import Edges
 from attention.sizes.arrays import Amount, ceil_div, maximum, minimum, where
 
 
+def token_side(window: Amount, causal: bool) -> Amount:
+    """Tokens that a window goes to a side: a causal one looks back by all of them, another one by half of
+    them to either side."""
+    return window if causal else window // 2
+
+
 def window_blocks(
-    window: Amount, global_tokens: Amount, size: Amount, blocks: Amount, causal: bool
+    window: Amount, global_tokens: Amount, size: Amount, blocks: Amount, causal: bool, edges: Edges = "block"
 ) -> tuple[Amount, Amount]:
-    """(side, shared) in blocks of `size` tokens. A causal window looks back by all its tokens, another one
-    by half of them to either side; what is left of a block does not count. Of the `global_tokens` that begin
-    a sequence the last one's block counts whole; local_window has none."""
-    side = minimum(window // (size if causal else 2 * size), blocks)
+    """(side, shared) in blocks of `size` tokens. Of a window that ends at a block what is left of a block does
+    not count; of one that ends at a token the blocks that hold a pair count. Of the `global_tokens` that
+    begin a sequence the last one's block counts whole; local_window has none."""
+    tokens = token_side(window, causal)
+    side = minimum(ceil_div(tokens, size) if edges == "token" else tokens // size, blocks)
     return side, minimum(ceil_div(global_tokens, size), blocks)
 
 

@@ -1,0 +1,244 @@
+"""Windows that end at the token, as tiles: how they are cut, and how large their calls get. Imports no torch.
+
+Behind the global tokens, query rows of `unit` tokens follow each other; the row that begins at token a sees
+tokens a - left to a + unit - 1 + right. A query at place t of it sees a band: those at places t to
+t + left + right. Rows whose keys are few are one call under a mask, a band over [unit, unit + left + right].
+Of longer rows the first and the last `unit` keys are calls by themselves, two triangles, and what is between
+is seen by all of the row's queries. One of the triangles is the kernel's own causal mask; the other takes a
+mask of [unit, 2 unit]. Rows at even distances are views of one call. Global columns are a long view of a
+tile's queries over the first tokens, and global rows are tiles of their own.
+
+Sizes are ints, or NumPy arrays for many configs at once.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from attention.config import AttentionConfig, PatternType
+from attention.sizes.arrays import Count, ceil_div, floor_root, maximum, minimum, where
+from attention.sizes.shape import MOST_VIEWS, Shape
+from attention.sizes.tiles import Extent, Kind
+from attention.sizes.window import token_side
+
+MASK_SHARE = 16
+"""An additive mask takes at most one part in so many of the workspace."""
+
+
+class TokenWindow(NamedTuple):
+    """A window that ends at the token, and global tokens."""
+
+    size: Count
+    """Tokens a row at most: of a block."""
+    side: Count
+    """Tokens that a query sees before itself, and after itself if not causal."""
+    shared: Count
+    """Global tokens."""
+
+
+def token_window(
+    kind: PatternType | None, causal: bool, *, size: Count, window: Count, global_tokens: Count
+) -> TokenWindow:
+    """The window of a pattern from its fields."""
+    return TokenWindow(
+        size, token_side(window, causal), global_tokens if kind == "global_local" else 0 * global_tokens
+    )
+
+
+def token_window_of(config: AttentionConfig, causal: bool) -> TokenWindow:
+    """The window of a config with `token_edges`."""
+    pattern = config.pattern
+    assert pattern is not None
+    return token_window(
+        pattern.pattern_type,
+        causal,
+        size=pattern.block_size,
+        window=pattern.local_window_size,
+        global_tokens=pattern.global_tokens,
+    )
+
+
+class Row(NamedTuple):
+    """A row of queries and the keys that it sees, as tokens behind the global ones."""
+
+    start: Count
+    queries: Count
+    first: Count
+    """First token that some query sees."""
+    full: Count
+    """First and one past the last token that all see, where the row is cut: else what some see."""
+    full_stop: Count
+    stop: Count
+    """One past the last token that some query sees."""
+
+    @property
+    def before(self) -> Count:
+        """Keys that some do not see because they are too far before."""
+        return self.full - self.first
+
+    @property
+    def behind(self) -> Count:
+        """Keys that some do not see because they are too far behind, and the first of the row's band."""
+        return self.stop - self.full_stop
+
+
+class TokenRows(NamedTuple):
+    """How the rows of a window are cut for a shape."""
+
+    begin: Count
+    """Global tokens: where the rows begin."""
+    tokens: Count
+    """Tokens in rows."""
+    unit: Count
+    """Tokens a row; the last row may have fewer."""
+    left: Count
+    right: Count
+    cut: Count
+    """1 if rows are cut into what all see and triangles, 0 if they are one call each."""
+    slide: Count
+    """First of the rows that see as many keys as any and so slide."""
+    slide_stop: Count
+    """One past the last of those."""
+    together: Count
+    """Rows that slide in a call."""
+    global_unit: Count
+    """Tokens a row of causal global rows; of others, tokens of a tile."""
+    causal: bool
+
+    @property
+    def columns(self) -> Count:
+        """Of the mask: a row's keys, or those of two triangles."""
+        return self.unit + where(self.cut, self.unit, self.left + self.right)
+
+    @property
+    def band(self) -> Count:
+        """Columns of the mask from the first to the last that a query sees."""
+        return self.columns - self.unit
+
+    @property
+    def masks(self) -> Count:
+        """1 if some call is under an additive mask."""
+        hides = (self.tokens - 1 > self.left) * 1
+        return maximum(hides, (1 - self.cut) * (self.tokens > 1)) if self.causal else hides
+
+    @property
+    def rows(self) -> Count:
+        return ceil_div(self.tokens, self.unit)
+
+    def row(self, number: Count) -> Row:
+        """A row by its number, from 0."""
+        start = number * self.unit
+        queries = minimum(self.unit, self.tokens - start)
+        first = maximum(start - self.left, 0)
+        stop = minimum(start + queries + self.right, self.tokens)
+        # One key that only some may not see is seen by all.
+        full = start + queries - self.left
+        full = where(self.cut * (full > 1), full, first)
+        behind = self.cut * (start + self.right + 1 < self.tokens)
+        return Row(start, queries, first, full, where(behind, start + self.right, stop), stop)
+
+
+def token_rows(window: TokenWindow, shape: Shape) -> TokenRows:
+    """The rows of a window. A row is so short that a mask of two triangles fits its share of the workspace."""
+    begin = minimum(window.shared, shape.seq)
+    tokens = shape.seq - begin
+    room = shape.workspace // (MASK_SHARE * shape.wide)
+    longest = maximum(minimum(window.size, floor_root(room // 2)), 1)
+    unit = minimum(longest, maximum(tokens, 1))
+    left = minimum(window.side, maximum(tokens - 1, 0))
+    right = 0 * left if shape.causal else left
+    keys = unit + left + right
+    cut = (keys > 2 * unit) * ((keys * unit > room) | (keys > shape.pack_tokens(1))) * 1
+    slide = ceil_div(left, unit)
+    slide_stop = maximum((tokens - right) // unit, slide)
+    keys = where(cut, maximum(keys - 2 * unit, unit), keys)
+    together = minimum(shape.chunk // unit, shape.pack_tokens(1) // keys, MOST_VIEWS, slide_stop - slide)
+    per_tile = longest if shape.causal else maximum(shape.chunk, 1)
+    return TokenRows(
+        begin,
+        tokens,
+        unit,
+        left,
+        right,
+        cut,
+        slide,
+        slide_stop,
+        maximum(together, 1),
+        maximum(minimum(per_tile, begin), 1),
+        shape.causal,
+    )
+
+
+def token_extent(window: TokenWindow, shape: Shape) -> Extent:
+    """The extent of the program of `attention/token_window.py`."""
+    rows = token_rows(window, shape)
+    kinds = (*_window_kinds(rows, shape), *_global_kinds(rows, shape))
+    merges = maximum(*((kind.later > 0) * kind.exists for kind in kinds))
+    tokens = maximum(*(kind.views * kind.queries * kind.exists for kind in kinds))
+    return Extent(tokens, kinds, merges, (rows.unit * rows.masks, rows.columns * rows.masks), band=True)
+
+
+def _window_kinds(rows: TokenRows, shape: Shape) -> tuple[Kind, ...]:
+    unit, cut, some = rows.unit, rows.cut, rows.tokens > 0
+    limit = where(cut, shape.pack_tokens(1), shape.seq)
+    whole = rows.tokens // unit  # rows that are not short
+    short = rows.tokens % unit
+    # Keys grow by a row's tokens or stay, until they stay or shrink: the most are at one of these rows.
+    turns = (rows.left // unit - 1, rows.left // unit, rows.slide, rows.slide_stop - 1, rows.slide_stop, whole - 1)
+    middle, before, behind = 0 * unit, 0 * unit, 0 * unit
+    for number in turns:
+        row = rows.row(minimum(maximum(number, 0), maximum(whole - 1, 0)))
+        middle = maximum(middle, row.full_stop - row.full)
+        before, behind = maximum(before, row.before), maximum(behind, row.behind)
+    last = rows.row(whole)
+    dense = (shape.heads == shape.kv_heads) * 1
+    masked = unit * (1 - cut) * rows.masks
+    view = Kind(
+        "view", shape.kv_heads, 1, unit, maximum(minimum(middle, limit), 1), dense=dense, masked=masked,
+        later=unit * cut, exists=(whole > 0) * some * 1,
+    )  # a kind in a row  # fmt: skip
+    last_view = view._replace(
+        name="last view", queries=maximum(short, 1), exists=(short > 0) * 1, masked=minimum(masked, short),
+        keys=maximum(minimum(last.full_stop - last.full, limit), 1), later=short * cut,
+    )  # fmt: skip
+    views = view._replace(
+        name="views", views=rows.together, step=unit, later=rows.together * unit * cut,
+        keys=maximum(minimum(unit * (1 - 2 * cut) + rows.left + rows.right, limit), 1),
+        exists=(rows.together > 1) * 1,
+    )  # fmt: skip
+    sees_edges = rows.tokens - 1 > rows.left
+    edge = Kind(
+        "edge", shape.kv_heads, rows.together, unit, unit, dense=dense, masked=unit,
+        later=rows.together * unit, exists=cut * sees_edges * 1,
+    )  # fmt: skip
+    triangle = edge._replace(
+        name="triangle", whole=True, masked=0, later=0, exists=cut * (rows.tokens > rows.right + 1) * 1
+    )
+    return view, last_view, views, edge, triangle
+
+
+def _global_kinds(rows: TokenRows, shape: Shape) -> tuple[Kind, ...]:
+    begin, unit = rows.begin, rows.global_unit
+    limit, dense = shape.pack_tokens(1), (shape.heads == shape.kv_heads) * 1
+    queries = rows.together * rows.unit
+    columns = Kind(
+        "global columns", shape.kv_heads, 1, queries, maximum(minimum(begin, limit), 1), dense=dense,
+        later=queries, exists=(begin > 0) * (rows.tokens > 0) * 1,
+    )  # fmt: skip
+    keys = minimum(shape.seq, limit)
+    there = columns._replace(
+        name="global rows", queries=unit, keys=keys, later=unit * (keys < shape.seq), exists=(begin > 0) * 1
+    )
+    if not shape.causal:
+        return columns, there
+    whole, short = begin // unit, begin % unit
+    own = there._replace(name="global triangle", keys=unit, whole=True, later=0)
+    before = maximum(whole - 1, 0) * unit
+    there = there._replace(
+        keys=maximum(minimum(before, limit), 1), later=unit, exists=(before > 0) * 1
+    )
+    end = there._replace(
+        name="last global row", queries=maximum(short, 1), later=short, exists=(short > 0) * (whole > 0) * 1,
+        keys=maximum(minimum(whole * unit, limit), 1),
+    )  # fmt: skip
+    return columns, own, there, end
