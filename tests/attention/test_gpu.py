@@ -139,7 +139,7 @@ def test_gathered_gradients_are_added_up_in_the_same_order_each_time(dtype, per_
     supported(dtype)
     views, heads, kv_heads, size = 64, 4, 2, 16
     lists = np.arange(5) * np.ones((views, heads, 1) if per_head else (views, 1), np.int64)
-    keys = Gather(lists.astype(np.int64), size, heads, (views, 5 * size))
+    keys = Gather(lists.astype(np.int64), size, heads)
     shape = Shape(5 * size - 3, heads, kv_heads, 32, dtype.itemsize, False, 1 << 24, 64, False, False)
     room = dict.fromkeys(("dk of a call", "dv of a call", "slab", "wide slab"), 1 << 20)
     found = heads if per_head else kv_heads
