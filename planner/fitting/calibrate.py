@@ -44,8 +44,8 @@ TIMEOUT: Final = 300.0
 REPETITIONS: Final = 9
 """Warm calls of a timed run, of which the median counts."""
 WALKED_RUNS: Final = 6
-"""Runs to time where tests walk this dry, each as small as for a CPU. With kernels that do nothing a run costs
-what its host code does: the 168 of a card, of up to a million tokens and up to a minute each, mean no more."""
+"""Runs to time where tests walk this dry, each as small as for a CPU. With kernels that do nothing a run
+costs what its host code does: the 168 of a card, of up to a million tokens, take minutes and mean no more."""
 """Told (runs done, runs in all, what comes next)."""
 
 

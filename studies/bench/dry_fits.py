@@ -40,9 +40,10 @@ MORE: Final = 1.05
 
 
 def question(number: int) -> dict[str, Any]:
-    """The n-th question: arguments of `recommend`, and the `backend` of its space. A budget, by turns for speed and quality at a length that may
-    fit, and for the longest sequence. No gate on reach and gates on mass that are looser than by default:
-    it is memory that should decide. No float64: at such sizes it takes kernel calls by the 100,000."""
+    """The n-th question: arguments of `recommend`, and the `backend` of its space. By turns for speed, for
+    the longest sequence and for quality, at a length that may fit. There is no gate on reach, and gates on
+    mass are looser than by default: memory should decide. No float64: at such sizes it takes kernel calls by
+    the 100,000."""
     rng = random.Random(f"{SEED} {number}")
     card = gpus.find(rng.choice(CARDS))
     most = min(MAXIMUM, float(card.usable_bytes))

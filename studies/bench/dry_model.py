@@ -284,8 +284,7 @@ def _scatter(axes: Any, rows: Results, x: str, y: Callable[[Row], float]) -> Non
 
 def _headline(good: Results) -> str:
     above = sum(tightness(row) < 1 for row in good)
-    runs = f"{above} of {len(good)} runs take" if above else f"none of {len(good)} runs takes"
-    return f"On GPUs, by dry runs, {runs} more than its bound"
+    return f"On GPUs, by dry runs, {above or 'none'} of {len(good)} runs took more than the bound"
 
 
 def findings(rows: Results) -> Findings:

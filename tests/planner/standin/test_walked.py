@@ -79,7 +79,9 @@ def test_tune(walk):
 
 
 def test_a_recommendation_is_verified(walk):
-    ended = walk("recommend", "--vram", "2GB", "--seq", "4096", "--gpu", "rtx4090", "--verify", "--trials", "0")
+    ended = walk(
+        "recommend", "--vram", "2GB", "--seq", "4096", "--gpu", "rtx4090", "--verify", "--trials", "0"
+    )
     assert ended.exit_code == 0, ended
 
 
