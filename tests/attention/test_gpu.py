@@ -52,7 +52,8 @@ def _plain_float32():
 
 
 def supported(dtype):
-    if dtype == torch.bfloat16 and not torch.cuda.is_bf16_supported():
+    # torch calls bfloat16 supported where it is emulated, which attention refuses.
+    if dtype == torch.bfloat16 and torch.cuda.get_device_capability() < (8, 0):
         pytest.skip("this GPU has no bfloat16")
 
 

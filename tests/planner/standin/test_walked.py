@@ -53,14 +53,16 @@ def walk(dry_build: object, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("PYTHONPATH", str(TESTS.parent), prepend=":")
     monkeypatch.chdir(tmp_path)
 
-    def run(*arguments: str, gpu: str = "rtx4090") -> planner.DryRun:
+    # Not a card that has FlexAttention, which takes up to a minute to compile.
+    def run(*arguments: str, gpu: str = "gtx1080") -> planner.DryRun:
         return planner.dry_run([sys.executable, "-m", "planner", *arguments], gpu=gpu)
 
     return run
 
 
 def test_measure(walk):
-    ended = walk("measure", "--seq", "4096", "--device", "cuda", "--dtype", "float16", "--mode", "training")
+    sizes = ("--variant", "dense", "--seq", "4096", "--mode", "training")
+    ended = walk("measure", *sizes, "--device", "cuda")
     assert ended.exit_code == 0, ended
     assert ended.used
 
@@ -69,7 +71,7 @@ def test_calibrate(walk, tmp_path):
     ended = walk("calibrate", "--device", "cuda", "--runs", "2", "--out", "card.json")
     assert ended.exit_code == 0, ended
     calibration = json.loads((tmp_path / "card.json").read_text())
-    assert calibration["device"] == "rtx4090"
+    assert calibration["device"] == "gtx1080"
     assert calibration["speed"]["fitted"] > 0
 
 
@@ -80,7 +82,7 @@ def test_tune(walk):
 
 def test_a_recommendation_is_verified(walk):
     ended = walk(
-        "recommend", "--vram", "2GB", "--seq", "4096", "--gpu", "rtx4090", "--verify", "--trials", "0"
+        "recommend", "--vram", "2GB", "--seq", "4096", "--gpu", "gtx1080", "--verify", "--trials", "0"
     )
     assert ended.exit_code == 0, ended
 
