@@ -42,7 +42,7 @@ MODULE: Final = "studies.bench.dry_model"
 """This module, also where it is run as a program."""
 
 
-class Bar(NamedTuple):
+class Goal(NamedTuple):
     """What the rows are to show."""
 
     what: str
@@ -115,13 +115,13 @@ def _near(rows: Results, name: str, within: float, segments: int = 0) -> float:
 
 
 BARS: Final = (
-    Bar("allocated within 0.1%", lambda rows: _near(rows, "allocated", 0.001), 0.97, True, "{:.1%}"),
-    Bar("allocated within 1%", lambda rows: _near(rows, "allocated", 0.01), 1.0, True, "{:.1%}"),
-    Bar("reserved within 1% or 2 MiB", lambda rows: _near(rows, "reserved", 0.01, 1), 0.95, True, "{:.1%}"),
-    Bar(
+    Goal("allocated within 0.1%", lambda rows: _near(rows, "allocated", 0.001), 0.97, True, "{:.1%}"),
+    Goal("allocated within 1%", lambda rows: _near(rows, "allocated", 0.01), 1.0, True, "{:.1%}"),
+    Goal("reserved within 1% or 2 MiB", lambda rows: _near(rows, "reserved", 0.01, 1), 0.95, True, "{:.1%}"),
+    Goal(
         "runs above the upper bound", lambda rows: sum(tightness(row) < 1 for row in rows), 0, False, "{:.0f}"
     ),
-    Bar(
+    Goal(
         "upper bound / measured, median",
         lambda rows: median(tightness(row) for row in rows),
         1.02,
@@ -131,7 +131,7 @@ BARS: Final = (
 )
 
 
-def kept(bar: Bar, rows: Results) -> bool:
+def kept(bar: Goal, rows: Results) -> bool:
     figure = bar.figure(rows)
     return bool(figure >= bar.limit if bar.at_least else figure <= bar.limit)
 

@@ -18,8 +18,7 @@ def recorded():
     rows = json.loads(ROWS.read_text(encoding="utf-8"))
     more = {"seed": 1, "kind": "ok", "torch": "2.13.0", "message": ""}
     return [
-        {**more, "number": n, "device": int(1.001 * (row["reserved"] + 10**9)), **row}
-        for n, row in enumerate(rows)
+        {**more, "number": n, "device": row["reserved"] + (426 << 20), **row} for n, row in enumerate(rows)
     ]
 
 
