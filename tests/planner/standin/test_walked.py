@@ -87,7 +87,7 @@ def test_a_recommendation_is_verified(walk):
     assert ended.exit_code == 0, ended
 
 
-@pytest.mark.parametrize("name", ["floors"])
+@pytest.mark.parametrize("name", ["config-impact", "memory-pool"])
 def test_a_study(name: str, walk, tmp_path):
     ended = walk("study", name, "--quick", "--device", "cuda", "--out", "studied")
     assert ended.exit_code == 0, ended
