@@ -134,12 +134,16 @@ def read_rows(path: Path) -> list[Row]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def publish(name: str, command: str, rows: Sequence[Row]) -> Path:
-    """Makes rows the data of a study for cards that were not there; the file."""
+def publish(name: str, command: str, rows: Sequence[Row], versions: Iterable[str]) -> Path:
+    """Makes rows, of runs with these versions of torch, the data of a study for cards that were not there; the
+    file."""
     path = DATA / f"{name}.{MACHINE}.json"
     here = environment(torch.device("cpu"))
-    versions = sorted({row["torch"] for row in rows if row.get("torch")})
-    here |= {"device": f"{len(CARDS)} cards run dry", "torch": ", ".join(versions), "threads": None}
+    here |= {
+        "device": f"{len(CARDS)} cards run dry",
+        "torch": ", ".join(sorted(set(versions))),
+        "threads": None,
+    }
     write(path, as_json({"command": command, "environment": here, "rows": list(rows)}))
     return path
 

@@ -150,7 +150,7 @@ def main() -> None:
             print(row["number"], row["outcome"], row.get("longer"), row.get("message"), row["asked"])
     if given.publish:
         command = f"python -m studies.bench.dry_fits FILE --count {len(rows)} --publish"
-        publish("fits", command, rows)
+        publish("fits", command, rows, [row["torch"] for row in rows if row.get("torch")])
 
 
 if __name__ == "__main__":

@@ -342,11 +342,12 @@ def main() -> None:
     for path in given.rows:
         if not path.exists():
             parser.error(f"there is no file {path}")
-    rows = published(row for path in given.rows for row in read_rows(path))
+    swept = [row for path in given.rows for row in read_rows(path)]
+    rows = published(swept)
     if given.peers:
         rows = with_peers(rows, given.peers)
     command = f"python -m {MODULE} FILE --peers {given.peers}"
-    print(f"wrote {publish('accuracy', command, rows)}")
+    print(f"wrote {publish('accuracy', command, rows, [row['torch'] for row in swept if row.get('torch')])}")
     print(bars_table(rows))
 
 
