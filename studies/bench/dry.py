@@ -135,7 +135,7 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def publish(name: str, command: str, rows: Sequence[Row], versions: Iterable[str]) -> Path:
-    """Makes rows, of runs with these versions of torch, the data of a study for cards that were not there; the
+    """Makes rows, of runs with these versions of torch, a study's data for cards that were not there; the
     file."""
     path = DATA / f"{name}.{MACHINE}.json"
     here = environment(torch.device("cpu"))
