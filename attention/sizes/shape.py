@@ -10,8 +10,8 @@ from attention.sizes.row_bounds import Rows
 
 Windows = Literal["none", "causal", "any"]
 """Of a kernel. `any`: so many tokens before and behind a query, for fewer kv heads than heads too (flash
-attention on CUDA). `causal`: so many before it under a causal mask, for as many kv heads as heads (the efficient
-kernel there)."""
+attention on CUDA). `causal`: so many before it under a causal mask, for as many kv heads as heads (efficient
+attention there)."""
 MOST_VIEWS = 65_535
 """CUDA grids end here: views of one call."""
 
