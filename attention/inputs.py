@@ -92,5 +92,5 @@ def shape_of(q: Tensor, k: Tensor, config: AttentionConfig, is_causal: bool) -> 
         chunk=chunk_tokens(cpu=cpu, **sizes),
         packs=sixteen and kernels.matrix_unit(q.dtype),
         widens=sixteen,
-        windows=kernels.has_windows(q),
+        windows=kernels.windows_of(q),
     )

@@ -1,4 +1,4 @@
-"""How far are predictions from measurements? `planner study accuracy`
+"""How far are predictions from measurements? `planner study accuracy`; for GPUs, `studies.bench.dry_model`
 
 Memory, with the bound and with peers, on random configs that no calibration has seen; seconds, on timed runs
 of other draws than those that the rates were fitted to. Run it on a machine that does nothing else.
@@ -6,13 +6,14 @@ of other draws than those that the rates were fitted to. Run it on a machine tha
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from statistics import median
 from typing import Any, Final
 
 import numpy as np
 
 from planner.report.plot.figure import BLUE, GREEN, INK, MUTED, ORANGE, RED, SKY, named, title
-from studies.bench import memory_model, speed_model
+from studies.bench import dry_model, memory_model, speed_model
 from studies.bench.memory_model import about_memory
 from studies.bench.records import Job
 from studies.bench.study import Findings, Results, Scope, Study
@@ -50,7 +51,11 @@ def held_out(rows: Results) -> list[tuple[float, float]]:
 
 
 def draw(figure: Any, rows: Results) -> None:
-    """Left: errors of memory, ours and peers'. Middle: the bound. Right: seconds."""
+    """Left: errors of memory, ours and peers'. Middle: the bound. Right: seconds. Dry runs have a picture of
+    their own."""
+    if dry_model.about_dry(rows):
+        dry_model.draw(figure, rows)
+        return
     figure.set_size_inches(11, 4.4)
     left, middle, right = figure.subplots(1, 3)
     left.set(yscale="log", ylim=(5e-5, 1e4), xlabel="cases, %", ylabel="error of allocated memory, %")
@@ -118,6 +123,8 @@ def measured(rows: Results) -> Results:
 
 
 def findings(rows: Results) -> Findings:
+    if dry_model.about_dry(rows):
+        return dry_model.findings(rows)
     held = held_out(rows)
     time = "no seconds were held against predictions"
     if held:
@@ -155,13 +162,21 @@ def _memory(rows: Results) -> str:
     )
 
 
+def _of_runs(table: Callable[[Results], str]) -> Callable[[Results], str]:
+    """A table that is empty for dry runs, which have tables of their own."""
+    return lambda rows: "" if dry_model.about_dry(rows) else table(rows)
+
+
 STUDY = Study(
     steps,
     {
-        "memory-model": memory_model.errors_table,
-        "memory-model-peers": memory_model.peers_table,
-        "speed-model": speed_model.errors_table,
-        "speed-model-choices": speed_model.choices_table,
+        "memory-model": _of_runs(memory_model.errors_table),
+        "memory-model-peers": _of_runs(memory_model.peers_table),
+        "dry-model-bars": dry_model.bars_table,
+        "dry-model": dry_model.errors_table,
+        "dry-model-peers": dry_model.peers_table,
+        "speed-model": _of_runs(speed_model.errors_table),
+        "speed-model-choices": _of_runs(speed_model.choices_table),
     },
     draw,
     findings,

@@ -1,6 +1,7 @@
-"""Does what is recommended fit, for real? `planner study fits`
+"""Does what is recommended fit, for real? `planner study fits`; for GPUs, `studies.bench.dry_fits`
 
-Random budgets on the CPU: recommend, build, run with every allocation counted, compare with the budget.
+Random budgets on the CPU: recommend, build, run with every allocation counted, compare with the budget. Rows
+of dry runs say how much of a card was taken instead, and how a run of 5% more tokens ended.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any, Final
 
 from planner import recommend
 from planner.measuring.server import Batch
-from planner.report.plot.figure import BLUE, ORANGE, RED, title
+from planner.report.plot.figure import BLUE, GREEN, ORANGE, RED, title
 from planner.search.relax import NothingFitsError
 from studies.bench.records import Job, Row, markdown
 from studies.bench.study import Findings, Results, Scope, Study
@@ -79,34 +80,26 @@ def fits_table(rows: list[Row]) -> str:
     """Markdown: the outcomes by objective and together."""
     ordered = sorted(rows, key=lambda row: row["objective"])
     groups = [(name, list(group)) for name, group in groupby(ordered, key=lambda row: row["objective"])]
-    return markdown(
-        [_fits(name, group) for name, group in [*groups, ("all", rows)]],
-        [
-            "objective",
-            "budgets",
-            "nothing fits",
-            "did not run",
-            "above the budget",
-            "above the bound",
-            "budget used, median",
-            "most",
-        ],
-    )
+    head = ["objective", "budgets", "nothing fits", "did not run", "above the budget", "above the bound"]
+    head += ["budget used, median", "most", *["5% more tokens run out"] * _dry(rows)]
+    return markdown([_fits(name, group) for name, group in [*groups, ("all", rows)]], head)
 
 
 def _fits(name: str, rows: Sequence[Row]) -> list[str]:
     answered = [row for row in rows if row["outcome"] != "nothing fits"]
     good = [row for row in answered if row["outcome"] == "ok"]
     used = list(map(_used, good))
+    out, tried = _longer(good)
     return [
         name,
         str(len(rows)),
         str(len(rows) - len(answered)),
         str(len(answered) - len(good)),
         str(sum(share > 1 for share in used)),
-        str(sum(row["allocated"] > row["upper"] for row in good)),
+        str(sum(_taken(row) > row["upper"] for row in good)),
         f"{median(used):.1%}" if used else "",
         f"{max(used):.1%}" if used else "",
+        *[f"{out} of {tried}" if tried else ""] * _dry(rows),
     ]
 
 
@@ -124,13 +117,30 @@ def _ran(rows: Results) -> Results:
     return [row for row in rows if row["outcome"] == "ok"]
 
 
+def _dry(rows: Sequence[Row]) -> bool:
+    """Whether the rows are of cards that were not there."""
+    return any(row.get("about") == "dry" for row in rows)
+
+
+def _taken(row: Row) -> int:
+    """The bytes that a budget is compared with: what a card lost, or what was allocated on the CPU."""
+    count: int = row["taken"] if "taken" in row else row["allocated"]
+    return count
+
+
 def _used(row: Row) -> float:
-    """The share of the budget that was allocated."""
-    return float(row["allocated"] / row["budget"])
+    """The share of the budget that was taken."""
+    return float(_taken(row) / row["budget"])
+
+
+def _longer(rows: Sequence[Row]) -> tuple[int, int]:
+    """Of the runs of 5% more tokens: how many ran out of memory, and how many there are."""
+    ends = [row["longer"] for row in rows if "longer" in row]
+    return ends.count("oom"), len(ends)
 
 
 def _above(rows: Results) -> Results:
-    """The rows that allocated more than their budget."""
+    """The rows that took more than their budget."""
     return [row for row in _ran(rows) if _used(row) > 1]
 
 
@@ -142,12 +152,14 @@ def _verdict(above: int, ran: int) -> str:
 
 def draw(figure: Any, rows: Results) -> None:
     """Share of the budget that was taken, by budget."""
-    axes = figure.add_subplot()
-    series = (("speed", BLUE, "o", "the fastest at a length"), ("seq", ORANGE, "^", "the longest sequence"))
+    axes, dry = figure.add_subplot(), _dry(rows)
+    series = [("speed", BLUE, "o", "the fastest at a length"), ("seq", ORANGE, "^", "the longest sequence")]
+    series += [("quality", GREEN, "s", "the most mass at a length")] * dry
     for objective, color, marker, name in series:
         mine = [row for row in _ran(rows) if row["objective"] == objective]
         shares = [100 * _used(row) for row in mine]
-        axes.scatter([row["budget"] / 1e6 for row in mine], shares, c=color, marker=marker, s=26, label=name)
+        budgets = [row["budget"] / (1e9 if dry else 1e6) for row in mine]
+        axes.scatter(budgets, shares, c=color, marker=marker, s=26, label=name)
     axes.axhline(100, color=RED, linewidth=1)
     axes.annotate(
         "the budget",
@@ -160,8 +172,8 @@ def draw(figure: Any, rows: Results) -> None:
     maximum = 100 * max(map(_used, _ran(rows)))
     axes.set(
         xscale="log",
-        xlabel="budget, MB",
-        ylabel="allocated at the peak, % of the budget",
+        xlabel=f"budget, {'GB' if dry else 'MB'}",
+        ylabel=f"{'taken from the card' if dry else 'allocated'} at the peak, % of the budget",
         ylim=(0, max(112, 1.05 * maximum)),
     )
     axes.grid(axis="y")
@@ -172,7 +184,8 @@ def draw(figure: Any, rows: Results) -> None:
         if above
         else ("What is recommended fits")
     )
-    title(figure, headline, "random budgets on the CPU, every allocation counted")
+    how = "random budgets of GPUs, each answer run dry on a card of that size"
+    title(figure, headline, how if dry else "random budgets on the CPU, every allocation counted")
 
 
 def findings(rows: Results) -> Findings:
@@ -183,11 +196,14 @@ def findings(rows: Results) -> Findings:
         if longest
         else ""
     )
+    out, tried = _longer(good)
+    if tried:
+        fills += f", and {out} of {tried} run out with 5% more tokens"
     failed = sum(row["outcome"] not in ("ok", "nothing fits") for row in rows)
     lost = f"{failed} did not run, " if failed else ""
     return Findings(
         f"Asked: for {len(rows)} random budgets, does what `recommend` answers stay within the budget when "
-        "it is built and run?",
+        f"it is built and run{' dry, on a card of that size' if _dry(rows) else ''}?",
         f"Found: {len(good)} answers ran, {lost}{above} of them above the budget{fills}.",
         "The original project recommends by hand and reports running out of memory at 65,536 tokens with 264 "
         f"MB of 8 GB in use; here {_verdict(above, len(good))}.",

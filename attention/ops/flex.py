@@ -17,7 +17,7 @@ from torch import Tensor
 from attention.config import AttentionConfig
 from attention.errors import UnavailableError
 from attention.layout import Layout
-from attention.ops.kernels import has_windows
+from attention.ops.kernels import windows_of
 from attention.sizes.flex import flex_is_lean, unfit_config
 from attention.sizes.flex_tiles import declared_block, kernel_options, unfit_sizes
 from attention.sizes.row_bounds import rows_of
@@ -31,7 +31,7 @@ def resolve(config: AttentionConfig, q: Tensor, k: Tensor, is_causal: bool) -> s
     why = unfit(config, q)
     if config.backend == "auto":
         windows = config.pattern is not None and config.pattern.pattern_type != "dilated_sparse"
-        if why or (windows and has_windows(q)) or not _lean(config, q, k, is_causal):
+        if why or (windows and windows_of(q) == "any") or not _lean(config, q, k, is_causal):
             return "sdpa"
         return "flex"
     if why:

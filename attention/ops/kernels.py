@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from attention.errors import UnavailableError
+from attention.sizes.shape import Windows
 from attention.sizes.whole_calls import CHANNELS, has_flash
 
 aten = torch.ops.aten
@@ -166,12 +167,14 @@ def backward(
             return _plain_backward(grad, q, k, v, out, lse, scale, causal, bias)
 
 
-def has_windows(x: Tensor) -> bool:
-    """Whether `windowed` takes tensors like `x`."""
-    if choose(x, biased=False) != "flash":
-        return False
+def windows_of(x: Tensor) -> Windows:
+    """The windows that `windowed` takes for tensors like `x`."""
+    kernel = choose(x, biased=False)
+    if kernel not in ALIGNED:
+        return "none"
+    windows: Windows = "any" if kernel == "flash" else "causal"
     trusted = bool(os.environ.get(TRUST)) or torch.cuda.is_current_stream_capturing()
-    return trusted or _windows_are_right(x.device, x.dtype)
+    return windows if trusted or _windows_are_right(x.device, x.dtype, windows) else "none"
 
 
 @cache
@@ -181,21 +184,22 @@ def _flash_is_built() -> bool:
 
 
 @cache
-def _windows_are_right(device: torch.device, dtype: torch.dtype) -> bool:
+def _windows_are_right(device: torch.device, dtype: torch.dtype, windows: Windows) -> bool:
     """Whether `windowed` and its backward do as they say: a small call of each is held against the
     definition, once for a device and type. TRUST leaves that out."""
     generator = torch.Generator().manual_seed(0)
-    sizes = ((4, 33), (2, 40), (2, 40), (4, 33))  # heads and tokens of q, k, v and the gradient of out
+    heads = 4 if windows == "any" else 2
+    sizes = ((heads, 33), (2, 40), (2, 40), (heads, 33))  # heads, tokens of q, k, v and the gradient of out
     q, k, v, grad = (torch.randn(1, h, t, 16, generator=generator).to(dtype).double() for h, t in sizes)
-    left, right, scale = 7, 2, 0.25
+    left, right, scale = 7, 2 if windows == "any" else 0, 0.25
     place = torch.arange(33)[:, None] + 7
     key = torch.arange(40)
     bias = torch.zeros(33, 40, dtype=torch.float64)
     bias.masked_fill_((key < place - left) | (key > place + right), -torch.inf)
-    wide_k, wide_v = (x.repeat_interleave(2, 1) for x in (k, v))
+    wide_k, wide_v = (x.repeat_interleave(heads // 2, 1) for x in (k, v))
     out, lse = _plain(q, wide_k, wide_v, scale, False, bias)
     dq, dk, dv = _plain_backward(grad, q, wide_k, wide_v, out, lse, scale, False, bias)
-    expected = (out, lse, dq, *(x.unflatten(1, (2, 2)).sum(2) for x in (dk, dv)))
+    expected = (out, lse, dq, *(x.unflatten(1, (2, heads // 2)).sum(2) for x in (dk, dv)))
     given = [x.to(device, dtype) for x in (q, k, v)]
     row = (out.to(device, dtype), lse.float().to(device))
     try:
@@ -215,14 +219,22 @@ def windowed(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float, left: int | None, right: int | None
 ) -> tuple[Tensor, Tensor]:
     """Attention of q [N, H, T, D] over k and v [N, G, K, D], G dividing H, as (out, lse): a query at place t
-    sees keys from t + K - T - `left` to t + K - T + `right`, from the first or to the last for None."""
-    dim = q.shape[-1]
+    sees keys from t + K - T - `left` to t + K - T + `right`, from the first or to the last for None. What a
+    kernel takes of that says `windows_of`."""
+    dim, queries = q.shape[-1], q.shape[2]
+    kernel = choose(q, biased=False)
     q, k, v = (_aligned_channels(x.transpose(1, 2)) for x in (q, k, v))
-    out, lse = aten._flash_attention_forward(
-        q, k, v, None, None, q.shape[1], k.shape[1], 0.0, left is None and right == 0, False,
-        scale=scale, window_size_left=left, window_size_right=right,
-    )[:2]  # fmt: skip
-    return out.transpose(1, 2)[..., :dim], lse
+    if kernel == "flash":
+        out, lse = aten._flash_attention_forward(
+            q, k, v, None, None, q.shape[1], k.shape[1], 0.0, left is None and right == 0, False,
+            scale=scale, window_size_left=left, window_size_right=right,
+        )[:2]  # fmt: skip
+    else:
+        mask, window = _efficient_window(left, right)
+        out, lse = aten._efficient_attention_forward(
+            q, k, v, None, None, None, None, None, 0.0, mask, True, scale=scale, window_size=window,
+        )[:2]  # fmt: skip
+    return out.transpose(1, 2)[..., :dim], lse[..., :queries]
 
 
 def windowed_backward(
@@ -231,15 +243,30 @@ def windowed_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dq, dk, dv) of `windowed`, for out and lse of the whole row."""
     dim = q.shape[-1]
+    kernel = choose(q, biased=False)
     grad, q, k, v, out = (_aligned_channels(x.transpose(1, 2)) for x in (grad, q, k, v, out))
-    rng = torch.empty(2, dtype=torch.uint64, device=q.device)  # of dropout: nothing reads it
-    grads = aten._flash_attention_backward(
-        grad, q, k, v, out, lse.contiguous(), None, None, q.shape[1], k.shape[1], 0.0,
-        left is None and right == 0, rng, rng[:0],
-        scale=scale, window_size_left=left, window_size_right=right,
-    )  # fmt: skip
+    if kernel == "flash":
+        rng = torch.empty(2, dtype=torch.uint64, device=q.device)  # of dropout: nothing reads it
+        grads = aten._flash_attention_backward(
+            grad, q, k, v, out, lse.contiguous(), None, None, q.shape[1], k.shape[1], 0.0,
+            left is None and right == 0, rng, rng[:0],
+            scale=scale, window_size_left=left, window_size_right=right,
+        )  # fmt: skip
+    else:
+        rng = torch.empty((), dtype=torch.int64, device=q.device)
+        mask, window = _efficient_window(left, right)
+        grads = aten._efficient_attention_backward(
+            grad, q, k, v, None, out, None, None, q.shape[1], k.shape[1], _padded(lse), 0.0, rng, rng, mask,
+            False, scale=scale, window_size=window,
+        )[:3]  # fmt: skip
     dq, dk, dv = (x.transpose(1, 2)[..., :dim] for x in grads)
     return dq, dk, dv
+
+
+def _efficient_window(left: int | None, right: int | None) -> tuple[int, int | None]:
+    """(mask, window) as the efficient kernel has them: 2 for a causal mask aligned to the end, and how many
+    keys a query sees, itself among them."""
+    return (0 if right is None else 2), (None if left is None else left + 1)
 
 
 def _aligned_channels(x: Tensor) -> Tensor:

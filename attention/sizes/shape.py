@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from attention.sizes.arrays import Count, floor_power_of_two, maximum, minimum, where
 from attention.sizes.row_bounds import Rows
 
+Windows = Literal["none", "causal", "any"]
+"""Of a kernel. `any`: so many tokens before and behind a query, for fewer kv heads than heads too (flash
+attention on CUDA). `causal`: so many before it under a causal mask, for as many kv heads as heads (efficient
+attention there)."""
 MOST_VIEWS = 65_535
 """CUDA grids end here: views of one call."""
 
@@ -82,8 +86,8 @@ class Shape(NamedTuple):
     scratch."""
     widens: bool
     """Whether backward gives the kernel single-precision copies (16 bit on a CPU)."""
-    windows: bool = False
-    """Whether the kernel takes fewer kv heads than heads, and windows (flash attention on CUDA)."""
+    windows: Windows = "none"
+    """The windows that the kernel takes, if any: then an attention is whole calls where it can be."""
 
     @property
     def wide(self) -> int:
@@ -223,7 +227,7 @@ class Shape(NamedTuple):
     def is_whole(self, branches: tuple[tuple[Count, Count], ...]) -> Count:
         """1 if branches, as `within` gives them, are one kernel call over all of q, k and v: a single one
         that covers the sequence at rate 1, with as many kv heads as heads; else 0."""
-        if len(branches) != 1 or self.windows:
+        if len(branches) != 1 or self.windows != "none":
             return 0
         length, rate = branches[0]
         return (length >= self.seq) * (rate == 1) * (self.heads == self.kv_heads) * 1

@@ -1,9 +1,10 @@
 """An attention as a few kernel calls over the whole sequence, where the kernel has masks of its own.
 
 Flash attention on CUDA takes fewer kv heads than heads, a causal mask aligned to the end, and a window of so
-many tokens before and behind a query. What is no window of its own is put together from few of them:
+many tokens before and behind a query; the efficient kernel, where there is no flash attention, a window
+before it. What is no window of its own is put together from few of them:
 
-* Dense attention is one call; a dilated branch one for each offset, over views of its segments.
+* Dense attention is one call, and a dilated branch one for each offset, over views of its segments.
 * A window whose edges are blocks of b tokens is one of w b tokens, and for each block a triangle: the query
   at place t of its block also sees the first t tokens of the block w before, and where nothing is causal, of
   the block w behind all but the first t + 1. The triangles of all blocks are one call over views.
@@ -124,7 +125,7 @@ def whole_calls(config: AttentionConfig, shape: Shape) -> tuple[WholeCall, ...] 
     """The calls of an attention in their order, where `shape.windows`; None for one that is not made of whole
     calls."""
     pattern = config.pattern
-    if not shape.windows or config.variant == "adaptive":
+    if shape.windows == "none" or config.variant == "adaptive":
         return None
     if pattern is not None:
         return pattern_calls(
@@ -140,7 +141,7 @@ def pattern_calls(
     edges: Edges = "block",
 ) -> tuple[WholeCall, ...] | None:  # fmt: skip
     """The calls of a block_sparse pattern from its fields; None for one that is not made of whole calls."""
-    if kind == "dilated_sparse":
+    if kind == "dilated_sparse" or not (shape.causal or shape.windows == "any"):
         return None
     blocks = ceil_div(shape.seq, size)
     tokens = global_tokens if kind == "global_local" else 0
@@ -157,7 +158,8 @@ def branch_calls(branches: Sequence[tuple[Count, Count]], shape: Shape) -> tuple
     calls = []
     for order, (length, rate) in enumerate(branches):
         whole, rest = shape.seq // length, shape.seq % length
-        period = where(repeat % rate == 0, rate, lcm(rate, repeat))
+        grouped = (repeat % rate == 0) * (shape.windows == "any")
+        period = where(grouped, rate, lcm(rate, repeat))
         call = WholeCall(
             f"branch {order + 1}",
             start=0,
@@ -224,7 +226,7 @@ def block_window_calls(size: Count, side: Count, shared: Count, shape: Shape) ->
             right=None,
         )  # fmt: skip
         calls += (behind, behind_end)
-    return (*calls, columns)
+    return _for_all_heads((*calls, columns), shape)
 
 
 def token_window_calls(window: Count, shared: Count, shape: Shape) -> tuple[WholeCall, ...]:
@@ -236,7 +238,15 @@ def token_window_calls(window: Count, shared: Count, shape: Shape) -> tuple[Whol
     side = minimum(token_side(window, causal), shape.seq)
     rows, columns = _global_calls(begin, shape, causal)
     call = _window(begin, seq, side, 0 if causal else side)
-    return rows, call._replace(exists=(seq > 0) * 1), columns
+    return _for_all_heads((rows, call._replace(exists=(seq > 0) * 1), columns), shape)
+
+
+def _for_all_heads(calls: tuple[WholeCall, ...], shape: Shape) -> tuple[WholeCall, ...]:
+    """The calls, each once for every query head of a group where a kernel has as many kv heads as heads."""
+    if shape.windows == "any":
+        return calls
+    repeat = shape.heads // shape.kv_heads
+    return tuple(call._replace(offsets=repeat, period=repeat) for call in calls)
 
 
 def _window(begin: Count, seq: Count, left: Count, right: Count) -> WholeCall:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 from attention.errors import AttentionPlannerError, ConfigError
 from planner.calibration import SMALL, Calibration, Domain, Terms, own_path, save
 from planner.files import make_folder
-from planner.measuring.measure import Device, Measurement, check_timed
+from planner.measuring.measure import Device, Measurement, check_timed, walked
 from planner.question.runs import OnStep
 
 if TYPE_CHECKING:
@@ -43,6 +43,9 @@ TIMEOUT: Final = 300.0
 """Seconds that one run may take."""
 REPETITIONS: Final = 9
 """Warm calls of a timed run, of which the median counts."""
+WALKED_RUNS: Final = 6
+"""Runs to time where tests walk this dry, each as small as for a CPU. With kernels that do nothing a run
+costs what its host code does: the 168 of a card, of up to a million tokens, take minutes and mean no more."""
 """Told (runs done, runs in all, what comes next)."""
 
 
@@ -107,6 +110,8 @@ def _timed_runs(device: Device, seed: int) -> tuple[list[Sample], list[Sample]]:
     """(runs to fit seconds to, held-out ones)."""
     from planner.fitting import speed
 
+    if walked():
+        return speed.plan_speed("cpu", seed, WALKED_RUNS)
     return speed.plan_speed(device, seed, speed.RUNS)
 
 

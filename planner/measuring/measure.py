@@ -269,6 +269,11 @@ def check_timed(device: str) -> None:
         )
 
 
+def walked() -> bool:
+    """Whether tests walk the ways of CUDA in a dry run: to their ends, over as few runs as have one."""
+    return WALKED in os.environ and "STANDIN_LIBRARIES" in os.environ
+
+
 def check_device(device: str, cap_bytes: int | None) -> None:
     """UnavailableError for what can be seen to be missing without starting anything."""
     if importlib.util.find_spec("torch") is None:
@@ -282,7 +287,7 @@ def check_device(device: str, cap_bytes: int | None) -> None:
     if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
         raise UnavailableError("no CUDA device to measure on: CUDA_VISIBLE_DEVICES hides all; unset it")
     if "STANDIN_LIBRARIES" in os.environ:
-        if WALKED in os.environ:
+        if walked():
             return
         raise UnavailableError(
             "inside a dry run nothing is computed and nothing can be timed; measure bytes on 'dry:NAME'"

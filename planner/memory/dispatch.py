@@ -88,7 +88,7 @@ def _attention(table: PlanTable, case: tiles.Case, columns: Columns, apart: bool
 def calls_of(columns: Columns, shape: Shape) -> tuple[WholeCall, ...] | None:
     """The candidates' calls, where whole ones do it instead of tiles; see
     `attention.sizes.whole_calls.whole_calls`."""
-    if not shape.windows or columns.variant == "adaptive":
+    if shape.windows == "none" or columns.variant == "adaptive":
         return None
     if columns.variant == "block_sparse":
         sizes: dict[str, Any] = {"size": columns.block_size, "window": columns.window}
@@ -111,8 +111,10 @@ def goes_apart(columns: Columns, workload: Workload, machine: Machine) -> Any:
         return False
     if columns.variant == "block_sparse":
         seq: Any = columns.seq
-        by_windows = columns.pattern_type != "dilated_sparse" and shape_of(columns, workload, machine).windows
-        if columns.backend == "auto" and by_windows:
+        by_windows = columns.pattern_type != "dilated_sparse" and machine.windows(
+            workload.head_dim, workload.itemsize
+        )
+        if columns.backend == "auto" and by_windows == "any":
             return False
         return has_flex(workload, machine) and goes_flex(
             columns.backend, columns.rows(workload.causal), seq, workload
@@ -187,5 +189,5 @@ def shape_of(columns: Columns, workload: Workload, machine: Machine) -> Shape:
         chunk=chunk_tokens(cpu=cpu, **sizes),
         packs=sixteen and isinstance(machine, Cpu) and workload.dtype in machine.units,
         widens=sixteen,
-        windows=isinstance(machine, Cuda) and machine.has_windows(workload.head_dim, workload.itemsize),
+        windows=machine.windows(workload.head_dim, workload.itemsize),
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from attention.sizes.arrays import Count, any_of, each, maximum, minimum, up, where
+from attention.sizes.shape import Windows
 from attention.sizes.whole_calls import has_flash
 from planner.memory import cpu_kernels, cuda_kernels, cuda_process
 from planner.memory.onednn.units import UNITS, Unit
@@ -81,6 +82,10 @@ class FlexBytes(NamedTuple):
 class Machine(Protocol):
     """A device's kernels."""
 
+    def windows(self, head_dim: int, itemsize: int) -> Windows:
+        """Those that its kernel takes for such numbers; see `attention.ops.kernels.windows_of`."""
+        ...
+
     def forward(self, call: KernelCall) -> Bytes: ...
     def backward(self, call: KernelCall) -> Bytes: ...
     def flex(self, call: KernelCall) -> FlexBytes: ...
@@ -128,6 +133,9 @@ class Cpu:
     units: frozenset[str] = frozenset()
     dtype: str = "float32"
     products: Unit | None = None
+
+    def windows(self, head_dim: int, itemsize: int) -> Windows:
+        return "none"
 
     def forward(self, call: KernelCall) -> Bytes:
         result, scratch = cpu_kernels.forward_bytes(
@@ -275,14 +283,15 @@ class Cuda:
     multiprocessors: int = 108
     """How many there are; kernels that would leave some idle cut their work further."""
 
-    def has_windows(self, head_dim: int, itemsize: int) -> bool:
-        """Whether flash attention takes such numbers; see `attention.ops.kernels.has_windows`."""
-        return has_flash(self.capability, head_dim, itemsize)
+    def windows(self, head_dim: int, itemsize: int) -> Windows:
+        if itemsize == 8:
+            return "none"
+        return "any" if has_flash(self.capability, head_dim, itemsize) else "causal"
 
     def kernels(self, call: KernelCall) -> tuple[cuda_kernels.KernelName, ...]:
         """The kernels that calls of this size run on, see `attention.ops.kernels.choose`; the second only
         for those with an additive mask, which flash does not take."""
-        if not self.has_windows(call.head_dim, call.itemsize):
+        if not has_flash(self.capability, call.head_dim, call.itemsize):
             return ("efficient",)
         return ("flash", "efficient") if any_of(call.masked > 0) else ("flash",)
 

@@ -20,6 +20,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Final, NamedTuple
 
+import torch
+
 from attention.config import AttentionConfig, Backend
 from attention.errors import ConfigError
 from planner import gpus
@@ -33,7 +35,7 @@ from planner.memory.dispatch import goes_apart
 from planner.memory.dry_runs import PATH, SEGMENT, DryCases, DryRuns
 from planner.memory.estimate import MemoryEstimate, estimate, machine_of
 from planner.workload import Workload
-from studies.bench.records import Row
+from studies.bench.records import DATA, Row, as_json, environment, write
 
 CARDS: Final = (
     "gtx1060", "gtx1080ti", "p100", "v100-sxm2-16gb", "v100-pcie-32gb", "rtx2060", "t4", "rtx3050", "rtx3090",
@@ -51,6 +53,10 @@ STEP: Final = 0.0025
 """The margin is a multiple of this share: the least that no case exceeds."""
 FLEX_SHARE: Final = 0.25
 """Share of the block-sparse cases that may go by compiled FlexAttention, which takes seconds to compile."""
+
+
+MACHINE: Final = "cuda-dry"
+"""The machine of a study's data, in the file's name."""
 
 
 class DryCase(NamedTuple):
@@ -128,6 +134,20 @@ def read_rows(path: Path) -> list[Row]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def publish(name: str, command: str, rows: Sequence[Row], versions: Iterable[str]) -> Path:
+    """Makes rows, of runs with these versions of torch, a study's data for cards that were not there; the
+    file."""
+    path = DATA / f"{name}.{MACHINE}.json"
+    here = environment(torch.device("cpu"))
+    here |= {
+        "device": f"{len(CARDS)} cards run dry",
+        "torch": ", ".join(sorted(set(versions))),
+        "threads": None,
+    }
+    write(path, as_json({"command": command, "environment": here, "rows": list(rows)}))
+    return path
+
+
 def sweep(path: Path, seed: int, count: int, *, flex: float = FLEX_SHARE) -> list[Row]:
     """The rows of the first `count` cases of a seed; those that the file does not have are measured and
     added to it. Cases that the library refuses to plan are rows of the kind `refused`."""
@@ -153,6 +173,7 @@ class Error(NamedTuple):
 
     row: Row
     case: DryCase
+    predicted: MemoryEstimate
     allocated: float
     reserved: float
     missed: int
@@ -173,6 +194,7 @@ def errors(rows: Iterable[Row]) -> list[Error]:
             Error(
                 row,
                 case,
+                estimated,
                 estimated.allocated / row["allocated"] - 1,
                 estimated.reserved / row["reserved"] - 1,
                 estimated.reserved - row["reserved"],

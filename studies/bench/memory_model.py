@@ -47,10 +47,10 @@ def arithmetic(sample: Sample) -> int:
     return numbers * workload.itemsize * (2 if workload.mode == "training" else 1)
 
 
-def tracked(sample: Sample) -> int:
-    """`MemTracker`'s peak in bytes over a call with real tensors."""
+def tracked(sample: Sample, device: torch.device = CPU) -> int:
+    """`MemTracker`'s peak in bytes of a device, over a call with real tensors there."""
     config, workload = sample
-    call = call_of(config, workload, CPU)
+    call = call_of(config, workload, device)
     call.start_cold()
     tracker = MemTracker()
     tracker.track_external(call.module, *call.inputs, *([] if call.grad is None else [call.grad]))
@@ -60,7 +60,7 @@ def tracked(sample: Sample) -> int:
     finally:
         buffers_for(config).release()
     peaks = tracker.get_tracker_snapshot("peak")
-    return sum(int(parts["Total"]) for parts in peaks.values())
+    return sum(int(parts["Total"]) for place, parts in peaks.items() if place.type == device.type)
 
 
 def tracked_fake(sample: Sample) -> int:

@@ -80,7 +80,7 @@ class Study(NamedTuple):
     steps: Callable[[Scope], list[Job]]
     """The steps that make the rows; a quick scope has so few that all studies together take minutes."""
     tables: Mapping[str, Callable[[Results], str]]
-    """Markdown tables by name; docs show them by it."""
+    """Markdown tables by name; docs show them by it. Empty: there is nothing of its kind among the rows."""
     draw: Callable[[Any, Results], None]
     """Draws into an empty matplotlib Figure; see `planner.report.plot.figure`."""
     findings: Callable[[Results], Findings]
@@ -190,7 +190,7 @@ def as_markdown(name: str, source: str, rows: Results, failed: Mapping[str, str]
     definition = study(name)
     findings = definition.findings(rows)
     lost = "".join(f"\n{line}" for line in did_not_run(failed))
-    tables = "\n\n".join(table(rows) for table in definition.tables.values())
+    tables = "\n\n".join(filter(None, (table(rows) for table in definition.tables.values())))
     sentences = "\n".join(findings)
     return f"# {QUESTIONS[name]}\n\n{sentences}{lost}\n\n{tables}\n\n{source}\n"
 

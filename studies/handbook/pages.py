@@ -102,10 +102,12 @@ def filled(text: str) -> str:
 
 
 def _each(name: str, show: Callable[[Any], str]) -> str:
-    """The output of `show` for a study's rows, machine by machine, each with its source."""
+    """The output of `show` for a study's rows, machine by machine, each with its source; a machine of which
+    there is nothing to show is left out."""
     parts = []
     for data in load(name):
-        parts += [show(data["rows"]), source(data)]
+        if shown := show(data["rows"]):
+            parts += [shown, source(data)]
     return "\n\n".join(parts or [MISSING])
 
 

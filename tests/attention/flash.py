@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from attention.ops import kernels
+from attention.sizes.shape import Windows
 
 
 def hidden(queries: int, keys: int, left: int | None, right: int | None) -> Tensor:
@@ -80,9 +81,9 @@ def windowed_backward(
 
 
 @contextmanager
-def flash_attention() -> Iterator[None]:
-    """Plays a GPU that has flash attention for every dtype."""
+def flash_attention(windows: Windows = "any") -> Iterator[None]:
+    """Plays a GPU whose kernel takes such windows, for every dtype."""
     with mock.patch.multiple(
-        kernels, has_windows=lambda x: True, windowed=windowed, windowed_backward=windowed_backward
+        kernels, windows_of=lambda x: windows, windowed=windowed, windowed_backward=windowed_backward
     ):
         yield

@@ -52,7 +52,8 @@ def _plain_float32():
 
 
 def supported(dtype):
-    if dtype == torch.bfloat16 and not torch.cuda.is_bf16_supported():
+    # torch calls bfloat16 supported where it is emulated, which attention refuses.
+    if dtype == torch.bfloat16 and torch.cuda.get_device_capability() < (8, 0):
         pytest.skip("this GPU has no bfloat16")
 
 
@@ -139,7 +140,7 @@ def test_gathered_gradients_are_added_up_in_the_same_order_each_time(dtype, per_
     supported(dtype)
     views, heads, kv_heads, size = 64, 4, 2, 16
     lists = np.arange(5) * np.ones((views, heads, 1) if per_head else (views, 1), np.int64)
-    keys = Gather(lists.astype(np.int64), size, heads, (views, 5 * size))
+    keys = Gather(lists.astype(np.int64), size, heads)
     shape = Shape(5 * size - 3, heads, kv_heads, 32, dtype.itemsize, False, 1 << 24, 64, False, False)
     room = dict.fromkeys(("dk of a call", "dv of a call", "slab", "wide slab"), 1 << 20)
     found = heads if per_head else kv_heads
@@ -310,7 +311,8 @@ def test_parts_of_the_keys_merge_to_the_whole_forward_and_backward(
     dq = sum(x[0].to(lse.dtype) for x in grads)
     dk, dv = (torch.cat([grads[0][i], grads[1][i][:, :, : 100 - split]], dim=2) for i in (1, 2))
     if biased:
-        assert not grads[1][1][:, :, 100 - split :].any()
+        hidden_keys = grads[1][1][:, :, 100 - split :]
+        assert torch.equal(hidden_keys, torch.zeros_like(hidden_keys))
     exact, naive = reference_and_naive(q, k, v, grad, causal=False)
     ours = (out.transpose(1, 2), [x.transpose(1, 2).to(dtype) for x in (dq, dk, dv)])
     assert_as_exact_as_naive(ours, naive, exact, largest_score(q, k, scale))

@@ -33,10 +33,11 @@ def test_a_mask_is_what_it_was_with_aligned_rows_and_nothing_written_twice(name)
     assert found.untyped_storage().nbytes() == rows * 16 * 4
 
 
+@pytest.mark.parametrize("windows", ["any", "causal"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_window_that_is_off_by_one_is_not_trusted(dtype, monkeypatch):
+def test_a_window_that_is_off_by_one_is_not_trusted(dtype, windows, monkeypatch):
     def right() -> bool:
-        return kernels._windows_are_right.__wrapped__(torch.device("cpu"), dtype)
+        return kernels._windows_are_right.__wrapped__(torch.device("cpu"), dtype, windows)
 
     def shifted(function, **by):
         def run(*tensors, scale, left, right):
@@ -60,4 +61,4 @@ def test_a_build_without_the_kernel_has_no_windows(monkeypatch):
         raise RuntimeError("FlashAttention was not enabled for this build")
 
     monkeypatch.setattr(kernels, "windowed", missing)
-    assert not kernels._windows_are_right.__wrapped__(torch.device("cpu"), torch.bfloat16)
+    assert not kernels._windows_are_right.__wrapped__(torch.device("cpu"), torch.bfloat16, "any")

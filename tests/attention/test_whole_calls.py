@@ -21,6 +21,7 @@ from conformance import (
 )
 from flash import flash_attention, hidden
 from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
 from attention import AttentionConfig, SparsePatternConfig
 from attention.ops.whole_calls import _parts
@@ -51,11 +52,13 @@ config_by_config = pytest.mark.parametrize("config", WHOLE.values(), ids=WHOLE.k
 causal_or_not = pytest.mark.parametrize("causal", [False, True])
 
 
-def shape_of(seq: int, heads: int = 4, kv_heads: int = 2, causal: bool = False, **fields) -> Shape:
+def shape_of(
+    seq: int, heads: int = 4, kv_heads: int = 2, causal: bool = False, windows: str = "any", **fields
+) -> Shape:
     sizes = {"seq": seq, "heads": heads, "kv_heads": kv_heads, "head_dim": 16, "itemsize": 2}
     sizes |= {"workspace": LEAST_WORKSPACE, **fields}
     chunk = chunk_tokens(cpu=False, **sizes)
-    return Shape(**sizes, causal=causal, chunk=chunk, packs=False, widens=False, windows=True)
+    return Shape(**sizes, causal=causal, chunk=chunk, packs=False, widens=False, windows=windows)
 
 
 def met(calls, shape: Shape, cut_of) -> np.ndarray:
@@ -86,14 +89,26 @@ def met(calls, shape: Shape, cut_of) -> np.ndarray:
     return counts
 
 
+kernel_by_kernel = pytest.mark.parametrize("windows", ["any", "causal"])
+
+
 @pytest.mark.pairwise
+@kernel_by_kernel
 @causal_or_not
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 2), (12, 1), (3, 3)])
 @pytest.mark.parametrize("seq", [1, 7, 17, 64, 100])
 @config_by_config
-def test_calls_meet_the_pairs_that_the_oracle_counts(config, seq, heads, causal):
-    shape = shape_of(seq, *heads, causal=causal)
+def test_calls_meet_the_pairs_that_the_oracle_counts(config, seq, heads, causal, windows):
+    shape = shape_of(seq, *heads, causal=causal, windows=windows)
     calls = whole_calls(config, shape)
+    if calls is None:
+        assert config.pattern
+        assert (windows, causal) == ("causal", False)
+        return
+    if windows == "causal":
+        for call in calls:
+            assert call.left is None or call.right == 0
+            assert call.heads(shape) == call.kv_heads(shape) or not call.exists
     expected = multiplicity(config, seq, shape.heads, causal).numpy()
     np.testing.assert_array_equal(met(calls, shape, forward_cut), expected)
     np.testing.assert_array_equal(met(calls, shape, backward_cut), expected)
@@ -132,12 +147,13 @@ def small_parts():
 
 
 @pytest.mark.pairwise
+@kernel_by_kernel
 @causal_or_not
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("seq", [1, 17, 77])
 @config_by_config
-def test_float64_is_the_oracle(config, seq, kv_heads, causal):
-    with flash_attention():
+def test_float64_is_the_oracle(config, seq, kv_heads, causal, windows):
+    with flash_attention(windows):
         check_float64(module_of(config), *qkv(seq, batch=2, kv_heads=kv_heads), causal)
 
 
@@ -160,11 +176,11 @@ def test_low_precision_is_as_near_as_a_naive_attention(config, dtype, causal):
 
 
 @settings(max_examples=40)
-@given(cases())
-def test_random_cases_are_the_oracle(case):
+@given(cases(), st.sampled_from(["any", "causal"]))
+def test_random_cases_are_the_oracle(case, windows):
     assume(case["config"].variant != "adaptive")
     sizes = {name: case[name] for name in ("batch", "heads", "kv_heads", "head_dim")}
-    with flash_attention():
+    with flash_attention(windows):
         config = changed(case["config"], backend="sdpa")
         check_float64(module_of(config), *qkv(case["seq"], **sizes), case["causal"])
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
+import resource
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ import planner
 
 pytestmark = [pytest.mark.dry, pytest.mark.slow]
 EXAMPLES = Path(__file__).resolve().parents[3] / "docs" / "examples"
+PYTHON = os.environ.get("PLANNER_TESTS_PYTHON", sys.executable)
+"""The Python that runs the examples; its packages may be others than these tests have."""
 MIB = 1 << 20
 GIB = 1 << 30
 BILLION = "import torch\nx = torch.empty(1 << 30, dtype=torch.uint8, device='cuda')\n"
@@ -35,12 +38,30 @@ def run(text: str, *arguments: str, **options):
 
 
 def example(name: str, *arguments: str, **options):
-    return planner.dry_run([sys.executable, str(EXAMPLES / name), *arguments], **options)
+    return planner.dry_run([PYTHON, str(EXAMPLES / name), *arguments], **options)
 
 
 def needs(package: str):
-    there = importlib.util.find_spec(package) is not None
-    return pytest.mark.skipif(not there, reason=f"needs {package}")
+    return pytest.mark.usefixtures(f"_{package}")
+
+
+@cache
+def has(package: str) -> bool:
+    """Whether PYTHON's packages have it."""
+    asked = f"import importlib.util; raise SystemExit(importlib.util.find_spec({package!r}) is None)"
+    return subprocess.run([PYTHON, "-c", asked], check=False).returncode == 0
+
+
+def _of(package: str):
+    @pytest.fixture(name=f"_{package}")
+    def needed():
+        if not has(package):
+            pytest.skip(f"needs {package}; PLANNER_TESTS_PYTHON names a Python that has it")
+
+    return needed
+
+
+_transformers, _peft, _torchvision = map(_of, ("transformers", "peft", "torchvision"))
 
 
 def test_bytes_are_those_of_the_allocator():
@@ -226,6 +247,8 @@ def test_llama_3_8b_trains_with_8192_tokens_on_80_gb_and_just_so():
     assert found.exit_code == 0
     assert found.allocated == pytest.approx(74.85 * GIB, rel=0.001)
     assert found.left < 4 * GIB
+    assert len(found.steps) == 2
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 < 3e9  # no more than a laptop has
 
 
 @needs("peft")
