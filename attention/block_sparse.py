@@ -74,7 +74,7 @@ def _span_tiles(
             end = min(start + together * size, stop)
             short = "last view" if shape.causal and end - start < size else "view"
             kind = "long view" if end - start > size else short
-            yield _span_tile(_head_spans(start, end - start, 1, 0, shape), keys, kind, rows, shape)
+            yield _span_tile(head_spans(start, end - start, 1, 0, shape), keys, kind, rows, shape)
         return
     if shift == 1 and shape.goes_wide(rows) and width >= WIDE * together:
         for row in range(first, last, together):
@@ -86,7 +86,7 @@ def _span_tiles(
         moved = keys._replace(
             start=keys.start + (row - first) * shift * size, batch=views, batch_step=shift * size
         )
-        yield _span_tile(_head_spans(row * size, queries, views, size, shape), moved, "views", rows, shape)
+        yield _span_tile(head_spans(row * size, queries, views, size, shape), moved, "views", rows, shape)
 
 
 def _wide_tile(key: int, width: int, first: int, last: int, size: int, shape: Shape) -> Tile:
@@ -98,7 +98,7 @@ def _wide_tile(key: int, width: int, first: int, last: int, size: int, shape: Sh
 
     def add(begin: int, end: int, low: int, high: int) -> None:
         """Rows begin..end over blocks low..high."""
-        queries = _head_spans(begin * size, (end - begin) * size, 1, 0, shape)
+        queries = head_spans(begin * size, (end - begin) * size, 1, 0, shape)
         for part in shape.key_ranges(Span(low * size, (high - low) * size, heads=shape.kv_heads)):
             calls.append(Call(queries, part, "long view", first=not calls))
 
@@ -115,7 +115,7 @@ def _wide_tile(key: int, width: int, first: int, last: int, size: int, shape: Sh
     add(first, last, key + last - first - 1, key + width)
     halve(first, last)
     if shape.causal:
-        own = _head_spans(first * size, size, last - first, size, shape)
+        own = head_spans(first * size, size, last - first, size, shape)
         keys = Span(first * size, size, batch=last - first, batch_step=size, heads=shape.kv_heads)
         calls.append(Call(own, keys, "own blocks", "causal"))
     return Tile(first * size, last * size, tuple(calls), merge=len(calls) > 1)
@@ -152,7 +152,7 @@ def gather_tiles(lists: npt.NDArray[np.int64], first: int, rows: Rows, shape: Sh
     for row in range(0, len(lists), step):
         part = lists[row : row + step]
         views, start = len(part), (first + row) * size
-        by_group = _head_spans(start, queries, views, size, shape)
+        by_group = head_spans(start, queries, views, size, shape)
         spans = by_group
         if rows.own:
             spans = (Span(start, queries, batch=views, batch_step=size, heads=shape.heads),)
@@ -188,7 +188,7 @@ def chosen_tiles(lists: npt.NDArray[np.int64], widest: Rows, shape: Shape) -> It
         yield from gather_tiles(rows[first:last, :, : counts[first]], first, widest, shape)
 
 
-def _head_spans(start: int, length: int, batch: int, step: int, shape: Shape) -> tuple[Span, ...]:
+def head_spans(start: int, length: int, batch: int, step: int, shape: Shape) -> tuple[Span, ...]:
     """Query spans that read kv heads 0, 1, ...: one for each query head of a group."""
     return tuple(
         Span(start, length, batch=batch, batch_step=step, head=head, heads=shape.kv_heads, head_step=repeat)

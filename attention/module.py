@@ -10,7 +10,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from attention import block_sparse, dilated
+from attention import block_sparse, dilated, token_window
 from attention.config import AttentionConfig
 from attention.inputs import check, shape_of
 from attention.layout import Layout, build_layout
@@ -24,6 +24,7 @@ from attention.pool import buffers_for
 from attention.sizes.row_bounds import rows_of
 from attention.sizes.shape import Shape
 from attention.sizes.tiles import Extent, dilated_extent, sparse_extent
+from attention.sizes.token_tiles import token_extent, token_window_of
 from attention.sizes.whole_calls import WholeCall, whole_calls
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -82,7 +83,8 @@ class Attention(nn.Module):
             return self._by_flex(q, k, v, shape)
         calls = whole_calls(self.config, shape)
         layout = None
-        if self.config.variant == "block_sparse" and (calls is None or return_attention_weights):
+        by_layout = calls is None and not self.config.token_edges
+        if self.config.variant == "block_sparse" and (by_layout or return_attention_weights):
             layout = self._layout(shape)
         problem = self._problem(shape, layout, calls)
         out, lse = attend(q, k, v, problem, keeps_lse=return_attention_weights)
@@ -112,19 +114,26 @@ class Attention(nn.Module):
     def _scale(self, shape: Shape) -> float:
         return self.config.scale or 1.0 / math.sqrt(shape.head_dim)
 
-    def _problem(self, shape: Shape, layout: Layout | None, calls: tuple[WholeCall, ...] | None) -> Problem:
+    def _problem(
+        self, shape: Shape, layout: Layout | None, calls: tuple[WholeCall, ...] | None = None
+    ) -> Problem:
         branches = shape.within(self.config.branches)
         if self.config.variant == "dense":
             branches = ((shape.seq, 1),)
 
         rows = None if layout is None else rows_of(self.config, shape.seq, shape.causal)
+        window = token_window_of(self.config, shape.causal) if self.config.token_edges else None
 
         def program(_: int, shape: Shape) -> Iterable[Tile]:
+            if window is not None:
+                return token_window.tiles(window, shape)
             if layout is not None and rows is not None:
                 return block_sparse.tiles(layout, rows, shape)
             return dilated.tiles(branches, shape)
 
         def extent(shape: Shape) -> Extent:
+            if window is not None:
+                return token_extent(window, shape)
             return dilated_extent(by_rate, shape) if rows is None else sparse_extent(rows, shape)
 
         by_rate = sorted(branches, key=lambda branch: branch[1])
@@ -134,7 +143,8 @@ class Attention(nn.Module):
             extent=extent,
             scale=self._scale(shape),
             covers=self.config.variant == "block_sparse" or any(rate == 1 for _, rate in branches),
-            whole=layout is None and bool(shape.is_whole(branches)),
+            whole=self.config.variant != "block_sparse" and bool(shape.is_whole(branches)),
             buffers=self.scratch,
             calls=calls,
+            hides=window is not None,
         )

@@ -52,6 +52,8 @@ class Problem:
     buffers: Buffers
     calls: tuple[WholeCall, ...] | None = None
     """Its calls where whole ones do it instead of tiles."""
+    hides: bool = False
+    """Whether masks hide keys from queries though it is not causal."""
 
     @property
     def backward_sizes(self) -> dict[str, int]:
@@ -153,7 +155,7 @@ def _begun(
     device: torch.device,
 ) -> _Pass:
     """A pass; `other`: bytes that the training step's other pass reserves."""
-    key = (*extent.mask, dtype, device)
+    key = (*extent.mask, extent.band, dtype, device)
     mask = problem.buffers.masks.get(key, lambda: causal_mask(*key)) if extent.mask[1] else None
     scratch = Scratch(problem.buffers.pool_for(shape.seq), device, sizes, other)
     cuts = {kind.name: cut(kind, shape) for kind in extent.kinds}
@@ -335,7 +337,7 @@ def _gradients(grad: Tensor, saved: Sequence[Tensor], problem: Problem) -> tuple
     if problem.calls is not None:
         return whole_calls.backward(grad, saved, problem.calls, problem.shape, problem.scale, problem.covers)
     gradients = _backward(grad, saved, problem)
-    if not problem.shape.causal or _is_clean(*gradients):
+    if not (problem.shape.causal or problem.hides) or _is_clean(*gradients):
         return gradients
     del gradients
     return _backward(grad, saved, problem, masks=False)

@@ -17,7 +17,7 @@ from attention.sizes.shape import Shape, Span
 
 
 def maskless(tile: Tile, shape: Shape) -> Tile:
-    """The tile without `causal` and `diagonal` calls. (Of a `tail` call's hidden positions nothing is
+    """The tile without `causal`, `diagonal` and `band` calls. (Of a `tail` call's hidden positions nothing is
     left: `attention.ops.views.fetch`.)"""
     calls = [part for call in tile.calls for part in _parts(call, shape)]
     return Tile(tile.start, tile.stop, tuple(calls), merge=True)
@@ -27,6 +27,10 @@ def _parts(call: Call, shape: Shape) -> Iterator[Call]:
     # A part is taken as it is only where it comes before all others: with infinite numbers in it, adding
     # it to nothing is not the same.
     queries, keys = call.queries, call.keys
+    if call.mask == "band":
+        assert isinstance(keys, Span)
+        yield from _band(call, keys)
+        return
     if call.mask not in ("causal", "diagonal"):
         yield call
         return
@@ -42,6 +46,15 @@ def _parts(call: Call, shape: Shape) -> Iterator[Call]:
     if call.mask == "diagonal" and call.edge:
         # The last block of a list is the queries' own, so that what is before has no end of the sequence.
         yield Call(queries, keys.cut(0, call.edge), call.kind)
+
+
+def _band(call: Call, keys: Span) -> Iterator[Call]:
+    """Query by query: the queries of a view are views of one each, as far as those see equally many keys."""
+    span = call.queries[0]
+    for t in range(span.length):
+        begin, end = call.seen(t)
+        queries = tuple(span.cut(t, t + 1) for span in call.queries)
+        yield Call(queries, keys.cut(begin, end), call.kind, first=call.first)
 
 
 def _own_blocks(queries: Span, shape: Shape) -> tuple[tuple[Span, ...], Span]:

@@ -118,16 +118,26 @@ def widened(keys: Span, x: Tensor, dtype: torch.dtype, name: str, scratch: Scrat
     return view(keys, copied.copy_(x[keys.start : keys.stop]), keys.start)
 
 
-def causal_mask(queries: int, keys: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[queries, keys]: added to scores, query t sees keys up to the last `queries` and t of those. All
-    `diagonal` masks of a program are views of one."""
+def causal_mask(
+    queries: int, keys: int, band: bool, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """[queries, keys]: added to scores, query t sees keys up to the last `queries` and t of those; those of a
+    `band` are from t on. All `diagonal` masks of a program are views of one, and all `band` masks."""
     full = torch.full((queries, keys), -torch.inf, dtype=dtype, device=device)
-    return full.triu_(keys - queries + 1)
+    if not band:
+        return full.triu_(keys - queries + 1)
+    for t in range(queries):
+        full[t, t : t + keys - queries + 1] = 0
+    return full
 
 
 def mask_bias(call: Call, span: Span, keys: Fetched, mask: Tensor | None, begin: int = 0) -> Tensor | None:
-    """The additive mask of a `diagonal` or `tail` call from its key `begin` on, broadcastable to
+    """The additive mask of a `diagonal`, `band` or `tail` call from its key `begin` on, broadcastable to
     [N, H, T, K]; None where nothing is hidden. `mask`: the program's `causal_mask`."""
+    if call.mask == "band":
+        assert mask is not None
+        first = call.column + begin
+        return mask[: span.length, first : first + keys.k.shape[2]]
     count, edge = keys.k.shape[2], call.edge - begin
     if call.mask == "tail":
         if keys.hidden is None:

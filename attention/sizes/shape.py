@@ -145,9 +145,13 @@ class Shape(NamedTuple):
         too many for a column."""
         return self._replace(chunk=minimum(self.chunk, maximum(self.column_tokens // 2, 1)), packs=False)
 
+    def chunk_views(self, queries: Count) -> Count:
+        """Views of so many queries that a call takes together."""
+        return minimum(maximum(self.chunk // queries, 1), MOST_VIEWS)
+
     def chunk_rows(self, rows: Rows) -> Count:
         """Rows of blocks that a call takes together; where lists are gathered, as many as those allow."""
-        chunk = minimum(maximum(self.chunk // minimum(rows.size, self.seq), 1), MOST_VIEWS)
+        chunk = self.chunk_views(minimum(rows.size, self.seq))
         block_bytes = 2 * rows.size * (self.token_bytes if rows.own else self.kv_token_bytes)
         listed = maximum(self.list_bytes // (maximum(rows.lists, 1) * block_bytes), 1)
         return where(rows.lists > 0, minimum(chunk, listed), chunk)

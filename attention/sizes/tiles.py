@@ -64,7 +64,10 @@ class Extent(NamedTuple):
     merges: Count
     """1 if some tile merges parts, else 0."""
     mask: tuple[Count, Count]
-    """(queries, keys) of the causal mask that is added to scores; (0, 0) if none is."""
+    """(queries, keys) of the mask that is added to scores; (0, 0) if none is."""
+    band: bool = False
+    """Whether that is of a window that ends at the token: query t sees keys t.. of it, and so on up to
+    t + keys - queries, as under a causal one."""
 
 
 class _Sparse(NamedTuple):

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from attention.config import AttentionConfig, PatternType
 from attention.sizes.arrays import Count, ceil_div, floor_root, maximum, minimum, where
-from attention.sizes.shape import MOST_VIEWS, Shape
+from attention.sizes.shape import Shape
 from attention.sizes.tiles import Extent, Kind
 from attention.sizes.window import token_side
 
@@ -152,7 +152,7 @@ def token_rows(window: TokenWindow, shape: Shape) -> TokenRows:
     slide = ceil_div(left, unit)
     slide_stop = maximum((tokens - right) // unit, slide)
     keys = where(cut, maximum(keys - 2 * unit, unit), keys)
-    together = minimum(shape.chunk // unit, shape.pack_tokens(1) // keys, MOST_VIEWS, slide_stop - slide)
+    together = minimum(shape.chunk_views(unit), shape.pack_tokens(1) // keys, slide_stop - slide)
     per_tile = longest if shape.causal else maximum(shape.chunk, 1)
     return TokenRows(
         begin,

@@ -72,6 +72,9 @@ IMPLEMENTATIONS: dict[str, AttentionConfig] = {
     "local_window": patterned("local_window", local_window_size=32),
     "local_window-below-a-block": patterned("local_window", local_window_size=3),
     "global_local": patterned("global_local", local_window_size=16, global_tokens=9),
+    "local_window-token": patterned("local_window", local_window_size=27, edges="token"),
+    "local_window-token-narrow": patterned("local_window", local_window_size=1, edges="token"),
+    "global_local-token": patterned("global_local", local_window_size=12, global_tokens=9, edges="token"),
     "dilated_sparse": patterned("dilated_sparse", [(16, 1)], sparsity_ratio=0.3),
     "dilated_sparse-3": patterned("dilated_sparse", [(4, 1), (8, 2), (16, 3)], sparsity_ratio=0.6),
     "dilated_sparse-far": patterned("dilated_sparse", [(16, 5), (16, 2)], sparsity_ratio=1.0),
@@ -224,6 +227,7 @@ def configs(draw: st.DrawFn, heads: int | None = None, head_dim: int | None = No
         block_size=draw(st.integers(1, 40)),
         local_window_size=draw(st.integers(1, 150)),
         global_tokens=draw(st.integers(1, 60)),
+        edges=draw(st.sampled_from(["block", "token"])),
     )
     if variant == "adaptive":
         sizes = AdaptiveConfig(num_heads=heads, head_dim=head_dim, score_dim=draw(st.sampled_from([None, 3])))

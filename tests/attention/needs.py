@@ -18,10 +18,13 @@ from attention.sizes.tiles import (
     sparse_extent,
     sums_in_full,
 )
+from attention.sizes.token_tiles import token_extent, token_window_of
 
 
 def extent_of(config, shape):
     """Of all but adaptive."""
+    if config.token_edges:
+        return token_extent(token_window_of(config, shape.causal), shape)
     if config.variant == "block_sparse":
         return sparse_extent(rows_of(config, shape.seq, shape.causal), shape)
     branches = shape.within(config.branches or ((shape.seq, 1),))
@@ -144,7 +147,7 @@ def beyond(tiles, extent, shape, back_tiles, back_extent):
     longest = max(tile.stop - tile.start for tile in tiles)
     if longest > extent.tokens:
         found.append(("tile", "tokens", longest, extent.tokens))
-    for call in (call for tile in tiles for call in tile.calls if call.mask == "diagonal"):
+    for call in (call for tile in tiles for call in tile.calls if call.mask in ("diagonal", "band")):
         if max(call.queries[0].length, call.keys.unit) > extent.mask[0] or call.keys.length > extent.mask[1]:
             found.append(("mask", call.kind, (call.queries[0].length, call.keys.length), extent.mask))
     for tile in back_tiles:

@@ -12,7 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from needs import extent_of
 
-from attention import block_sparse
+from attention import block_sparse, token_window
 from attention import dilated as dilated_module
 from attention.layout import build_layout
 from attention.ops.maskless import maskless
@@ -22,6 +22,7 @@ from attention.sizes import shape as shape_module
 from attention.sizes.row_bounds import chosen_rows, rows_of
 from attention.sizes.shape import Shape, Span, chunk_tokens
 from attention.sizes.tiles import cut
+from attention.sizes.token_tiles import token_window_of
 
 FIXED = {name: config for name, config in IMPLEMENTATIONS.items() if config.variant != "adaptive"}
 
@@ -36,6 +37,8 @@ def shape_of(seq, workspace=LEAST_WORKSPACE, **sizes):
 
 
 def tiles_of(config, shape):
+    if config.token_edges:
+        return list(token_window.tiles(token_window_of(config, shape.causal), shape))
     if config.variant == "block_sparse":
         rows = rows_of(config, shape.seq, shape.causal)
         return list(block_sparse.tiles(build_layout(config, shape.seq, shape.causal), rows, shape))
@@ -71,6 +74,8 @@ def pairs(call, span, shape):
         seen = k <= t
     elif call.mask == "diagonal":
         seen = k <= t + keys.shape[-1] - (block or span.length)
+    elif call.mask == "band":
+        seen = (t <= k + call.column) & (k + call.column <= t + call.band)
     full = np.broadcast_arrays(heads[None, :, :, None], queries[..., None], keys[:, :, None, :], seen)
     keep = full[3]
     if call.mask == "tail":

@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 from needs import beyond, extent_of
 
-from attention import block_sparse, dilated
+from attention import block_sparse, dilated, token_window
 from attention.config import AttentionConfig, SparsePatternConfig
 from attention.layout import build_layout
 from attention.sizes.arrays import row_blocks
 from attention.sizes.row_bounds import chosen_rows, rows_of
 from attention.sizes.shape import Shape, chunk_tokens
 from attention.sizes.tiles import sparse_extent
+from attention.sizes.token_tiles import token_window_of
 
 MOST_CALLS = 1500
 """Of a pass: longer programs repeat themselves, so their sequence is cut."""
@@ -92,7 +93,7 @@ def random_config(rng: random.Random, shape: Shape) -> AttentionConfig | tuple[i
     ratio = min(1.0, 2 ** rng.uniform(-8, 0))
     if kind == "adaptive":
         return size, min(row_blocks(ratio, blocks), blocks)
-    fields = {}
+    fields = {"edges": rng.choice(("block", "token"))}
     if kind == "dilated_sparse":
         lengths, rates = random_branches(rng, blocks + 3, size)
         return AttentionConfig(
@@ -131,6 +132,9 @@ def program_of(config, shape: Shape, rng: random.Random):
         lists = chosen_lists(rng, blocks, shape.heads, kept, shape.causal)
         rows = chosen_rows(size, kept)
         return lambda s: block_sparse.chosen_tiles(lists, rows, s), lambda s: sparse_extent(rows, s)
+    if config.token_edges:
+        window = token_window_of(config, shape.causal)
+        return lambda s: token_window.tiles(window, s), lambda s: extent_of(config, s)
     if config.variant == "block_sparse":
         layout = build_layout(config, shape.seq, shape.causal)
         rows = rows_of(config, shape.seq, shape.causal)
