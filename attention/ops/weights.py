@@ -21,6 +21,7 @@ from attention.ops.kernels import lse_dtype
 from attention.ops.scratch import Scratch
 from attention.pool import Buffers, free_bytes
 from attention.sizes.shape import Shape
+from attention.sizes.token_tiles import TokenWindow, token_window_of
 from attention.sizes.weights import weights_sizes, weights_step
 
 
@@ -100,7 +101,8 @@ def attention_weights(
     step = weights_step(shape, size, count, len(branches))
     sizes = weights_sizes(shape, size, count, len(branches))
     with Scratch(Buffers.OFF, q.device, sizes) as scratch:
-        work = _Work(shape, size, scale, branches, scratch)
+        window = token_window_of(config, shape.causal) if config.token_edges else None
+        work = _Work(shape, size, scale, branches, window, scratch)
         for b in range(q.shape[0]):
             pairs = index[b] if index.dim() == 4 else index[None]
             for begin in range(0, count, step):
@@ -148,13 +150,15 @@ class _Work:
     scale: float
     branches: tuple[tuple[int, int], ...]
     """The branches of a dilated config, else none."""
+    window: TokenWindow | None
+    """One that ends at the token."""
     scratch: Scratch
 
     def weights(self, q: Tensor, k: Tensor, lse: Tensor, pairs: Tensor) -> Tensor:
         """[H, n, size, size] of block pairs [H or 1, n, 2], from q [S, H, D], k [S, G, D], lse [S, H]."""
         shape, size = self.shape, self.size
         count = pairs.shape[1]
-        query, key = (self._tokens(name, pairs[..., n]) for n, name in enumerate(("query", "key")))
+        query, key = self._both_tokens(pairs)
         keys = self._rows("k", k, key)
         queries = self._rows("q", q, query)
         log_sum = self._rows("lse", lse[..., None], query)
@@ -162,8 +166,15 @@ class _Work:
         torch.bmm(queries, keys.transpose(1, 2), out=scores)
         scores.mul_(self.scale).sub_(log_sum).exp_()
         weights = scores.view(shape.heads, count, size, size)
+        if self.window is not None:
+            self._hide_before(weights, query, key, self.window)
+            query, key = self._both_tokens(pairs)
         self._select(weights, query, key)
         return weights
+
+    def _both_tokens(self, pairs: Tensor) -> tuple[Tensor, Tensor]:
+        """The tokens of the query and of the key blocks of pairs; see `_tokens`."""
+        return self._tokens("query", pairs[..., 0]), self._tokens("key", pairs[..., 1])
 
     def _get(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         return self.scratch.get(name, shape, dtype)
@@ -196,12 +207,28 @@ class _Work:
         shape = self.shape
         if self.branches:
             self._multiply(weights, query, key)
-        past = torch.gt(query, shape.seq - 1, out=self._get("past", query.shape, torch.bool))
-        if not shape.causal:
+        past = self._get("past", query.shape, torch.bool)
+        window = None if shape.causal else self.window
+        if window is not None:  # global keys are behind no query, and no key is behind a global query
+            key.masked_fill_(torch.lt(key, window.shared, out=past), -1)
+            query.masked_fill_(torch.lt(query, window.shared, out=past), shape.seq - 1)
+        torch.gt(query, shape.seq - 1, out=past)
+        if window is not None:
+            query.add_(window.side).clamp_max_(shape.seq - 1)
+        elif not shape.causal:
             query.fill_(shape.seq - 1)
         query.masked_fill_(past, -1)  # the last key that each query sees
         hidden = self._get("hidden", (*query.shape, self.size), torch.bool)
         torch.gt(key[..., None, :], query[..., :, None], out=hidden)
+        weights.masked_fill_(hidden, 0.0)
+
+    def _hide_before(self, weights: Tensor, query: Tensor, key: Tensor, window: TokenWindow) -> None:
+        """Makes a zero of what is too far before a query, but for global keys. Writes over the tokens."""
+        past = torch.lt(key, window.shared, out=self._get("past", key.shape, torch.bool))
+        key.masked_fill_(past, self.shape.seq)
+        query.sub_(window.side)
+        hidden = self._get("hidden", (*query.shape, self.size), torch.bool)
+        torch.lt(key[..., None, :], query[..., :, None], out=hidden)
         weights.masked_fill_(hidden, 0.0)
 
     def _multiply(self, weights: Tensor, query: Tensor, key: Tensor) -> None:

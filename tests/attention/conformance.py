@@ -74,7 +74,7 @@ IMPLEMENTATIONS: dict[str, AttentionConfig] = {
     "global_local": patterned("global_local", local_window_size=16, global_tokens=9),
     "local_window-token": patterned("local_window", local_window_size=27, edges="token"),
     "local_window-token-narrow": patterned("local_window", local_window_size=1, edges="token"),
-    "global_local-token": patterned("global_local", local_window_size=12, global_tokens=9, edges="token"),
+    "global_local-token": patterned("global_local", local_window_size=13, global_tokens=14, edges="token"),
     "dilated_sparse": patterned("dilated_sparse", [(16, 1)], sparsity_ratio=0.3),
     "dilated_sparse-3": patterned("dilated_sparse", [(4, 1), (8, 2), (16, 3)], sparsity_ratio=0.6),
     "dilated_sparse-far": patterned("dilated_sparse", [(16, 5), (16, 2)], sparsity_ratio=1.0),
