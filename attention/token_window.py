@@ -42,7 +42,8 @@ def _window_tile(rows: TokenRows, number: int, count: int, shape: Shape) -> Tile
     row, unit = rows.row(number), rows.unit
     start = rows.begin + row.start
     queries = head_spans(start, row.queries, count, unit, shape)
-    kind = "last view" if row.queries < unit else "views" if count > 1 else "view"
+    short = row.queries < unit
+    edge, kind = ("last edge", "last view") if short else ("edge", "views" if count > 1 else "view")
 
     def keys(first: int, stop: int) -> Span:
         return Span(rows.begin + first, stop - first, batch=count, batch_step=unit, heads=shape.kv_heads)
@@ -59,9 +60,9 @@ def _window_tile(rows: TokenRows, number: int, count: int, shape: Shape) -> Tile
         if row.behind == row.queries:
             calls.append(Call(queries, keys(row.full_stop, row.stop), "triangle", "causal"))
         elif row.behind:
-            calls.append(band(row.full_stop, row.stop, "edge", unit))
+            calls.append(band(row.full_stop, row.stop, edge, unit))
         if row.before:
-            calls.append(band(row.first, row.full, "edge", column))
+            calls.append(band(row.first, row.full, edge, column))
         calls += _seen(queries, keys(row.full, row.full_stop), kind, shape)
     tokens = head_spans(start, (count - 1) * unit + row.queries, 1, 0, shape)
     calls += _seen(tokens, Span(0, rows.begin, heads=shape.kv_heads), "global columns", shape)

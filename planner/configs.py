@@ -17,6 +17,7 @@ from attention.config import (
     AdaptiveConfig,
     AttentionConfig,
     Backend,
+    Edges,
     MultiheadConfig,
     PatternType,
     SparsePatternConfig,
@@ -52,6 +53,8 @@ class Columns:
     window: Column = 0
     """Tokens of the window: `local_window_size`."""
     global_tokens: Column = 0
+    edges: Edges = "block"
+    """Where windows and global tokens end; see `token_edges`."""
     sparsity_ratio: float | NDArray[np.float64] = 1.0
     lengths: tuple[Column, ...] = ()
     """Segment lengths, a column a branch."""
@@ -96,6 +99,11 @@ class Columns:
         return part
 
     @property
+    def token_edges(self) -> bool:
+        """Whether the candidates are windows, global tokens or not, that end at the token."""
+        return self.edges == "token" and self.pattern_type in ("local_window", "global_local")
+
+    @property
     def branches(self) -> tuple[tuple[Any, Any], ...]:
         """(segment length, dilation rate) of each branch; dense attention is one as long as the sequence."""
         if self.variant == "dense":
@@ -121,6 +129,7 @@ class Columns:
                     ratio=untyped.sparsity_ratio,
                     lengths=untyped.lengths,
                     rates=untyped.rates,
+                    edges=self.edges,
                 )
         return self._rows[causal]
 
@@ -176,8 +185,8 @@ def _is_array(column: Any) -> bool:
 _FIELDS: tuple[str, ...] = tuple(one.name for one in fields(Columns) if one.init)
 
 _READS: dict[PatternType, dict[str, str]] = {
-    "local_window": {"window": "local_window_size"},
-    "global_local": {"window": "local_window_size", "global_tokens": "global_tokens"},
+    "local_window": {"window": "local_window_size", "edges": "edges"},
+    "global_local": {"window": "local_window_size", "global_tokens": "global_tokens", "edges": "edges"},
     "dilated_sparse": {"sparsity_ratio": "sparsity_ratio"},
 }
 """Columns that each pattern reads beside the block size, and their names in its config."""
@@ -193,6 +202,7 @@ def columns_of(config: AttentionConfig, seq: int) -> Columns:
             "window": pattern.local_window_size,
             "global_tokens": pattern.global_tokens,
             "sparsity_ratio": pattern.sparsity_ratio,
+            "edges": pattern.edges,
         }
     return Columns(
         config.variant,

@@ -66,8 +66,9 @@ class Row(NamedTuple):
     first: Count
     """First token that some query sees."""
     full: Count
-    """First and one past the last token that all see, where the row is cut: else what some see."""
+    """First of the tokens that are seen by all if the row is cut, else by some."""
     full_stop: Count
+    """One past the last of those."""
     stop: Count
     """One past the last token that some query sees."""
 
@@ -78,8 +79,13 @@ class Row(NamedTuple):
 
     @property
     def behind(self) -> Count:
-        """Keys that some do not see because they are too far behind, and the first of the row's band."""
+        """Keys that some do not see because they are too far behind, after one that all see."""
         return self.stop - self.full_stop
+
+    @property
+    def edge(self) -> Count:
+        """Most keys of its calls under a mask, if it is cut."""
+        return maximum(self.before, where(self.behind < self.queries, self.behind, 0))
 
 
 class TokenRows(NamedTuple):
@@ -143,7 +149,8 @@ def token_rows(window: TokenWindow, shape: Shape) -> TokenRows:
     begin = minimum(window.shared, shape.seq)
     tokens = shape.seq - begin
     room = shape.workspace // (MASK_SHARE * shape.wide)
-    longest = maximum(minimum(window.size, floor_root(room // 2)), 1)
+    longest = maximum(floor_root(room // 2), 1)
+    longest = ceil_div(window.size, ceil_div(window.size, longest))  # a block in even parts
     unit = minimum(longest, maximum(tokens, 1))
     left = minimum(window.side, maximum(tokens - 1, 0))
     right = 0 * left if shape.causal else left
@@ -184,12 +191,19 @@ def _window_kinds(rows: TokenRows, shape: Shape) -> tuple[Kind, ...]:
     whole = rows.tokens // unit  # rows that are not short
     short = rows.tokens % unit
     # Keys grow by a row's tokens or stay, until they stay or shrink: the most are at one of these rows.
-    turns = (rows.left // unit - 1, rows.left // unit, rows.slide, rows.slide_stop - 1, rows.slide_stop, whole - 1)
-    middle, before, behind = 0 * unit, 0 * unit, 0 * unit
+    turns = (
+        rows.left // unit - 1,
+        rows.left // unit,
+        rows.slide,
+        rows.slide_stop - 1,
+        rows.slide_stop,
+        (rows.tokens - rows.right - 1) // unit,
+        whole - 1,
+    )
+    middle, edges = 0 * unit, 0 * unit
     for number in turns:
         row = rows.row(minimum(maximum(number, 0), maximum(whole - 1, 0)))
-        middle = maximum(middle, row.full_stop - row.full)
-        before, behind = maximum(before, row.before), maximum(behind, row.behind)
+        middle, edges = maximum(middle, row.full_stop - row.full), maximum(edges, row.edge)
     last = rows.row(whole)
     dense = (shape.heads == shape.kv_heads) * 1
     masked = unit * (1 - cut) * rows.masks
@@ -206,15 +220,19 @@ def _window_kinds(rows: TokenRows, shape: Shape) -> tuple[Kind, ...]:
         keys=maximum(minimum(unit * (1 - 2 * cut) + rows.left + rows.right, limit), 1),
         exists=(rows.together > 1) * 1,
     )  # fmt: skip
-    sees_edges = rows.tokens - 1 > rows.left
     edge = Kind(
-        "edge", shape.kv_heads, rows.together, unit, unit, dense=dense, masked=unit,
-        later=rows.together * unit, exists=cut * sees_edges * 1,
+        "edge", shape.kv_heads, rows.together, unit, maximum(edges, 1), dense=dense, masked=unit,
+        later=rows.together * unit, exists=(whole > 0) * (edges > 0) * 1,
+    )  # fmt: skip
+    last_edge = edge._replace(
+        name="last edge", views=1, queries=maximum(short, 1), keys=maximum(last.edge, 1), masked=short,
+        later=short, exists=(short > 0) * (last.edge > 0) * 1,
     )  # fmt: skip
     triangle = edge._replace(
-        name="triangle", whole=True, masked=0, later=0, exists=cut * (rows.tokens > rows.right + 1) * 1
-    )
-    return view, last_view, views, edge, triangle
+        name="triangle", keys=unit, whole=True, masked=0, later=0,
+        exists=cut * (unit + rows.right <= rows.tokens) * some * 1,
+    )  # fmt: skip
+    return view, last_view, views, edge, last_edge, triangle
 
 
 def _global_kinds(rows: TokenRows, shape: Shape) -> tuple[Kind, ...]:

@@ -15,6 +15,7 @@ from attention.sizes.flex import flex_is_lean, flex_takes_blocks
 from attention.sizes.flex_tiles import unfit_sizes
 from attention.sizes.row_bounds import Rows
 from attention.sizes.shape import Shape, chunk_tokens
+from attention.sizes.token_tiles import TokenWindow, token_window
 from attention.sizes.whole_calls import WholeCall, branch_calls, pattern_calls
 from planner.configs import Columns, columns_of
 from planner.memory.machines import Cpu, Cuda, Machine
@@ -76,6 +77,8 @@ def _attention(table: PlanTable, case: tiles.Case, columns: Columns, apart: bool
         rows = columns.rows(case.shape.causal)
         scorer = adaptive.scorer_of(case, rows.size, rows.lists, columns.score_dim)
         adaptive.adaptive(table, case, scorer)
+    elif columns.token_edges:
+        tiles.token_window(table, case, window_of(columns, case.shape.causal))
     elif columns.variant == "block_sparse":
         plan = tiles.flex if apart else tiles.block_sparse
         plan(table, case, columns.rows(case.shape.causal))
@@ -91,10 +94,23 @@ def calls_of(columns: Columns, shape: Shape) -> tuple[WholeCall, ...] | None:
     if shape.windows == "none" or columns.variant == "adaptive":
         return None
     if columns.variant == "block_sparse":
-        sizes: dict[str, Any] = {"size": columns.block_size, "window": columns.window}
-        return pattern_calls(columns.pattern_type, shape, **sizes, global_tokens=columns.global_tokens)  # type: ignore[arg-type]
+        return pattern_calls(columns.pattern_type, shape, **_window_fields(columns), edges=columns.edges)
     branches = columns.branches if columns.variant == "dilated" else ((shape.seq, 1),)
     return branch_calls(_by_rate(shape.within(branches)), shape)
+
+
+def window_of(columns: Columns, causal: bool) -> TokenWindow:
+    """The candidates' window, which ends at the token; see
+    `attention.sizes.token_tiles.token_window_of`."""
+    return token_window(columns.pattern_type, causal, **_window_fields(columns))
+
+
+def _window_fields(columns: Columns) -> dict[str, Any]:
+    return {
+        "size": columns.block_size,
+        "window": columns.window,
+        "global_tokens": columns.global_tokens,
+    }
 
 
 def _by_rate(branches: tuple[tuple[Count, Count], ...]) -> tuple[tuple[Count, Count], ...]:
@@ -114,7 +130,7 @@ def goes_apart(columns: Columns, workload: Workload, machine: Machine) -> Any:
         by_windows = columns.pattern_type != "dilated_sparse" and machine.windows(
             workload.head_dim, workload.itemsize
         )
-        if columns.backend == "auto" and by_windows == "any":
+        if columns.token_edges or (columns.backend == "auto" and by_windows == "any"):
             return False
         return has_flex(workload, machine) and goes_flex(
             columns.backend, columns.rows(workload.causal), seq, workload

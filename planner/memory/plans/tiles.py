@@ -27,6 +27,7 @@ from attention.sizes.tiles import (
     pieces,
     sparse_extent,
 )
+from attention.sizes.token_tiles import TokenWindow, token_extent
 from planner.memory.allocator_settings import MIN_BLOCK
 from planner.memory.cuda_kernels import PLAIN_BACKWARD_LEFT, PLAIN_FORWARD_LEFT, KernelStep, largest
 from planner.memory.machines import Bytes, KernelCall, Machine
@@ -441,7 +442,7 @@ def _call(
         causal=kind.whole,
         dense=kind.dense,
         masked=kind.masked,
-        mask_keys=extent.mask[1] if shape.causal else keys,
+        mask_keys=extent.mask[1] if shape.causal or extent.band else keys,
         packed=kind.own,
         fewer=kind.fewer,
     )
@@ -505,6 +506,11 @@ def dilated(table: PlanTable, case: Case, branches: Sequence[tuple[Count, Count]
 def block_sparse(table: PlanTable, case: Case, rows: Rows) -> None:
     """Block-sparse attention by views and gathers."""
     program(table, case, _once(case.shape, lambda shape: sparse_extent(rows, shape)))
+
+
+def token_window(table: PlanTable, case: Case, window: TokenWindow) -> None:
+    """Windows that end at the token, by views."""
+    program(table, case, _once(case.shape, lambda shape: token_extent(window, shape)))
 
 
 def _once(shape: Shape, extent_of: Callable[[Shape], Extent]) -> Callable[[Shape], Extent]:
