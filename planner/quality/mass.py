@@ -81,7 +81,9 @@ def shape_of(columns: Columns) -> tuple[Column | float | Floats, ...]:
     if columns.pattern_type == "dilated_sparse":
         return (columns.seq, columns.block_size, columns.sparsity_ratio, *branches)
     shared = columns.global_tokens if columns.pattern_type == "global_local" else 0
-    return (columns.seq, columns.block_size, columns.window, shared)
+    # Ending at the token is ending at blocks of one.
+    size = 1 if columns.token_edges else columns.block_size
+    return (columns.seq, size, columns.window, shared)
 
 
 def _mass(columns: Columns, table: Floats, workload: Workload, profile: Profile) -> Floats:

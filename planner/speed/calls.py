@@ -13,6 +13,7 @@ from typing import NamedTuple
 from attention.sizes.arrays import Amount, any_of, lcm, maximum, minimum, where
 from attention.sizes.row_bounds import Rows
 from attention.sizes.shape import WIDE, Shape
+from attention.sizes.token_tiles import TokenRows, TokenWindow, token_rows
 from attention.sizes.whole_calls import WholeCall, backward_cut, forward_cut
 from planner.speed.row_runs import Run, rounded_up
 
@@ -273,6 +274,63 @@ def _lists(run: Run, rows: Rows, shape: Shape) -> Program:
     later = where(parts > 0, 1 if shape.causal else (parts - 1) / maximum(parts, 1), 0)
     calls.append(base._replace(number=number * parts, keys=each * rows.size, later=later))
     return Program(calls, number)
+
+
+def token_window(window: TokenWindow, shape: Shape) -> Program:
+    """See `attention/token_window.py`."""
+    rows = token_rows(window, shape)
+    slide = minimum(rows.slide, rows.rows)
+    stop = maximum(minimum(rows.slide_stop, rows.rows), slide)
+    groups = ((0 * slide, slide, 1), (slide, stop, rows.together), (stop, rows.rows, 1))
+    calls: list[Calls] = []
+    tiles: Amount = 0
+    for first, end, together in groups:
+        part = _token_rows(rows, first, end, together, shape)
+        calls += part.calls
+        tiles = tiles + part.tiles
+    there = rounded_up(rows.begin, rows.global_unit)
+    unit = rows.begin / maximum(there, 1)
+    base = Calls(there, 1, shape.kv_heads, maximum(unit, 1), 1, spans=shape.heads // shape.kv_heads)
+    if shape.causal:
+        calls.append(base._replace(keys=base.queries, causal=1))
+        before = base._replace(number=maximum(there - 1, 0), keys=maximum(rows.begin / 2, 1), later=1)
+        calls.append(_cut(before, shape))
+    else:
+        calls.append(_cut(base._replace(keys=shape.seq), shape))
+    return Program(calls, tiles + there)
+
+
+def _token_rows(rows: TokenRows, begin: Amount, end: Amount, together: Amount, shape: Shape) -> Program:
+    """Rows begin..end, so many of them in a call: what they see grows or falls from one to the next, or is
+    equally much."""
+    count = maximum(end - begin, 0)
+    tiles = rounded_up(count, together)
+    ends = (rows.row(minimum(begin, maximum(rows.rows - 1, 0))), rows.row(maximum(end - 1, 0)))
+
+    def mean(one: Amount, other: Amount) -> Amount:
+        return maximum((one + other) / 2, 1)
+
+    queries = mean(*(row.queries for row in ends))
+    views = count / maximum(tiles, 1)
+    base = Calls(
+        tiles, views, shape.kv_heads, queries, 1, spans=shape.heads // shape.kv_heads,
+        step=rows.unit * (together > 1),
+    )  # fmt: skip
+    whole = base._replace(
+        number=tiles * (1 - rows.cut), keys=mean(*(row.stop - row.first for row in ends)), later=0
+    )
+    # Of rows that are cut, those that see no end of their window have fewer calls.
+    behind: Amount = sum((row.behind > 0) * 1 for row in ends) / 2
+    before: Amount = sum((row.before > 0) * 1 for row in ends) / 2
+    cut = base._replace(number=tiles * rows.cut)
+    triangle = cut._replace(number=cut.number * behind, keys=queries, causal=1, step=0)
+    edge = cut._replace(number=cut.number * before, keys=queries, later=1, step=0)
+    middle = cut._replace(keys=mean(*(row.full_stop - row.full for row in ends)), later=1)
+    columns = base._replace(
+        number=tiles * (rows.begin > 0), views=1, queries=maximum(views * queries, 1),
+        keys=maximum(rows.begin, 1), later=1, step=0,
+    )  # fmt: skip
+    return Program([whole, triangle, edge, _cut(middle, shape), _cut(columns, shape)], tiles)
 
 
 def _cut(call: Calls, shape: Shape) -> Calls:

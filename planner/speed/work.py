@@ -17,7 +17,7 @@ from attention.sizes.adaptive import gate_rows
 from attention.sizes.arrays import Amount, any_of, ceil_div, maximum, minimum, where
 from attention.sizes.shape import Shape
 from planner.configs import Columns
-from planner.memory.dispatch import calls_of, shape_of
+from planner.memory.dispatch import calls_of, shape_of, window_of
 from planner.memory.machines import Machine
 from planner.speed import calls
 from planner.speed.calls import Calls, Program
@@ -246,6 +246,8 @@ def _program(
     if columns.variant == "adaptive":
         rows = columns.rows(shape.causal)
         return calls.block_sparse(_chosen(rows.lists, shape, untyped.block_size), rows, shape), False
+    if columns.token_edges:
+        return calls.token_window(window_of(columns, shape.causal), shape), False
     if columns.variant == "block_sparse":
         fields: dict[str, Any] = {
             "window": untyped.window,

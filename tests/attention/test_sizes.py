@@ -105,7 +105,7 @@ def random_config(rng: random.Random, shape: Shape) -> AttentionConfig | tuple[i
     if kind == "global_local":
         fields["global_tokens"] = round(2 ** rng.uniform(0, math.log2(shape.seq + 1)))
     window = rng.choice((256, 512, 1024, 4096, round(2 ** rng.uniform(0, math.log2(shape.seq + 1)))))
-    fields["edges"] = rng.choice(("block", "token"))
+    fields["edges"] = rng.choice(("token", "block"))
     pattern = SparsePatternConfig(pattern_type=kind, block_size=size, local_window_size=window, **fields)
     return AttentionConfig(variant="block_sparse", pattern=pattern)
 

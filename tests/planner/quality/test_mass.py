@@ -6,6 +6,7 @@ from itertools import islice
 
 import numpy as np
 import pytest
+from edges import WINDOWED, by_token
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -48,6 +49,15 @@ def few_heads(workload, number):
 def test_mass_is_that_of_the_oracles_mask(longest, count):
     for number, (config, workload) in enumerate(islice(samples(5, longest=longest, kinds=KINDS), count)):
         workload = few_heads(workload, number // 4)
+        profile = PROFILES[number % 4]
+        expected = brute(config, workload, profile)
+        assert mass_of(config, workload, profile) == pytest.approx(expected, abs=1e-3), (config, workload)
+
+
+@pytest.mark.parametrize("longest, count", [(40, 60), (300, 40), (1500, 6)])
+def test_mass_of_windows_that_end_at_the_token_is_that_of_the_oracles_mask(longest, count):
+    for number, (config, workload) in enumerate(islice(samples(6, longest=longest, kinds=WINDOWED), count)):
+        config, workload = by_token(config, number % 41 - 20), few_heads(workload, 0)
         profile = PROFILES[number % 4]
         expected = brute(config, workload, profile)
         assert mass_of(config, workload, profile) == pytest.approx(expected, abs=1e-3), (config, workload)

@@ -6,6 +6,7 @@ from itertools import islice
 
 import numpy as np
 import pytest
+from edges import WINDOWED, by_token
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -40,6 +41,12 @@ def test_layers_are_those_of_the_oracles_mask(longest):
         for within in (1, 2, 5):
             found = reaches(columns_of(config, workload.seq), workload, within)
             assert found.tolist() == [expected is not None and expected <= within]
+
+
+def test_layers_of_windows_that_end_at_the_token_are_those_of_the_oracles_mask():
+    for number, (config, workload) in enumerate(islice(samples(8, longest=200, kinds=WINDOWED), 60)):
+        config = by_token(config, number % 41 - 20)
+        assert layers(config, workload) == searched(config, workload), (config, workload)
 
 
 @settings(max_examples=40)

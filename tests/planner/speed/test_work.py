@@ -7,14 +7,16 @@ from itertools import islice
 
 import numpy as np
 import pytest
+from edges import WINDOWED, by_token
 
-from attention import AttentionConfig, MultiheadConfig, block_sparse, dilated
+from attention import AttentionConfig, MultiheadConfig, block_sparse, dilated, token_window
 from attention.block_sparse import chosen_tiles
 from attention.layout import build_layout, row_blocks
 from attention.ops.program import Gather
 from attention.sizes.row_bounds import chosen_rows, rows_of
 from attention.sizes.shape import Shape
 from attention.sizes.tiles import sparse_extent
+from attention.sizes.token_tiles import token_window_of
 from planner.configs import Columns, columns_of
 from planner.fitting.speed_runs import timing_samples
 from planner.memory.dispatch import goes_apart, shape_of
@@ -50,6 +52,8 @@ def real(config, workload, shape: Shape) -> tuple[list[Calls], int]:
         largest = kinds["lists"].largest
     if config.variant == "adaptive":
         tiles = chosen(config, shape, workload.causal)
+    elif config.token_edges:
+        tiles = list(token_window.tiles(token_window_of(config, workload.causal), shape))
     elif config.variant == "block_sparse":
         layout = build_layout(config, workload.seq, workload.causal)
         tiles = list(block_sparse.tiles(layout, rows, shape))
@@ -103,9 +107,19 @@ EXACT = ("work", "pairs", "gathered", "summed", "widened")
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_closed_forms_are_what_the_programs_do(kind):
+    assert_close(kind, samples(kind, 40))
+
+
+@pytest.mark.parametrize("kind", WINDOWED)
+def test_closed_forms_of_windows_that_end_at_the_token_are_what_the_programs_do(kind):
+    drawn = enumerate(samples(kind, 40))
+    assert_close(kind, (sample._replace(config=by_token(sample.config, n % 41 - 20)) for n, sample in drawn))
+
+
+def assert_close(kind, drawn):
     errors: dict[str, list[float]] = {}
     rates = default_cpu_rates(MACHINE)
-    for sample in samples(kind, 40):
+    for sample in drawn:
         for step, (exact, close) in zip(("forward", "backward"), both(*sample), strict=False):
             for name in EXACT:
                 if exact[name]:

@@ -9,6 +9,7 @@ from statistics import median
 
 import pytest
 import torch
+from edges import WINDOWED, by_token
 
 from planner.fitting.samples import PLAIN, Sample, samples
 from planner.measuring.call import call_of
@@ -18,6 +19,7 @@ from planner.memory.machines import this_cpu
 
 CPU = torch.device("cpu")
 CASES = 24
+TOKEN_CASES = 12
 WORK, STEPS = 1e7, 12
 """Small, so that all cases together take seconds."""
 MANY, LARGE = 200, 3e7
@@ -29,6 +31,11 @@ SLACK = 4096
 @cache
 def found() -> list[Sample]:
     return list(islice(samples(77, longest=4096, work=WORK, steps=STEPS, kinds=PLAIN), CASES))
+
+
+@cache
+def token_samples() -> list[Sample]:
+    return list(islice(samples(78, longest=4096, work=WORK / 4, steps=STEPS, kinds=WINDOWED), TOKEN_CASES))
 
 
 @cache
@@ -63,8 +70,23 @@ def test_a_plan_says_what_its_run_allocates(number: int):
     check(found()[number], *peaks(number))
 
 
+@pytest.mark.parametrize("number", range(TOKEN_CASES))
+def test_a_plan_of_a_window_that_ends_at_the_token_is_right_to_the_byte(number: int):
+    config, workload = token_samples()[number]
+    predicted, measured = peaks_of(Sample(by_token(config, number * 37 % 61 - 30), workload), 1 + number % 2)
+    assert predicted == measured
+
+
 def test_most_plans_are_right_to_the_byte():
     assert median(abs(predicted - measured) for predicted, measured in map(peaks, range(CASES))) == 0
+
+
+@pytest.mark.slow
+def test_many_plans_of_windows_that_end_at_the_token_say_what_their_runs_allocate(seed: int):
+    drawn = samples(seed, longest=4096, work=LARGE, steps=STEPS, kinds=WINDOWED)
+    for number, (config, workload) in enumerate(islice(drawn, MANY)):
+        sample = Sample(by_token(config, number * 37 % 61 - 30), workload)
+        check(sample, *peaks_of(sample, 1 + number % 2))
 
 
 @pytest.mark.slow
