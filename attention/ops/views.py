@@ -118,9 +118,7 @@ def widened(keys: Span, x: Tensor, dtype: torch.dtype, name: str, scratch: Scrat
     return view(keys, copied.copy_(x[keys.start : keys.stop]), keys.start)
 
 
-def causal_mask(
-    queries: int, keys: int, band: bool, dtype: torch.dtype, device: torch.device
-) -> Tensor:
+def causal_mask(queries: int, keys: int, band: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
     """[queries, keys]: added to scores, query t sees keys up to the last `queries` and t of those; those of a
     `band` are from t on. All `diagonal` masks of a program are views of one, and all `band` masks."""
     full = torch.full((queries, keys), -torch.inf, dtype=dtype, device=device)

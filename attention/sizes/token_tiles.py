@@ -252,9 +252,7 @@ def _global_kinds(rows: TokenRows, shape: Shape) -> tuple[Kind, ...]:
     whole, short = begin // unit, begin % unit
     own = there._replace(name="global triangle", keys=unit, whole=True, later=0)
     before = maximum(whole - 1, 0) * unit
-    there = there._replace(
-        keys=maximum(minimum(before, limit), 1), later=unit, exists=(before > 0) * 1
-    )
+    there = there._replace(keys=maximum(minimum(before, limit), 1), later=unit, exists=(before > 0) * 1)
     end = there._replace(
         name="last global row", queries=maximum(short, 1), later=short, exists=(short > 0) * (whole > 0) * 1,
         keys=maximum(minimum(whole * unit, limit), 1),

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NewType
 
 import typer
 
-from attention.config import AdaptiveConfig, AttentionConfig, PatternType, SparsePatternConfig, Variant
+from attention.config import AdaptiveConfig, AttentionConfig, Edges, PatternType, SparsePatternConfig, Variant
 from attention.errors import ConfigError, shortened
 from planner.files import read_json
 from planner.units import parse_bytes, parse_count
@@ -218,6 +218,9 @@ def build_config(
     global_tokens: Annotated[
         int | None, typer.Option(help="First tokens, which every query attends to. [default: 64]")
     ] = None,
+    edges: Annotated[
+        Edges | None, typer.Option(help="Where windows and global tokens end. [default: block]")
+    ] = None,
     sparsity: Annotated[
         float | None, typer.Option(help="Fraction of blocks kept, 0.01 to keep 1%. [default: 0.1]")
     ] = None,
@@ -240,6 +243,7 @@ def build_config(
         "block_size": block_size,
         "local_window_size": window,
         "global_tokens": global_tokens,
+        "edges": edges,
         "sparsity_ratio": sparsity,
     }
     blocks = {name: value for name, value in blocks.items() if value is not None}

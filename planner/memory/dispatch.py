@@ -106,11 +106,7 @@ def window_of(columns: Columns, causal: bool) -> TokenWindow:
 
 
 def _window_fields(columns: Columns) -> dict[str, Any]:
-    return {
-        "size": columns.block_size,
-        "window": columns.window,
-        "global_tokens": columns.global_tokens,
-    }
+    return {"size": columns.block_size, "window": columns.window, "global_tokens": columns.global_tokens}
 
 
 def _by_rate(branches: tuple[tuple[Count, Count], ...]) -> tuple[tuple[Count, Count], ...]:
@@ -146,6 +142,13 @@ def has_flex(workload: Workload, machine: Machine) -> bool:
         and unfit_sizes(workload.head_dim, workload.itemsize, machine.capability) is None
         and not workload.weights
     )
+
+
+def takes_windows(workload: Workload, machine: Machine) -> bool:
+    """Whether windows that end at the token are whole calls there; see
+    `attention.sizes.whole_calls.pattern_calls`."""
+    windows = machine.windows(workload.head_dim, workload.itemsize)
+    return windows == "any" or (windows == "causal" and workload.causal)
 
 
 def goes_flex(backend: Backend, rows: Rows, seq: Count, workload: Workload) -> Count:

@@ -108,6 +108,15 @@ _ALL: Final = (
         step="blocks",
     ),
     Dimension(
+        "edges",
+        "--edges",
+        "names",
+        "Windows that end at these: block, token.",
+        _WINDOWED,
+        parameter="edges",
+        attribute="edges",
+    ),
+    Dimension(
         "ratios",
         "--sparsity",
         "shares",

@@ -7,7 +7,7 @@ from typing import Annotated, Final, Self, get_args
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from attention.config import Backend, Counts, PatternType, Switch, Value, Variant, as_tuple
+from attention.config import Backend, Counts, Edges, PatternType, Switch, Value, Variant, as_tuple
 from planner.question.dimensions import DIMENSIONS, KINDS, AttentionKind, is_sparse, variant_of
 
 MAX_BRANCHES: Final = 4
@@ -19,6 +19,7 @@ _OF_SOME: Final = tuple(dimension for dimension in DIMENSIONS.values() if dimens
 Ratios = Annotated[tuple[Annotated[float, Field(gt=0.0, le=1.0)], ...], BeforeValidator(as_tuple)]
 Variants = Annotated[tuple[Variant, ...], BeforeValidator(as_tuple), Field(min_length=1)]
 Patterns = Annotated[tuple[PatternType, ...], BeforeValidator(as_tuple), Field(min_length=1)]
+Ends = Annotated[tuple[Edges, ...], BeforeValidator(as_tuple), Field(min_length=1)]
 
 
 class Space(Value):
@@ -36,6 +37,8 @@ class Space(Value):
     windows: Counts | None = None
     """Windows in tokens."""
     global_tokens: Counts | None = None
+    edges: Ends | None = None
+    """Where windows may end; None for blocks, and where kernels have windows of their own, tokens too."""
     ratios: Ratios | None = None
     """Fractions of blocks kept."""
     branches: Counts | None = None
@@ -106,6 +109,12 @@ class Space(Value):
             return kind != "adaptive" and (not restricted or any(kind in one.kinds for one in restricted))
 
         return tuple(filter(allowed, KINDS))
+
+    def ends(self, windows: bool) -> tuple[Edges, ...]:
+        """Edges of windows to try on a device whose kernels have windows of their own (`windows`) or not."""
+        if self.edges is not None:
+            return self.edges
+        return ("block", "token") if windows and self.backend != "flex" else ("block",)
 
     def backends(self, flex: bool) -> tuple[Backend, ...]:
         """Backends to try on a device that has FlexAttention (`flex`) or not."""

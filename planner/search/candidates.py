@@ -12,18 +12,19 @@ from typing import Any, Final
 
 import numpy as np
 
-from attention.config import MIB, Backend
+from attention.config import MIB, Backend, Edges
 from attention.errors import ConfigError
 from attention.sizes.arrays import Ints
 from planner.configs import Columns
 from planner.memory.dispatch import goes_flex
-from planner.question.dimensions import AttentionKind, is_sparse, pattern_of, variant_of
+from planner.question.dimensions import DIMENSIONS, AttentionKind, is_sparse, pattern_of, variant_of
 from planner.question.space import MAX_BRANCHES, Space
 from planner.workload import Workload
 
 UNIT: Final = 64
 """Tokens that segment lengths of dilated are multiples of; those of blocks are multiples of the block."""
 BLOCK_SIZES: Final = (32, 64, 128, 256, 512)
+USUAL_BLOCK: Final = 128
 GLOBAL_TOKENS: Final = (64, 256, 1024)
 RATIOS: Final = (0.001, 0.003, 0.01, 0.03, 0.06, 0.12, 0.25, 0.5)
 SEGMENTS: Final = (256, 512, 1024, 2048, 4096, 8192, 16_384, 32_768, 65_536)
@@ -47,26 +48,29 @@ LEAST_RATIO: Final = 1e-4
 # The grid.
 
 
-def grid(space: Space, workload: Workload, *, flex: bool = False, free_length: bool = False) -> list[Columns]:
+def grid(
+    space: Space, workload: Workload, *, flex: bool = False, windows: bool = False, free_length: bool = False
+) -> list[Columns]:
     """All candidates of the grid, kind by kind; ConfigError if the restrictions leave none.
 
     `workload.seq` says how far segments and windows are worth trying; `free_length`: shorter sequences are of
-    interest too.
+    interest too; `windows`: those that end at the token are whole calls, of which one block size is enough.
     """
     parts = []
-    for kind in space.kinds:
-        for rows in _tables(space, kind, workload):
+    for kind, edges in ((kind, edges) for kind in space.kinds for edges in _ends(space, kind, windows)):
+        for rows in _tables(space, kind, workload, one_size=windows and edges == "token"):
             lists: dict[str, Any] = {name: np.array(values) for name, values in rows.items()}
             branches: dict[str, Any] = {
                 "lengths": tuple(lists.pop(name) for name in list(lists) if name.startswith("length")),
                 "rates": tuple(lists.pop(name) for name in list(lists) if name.startswith("rate")),
             }
-            backends = space.backends(flex and is_sparse(kind))
+            backends = space.backends(flex and is_sparse(kind) and edges == "block")
             for backend in backends:
                 columns = Columns(
                     variant_of(kind),
                     pattern_of(kind),
                     seq=workload.seq,
+                    edges=edges,
                     backend=backend,
                     pool=space.pool,
                     **branches,
@@ -85,6 +89,11 @@ def grid(space: Space, workload: Workload, *, flex: bool = False, free_length: b
     return parts
 
 
+def _ends(space: Space, kind: AttentionKind, windows: bool) -> tuple[Edges, ...]:
+    """Edges of windows to try, one for an attention without windows."""
+    return space.ends(windows) if kind in DIMENSIONS["edges"].kinds else ("block",)
+
+
 def _differing(columns: Columns, workload: Workload, *, flex: bool, free_length: bool, alone: bool) -> Ints:
     """Which candidates are possible and not another's twin. FlexAttention takes no workspace: those that it
     runs and that differ in it alone are one. Where it does not run `auto`, that is `sdpa`, which is then left
@@ -92,7 +101,7 @@ def _differing(columns: Columns, workload: Workload, *, flex: bool, free_length:
     at this, so that both stay."""
     backend: Backend = "flex" if columns.backend == "flex" or (free_length and not alone) else "auto"
     runs = np.zeros(len(columns), bool)
-    if flex and columns.variant == "block_sparse":
+    if flex and columns.variant == "block_sparse" and not columns.token_edges:
         runs |= goes_flex(backend, columns.rows(workload.causal), workload.seq, workload) > 0
     if columns.backend == "sdpa":
         return np.flatnonzero(runs | alone)
@@ -101,8 +110,11 @@ def _differing(columns: Columns, workload: Workload, *, flex: bool, free_length:
     return np.flatnonzero(possible & (~runs | (workspace == workspace.max())))
 
 
-def _tables(space: Space, kind: AttentionKind, workload: Workload) -> Iterator[dict[str, list[Any]]]:
-    """Columns of all combinations of a kind, one table for each number of branches."""
+def _tables(
+    space: Space, kind: AttentionKind, workload: Workload, *, one_size: bool
+) -> Iterator[dict[str, list[Any]]]:
+    """Columns of all combinations of a kind, one table for each number of branches. `one_size`: of blocks
+    one size is enough, unless the caller says which."""
     workspaces = space.workspaces or WORKSPACES
     if kind == "dense":
         yield {"workspace": list(workspaces)}
@@ -111,7 +123,8 @@ def _tables(space: Space, kind: AttentionKind, workload: Workload) -> Iterator[d
     elif kind == "dilated_sparse":
         yield from _branched(_dilated_sparse(space, workload.seq), workspaces)
     else:
-        rows = list(_blocks(space, kind, workload))
+        sizes = space.block_sizes or ((USUAL_BLOCK,) if one_size else BLOCK_SIZES)
+        rows = list(_blocks(space, kind, workload, sizes))
         if rows:
             yield _transposed([row | {"workspace": w} for row in rows for w in workspaces])
 
@@ -202,9 +215,11 @@ def _lengths(
                 yield (*lengths[:-1], -(-whole // lengths[-2]) * lengths[-2])
 
 
-def _blocks(space: Space, kind: AttentionKind, workload: Workload) -> Iterator[dict[str, Any]]:
+def _blocks(
+    space: Space, kind: AttentionKind, workload: Workload, sizes: Iterable[int]
+) -> Iterator[dict[str, Any]]:
     """Fields of local_window, global_local and adaptive."""
-    for block in space.block_sizes or BLOCK_SIZES:
+    for block in sizes:
         if kind == "adaptive":
             yield from ({"block_size": block, "sparsity_ratio": r} for r in space.ratios or RATIOS)
             continue

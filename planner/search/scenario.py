@@ -10,7 +10,7 @@ from typing import Any, Literal
 from planner.calibration import Calibration
 from planner.gpus import Gpu
 from planner.memory import cuda_process
-from planner.memory.dispatch import has_flex
+from planner.memory.dispatch import has_flex, takes_windows
 from planner.memory.estimate import calibration_for, machine_of
 from planner.memory.machines import Machine
 from planner.quality.profiles import Profile
@@ -61,6 +61,11 @@ class Scenario:
     def flex(self) -> bool:
         """Whether compiled FlexAttention runs here."""
         return has_flex(self.workload, self.machine)
+
+    @property
+    def windows(self) -> bool:
+        """Whether windows that end at the token are whole calls here."""
+        return takes_windows(self.workload, self.machine)
 
     @cached_property
     def calibration(self) -> Calibration | None:

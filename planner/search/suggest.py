@@ -46,7 +46,9 @@ class Suggestions(Protocol):
     ) -> float: ...
 
 
-def chosen(trial: Suggestions, space: Space, workload: Workload, *, flex: bool = False) -> Columns:
+def chosen(
+    trial: Suggestions, space: Space, workload: Workload, *, flex: bool = False, windows: bool = False
+) -> Columns:
     """One candidate of the full space, as the trial suggests it."""
     sizes = space.block_sizes or FREE_BLOCK_SIZES
     fitting = tuple(size for size in sizes if divides(size, space.segments))
@@ -62,6 +64,8 @@ def chosen(trial: Suggestions, space: Space, workload: Workload, *, flex: bool =
         name, allowed = dimension.parameter, getattr(space, dimension.field)
         if name == "block_size":
             unit = fields[name] = _nearest(trial, name, fitting if kind == "dilated_sparse" else sizes)
+        elif name == "edges":
+            fields[name] = _one(trial, name, space.ends(windows))
         elif name in _FREE:
             fields[name] = _one(trial, name, allowed) if allowed else _FREE[name](trial, name, unit, workload)
     if "window" in fields:
@@ -70,7 +74,7 @@ def chosen(trial: Suggestions, space: Space, workload: Workload, *, flex: bool =
         fields["sparsity_ratio"] = float(f"{fields['sparsity_ratio']:.3g}")
     if kind in DIMENSIONS["branches"].kinds:
         fields["lengths"], fields["rates"] = _suggested(trial, space, workload.seq, unit)
-    backends = space.backends(flex and is_sparse(kind))
+    backends = space.backends(flex and is_sparse(kind) and fields.get("edges") != "token")
     return Columns(
         variant_of(kind),
         pattern_of(kind),
@@ -149,8 +153,8 @@ def parameters(config: AttentionConfig, space: Space, workload: Workload) -> dic
             values[f"rate_growth_{n}"] = rates[n] // rates[n - 1]
     replay = _Replay(values)
     try:
-        # As on a device where a trial chooses the backend too.
-        made = chosen(replay, space, workload, flex=True).config(0, workload)
+        # As on a device where a trial chooses backend and edges too.
+        made = chosen(replay, space, workload, flex=True, windows=True).config(0, workload)
     except KeyError:
         return None
     return {name: values[name] for name in replay.names} if made == config else None

@@ -74,6 +74,8 @@ def shape(config: AttentionConfig) -> str:
             parts.append(f"window {pattern.local_window_size:,}")
         if config.variant == "block_sparse" and pattern.pattern_type == "global_local":
             parts.append(f"global {pattern.global_tokens:,}")
+        if config.token_edges:
+            parts.append("edges token")
     if config.segment_lengths:
         branches = ", ".join(f"{length:,} / {rate}" for length, rate in config.branches)
         parts.append(f"segments / rates {branches}")
@@ -133,6 +135,7 @@ def _dimensions(picks: Sequence[Pick]) -> Iterator[tuple[str, list[str]]]:
             for p, k in zip(patterns, kinds, strict=True)
         ],
     )
+    yield from row("edges", ["token" if pick.config.token_edges else "" for pick in picks])
     yield from row(
         "blocks kept",
         [
