@@ -112,7 +112,9 @@ class Attention(nn.Module):
     def _scale(self, shape: Shape) -> float:
         return self.config.scale or 1.0 / math.sqrt(shape.head_dim)
 
-    def _problem(self, shape: Shape, layout: Layout | None, calls: tuple[WholeCall, ...] | None) -> Problem:
+    def _problem(
+        self, shape: Shape, layout: Layout | None, calls: tuple[WholeCall, ...] | None = None
+    ) -> Problem:
         branches = shape.within(self.config.branches)
         if self.config.variant == "dense":
             branches = ((shape.seq, 1),)

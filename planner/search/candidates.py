@@ -15,6 +15,8 @@ import numpy as np
 from attention.config import MIB, Backend
 from attention.errors import ConfigError
 from attention.sizes.arrays import Ints
+from attention.sizes.flex import auto_leaves_flex
+from attention.sizes.shape import Windows
 from planner.configs import Columns
 from planner.memory.dispatch import goes_flex
 from planner.question.dimensions import AttentionKind, is_sparse, pattern_of, variant_of
@@ -47,8 +49,16 @@ LEAST_RATIO: Final = 1e-4
 # The grid.
 
 
-def grid(space: Space, workload: Workload, *, flex: bool = False, free_length: bool = False) -> list[Columns]:
-    """All candidates of the grid, kind by kind; ConfigError if the restrictions leave none.
+def grid(
+    space: Space,
+    workload: Workload,
+    *,
+    flex: bool = False,
+    windows: Windows = "none",
+    free_length: bool = False,
+) -> list[Columns]:
+    """All candidates of the grid, kind by kind; ConfigError if the restrictions leave none. `flex`: whether
+    FlexAttention runs there; `windows`: those that the kernel takes.
 
     `workload.seq` says how far segments and windows are worth trying; `free_length`: shorter sequences are of
     interest too.
@@ -61,7 +71,8 @@ def grid(space: Space, workload: Workload, *, flex: bool = False, free_length: b
                 "lengths": tuple(lists.pop(name) for name in list(lists) if name.startswith("length")),
                 "rates": tuple(lists.pop(name) for name in list(lists) if name.startswith("rate")),
             }
-            backends = space.backends(flex and is_sparse(kind))
+            by_flex = tries_flex(space, kind, flex, windows)
+            backends = space.backends(by_flex)
             for backend in backends:
                 columns = Columns(
                     variant_of(kind),
@@ -73,7 +84,7 @@ def grid(space: Space, workload: Workload, *, flex: bool = False, free_length: b
                     **lists,
                 )
                 which = _differing(
-                    columns, workload, flex=flex, free_length=free_length, alone=len(backends) == 1
+                    columns, workload, flex=by_flex, free_length=free_length, alone=len(backends) == 1
                 )
                 parts.append(columns.take(which))
     parts = [columns for columns in parts if len(columns)]
@@ -83,6 +94,13 @@ def grid(space: Space, workload: Workload, *, flex: bool = False, free_length: b
             "(segment lengths must be multiples of the block size)"
         )
     return parts
+
+
+def tries_flex(space: Space, kind: AttentionKind, flex: bool, windows: Windows) -> bool:
+    """Whether FlexAttention is tried for a kind, where it runs (`flex`): not where the kernel's own windows
+    do the same, unless it is asked for."""
+    lists = space.backend == "flex" or not auto_leaves_flex(pattern_of(kind), windows)
+    return flex and is_sparse(kind) and lists
 
 
 def _differing(columns: Columns, workload: Workload, *, flex: bool, free_length: bool, alone: bool) -> Ints:

@@ -73,7 +73,13 @@ def answered(
         options.get("trials", TRIALS),
     )
     name = fingerprint(scenario, space)
-    parts = grid(space, scenario.workload, flex=scenario.flex, free_length=scenario.free_length)
+    parts = grid(
+        space,
+        scenario.workload,
+        flex=scenario.flex,
+        windows=scenario.windows,
+        free_length=scenario.free_length,
+    )
     solved = enumerate_grid(scenario, parts)
     refined = None
     if trials:

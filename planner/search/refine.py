@@ -92,7 +92,7 @@ def refine(
         if number >= queued:
             study.enqueue_trial(turns.fixed(number))
         trial = study.ask()
-        columns = chosen(trial, space, scenario.workload, flex=scenario.flex)
+        columns = chosen(trial, space, scenario.workload, flex=scenario.flex, windows=scenario.windows)
         config = columns.config(0, scenario.workload)
         judgement = considered(trial, config, columns)
         for name, share in judgement.excess.items():

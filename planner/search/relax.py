@@ -45,7 +45,13 @@ def relaxations(scenario: Scenario, space: Space, solved: Solved, reserved: int)
 
 
 def _passes(scenario: Scenario, space: Space) -> bool:
-    parts = grid(space, scenario.workload, flex=scenario.flex, free_length=scenario.free_length)
+    parts = grid(
+        space,
+        scenario.workload,
+        flex=scenario.flex,
+        windows=scenario.windows,
+        free_length=scenario.free_length,
+    )
     return enumerate_grid(scenario, parts).best is not None
 
 
@@ -54,7 +60,9 @@ def _relaxed(scenario: Scenario, space: Space, solved: Solved, reserved: int) ->
     if scenario.free_length:
         # Nothing passes at any length: see what a short sequence needs.
         scenario = replace(scenario, workload=scenario.at(4096), objective="speed")
-        table = tabulate(scenario, grid(space, scenario.workload, flex=scenario.flex))
+        table = tabulate(
+            scenario, grid(space, scenario.workload, flex=scenario.flex, windows=scenario.windows)
+        )
     needed = _memory_needed(scenario, table)
     if needed is not None and needed > scenario.budget:
         yield Relaxation("vram", needed + reserved)
@@ -118,7 +126,9 @@ def _memory_needed(scenario: Scenario, table: Table) -> int | None:
 def _shorter(scenario: Scenario, space: Space) -> Iterator[Relaxation]:
     """The longest sequence at which something passes."""
     free = replace(scenario, objective="seq")
-    best = enumerate_grid(free, grid(space, free.workload, flex=free.flex, free_length=True)).best
+    best = enumerate_grid(
+        free, grid(space, free.workload, flex=free.flex, windows=free.windows, free_length=True)
+    ).best
     if best is not None and best.seq < scenario.workload.seq:
         yield Relaxation("seq", best.seq)
 

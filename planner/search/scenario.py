@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
+from attention.sizes.shape import Windows
 from planner.calibration import Calibration
 from planner.gpus import Gpu
 from planner.memory import cuda_process
@@ -61,6 +62,11 @@ class Scenario:
     def flex(self) -> bool:
         """Whether compiled FlexAttention runs here."""
         return has_flex(self.workload, self.machine)
+
+    @property
+    def windows(self) -> Windows:
+        """Those that the kernel takes here."""
+        return self.machine.windows(self.workload.head_dim, self.workload.itemsize)
 
     @cached_property
     def calibration(self) -> Calibration | None:

@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, Protocol
 
 from attention.config import AttentionConfig
+from attention.sizes.shape import Windows
 from planner.configs import Columns
 from planner.question.dimensions import (
     DIMENSIONS,
     AttentionKind,
     attention_kind,
     dimensions_of,
-    is_sparse,
     pattern_of,
     variant_of,
 )
@@ -29,6 +29,7 @@ from planner.search.candidates import (
     Lists,
     divides,
     most_window,
+    tries_flex,
     widest_window,
 )
 from planner.workload import Workload
@@ -46,7 +47,9 @@ class Suggestions(Protocol):
     ) -> float: ...
 
 
-def chosen(trial: Suggestions, space: Space, workload: Workload, *, flex: bool = False) -> Columns:
+def chosen(
+    trial: Suggestions, space: Space, workload: Workload, *, flex: bool = False, windows: Windows = "none"
+) -> Columns:
     """One candidate of the full space, as the trial suggests it."""
     sizes = space.block_sizes or FREE_BLOCK_SIZES
     fitting = tuple(size for size in sizes if divides(size, space.segments))
@@ -70,7 +73,7 @@ def chosen(trial: Suggestions, space: Space, workload: Workload, *, flex: bool =
         fields["sparsity_ratio"] = float(f"{fields['sparsity_ratio']:.3g}")
     if kind in DIMENSIONS["branches"].kinds:
         fields["lengths"], fields["rates"] = _suggested(trial, space, workload.seq, unit)
-    backends = space.backends(flex and is_sparse(kind))
+    backends = space.backends(tries_flex(space, kind, flex, windows))
     return Columns(
         variant_of(kind),
         pattern_of(kind),

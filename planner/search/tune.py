@@ -389,7 +389,13 @@ class _Tuning:
         try:
             with whole():
                 trial = self._ask(study)
-                columns = chosen(trial, self.space, self.scenario.workload, flex=self.scenario.flex)
+                columns = chosen(
+                    trial,
+                    self.space,
+                    self.scenario.workload,
+                    flex=self.scenario.flex,
+                    windows=self.scenario.windows,
+                )
                 config = columns.config(0, self.scenario.workload)
                 judged = judge(self.scenario, columns)
                 good = all(excess <= 0 for excess in judged.excess.values())

@@ -72,7 +72,7 @@ def whole_calls(
         queries, keys = maximum(call.queries, 1), maximum(call.keys, 1)
         kinds.append(
             Calls(
-                call.exists * call.offsets * where(together, 1 / batch, parts),
+                call.exists * call.offsets * (parts + (1 / batch - parts) * together),
                 where(together, batch * views, views / rounded_up(views, cut.views)),
                 lanes,
                 queries,
