@@ -158,9 +158,9 @@ class SparsePatternConfig(Value):
     """First tokens, which are seen by all and, if not causal, see all; rounded up to blocks unless edges are
     tokens. Read by global_local."""
     edges: Edges = "block"
-    """Where windows and global tokens end: `block`, at blocks, as above; `token`, at the token: a query q sees
-    the keys k with 0 <= q - k <= local_window_size (causal), or |q - k| <= local_window_size // 2, and blocks
-    are no more than how the work is cut. Read by local_window, global_local."""
+    """Where windows and global tokens end. `block`: at blocks, as above. `token`: query q sees key k if
+    0 <= q - k <= local_window_size (causal), or |q - k| <= local_window_size // 2, and blocks are no more
+    than how the work is cut. Read by local_window, global_local."""
 
 
 class AdaptiveConfig(Value):

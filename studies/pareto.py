@@ -70,7 +70,13 @@ def front_row(name: str, question: Mapping[str, Any], trials: int) -> Row:
 def _enumerated(outcome: Answered) -> Row:
     """`candidates`, column by column, and `front`, the fastest first."""
     scenario = outcome.scenario
-    parts = grid(outcome.space, scenario.workload, flex=scenario.flex, free_length=scenario.free_length)
+    parts = grid(
+        outcome.space,
+        scenario.workload,
+        flex=scenario.flex,
+        windows=scenario.windows,
+        free_length=scenario.free_length,
+    )
     every = enumerate_grid(scenario, parts)
     points = (exact(scenario, every.table, int(index)) for index in pareto(scenario, every))
     # Trials may have found configs that the grid does not have.

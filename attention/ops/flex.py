@@ -18,7 +18,7 @@ from attention.config import AttentionConfig
 from attention.errors import UnavailableError
 from attention.layout import Layout
 from attention.ops.kernels import windows_of
-from attention.sizes.flex import flex_is_lean, unfit_config
+from attention.sizes.flex import auto_leaves_flex, flex_is_lean, unfit_config
 from attention.sizes.flex_tiles import declared_block, kernel_options, unfit_sizes
 from attention.sizes.row_bounds import rows_of
 
@@ -30,8 +30,8 @@ def resolve(config: AttentionConfig, q: Tensor, k: Tensor, is_causal: bool) -> s
         return "sdpa"
     why = unfit(config, q)
     if config.backend == "auto":
-        windows = config.pattern is not None and config.pattern.pattern_type != "dilated_sparse"
-        if why or (windows and windows_of(q) == "any") or not _lean(config, q, k, is_causal):
+        kind = config.pattern.pattern_type if config.pattern else None
+        if why or auto_leaves_flex(kind, windows_of(q)) or not _lean(config, q, k, is_causal):
             return "sdpa"
         return "flex"
     if why:

@@ -69,7 +69,7 @@ def choose(x: Tensor, biased: bool) -> str:
     if x.dtype == torch.float64:
         return "plain"
     capability = torch.cuda.get_device_capability(x.device)
-    if not biased and has_flash(capability, x.shape[-1], x.itemsize) and _flash_is_built():
+    if not biased and has_flash(capability, x.shape[-1], x.dtype.itemsize) and _flash_is_built():
         return "flash"
     if capability < (8, 0) and x.dtype == torch.bfloat16:
         raise UnavailableError(
@@ -200,12 +200,12 @@ def _windows_are_right(device: torch.device, dtype: torch.dtype, windows: Window
     out, lse = _plain(q, wide_k, wide_v, scale, False, bias)
     dq, dk, dv = _plain_backward(grad, q, wide_k, wide_v, out, lse, scale, False, bias)
     expected = (out, lse, dq, *(x.unflatten(1, (2, heads // 2)).sum(2) for x in (dk, dv)))
-    given = [x.to(device, dtype) for x in (q, k, v)]
-    row = (out.to(device, dtype), lse.float().to(device))
+    q, k, v, grad = (x.to(device, dtype) for x in (q, k, v, grad))
+    given_out, given_lse = out.to(device, dtype), lse.float().to(device)
     try:
-        forward = windowed(*given, scale=scale, left=left, right=right)
+        forward = windowed(q, k, v, scale=scale, left=left, right=right)
         gradients = windowed_backward(
-            grad.to(device, dtype), *given, *row, scale=scale, left=left, right=right
+            grad, q, k, v, given_out, given_lse, scale=scale, left=left, right=right
         )
     except torch.OutOfMemoryError:
         raise

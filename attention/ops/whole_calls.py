@@ -110,11 +110,13 @@ def backward(
     calls = [call for call in calls if call.exists]
     first = calls[0]
     if first.covers(shape) and _is_one(first, backward_cut(first, shape), shape):
-        operands = (_segments(x, first.views) for x in (grad, q, k, v, out))
+        by_segments = [_segments(x, first.views) for x in (grad, q, k, v, out)]
+        grad_part, q_part, k_part, v_part, out_part = by_segments
         rows_lse = lse.transpose(1, 2).unflatten(2, (first.views, -1)).transpose(1, 2).flatten(0, 1)
         parts = kernels.windowed_backward(
-            *operands, rows_lse, scale=scale, left=first.left, right=first.right
-        )
+            grad_part, q_part, k_part, v_part, out_part, rows_lse,
+            scale=scale, left=first.left, right=first.right,
+        )  # fmt: skip
         dq, dk, dv = (part.transpose(1, 2).reshape(x.shape) for part, x in zip(parts, (q, k, v), strict=True))
         calls.pop(0)
     else:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from attention.config import AttentionConfig
+from attention.config import AttentionConfig, PatternType
 from attention.sizes.arrays import Count, ceil_div, maximum, up
 from attention.sizes.flex_tiles import SMALLEST
 from attention.sizes.row_bounds import Rows
+from attention.sizes.shape import Windows
 
 FLEX_SHARE = 16
 """`backend="auto"` takes FlexAttention where its lists are at most one such part of q, k, v and out."""
@@ -23,11 +24,16 @@ def unfit_config(config: AttentionConfig) -> str | None:
         return f"variant {config.variant!r} is computed by views or lists of its own"
     assert config.pattern is not None
     if config.token_edges:
-        return "edges='token' ends inside of blocks: other backends have that as an argument of a kernel, or tiles"
+        return "edges='token' is computed by kernels' own windows, or by views"
     block = config.pattern.block_size
     if not flex_takes_blocks(block):
         return f"block_size must be a power of two from {SMALLEST}, got {block}"
     return None
+
+
+def auto_leaves_flex(kind: PatternType | None, windows: Windows) -> bool:
+    """Whether `backend="auto"` makes a pattern of whole calls, by the kernel's own windows, not of lists."""
+    return windows == "any" and kind != "dilated_sparse"
 
 
 def flex_list_bytes(rows: Rows, seq: Count, unit: int = 1) -> Count:

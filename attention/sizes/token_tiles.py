@@ -58,7 +58,7 @@ def token_window_of(config: AttentionConfig, causal: bool) -> TokenWindow:
     )
 
 
-class Row(NamedTuple):
+class TokenRow(NamedTuple):
     """A row of queries and the keys that it sees, as tokens behind the global ones."""
 
     start: Count
@@ -131,7 +131,7 @@ class TokenRows(NamedTuple):
     def rows(self) -> Count:
         return ceil_div(self.tokens, self.unit)
 
-    def row(self, number: Count) -> Row:
+    def row(self, number: Count) -> TokenRow:
         """A row by its number, from 0."""
         start = number * self.unit
         queries = minimum(self.unit, self.tokens - start)
@@ -141,11 +141,11 @@ class TokenRows(NamedTuple):
         full = start + queries - self.left
         full = where(self.cut * (full > 1), full, first)
         behind = self.cut * (start + self.right + 1 < self.tokens)
-        return Row(start, queries, first, full, where(behind, start + self.right, stop), stop)
+        return TokenRow(start, queries, first, full, where(behind, start + self.right, stop), stop)
 
 
 def token_rows(window: TokenWindow, shape: Shape) -> TokenRows:
-    """The rows of a window. A row is so short that a mask of two triangles fits its share of the workspace."""
+    """The rows of a window, so short that a mask of two triangles fits its share of the workspace."""
     begin = minimum(window.shared, shape.seq)
     tokens = shape.seq - begin
     room = shape.workspace // (MASK_SHARE * shape.wide)
@@ -208,30 +208,60 @@ def _window_kinds(rows: TokenRows, shape: Shape) -> tuple[Kind, ...]:
     dense = (shape.heads == shape.kv_heads) * 1
     masked = unit * (1 - cut) * rows.masks
     view = Kind(
-        "view", shape.kv_heads, 1, unit, maximum(minimum(middle, limit), 1), dense=dense, masked=masked,
-        later=unit * cut, exists=(whole > 0) * some * 1,
-    )  # a kind in a row  # fmt: skip
+        "view",
+        shape.kv_heads,
+        1,
+        unit,
+        maximum(minimum(middle, limit), 1),
+        dense=dense,
+        masked=masked,
+        later=unit * cut,
+        exists=(whole > 0) * some * 1,
+    )
     last_view = view._replace(
-        name="last view", queries=maximum(short, 1), exists=(short > 0) * 1, masked=minimum(masked, short),
-        keys=maximum(minimum(last.full_stop - last.full, limit), 1), later=short * cut,
-    )  # fmt: skip
+        name="last view",
+        queries=maximum(short, 1),
+        exists=(short > 0) * 1,
+        masked=minimum(masked, short),
+        keys=maximum(minimum(last.full_stop - last.full, limit), 1),
+        later=short * cut,
+    )
     views = view._replace(
-        name="views", views=rows.together, step=unit, later=rows.together * unit * cut,
+        name="views",
+        views=rows.together,
+        step=unit,
+        later=rows.together * unit * cut,
         keys=maximum(minimum(unit * (1 - 2 * cut) + rows.left + rows.right, limit), 1),
         exists=(rows.together > 1) * 1,
-    )  # fmt: skip
+    )
     edge = Kind(
-        "edge", shape.kv_heads, rows.together, unit, maximum(edges, 1), dense=dense, masked=unit,
-        later=rows.together * unit, exists=(whole > 0) * (edges > 0) * 1,
-    )  # fmt: skip
+        "edge",
+        shape.kv_heads,
+        rows.together,
+        unit,
+        maximum(edges, 1),
+        dense=dense,
+        masked=unit,
+        later=rows.together * unit,
+        exists=(whole > 0) * (edges > 0) * 1,
+    )
     last_edge = edge._replace(
-        name="last edge", views=1, queries=maximum(short, 1), keys=maximum(last.edge, 1), masked=short,
-        later=short, exists=(short > 0) * (last.edge > 0) * 1,
-    )  # fmt: skip
+        name="last edge",
+        views=1,
+        queries=maximum(short, 1),
+        keys=maximum(last.edge, 1),
+        masked=short,
+        later=short,
+        exists=(short > 0) * (last.edge > 0) * 1,
+    )
     triangle = edge._replace(
-        name="triangle", keys=unit, whole=True, masked=0, later=0,
+        name="triangle",
+        keys=unit,
+        whole=True,
+        masked=0,
+        later=0,
         exists=cut * (unit + rows.right <= rows.tokens) * some * 1,
-    )  # fmt: skip
+    )
     return view, last_view, views, edge, last_edge, triangle
 
 
@@ -240,9 +270,15 @@ def _global_kinds(rows: TokenRows, shape: Shape) -> tuple[Kind, ...]:
     limit, dense = shape.pack_tokens(1), (shape.heads == shape.kv_heads) * 1
     queries = rows.together * rows.unit
     columns = Kind(
-        "global columns", shape.kv_heads, 1, queries, maximum(minimum(begin, limit), 1), dense=dense,
-        later=queries, exists=(begin > 0) * (rows.tokens > 0) * 1,
-    )  # fmt: skip
+        "global columns",
+        shape.kv_heads,
+        1,
+        queries,
+        maximum(minimum(begin, limit), 1),
+        dense=dense,
+        later=queries,
+        exists=(begin > 0) * (rows.tokens > 0) * 1,
+    )
     keys = minimum(shape.seq, limit)
     there = columns._replace(
         name="global rows", queries=unit, keys=keys, later=unit * (keys < shape.seq), exists=(begin > 0) * 1
@@ -254,7 +290,10 @@ def _global_kinds(rows: TokenRows, shape: Shape) -> tuple[Kind, ...]:
     before = maximum(whole - 1, 0) * unit
     there = there._replace(keys=maximum(minimum(before, limit), 1), later=unit, exists=(before > 0) * 1)
     end = there._replace(
-        name="last global row", queries=maximum(short, 1), later=short, exists=(short > 0) * (whole > 0) * 1,
+        name="last global row",
+        queries=maximum(short, 1),
+        later=short,
+        exists=(short > 0) * (whole > 0) * 1,
         keys=maximum(minimum(whole * unit, limit), 1),
-    )  # fmt: skip
+    )
     return columns, own, there, end

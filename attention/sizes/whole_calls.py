@@ -137,9 +137,14 @@ def whole_calls(config: AttentionConfig, shape: Shape) -> tuple[WholeCall, ...] 
 
 
 def pattern_calls(
-    kind: PatternType | None, shape: Shape, *, size: Count, window: Count, global_tokens: Count,
+    kind: PatternType | None,
+    shape: Shape,
+    *,
+    size: Count,
+    window: Count,
+    global_tokens: Count,
     edges: Edges = "block",
-) -> tuple[WholeCall, ...] | None:  # fmt: skip
+) -> tuple[WholeCall, ...] | None:
     """The calls of a block_sparse pattern from its fields; None for one that is not made of whole calls."""
     if kind == "dilated_sparse" or not (shape.causal or shape.windows == "any"):
         return None
@@ -216,7 +221,7 @@ def block_window_calls(size: Count, side: Count, shared: Count, shape: Shape) ->
         name="edges before, the end", start=at + 1, length=end, key_start=begin + maximum(last, 0) * size,
         key_length=end, views=1, exists=(side > 0) * (end > 0) * (last >= 0) * 1,
     )  # fmt: skip
-    calls = (rows, own, own_end, window, before, before_end)
+    calls = [rows, own, own_end, window, before, before_end]
     if not causal:
         behind = before._replace(
             name="edges behind", start=begin, key_start=begin + reach + 1, left=0, right=None
@@ -225,7 +230,7 @@ def block_window_calls(size: Count, side: Count, shared: Count, shape: Shape) ->
             name="edges behind, the end", start=before_end.key_start, key_start=before_end.start, left=0,
             right=None,
         )  # fmt: skip
-        calls += (behind, behind_end)
+        calls += [behind, behind_end]
     return _for_all_heads((*calls, columns), shape)
 
 

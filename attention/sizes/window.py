@@ -19,8 +19,8 @@ def token_side(window: Amount, causal: bool) -> Amount:
 def window_blocks(
     window: Amount, global_tokens: Amount, size: Amount, blocks: Amount, causal: bool, edges: Edges = "block"
 ) -> tuple[Amount, Amount]:
-    """(side, shared) in blocks of `size` tokens. Of a window that ends at a block what is left of a block does
-    not count; of one that ends at a token the blocks that hold a pair count. Of the `global_tokens` that
+    """(side, shared) in blocks of `size` tokens. Of a window that ends at a block, what is left of a block
+    does not count; of one that ends at a token, blocks that hold a pair count. Of the `global_tokens` that
     begin a sequence the last one's block counts whole; local_window has none."""
     tokens = token_side(window, causal)
     side = minimum(ceil_div(tokens, size) if edges == "token" else tokens // size, blocks)

@@ -11,7 +11,7 @@ from typing import Any
 from attention.config import AttentionConfig, Backend
 from attention.sizes.adaptive import active_of_choice
 from attention.sizes.arrays import Count
-from attention.sizes.flex import flex_is_lean, flex_takes_blocks
+from attention.sizes.flex import auto_leaves_flex, flex_is_lean, flex_takes_blocks
 from attention.sizes.flex_tiles import unfit_sizes
 from attention.sizes.row_bounds import Rows
 from attention.sizes.shape import Shape, chunk_tokens
@@ -123,10 +123,9 @@ def goes_apart(columns: Columns, workload: Workload, machine: Machine) -> Any:
         return False
     if columns.variant == "block_sparse":
         seq: Any = columns.seq
-        by_windows = columns.pattern_type != "dilated_sparse" and machine.windows(
-            workload.head_dim, workload.itemsize
-        )
-        if columns.token_edges or (columns.backend == "auto" and by_windows == "any"):
+        windows = machine.windows(workload.head_dim, workload.itemsize)
+        leaves_flex = columns.backend == "auto" and auto_leaves_flex(columns.pattern_type, windows)
+        if columns.token_edges or leaves_flex:
             return False
         return has_flex(workload, machine) and goes_flex(
             columns.backend, columns.rows(workload.causal), seq, workload
@@ -144,16 +143,10 @@ def has_flex(workload: Workload, machine: Machine) -> bool:
     )
 
 
-def takes_windows(workload: Workload, machine: Machine) -> bool:
-    """Whether windows that end at the token are whole calls there; see
-    `attention.sizes.whole_calls.pattern_calls`."""
-    windows = machine.windows(workload.head_dim, workload.itemsize)
-    return windows == "any" or (windows == "causal" and workload.causal)
-
-
 def goes_flex(backend: Backend, rows: Rows, seq: Count, workload: Workload) -> Count:
-    """1 if compiled FlexAttention runs a block_sparse pattern where `has_flex`, else 0; `workload.seq` is not
-    read. See `attention.ops.flex.resolve`."""
+    """1 if compiled FlexAttention runs a block_sparse pattern where `has_flex` and `auto` does not leave it
+    for whole calls (`auto_leaves_flex`), else 0; `workload.seq` is not read. See
+    `attention.ops.flex.resolve`."""
     floor = workload.floor // workload.seq * seq
     runs = (backend != "sdpa") * flex_takes_blocks(rows.size)
     return runs * flex_is_lean(rows, seq, floor) if backend == "auto" else runs

@@ -15,6 +15,8 @@ import numpy as np
 from attention.config import MIB, Backend, Edges
 from attention.errors import ConfigError
 from attention.sizes.arrays import Ints
+from attention.sizes.flex import auto_leaves_flex
+from attention.sizes.shape import Windows
 from planner.configs import Columns
 from planner.memory.dispatch import goes_flex
 from planner.question.dimensions import DIMENSIONS, AttentionKind, is_sparse, pattern_of, variant_of
@@ -49,22 +51,31 @@ LEAST_RATIO: Final = 1e-4
 
 
 def grid(
-    space: Space, workload: Workload, *, flex: bool = False, windows: bool = False, free_length: bool = False
+    space: Space,
+    workload: Workload,
+    *,
+    flex: bool = False,
+    windows: Windows = "none",
+    free_length: bool = False,
 ) -> list[Columns]:
-    """All candidates of the grid, kind by kind; ConfigError if the restrictions leave none.
+    """All candidates of the grid, kind by kind; ConfigError if the restrictions leave none. `flex`: whether
+    FlexAttention runs there; `windows`: those that the kernel takes.
 
     `workload.seq` says how far segments and windows are worth trying; `free_length`: shorter sequences are of
-    interest too; `windows`: those that end at the token are whole calls, of which one block size is enough.
+    interest too. Of windows that end at the token and are whole calls one block size is enough.
     """
     parts = []
-    for kind, edges in ((kind, edges) for kind in space.kinds for edges in _ends(space, kind, windows)):
-        for rows in _tables(space, kind, workload, one_size=windows and edges == "token"):
+    whole = _are_whole(windows, workload.causal)
+    tables = [(kind, one) for kind in space.kinds for one in ends(space, kind, windows, workload.causal)]
+    for kind, edges in tables:
+        for rows in _tables(space, kind, workload, one_size=whole and edges == "token"):
             lists: dict[str, Any] = {name: np.array(values) for name, values in rows.items()}
             branches: dict[str, Any] = {
                 "lengths": tuple(lists.pop(name) for name in list(lists) if name.startswith("length")),
                 "rates": tuple(lists.pop(name) for name in list(lists) if name.startswith("rate")),
             }
-            backends = space.backends(flex and is_sparse(kind) and edges == "block")
+            by_flex = tries_flex(space, kind, edges, flex, windows)
+            backends = space.backends(by_flex)
             for backend in backends:
                 columns = Columns(
                     variant_of(kind),
@@ -77,7 +88,7 @@ def grid(
                     **lists,
                 )
                 which = _differing(
-                    columns, workload, flex=flex, free_length=free_length, alone=len(backends) == 1
+                    columns, workload, flex=by_flex, free_length=free_length, alone=len(backends) == 1
                 )
                 parts.append(columns.take(which))
     parts = [columns for columns in parts if len(columns)]
@@ -89,9 +100,23 @@ def grid(
     return parts
 
 
-def _ends(space: Space, kind: AttentionKind, windows: bool) -> tuple[Edges, ...]:
+def ends(space: Space, kind: AttentionKind, windows: Windows, causal: bool) -> tuple[Edges, ...]:
     """Edges of windows to try, one for an attention without windows."""
-    return space.ends(windows) if kind in DIMENSIONS["edges"].kinds else ("block",)
+    if kind not in DIMENSIONS["edges"].kinds:
+        return ("block",)
+    return space.ends(_are_whole(windows, causal))
+
+
+def _are_whole(windows: Windows, causal: bool) -> bool:
+    """Whether windows are whole calls; see `attention.sizes.whole_calls.pattern_calls`."""
+    return windows == "any" or (windows == "causal" and causal)
+
+
+def tries_flex(space: Space, kind: AttentionKind, edges: Edges, flex: bool, windows: Windows) -> bool:
+    """Whether FlexAttention is tried for a kind, where it runs (`flex`): not where the kernel's own windows
+    do the same, unless it is asked for, and not for what it does not compute."""
+    lists = space.backend == "flex" or not auto_leaves_flex(pattern_of(kind), windows)
+    return flex and is_sparse(kind) and edges == "block" and lists
 
 
 def _differing(columns: Columns, workload: Workload, *, flex: bool, free_length: bool, alone: bool) -> Ints:

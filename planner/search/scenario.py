@@ -7,10 +7,11 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
+from attention.sizes.shape import Windows
 from planner.calibration import Calibration
 from planner.gpus import Gpu
 from planner.memory import cuda_process
-from planner.memory.dispatch import has_flex, takes_windows
+from planner.memory.dispatch import has_flex
 from planner.memory.estimate import calibration_for, machine_of
 from planner.memory.machines import Machine
 from planner.quality.profiles import Profile
@@ -63,9 +64,9 @@ class Scenario:
         return has_flex(self.workload, self.machine)
 
     @property
-    def windows(self) -> bool:
-        """Whether windows that end at the token are whole calls here."""
-        return takes_windows(self.workload, self.machine)
+    def windows(self) -> Windows:
+        """Those that the kernel takes here."""
+        return self.machine.windows(self.workload.head_dim, self.workload.itemsize)
 
     @cached_property
     def calibration(self) -> Calibration | None:

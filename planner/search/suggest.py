@@ -6,14 +6,14 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, Protocol
 
-from attention.config import AttentionConfig
+from attention.config import AttentionConfig, Edges
+from attention.sizes.shape import Windows
 from planner.configs import Columns
 from planner.question.dimensions import (
     DIMENSIONS,
     AttentionKind,
     attention_kind,
     dimensions_of,
-    is_sparse,
     pattern_of,
     variant_of,
 )
@@ -28,7 +28,9 @@ from planner.search.candidates import (
     UNIT,
     Lists,
     divides,
+    ends,
     most_window,
+    tries_flex,
     widest_window,
 )
 from planner.workload import Workload
@@ -47,7 +49,7 @@ class Suggestions(Protocol):
 
 
 def chosen(
-    trial: Suggestions, space: Space, workload: Workload, *, flex: bool = False, windows: bool = False
+    trial: Suggestions, space: Space, workload: Workload, *, flex: bool = False, windows: Windows = "none"
 ) -> Columns:
     """One candidate of the full space, as the trial suggests it."""
     sizes = space.block_sizes or FREE_BLOCK_SIZES
@@ -65,7 +67,7 @@ def chosen(
         if name == "block_size":
             unit = fields[name] = _nearest(trial, name, fitting if kind == "dilated_sparse" else sizes)
         elif name == "edges":
-            fields[name] = _one(trial, name, space.ends(windows))
+            fields[name] = _one(trial, name, ends(space, kind, windows, workload.causal))
         elif name in _FREE:
             fields[name] = _one(trial, name, allowed) if allowed else _FREE[name](trial, name, unit, workload)
     if "window" in fields:
@@ -74,7 +76,8 @@ def chosen(
         fields["sparsity_ratio"] = float(f"{fields['sparsity_ratio']:.3g}")
     if kind in DIMENSIONS["branches"].kinds:
         fields["lengths"], fields["rates"] = _suggested(trial, space, workload.seq, unit)
-    backends = space.backends(flex and is_sparse(kind) and fields.get("edges") != "token")
+    edges: Edges = fields.get("edges", "block")
+    backends = space.backends(tries_flex(space, kind, edges, flex, windows))
     return Columns(
         variant_of(kind),
         pattern_of(kind),
@@ -151,13 +154,17 @@ def parameters(config: AttentionConfig, space: Space, workload: Workload) -> dic
         for n in range(1, len(lengths)):
             values[f"growth_{n}"] = lengths[n] // lengths[n - 1]
             values[f"rate_growth_{n}"] = rates[n] // rates[n - 1]
-    replay = _Replay(values)
-    try:
-        # As on a device where a trial chooses backend and edges too.
-        made = chosen(replay, space, workload, flex=True, windows=True).config(0, workload)
-    except KeyError:
-        return None
-    return {name: values[name] for name in replay.names} if made == config else None
+    names: dict[str, None] = {}
+    devices: tuple[Windows, ...] = ("causal", "any")  # where a trial chooses the backend, and edges
+    for windows in devices:
+        replay = _Replay(values)
+        try:
+            made = chosen(replay, space, workload, flex=True, windows=windows).config(0, workload)
+        except KeyError:
+            continue
+        if made == config:
+            names.update(dict.fromkeys(replay.names))
+    return {name: values[name] for name in names} or None
 
 
 class _Replay:

@@ -73,7 +73,7 @@ def whole_calls(
         queries, keys = maximum(call.queries, 1), maximum(call.keys, 1)
         kinds.append(
             Calls(
-                call.exists * call.offsets * where(together, 1 / batch, parts),
+                call.exists * call.offsets * (parts + (1 / batch - parts) * together),
                 where(together, batch * views, views / rounded_up(views, cut.views)),
                 lanes,
                 queries,
@@ -289,11 +289,12 @@ def token_window(window: TokenWindow, shape: Shape) -> Program:
         calls += part.calls
         tiles = tiles + part.tiles
     there = rounded_up(rows.begin, rows.global_unit)
-    unit = rows.begin / maximum(there, 1)
+    unit: Amount = rows.begin / maximum(there, 1)
     base = Calls(there, 1, shape.kv_heads, maximum(unit, 1), 1, spans=shape.heads // shape.kv_heads)
     if shape.causal:
         calls.append(base._replace(keys=base.queries, causal=1))
-        before = base._replace(number=maximum(there - 1, 0), keys=maximum(rows.begin / 2, 1), later=1)
+        middle: Amount = rows.begin / 2
+        before = base._replace(number=maximum(there - 1, 0), keys=maximum(middle, 1), later=1)
         calls.append(_cut(before, shape))
     else:
         calls.append(_cut(base._replace(keys=shape.seq), shape))
@@ -313,9 +314,14 @@ def _token_rows(rows: TokenRows, begin: Amount, end: Amount, together: Amount, s
     queries = mean(*(row.queries for row in ends))
     views = count / maximum(tiles, 1)
     base = Calls(
-        tiles, views, shape.kv_heads, queries, 1, spans=shape.heads // shape.kv_heads,
+        tiles,
+        views,
+        shape.kv_heads,
+        queries,
+        1,
+        spans=shape.heads // shape.kv_heads,
         step=rows.unit * (together > 1),
-    )  # fmt: skip
+    )
     whole = base._replace(
         number=tiles * (1 - rows.cut), keys=mean(*(row.stop - row.first for row in ends)), later=0
     )
@@ -327,9 +333,13 @@ def _token_rows(rows: TokenRows, begin: Amount, end: Amount, together: Amount, s
     edge = cut._replace(number=cut.number * before, keys=queries, later=1, step=0)
     middle = cut._replace(keys=mean(*(row.full_stop - row.full for row in ends)), later=1)
     columns = base._replace(
-        number=tiles * (rows.begin > 0), views=1, queries=maximum(views * queries, 1),
-        keys=maximum(rows.begin, 1), later=1, step=0,
-    )  # fmt: skip
+        number=tiles * (rows.begin > 0),
+        views=1,
+        queries=maximum(views * queries, 1),
+        keys=maximum(rows.begin, 1),
+        later=1,
+        step=0,
+    )
     return Program([whole, triangle, edge, _cut(middle, shape), _cut(columns, shape)], tiles)
 
 

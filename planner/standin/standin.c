@@ -130,6 +130,7 @@ static void settle_locked(void) {
     if (launch_file) fclose(launch_file);
     const char *log = getenv("STANDIN_LAUNCHES");
     launch_file = log && *log ? fopen(log, "a") : NULL;
+    if (launch_file) setvbuf(launch_file, NULL, _IOLBF, 0);
     settled = 1;
 }
 

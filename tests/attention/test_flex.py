@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from unittest import mock
 
 import pytest
@@ -12,7 +13,8 @@ from hypothesis import strategies as st
 
 from attention import AttentionConfig, SparsePatternConfig, UnavailableError, build
 from attention.layout import build_layout
-from attention.ops import flex
+from attention.ops import flex, kernels
+from attention.ops.kernels import TRUST
 from attention.sizes.flex import FLEX_SHARE, flex_list_bytes
 from attention.sizes.row_bounds import rows_of
 
@@ -165,6 +167,8 @@ def capable(monkeypatch):
 
     def tensors(capability=(8, 0), dtype=torch.float16, size=(1, 4096, 8, 64), kv_heads=8):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+        monkeypatch.setenv(TRUST, "1")
+        monkeypatch.setattr(kernels, "_flash_is_built", lambda: True)
         batch, seq, _, head_dim = size
         return Fake(dtype, size), Fake(dtype, (batch, seq, kv_heads, head_dim))
 
@@ -176,8 +180,10 @@ def asked(backend, config=PATTERNS["local_window"]):
 
 
 def test_auto_takes_flex_where_it_serves_and_sdpa_elsewhere(capable):
-    assert flex.resolve(asked("auto"), *capable((8, 0)), False) == "flex"
+    assert flex.resolve(asked("auto", PATTERNS["dilated_sparse"]), *capable((8, 0)), False) == "flex"
     assert flex.resolve(asked("auto"), *capable((9, 0), torch.float32), True) == "flex"
+    # Windows of 16 bits are flash attention's own.
+    assert flex.resolve(asked("auto"), *capable((8, 0)), False) == "sdpa"
     assert flex.resolve(asked("auto"), *capable((7, 5)), False) == "sdpa"
     assert flex.resolve(asked("auto"), torch.zeros(1), torch.zeros(1), False) == "sdpa"
 
@@ -218,20 +224,20 @@ GLOBAL = patterned("global_local", block=128, local_window_size=1024, global_tok
 @pytest.mark.parametrize(
     "size, kv_heads, causal, backend",
     [
-        ((1, 1 << 19, 8, 64), 8, False, "sdpa"),  # 134.3 MB of lists, and 134.2 are a sixteenth
-        ((1, (1 << 19) - 1024, 8, 64), 8, False, "flex"),
-        ((1, 1 << 19, 8, 64), 8, True, "flex"),  # rows before the global block's are short
-        ((1, 1 << 20, 8, 64), 8, False, "sdpa"),
-        ((3, 1 << 20, 8, 64), 8, False, "flex"),  # the batch shares them
-        ((1, 1 << 20, 32, 64), 32, False, "flex"),
-        ((1, 1 << 20, 32, 64), 1, False, "flex"),
-        ((1, 1 << 20, 8, 64), 1, True, "sdpa"),
+        ((1, 1 << 19, 8, 32), 8, False, "sdpa"),  # 134.3 MB of lists, and 134.2 are a sixteenth
+        ((1, (1 << 19) - 1024, 8, 32), 8, False, "flex"),
+        ((1, 1 << 19, 8, 32), 8, True, "flex"),  # rows before the global block's are short
+        ((1, 1 << 20, 8, 32), 8, False, "sdpa"),
+        ((3, 1 << 20, 8, 32), 8, False, "flex"),  # the batch shares them
+        ((1, 1 << 20, 32, 32), 32, False, "flex"),
+        ((1, 1 << 20, 32, 32), 1, False, "flex"),
+        ((1, 1 << 20, 8, 32), 1, True, "sdpa"),
     ],
 )
 def test_auto_leaves_flex_where_its_lists_are_long_and_who_asks_for_it_gets_it(
     capable, size, kv_heads, causal, backend
 ):
-    q, k = capable(size=size, kv_heads=kv_heads)
+    q, k = capable(dtype=torch.float32, size=size, kv_heads=kv_heads)
     assert flex.unfit(GLOBAL, q) is None
     assert flex.resolve(asked("auto", GLOBAL), q, k, causal) == backend
     assert flex.resolve(asked("flex", GLOBAL), q, k, causal) == "flex"
@@ -243,8 +249,9 @@ def test_auto_leaves_flex_where_its_lists_are_long_and_who_asks_for_it_gets_it(
 )
 def test_lists_under_auto_are_never_more_than_a_sixteenth_of_q_k_v_and_out(case, batch, kv_heads, dim):
     config, seq, causal = case
-    q, k = (Fake(torch.float16, (batch, seq, heads, dim)) for heads in (2, kv_heads))
-    with mock.patch.object(torch.cuda, "get_device_capability", return_value=(8, 0)):
+    q, k = (Fake(torch.float32, (batch, seq, heads, dim)) for heads in (2, kv_heads))
+    capability = mock.patch.object(torch.cuda, "get_device_capability", return_value=(8, 0))
+    with capability, mock.patch.dict(os.environ, {TRUST: "1"}):
         chosen = flex.resolve(asked("auto", config), q, k, causal)
     floor = 2 * (q.nbytes + k.nbytes)
     if chosen == "flex":

@@ -144,12 +144,12 @@ def whole(table: PlanTable, case: Case) -> None:
         table.add("copies of operands", "workspace", kernel.copies, "of the kernel")
         table.add("dq", "gradients", dq, "B S H D e")
         table.add("dk and dv", "gradients", _rest(kernel.result, dq), "2 B S H D e")
-        _before(table, kernel, "", "backward")
+        first_scratch(table, kernel, "", "backward")
         table.add("backward scratch", "workspace", kernel.scratch, "of the kernel")
         table.free("copies of operands", "backward scratch")
 
 
-def _before(table: PlanTable, kernel: Bytes, prefix: str, phase: str, exists: Count = 1) -> None:
+def first_scratch(table: PlanTable, kernel: Bytes, prefix: str, phase: str, exists: Count = 1) -> None:
     """Adds what a kernel takes and frees before the rest of its scratch."""
     if kernel.before:
         name = f"{prefix}first scratch"
@@ -348,7 +348,7 @@ def program_backward(
         copied = kind.heads * piece.keys * shape.head_dim * shape.wide
         copied = copied * (kind.gathers and number < shape.wide)
         copied = maximum(copied - sum(kernel.copies), 0)
-        _before(table, kernel, f"{kind.name}: ", f"backward, {kind.name}", kind.exists)
+        first_scratch(table, kernel, f"{kind.name}: ", f"backward, {kind.name}", kind.exists)
         most = largest((kernel.scratch, (listing,), (copied,)))
         taken = [count * kind.exists for count in most]
         table.add(f"{kind.name}: backward scratch", "workspace", taken, "of the kernel")

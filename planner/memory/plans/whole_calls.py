@@ -13,6 +13,7 @@ from attention.sizes.whole_calls import Cut, WholeCall, backward_cut, forward_cu
 from planner.memory.cuda_kernels import largest
 from planner.memory.cuda_process import FLOAT32
 from planner.memory.machines import KernelCall
+from planner.memory.plans import tiles
 from planner.memory.plans.tiles import Case
 from planner.memory.table import PlanTable
 
@@ -21,12 +22,13 @@ def whole_calls(table: PlanTable, case: Case, calls: Sequence[WholeCall]) -> Non
     """Forward and, in training, backward of these calls."""
     shape, e = case.shape, case.shape.itemsize
     calls = [call for call in calls if any_of(call.exists)]
-    padded = case.machine.forward(_all_tokens(case)).result[0]
+    out, lse_bytes = case.machine.forward(_all_tokens(case)).result
     covered = sum((call.covers(shape) * call.exists for call in calls), 0)
+    as_returned = sum((call.covers(shape) * call.exists * (call.views == 1) for call in calls), 0)
     table.phase("forward")
-    table.add("out", "output", where(covered, padded, case.channels * e), "B S H D e")
+    table.add("out", "output", where(covered, out, case.channels * e), "B S H D e")
     lse = "saved_for_backward" if case.trains else "temp_buffers"
-    table.add("log-sum-exp", lse, case.lse_bytes, "float32 B S H")
+    table.add("log-sum-exp", lse, where(as_returned, lse_bytes, case.lse_bytes), "float32 B S H")
     for call in calls:
         table.phase(f"forward, {call.name}")
         covers = call.covers(shape)
@@ -62,6 +64,7 @@ def _backward(table: PlanTable, case: Case, calls: Sequence[WholeCall]) -> None:
         copies = [x * call.exists for x in kernel.copies]
         table.add(f"{call.name}: copies of operands", "workspace", copies, "where D is padded")
         table.add(f"{call.name}: dq, dk, dv", "temp_buffers", results, "N (T H + 2 K G) D e")
+        tiles.first_scratch(table, kernel, f"{call.name}: ", f"backward, {call.name}", call.exists)
         scratch = [x * call.exists for x in kernel.scratch]
         table.add(f"{call.name}: backward scratch", "workspace", scratch, "of the kernel")
         table.free(
@@ -88,8 +91,7 @@ def _forward_bytes(
         ),
         _with_heads(largest_call, (kv_heads - 1) % cut.kv_heads + 1, covers),
     ]
-    differing = list(dict.fromkeys(sizes)) if type(call.views) is int else sizes
-    kernels = [case.machine.forward(size) for size in differing]
+    kernels = [case.machine.forward(size) for size in sizes]
     most = largest(tuple((*kernel.result, *kernel.copies, *kernel.scratch) for kernel in kernels))
     return most[0], most[1], most[2:], largest_call.views * largest_call.heads * largest_call.queries
 

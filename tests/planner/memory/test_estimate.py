@@ -138,17 +138,18 @@ def test_more_memory_is_never_a_shorter_sequence(name):
 
 
 def test_a_longer_one_that_fits_without_flex_lists_is_found():
-    """From 442,112 tokens on they are more than a sixteenth of q, k, v and out."""
+    """From 511,617 tokens on they are more than a sixteenth of q, k, v and out. This card's flash attention
+    does not train so many channels, so that windows are no whole calls."""
     config = WINDOW.model_copy(
         update={"pattern": SparsePatternConfig(pattern_type="global_local", local_window_size=1024)}
     )
-    workload, budget = Workload(seq=1, heads=11, kv_heads=1, head_dim=72), 2_320_000_000
+    workload, budget = Workload(seq=1, heads=4, kv_heads=1, head_dim=200), 2_900_000_000
     auto, sdpa, lists = (
         max_sequence(config.model_copy(update={"backend": backend}), workload, budget, "rtxa5000")
         for backend in ("auto", "sdpa", "flex")
     )
-    assert lists < 442_112 < sdpa == auto
-    between = workload.model_copy(update={"seq": 441_984})
+    assert lists < 511_616 < sdpa == auto
+    between = workload.model_copy(update={"seq": 511_488})
     assert estimate(config, between, "rtxa5000").upper > budget
 
 

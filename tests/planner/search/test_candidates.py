@@ -73,7 +73,7 @@ TWINS = Space(variants=("dense", "block_sparse"), block_sizes=(32, 48, 128))
 @pytest.mark.parametrize("seq", [4096, 1 << 20])
 @pytest.mark.parametrize("free_length", [False, True])
 def test_twins_are_one_and_none_is_lost(seq, free_length):
-    workload, flexible = Workload(seq=seq), Cuda((8, 0))
+    workload, flexible = Workload(seq=seq, head_dim=32, dtype="float32"), Cuda((8, 0))
     found = set(configs(TWINS, workload, flex=True, free_length=free_length))
 
     def by(config, backend):

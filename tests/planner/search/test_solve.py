@@ -26,7 +26,9 @@ EVERYTHING = Space()
 
 def table_of(question, seq=5000, space=EVERYTHING):
     scenario, _ = scenario_of("8GB", seq, question)
-    return scenario, tabulate(scenario, grid(space, scenario.workload, flex=scenario.flex))
+    return scenario, tabulate(
+        scenario, grid(space, scenario.workload, flex=scenario.flex, windows=scenario.windows)
+    )
 
 
 @pytest.mark.parametrize("question", QUESTIONS)
@@ -91,7 +93,9 @@ def test_a_loosened_question_knows_what_the_first_one_did():
 
 def test_the_optimum_is_the_first_in_order_that_passes_everything():
     scenario, table = table_of({"causal": True}, seq=3000)
-    found = enumerate_grid(scenario, grid(EVERYTHING, scenario.workload, flex=scenario.flex))
+    found = enumerate_grid(
+        scenario, grid(EVERYTHING, scenario.workload, flex=scenario.flex, windows=scenario.windows)
+    )
     points = (
         evaluate.point(scenario, table.config(int(at), scenario), 3000)
         for at in order(scenario, table, np.flatnonzero(passing(scenario, table)[1]))
