@@ -65,7 +65,7 @@ def test_no_step_from_where_it_ends_is_better_and_passes(objective):
 
 def test_a_window_between_the_grids_is_found():
     # The grid has windows of 1,024 and 1,536 tokens; what the gate of mass asks for lies between.
-    found = answered("40GB", 81_687, gpu="a40", trials=0)
+    found = answered("40GB", 81_687, gpu="a40", trials=0, space=Space(edges=("block",)))
     assert found.grid is not None
     end = climbed(found.scenario, found.space, found.grid)
     assert gain(found.scenario, found.grid, end) > 0.05
