@@ -1,7 +1,7 @@
 """Layouts seen from afar: how much of each cell of a coarse grid is kept, at any length. Imports no torch.
 
-Rows and columns are *units*: blocks, and of a dilated config, whose heads see every so manyth position,
-tokens. Nothing is larger than a cell or a row each, so that a million tokens take no longer than a
+Rows and columns are *units*: blocks, and of a dilated config, whose heads see every so manyth position, or of
+windows that end at the token, tokens. Nothing is larger than a cell or a row each, so that a million tokens take no longer than a
 thousand.
 
 Letters: `i` a row, `c` a column, `d = c - i` an offset, `t` a branch.
@@ -33,8 +33,9 @@ class Units(NamedTuple):
 
 
 def units(config: AttentionConfig, seq: int) -> Units:
-    """The blocks of a config over `seq` tokens, or a dilated one's tokens; ConfigError for adaptive."""
-    if config.variant == "dilated":
+    """The blocks of a config over `seq` tokens, or, of a dilated one or of windows that end at the token,
+    tokens; ConfigError for adaptive."""
+    if config.variant == "dilated" or config.token_edges:
         return Units(1, seq)
     return Units(*grid_of(config, seq, None))
 

@@ -31,7 +31,8 @@ class Seen(NamedTuple):
     workload: Workload
     """The sequence: its length, causality and number of heads count here."""
     size: int
-    """Tokens of a unit. A unit is a block; for `dilated`, whose figures are those of head 0, a token."""
+    """Tokens of a unit. A unit is a block; a token for `dilated`, whose figures are those of head 0, and for
+    windows that end at the token."""
     units: int
     minimum: int
     """The fewest units that a row keeps; `mean` and `maximum` likewise."""
@@ -63,8 +64,13 @@ class Seen(NamedTuple):
         return 2 * self.mean / (self.units + 1) if self.workload.causal else self.share
 
     @property
+    def by_head(self) -> bool:
+        """Whether heads differ in what they keep, and these are head 0's figures."""
+        return self.config.variant == "dilated"
+
+    @property
     def unit(self) -> str:
-        return "token" if self.config.variant == "dilated" else "block"
+        return "token" if self.config.variant == "dilated" or self.config.token_edges else "block"
 
 
 def seen(config: AttentionConfig, workload: Workload, profile: Profile) -> Seen:

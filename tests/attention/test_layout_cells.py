@@ -38,6 +38,7 @@ def configs(draw):
         block_size=size,
         local_window_size=draw(st.integers(1, 40)),
         global_tokens=draw(st.integers(1, 20)),
+        edges=draw(st.sampled_from(["block", "token"])),
         sparsity_ratio=draw(st.floats(0.02, 1.0)),
     )
     return AttentionConfig(
@@ -50,7 +51,7 @@ def configs(draw):
 
 def pairs(config, seq, causal, head):
     """[units, units], 1 where a pair is kept."""
-    if config.variant == "dilated":
+    if config.variant == "dilated" or config.token_edges:
         return (multiplicity(config, seq, head + 1, causal)[head] > 0).numpy().astype(float)
     layout = build_layout(config, seq, causal)
     found = np.zeros((layout.blocks, layout.blocks))

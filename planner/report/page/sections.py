@@ -69,7 +69,7 @@ def layout(
     if mask.chosen:
         return Section("layout", heading, pairs(rows))
     shares = cells(mask, CELLS, CELLS)
-    whose = "that head 0 keeps" if mask.unit == "token" else "kept"
+    whose = "that head 0 keeps" if mask.by_head else "kept"
     what = f"A square with a mark for each pair of {mask.unit}s {whose}: {percent(mask.share)} of all"
     picture = tag(
         "figure",
@@ -90,7 +90,7 @@ def layout(
 def _scale(mask: Seen, across: int) -> str:
     seq = mask.workload.seq
     each = f"{round(seq / across):,}" if across < mask.units else f"{mask.size:,}"
-    whose = " For head 0." if mask.unit == "token" else ""
+    whose = " For head 0." if mask.by_head else ""
     return f"{seq:,} tokens each way, {each} a mark; the first is at the top left.{whose}"
 
 

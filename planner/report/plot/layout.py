@@ -35,7 +35,7 @@ def draw_layout(figure: Any, mask: Seen) -> None:
     if heads:
         _draw_strips(parts[1].add_subplot(), heads)
     workload = mask.workload
-    headline = f"{percent(mask.share)} of all pairs of {mask.unit}s" + ", by head 0" * (mask.unit == "token")
+    headline = f"{percent(mask.share)} of all pairs of {mask.unit}s" + ", by head 0" * mask.by_head
     blocks = f" in {mask.units:,} blocks of {mask.size:,}" * (mask.unit == "block")
     title(
         figure,

@@ -45,7 +45,7 @@ def _picture(mask: Seen, plain: bool) -> list[str]:
         scale = f"each {mask.unit} is drawn: {mask.units:,} x {mask.units:,}"
         scale += f" of {mask.size:,} tokens" * (mask.unit == "block")
     seq, width = mask.workload.seq, len(rows[0])
-    whose = "keys of head 0" if mask.unit == "token" else "keys"
+    whose = "keys of head 0" if mask.by_head else "keys"
     sides = {0: "0", len(rows) // 2: "queries", len(rows) - 1: tokens(seq)}
     return [
         f"{'':{MARGIN}}0{whose:^{max(width - 1 - len(tokens(seq)), len(whose) + 2)}}{tokens(seq)}",
@@ -122,7 +122,7 @@ def figures(mask: Seen) -> list[tuple[str, str]]:
             "kept",
             f"{about}{percent(mask.share)} of all pairs of {unit}s"
             + f", {percent(mask.permitted)} of those that causality permits" * permitted
-            + ", by head 0" * (unit == "token"),
+            + ", by head 0" * mask.by_head,
         ),
         ("a row", about + rows + _some(mask.maximum, unit) + f", {mask.mean:,.1f} on average" * (not even)),
         (

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from edges import by_token
 from typer.testing import CliRunner
 
 from attention import AdaptiveConfig, AttentionConfig, SparsePatternConfig
@@ -73,6 +74,15 @@ def test_figures_are_those_of_the_layout_and_the_models(config, causal):
         assert found.share == pytest.approx(layout.density)
     if causal and config.variant == "dense":
         assert found.permitted == 1
+
+
+def test_windows_that_end_at_the_token_are_seen_token_by_token_and_by_all_heads():
+    found = look(by_token(WINDOW, 5), causal=True)
+    assert (found.unit, found.units, found.by_head) == ("token", 1024, False)
+    assert (found.minimum, found.maximum) == (1, 70 + 32)
+    text = seen_text(found)
+    assert "edges token" in text
+    assert "head 0" not in text
 
 
 def test_a_dilated_attention_is_seen_by_one_head():
