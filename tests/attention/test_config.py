@@ -432,6 +432,7 @@ EVERYTHING: dict[str, Any] = {
     "block_size": 64,
     "local_window_size": 256,
     "global_tokens": 32,
+    "edges": "token",
 }
 BRANCH_FIELDS = {"segment_lengths", "dilation_rates"}
 
@@ -441,8 +442,12 @@ BRANCH_FIELDS = {"segment_lengths", "dilation_rates"}
     [
         ("block_sparse", "local_window", {"sparsity_ratio", "global_tokens"} | BRANCH_FIELDS),
         ("block_sparse", "global_local", {"sparsity_ratio"} | BRANCH_FIELDS),
-        ("block_sparse", "dilated_sparse", {"local_window_size", "global_tokens"}),
-        ("adaptive", "local_window", {"pattern_type", "local_window_size", "global_tokens"} | BRANCH_FIELDS),
+        ("block_sparse", "dilated_sparse", {"local_window_size", "global_tokens", "edges"}),
+        (
+            "adaptive",
+            "local_window",
+            {"pattern_type", "local_window_size", "global_tokens", "edges"} | BRANCH_FIELDS,
+        ),
     ],
 )
 def test_inert_names_what_was_given_and_is_not_read(variant: str, pattern_type: str, inert: set[str]):
@@ -450,6 +455,24 @@ def test_inert_names_what_was_given_and_is_not_read(variant: str, pattern_type: 
     scorer = SCORER if variant == "adaptive" else None
     config = AttentionConfig(variant=variant, pattern=pattern, adaptive=scorer, **BRANCHES)
     assert config.inert == tuple(sorted(inert))
+
+
+def test_windows_end_at_blocks_unless_a_config_says_otherwise():
+    written = '{"pattern_type": "local_window", "block_size": 64, "local_window_size": 256}'
+    assert SparsePatternConfig.from_json(written).edges == "block"
+    with pytest.raises(ConfigError, match="edges: Input should be 'block' or 'token', got 'tokens'"):
+        SparsePatternConfig(edges="tokens")
+
+
+@pytest.mark.parametrize(
+    "pattern_type, edges, ends",
+    [("local_window", "token", True), ("global_local", "token", True), ("dilated_sparse", "token", False)]
+    + [("local_window", "block", False)],
+)
+def test_windows_alone_end_at_the_token(pattern_type: str, edges: str, ends: bool):
+    pattern = SparsePatternConfig(pattern_type=pattern_type, edges=edges)
+    assert AttentionConfig(variant="block_sparse", pattern=pattern, **BRANCHES).token_edges == ends
+    assert not AttentionConfig(variant="adaptive", pattern=pattern, adaptive=SCORER).token_edges
 
 
 @pytest.mark.parametrize("kind", VALID)

@@ -200,6 +200,7 @@ def test_sdpa_is_given_whenever_it_is_asked_for(capable, capability):
         (PATTERNS["local_window"], (8, 0), torch.float64, "no float64"),
         (patterned("local_window", block=8), (8, 0), torch.float16, "power of two from 16, got 8"),
         (patterned("local_window", block=48), (8, 0), torch.float16, "power of two from 16, got 48"),
+        (patterned("local_window", block=64, edges="token"), (8, 0), torch.float16, "edges='token'"),
         (AttentionConfig(variant="dense"), (8, 0), torch.float16, "variant 'dense'"),
         (dilated([(8, 1)]), (8, 0), torch.float16, "variant 'dilated'"),
         (adaptive(0.5, block=16), (8, 0), torch.float16, "variant 'adaptive'"),

@@ -9,7 +9,8 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from hypothesis import given
+from edges import by_token
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from attention.config import AdaptiveConfig, AttentionConfig, SparsePatternConfig
@@ -23,6 +24,7 @@ from attention.layout import (
     row_budget,
     widest_rows,
 )
+from attention.reference import multiplicity
 
 MILLION = 1 << 20
 
@@ -97,6 +99,18 @@ def test_rows_equal_brute_force(config, seq, causal):
     layout = build_layout(config, seq, causal)
     expected = [brute_force_row(config, i, layout.blocks, causal) for i in range(layout.blocks)]
     assert rows_of(layout) == expected
+
+
+@given(config=block_sparse_configs(), seq=st.integers(1, 60), causal=st.booleans())
+def test_blocks_of_windows_that_end_at_the_token_are_those_that_hold_a_pair(config, seq, causal):
+    config = by_token(config)
+    assume(config.token_edges)
+    layout = build_layout(config, seq, causal)
+    assert layout.active == count_active(config, seq, causal)
+    size, pairs = layout.block_size, multiplicity(config, seq, 1, causal)[0]
+    for i, row in enumerate(rows_of(layout)):
+        seen = pairs[i * size : (i + 1) * size].any(dim=0).nonzero().ravel() // size
+        assert row == seen.unique().tolist()
 
 
 @given(config=block_sparse_configs(), seq=st.integers(1, 400), causal=st.booleans())

@@ -113,6 +113,7 @@ def test_help_says_the_defaults_of_the_values_that_options_fill():
         ("--block-size", pattern.block_size),
         ("--window", pattern.local_window_size),
         ("--global-tokens", pattern.global_tokens),
+        ("--edges", pattern.edges),
         ("--sparsity", pattern.sparsity_ratio),
     ]:
         assert f"[default: {default}]" in text.partition(f" {option} ")[2].partition(" --")[0]
@@ -130,11 +131,16 @@ def test_help_says_the_defaults_of_the_values_that_options_fill():
             AttentionConfig(variant="dilated", segment_lengths=(2048, 4096), dilation_rates=(1, 2)),
         ),
         (
-            "--variant block_sparse --pattern global_local --block-size 64 --window 300 --global-tokens 128",
+            "--variant block_sparse --pattern global_local --block-size 64 --window 300 --global-tokens 128 "
+            "--edges token",
             AttentionConfig(
                 variant="block_sparse",
                 pattern=SparsePatternConfig(
-                    pattern_type="global_local", block_size=64, local_window_size=300, global_tokens=128
+                    pattern_type="global_local",
+                    block_size=64,
+                    local_window_size=300,
+                    global_tokens=128,
+                    edges="token",
                 ),
             ),
         ),

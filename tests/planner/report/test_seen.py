@@ -80,7 +80,7 @@ def test_windows_that_end_at_the_token_are_seen_token_by_token_and_by_all_heads(
     found = look(by_token(WINDOW, 5), causal=True)
     assert (found.unit, found.units, found.by_head) == ("token", 1024, False)
     assert (found.minimum, found.maximum) == (1, 70 + 32)
-    text = seen_text(found)
+    text = seen_text(found, "#")
     assert "edges token" in text
     assert "head 0" not in text
 

@@ -12,15 +12,15 @@ from planner.memory.dispatch import plan_of
 from planner.memory.machines import Cuda
 from planner.question.dimensions import KINDS
 from planner.question.space import Space
-from planner.search.candidates import WORKSPACES, grid
+from planner.search.candidates import BLOCK_SIZES, WORKSPACES, grid
 from planner.search.suggest import chosen, full_size, parameters
 from planner.workload import Workload
 
 WORKLOADS = [Workload(seq=131072), Workload(seq=5000, causal=True), Workload(seq=17), Workload(seq=1)]
 
 
-def configs(space, workload, flex=False, every=1, free_length=False):
-    for columns in grid(space, workload, flex=flex, free_length=free_length):
+def configs(space, workload, flex=False, every=1, free_length=False, windows="none"):
+    for columns in grid(space, workload, flex=flex, windows=windows, free_length=free_length):
         for at in range(0, len(columns), every):
             yield columns.config(at, workload)
 
@@ -64,6 +64,38 @@ def test_a_trial_is_told_the_backend_too():
 def test_no_candidate_of_the_grid_is_there_twice():
     found = list(configs(Space(), Workload(seq=131072), flex=True))
     assert len(found) == len(set(found)) > 4000
+
+
+def ends_of(space, workload, **device):
+    found = {
+        (config.pattern.edges, config.pattern.block_size) for config in configs(space, workload, **device)
+    }
+    return {edges: {size for one, size in found if one == edges} for edges, _ in found}
+
+
+def test_windows_end_at_the_token_too_where_the_kernels_have_such_windows():
+    windowed, workload = Space(patterns=("local_window", "global_local")), Workload(seq=4096)
+    causal = workload.model_copy(update={"causal": True})
+    assert set(ends_of(windowed, workload)) == {"block"}
+    assert set(ends_of(windowed, workload, windows="causal")) == {"block"}
+    for question, windows in ((causal, "causal"), (workload, "any")):
+        assert ends_of(windowed, question, windows=windows)["token"] == {
+            128
+        }  # whatever the blocks: one is enough
+    asked = windowed.model_copy(update={"edges": ("token",)})
+    assert ends_of(asked, workload) == {"token": set(BLOCK_SIZES)}
+    assert ends_of(asked, workload, flex=True, windows="any") == {"token": {128}}
+    flex = windowed.model_copy(update={"backend": "flex"})
+    assert set(ends_of(flex, workload, flex=True, windows="any")) == {"block"}
+
+
+@pytest.mark.parametrize("windows", ["causal", "any"])
+def test_a_trial_is_told_the_edges_too(windows):
+    workload = Workload(seq=4096, causal=True)
+    for config in configs(Space(patterns=("local_window",)), workload, windows=windows, every=5):
+        found = parameters(config, Space(), workload)
+        assert found is not None
+        assert found["edges"] == config.pattern.edges
 
 
 TWINS = Space(variants=("dense", "block_sparse"), block_sizes=(32, 48, 128))
