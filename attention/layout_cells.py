@@ -1,8 +1,8 @@
 """Layouts seen from afar: how much of each cell of a coarse grid is kept, at any length. Imports no torch.
 
 Rows and columns are *units*: blocks, and of a dilated config, whose heads see every so manyth position, or of
-windows that end at the token, tokens. Nothing is larger than a cell or a row each, so that a million tokens take no longer than a
-thousand.
+windows that end at the token, tokens. Nothing is larger than a cell or a row each, so that a million tokens
+take no longer than a thousand.
 
 Letters: `i` a row, `c` a column, `d = c - i` an offset, `t` a branch.
 """

@@ -466,8 +466,12 @@ def test_windows_end_at_blocks_unless_a_config_says_otherwise():
 
 @pytest.mark.parametrize(
     "pattern_type, edges, ends",
-    [("local_window", "token", True), ("global_local", "token", True), ("dilated_sparse", "token", False)]
-    + [("local_window", "block", False)],
+    [
+        ("local_window", "token", True),
+        ("global_local", "token", True),
+        ("dilated_sparse", "token", False),
+        ("local_window", "block", False),
+    ],
 )
 def test_windows_alone_end_at_the_token(pattern_type: str, edges: str, ends: bool):
     pattern = SparsePatternConfig(pattern_type=pattern_type, edges=edges)
