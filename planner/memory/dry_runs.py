@@ -53,20 +53,21 @@ def dry_runs() -> DryRuns:
     return DryRuns.from_json(PATH.read_bytes())
 
 
-def dry_upper(predicted: Any, runs: DryRuns) -> Any:
-    """The upper bound of what a card loses, for a prediction or an array of them."""
-    return predicted * (1 + runs.margin) + SEGMENT
+def dry_upper(reserved: Any, outside: Any, runs: DryRuns) -> Any:
+    """The upper bound of what a card loses, for a prediction or an array of them: of what the allocator
+    holds, and of what lies outside, which is a figure of its own and no part of what was checked."""
+    return reserved * (1 + runs.margin) + SEGMENT + outside
 
 
-def dry_bound(config: AttentionConfig, workload: Workload, predicted: int) -> Bound:
+def dry_bound(config: AttentionConfig, workload: Workload, reserved: int, outside_bytes: int) -> Bound:
     """The upper bound of a prediction for a GPU that nobody calibrated; wider outside of what was run dry."""
     runs = dry_runs()
     notes = []
-    upper = float(dry_upper(predicted, runs))
+    upper = float(dry_upper(reserved, outside_bytes, runs))
     outside = runs.domain.misses(config, workload)
     said = CHECKED
     if outside:
-        upper = predicted * (1.01 + runs.margin * OUTSIDE) + SEGMENT
+        upper = reserved * (1.01 + runs.margin * OUTSIDE) + SEGMENT + outside_bytes
         said = "outside what was run dry: a wider margin"
         notes.append(f"not among what was run dry: {', '.join(outside)}")
     here = installed_torch()

@@ -42,7 +42,7 @@ CARDS: Final = (
     "a30", "a100-sxm4-80gb", "rtx4060", "rtx4090", "l40s", "h100-pcie", "h100-sxm", "gh200", "rtx5070",
     "rtx5090", "b200",
 )  # from Pascal to Blackwell, from 10 to 170 multiprocessors  # fmt: skip
-LONGEST: Final = 131_072
+LONGEST: Final = 1 << 20
 HEAD_DIMS: Final = (8, 16, 24, 32, 40, 64, 64, 64, 80, 96, 100, 128, 128, 160, 192, 256)
 BATCHES: Final = (1, 1, 2, 3, 4)
 STEPS: Final = 1000
@@ -231,7 +231,7 @@ def summary(found: Sequence[Error]) -> dict[str, Any]:
 
 def margin(found: Sequence[Error]) -> float:
     """The share of a prediction that is to be added to it, so that none of these is above it."""
-    beyond: float = max((e.row["device"] - SEGMENT) / (e.row["device"] + e.missed) - 1 for e in found)
+    beyond: float = max((e.row["reserved"] - SEGMENT) / (e.row["reserved"] + e.missed) - 1 for e in found)
     return max(math.ceil(beyond / STEP), 0) * STEP
 
 
@@ -240,7 +240,9 @@ def written(setting: Sequence[Error], checking: Sequence[Error]) -> DryRuns:
     share = margin(setting)
 
     def of(found: Sequence[Error]) -> DryCases:
-        exceeded = sum(e.row["device"] > (e.row["device"] + e.missed) * (1 + share) + SEGMENT for e in found)
+        exceeded = sum(
+            e.row["reserved"] > (e.row["reserved"] + e.missed) * (1 + share) + SEGMENT for e in found
+        )
         return DryCases(seed=found[0].row["seed"], cases=len(found), exceeded=exceeded)
 
     both = [*setting, *checking]

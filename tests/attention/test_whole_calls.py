@@ -28,7 +28,7 @@ from attention.ops.whole_calls import _parts
 from attention.reference import multiplicity
 from attention.sizes import whole_calls as sizes
 from attention.sizes.shape import Shape, chunk_tokens
-from attention.sizes.whole_calls import Cut, backward_cut, forward_cut, whole_calls
+from attention.sizes.whole_calls import CallPart, backward_cut, forward_cut, whole_calls
 
 WHOLE = {
     name: config
@@ -43,11 +43,17 @@ WHOLE |= {
         ),
     )
     for kind, block, window, shared in [
-        ("local_window", 1, 5, 1), ("local_window", 5, 1, 1), ("local_window", 32, 64, 1),
-        ("local_window", 8, 1000, 1), ("global_local", 1, 6, 3), ("global_local", 5, 22, 7),
-        ("global_local", 16, 1, 40), ("global_local", 8, 40, 1000), ("global_local", 64, 64, 1),
+        ("local_window", 1, 5, 1),
+        ("local_window", 5, 1, 1),
+        ("local_window", 32, 64, 1),
+        ("local_window", 8, 1000, 1),
+        ("global_local", 1, 6, 3),
+        ("global_local", 5, 22, 7),
+        ("global_local", 16, 1, 40),
+        ("global_local", 8, 40, 1000),
+        ("global_local", 64, 64, 1),
     ]
-}  # kinds with their sizes  # fmt: skip
+}
 config_by_config = pytest.mark.parametrize("config", WHOLE.values(), ids=WHOLE.keys())
 causal_or_not = pytest.mark.parametrize("causal", [False, True])
 
@@ -112,7 +118,7 @@ def test_calls_meet_the_pairs_that_the_oracle_counts(config, seq, heads, causal,
     expected = multiplicity(config, seq, shape.heads, causal).numpy()
     np.testing.assert_array_equal(met(calls, shape, forward_cut), expected)
     np.testing.assert_array_equal(met(calls, shape, backward_cut), expected)
-    few = met(calls, shape, lambda call, _: Cut(2, 1))
+    few = met(calls, shape, lambda call, _: CallPart(2, 1))
     np.testing.assert_array_equal(few, expected)
 
 
@@ -142,7 +148,7 @@ def test_parts_of_long_calls_take_what_they_may():
 @pytest.fixture
 def small_parts():
     """Kernels get a view or two, or one kv head, at a time."""
-    with mock.patch.object(sizes, "_cut", return_value=Cut(2, 1)):
+    with mock.patch.object(sizes, "_cut", return_value=CallPart(2, 1)):
         yield
 
 

@@ -37,13 +37,13 @@ def test_one_set_sets_the_margin_and_another_checks_it():
 
 
 def test_the_bound_of_a_card_says_what_checked_it():
-    bound = dry_bound(DENSE, Workload(seq=64), 10**9)
-    assert bound.upper == math.ceil(10**9 * (1 + dry_runs().margin) + SEGMENT)
+    bound = dry_bound(DENSE, Workload(seq=64), 10**9, 7)
+    assert bound.upper == math.ceil(10**9 * (1 + dry_runs().margin) + SEGMENT + 7)
     assert bound.confidence == CHECKED
 
 
 def test_beyond_what_was_run_dry_the_margin_is_wider():
-    bound = dry_bound(DENSE, Workload(seq=1 << 20), 10**9)
+    bound = dry_bound(DENSE, Workload(seq=1 << 22), 10**9, 0)
     assert bound.upper > 10**9 * (1.01 + dry_runs().margin)
     assert "outside" in bound.confidence
-    assert "1,048,576 tokens" in bound.notes[0]
+    assert "4,194,304 tokens" in bound.notes[0]
