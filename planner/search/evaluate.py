@@ -49,7 +49,7 @@ def least_memory(scenario: Scenario, columns: Columns) -> Floats:
     found = peaks(columns, scenario.workload, scenario.machine)
     calibration = scenario.calibration
     if calibration is None and not isinstance(scenario.card, str):
-        return np.asarray(dry_upper(found, scenario.outside, dry_runs()), np.float64)
+        return np.asarray(dry_upper(found, scenario.outside, dry_runs(), scenario.workload.dtype), np.float64)
     return np.asarray(least_upper(calibration, found + scenario.outside), np.float64)
 
 

@@ -83,7 +83,7 @@ def _gpu_costs(gpu: Gpu, dtype: str, peak: float, bandwidth: float) -> tuple[Cos
     unit = 1 / (peak * share)
     beside = {
         "gathered": 4 * size / bandwidth,
-        # The kernel writes a part; it is subtracted and added in place, in seven reads and writes of a number.
+        # A part is written, subtracted and added in place: seven reads and writes of a number.
         "merged": (7 * size if size < 8 else 3 * size + 7 * 4) / bandwidth,
         "summed": 2 * (size + 2 * max(size, 4)) / bandwidth,
         "tokens": 3 * size / bandwidth,
