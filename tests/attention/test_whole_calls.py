@@ -156,7 +156,7 @@ def small_parts():
 @kernel_by_kernel
 @causal_or_not
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-@pytest.mark.parametrize("seq", [1, 17, 77])
+@pytest.mark.parametrize("seq", [1, 17, 50])
 @config_by_config
 def test_float64_is_the_oracle(config, seq, kv_heads, causal, windows):
     with flash_attention(windows):
@@ -165,7 +165,7 @@ def test_float64_is_the_oracle(config, seq, kv_heads, causal, windows):
 
 @pytest.mark.pairwise
 @causal_or_not
-@pytest.mark.parametrize("seq", [17, 77])
+@pytest.mark.parametrize("seq", [17, 50])
 @config_by_config
 def test_small_parts_make_the_same(config, seq, causal, small_parts):
     with flash_attention():
@@ -178,10 +178,10 @@ def test_small_parts_make_the_same(config, seq, causal, small_parts):
 @config_by_config
 def test_low_precision_is_as_near_as_a_naive_attention(config, dtype, causal):
     with flash_attention():
-        check_low_precision(module_of(config), *qkv(77, batch=2, kv_heads=2, dtype=dtype), causal)
+        check_low_precision(module_of(config), *qkv(50, batch=2, kv_heads=2, dtype=dtype), causal)
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(cases(), st.sampled_from(["any", "causal"]))
 def test_random_cases_are_the_oracle(case, windows):
     assume(case["config"].variant != "adaptive")
