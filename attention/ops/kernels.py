@@ -173,8 +173,10 @@ def windows_of(x: Tensor) -> Windows:
     if kernel not in ALIGNED:
         return "none"
     windows: Windows = "any" if kernel == "flash" else "causal"
-    trusted = bool(os.environ.get(TRUST)) or torch.cuda.is_current_stream_capturing()
-    return windows if trusted or _windows_are_right(x.device, x.dtype, windows) else "none"
+    if os.environ.get(TRUST) or torch.cuda.is_current_stream_capturing():
+        return windows
+    with torch.device("cpu"):  # whatever tensors are made on by default
+        return windows if _windows_are_right(x.device, x.dtype, windows) else "none"
 
 
 @cache
