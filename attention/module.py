@@ -16,11 +16,12 @@ from attention.inputs import check, shape_of
 from attention.layout import Layout, build_layout
 from attention.ops import flex
 from attention.ops.execute import Problem, attend
-from attention.ops.kernels import steady_heap
+from attention.ops.kernels import flash_is_built, steady_heap
 from attention.ops.program import Tile
 from attention.ops.weights import AttentionWeights, attention_weights, check_room
 from attention.out_of_memory import with_emergency_release
 from attention.pool import buffers_for
+from attention.sizes.kernel_choice import KernelChoice, kernel_choice
 from attention.sizes.row_bounds import rows_of
 from attention.sizes.shape import Shape
 from attention.sizes.tiles import Extent, dilated_extent, sparse_extent
@@ -68,6 +69,18 @@ class Attention(nn.Module):
         check(q, k, v, self.config, is_causal, return_attention_weights)
         return with_emergency_release(
             lambda: self._attend(q, k, v, is_causal, return_attention_weights), self.scratch, q.device
+        )
+
+    def kernels(self, q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) -> KernelChoice:
+        """Which kernel a call over these tensors runs on, in how many calls, and why; str() says it."""
+        check(q, k, v, self.config, is_causal)
+        capability = torch.cuda.get_device_capability(q.device) if q.device.type == "cuda" else None
+        return kernel_choice(
+            self.config,
+            shape_of(q, k, self.config, is_causal),
+            capability,
+            flex=flex.resolve(self.config, q, k, is_causal) == "flex",
+            flash_is_built=flash_is_built(),
         )
 
     def _attend(

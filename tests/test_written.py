@@ -38,6 +38,17 @@ def read(name: str):
     return json.loads((WRITTEN / name).read_text())
 
 
+def as_then(value):
+    """What is written of it today, without what that version did not say."""
+
+    def without_kernel(value):
+        if isinstance(value, dict):
+            return {key: without_kernel(item) for key, item in value.items() if (key, item) != ("kernel", "")}
+        return [without_kernel(item) for item in value] if isinstance(value, list) else value
+
+    return without_kernel(json.loads(value.to_json()))
+
+
 def test_a_config():
     text = (WRITTEN / "config.json").read_text()
     config = AttentionConfig.from_json(text)
@@ -49,7 +60,7 @@ def test_an_estimate():
     """`planner estimate --seq 2K --variant dilated --segments 512,1024 --rates 1,2 --format json`"""
     old = read("estimate.json")
     estimate = MemoryEstimate(**old)
-    assert json.loads(estimate.to_json()) == old
+    assert as_then(estimate) == old
     assert side(WRITTEN / "estimate.json", lambda config: None).estimate == estimate
 
 
@@ -58,14 +69,14 @@ def test_a_recommendation():
     --format json`"""
     answer = read_answer(WRITTEN / "recommendation.json").found
     assert isinstance(answer, Recommendation)
-    assert json.loads(answer.to_json()) == read("recommendation.json")
+    assert as_then(answer) == read("recommendation.json")
     assert answer.config.variant in answer_page(WRITTEN / "recommendation.json", None, None)
 
 
 def test_what_tuning_printed():
     answer = read_answer(WRITTEN / "tuned.json").found
     assert isinstance(answer, Tuned)
-    assert json.loads(answer.to_json()) == read("tuned.json")
+    assert as_then(answer) == read("tuned.json")
     assert answer.best.config.variant in answer_page(WRITTEN / "tuned.json", None, None)
 
 

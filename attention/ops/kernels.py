@@ -69,7 +69,7 @@ def choose(x: Tensor, biased: bool) -> str:
     if x.dtype == torch.float64:
         return "plain"
     capability = torch.cuda.get_device_capability(x.device)
-    if not biased and has_flash(capability, x.shape[-1], x.dtype.itemsize) and _flash_is_built():
+    if not biased and has_flash(capability, x.shape[-1], x.dtype.itemsize) and flash_is_built():
         return "flash"
     if capability < (8, 0) and x.dtype == torch.bfloat16:
         raise UnavailableError(
@@ -173,12 +173,14 @@ def windows_of(x: Tensor) -> Windows:
     if kernel not in ALIGNED:
         return "none"
     windows: Windows = "any" if kernel == "flash" else "causal"
-    trusted = bool(os.environ.get(TRUST)) or torch.cuda.is_current_stream_capturing()
-    return windows if trusted or _windows_are_right(x.device, x.dtype, windows) else "none"
+    if os.environ.get(TRUST) or torch.cuda.is_current_stream_capturing():
+        return windows
+    with torch.device("cpu"):  # whatever tensors are made on by default
+        return windows if _windows_are_right(x.device, x.dtype, windows) else "none"
 
 
 @cache
-def _flash_is_built() -> bool:
+def flash_is_built() -> bool:
     """Whether this torch has flash attention: some builds for Windows do not."""
     return torch.backends.cuda.is_flash_attention_available()
 
@@ -226,21 +228,40 @@ def windowed(
     q, k, v = (_aligned_channels(x.transpose(1, 2)) for x in (q, k, v))
     if kernel == "flash":
         out, lse = aten._flash_attention_forward(
-            q, k, v, None, None, q.shape[1], k.shape[1], 0.0, left is None and right == 0, False,
-            scale=scale, window_size_left=left, window_size_right=right,
-        )[:2]  # fmt: skip
+            q,
+            k,
+            v,
+            None,
+            None,
+            q.shape[1],
+            k.shape[1],
+            0.0,
+            left is None and right == 0,
+            False,
+            scale=scale,
+            window_size_left=left,
+            window_size_right=right,
+        )[:2]
     else:
         mask, window = _efficient_window(left, right)
         out, lse = aten._efficient_attention_forward(
-            q, k, v, None, None, None, None, None, 0.0, mask, True, scale=scale, window_size=window,
-        )[:2]  # fmt: skip
+            q, k, v, None, None, None, None, None, 0.0, mask, True, scale=scale, window_size=window
+        )[:2]
     return out.transpose(1, 2)[..., :dim], lse[..., :queries]
 
 
 def windowed_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, scale: float,
-    left: int | None, right: int | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    scale: float,
+    left: int | None,
+    right: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) of `windowed`, for out and lse of the whole row."""
     dim = q.shape[-1]
     kernel = choose(q, biased=False)
@@ -248,17 +269,47 @@ def windowed_backward(
     if kernel == "flash":
         rng = torch.empty(2, dtype=torch.uint64, device=q.device)  # of dropout: nothing reads it
         grads = aten._flash_attention_backward(
-            grad, q, k, v, out, lse.contiguous(), None, None, q.shape[1], k.shape[1], 0.0,
-            left is None and right == 0, rng, rng[:0],
-            scale=scale, window_size_left=left, window_size_right=right,
-        )  # fmt: skip
+            grad,
+            q,
+            k,
+            v,
+            out,
+            lse.contiguous(),
+            None,
+            None,
+            q.shape[1],
+            k.shape[1],
+            0.0,
+            left is None and right == 0,
+            rng,
+            rng[:0],
+            scale=scale,
+            window_size_left=left,
+            window_size_right=right,
+        )
     else:
         rng = torch.empty((), dtype=torch.int64, device=q.device)
         mask, window = _efficient_window(left, right)
         grads = aten._efficient_attention_backward(
-            grad, q, k, v, None, out, None, None, q.shape[1], k.shape[1], _padded(lse), 0.0, rng, rng, mask,
-            False, scale=scale, window_size=window,
-        )[:3]  # fmt: skip
+            grad,
+            q,
+            k,
+            v,
+            None,
+            out,
+            None,
+            None,
+            q.shape[1],
+            k.shape[1],
+            _padded(lse),
+            0.0,
+            rng,
+            rng,
+            mask,
+            False,
+            scale=scale,
+            window_size=window,
+        )[:3]
     dq, dk, dv = (x.transpose(1, 2)[..., :dim] for x in grads)
     return dq, dk, dv
 

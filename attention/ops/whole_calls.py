@@ -15,7 +15,7 @@ from torch import Tensor
 from attention.ops import kernels
 from attention.ops.views import rows, view
 from attention.sizes.shape import Shape, Span
-from attention.sizes.whole_calls import Cut, WholeCall, backward_cut, forward_cut
+from attention.sizes.whole_calls import CallPart, WholeCall, backward_cut, forward_cut
 
 
 class _Part(NamedTuple):
@@ -43,9 +43,13 @@ def forward(
         for b in range(q.shape[0]):
             for queries, keys in _parts(call, shape, forward_cut(call, shape)):
                 part, part_lse = kernels.windowed(
-                    view(queries, q[b]), view(keys, k[b]), view(keys, v[b]),
-                    scale=scale, left=call.left, right=call.right,
-                )  # fmt: skip
+                    view(queries, q[b]),
+                    view(keys, k[b]),
+                    view(keys, v[b]),
+                    scale=scale,
+                    left=call.left,
+                    right=call.right,
+                )
                 target, target_lse = view(queries, out[b]), rows(queries, lse[b])
                 if call.first:
                     target.copy_(part)
@@ -73,7 +77,7 @@ def _segments(x: Tensor, views: int) -> Tensor:
     return x.transpose(1, 2)
 
 
-def _parts(call: WholeCall, shape: Shape, cut: Cut) -> Iterator[_Part]:
+def _parts(call: WholeCall, shape: Shape, cut: CallPart) -> Iterator[_Part]:
     """The call's kernel calls: some views, and some kv heads with the query heads that read them."""
     for queries, keys in call.spans(shape):
         repeat = queries.heads // keys.heads
@@ -114,9 +118,16 @@ def backward(
         grad_part, q_part, k_part, v_part, out_part = by_segments
         rows_lse = lse.transpose(1, 2).unflatten(2, (first.views, -1)).transpose(1, 2).flatten(0, 1)
         parts = kernels.windowed_backward(
-            grad_part, q_part, k_part, v_part, out_part, rows_lse,
-            scale=scale, left=first.left, right=first.right,
-        )  # fmt: skip
+            grad_part,
+            q_part,
+            k_part,
+            v_part,
+            out_part,
+            rows_lse,
+            scale=scale,
+            left=first.left,
+            right=first.right,
+        )
         dq, dk, dv = (part.transpose(1, 2).reshape(x.shape) for part, x in zip(parts, (q, k, v), strict=True))
         calls.pop(0)
     else:
@@ -131,10 +142,16 @@ def backward(
         for b in range(q.shape[0]):
             for queries, keys in _parts(call, shape, backward_cut(call, shape)):
                 part_dq, part_dk, part_dv = kernels.windowed_backward(
-                    view(queries, grad[b]), view(queries, q[b]), view(keys, k[b]), view(keys, v[b]),
-                    view(queries, out[b]), rows(queries, lse[b]),
-                    scale=scale, left=call.left, right=call.right,
-                )  # fmt: skip
+                    view(queries, grad[b]),
+                    view(queries, q[b]),
+                    view(keys, k[b]),
+                    view(keys, v[b]),
+                    view(queries, out[b]),
+                    rows(queries, lse[b]),
+                    scale=scale,
+                    left=call.left,
+                    right=call.right,
+                )
                 _hand_over(view(queries, dq[b]), part_dq, call.first)
                 _hand_over(view(keys, dk[b]), part_dk, sets_keys)
                 _hand_over(view(keys, dv[b]), part_dv, sets_keys)
@@ -142,7 +159,7 @@ def backward(
     return dq, dk, dv
 
 
-def _is_one(call: WholeCall, cut: Cut, shape: Shape) -> bool:
+def _is_one(call: WholeCall, cut: CallPart, shape: Shape) -> bool:
     """Whether the kernel is given a call as it is."""
     return call.views <= cut.views and call.kv_heads(shape) <= cut.kv_heads
 

@@ -9,7 +9,7 @@ from attention.sizes.arrays import up
 from attention.sizes.shape import Shape
 from attention.sizes.whole_calls import CHANNELS, FLASH_CHANNELS, forward_cut, has_flash, whole_calls
 
-KernelName = Literal["cpu", "flash", "efficient", "plain", "flex"]
+ChosenKernel = Literal["cpu", "flash", "efficient", "plain", "flex"]
 CALLED = {
     "cpu": "torch's fused attention for CPUs",
     "flash": "flash attention",
@@ -22,7 +22,7 @@ CALLED = {
 class KernelChoice(NamedTuple):
     """What runs an attention."""
 
-    kernel: KernelName
+    kernel: ChosenKernel
     why: str
     calls: int | None
     """Kernel calls of a forward pass over one batch item; None where a program of tiles says as it goes."""
@@ -50,7 +50,9 @@ def kernel_choice(
     return KernelChoice(kernel, why, _calls(config, shape))
 
 
-def _kernel(shape: Shape, capability: tuple[int, int] | None, flash_is_built: bool) -> tuple[KernelName, str]:
+def _kernel(
+    shape: Shape, capability: tuple[int, int] | None, flash_is_built: bool
+) -> tuple[ChosenKernel, str]:
     """See `attention.ops.kernels.choose`."""
     if capability is None:
         return "cpu", "the tensors are on a CPU"

@@ -129,9 +129,13 @@ def whole_calls(config: AttentionConfig, shape: Shape) -> tuple[WholeCall, ...] 
         return None
     if pattern is not None:
         return pattern_calls(
-            pattern.pattern_type, shape, size=pattern.block_size, window=pattern.local_window_size,
-            global_tokens=pattern.global_tokens, edges=pattern.edges,
-        )  # fmt: skip
+            pattern.pattern_type,
+            shape,
+            size=pattern.block_size,
+            window=pattern.local_window_size,
+            global_tokens=pattern.global_tokens,
+            edges=pattern.edges,
+        )
     branches = shape.within(config.branches) if config.variant == "dilated" else ((shape.seq, 1),)
     return branch_calls(sorted(branches, key=lambda branch: branch[1]), shape)
 
@@ -182,8 +186,13 @@ def branch_calls(branches: Sequence[tuple[Count, Count]], shape: Shape) -> tuple
         begin = whole * length
         tail = call._replace(
             name=f"branch {order + 1}, the end",
-            start=begin, length=rest, key_start=begin, key_length=rest, views=1, exists=(rest > 0) * 1,
-        )  # a segment's figures in a row  # fmt: skip
+            start=begin,
+            length=rest,
+            key_start=begin,
+            key_length=rest,
+            views=1,
+            exists=(rest > 0) * 1,
+        )
         calls += [call, tail]
     return tuple(calls)
 
@@ -198,38 +207,66 @@ def block_window_calls(size: Count, side: Count, shared: Count, shape: Shape) ->
     reach = side * size
     rows, columns = _global_calls(begin, shape, causal)
     own = WholeCall(
-        "own blocks", begin, size, begin, size, views=blocks, view_step=size, right=0 if causal else None,
-        first=True, exists=(side == 0) * (blocks > 0) * 1,
-    )  # fmt: skip
+        "own blocks",
+        begin,
+        size,
+        begin,
+        size,
+        views=blocks,
+        view_step=size,
+        right=0 if causal else None,
+        first=True,
+        exists=(side == 0) * (blocks > 0) * 1,
+    )
     at = begin + blocks * size
     own_end = own._replace(
-        name="own blocks, the end", start=at, length=short, key_start=at, key_length=short, views=1,
+        name="own blocks, the end",
+        start=at,
+        length=short,
+        key_start=at,
+        key_length=short,
+        views=1,
         exists=(side == 0) * (short > 0) * 1,
-    )  # fmt: skip
+    )
     window = _window(begin, seq, reach, 0 if causal else reach)
     window = window._replace(exists=(side > 0) * (seq > 0) * 1)
     # A triangle has one row and one column fewer than its block.
     edge = size - 1
     pairs = maximum(blocks - side, 0)
     before = WholeCall(
-        "edges before", begin + reach + 1, edge, begin, edge, views=pairs, view_step=size, right=0,
+        "edges before",
+        begin + reach + 1,
+        edge,
+        begin,
+        edge,
+        views=pairs,
+        view_step=size,
+        right=0,
         exists=(side > 0) * (edge > 0) * (pairs > 0) * 1,
-    )  # fmt: skip
+    )
     end = maximum(short - 1, 0)
     last = blocks - side  # the block that the last, short one sees an edge of
     before_end = before._replace(
-        name="edges before, the end", start=at + 1, length=end, key_start=begin + maximum(last, 0) * size,
-        key_length=end, views=1, exists=(side > 0) * (end > 0) * (last >= 0) * 1,
-    )  # fmt: skip
+        name="edges before, the end",
+        start=at + 1,
+        length=end,
+        key_start=begin + maximum(last, 0) * size,
+        key_length=end,
+        views=1,
+        exists=(side > 0) * (end > 0) * (last >= 0) * 1,
+    )
     calls = [rows, own, own_end, window, before, before_end]
     if not causal:
         behind = before._replace(
             name="edges behind", start=begin, key_start=begin + reach + 1, left=0, right=None
         )
         behind_end = before_end._replace(
-            name="edges behind, the end", start=before_end.key_start, key_start=before_end.start, left=0,
+            name="edges behind, the end",
+            start=before_end.key_start,
+            key_start=before_end.start,
+            left=0,
             right=None,
-        )  # fmt: skip
+        )
         calls += [behind, behind_end]
     return _for_all_heads((*calls, columns), shape)
 
@@ -261,15 +298,21 @@ def _window(begin: Count, seq: Count, left: Count, right: Count) -> WholeCall:
 def _global_calls(tokens: Count, shape: Shape, causal: bool) -> tuple[WholeCall, WholeCall]:
     """The first `tokens` as queries, and as keys of those behind them, who merge them into their windows."""
     rows = WholeCall(
-        "global rows", 0, tokens, 0, tokens if causal else shape.seq, right=0 if causal else None,
-        first=True, exists=(tokens > 0) * 1,
-    )  # fmt: skip
+        "global rows",
+        0,
+        tokens,
+        0,
+        tokens if causal else shape.seq,
+        right=0 if causal else None,
+        first=True,
+        exists=(tokens > 0) * 1,
+    )
     behind = shape.seq - tokens
     columns = WholeCall("global columns", tokens, behind, 0, tokens, exists=(tokens > 0) * (behind > 0) * 1)
     return rows, columns
 
 
-class Cut(NamedTuple):
+class CallPart(NamedTuple):
     """What a kernel is given at once of a call."""
 
     views: Count
@@ -277,7 +320,7 @@ class Cut(NamedTuple):
     """With the query heads that read them."""
 
 
-def forward_cut(call: WholeCall, shape: Shape) -> Cut:
+def forward_cut(call: WholeCall, shape: Shape) -> CallPart:
     """Parts whose results, which are merged into the output, take little beside it. What is the output comes
     in one part."""
     views = call.queries * call.heads(shape) * up(shape.head_dim, CHANNELS) * shape.itemsize
@@ -285,7 +328,7 @@ def forward_cut(call: WholeCall, shape: Shape) -> Cut:
     return _cut(call, shape, views * (1 - call.covers(shape)), room)
 
 
-def backward_cut(call: WholeCall, shape: Shape) -> Cut:
+def backward_cut(call: WholeCall, shape: Shape) -> CallPart:
     """Parts whose scratch, and gradients and copies of operands where those are not the results and operands
     themselves, take no more than q, k, v and out of a batch item."""
     heads, kv_heads, dim = call.heads(shape), call.kv_heads(shape), up(shape.head_dim, CHANNELS)
@@ -298,13 +341,13 @@ def backward_cut(call: WholeCall, shape: Shape) -> Cut:
     return _cut(call, shape, a_view, maximum(shape.workspace, _floor(shape)))
 
 
-def _cut(call: WholeCall, shape: Shape, a_view: Count, room: Count) -> Cut:
+def _cut(call: WholeCall, shape: Shape, a_view: Count, room: Count) -> CallPart:
     """Views of `a_view` bytes each, or some kv heads of one view, that fit `room` bytes."""
     kv_heads = call.kv_heads(shape)
     a_view = maximum(a_view, 1)
     views = minimum(maximum(call.views, 1), MOST_VIEWS, maximum(room // a_view, 1))
     some = minimum(maximum(kv_heads * room // a_view, 1), kv_heads)
-    return Cut(views, where(a_view > room, some, kv_heads))
+    return CallPart(views, where(a_view > room, some, kv_heads))
 
 
 def _floor(shape: Shape) -> Count:

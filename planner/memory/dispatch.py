@@ -13,6 +13,7 @@ from attention.sizes.adaptive import active_of_choice
 from attention.sizes.arrays import Count
 from attention.sizes.flex import auto_leaves_flex, flex_is_lean, flex_takes_blocks
 from attention.sizes.flex_tiles import unfit_sizes
+from attention.sizes.kernel_choice import KernelChoice, kernel_choice
 from attention.sizes.row_bounds import Rows
 from attention.sizes.shape import Shape, chunk_tokens
 from attention.sizes.token_tiles import TokenWindow, token_window
@@ -150,6 +151,14 @@ def goes_flex(backend: Backend, rows: Rows, seq: Count, workload: Workload) -> C
     floor = workload.floor // workload.seq * seq
     runs = (backend != "sdpa") * flex_takes_blocks(rows.size)
     return runs * flex_is_lean(rows, seq, floor) if backend == "auto" else runs
+
+
+def kernel_of(config: AttentionConfig, workload: Workload, machine: Machine) -> KernelChoice:
+    """The kernel that a config runs on, as `module.kernels` has it of tensors."""
+    columns = columns_of(config, workload.seq)
+    by_flex = columns.variant == "block_sparse" and bool(goes_apart(columns, workload, machine))
+    capability = machine.capability if isinstance(machine, Cuda) else None
+    return kernel_choice(config, shape_of(columns, workload, machine), capability, flex=by_flex)
 
 
 def returned_weights(config: AttentionConfig, workload: Workload) -> weights.ReturnedWeights:

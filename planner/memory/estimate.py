@@ -20,7 +20,7 @@ from planner.memory import cuda_process
 from planner.memory.allocator import replay, smallest_cap
 from planner.memory.allocator_settings import AllocatorSettings
 from planner.memory.cuda_process import Display
-from planner.memory.dispatch import plan_of
+from planner.memory.dispatch import kernel_of, plan_of
 from planner.memory.dry_runs import dry_bound
 from planner.memory.machines import Cpu, Cuda, Machine, this_cpu, units_of
 from planner.memory.table import COMPONENTS, Plan
@@ -75,6 +75,8 @@ class MemoryEstimate(Value):
     """Buffers that are alive at the peak."""
     notes: Texts = ()
     """Remarks on these figures."""
+    kernel: str = ""
+    """The kernel that computes the attention, in how many calls, and why."""
 
 
 def estimate(
@@ -158,6 +160,7 @@ def _on_cpu(
         at=at,
         lines=_lines(plan, at),
         notes=bound.notes,
+        kernel=str(kernel_of(config, workload, machine)),
     )
 
 
@@ -179,7 +182,7 @@ def _on_gpu(
     context = int(cuda_process.total(outside))
     cap = smallest_cap(events, settings)
     lost = outcome.peak_reserved + context
-    bound = dry_bound(config, workload, lost)
+    bound = dry_bound(config, workload, outcome.peak_reserved, context)
     if calibration is not None and (explicit or of_this_torch(calibration)):
         bound = bound_of(calibration, config, workload, lost, explicit=explicit, device=gpu.key)
     components = plan.components(at)
@@ -203,6 +206,7 @@ def _on_gpu(
         at=at,
         lines=_lines(plan, at) + named,
         notes=bound.notes,
+        kernel=str(kernel_of(config, workload, machine)),
     )
 
 

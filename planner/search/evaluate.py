@@ -46,11 +46,11 @@ def figures(scenario: Scenario, columns: Columns) -> Figures:
 
 def least_memory(scenario: Scenario, columns: Columns) -> Floats:
     """Bytes of the upper bound, or fewer: what the caching allocator rounds up is not among it."""
-    found = peaks(columns, scenario.workload, scenario.machine) + scenario.outside
+    found = peaks(columns, scenario.workload, scenario.machine)
     calibration = scenario.calibration
     if calibration is None and not isinstance(scenario.card, str):
-        return np.asarray(dry_upper(found, dry_runs()), np.float64)
-    return np.asarray(least_upper(calibration, found), np.float64)
+        return np.asarray(dry_upper(found, scenario.outside, dry_runs(), scenario.workload.dtype), np.float64)
+    return np.asarray(least_upper(calibration, found + scenario.outside), np.float64)
 
 
 def times(scenario: Scenario, columns: Columns) -> Floats:

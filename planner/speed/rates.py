@@ -83,7 +83,8 @@ def _gpu_costs(gpu: Gpu, dtype: str, peak: float, bandwidth: float) -> tuple[Cos
     unit = 1 / (peak * share)
     beside = {
         "gathered": 4 * size / bandwidth,
-        "merged": (3 * size + 7 * 4) / bandwidth,
+        # A part is written, subtracted and added in place: seven reads and writes of a number.
+        "merged": (7 * size if size < 8 else 3 * size + 7 * 4) / bandwidth,
         "summed": 2 * (size + 2 * max(size, 4)) / bandwidth,
         "tokens": 3 * size / bandwidth,
         "matmul": 2 / (0.7 * peak),

@@ -32,7 +32,7 @@ from planner.fitting.samples import samples
 from planner.measuring.dry import PREFIX
 from planner.measuring.server import Batch
 from planner.memory.dispatch import goes_apart
-from planner.memory.dry_runs import PATH, SEGMENT, DryCases, DryRuns
+from planner.memory.dry_runs import FLOAT64, PATH, SEGMENT, SEGMENTS, DryCases, DryRuns
 from planner.memory.estimate import MemoryEstimate, estimate, machine_of
 from planner.workload import Workload
 from studies.bench.records import DATA, Row, as_json, environment, write
@@ -42,13 +42,15 @@ CARDS: Final = (
     "a30", "a100-sxm4-80gb", "rtx4060", "rtx4090", "l40s", "h100-pcie", "h100-sxm", "gh200", "rtx5070",
     "rtx5090", "b200",
 )  # from Pascal to Blackwell, from 10 to 170 multiprocessors  # fmt: skip
-LONGEST: Final = 131_072
+LONGEST: Final = 1 << 20
 HEAD_DIMS: Final = (8, 16, 24, 32, 40, 64, 64, 64, 80, 96, 100, 128, 128, 160, 192, 256)
 BATCHES: Final = (1, 1, 2, 3, 4)
 STEPS: Final = 1000
 """Kernel calls of a case, about; milliseconds each where kernels do nothing."""
 FLOOR_SHARE: Final = 16
 """A case's q, k, v and out take at most one part in so many of the smallest card."""
+LEAST_MARGIN: Final = 0.01
+"""For what a few hundred cases have not shown."""
 STEP: Final = 0.0025
 """The margin is a multiple of this share: the least that no case exceeds."""
 FLEX_SHARE: Final = 0.25
@@ -231,8 +233,14 @@ def summary(found: Sequence[Error]) -> dict[str, Any]:
 
 def margin(found: Sequence[Error]) -> float:
     """The share of a prediction that is to be added to it, so that none of these is above it."""
-    beyond: float = max((e.row["device"] - SEGMENT) / (e.row["device"] + e.missed) - 1 for e in found)
-    return max(math.ceil(beyond / STEP), 0) * STEP
+    beyond = max((e.row["reserved"] - SEGMENTS * SEGMENT) / _taken_for(e) - 1 for e in found)
+    return max(math.ceil(beyond / STEP) * STEP, LEAST_MARGIN)
+
+
+def _taken_for(error: Error) -> float:
+    """Bytes that a bound begins with: those predicted, in float64 some times as many."""
+    predicted: int = error.row["reserved"] + error.missed
+    return predicted * (FLOAT64 if error.case.workload.dtype == "float64" else 1)
 
 
 def written(setting: Sequence[Error], checking: Sequence[Error]) -> DryRuns:
@@ -240,7 +248,7 @@ def written(setting: Sequence[Error], checking: Sequence[Error]) -> DryRuns:
     share = margin(setting)
 
     def of(found: Sequence[Error]) -> DryCases:
-        exceeded = sum(e.row["device"] > (e.row["device"] + e.missed) * (1 + share) + SEGMENT for e in found)
+        exceeded = sum(e.row["reserved"] > _taken_for(e) * (1 + share) + SEGMENTS * SEGMENT for e in found)
         return DryCases(seed=found[0].row["seed"], cases=len(found), exceeded=exceeded)
 
     both = [*setting, *checking]

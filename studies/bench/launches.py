@@ -32,10 +32,10 @@ ATTENTION: Final = (
     "flex_attention",
 )
 """What the names of kernels have in them that multiply queries and keys."""
-RATES: Final = {"segment_lengths": (2048, 8192, 32_768), "dilation_rates": (1, 2, 4)}
+RATES: Final[dict[str, Any]] = {"segment_lengths": (2048, 8192, 32_768), "dilation_rates": (1, 2, 4)}
 
 
-class Case(NamedTuple):
+class Counted(NamedTuple):
     config: AttentionConfig
     seq: int
     heads: int
@@ -50,11 +50,11 @@ def _pattern(kind: Any, **branches: Any) -> AttentionConfig:
 
 
 CASES: Final = {
-    "dense": Case(AttentionConfig(variant="dense"), 32_768, 64, 8),
-    "dilated": Case(AttentionConfig(variant="dilated", **RATES), 32_768, 32, 8),
-    "local_window": Case(_pattern("local_window"), 131_072, 32, 8),
-    "global_local": Case(_pattern("global_local"), 131_072, 32, 8),
-    "dilated_sparse": Case(_pattern("dilated_sparse", **RATES), 32_768, 32, 8),
+    "dense": Counted(AttentionConfig(variant="dense"), 32_768, 64, 8),
+    "dilated": Counted(AttentionConfig(variant="dilated", **RATES), 32_768, 32, 8),
+    "local_window": Counted(_pattern("local_window"), 131_072, 32, 8),
+    "global_local": Counted(_pattern("global_local"), 131_072, 32, 8),
+    "dilated_sparse": Counted(_pattern("dilated_sparse", **RATES), 32_768, 32, 8),
 }
 
 

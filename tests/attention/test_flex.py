@@ -168,7 +168,7 @@ def capable(monkeypatch):
     def tensors(capability=(8, 0), dtype=torch.float16, size=(1, 4096, 8, 64), kv_heads=8):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
         monkeypatch.setenv(TRUST, "1")
-        monkeypatch.setattr(kernels, "_flash_is_built", lambda: True)
+        monkeypatch.setattr(kernels, "flash_is_built", lambda: True)
         batch, seq, _, head_dim = size
         return Fake(dtype, size), Fake(dtype, (batch, seq, kv_heads, head_dim))
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from flash import flash_attention
+from flash import flash_attention, flash_kernels
 
 from attention.ops import kernels
 from attention.ops.kernels import BIAS_ALIGNMENT, aligned_bias
@@ -54,6 +54,16 @@ def test_a_window_that_is_off_by_one_is_not_trusted(dtype, windows, monkeypatch)
                     with monkeypatch.context() as patch:
                         patch.setattr(kernels, name, shifted(getattr(kernels, name), **{edge: by}))
                         assert not right(), (name, edge, by)
+
+
+def test_the_definition_is_computed_on_the_cpu_whatever_the_default_device_is(monkeypatch):
+    monkeypatch.delenv(kernels.TRUST, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(kernels, "choose", lambda x, biased: "flash")
+    monkeypatch.setattr(kernels, "_windows_are_right", kernels._windows_are_right.__wrapped__)
+    x = torch.zeros(1, 1, 1, 16, dtype=torch.bfloat16)
+    with torch.device("meta"), flash_kernels():
+        assert kernels.windows_of(x) == "any"
 
 
 def test_a_build_without_the_kernel_has_no_windows(monkeypatch):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from attention.sizes.arrays import Count, any_of, maximum, minimum, where
-from attention.sizes.whole_calls import Cut, WholeCall, backward_cut, forward_cut
+from attention.sizes.whole_calls import CallPart, WholeCall, backward_cut, forward_cut
 from planner.memory.cuda_kernels import largest
 from planner.memory.cuda_process import FLOAT32
 from planner.memory.machines import KernelCall
@@ -73,7 +73,7 @@ def _backward(table: PlanTable, case: Case, calls: Sequence[WholeCall]) -> None:
 
 
 def _forward_bytes(
-    call: WholeCall, case: Case, cut: Cut, covers: Count
+    call: WholeCall, case: Case, cut: CallPart, covers: Count
 ) -> tuple[Count, Count, tuple[Count, ...], Count]:
     """Out, log-sum-exp, scratch and rows of the kernel call that takes most: the largest, or one with fewer
     views or heads, for whom the kernel cuts the keys further."""
@@ -102,18 +102,18 @@ def _with_heads(call: KernelCall, kv_heads: Count, covers: Count) -> KernelCall:
     return call._replace(heads=call.heads // call.kv_heads * kv_heads, groups=kv_heads)
 
 
-def _is_one(call: WholeCall, cut: Cut, case: Case) -> Count:
+def _is_one(call: WholeCall, cut: CallPart, case: Case) -> Count:
     """1 if the kernel is given all tokens at once and returns dq, dk and dv, else 0."""
     fits = (call.views <= cut.views) * (call.kv_heads(case.shape) <= cut.kv_heads)
     return call.covers(case.shape) * fits * 1
 
 
-def _heads(call: WholeCall, cut: Cut, case: Case) -> Count:
+def _heads(call: WholeCall, cut: CallPart, case: Case) -> Count:
     """Query heads that the kernel is given at once."""
     return cut.kv_heads * (call.heads(case.shape) // call.kv_heads(case.shape))
 
 
-def _kernel_call(call: WholeCall, case: Case, cut: Cut, batched: Count) -> KernelCall:
+def _kernel_call(call: WholeCall, case: Case, cut: CallPart, batched: Count) -> KernelCall:
     """The largest kernel call; `batched`: 1 if it takes all batch items and all of the call, else 0."""
     shape = case.shape
     views, queries = where(batched, case.batch * call.views, cut.views), maximum(call.queries, 1)
@@ -140,6 +140,5 @@ def _kernel_call(call: WholeCall, case: Case, cut: Cut, batched: Count) -> Kerne
 def _all_tokens(case: Case) -> KernelCall:
     shape = case.shape
     return KernelCall(
-        case.batch, shape.heads, shape.seq, shape.seq, shape.head_dim, shape.itemsize,
-        groups=shape.kv_heads,
-    )  # fmt: skip
+        case.batch, shape.heads, shape.seq, shape.seq, shape.head_dim, shape.itemsize, groups=shape.kv_heads
+    )

@@ -87,7 +87,9 @@ def _figures(estimate: MemoryEstimate) -> list[tuple[str, str]]:
             ("device", f"{_bytes(estimate.device)}, context included"),
             ("needed", f"{_bytes(estimate.needed)}, to run at all"),
         ]
-    return [*rows, ("upper bound", _bytes(estimate.upper)), ("", estimate.confidence)]
+    rows += [("upper bound", _bytes(estimate.upper)), ("", estimate.confidence)]
+    kernel, _, why = estimate.kernel.partition(": ")
+    return [*rows, *([("kernel", kernel), ("", why)] if kernel else [])]
 
 
 def _budget(estimate: MemoryEstimate, budget: int | None) -> list[tuple[str, str]]:

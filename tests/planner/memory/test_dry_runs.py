@@ -8,7 +8,7 @@ import pytest
 
 import planner
 from attention import AttentionConfig
-from planner.memory.dry_runs import CHECKED, SEGMENT, dry_bound, dry_runs
+from planner.memory.dry_runs import CHECKED, FLOAT64, SEGMENT, SEGMENTS, dry_bound, dry_runs
 from planner.workload import Workload
 
 DENSE = AttentionConfig(variant="dense")
@@ -37,13 +37,19 @@ def test_one_set_sets_the_margin_and_another_checks_it():
 
 
 def test_the_bound_of_a_card_says_what_checked_it():
-    bound = dry_bound(DENSE, Workload(seq=64), 10**9)
-    assert bound.upper == math.ceil(10**9 * (1 + dry_runs().margin) + SEGMENT)
+    bound = dry_bound(DENSE, Workload(seq=64), 10**9, 7)
+    assert bound.upper == math.ceil(10**9 * (1 + dry_runs().margin) + SEGMENTS * SEGMENT + 7)
     assert bound.confidence == CHECKED
 
 
+def test_in_float64_the_bound_is_twice_as_much():
+    asked = Workload(seq=64, dtype="float64")
+    bound = dry_bound(DENSE, asked, 10**9, 7)
+    assert bound.upper == math.ceil(FLOAT64 * 10**9 * (1 + dry_runs().margin) + SEGMENTS * SEGMENT + 7)
+
+
 def test_beyond_what_was_run_dry_the_margin_is_wider():
-    bound = dry_bound(DENSE, Workload(seq=1 << 20), 10**9)
+    bound = dry_bound(DENSE, Workload(seq=1 << 22), 10**9, 0)
     assert bound.upper > 10**9 * (1.01 + dry_runs().margin)
     assert "outside" in bound.confidence
-    assert "1,048,576 tokens" in bound.notes[0]
+    assert "4,194,304 tokens" in bound.notes[0]
