@@ -275,6 +275,7 @@ def grid_table() -> str:
             each(candidates.GLOBAL_TOKENS),
             f"any blocks, to {candidates.MOST_GLOBAL:,} tokens",
         ),
+        ("edges of windows", "`block`; where kernels have windows of their own, `token` too", "the same"),
         ("fraction of blocks kept", each(candidates.RATIOS), f"{candidates.LEAST_RATIO:g} to 1"),
         ("branches", f"1 to {MAX_BRANCHES}, dilated_sparse to 3", f"1 to {MAX_BRANCHES}"),
         ("first segment, dilated", each(candidates.SEGMENTS), "any"),
