@@ -88,6 +88,15 @@ _ALL: Final = (
         step="doubling",
     ),
     Dimension(
+        "edges",
+        "--edges",
+        "names",
+        "Windows that end at these: block, token.",
+        _WINDOWED,
+        parameter="edges",
+        attribute="edges",
+    ),
+    Dimension(
         "windows",
         "--window",
         "counts",
@@ -106,15 +115,6 @@ _ALL: Final = (
         parameter="global_tokens",
         attribute="global_tokens",
         step="blocks",
-    ),
-    Dimension(
-        "edges",
-        "--edges",
-        "names",
-        "Windows that end at these: block, token.",
-        _WINDOWED,
-        parameter="edges",
-        attribute="edges",
     ),
     Dimension(
         "ratios",

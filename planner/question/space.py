@@ -34,11 +34,11 @@ class Space(Value):
     patterns: Patterns | None = None
     """Patterns of block_sparse."""
     block_sizes: Counts | None = None
+    edges: Ends | None = None
+    """Where windows may end; None for blocks, and where kernels have windows of their own, tokens too."""
     windows: Counts | None = None
     """Windows in tokens."""
     global_tokens: Counts | None = None
-    edges: Ends | None = None
-    """Where windows may end; None for blocks, and where kernels have windows of their own, tokens too."""
     ratios: Ratios | None = None
     """Fractions of blocks kept."""
     branches: Counts | None = None

@@ -25,6 +25,8 @@ from planner.workload import Workload
 
 UNIT: Final = 64
 """Tokens that segment lengths of dilated are multiples of; those of blocks are multiples of the block."""
+TOKEN_UNIT: Final = 16
+"""Tokens that windows and global tokens are multiples of where they end at the token."""
 BLOCK_SIZES: Final = (32, 64, 128, 256, 512)
 USUAL_BLOCK: Final = 128
 GLOBAL_TOKENS: Final = (64, 256, 1024)
@@ -68,7 +70,7 @@ def grid(
     whole = _are_whole(windows, workload.causal)
     tables = [(kind, one) for kind in space.kinds for one in ends(space, kind, windows, workload.causal)]
     for kind, edges in tables:
-        for rows in _tables(space, kind, workload, one_size=whole and edges == "token"):
+        for rows in _tables(space, kind, workload, edges, whole=whole):
             lists: dict[str, Any] = {name: np.array(values) for name, values in rows.items()}
             branches: dict[str, Any] = {
                 "lengths": tuple(lists.pop(name) for name in list(lists) if name.startswith("length")),
@@ -136,10 +138,10 @@ def _differing(columns: Columns, workload: Workload, *, flex: bool, free_length:
 
 
 def _tables(
-    space: Space, kind: AttentionKind, workload: Workload, *, one_size: bool
+    space: Space, kind: AttentionKind, workload: Workload, edges: Edges, *, whole: bool
 ) -> Iterator[dict[str, list[Any]]]:
-    """Columns of all combinations of a kind, one table for each number of branches. `one_size`: of blocks
-    one size is enough, unless the caller says which."""
+    """Columns of all combinations of a kind, one table for each number of branches. `whole`: windows are
+    whole calls."""
     workspaces = space.workspaces or WORKSPACES
     if kind == "dense":
         yield {"workspace": list(workspaces)}
@@ -148,8 +150,8 @@ def _tables(
     elif kind == "dilated_sparse":
         yield from _branched(_dilated_sparse(space, workload.seq), workspaces)
     else:
-        sizes = space.block_sizes or ((USUAL_BLOCK,) if one_size else BLOCK_SIZES)
-        rows = list(_blocks(space, kind, workload, sizes))
+        sizes = space.block_sizes or ((USUAL_BLOCK,) if whole and edges == "token" else BLOCK_SIZES)
+        rows = list(_blocks(space, kind, workload, sizes, edges))
         if rows:
             yield _transposed([row | {"workspace": w} for row in rows for w in workspaces])
 
@@ -241,28 +243,30 @@ def _lengths(
 
 
 def _blocks(
-    space: Space, kind: AttentionKind, workload: Workload, sizes: Iterable[int]
+    space: Space, kind: AttentionKind, workload: Workload, sizes: Iterable[int], edges: Edges
 ) -> Iterator[dict[str, Any]]:
     """Fields of local_window, global_local and adaptive."""
     for block in sizes:
         if kind == "adaptive":
             yield from ({"block_size": block, "sparsity_ratio": r} for r in space.ratios or RATIOS)
             continue
-        for window in space.windows or window_sizes(block, workload):
+        unit = TOKEN_UNIT if edges == "token" else block
+        for window in space.windows or window_sizes(unit, workload):
             if kind == "local_window":
                 yield {"block_size": block, "window": window}
             else:
-                rounded = dict.fromkeys(-(-tokens // block) * block for tokens in GLOBAL_TOKENS)
+                rounded = dict.fromkeys(-(-tokens // unit) * unit for tokens in GLOBAL_TOKENS)
                 for tokens in space.global_tokens or rounded:
                     yield {"block_size": block, "window": window, "global_tokens": tokens}
 
 
-def window_sizes(block: int, workload: Workload) -> list[int]:
-    """Tokens of the windows worth trying: 2^k and 3 x 2^(k-1) blocks, up to those that see everything."""
-    widest = most_window(block, workload)
+def window_sizes(unit: int, workload: Workload) -> list[int]:
+    """Tokens of the windows worth trying: 2^k and 3 x 2^(k-1) units (blocks, where windows end at those), up
+    to those that see everything."""
+    widest = most_window(unit, workload)
     powers = range(0 if workload.causal else 1, widest.bit_length() + 1)
     counts = {min(n, widest) for power in powers for n in (1 << power, 3 << power >> 1)}
-    return sorted(n * block for n in counts if n >= (1 if workload.causal else 2))
+    return sorted(n * unit for n in counts if n >= (1 if workload.causal else 2))
 
 
 def most_window(block: int, workload: Workload) -> int:

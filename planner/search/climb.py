@@ -12,6 +12,7 @@ from attention.config import MIB, AttentionConfig
 from attention.errors import ConfigError
 from planner.question.dimensions import Stride, attention_kind, dimensions_of
 from planner.question.space import Space
+from planner.search.candidates import TOKEN_UNIT
 from planner.search.evaluate import Point, failed, gain, point, seconds_of
 from planner.search.scenario import Scenario
 from planner.search.suggest import parameters
@@ -65,6 +66,7 @@ def neighbours(
 ) -> Iterator[tuple[str, str, str, AttentionConfig]]:
     """(dimension, value now, value then, the config) of each dimension times each factor."""
     unit = config.pattern.block_size if config.pattern else UNIT
+    unit = TOKEN_UNIT if config.token_edges else unit
     for factor in factors:
         for dimension in dimensions_of(attention_kind(config)):
             if dimension.step is None:

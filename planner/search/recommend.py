@@ -312,7 +312,8 @@ def rests_on(scenario: Scenario) -> str:
 
 def fingerprint(scenario: Scenario, space: Space) -> str:
     """The fingerprint of a question, hexadecimal: a stored study belongs to one question. A measured profile
-    counts by its name and shares, so that its file may lie elsewhere."""
+    counts by its name and shares, so that its file may lie elsewhere, and a dimension that came later counts
+    where it is given, so that the studies before it go on."""
     card = scenario.card if isinstance(scenario.card, str) else scenario.card.key
     text = "\n".join(
         [
@@ -322,7 +323,7 @@ def fingerprint(scenario: Scenario, space: Space) -> str:
             scenario.objective,
             scenario.profile.model_dump_json(exclude={"source"}),
             repr(scenario.gates),
-            space.to_json(),
+            space.model_dump_json(exclude={"edges"} if space.edges is None else None),
             repr(sorted(scenario.options.items())),
         ]
     )

@@ -25,6 +25,7 @@ from planner.search.candidates import (
     MOST_GLOBAL,
     MOST_GROWTH,
     MOST_RATE_GROWTH,
+    TOKEN_UNIT,
     UNIT,
     Lists,
     divides,
@@ -68,6 +69,7 @@ def chosen(
             unit = fields[name] = _nearest(trial, name, fitting if kind == "dilated_sparse" else sizes)
         elif name == "edges":
             fields[name] = _one(trial, name, ends(space, kind, windows, workload.causal))
+            unit = TOKEN_UNIT if fields[name] == "token" else unit
         elif name in _FREE:
             fields[name] = _one(trial, name, allowed) if allowed else _FREE[name](trial, name, unit, workload)
     if "window" in fields:

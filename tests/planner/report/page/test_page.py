@@ -226,6 +226,7 @@ KNOWN = {
     "dense", "dilated", "block_sparse", "adaptive", "local_window", "global_local", "dilated_sparse", "auto",
     "refuse", "zero", "sdpa", "flex", "on", "off", "float16", "bfloat16", "float32", "float64", "inference",
     "training", "speed", "seq", "quality", "fastest", "balanced", "widest", "", "cpu", "ok", "oom",
+    "block", "token",
 }  # list of words  # fmt: skip
 
 
