@@ -233,7 +233,7 @@ def summary(found: Sequence[Error]) -> dict[str, Any]:
 
 def margin(found: Sequence[Error]) -> float:
     """The share of a prediction that is to be added to it, so that none of these is above it."""
-    beyond = max((e.row["reserved"] - SEGMENTS * SEGMENT) / _taken_for(e) - 1 for e in found)
+    beyond = max(float(e.row["reserved"] - SEGMENTS * SEGMENT) / _taken_for(e) - 1 for e in found)
     return max(math.ceil(beyond / STEP) * STEP, LEAST_MARGIN)
 
 
