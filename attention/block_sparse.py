@@ -189,8 +189,9 @@ def chosen_tiles(lists: npt.NDArray[np.int64], widest: Rows, shape: Shape) -> It
 
 
 def head_spans(start: int, length: int, batch: int, step: int, shape: Shape) -> tuple[Span, ...]:
-    """Query spans that read kv heads 0, 1, ...: one for each query head of a group."""
+    """Query spans over the keys of all kv heads: one of all heads where the kernel takes groups, else one
+    for each query head of a group."""
     return tuple(
-        Span(start, length, batch=batch, batch_step=step, head=head, heads=shape.kv_heads, head_step=repeat)
+        Span(start, length, batch=batch, batch_step=step, head=head, heads=shape.call_heads, head_step=repeat)
         for head, repeat in shape.head_groups()
     )

@@ -10,12 +10,11 @@ that what is held at a time does not depend on the number of branches.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 from attention.ops.program import Call, Mask, Tile
 from attention.sizes.shape import Shape, Span
-from attention.sizes.tiles import branch_kind
+from attention.sizes.tiles import branch_kind, grouped_heads
 
 
 def tiles(branches: tuple[tuple[int, int], ...], shape: Shape) -> Iterator[Tile]:
@@ -35,12 +34,14 @@ def _branch_calls(order: int, length: int, rate: int, start: int, stop: int, sha
     """Calls of one branch for the queries of tokens start..stop; `order`: its place among the branches."""
     repeat = shape.heads // shape.kv_heads
     kind, first = branch_kind(order), order == 0
-    # Heads of equal offset whose kv heads are evenly spaced: every lcm(rate, repeat)-th.
-    period = math.lcm(rate, repeat)
+    period, kv_heads = grouped_heads(rate, shape)
     for head in range(min(period, shape.heads)):
         heads = len(range(head, shape.heads, period))
         queries = Span(0, 0, step=rate, head=head, heads=heads, head_step=period)
-        keys = queries._replace(head=head // repeat, head_step=period // repeat)
+        if period % repeat:  # the heads of a group are in one call
+            keys = queries._replace(head=0, heads=kv_heads, head_step=1)
+        else:
+            keys = queries._replace(head=head // repeat, head_step=period // repeat)
         offset = head % rate
         segment = start - start % length
         while segment < stop:

@@ -10,6 +10,7 @@ from torch import Tensor
 from attention.config import AttentionConfig
 from attention.errors import InputError, UnavailableError
 from attention.ops import kernels
+from attention.sizes.release import cpu_takes_groups
 from attention.sizes.shape import Shape, chunk_tokens
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -78,6 +79,7 @@ def shape_of(q: Tensor, k: Tensor, config: AttentionConfig, is_causal: bool) -> 
     """The sizes that a program depends on."""
     cpu = q.device.type == "cpu"
     sixteen = cpu and q.element_size() == 2
+    packs = sixteen and kernels.matrix_unit(q.dtype)
     sizes = {
         "seq": q.shape[1],
         "heads": q.shape[2],
@@ -90,7 +92,8 @@ def shape_of(q: Tensor, k: Tensor, config: AttentionConfig, is_causal: bool) -> 
         **sizes,
         causal=is_causal,
         chunk=chunk_tokens(cpu=cpu, **sizes),
-        packs=sixteen and kernels.matrix_unit(q.dtype),
+        packs=packs,
         widens=sixteen,
         windows=kernels.windows_of(q),
+        groups=cpu and not packs and cpu_takes_groups(),
     )

@@ -86,6 +86,7 @@ class _Pass:
             return self.cuts[call.kind]
         span, keys = call.queries[0], call.keys
         gathers = isinstance(keys, Gather)
+        apart = isinstance(keys, Gather) and keys.blocks.ndim > 2
         own = Kind(
             call.kind,
             span.heads,
@@ -96,6 +97,7 @@ class _Pass:
             gathers,
             step=None if isinstance(keys, Gather) else keys.batch_step,
             largest=(span.batch, keys.length),
+            groups=None if apart else min(span.heads, self.shape.kv_heads),
         )
         return cut(own, self.shape)
 
@@ -254,7 +256,9 @@ def _correct(q: Tensor, k: Tensor, out: Tensor, lse: Tensor, scale: float) -> No
     places = (lse == 0).nonzero()
     for some in places.split(max((1 << 20) // (k.shape[2] * k.shape[3]), 1)):
         n, h, t = some.unbind(1)
-        scores = (k[n, h].to(lse.dtype) @ q[n, h, t].to(lse.dtype)[..., None])[..., 0] * scale
+        scores = (k[n, h * k.shape[1] // q.shape[1]].to(lse.dtype) @ q[n, h, t].to(lse.dtype)[..., None])[
+            ..., 0
+        ] * scale
         highest = scores.amax(-1)  # NaN if one is
         lse[n, h, t] = highest.where(highest.isnan() | (highest == -torch.inf), 0.0)
         out[n, h, t] = out[n, h, t].masked_fill(highest.isnan()[:, None], torch.nan)

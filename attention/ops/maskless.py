@@ -60,7 +60,7 @@ def _band(call: Call, keys: Span) -> Iterator[Call]:
 def _own_blocks(queries: Span, shape: Shape) -> tuple[tuple[Span, ...], Span]:
     """(queries, keys) of the blocks that queries with lists of keys are themselves in."""
     spans = tuple(
-        queries._replace(head=head, heads=shape.kv_heads, head_step=step)
+        queries._replace(head=head, heads=shape.call_heads, head_step=step)
         for head, step in shape.head_groups()
     )
     return spans, queries._replace(head=0, heads=shape.kv_heads, head_step=1)

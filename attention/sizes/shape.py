@@ -88,6 +88,14 @@ class Shape(NamedTuple):
     """Whether backward gives the kernel single-precision copies (16 bit on a CPU)."""
     windows: Windows = "none"
     """The windows that the kernel takes, if any: then an attention is whole calls where it can be."""
+    groups: bool = False
+    """Whether the kernel takes fewer kv heads than heads: then a tile's calls have all heads at once, not
+    one query head of each group after the other."""
+
+    @property
+    def call_heads(self) -> Count:
+        """Query heads of a tile's call."""
+        return self.heads if self.groups else self.kv_heads
 
     @property
     def wide(self) -> int:
@@ -204,15 +212,22 @@ class Shape(NamedTuple):
         return maximum(self.column_tokens // 2, 1)
 
     def piece(
-        self, heads: Count, views: Count, queries: Count, keys: Count, unit: Count = 1, whole: bool = False
+        self,
+        heads: tuple[Count, Count],
+        views: Count,
+        queries: Count,
+        keys: Count,
+        unit: Count = 1,
+        whole: bool = False,
     ) -> tuple[Count, Count]:
-        """(views, keys) of a call that the backward kernel is given at once. Keys are cut if their dk
-        and dv are more than `piece_rows`, unless they must stay `whole`; views are taken together as far
-        as what the kernel returns is no more than two chunks."""
-        limit = self.piece_rows // heads
+        """(views, keys) of a call, of so many query and kv heads, that the backward kernel is given at once.
+        Keys are cut if their dk and dv are more than `piece_rows`, unless they must stay `whole`; views are
+        taken together as far as what the kernel returns is no more than two chunks."""
+        lanes, kv_lanes = heads
+        limit = self.piece_rows // kv_lanes
         width = keys if whole else minimum(keys, maximum(limit // unit, 1) * unit)
         few = maximum(
-            minimum(2 * self.chunk * self.heads // (heads * (2 * keys + queries)), limit // keys), 1
+            minimum(2 * self.chunk * self.heads // (2 * keys * kv_lanes + queries * lanes), limit // keys), 1
         )
         return where(width < keys, 1, minimum(few, views)), width
 
@@ -230,14 +245,16 @@ class Shape(NamedTuple):
 
     def is_whole(self, branches: tuple[tuple[Count, Count], ...]) -> Count:
         """1 if branches, as `within` gives them, are one kernel call over all of q, k and v: a single one
-        that covers the sequence at rate 1, with as many kv heads as heads; else 0."""
+        that covers the sequence at rate 1, with as many kv heads as the kernel takes; else 0."""
         if len(branches) != 1 or self.windows != "none":
             return 0
         length, rate = branches[0]
-        return (length >= self.seq) * (rate == 1) * (self.heads == self.kv_heads) * 1
+        return (length >= self.seq) * (rate == 1) * (self.heads == self.call_heads) * 1
 
     def head_groups(self) -> tuple[tuple[int, int], ...]:
-        """(first query head, step) of the groups whose g-th member reads kv head g."""
+        """(first query head, step) of the query heads of each of a tile's calls over the same keys."""
+        if self.groups:
+            return ((0, 1),)
         repeat = self.heads // self.kv_heads
         return tuple((first, repeat) for first in range(repeat))
 

@@ -53,6 +53,12 @@ class Kind(NamedTuple):
     fewer, or no call has most of all three. Empty where one does."""
     fewer: Count = 0
     """Keys by which one of its calls after the other has fewer; 0 if all have as many."""
+    groups: Count | None = None
+    """Key and value heads; None for as many as heads."""
+
+    @property
+    def kv_heads(self) -> Count:
+        return self.heads if self.groups is None else self.groups
 
 
 class Extent(NamedTuple):
@@ -114,7 +120,7 @@ class _Sparse(NamedTuple):
     @property
     def dense(self) -> Count:
         """1 if a call's query heads are all heads, else 0."""
-        return (self.shape.heads == self.shape.kv_heads) * 1
+        return (self.shape.heads == self.shape.call_heads) * 1
 
     @property
     def masks(self) -> Count:
@@ -179,7 +185,7 @@ def _single(common: _Sparse) -> Kind:
     what came before where that row takes several calls."""
     shape = common.shape
     return Kind(
-        "view", heads=shape.kv_heads, views=1, queries=common.queries,
+        "view", heads=shape.call_heads, groups=shape.kv_heads, views=1, queries=common.queries,
         keys=minimum(common.longest, shape.pack_tokens(1)), exists=common.adjacent, dense=common.dense,
         masked=common.masks, later=common.queries * common.split,
     )  # a row for each kind  # fmt: skip
@@ -236,7 +242,8 @@ def _long(common: _Sparse) -> Kind:
     too_long = (limit < common.keys) * queries
     return Kind(
         "long view",
-        heads=shape.kv_heads,
+        heads=shape.call_heads,
+        groups=shape.kv_heads,
         views=1,
         queries=queries,
         keys=minimum(common.keys, limit),
@@ -272,7 +279,8 @@ def _lists(common: _Sparse) -> Kind:
     hidden = views * (shape.heads if rows.own else 1) * (common.short > 0)
     return Kind(
         "lists",
-        heads=shape.heads if rows.own else shape.kv_heads,
+        heads=shape.heads if rows.own else shape.call_heads,
+        groups=None if rows.own else shape.kv_heads,
         views=views,
         queries=common.queries,
         keys=keys,
@@ -312,7 +320,8 @@ def _own_blocks(common: _Sparse) -> Kind:
     exists = maximum((common.masked == 0) * 1, wide) if shape.causal else 0 * common.keys
     return Kind(
         "own blocks",
-        heads=shape.kv_heads,
+        heads=shape.call_heads,
+        groups=shape.kv_heads,
         views=where(maximum(wide, common.rows.lists > 0), common.together, common.views),
         queries=queries,
         keys=queries,
@@ -339,14 +348,24 @@ def branch_kind(order: int, before: bool = False) -> str:
     return f"branch {order + 1}, before" if before else f"branch {order + 1}"
 
 
+def grouped_heads(rate: Count, shape: Shape) -> tuple[Count, Count]:
+    """(heads from one head of a dilated branch's call to the next, kv heads of the call of the first offset).
+
+    Heads of equal offset are every `rate`-th. Where those of a group are equally many, or the kernel takes no
+    groups, their kv heads are evenly spaced: every lcm(rate, heads / kv_heads)-th has one of its own."""
+    repeat = shape.heads // shape.kv_heads
+    shared = shape.groups * (repeat % rate == 0)
+    period = where(shared, rate, lcm(rate, repeat))
+    return period, where(shared, shape.kv_heads, ceil_div(shape.heads, period))
+
+
 def dilated_extent(branches: Sequence[tuple[Count, Count]], shape: Shape) -> Extent:
     """The extent of a dilated program, which `attention/dilated.py` makes. Its first tile has the largest
     calls. Branches come with their smallest rates first."""
-    repeat = shape.heads // shape.kv_heads
     tile = minimum(shape.tile_tokens, shape.seq)
     kinds, merges = [], (len(branches) > 1) * 1
     for order, (length, rate) in enumerate(branches):
-        period = lcm(rate, repeat)
+        period, groups = grouped_heads(rate, shape)
         inside = length <= tile
         views = where(inside, tile // length, 1)
         queries = ceil_div(where(inside, length, tile), rate)
@@ -360,6 +379,7 @@ def dilated_extent(branches: Sequence[tuple[Count, Count]], shape: Shape) -> Ext
             keys,
             dense=(period == 1) * 1,
             later=views * queries * (order > 0),
+            groups=groups,
         )
         kind = kind._replace(sizes=_last_sizes(kind, length, rate, tile, inside, shape))
         if shape.causal:
@@ -443,7 +463,7 @@ def forward_sizes(extent: Extent, shape: Shape, keeps_lse: bool) -> dict[str, Co
     listed: Count = 0
     for kind in extent.kinds:
         part = maximum(part, kind.heads * kind.later * kind.exists)
-        listed = maximum(listed, kind.heads * kind.views * kind.keys * kind.exists * kind.gathers)
+        listed = maximum(listed, kind.kv_heads * kind.views * kind.keys * kind.exists * kind.gathers)
     return {
         "total": extent.tokens * shape.heads * dim * shape.wide * extent.merges * narrow,
         "part": part * dim * shape.wide * extent.merges * narrow,
@@ -467,15 +487,16 @@ class Cut(NamedTuple):
 
 def cut(kind: Kind, shape: Shape) -> Cut:
     """How backward cuts the calls of a kind; see `attention.ops.program.Call.columns` and `Shape.piece`."""
+    heads = (kind.heads, kind.kv_heads)
     if kind.gathers:
         views, keys = kind.largest
-        width = shape.gather_width(kind.heads * views, kind.unit)
-        return Cut(width, *shape.piece(kind.heads, views, kind.unit, minimum(keys, width), kind.unit))
+        width = shape.gather_width(kind.kv_heads * views, kind.unit)
+        return Cut(width, *shape.piece(heads, views, kind.unit, minimum(keys, width), kind.unit))
     width = kind.keys
     if kind.step is not None:
         overlaps = (kind.views > 1) * (kind.keys > kind.step)
         width = where(overlaps, minimum(width, shape.overlap_width), width)
-    return Cut(width, *shape.piece(kind.heads, kind.views, kind.queries, width, kind.unit, kind.whole))
+    return Cut(width, *shape.piece(heads, kind.views, kind.queries, width, kind.unit, kind.whole))
 
 
 class Piece(NamedTuple):
@@ -526,7 +547,7 @@ def backward_sizes(extent: Extent, shape: Shape) -> dict[str, Count]:
     shares: Count = 0
     slabs: Count = 0
     for kind, piece in zip(extent.kinds, pieces(extent, shape), strict=True):
-        rows = kind.heads * piece.views * piece.keys * kind.exists
+        rows = kind.kv_heads * piece.views * piece.keys * kind.exists
         queries = maximum(queries, kind.heads * piece.views * kind.queries * kind.exists)
         overlaps: Count = 0
         if kind.step is not None:
@@ -534,12 +555,12 @@ def backward_sizes(extent: Extent, shape: Shape) -> dict[str, Count]:
         spread = piece.column * shape.kv_heads * overlaps
         keys = maximum(keys, spread, rows * (1 - overlaps))
         if kind.gathers:
-            held = piece.column * kind.heads * kind.exists
+            held = piece.column * kind.kv_heads * kind.exists
             listed, slabs = maximum(listed, held), maximum(slabs, kind.exists)
             differ = minimum(held, up(shape.seq, kind.unit) * shape.kv_heads)
             if kind.moves:
                 blocks = piece.column // kind.views // kind.unit + kind.views - 1
-                differ = minimum(differ, blocks * kind.unit * kind.heads)
+                differ = minimum(differ, blocks * kind.unit * kind.kv_heads)
             sums = maximum(sums, differ * kind.exists)
         else:
             sums = maximum(sums, spread * apart)

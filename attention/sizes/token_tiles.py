@@ -205,16 +205,17 @@ def _window_kinds(rows: TokenRows, shape: Shape) -> tuple[Kind, ...]:
         row = rows.row(minimum(maximum(number, 0), maximum(whole - 1, 0)))
         middle, edges = maximum(middle, row.full_stop - row.full), maximum(edges, row.edge)
     last = rows.row(whole)
-    dense = (shape.heads == shape.kv_heads) * 1
+    dense = (shape.heads == shape.call_heads) * 1
     masked = unit * (1 - cut) * rows.masks
     view = Kind(
         "view",
-        shape.kv_heads,
+        shape.call_heads,
         1,
         unit,
         maximum(minimum(middle, limit), 1),
         dense=dense,
         masked=masked,
+        groups=shape.kv_heads,
         later=unit * cut,
         exists=(whole > 0) * some * 1,
     )
@@ -236,12 +237,13 @@ def _window_kinds(rows: TokenRows, shape: Shape) -> tuple[Kind, ...]:
     )
     edge = Kind(
         "edge",
-        shape.kv_heads,
+        shape.call_heads,
         rows.together,
         unit,
         maximum(edges, 1),
         dense=dense,
         masked=unit,
+        groups=shape.kv_heads,
         later=rows.together * unit,
         exists=(whole > 0) * (edges > 0) * 1,
     )
@@ -267,15 +269,16 @@ def _window_kinds(rows: TokenRows, shape: Shape) -> tuple[Kind, ...]:
 
 def _global_kinds(rows: TokenRows, shape: Shape) -> tuple[Kind, ...]:
     begin, unit = rows.begin, rows.global_unit
-    limit, dense = shape.pack_tokens(1), (shape.heads == shape.kv_heads) * 1
+    limit, dense = shape.pack_tokens(1), (shape.heads == shape.call_heads) * 1
     queries = rows.together * rows.unit
     columns = Kind(
         "global columns",
-        shape.kv_heads,
+        shape.call_heads,
         1,
         queries,
         maximum(minimum(begin, limit), 1),
         dense=dense,
+        groups=shape.kv_heads,
         later=queries,
         exists=(begin > 0) * (rows.tokens > 0) * 1,
     )

@@ -8,9 +8,9 @@ was allocated before. Scratch is freed when the call returns. Nothing depends on
 out, nor on D being a multiple of anything.
 
 Counted is what torch's CPU allocator gives the calling thread, as `planner.measuring.footprint` sees it, for
-sizes of at least 1 and as many heads for keys as for queries. Not counted: what MKL and oneDNN allocate for
-products of 16-bit matrices (in backward oneDNN takes some of it from torch, where it makes them), and each
-further thread's row sums in backward, `accumulated` x min(T, 256) bytes.
+sizes of at least 1; fewer kv heads than heads where nothing is packed. Not counted: what MKL and oneDNN
+allocate for products of 16-bit matrices (in backward oneDNN takes some of it from torch, where it makes
+them), and each further thread's row sums in backward, `accumulated` x min(T, 256) bytes.
 
 Follows aten/src/ATen/native/cpu/FlashAttentionKernel.cpp of PyTorch, whose names and lines (at 27a4844d)
 stand beside the terms, and aten/src/ATen/native/transformers/attention.cpp, which allocates the results.
@@ -87,6 +87,7 @@ def backward_bytes(
     *,
     views: Count,
     heads: Count,
+    kv_heads: Count,
     queries: Count,
     keys: Count,
     head_dim: Count,
@@ -109,7 +110,7 @@ def backward_bytes(
     reduced = block * (itemsize == 2)  # buf_reduced, line 901
     # dsum, line 929: one a thread, of which the calling thread's is seen.
     scratch = (block + tall) * accumulated + (reduced + copied) * itemsize
-    result: Count = channels + 2 * (views * heads * keys * head_dim)
+    result: Count = channels + 2 * (views * kv_heads * keys * head_dim)
     return result * itemsize, scratch
 
 

@@ -196,6 +196,7 @@ def shape_of(columns: Columns, workload: Workload, machine: Machine) -> Shape:
     read."""
     cpu = isinstance(machine, Cpu)
     sixteen = cpu and workload.itemsize == 2
+    packs = sixteen and isinstance(machine, Cpu) and workload.dtype in machine.units
     sizes: dict[str, Any] = {
         "seq": columns.seq,
         "heads": workload.heads,
@@ -208,7 +209,8 @@ def shape_of(columns: Columns, workload: Workload, machine: Machine) -> Shape:
         **sizes,
         causal=workload.causal,
         chunk=chunk_tokens(cpu=cpu, **sizes),
-        packs=sixteen and isinstance(machine, Cpu) and workload.dtype in machine.units,
+        packs=packs,
         widens=sixteen,
         windows=machine.windows(workload.head_dim, workload.itemsize),
+        groups=isinstance(machine, Cpu) and machine.groups and not packs,
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from attention.sizes.arrays import Count, any_of, each, maximum, minimum, up, where
+from attention.sizes.release import cpu_takes_groups
 from attention.sizes.shape import Windows
 from attention.sizes.whole_calls import has_flash
 from planner.memory import cpu_kernels, cuda_kernels, cuda_process
@@ -133,6 +134,8 @@ class Cpu:
     units: frozenset[str] = frozenset()
     dtype: str = "float32"
     products: Unit | None = None
+    groups: bool = True
+    """Whether its attention takes fewer kv heads than heads, see `attention.sizes.release`."""
 
     def windows(self, head_dim: int, itemsize: int) -> Windows:
         return "none"
@@ -152,6 +155,7 @@ class Cpu:
     def backward(self, call: KernelCall) -> Bytes:
         result, scratch = cpu_kernels.backward_bytes(
             **_sizes(call),
+            kv_heads=call.kv_heads,
             views=call.views,
             head_dim=call.head_dim,
             threads=self.threads,
@@ -218,6 +222,7 @@ def this_cpu(dtype: str = "float32") -> Cpu:
         frozenset(units),
         dtype,
         next(here, None),
+        cpu_takes_groups(),
     )
 
 

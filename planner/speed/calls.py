@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from attention.sizes.arrays import Amount, any_of, lcm, maximum, minimum, where
+from attention.sizes.arrays import Amount, any_of, maximum, minimum, where
 from attention.sizes.row_bounds import Rows
 from attention.sizes.shape import WIDE, Shape
+from attention.sizes.tiles import grouped_heads
 from attention.sizes.token_tiles import TokenRows, TokenWindow, token_rows
 from attention.sizes.whole_calls import WholeCall, backward_cut, forward_cut
 from planner.speed.row_runs import Run, rounded_up
@@ -39,9 +40,15 @@ class Calls(NamedTuple):
     """Tokens of a gathered block; 0 of views."""
     largest: tuple[Amount, Amount] = (1, 1)
     """(views, keys) of the program's largest gather, by which backward cuts all."""
+    groups: Amount | None = None
+    """Key and value heads; None for as many as heads."""
     summed: Amount = 0
     """Of a call that the kernel gets as it is in backward: its rows of dk, of which as many are of dv, that
     are added to what is there."""
+
+    @property
+    def kv_heads(self) -> Amount:
+        return self.heads if self.groups is None else self.groups
 
 
 class Program(NamedTuple):
@@ -53,7 +60,10 @@ class Program(NamedTuple):
 
 def whole(shape: Shape, batch: int) -> Program:
     """Dense attention in one call, which takes the batch too."""
-    return Program([Calls(1, batch, shape.heads, shape.seq, shape.seq, causal=int(shape.causal))], 0)
+    return Program(
+        [Calls(1, batch, shape.heads, shape.seq, shape.seq, causal=int(shape.causal), groups=shape.kv_heads)],
+        0,
+    )
 
 
 def whole_calls(
@@ -117,7 +127,7 @@ def dilated(branches: Sequence[tuple[Amount, Amount]], shape: Shape) -> Program:
     densest = maximum(*(seq / rate for _, rate in branches))
     first_found: Amount = 0
     for length, rate in branches:
-        period = lcm(rate, shape.heads // shape.kv_heads)
+        period, groups = grouped_heads(rate, shape)
         offsets: Amount = minimum(period, shape.heads)
         heads = shape.heads / offsets
         offsets = minimum(offsets, where(rate > length, length * (period // rate), offsets))
@@ -139,6 +149,7 @@ def dilated(branches: Sequence[tuple[Amount, Amount]], shape: Shape) -> Program:
                 positions,
                 causal=int(shape.causal),
                 later=1 - first,
+                groups=groups,
             )
         )
         tokens = seq - complete * length
@@ -148,7 +159,7 @@ def dilated(branches: Sequence[tuple[Amount, Amount]], shape: Shape) -> Program:
         keys = (tokens - tail) / maximum(tokens, 1) * positions + tail / maximum(tokens, 1) * tail / rate
         number = offsets * pieces
         later = 1 - first
-        part = Calls(number, 1, heads, maximum(queries, 1), maximum(keys, 1), later=later)
+        part = Calls(number, 1, heads, maximum(queries, 1), maximum(keys, 1), later=later, groups=groups)
         if shape.causal:
             calls.append(part._replace(keys=part.queries, causal=1))
             apart = rounded_up(tokens, maximum(length, 1))
@@ -178,7 +189,15 @@ def _spans(run: Run, rows: Rows, shape: Shape) -> Program:
     """Rows of adjacent blocks."""
     size = shape.seq / rounded_up(shape.seq, rows.size)  # a last short block, spread over all
     together = shape.chunk_rows(rows)
-    base = Calls(run.rows, 1, shape.kv_heads, size, run.width * size, spans=shape.heads // shape.kv_heads)
+    base = Calls(
+        run.rows,
+        1,
+        shape.call_heads,
+        size,
+        run.width * size,
+        spans=shape.heads // shape.call_heads,
+        groups=shape.kv_heads,
+    )
     if run.kind == "long":
         number = run.runs * rounded_up(run.rows / maximum(run.runs, 1), together)
         queries = run.rows / maximum(number, 1) * size
@@ -217,10 +236,10 @@ def _spans(run: Run, rows: Rows, shape: Shape) -> Program:
 def _wide(run: Run, number: Amount, together: Amount, size: float, shape: Shape) -> list[Calls]:
     """Tiles of `together` sliding rows, by what all of them share, each half of them, and so on."""
     calls = []
-    spans = shape.heads // shape.kv_heads
+    spans = shape.heads // shape.call_heads
     rows = run.rows / maximum(number, 1)  # of a tile, on average
     width = run.width - int(shape.causal)
-    base = Calls(number, 1, shape.kv_heads, rows * size, 1, spans=spans)
+    base = Calls(number, 1, shape.call_heads, rows * size, 1, spans=spans, groups=shape.kv_heads)
     calls.append(_cut(base._replace(keys=maximum(width - rows + 1, 1) * size), shape))
     level = 0
     while any_of(rows > 1.5 * 2**level):
@@ -241,14 +260,15 @@ def _lists(run: Run, rows: Rows, shape: Shape) -> Program:
     size = shape.seq / rounded_up(shape.seq, rows.size)
     step, cut = shape.chunk_rows(rows), shape.list_blocks(rows)
     number = run.runs * rounded_up(run.rows / maximum(run.runs, 1), step) * (run.rows > 0)
-    repeat = 1 if rows.own else shape.heads // shape.kv_heads
+    repeat = 1 if rows.own else shape.heads // shape.call_heads
     base = Calls(
         number,
         run.rows / maximum(number, 1),
-        shape.heads if rows.own else shape.kv_heads,
+        shape.heads if rows.own else shape.call_heads,
         size,
         rows.size,
         repeat,
+        groups=None if rows.own else shape.kv_heads,
         unit=rows.size,
         largest=(step, minimum(cut, shape.full_blocks(rows.size)) * rows.size),
     )
@@ -261,11 +281,12 @@ def _lists(run: Run, rows: Rows, shape: Shape) -> Program:
         # Under no mask the row's own block is a view, else the list's end is a gather.
         alone = base._replace(
             number=number * (masked == 0),
-            heads=shape.kv_heads,
+            heads=shape.call_heads,
             keys=size,
             unit=0,
             causal=1,
-            spans=shape.heads // shape.kv_heads,
+            spans=shape.heads // shape.call_heads,
+            groups=shape.kv_heads,
         )
         calls += [alone, base._replace(number=number * (masked > 0), keys=own * rows.size)]
         left = width - own
@@ -290,7 +311,15 @@ def token_window(window: TokenWindow, shape: Shape) -> Program:
         tiles = tiles + part.tiles
     there = rounded_up(rows.begin, rows.global_unit)
     unit: Amount = rows.begin / maximum(there, 1)
-    base = Calls(there, 1, shape.kv_heads, maximum(unit, 1), 1, spans=shape.heads // shape.kv_heads)
+    base = Calls(
+        there,
+        1,
+        shape.call_heads,
+        maximum(unit, 1),
+        1,
+        spans=shape.heads // shape.call_heads,
+        groups=shape.kv_heads,
+    )
     if shape.causal:
         calls.append(base._replace(keys=base.queries, causal=1))
         middle: Amount = rows.begin / 2
@@ -316,10 +345,11 @@ def _token_rows(rows: TokenRows, begin: Amount, end: Amount, together: Amount, s
     base = Calls(
         tiles,
         views,
-        shape.kv_heads,
+        shape.call_heads,
         queries,
         1,
-        spans=shape.heads // shape.kv_heads,
+        spans=shape.heads // shape.call_heads,
+        groups=shape.kv_heads,
         step=rows.unit * (together > 1),
     )
     whole = base._replace(

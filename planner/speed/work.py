@@ -99,7 +99,7 @@ def forward(kinds: Iterable[Calls], tiles: Amount, shape: Shape, kernel: Kernel)
         total["merged"] = total["merged"] + launches * call.later * lanes * call.queries * dim
         if any_of(call.unit > 0):
             total["gathers"] = total["gathers"] + call.number
-            total["gathered"] = total["gathered"] + call.number * lanes * call.keys * dim
+            total["gathered"] = total["gathered"] + call.number * call.views * call.kv_heads * call.keys * dim
     return total
 
 
@@ -119,14 +119,15 @@ def backward(
             continue
         overlaps = (call.views > 1) * (call.step > 0) * (call.keys > call.step)
         gathers = any_of(call.unit > 0)
+        heads = (call.heads, call.kv_heads)
         if gathers:
             held, listed = call.largest
-            width = shape.gather_width(call.heads * held, call.unit)
+            width = shape.gather_width(call.kv_heads * held, call.unit)
             column = minimum(call.keys, width)
-            views, keys = shape.piece(call.heads, held, call.unit, minimum(listed, width), call.unit)
+            views, keys = shape.piece(heads, held, call.unit, minimum(listed, width), call.unit)
         else:
             column = where(overlaps, minimum(call.keys, shape.overlap_width), call.keys)
-            views, keys = shape.piece(call.heads, call.views, call.queries, column)
+            views, keys = shape.piece(heads, call.views, call.queries, column)
             keys = where(call.causal, column, keys)  # what the kernel masks is not cut
         columns = rounded_up(call.keys, column)
         cuts = rounded_up(column, keys) * columns
@@ -140,13 +141,14 @@ def backward(
             items = items * rounded_up(keys, kernel.key_block)
         _add_kernel(total, call, launches, lanes, items, keys, kernel, dim)
         every = call.number * call.heads * call.views
-        total["summed"] = total["summed"] + every * call.spans * call.keys * dim
+        every_key = call.number * call.kv_heads * call.views
+        total["summed"] = total["summed"] + every_key * call.spans * call.keys * dim
         if gathers:
             total["gathers"] = total["gathers"] + call.number * columns
-            total["gathered"] = total["gathered"] + every * call.keys * dim
+            total["gathered"] = total["gathered"] + every_key * call.keys * dim
         if shape.widens:
-            own = every * call.keys
-            shared = call.number * call.heads * ((call.views - 1) * call.step + call.keys)
+            own = every_key * call.keys
+            shared = call.number * call.kv_heads * ((call.views - 1) * call.step + call.keys)
             total["widened"] = total["widened"] + dim * (
                 call.spans * 3 * every * call.queries * columns
                 + 2 * where(overlaps, shared, call.spans * own)

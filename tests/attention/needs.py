@@ -91,7 +91,8 @@ def backward_needs(tiles, extent, shape):
                     width = part.length if call.mask == "causal" else min(by.keys, part.length)
                     for name in ("do", "q", "out"):
                         needs.need(name, views * span.heads * span.length * dim * 4 * shape.widens)
-                    rows = views * span.heads * width * dim
+                    apart = isinstance(part, Gather) and part.blocks.ndim > 2
+                    rows = views * (span.heads if apart else min(span.heads, shape.kv_heads)) * width * dim
                     if not overlaps:
                         for name in "kv":
                             needs.need(f"wide {name}", rows * 4 * shape.widens)

@@ -33,7 +33,7 @@ from hypothesis import assume, given, settings
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
-from attention import AttentionConfig, OutOfMemoryError, UnavailableError, build, reference_attention
+from attention import AttentionConfig, OutOfMemoryError, UnavailableError, build, inputs, reference_attention
 from attention.layout import count_active
 
 every = pytest.mark.parametrize("config", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS.keys())
@@ -74,8 +74,11 @@ def test_float64_equals_the_oracle_forward_and_backward(config, seq, causal, lit
 @pytest.mark.pairwise
 @causal_or_not
 @pytest.mark.parametrize("kv_heads", KV_HEADS)
+@pytest.mark.parametrize("groups", [True, False], ids=["groups", "no-groups"])
 @every
-def test_query_heads_share_kv_heads(config, kv_heads, causal):
+def test_query_heads_share_kv_heads(config, kv_heads, groups, causal, monkeypatch):
+    """Whether torch's kernel takes fewer kv heads than heads, as from 2.9 on, or not."""
+    monkeypatch.setattr(inputs, "cpu_takes_groups", lambda: groups)
     check_float64(module_of(in_little_room(config)), *qkv(77, batch=2, kv_heads=kv_heads), causal)
 
 

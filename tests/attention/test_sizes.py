@@ -43,13 +43,14 @@ def random_shape(rng: random.Random) -> Shape:
         "itemsize": itemsize,
         "workspace": rng.choice((16 << 20, 64 << 20, round(2 ** rng.uniform(16, 26)))),
     }
-    return Shape(
+    shape = Shape(
         **sizes,
         causal=rng.random() < 0.5,
         chunk=chunk_tokens(cpu=cpu, **sizes),
         packs=cpu and itemsize == 2 and rng.random() < 0.5,
         widens=cpu and itemsize == 2,
     )
+    return shape._replace(groups=cpu and not shape.packs and rng.random() < 0.8)
 
 
 def random_branches(rng: random.Random, most: int, unit: int = 1) -> tuple[tuple[int, ...], tuple[int, ...]]:

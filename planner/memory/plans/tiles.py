@@ -108,10 +108,18 @@ def products(table: PlanTable, case: Case, *, backward: bool = False) -> None:
 
 
 def whole(table: PlanTable, case: Case) -> None:
-    """Dense attention with as many kv heads as heads: one kernel call over everything."""
+    """Dense attention with as many kv heads as the kernel takes: one kernel call over everything."""
     shape, e = case.shape, case.shape.itemsize
     call = KernelCall(
-        case.batch, shape.heads, shape.seq, shape.seq, shape.head_dim, e, causal=shape.causal, whole=1
+        case.batch,
+        shape.heads,
+        shape.seq,
+        shape.seq,
+        shape.head_dim,
+        e,
+        causal=shape.causal,
+        whole=1,
+        groups=shape.kv_heads,
     )
     kernel = case.machine.forward(call)
     out = kernel.result[0] if len(kernel.result) > 1 else case.channels * e
@@ -143,7 +151,7 @@ def whole(table: PlanTable, case: Case) -> None:
             return
         table.add("copies of operands", "workspace", kernel.copies, "of the kernel")
         table.add("dq", "gradients", dq, "B S H D e")
-        table.add("dk and dv", "gradients", _rest(kernel.result, dq), "2 B S H D e")
+        table.add("dk and dv", "gradients", _rest(kernel.result, dq), "2 B S G D e")
         first_scratch(table, kernel, "", "backward")
         table.add("backward scratch", "workspace", kernel.scratch, "of the kernel")
         table.free("copies of operands", "backward scratch")
@@ -342,10 +350,10 @@ def program_backward(
         taken = [count * kind.exists for count in kernel.copies]
         table.add(copies, "workspace", taken, "of the kernel")
         left = [count * kind.exists for count in kernel.result]
-        table.add(f"{kind.name}: dq, dk, dv", "temp_buffers", left, "N H (T + 2 K) D w")
+        table.add(f"{kind.name}: dq, dk, dv", "temp_buffers", left, "N (H T + 2 G K) D w")
         listing = maximum(_list(case, kind, piece.column) - sum(kernel.result) - sum(kernel.copies), 0)
         # Sums of dk and of dv over lists are in single precision, into which a view's are copied.
-        copied = kind.heads * piece.keys * shape.head_dim * shape.wide
+        copied = kind.kv_heads * piece.keys * shape.head_dim * shape.wide
         copied = copied * (kind.gathers and number < shape.wide)
         copied = maximum(copied - sum(kernel.copies), 0)
         first_scratch(table, kernel, f"{kind.name}: ", f"backward, {kind.name}", kind.exists)
@@ -445,6 +453,7 @@ def _call(
         mask_keys=extent.mask[1] if shape.causal or extent.band else keys,
         packed=kind.own,
         fewer=kind.fewer,
+        groups=kind.groups,
     )
 
 

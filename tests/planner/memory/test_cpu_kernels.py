@@ -55,13 +55,14 @@ def mask(
 
 def random_case(rng: random.Random, dtype: torch.dtype, threads: int):
     """(run forward, run backward, the arguments of forward_bytes, of backward_bytes) of a random call."""
-    views, heads = rng.randint(1, 3), rng.randint(1, 3)
+    views, heads = rng.randint(1, 3), rng.randint(1, 4)
+    kv_heads = heads if kernels.matrix_unit(dtype) else rng.choice([n for n in (1, 2, 3, 4) if not heads % n])
     queries, keys, dim = rng.choice(QUERIES), rng.choice(KEYS), rng.choice(DIMS)
     kind = rng.choice(BIASES)
     causal = kind == "none" and rng.random() < 0.5
     keys = queries if causal else keys
     q, grad = (tensor(rng.choice(LAYOUTS), views, heads, queries, dim, dtype) for _ in range(2))
-    k, v = (tensor(rng.choice(LAYOUTS), views, heads, keys, dim, dtype) for _ in range(2))
+    k, v = (tensor(rng.choice(LAYOUTS), views, kv_heads, keys, dim, dtype) for _ in range(2))
     bias = mask(kind, views, heads, queries, keys, dtype)
     options = {"scale": 0.3, "causal": causal, "bias": bias}
     out, lse = kernels.forward(q, k, v, **options)
@@ -80,7 +81,7 @@ def random_case(rng: random.Random, dtype: torch.dtype, threads: int):
         lambda: kernels.forward(q, k, v, **options),
         lambda: kernels.backward(grad, q, k, v, out, lse, **options),
         {**sizes, "causal": causal, "packs": kernels.matrix_unit(dtype), "float16": dtype == torch.float16},
-        {**sizes, "dense_grad": dense(grad.shape, grad.stride())},
+        {**sizes, "kv_heads": kv_heads, "dense_grad": dense(grad.shape, grad.stride())},
     )
 
 
@@ -147,12 +148,13 @@ def test_arrays_give_what_ints_give(itemsize, causal, float16, packs):
     plain = {"itemsize": itemsize, "threads": 6}
     packing = {"causal": causal, "packs": packs, "float16": float16}
     forward = forward_bytes(**arrays, **plain, **packing)
-    backward = backward_bytes(**arrays, **plain, dense_grad=ready)
+    kv_heads = 1 + arrays["heads"] % 2
+    backward = backward_bytes(**arrays, kv_heads=kv_heads, **plain, dense_grad=ready)
     for i in range(200):
         ints = {name: int(values[i]) for name, values in arrays.items()}
         one = forward_bytes(**ints, **plain, **packing)
         assert one == (forward[0][i], forward[1][i])
-        two = backward_bytes(**ints, **plain, dense_grad=bool(ready[i]))
+        two = backward_bytes(**ints, kv_heads=int(kv_heads[i]), **plain, dense_grad=bool(ready[i]))
         assert two == (backward[0][i], backward[1][i])
         assert {type(count) for count in one + two} == {int}
     assert {count.dtype for count in forward + backward} == {np.dtype(np.int64)}
@@ -163,7 +165,7 @@ def test_arrays_broadcast():
     keys = np.array([5, 513])
     sizes = {"views": 2, "heads": 4, "head_dim": 16, "itemsize": 2, "threads": 2}
     assert forward_bytes(queries=queries, keys=keys, **sizes)[1].shape == (3, 2)
-    assert backward_bytes(queries=queries, keys=keys, **sizes)[0].shape == (3, 2)
+    assert backward_bytes(queries=queries, keys=keys, kv_heads=2, **sizes)[0].shape == (3, 2)
     assert dense((2, 4, queries, 16), (64 * queries, 16, 64, 1)).tolist() == [[True]] * 3
 
 

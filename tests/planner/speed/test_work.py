@@ -72,6 +72,7 @@ def real(config, workload, shape: Shape) -> tuple[list[Calls], int]:
                     span.length,
                     keys.length,
                     len(call.queries),
+                    groups=None if gathers and keys.blocks.ndim > 2 else min(span.heads, shape.kv_heads),
                     causal=int(call.mask == "causal"),
                     later=int(tile.merge and not call.first),
                     step=0 if gathers or not keys.overlaps else keys.batch_step,
@@ -141,14 +142,15 @@ def assert_close(kind, drawn):
         assert np.quantile(found, 0.9) <= bound, name
 
 
-def test_dense_attention_with_shared_heads_is_a_program_too():
+def test_dense_attention_with_shared_heads_is_a_program_where_the_kernel_takes_none():
     config, workload = (
         AttentionConfig(variant="dense"),
         Workload(seq=3000, heads=8, kv_heads=2, dtype="float32"),
     )
-    columns = columns_of(config, workload.seq)
-    assert not goes_apart(columns, workload, MACHINE)
-    work = work_of(columns, workload, MACHINE, KERNEL, apart=False)
+    columns, machine = columns_of(config, workload.seq), replace(MACHINE, groups=False)
+    assert goes_apart(columns, workload, MACHINE)
+    assert not goes_apart(columns, workload, machine)
+    work = work_of(columns, workload, machine, KERNEL, apart=False)
     alone = workload.model_copy(update={"kv_heads": None})
     assert goes_apart(columns, alone, MACHINE)
     whole = work_of(columns, alone, MACHINE, KERNEL, apart=True)

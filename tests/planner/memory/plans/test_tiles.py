@@ -4,22 +4,25 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
-from itertools import islice
+from itertools import cycle, islice
 from statistics import median
 
 import pytest
 import torch
 from edges import WINDOWED, by_token
 
+from attention import inputs
 from planner.fitting.samples import PLAIN, Sample, samples
 from planner.measuring.call import call_of
 from planner.measuring.footprint import footprints
+from planner.memory import machines
 from planner.memory.dispatch import plan_of
 from planner.memory.machines import this_cpu
 
 CPU = torch.device("cpu")
 CASES = 24
 TOKEN_CASES = 12
+GROUPED_CASES = 12
 WORK, STEPS = 1e7, 12
 """Small, so that all cases together take seconds."""
 MANY, LARGE = 200, 3e7
@@ -75,6 +78,21 @@ def test_a_plan_of_a_window_that_ends_at_the_token_is_right_to_the_byte(number: 
     config, workload = token_samples()[number]
     predicted, measured = peaks_of(Sample(by_token(config, number * 37 % 61 - 30), workload), 1 + number % 2)
     assert predicted == measured
+
+
+@pytest.mark.parametrize("groups", [True, False], ids=["groups", "no-groups"])
+def test_a_plan_of_grouped_heads_says_what_its_run_allocates(groups, monkeypatch):
+    """Whether torch's kernel takes fewer kv heads than heads, as from 2.9 on, or not."""
+    monkeypatch.setattr(inputs, "cpu_takes_groups", lambda: groups)
+    monkeypatch.setattr(machines, "cpu_takes_groups", lambda: groups)
+    drawn = samples(79, longest=4096, work=WORK / 2, steps=STEPS, kinds=PLAIN)
+    grouped = (
+        Sample(config, workload.model_copy(update={"heads": 6, "kv_heads": kv_heads}))
+        for (config, workload), kv_heads in zip(drawn, cycle((1, 2, 3)))
+        if config.multihead is None and config.adaptive is None
+    )
+    for sample in islice(grouped, GROUPED_CASES):
+        check(sample, *peaks_of(sample, 2))
 
 
 def test_most_plans_are_right_to_the_byte():
