@@ -7,16 +7,31 @@ from typing import Literal, NamedTuple
 from attention.config import AttentionConfig
 from attention.sizes.arrays import up
 from attention.sizes.shape import Shape
-from attention.sizes.whole_calls import CHANNELS, FLASH_CHANNELS, forward_cut, has_flash, whole_calls
+from attention.sizes.whole_calls import (
+    CHANNELS,
+    CUDNN_CHANNELS,
+    FLASH_CHANNELS,
+    WholeCall,
+    by_cudnn,
+    forward_cut,
+    has_cudnn,
+    has_flash,
+    whole_calls,
+)
 
-ChosenKernel = Literal["cpu", "flash", "efficient", "plain", "flex"]
+ChosenKernel = Literal["cpu", "flash", "flash 3", "flash 4", "cudnn", "efficient", "plain", "flex"]
 CALLED = {
     "cpu": "torch's fused attention for CPUs",
     "flash": "flash attention",
+    "flash 3": "FlashAttention 3, activated in torch",
+    "flash 4": "FlashAttention 4, activated in torch",
+    "cudnn": "cuDNN's attention",
     "efficient": "memory-efficient attention",
     "plain": "plain matrix products",
     "flex": "compiled FlexAttention",
 }
+ACTIVATED: dict[str, ChosenKernel] = {"FA3": "flash 3", "FA4": "flash 4"}
+"""What `torch.nn.attention.activate_flash_attention_impl` calls them."""
 
 
 class KernelChoice(NamedTuple):
@@ -39,15 +54,64 @@ def kernel_choice(
     *,
     flex: bool,
     flash_is_built: bool = True,
+    activated: str | None = None,
 ) -> KernelChoice:
     """The choice for a call of this shape. `capability` is the card's, None on a CPU; `flex`: whether
-    compiled FlexAttention runs it."""
+    compiled FlexAttention runs it; `activated`: what torch was told to take for flash attention."""
     if flex:
         asked = config.backend == "flex"
         why = "backend='flex'" if asked else "backend='auto', and its lists of blocks are short"
         return KernelChoice("flex", why, 1)
     kernel, why = _kernel(shape, capability, flash_is_built)
-    return KernelChoice(kernel, why, _calls(config, shape))
+    calls = whole_calls(config, shape)
+    if kernel == "flash" and activated is not None:
+        kernel, why = ACTIVATED.get(activated, kernel), f"{activated} is activated in torch; {why}"
+    if calls is not None and shape.cudnn_from:
+        kernel, why = _of_calls([call for call in calls if call.exists], kernel, why, shape)
+    return KernelChoice(kernel, why, _calls(config, shape, calls))
+
+
+def unfit_kernel(
+    config: AttentionConfig, head_dim: int, itemsize: int, capability: tuple[int, int] | None
+) -> str | None:
+    """Why an attention cannot run on the one kernel that `config.backend` asks for; None if it can, or if
+    none is asked for. `capability` is the card's, None on a CPU."""
+    backend, pattern = config.backend, config.pattern
+    if backend not in ("flash", "cudnn"):
+        return None
+    if capability is None:
+        return "it runs on CUDA only"
+    if config.variant == "adaptive" or (pattern is not None and pattern.pattern_type == "dilated_sparse"):
+        return "it takes no lists of blocks, of which adaptive and dilated_sparse are made"
+    if itemsize != 2:
+        return "it takes float16 and bfloat16"
+    card = f"{capability[0]}.{capability[1]}"
+    if backend == "flash":
+        if capability < (8, 0):
+            return f"it needs compute capability 8.0, and this is {card}"
+        if not has_flash(capability, head_dim, itemsize):
+            return f"it does not take {head_dim} channels with compute capability {card}"
+        return None
+    if pattern is not None:
+        return "it has no windows; they are flash attention's"
+    if capability[0] not in (9, 10):
+        return f"it needs compute capability 9.0 or 10.x, and this is {card}"
+    if not has_cudnn(capability, head_dim, itemsize):
+        return f"it is given up to {CUDNN_CHANNELS} channels, not {head_dim}"
+    return None
+
+
+def _of_calls(
+    calls: list[WholeCall], kernel: ChosenKernel, why: str, shape: Shape
+) -> tuple[ChosenKernel, str]:
+    """The kernel of the call with most queries and keys, where cuDNN's takes some of the calls."""
+    others = CALLED[kernel]
+    largest = max(calls, key=lambda call: call.queries * call.keys)
+    if not by_cudnn(largest, shape):
+        return kernel, why
+    if all(by_cudnn(call, shape) for call in calls):
+        return "cudnn", f"{why}, where torch takes it first"
+    return "cudnn", f"{why}, where torch takes it first; {others} for short calls and windows"
 
 
 def _kernel(
@@ -73,8 +137,7 @@ def _kernel(
     return "flash", f"16 bits and {shape.head_dim} channels on {card}"
 
 
-def _calls(config: AttentionConfig, shape: Shape) -> int | None:
-    calls = whole_calls(config, shape)
+def _calls(config: AttentionConfig, shape: Shape, calls: tuple[WholeCall, ...] | None) -> int | None:
     if calls is None:
         branches = ((shape.seq, 1),) if config.variant == "dense" else shape.within(config.branches)
         return 1 if config.pattern is None and shape.is_whole(branches) else None

@@ -88,6 +88,8 @@ class Shape(NamedTuple):
     """Whether backward gives the kernel single-precision copies (16 bit on a CPU)."""
     windows: Windows = "none"
     """The windows that the kernel takes, if any: then an attention is whole calls where it can be."""
+    cudnn_from: int = 0
+    """Queries, and keys, from which whole calls go to cuDNN's attention; 0 for none."""
 
     @property
     def wide(self) -> int:
