@@ -10,7 +10,7 @@ from torch import Tensor
 from attention.config import AttentionConfig
 from attention.errors import InputError, UnavailableError
 from attention.ops import cudnn, kernels
-from attention.sizes.kernel_choice import unfit_kernel
+from attention.sizes.kernel_choice import ONE_KERNEL, unfit_kernel
 from attention.sizes.shape import Shape, chunk_tokens
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -78,7 +78,7 @@ def check(
 
 def _refuse_kernel(q: Tensor, k: Tensor, config: AttentionConfig, is_causal: bool) -> None:
     """Raises UnavailableError where the one kernel that the backend asks for cannot run."""
-    if config.backend not in ("flash", "cudnn"):
+    if config.backend not in ONE_KERNEL:
         return
     capability = torch.cuda.get_device_capability(q.device) if q.device.type == "cuda" else None
     why = unfit_kernel(config, q.shape[3], q.element_size(), capability)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-from attention.config import AttentionConfig
+from attention.config import AttentionConfig, Backend, PatternType, Variant
 from attention.sizes.arrays import up
 from attention.sizes.shape import Shape
 from attention.sizes.whole_calls import (
     CHANNELS,
+    CUDNN_CAPABILITIES,
     CUDNN_CHANNELS,
     FLASH_CHANNELS,
     WholeCall,
@@ -30,6 +31,8 @@ CALLED = {
     "plain": "plain matrix products",
     "flex": "compiled FlexAttention",
 }
+ONE_KERNEL = ("flash", "cudnn")
+"""Backends that are one kernel."""
 ACTIVATED: dict[str, ChosenKernel] = {"FA3": "flash 3", "FA4": "flash 4"}
 """What `torch.nn.attention.activate_flash_attention_impl` calls them."""
 
@@ -65,7 +68,7 @@ def kernel_choice(
     kernel, why = _kernel(shape, capability, flash_is_built)
     calls = whole_calls(config, shape)
     if kernel == "flash" and activated is not None:
-        kernel, why = ACTIVATED.get(activated, kernel), f"{activated} is activated in torch; {why}"
+        kernel, why = ACTIVATED.get(activated, kernel), f"{activated} is active; {why}"
     if calls is not None and shape.cudnn_from:
         kernel, why = _of_calls([call for call in calls if call.exists], kernel, why, shape)
     return KernelChoice(kernel, why, _calls(config, shape, calls))
@@ -76,28 +79,43 @@ def unfit_kernel(
 ) -> str | None:
     """Why an attention cannot run on the one kernel that `config.backend` asks for; None if it can, or if
     none is asked for. `capability` is the card's, None on a CPU."""
-    backend, pattern = config.backend, config.pattern
-    if backend not in ("flash", "cudnn"):
+    kind = config.pattern.pattern_type if config.pattern else None
+    return unfit_attention(config.backend, config.variant, kind) or unfit_card(
+        config.backend, head_dim, itemsize, capability
+    )
+
+
+def unfit_attention(backend: Backend, variant: Variant, kind: PatternType | None) -> str | None:
+    """Why the one kernel of a backend computes no such attention on any card; None if it does."""
+    if backend not in ONE_KERNEL:
+        return None
+    if variant == "adaptive" or kind == "dilated_sparse":
+        return "it takes no lists of blocks, of which adaptive and dilated_sparse are made"
+    if backend == "cudnn" and kind is not None:
+        return "it has no windows; those are flash attention's"
+    return None
+
+
+def unfit_card(
+    backend: Backend, head_dim: int, itemsize: int, capability: tuple[int, int] | None
+) -> str | None:
+    """Why the one kernel of a backend does not run on a card, or not with such numbers; None if it does."""
+    if backend not in ONE_KERNEL:
         return None
     if capability is None:
         return "it runs on CUDA only"
-    if config.variant == "adaptive" or (pattern is not None and pattern.pattern_type == "dilated_sparse"):
-        return "it takes no lists of blocks, of which adaptive and dilated_sparse are made"
     if itemsize != 2:
-        return "it takes float16 and bfloat16"
+        return "it takes float16 and bfloat16 alone"
     card = f"{capability[0]}.{capability[1]}"
-    if backend == "flash":
-        if capability < (8, 0):
-            return f"it needs compute capability 8.0, and this is {card}"
-        if not has_flash(capability, head_dim, itemsize):
-            return f"it does not take {head_dim} channels with compute capability {card}"
-        return None
-    if pattern is not None:
-        return "it has no windows; they are flash attention's"
-    if capability[0] not in (9, 10):
-        return f"it needs compute capability 9.0 or 10.x, and this is {card}"
-    if not has_cudnn(capability, head_dim, itemsize):
-        return f"it is given up to {CUDNN_CHANNELS} channels, not {head_dim}"
+    if backend == "cudnn":
+        if capability[0] not in CUDNN_CAPABILITIES:
+            return f"it is for compute capability 9.0 and 10.x, and this is {card}"
+        fits = has_cudnn(capability, head_dim, itemsize)
+        return None if fits else f"it is given up to {CUDNN_CHANNELS} channels, not {head_dim}"
+    if capability < (8, 0):
+        return f"it needs compute capability 8.0, and this is {card}"
+    if not has_flash(capability, head_dim, itemsize):
+        return f"it does not take {head_dim} channels with compute capability {card}"
     return None
 
 
@@ -105,13 +123,13 @@ def _of_calls(
     calls: list[WholeCall], kernel: ChosenKernel, why: str, shape: Shape
 ) -> tuple[ChosenKernel, str]:
     """The kernel of the call with most queries and keys, where cuDNN's takes some of the calls."""
-    others = CALLED[kernel]
     largest = max(calls, key=lambda call: call.queries * call.keys)
     if not by_cudnn(largest, shape):
         return kernel, why
-    if all(by_cudnn(call, shape) for call in calls):
-        return "cudnn", f"{why}, where torch takes it first"
-    return "cudnn", f"{why}, where torch takes it first; {others} for short calls and windows"
+    why += ", where torch takes it before flash attention"
+    if not all(by_cudnn(call, shape) for call in calls):
+        why += f"; {CALLED[kernel]} for short calls and windows"
+    return "cudnn", why
 
 
 def _kernel(

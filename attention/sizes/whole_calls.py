@@ -45,6 +45,8 @@ def has_flash(capability: tuple[int, int], head_dim: int, itemsize: int) -> bool
     return capability >= (8, 0) and itemsize == 2 and padded <= FLASH_CHANNELS and trains
 
 
+CUDNN_CAPABILITIES = (9, 10)
+"""Majors of Hopper and data centre Blackwell, where PyTorch prefers cuDNN's attention (sdp_utils.cpp)."""
 CUDNN_CHANNELS = 128
 """The most that cuDNN's attention is given. With newer versions it takes more."""
 CUDNN_TOKENS = 512
@@ -55,10 +57,10 @@ LEAST_KEYS = 2
 
 
 def has_cudnn(capability: tuple[int, int], head_dim: int, itemsize: int) -> bool:
-    """Whether cuDNN's attention takes such numbers, forward and backward, on a card where PyTorch prefers it
-    to flash attention (sdp_utils.cpp): Hopper and data centre Blackwell."""
+    """Whether cuDNN's attention takes such numbers, forward and backward, on a card where PyTorch prefers
+    it."""
     padded = up(head_dim, CHANNELS)
-    return capability[0] in (9, 10) and itemsize == 2 and padded <= CUDNN_CHANNELS
+    return capability[0] in CUDNN_CAPABILITIES and itemsize == 2 and padded <= CUDNN_CHANNELS
 
 
 class WholeCall(NamedTuple):

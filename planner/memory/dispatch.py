@@ -149,7 +149,7 @@ def goes_flex(backend: Backend, rows: Rows, seq: Count, workload: Workload) -> C
     for whole calls (`auto_leaves_flex`), else 0; `workload.seq` is not read. See
     `attention.ops.flex.resolve`."""
     floor = workload.floor // workload.seq * seq
-    runs = (backend != "sdpa") * flex_takes_blocks(rows.size)
+    runs = (backend in ("auto", "flex")) * flex_takes_blocks(rows.size)
     return runs * flex_is_lean(rows, seq, floor) if backend == "auto" else runs
 
 
@@ -211,4 +211,5 @@ def shape_of(columns: Columns, workload: Workload, machine: Machine) -> Shape:
         packs=sixteen and isinstance(machine, Cpu) and workload.dtype in machine.units,
         widens=sixteen,
         windows=machine.windows(workload.head_dim, workload.itemsize),
+        cudnn_from=machine.cudnn_from(workload.head_dim, workload.itemsize, columns.backend),
     )

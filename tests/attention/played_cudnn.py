@@ -1,5 +1,5 @@
-"""What cuDNN's attention computes, as torch's own operators on a CPU, by its definition and with what it asks of
-its operands: the way to run it on a machine without a GPU."""
+"""What cuDNN's attention computes, as torch's own operators on a CPU, by its definition and with what it asks
+of its operands: the way to run it on a machine without a GPU."""
 
 from __future__ import annotations
 
@@ -107,11 +107,11 @@ def cudnn_operators() -> Iterator[dict[str, int]]:
 
 @contextmanager
 def cudnn_attention(least: int = 2) -> Iterator[dict[str, int]]:
-    """Plays a GPU on which whole calls of so many queries and keys go to cuDNN's attention, and others to flash
-    attention, for every dtype."""
+    """Plays a GPU on which whole calls of so many queries and keys go to cuDNN's attention, and others to
+    flash attention, for every dtype."""
     with (
         flash.flash_attention(),
-        mock.patch.object(cudnn, "takes_from", lambda *_: least),
+        mock.patch.object(cudnn, "takes_from", return_value=least),
         cudnn_operators() as counts,
     ):
         yield counts

@@ -1,0 +1,29 @@
+"""One call of an attention captured in a CUDA graph, in a process of dry runs."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import torch
+
+
+def run(config: dict[str, Any], workload: dict[str, Any], packages: str) -> bool:
+    """Whether the stream is in a capture while the call runs. Whoever waits for the GPU in there, or copies
+    to it from memory that is not pinned, is refused. `packages` is where the project's needs are."""
+    sys.path.append(packages)  # behind this Python's own, whose torch is another
+    from attention.config import AttentionConfig
+    from attention.ops.kernels import TRUST
+    from planner.measuring.call import call_of
+    from planner.workload import Workload
+
+    call = call_of(AttentionConfig(**config), Workload(**workload), torch.device("cuda"))
+    call()
+    os.environ.pop(TRUST)  # kernels must not be held against their definition from here on
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+        capturing = torch.cuda.is_current_stream_capturing()
+    graph.replay()
+    return capturing
