@@ -1,4 +1,4 @@
-"""One call of an attention captured in a CUDA graph, in a process of dry runs."""
+"""Attention in a process of dry runs: captured in a CUDA graph, and as far as cuDNN's operators go there."""
 
 from __future__ import annotations
 
@@ -27,3 +27,17 @@ def run(config: dict[str, Any], workload: dict[str, Any], packages: str) -> bool
         capturing = torch.cuda.is_current_stream_capturing()
     graph.replay()
     return capturing
+
+
+def cudnn_over_nothing(packages: str) -> list[list[int]]:
+    """Sizes of the gradients that torch's operator of cuDNN's attention returns for no batch items: cuDNN is
+    not there, and is not asked then."""
+    sys.path.append(packages)
+    from attention.ops import cudnn
+
+    q, k = (
+        torch.zeros(0, 1024, heads, 64, dtype=torch.float16, device="cuda").transpose(1, 2)
+        for heads in (4, 2)
+    )
+    lse = torch.zeros(0, 4, 1024, device="cuda")
+    return [list(x.shape) for x in cudnn.backward(q, q, k, k, q, lse, scale=0.1, left=None, right=0)]

@@ -1,5 +1,5 @@
 """Attention of whole calls can be captured in a CUDA graph: it waits for nothing and copies nothing from the
-host."""
+host. Torch's operators take what cuDNN's attention is given."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from planner.workload import Workload
 
 pytestmark = pytest.mark.dry
 
+PACKAGES = str(Path(pydantic.__file__).parents[1])
 CONFIGS = {
     "dense": AttentionConfig(variant="dense"),
     "dilated": AttentionConfig(variant="dilated", segment_lengths=(256, 1000), dilation_rates=(1, 4)),
@@ -37,7 +38,12 @@ def test_whole_calls_are_captured(config, card, mode, dry):
     arguments = {
         "config": config.model_dump(mode="json"),
         "workload": workload.model_dump(mode="json"),
-        "packages": str(Path(pydantic.__file__).parents[1]),
+        "packages": PACKAGES,
     }
-    end = dry.run("dry_capture", "run", arguments, gpu=find(card))
+    end = dry.run("dry_attention", "run", arguments, gpu=find(card))
     assert (end.kind, end.value) == ("ok", True)
+
+
+def test_torch_takes_what_cudnns_attention_is_given(dry):
+    end = dry.run("dry_attention", "cudnn_over_nothing", {"packages": PACKAGES}, gpu=find("h100-sxm"))
+    assert (end.kind, end.value) == ("ok", [[0, heads, 1024, 64] for heads in (4, 2, 2)])
