@@ -23,7 +23,7 @@ SAID: Final = 6
 Variant = Literal["dense", "dilated", "block_sparse", "adaptive"]
 PatternType = Literal["local_window", "global_local", "dilated_sparse"]
 Edges = Literal["block", "token"]
-Backend = Literal["auto", "sdpa", "flex"]
+Backend = Literal["auto", "sdpa", "flex", "flash", "cudnn"]
 Switch = Literal["auto", "on", "off"]
 
 PATTERN_TYPES: tuple[str, ...] = get_args(PatternType)
@@ -231,7 +231,9 @@ class AttentionConfig(Value):
     backend: Backend = "auto"
     """`sdpa` (fused SDPA over views and gathers), `flex` (compiled FlexAttention, CUDA 8.0 and up)
     or `auto` (`flex` where it runs and its lists of blocks take at most a sixteenth of q, k, v and
-    out, else `sdpa`). Never silently replaced."""
+    out, else `sdpa`); `flash` or `cudnn` for `sdpa` by that kernel alone, on CUDA, where it can
+    (`flash`: all but dilated_sparse and adaptive; `cudnn`: dense and dilated). Never silently
+    replaced: what cannot run is refused."""
     workspace_bytes: int = Field(default=16 * MIB, ge=64 * 1024, le=MOST_BYTES)
     """Scratch that one call may hold at a time; chunk sizes follow from it."""
     pool: Switch = "auto"

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from attention.config import AttentionConfig
 from attention.errors import InputError, UnavailableError
-from attention.ops import kernels
+from attention.ops import cudnn, kernels
+from attention.sizes.kernel_choice import ONE_KERNEL, unfit_kernel
 from attention.sizes.release import cpu_takes_groups
 from attention.sizes.shape import Shape, chunk_tokens
 
@@ -68,11 +69,28 @@ def check(
             f"kv heads must divide query heads, got {k.shape[2]} kv heads for {q.shape[2]} query heads"
         )
     kernels.choose(q, biased=False)  # a device without a kernel is refused here, not half way through
+    _refuse_kernel(q, k, config, is_causal)
     if config.adaptive and (q.shape[2], q.shape[3]) != (config.adaptive.num_heads, config.adaptive.head_dim):
         raise InputError(
             f"this adaptive attention was built for (heads, head_dim) = "
             f"{(config.adaptive.num_heads, config.adaptive.head_dim)}, got {(q.shape[2], q.shape[3])}"
         )
+
+
+def _refuse_kernel(q: Tensor, k: Tensor, config: AttentionConfig, is_causal: bool) -> None:
+    """Raises UnavailableError where the one kernel that the backend asks for cannot run."""
+    if config.backend not in ONE_KERNEL:
+        return
+    capability = torch.cuda.get_device_capability(q.device) if q.device.type == "cuda" else None
+    why = unfit_kernel(config, q.shape[3], q.element_size(), capability)
+    if why is None and not kernels.flash_is_built():
+        why = "this torch was built without flash attention"
+    if why is None and kernels.windows_of(q) != "any":
+        why = "a small call of flash attention on this device did not agree with its definition"
+    if why is None and config.backend == "cudnn":
+        why = cudnn.unavailable(q, k, is_causal)
+    if why is not None:
+        raise UnavailableError(f"backend={config.backend!r} cannot serve this: {why}; use backend='auto'")
 
 
 def shape_of(q: Tensor, k: Tensor, config: AttentionConfig, is_causal: bool) -> Shape:
@@ -96,4 +114,5 @@ def shape_of(q: Tensor, k: Tensor, config: AttentionConfig, is_causal: bool) -> 
         widens=sixteen,
         windows=kernels.windows_of(q),
         groups=cpu and not packs and cpu_takes_groups(),
+        cudnn_from=cudnn.takes_from(q, k, is_causal, config.backend),
     )

@@ -16,7 +16,7 @@ from attention.inputs import check, shape_of
 from attention.layout import Layout, build_layout
 from attention.ops import flex
 from attention.ops.execute import Problem, attend
-from attention.ops.kernels import flash_is_built, steady_heap
+from attention.ops.kernels import activated_flash, flash_is_built, steady_heap
 from attention.ops.program import Tile
 from attention.ops.weights import AttentionWeights, attention_weights, check_room
 from attention.out_of_memory import with_emergency_release
@@ -81,6 +81,7 @@ class Attention(nn.Module):
             capability,
             flex=flex.resolve(self.config, q, k, is_causal) == "flex",
             flash_is_built=flash_is_built(),
+            activated=activated_flash(),
         )
 
     def _attend(

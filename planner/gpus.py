@@ -16,6 +16,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
 from attention.errors import ConfigError
+from attention.sizes.whole_calls import CUDNN_CAPABILITIES
 
 if TYPE_CHECKING:
     from planner.workload import Dtype
@@ -139,14 +140,15 @@ def check_budget(gpu: Gpu, budget: int, what: str) -> None:
 def backends(gpu: Gpu, dtype: Dtype) -> tuple[str, ...]:
     """Kernels that run `dtype` on this card, the preferred first.
 
-    `flash` (SDPA; 16 bits, 8.0 and up), `efficient` (SDPA; 5.0 to 12.1; bfloat16 from 8.0), `flex`
-    (compiled FlexAttention, for block-sparse layouts; 8.0 and up here, though Triton runs from 7.0) and
-    `plain` (matrix products; everything, for float64 the only one).
+    `cudnn` (cuDNN's SDPA; 16 bits, 9.0 and 10.x, dense and dilated), `flash` (SDPA; 16 bits, 8.0 and up),
+    `efficient` (SDPA; 5.0 to 12.1; bfloat16 from 8.0), `flex` (compiled FlexAttention, for block-sparse
+    layouts; 8.0 and up here, though Triton runs from 7.0) and `plain` (matrix products; everything, for
+    float64 the only one).
     """
     modern = gpu.capability >= (8, 0)
-    kernels = []
+    kernels: list[str] = []
     if modern and dtype in ("float16", "bfloat16"):
-        kernels.append("flash")
+        kernels += ["cudnn", "flash"] if gpu.capability[0] in CUDNN_CAPABILITIES else ["flash"]
     if dtype != "float64" and (5, 0) <= gpu.capability <= (12, 1) and (modern or dtype != "bfloat16"):
         kernels.append("efficient")
     if modern and dtype != "float64":

@@ -26,7 +26,7 @@ from attention.sizes.row_bounds import rows_of
 def resolve(config: AttentionConfig, q: Tensor, k: Tensor, is_causal: bool) -> str:
     """'sdpa' or 'flex' for these tensors. A backend that was asked for is given or refused; `auto` takes
     FlexAttention where it can serve and its lists are short beside q, k, v and out."""
-    if config.backend == "sdpa":
+    if config.backend not in ("auto", "flex"):
         return "sdpa"
     why = unfit(config, q)
     if config.backend == "auto":

@@ -15,9 +15,11 @@ lse of the whole row, which makes each part's gradient exact.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from functools import cache
 
 import torch
+import torch.nn.attention
 from torch import Tensor
 
 from attention.errors import UnavailableError
@@ -85,7 +87,7 @@ def forward(
     """softmax(q k^T scale + bias) v as (out [N, H, T, D], lse [N, H, T])."""
     kernel, dim = choose(q, bias is not None), q.shape[-1]
     if kernel in ALIGNED:
-        q, k, v = (_aligned_channels(x) for x in (q, k, v))
+        q, k, v = (aligned_channels(x) for x in (q, k, v))
     match kernel:
         case "cpu":
             return aten._scaled_dot_product_flash_attention_for_cpu(  # type: ignore[no-any-return]
@@ -118,7 +120,7 @@ def backward(
     """(dq, dk, dv) of the part that attends q to k, for out and lse of the whole row."""
     kernel, dim = choose(q, bias is not None), q.shape[-1]
     if kernel in ALIGNED and dim % CHANNELS:
-        grad, q, k, v, out = (_aligned_channels(x) for x in (grad, q, k, v, out))
+        grad, q, k, v, out = (aligned_channels(x) for x in (grad, q, k, v, out))
         grads = backward(grad, q, k, v, out, lse, scale=scale, causal=causal, bias=bias)
         dq, dk, dv = (x[..., :dim] for x in grads)
         return dq, dk, dv
@@ -176,7 +178,7 @@ def windows_of(x: Tensor) -> Windows:
     if os.environ.get(TRUST) or torch.cuda.is_current_stream_capturing():
         return windows
     with torch.device("cpu"):  # whatever tensors are made on by default
-        return windows if _windows_are_right(x.device, x.dtype, windows) else "none"
+        return windows if _windows_are_right(x.device, x.dtype, windows, activated_flash()) else "none"
 
 
 @cache
@@ -185,35 +187,66 @@ def flash_is_built() -> bool:
     return torch.backends.cuda.is_flash_attention_available()
 
 
+def activated_flash() -> str | None:
+    """The flash attention that torch was told to take in place of its own, `FA3` or `FA4`; None for its own,
+    and where torch is too old to have a choice."""
+    chosen = getattr(torch.nn.attention, "current_flash_attention_impl", None)
+    return None if chosen is None else chosen()
+
+
 @cache
-def _windows_are_right(device: torch.device, dtype: torch.dtype, windows: Windows) -> bool:
+def _windows_are_right(
+    device: torch.device, dtype: torch.dtype, windows: Windows, activated: str | None = None
+) -> bool:
     """Whether `windowed` and its backward do as they say: a small call of each is held against the
-    definition, once for a device and type. TRUST leaves that out."""
+    definition, once for a device, a type and a flash attention that torch was told to take. TRUST leaves
+    that out."""
+    heads, right = (4, 2) if windows == "any" else (2, 0)
+    return is_right(
+        windowed, windowed_backward, device, dtype, heads=heads, queries=33, channels=16, left=7, right=right
+    )
+
+
+def is_right(
+    forward: Callable[..., tuple[Tensor, Tensor]],
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    heads: int,
+    queries: int,
+    channels: int,
+    left: int | None,
+    right: int | None,
+) -> bool:
+    """Whether functions like `windowed` and `windowed_backward` do as they say on a device: one small call of
+    each, with 40 keys of two kv heads, is held against the definition."""
     generator = torch.Generator().manual_seed(0)
-    heads = 4 if windows == "any" else 2
-    sizes = ((heads, 33), (2, 40), (2, 40), (heads, 33))  # heads, tokens of q, k, v and the gradient of out
-    q, k, v, grad = (torch.randn(1, h, t, 16, generator=generator).to(dtype).double() for h, t in sizes)
-    left, right, scale = 7, 2 if windows == "any" else 0, 0.25
-    place = torch.arange(33)[:, None] + 7
+    sizes = ((heads, queries), (2, 40), (2, 40), (heads, queries))  # of q, k, v and the gradient of out
+    q, k, v, grad = (torch.randn(1, h, t, channels, generator=generator).to(dtype).double() for h, t in sizes)
+    scale = channels**-0.5
+    place = torch.arange(queries)[:, None] + 40 - queries
     key = torch.arange(40)
-    bias = torch.zeros(33, 40, dtype=torch.float64)
-    bias.masked_fill_((key < place - left) | (key > place + right), -torch.inf)
+    bias = torch.zeros(queries, 40, dtype=torch.float64)
+    if left is not None:
+        bias.masked_fill_(key < place - left, -torch.inf)
+    if right is not None:
+        bias.masked_fill_(key > place + right, -torch.inf)
     wide_k, wide_v = (x.repeat_interleave(heads // 2, 1) for x in (k, v))
     out, lse = _plain(q, wide_k, wide_v, scale, False, bias)
     dq, dk, dv = _plain_backward(grad, q, wide_k, wide_v, out, lse, scale, False, bias)
     expected = (out, lse, dq, *(x.unflatten(1, (2, heads // 2)).sum(2) for x in (dk, dv)))
     q, k, v, grad = (x.to(device, dtype) for x in (q, k, v, grad))
     given_out, given_lse = out.to(device, dtype), lse.float().to(device)
+    options = {"scale": scale, "left": left, "right": right}
     try:
-        forward = windowed(q, k, v, scale=scale, left=left, right=right)
-        gradients = windowed_backward(
-            grad, q, k, v, given_out, given_lse, scale=scale, left=left, right=right
-        )
+        results = forward(q, k, v, **options)
+        gradients = backward(grad, q, k, v, given_out, given_lse, **options)
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError:  # this build or card has no such kernel
+    except (RuntimeError, AssertionError):  # this build or card has no such kernel; FlashAttention 4 asserts
         return False
-    pairs = zip((*forward, *gradients), expected, strict=True)
+    pairs = zip((*results, *gradients), expected, strict=True)
     return all(bool((x.double().cpu() - y).abs().max() < TOLERANCE) for x, y in pairs)
 
 
@@ -231,7 +264,7 @@ def windowed(
         out, lse = windowed(q, k, v, scale=scale, left=None, right=left)
         del q, k, v  # before the results are turned round
         return out.flip(2), lse.flip(2)
-    q, k, v = (_aligned_channels(x.transpose(1, 2)) for x in (q, k, v))
+    q, k, v = (aligned_channels(x.transpose(1, 2)) for x in (q, k, v))
     if kernel == "flash":
         out, lse = aten._flash_attention_forward(
             q,
@@ -277,7 +310,7 @@ def windowed_backward(
         del grad, q, k, v, out, lse
         dq, dk, dv = (x.flip(2) for x in grads)
         return dq, dk, dv
-    grad, q, k, v, out = (_aligned_channels(x.transpose(1, 2)) for x in (grad, q, k, v, out))
+    grad, q, k, v, out = (aligned_channels(x.transpose(1, 2)) for x in (grad, q, k, v, out))
     if kernel == "flash":
         rng = torch.empty(2, dtype=torch.uint64, device=q.device)  # of dropout: nothing reads it
         grads = aten._flash_attention_backward(
@@ -332,7 +365,7 @@ def _efficient_window(left: int | None, right: int | None) -> tuple[int, int | N
     return (0 if right is None else 2), (None if left is None else left + 1)
 
 
-def _aligned_channels(x: Tensor) -> Tensor:
+def aligned_channels(x: Tensor) -> Tensor:
     """x [N, H, T, D] with zeros up to a multiple of CHANNELS, which change no score and no output."""
     missing = -x.shape[-1] % CHANNELS
     return x if not missing else torch.nn.functional.pad(x, (0, missing))

@@ -6,16 +6,16 @@ place. Nothing else is held: no arena, no masks, no sums in single precision bes
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from attention.ops import kernels
+from attention.ops import cudnn, kernels
 from attention.ops.views import rows, view
 from attention.sizes.shape import Shape, Span
-from attention.sizes.whole_calls import CallPart, WholeCall, backward_cut, forward_cut
+from attention.sizes.whole_calls import CallPart, WholeCall, backward_cut, by_cudnn, forward_cut
 
 
 class _Part(NamedTuple):
@@ -31,7 +31,7 @@ def forward(
     """(out [B, S, H, D], lse [B, S, H]); `covers`: whether every token of every head is in some call."""
     calls = [call for call in calls if call.exists]
     if calls[0].covers(shape):
-        out, lse = _covering(calls.pop(0), q, k, v, scale)
+        out, lse = _covering(calls.pop(0), shape, q, k, v, scale)
     else:
         out = (torch.empty if covers else torch.zeros)(q.shape, dtype=q.dtype, device=q.device)
         size = (q.shape[0], q.shape[2], q.shape[1])
@@ -42,7 +42,7 @@ def forward(
     for call in calls:
         for b in range(q.shape[0]):
             for queries, keys in _parts(call, shape, forward_cut(call, shape)):
-                part, part_lse = kernels.windowed(
+                part, part_lse = _kernel(call, shape)(
                     view(queries, q[b]),
                     view(keys, k[b]),
                     view(keys, v[b]),
@@ -60,9 +60,20 @@ def forward(
     return out, lse
 
 
-def _covering(call: WholeCall, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _kernel(call: WholeCall, shape: Shape) -> Callable[..., tuple[Tensor, Tensor]]:
+    """What runs a call forward. Either's log-sum-exp is the other's: backward may choose anew."""
+    return cudnn.forward if by_cudnn(call, shape) else kernels.windowed
+
+
+def _backward_kernel(call: WholeCall, shape: Shape) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    return cudnn.backward if by_cudnn(call, shape) else kernels.windowed_backward
+
+
+def _covering(
+    call: WholeCall, shape: Shape, q: Tensor, k: Tensor, v: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
     """The output and its log-sum-exp, as a call over all tokens returns them."""
-    part, part_lse = kernels.windowed(
+    part, part_lse = _kernel(call, shape)(
         *(_segments(x, call.views) for x in (q, k, v)), scale=scale, left=call.left, right=call.right
     )
     if call.views > 1:  # heads before tokens, as all that reads it has it
@@ -119,7 +130,7 @@ def backward(
         by_segments = [_segments(x, first.views) for x in (grad, q, k, v, out)]
         grad_part, q_part, k_part, v_part, out_part = by_segments
         rows_lse = lse.transpose(1, 2).unflatten(2, (first.views, -1)).transpose(1, 2).flatten(0, 1)
-        parts = kernels.windowed_backward(
+        parts = _backward_kernel(first, shape)(
             grad_part,
             q_part,
             k_part,
@@ -143,7 +154,7 @@ def backward(
         sets_keys = call.covers(shape)
         for b in range(q.shape[0]):
             for queries, keys in _parts(call, shape, backward_cut(call, shape)):
-                part_dq, part_dk, part_dv = kernels.windowed_backward(
+                part_dq, part_dk, part_dv = _backward_kernel(call, shape)(
                     view(queries, grad[b]),
                     view(queries, q[b]),
                     view(keys, k[b]),

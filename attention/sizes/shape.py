@@ -91,6 +91,8 @@ class Shape(NamedTuple):
     groups: bool = False
     """Whether the kernel takes fewer kv heads than heads: then a tile's calls have all heads at once, not
     one query head of each group after the other."""
+    cudnn_from: int = 0
+    """Queries, and keys, from which whole calls go to cuDNN's attention; 0 for none."""
 
     @property
     def call_heads(self) -> Count:

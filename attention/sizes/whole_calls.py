@@ -56,6 +56,24 @@ def has_flash(capability: tuple[int, int], head_dim: int, itemsize: int) -> bool
     return capability >= (8, 0) and itemsize == 2 and padded <= FLASH_CHANNELS and trains
 
 
+CUDNN_CAPABILITIES = (9, 10)
+"""Majors of Hopper and data centre Blackwell, where PyTorch prefers cuDNN's attention (sdp_utils.cpp)."""
+CUDNN_CHANNELS = 128
+"""The most that cuDNN's attention is given. With newer versions it takes more."""
+CUDNN_TOKENS = 512
+"""Queries, and keys, from which a call goes to cuDNN's attention: it makes a plan for each shape, which takes
+longer than a short call. A judgement."""
+LEAST_KEYS = 2
+"""cuDNN's attention does not take a single key."""
+
+
+def has_cudnn(capability: tuple[int, int], head_dim: int, itemsize: int) -> bool:
+    """Whether cuDNN's attention takes such numbers, forward and backward, on a card where PyTorch prefers
+    it."""
+    padded = up(head_dim, CHANNELS)
+    return capability[0] in CUDNN_CAPABILITIES and itemsize == 2 and padded <= CUDNN_CHANNELS
+
+
 class WholeCall(NamedTuple):
     """Calls that differ by their offset alone: that of offset o begins o tokens later, and has heads o,
     o + `period`, ..."""
@@ -372,6 +390,15 @@ def _global_calls(tokens: Count, shape: Shape, causal: bool) -> tuple[WholeCall,
     behind = shape.seq - tokens
     columns = WholeCall("global columns", tokens, behind, 0, tokens, exists=(tokens > 0) * (behind > 0) * 1)
     return rows, columns
+
+
+def by_cudnn(call: WholeCall, shape: Shape) -> Count:
+    """1 if a call goes to cuDNN's attention, which has no windows and whose causal mask begins at the first
+    key; else 0."""
+    if not shape.cudnn_from or call.left is not None:
+        return 0
+    square = call.right is None or (call.length == call.key_length)
+    return square * (call.queries >= shape.cudnn_from) * (call.keys >= shape.cudnn_from) * 1
 
 
 class CallPart(NamedTuple):

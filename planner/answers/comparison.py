@@ -75,7 +75,8 @@ def _measured(measurement: Measurement) -> Side:
     on = measurement.device if measurement.device == "cpu" else place.device or measurement.device
     threads = place.threads if on == "cpu" else None
     return Side(
-        estimate(measurement.config, measurement.workload, on, threads=threads), measurement.allocated
+        estimate(measurement.config, measurement.workload, on, threads=threads, dry=measurement.is_dry),
+        measurement.allocated,
     )
 
 

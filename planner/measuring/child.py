@@ -376,13 +376,25 @@ def _how(config: AttentionConfig, workload: Workload, call: ModuleCall) -> dict[
     """Backend and fused kernel."""
     import torch
 
+    from attention.inputs import shape_of
     from attention.ops import flex, kernels
+    from attention.sizes.kernel_choice import kernel_choice
 
-    # As large as q and k, and at one number that is there.
-    q, k = (
-        call.inputs[0].detach().as_strided((workload.batch, workload.seq, heads, workload.head_dim), (0,) * 4)
+    # As large as q and k, and in the first of an input.
+    sizes = (
+        (workload.batch, workload.seq, heads, workload.head_dim)
         for heads in (workload.heads, workload.groups)
     )
+    q, k = (call.inputs[0].detach().as_strided(size, (0, 0, 0, 1)) for size in sizes)
     if not workload.weights and flex.resolve(config, q, k, workload.causal) == "flex":
         return {"backend": "flex", "kernel": f"flex_attention, compiled by torch {torch.__version__}"}
-    return {"backend": "sdpa", "kernel": kernels.choose(q, False)}
+    capability = torch.cuda.get_device_capability(q.device) if q.device.type == "cuda" else None
+    chosen = kernel_choice(
+        config,
+        shape_of(q, k, config, workload.causal),
+        capability,
+        flex=False,
+        flash_is_built=kernels.flash_is_built(),
+        activated=kernels.activated_flash(),
+    )
+    return {"backend": "sdpa", "kernel": chosen.kernel}

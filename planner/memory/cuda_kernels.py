@@ -11,7 +11,7 @@ from typing import Final, Literal, NamedTuple
 
 from attention.errors import ConfigError
 from attention.sizes.arrays import Count, ceil_div, each, maximum, minimum, up, where
-from planner.memory.cuda_process import FLOAT32, DeviceLine
+from planner.memory.cuda_process import FLOAT32, MIB, DeviceLine
 
 KernelName = Literal["flash", "efficient", "flex"]
 Stage = tuple[DeviceLine, ...]
@@ -274,6 +274,25 @@ def _splits(tiles: int, blocks: int, places: int) -> int:
     ]
     best = max(map(filled, differ))
     return next(parts for parts in differ if filled(parts) >= 0.85 * best)
+
+
+CUDNN_WORKSPACE: Final = 32 * MIB
+"""As much as cuBLAS is given on these cards."""
+
+
+def cudnn_workspace(call_bytes: Count) -> DeviceLine:
+    """What cuDNN's attention may take beside what is planned for flash attention. `call_bytes`: q, k, v and
+    out of a call.
+
+    What cuDNN's frontend lists for backward flash attention takes too, and no less of it: dq and the rows'
+    sums in float32, dk and dv of each query head in the type of q. What the chosen engine takes besides is
+    known to cuDNN alone."""
+    return _scratch(
+        "cuDNN workspace (allowance)",
+        minimum(CUDNN_WORKSPACE, call_bytes),
+        "judgement: 32 MiB, no more than q, k, v and out; what cuDNN's engines take is not published, and "
+        "what its frontend lists (scaled_dot_product_flash_attention.h) is planned as flash attention's",
+    )
 
 
 class BackwardTile(NamedTuple):

@@ -149,7 +149,7 @@ def goes_flex(backend: Backend, rows: Rows, seq: Count, workload: Workload) -> C
     for whole calls (`auto_leaves_flex`), else 0; `workload.seq` is not read. See
     `attention.ops.flex.resolve`."""
     floor = workload.floor // workload.seq * seq
-    runs = (backend != "sdpa") * flex_takes_blocks(rows.size)
+    runs = (backend in ("auto", "flex")) * flex_takes_blocks(rows.size)
     return runs * flex_is_lean(rows, seq, floor) if backend == "auto" else runs
 
 
@@ -213,4 +213,5 @@ def shape_of(columns: Columns, workload: Workload, machine: Machine) -> Shape:
         widens=sixteen,
         windows=machine.windows(workload.head_dim, workload.itemsize),
         groups=isinstance(machine, Cpu) and machine.groups and not packs,
+        cudnn_from=machine.cudnn_from(workload.head_dim, workload.itemsize, columns.backend),
     )

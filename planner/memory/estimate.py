@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final, Literal, overload
 
 from pydantic import BeforeValidator
 
@@ -13,6 +13,7 @@ from attention.config import AttentionConfig, Value, as_tuple
 from attention.errors import ConfigError
 from attention.sizes.flex import unfit_config
 from attention.sizes.flex_tiles import unfit_sizes
+from attention.sizes.kernel_choice import unfit_kernel
 from planner import gpus
 from planner.bisection import largest
 from planner.calibration import Bound, Calibration, bound_of, of_this_torch, shipped
@@ -27,6 +28,11 @@ from planner.memory.table import COMPONENTS, Plan
 from planner.workload import Dtype, Workload
 
 SCHEMA_VERSION: Final = 1
+CUDNN_NOTES: Final = (
+    "the memory of cuDNN's attention is planned as that of flash attention, which runs where torch does not "
+    "take it, and an allowance; its seconds are predicted as flash attention's, which is slower; nobody has "
+    "measured either",
+)
 MULTIPROCESSORS: Final = 148
 """Of cards of which the number is not known, all of them large: as a B200 has."""
 
@@ -90,6 +96,7 @@ def estimate(
     others_bytes: int = 0,
     context_bytes: int | None = None,
     threads: int | None = None,
+    dry: bool = False,
 ) -> MemoryEstimate:
     """Predicts the memory of a config on a workload, without running it and without a GPU.
 
@@ -97,7 +104,7 @@ def estimate(
     one of another device or torch is used with a note. `allocator`: as PYTORCH_CUDA_ALLOC_CONF has it.
     `display`, `others_bytes`, `context_bytes`: what else is on the card. `threads`: a CPU's; None
     for those that torch would take in a fresh process (OMP_NUM_THREADS, or the cores that this one may run
-    on), not what torch.set_num_threads was told in this one.
+    on), not what torch.set_num_threads was told in this one. `dry`: of a dry run, where cuDNN is not there.
 
     A module is taken to be of the workload's dtype, its parameters too (`module.to(dtype)`): a scorer left in
     float32 beside 16-bit q, k and v takes more.
@@ -114,9 +121,17 @@ def estimate(
         gpu.architecture, display=display, others_bytes=others_bytes, context_bytes=context_bytes
     )
     settings = AllocatorSettings.parse(allocator)
-    return _on_gpu(config, workload, gpu, calibration, settings, outside, explicit)
+    if dry:
+        if config.backend == "cudnn":
+            raise ConfigError("backend='cudnn' has no dry run: cuDNN is not there; use backend='auto'")
+        machine = replace(machine, cudnn=False)
+    return _on_gpu(config, workload, gpu, machine, calibration, settings, outside, explicit)
 
 
+@overload
+def machine_of(device: gpus.Gpu, dtype: Dtype, threads: int | None) -> Cuda: ...
+@overload
+def machine_of(device: Literal["cpu"] | gpus.Gpu, dtype: Dtype, threads: int | None) -> Machine: ...
 def machine_of(device: Literal["cpu"] | gpus.Gpu, dtype: Dtype, threads: int | None) -> Machine:
     """The machine of a device; `threads` are a CPU's, None for those that torch takes."""
     if not isinstance(device, str):
@@ -141,6 +156,7 @@ def _on_cpu(
 ) -> MemoryEstimate:
     if config.backend == "flex":
         raise ConfigError("backend='flex' runs on CUDA only; use backend='auto' for device='cpu'")
+    _refuse_kernel(config, workload, None, "the CPU")
     machine = machine_of("cpu", workload.dtype, threads)
     plan = plan_of(config, workload, machine)
     at, allocated = plan.peak()
@@ -168,13 +184,13 @@ def _on_gpu(
     config: AttentionConfig,
     workload: Workload,
     gpu: gpus.Gpu,
+    machine: Cuda,
     calibration: Calibration | None,
     settings: AllocatorSettings,
     outside: tuple[cuda_process.DeviceLine, ...],
     explicit: bool,
 ) -> MemoryEstimate:
     _refuse_unfit(config, workload, gpu)
-    machine = machine_of(gpu, workload.dtype, None)
     plan = plan_of(config, workload, machine)
     events = list(plan.events())
     outcome = replay(events, settings)
@@ -187,6 +203,7 @@ def _on_gpu(
         bound = bound_of(calibration, config, workload, lost, explicit=explicit, device=gpu.key)
     components = plan.components(at)
     components["context"] = context
+    kernel = kernel_of(config, workload, machine)
     named = tuple(
         Line(name=line.name, component=line.component, bytes=int(line.bytes), source=line.source)
         for line in outside
@@ -205,8 +222,8 @@ def _on_gpu(
         components={name: components[name] for name in COMPONENTS if components.get(name)},
         at=at,
         lines=_lines(plan, at) + named,
-        notes=bound.notes,
-        kernel=str(kernel_of(config, workload, machine)),
+        notes=bound.notes + (CUDNN_NOTES if kernel.kernel == "cudnn" else ()),
+        kernel=str(kernel),
     )
 
 
@@ -221,6 +238,15 @@ def _refuse_unfit(config: AttentionConfig, workload: Workload, gpu: gpus.Gpu) ->
         raise ConfigError(
             f"backend='flex' cannot run this on {gpu.name}: {why}; use backend='auto' or 'sdpa'"
         )
+    _refuse_kernel(config, workload, gpu.capability, gpu.name)
+
+
+def _refuse_kernel(
+    config: AttentionConfig, workload: Workload, capability: tuple[int, int] | None, name: str
+) -> None:
+    why = unfit_kernel(config, workload.head_dim, workload.itemsize, capability)
+    if why:
+        raise ConfigError(f"backend={config.backend!r} cannot run this on {name}: {why}; use backend='auto'")
 
 
 def _lines(plan: Plan, at: str) -> Lines:

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from attention.config import Backend
 from attention.sizes.arrays import Count, any_of, each, maximum, minimum, up, where
 from attention.sizes.release import cpu_takes_groups
 from attention.sizes.shape import Windows
-from attention.sizes.whole_calls import has_flash
+from attention.sizes.whole_calls import CUDNN_TOKENS, LEAST_KEYS, has_cudnn, has_flash
 from planner.memory import cpu_kernels, cuda_kernels, cuda_process
 from planner.memory.onednn.units import UNITS, Unit
 
@@ -89,6 +90,11 @@ class Machine(Protocol):
         """Those that its kernel takes for such numbers; see `attention.ops.kernels.windows_of`."""
         ...
 
+    def cudnn_from(self, head_dim: int, itemsize: int, backend: Backend) -> int:
+        """Queries and keys from which calls go to cuDNN's attention, 0 for none; see
+        `attention.ops.cudnn.takes_from`."""
+        ...
+
     def forward(self, call: KernelCall) -> Bytes: ...
     def backward(self, call: KernelCall) -> Bytes: ...
     def flex(self, call: KernelCall) -> FlexBytes: ...
@@ -141,6 +147,9 @@ class Cpu:
 
     def windows(self, head_dim: int, itemsize: int) -> Windows:
         return "none"
+
+    def cudnn_from(self, head_dim: int, itemsize: int, backend: Backend) -> int:
+        return 0
 
     def forward(self, call: KernelCall) -> Bytes:
         result, scratch = cpu_kernels.forward_bytes(
@@ -235,7 +244,7 @@ def units_of(capability: str) -> frozenset[str]:
 
 
 def _channels(call: KernelCall) -> int:
-    """Channels that fused kernels are given; see `attention.ops.kernels._aligned_channels`."""
+    """Channels that fused kernels are given; see `attention.ops.kernels.aligned_channels`."""
     return up(call.head_dim, 8)
 
 
@@ -289,11 +298,18 @@ class Cuda:
     capability: tuple[int, int]
     multiprocessors: int = 108
     """How many there are; kernels that would leave some idle cut their work further."""
+    cudnn: bool = True
+    """Whether cuDNN is there; in a dry run it is not."""
 
     def windows(self, head_dim: int, itemsize: int) -> Windows:
         if itemsize == 8:
             return "none"
         return "any" if has_flash(self.capability, head_dim, itemsize) else "causal"
+
+    def cudnn_from(self, head_dim: int, itemsize: int, backend: Backend) -> int:
+        if backend == "flash" or not (self.cudnn and has_cudnn(self.capability, head_dim, itemsize)):
+            return 0
+        return LEAST_KEYS if backend == "cudnn" else CUDNN_TOKENS
 
     def kernels(self, call: KernelCall) -> tuple[cuda_kernels.KernelName, ...]:
         """The kernels that calls of this size run on, see `attention.ops.kernels.choose`; the second only

@@ -8,7 +8,8 @@ from typing import Annotated, Final, Self, get_args
 from pydantic import BeforeValidator, Field, model_validator
 
 from attention.config import Backend, Counts, Edges, PatternType, Switch, Value, Variant, as_tuple
-from planner.question.dimensions import DIMENSIONS, KINDS, AttentionKind, is_sparse, variant_of
+from attention.sizes.kernel_choice import unfit_attention
+from planner.question.dimensions import DIMENSIONS, KINDS, AttentionKind, is_sparse, pattern_of, variant_of
 
 MAX_BRANCHES: Final = 4
 MOST_VALUES: Final = 1 << 14
@@ -101,6 +102,8 @@ class Space(Value):
 
         def allowed(kind: AttentionKind) -> bool:
             if is_sparse(kind) and kind not in patterns:
+                return False
+            if self.backend and unfit_attention(self.backend, variant_of(kind), pattern_of(kind)):
                 return False
             if kind == "dilated" and self.rates and self.rates[0] != 1:
                 return False

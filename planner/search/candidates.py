@@ -125,7 +125,7 @@ def _differing(columns: Columns, workload: Workload, *, flex: bool, free_length:
     runs = np.zeros(len(columns), bool)
     if flex and columns.variant == "block_sparse" and not columns.token_edges:
         runs |= goes_flex(backend, columns.rows(workload.causal), workload.seq, workload) > 0
-    if columns.backend == "sdpa":
+    if columns.backend not in ("auto", "flex"):
         return np.flatnonzero(runs | alone)
     workspace = np.broadcast_to(columns.workspace, len(columns))
     possible = runs | (columns.backend == "auto")

@@ -10,10 +10,12 @@ import numpy as np
 
 from attention.config import AttentionConfig
 from attention.errors import ConfigError
+from attention.sizes.kernel_choice import unfit_card
 from planner import gpus
 from planner.answers.recommendation import Pick, Quality, Recommendation, Role, Search
 from planner.calibration import Rates
 from planner.memory.estimate import calibration_for, machine_of
+from planner.memory.machines import Cuda
 from planner.quality.profiles import Profile
 from planner.question.asked import LAYERS, MIN_MASS, TRIALS, Asked, Gates, Objective
 from planner.question.command import recommend_command
@@ -72,6 +74,7 @@ def answered(
         options.get("seed", 0),
         options.get("trials", TRIALS),
     )
+    check_backend(scenario, space)
     name = fingerprint(scenario, space)
     parts = grid(
         space,
@@ -168,6 +171,16 @@ def scenario_of(vram: str | int | None, seq: str | int | None, options: Asked) -
         raise ConfigError("threads is for gpu='cpu' only; leave it out")
     rates = speed_rates_of(card, workload, place)
     return Scenario(workload, card, budget - reserved, aim, attends, rates, gates, place), reserved
+
+
+def check_backend(scenario: Scenario, space: Space) -> None:
+    """ConfigError where the card lacks the one kernel that the space is restricted to."""
+    workload, machine = scenario.workload, scenario.machine
+    capability = machine.capability if isinstance(machine, Cuda) else None
+    backend = space.backend or "auto"
+    if why := unfit_card(backend, workload.head_dim, workload.itemsize, capability):
+        name = "the CPU" if isinstance(scenario.card, str) else scenario.card.name
+        raise ConfigError(f"backend={backend!r} cannot run on {name}: {why}; use backend='auto'")
 
 
 def speed_rates_of(card: Any, workload: Workload, options: dict[str, Any]) -> Rates:

@@ -128,7 +128,7 @@ def case_of(row: Row) -> DryCase:
 
 
 def predicted(case: DryCase) -> MemoryEstimate:
-    return estimate(case.config, case.workload, case.card)
+    return estimate(case.config, case.workload, case.card, dry=True)
 
 
 def read_rows(path: Path) -> list[Row]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from conformance import (
 from tolerance import assert_as_exact_as_naive, forward_and_gradients, largest_score, naive_attention
 
 from attention import AttentionConfig, OutOfMemoryError, SparsePatternConfig, UnavailableError, build
-from attention.ops import flex, kernels
+from attention.ops import cudnn, flex, kernels
 from attention.ops.program import Gather
 from attention.ops.scratch import Scratch
 from attention.ops.sinks import GatherSink, Part
@@ -30,6 +31,7 @@ from attention.out_of_memory import with_emergency_release
 from attention.pool import BufferPool, Buffers
 from attention.reference import reference_attention
 from attention.sizes.shape import Shape
+from attention.sizes.whole_calls import CUDNN_CAPABILITIES
 
 if not torch.cuda.is_available():  # said once, and not of each of a thousand tests
     pytest.skip("needs an NVIDIA GPU", allow_module_level=True)
@@ -37,6 +39,7 @@ if not torch.cuda.is_available():  # said once, and not of each of a thousand te
 pytestmark = pytest.mark.gpu
 
 DENSE = AttentionConfig(variant="dense")
+FLASH = SimpleNamespace(forward=kernels.windowed, backward=kernels.windowed_backward)
 every = pytest.mark.parametrize("config", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS.keys())
 causal_or_not = pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 dtypes = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
@@ -342,6 +345,60 @@ def test_the_kernel_is_chosen_by_dtype_and_capability():
     assert kernels.choose(half, biased=True) == "efficient"
     assert kernels.choose(single, biased=False) == "efficient"
     assert kernels.choose(double, biased=False) == "plain"
+
+
+@pytest.fixture
+def hopper():
+    """Skips where cuDNN's attention is not what torch prefers, or is switched off."""
+    q = torch.zeros(1, 1024, 2, 64, dtype=torch.bfloat16, device="cuda")
+    if torch.cuda.get_device_capability()[0] not in CUDNN_CAPABILITIES:
+        pytest.skip("cuDNN's attention is for compute capability 9.0 and 10.x")
+    if why := cudnn.unavailable(q, q, True):
+        pytest.skip(why)
+
+
+@causal_or_not
+@pytest.mark.parametrize("kv_heads", [1, 2, HEADS])
+@pytest.mark.parametrize("head_dim", [12, 64, 128])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_cudnns_attention_is_as_exact_as_a_naive_one(dtype, head_dim, kv_heads, causal, hopper):
+    config = changed(DENSE, backend="cudnn")
+    inputs = qkv(150, batch=2, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype, device="cuda")
+    check_low_precision(module_of(config, device="cuda"), *inputs, causal)
+    dilated = AttentionConfig(
+        variant="dilated", segment_lengths=(64, 150), dilation_rates=(1, 2), backend="cudnn"
+    )
+    check_low_precision(module_of(dilated, device="cuda"), *inputs, causal)
+
+
+@causal_or_not
+def test_cudnn_and_flash_attention_go_back_from_each_other(causal, hopper):
+    q, k, v = (
+        x.transpose(1, 2) for x in qkv(600, kv_heads=2, head_dim=64, dtype=torch.bfloat16, device="cuda")
+    )
+    grad = output_gradient(q)
+    options = {"scale": 0.125, "left": None, "right": 0 if causal else None}
+    results = [one.forward(q, k, v, **options) for one in (cudnn, FLASH)]
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
+    grads = [
+        behind.backward(grad, q, k, v, *ahead, **options) for ahead in results for behind in (cudnn, FLASH)
+    ]
+    for others in grads[1:]:
+        for ours, theirs in zip(others, grads[0], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=5e-2)
+
+
+def test_auto_takes_cudnns_attention_where_torch_does(hopper):
+    q = torch.zeros(1, 1024, 2, 64, dtype=torch.bfloat16, device="cuda")
+    chosen = torch._fused_sdp_choice(*(q.transpose(1, 2),) * 3, None, 0.0, True)
+    first = chosen == torch.nn.attention.SDPBackend.CUDNN_ATTENTION.value
+    assert (build(DENSE).kernels(q, q, q, True).kernel == "cudnn") == first
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        assert build(DENSE).kernels(q, q, q, True).kernel == "flash"
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(True)
 
 
 def test_many_views_run_in_one_call():

@@ -113,3 +113,52 @@ def test_the_efficient_kernel_takes_each_mask(left, right, monkeypatch):
         rtol=0,
         atol=1e-12,
     )
+
+
+class _Handle:
+    def remove(self) -> None: ...
+
+
+@pytest.fixture
+def activated():
+    """Tells torch to take another flash attention, by name, until the test is over."""
+    registry = torch.nn.attention
+    if not hasattr(registry, "activate_flash_attention_impl"):
+        pytest.skip("this torch has one flash attention")
+
+    def activate(name: str) -> None:
+        registry.register_flash_attention_impl(name, register_fn=_Handle)
+        registry.activate_flash_attention_impl(name)
+
+    names = registry._registry._FLASH_ATTENTION_IMPLS
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry._registry, "_FLASH_ATTENTION_IMPLS", dict(names))
+        yield activate
+        registry.restore_flash_attention_impl(_raise_warn=False)
+
+
+def test_another_flash_attention_is_held_against_the_definition_anew(monkeypatch, activated):
+    monkeypatch.delenv(kernels.TRUST, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(kernels, "choose", lambda x, biased: "flash")
+    x = torch.zeros(1, 1, 1, 16, dtype=torch.float16)
+    kernels._windows_are_right.cache_clear()
+
+    def asserting(*tensors, **options):
+        raise AssertionError("head_dim is not supported")  # as FlashAttention 4 does
+
+    with flash_kernels():
+        assert kernels.windows_of(x) == "any"
+        assert kernels.activated_flash() is None
+        activated("FA9")
+        assert kernels.activated_flash() == "FA9"
+        monkeypatch.setattr(kernels, "windowed_backward", asserting)
+        assert kernels.windows_of(x) == "none"
+        torch.nn.attention.restore_flash_attention_impl()
+        assert kernels.windows_of(x) == "any"
+    kernels._windows_are_right.cache_clear()
+
+
+def test_a_torch_without_a_choice_has_its_own_flash_attention(monkeypatch):
+    monkeypatch.delattr(torch.nn.attention, "current_flash_attention_impl", raising=False)
+    assert kernels.activated_flash() is None

@@ -241,7 +241,7 @@ def test_a_generic_card_without_memory_is_refused(count):
         ("v100-sxm2-16gb", "bfloat16", ("plain",)),
         ("rtx3060", "bfloat16", ("flash", "efficient", "flex", "plain")),
         ("rtx3060", "float32", ("efficient", "flex", "plain")),
-        ("h100", "float16", ("flash", "efficient", "flex", "plain")),
+        ("h100", "float16", ("cudnn", "flash", "efficient", "flex", "plain")),
         ("rtx5090", "float16", ("flash", "efficient", "flex", "plain")),
         ("a100 80gb", "float64", ("plain",)),
     ],

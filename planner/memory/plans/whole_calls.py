@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from attention.sizes.arrays import Count, any_of, maximum, minimum, where
-from attention.sizes.whole_calls import CallPart, WholeCall, backward_cut, forward_cut
-from planner.memory.cuda_kernels import largest
+from attention.sizes.whole_calls import CallPart, WholeCall, backward_cut, by_cudnn, forward_cut
+from planner.memory.cuda_kernels import cudnn_workspace, largest
 from planner.memory.cuda_process import FLOAT32
 from planner.memory.machines import KernelCall
 from planner.memory.plans import tiles
@@ -33,14 +33,16 @@ def whole_calls(table: PlanTable, case: Case, calls: Sequence[WholeCall]) -> Non
         table.phase(f"forward, {call.name}")
         covers = call.covers(shape)
         alone = call.exists * (1 - covers)
-        out, lse_bytes, scratch, rows = _forward_bytes(call, case, forward_cut(call, shape), covers)
+        cut = forward_cut(call, shape)
+        out, lse_bytes, scratch, rows = _forward_bytes(call, case, cut, covers)
         # A call over views of all tokens has its log-sum-exp in another order than is kept.
         reordered = case.lse_bytes * (call.views > 1) * covers
         merging = (FLOAT32 * rows * (not call.first) * alone, reordered * call.exists)
         table.add(f"{call.name}: part", "temp_buffers", (out * alone, lse_bytes * alone), "N T H (D e + 4)")
         most = largest((tuple(x * call.exists for x in scratch), merging))
         table.add(f"{call.name}: scratch", "workspace", most, "of the kernel, or of the merge")
-        table.free(f"{call.name}: part", f"{call.name}: scratch")
+        allowance = _cudnn_workspace(table, call, case, _kernel_call(call, case, cut, covers))
+        table.free(f"{call.name}: part", f"{call.name}: scratch", *allowance)
     if not case.trains:
         table.free("log-sum-exp")  # where weights are wanted it is theirs from here on
     if case.goes_back(table):
@@ -67,9 +69,25 @@ def _backward(table: PlanTable, case: Case, calls: Sequence[WholeCall]) -> None:
         tiles.first_scratch(table, kernel, f"{call.name}: ", f"backward, {call.name}", call.exists)
         scratch = [x * call.exists for x in kernel.scratch]
         table.add(f"{call.name}: backward scratch", "workspace", scratch, "of the kernel")
+        allowance = _cudnn_workspace(table, call, case, _kernel_call(call, case, cut, 1 - alone))
         table.free(
-            f"{call.name}: copies of operands", f"{call.name}: dq, dk, dv", f"{call.name}: backward scratch"
+            f"{call.name}: copies of operands",
+            f"{call.name}: dq, dk, dv",
+            f"{call.name}: backward scratch",
+            *allowance,
         )
+
+
+def _cudnn_workspace(table: PlanTable, call: WholeCall, case: Case, kernel: KernelCall) -> tuple[str, ...]:
+    """Adds what cuDNN's attention may take of itself, where it runs the call, and names it."""
+    taken = by_cudnn(call, case.shape) * call.exists
+    if not any_of(taken):
+        return ()
+    rows = kernel.heads * kernel.queries + kernel.kv_heads * kernel.keys
+    line = cudnn_workspace(2 * kernel.views * rows * kernel.head_dim * kernel.itemsize)
+    name = f"{call.name}: {line.name}"
+    table.add(name, "workspace", line.bytes * taken, line.source)
+    return (name,)
 
 
 def _forward_bytes(

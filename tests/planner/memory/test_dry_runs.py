@@ -23,7 +23,8 @@ def named(row):
 
 @pytest.mark.parametrize("row", ROWS, ids=named)
 def test_the_plans_take_what_dry_runs_took(row):
-    found = planner.estimate(AttentionConfig(**row["config"]), Workload(**row["workload"]), row["card"])
+    config, workload = AttentionConfig(**row["config"]), Workload(**row["workload"])
+    found = planner.estimate(config, workload, row["card"], dry=True)
     assert (found.allocated, found.reserved) == (row["allocated"], row["reserved"])
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from planner.memory.estimate import estimate
 from studies import accuracy
 from studies.bench import dry, dry_model, records
 
@@ -69,8 +68,7 @@ def test_tables_of_runs_are_empty_for_dry_runs_and_the_other_way_round():
 
 def test_the_committed_predictions_are_todays():
     for row in dry_model.measured(committed())[::40]:
-        config, workload, card = dry.case_of(row)
-        today = estimate(config, workload, card)
+        today = dry.predicted(dry.case_of(row))
         assert row["predicted"] == {
             "allocated": today.allocated,
             "reserved": today.reserved,
