@@ -324,13 +324,13 @@ def forward_cut(call: WholeCall, shape: Shape) -> CallPart:
     """Parts whose results, which are merged into the output, take little beside it. What is the output comes
     in one part."""
     views = call.queries * call.heads(shape) * up(shape.head_dim, CHANNELS) * shape.itemsize
-    room = PART_WORKSPACES * shape.workspace + _floor(shape) // PART_SHARE
+    room = PART_WORKSPACES * shape.workspace + floor_bytes(shape) // PART_SHARE
     return _cut(call, shape, views * (1 - call.covers(shape)), room)
 
 
-def backward_cut(call: WholeCall, shape: Shape) -> CallPart:
+def backward_cut(call: WholeCall, shape: Shape, room: Count | None = None) -> CallPart:
     """Parts whose scratch, and gradients and copies of operands where those are not the results and operands
-    themselves, take no more than q, k, v and out of a batch item."""
+    themselves, take no more than `room`, by default q, k, v and out of a batch item."""
     heads, kv_heads, dim = call.heads(shape), call.kv_heads(shape), up(shape.head_dim, CHANNELS)
     e = shape.itemsize
     sums = SINGLE * call.queries * heads * up(shape.head_dim, 32)
@@ -338,7 +338,9 @@ def backward_cut(call: WholeCall, shape: Shape) -> CallPart:
     apart = 2 * call.keys * where(heads > kv_heads, heads, 0) * dim * e
     others = (3 * call.queries * heads + 2 * call.keys * kv_heads) * dim * e
     a_view = sums + apart + others * (1 - call.covers(shape))
-    return _cut(call, shape, a_view, maximum(shape.workspace, _floor(shape)))
+    if room is None:
+        room = maximum(shape.workspace, floor_bytes(shape))
+    return _cut(call, shape, a_view, room)
 
 
 def _cut(call: WholeCall, shape: Shape, a_view: Count, room: Count) -> CallPart:
@@ -350,6 +352,6 @@ def _cut(call: WholeCall, shape: Shape, a_view: Count, room: Count) -> CallPart:
     return CallPart(views, where(a_view > room, some, kv_heads))
 
 
-def _floor(shape: Shape) -> Count:
+def floor_bytes(shape: Shape) -> Count:
     """Bytes of q, k, v and out of a batch item."""
     return 2 * shape.seq * (shape.token_bytes + shape.kv_token_bytes)
