@@ -27,7 +27,7 @@ from attention.ops import flex
 from attention.ops.execute import Problem, attend
 from attention.ops.gate import Gating, ScoreGate
 from attention.ops.kernels import lse_dtype
-from attention.ops.list_calls import BlockLists, chosen_lists
+from attention.ops.list_calls import chosen_lists
 from attention.ops.program import Tile
 from attention.ops.scorer import ChosenScores, Scoring, chosen_blocks, scoring_dtype
 from attention.ops.scratch import Scratch
@@ -201,7 +201,7 @@ class AdaptiveAttention(Attention):
         by_lists = shape.windows == "any"
         return Problem(
             shape=shape,
-            lists=BlockLists(calls_of_rows(rows, shape), chosen_lists(lists)) if by_lists else None,
+            lists=chosen_lists(lists, calls_of_rows(rows, shape)) if by_lists else None,
             tiles=program,
             extent=lambda shape: sparse_extent(rows, shape),
             scale=self._scale(shape),

@@ -17,7 +17,7 @@ from attention.layout import Layout, build_layout
 from attention.ops import flex
 from attention.ops.execute import Problem, attend
 from attention.ops.kernels import flash_is_built, steady_heap
-from attention.ops.list_calls import BlockLists, shared_lists
+from attention.ops.list_calls import shared_lists
 from attention.ops.program import Tile
 from attention.ops.weights import AttentionWeights, attention_weights, check_room
 from attention.out_of_memory import with_emergency_release
@@ -162,6 +162,6 @@ class Attention(nn.Module):
             whole=self.config.variant != "block_sparse" and bool(shape.is_whole(branches)),
             buffers=self.scratch,
             calls=calls,
-            lists=None if listed is None or layout is None else BlockLists(listed, shared_lists(layout)),
+            lists=None if listed is None or layout is None else shared_lists(layout, listed),
             hides=window is not None,
         )

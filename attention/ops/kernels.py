@@ -221,8 +221,8 @@ def _windows_are_right(device: torch.device, dtype: torch.dtype, windows: Window
 
 
 def _sequences_are_right(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> bool:
-    """`_windows_are_right` of `ragged` and its backward, for sequences one of which has no queries."""
-    queries, keys, scale = (9, 0, 5), (20, 3, 33), 0.25
+    """`_windows_are_right` of `ragged` and its backward, for sequences some of which have no queries."""
+    queries, keys, scale = (9, 0, 5, 0), (20, 3, 33, 0), 0.25
     sizes = (sum(queries), sum(keys), sum(keys), sum(queries))
     q, k, v, grad = (torch.randn(t, 1, 16, generator=generator).to(dtype).double() for t in sizes)
     outs: list[list[Tensor]] = []
@@ -354,7 +354,7 @@ def windowed_backward(
 
 class Sequences(NamedTuple):
     """Where sequences of different lengths begin that lie one behind the other; some may have no queries,
-    all have keys."""
+    those with queries have keys."""
 
     queries: Tensor
     """int32 [N + 1], from 0 to the number of queries."""

@@ -31,46 +31,68 @@ from attention.sizes.list_calls import (
 )
 from attention.sizes.shape import Shape
 
-RowsOf = Callable[[int, range, range], tuple[Ints, Ints]]
-"""(blocks of each list, all of them) of a batch item, some lanes, and some rows: lane by lane, ascending in
-each list."""
+BlocksOf = Callable[[int, range, range], Ints]
+"""The blocks of all lists of a batch item, some lanes and some rows, lane by lane, ascending in each list."""
 
 
 class BlockLists(NamedTuple):
     """An attention over lists: its sizes, and the lists."""
 
     calls: ListCalls
-    rows: RowsOf
+    counts: Ints
+    """[B, lanes, rows]: blocks of each list; B and lanes may be 1 for all of them."""
+    blocks: BlocksOf
+
+    def listed(self, item: int) -> Ints:
+        """[lanes, rows]: blocks of each list."""
+        counts = self.counts[item if len(self.counts) > 1 else 0]
+        return np.broadcast_to(counts, (self.calls.lanes, counts.shape[1]))
+
+    def gathered(self, item: int) -> Ints:
+        """[lanes, rows]: blocks of each list that are gathered: where there are none, one all the same."""
+        counts = self.listed(item)
+        return np.maximum(counts - 1, 1) if self.calls.own else counts
+
+    def most(self, items: int, parts: Sequence[ListPart]) -> int:
+        """Blocks that the largest of these parts gathers of some batch item."""
+        largest = 0
+        for item in range(items if len(self.counts) > 1 else 1):
+            ends = np.pad(self.gathered(item).cumsum(axis=1), ((0, 0), (1, 0)))
+            for part in parts:
+                lanes = slice(part.lanes.start, part.lanes.stop)
+                blocks = int((ends[lanes, part.rows.stop] - ends[lanes, part.rows.start]).sum())
+                if len(part.lanes) * len(part.rows) == 1:
+                    blocks = min(blocks, part.blocks.stop - part.blocks.start)
+                largest = max(largest, blocks)
+        return largest
 
 
-def shared_lists(layout: Layout) -> RowsOf:
+def shared_lists(layout: Layout, calls: ListCalls) -> BlockLists:
     """The lists of a layout, the same for all batch items and lanes."""
-    counts = layout.counts
 
-    def rows(item: int, lanes: range, some: range) -> tuple[Ints, Ints]:
-        begin, end = layout.row_ptr[some.start], layout.row_ptr[some.stop]
-        blocks = layout.cols[begin:end].astype(np.int64)
-        return np.tile(counts[some.start : some.stop], len(lanes)), np.tile(blocks, len(lanes))
+    def blocks(item: int, lanes: range, rows: range) -> Ints:
+        begin, end = layout.row_ptr[rows.start], layout.row_ptr[rows.stop]
+        return np.tile(layout.cols[begin:end].astype(np.int64), len(lanes))
 
-    return rows
+    return BlockLists(calls, layout.counts[None, None], blocks)
 
 
-def chosen_lists(lists: Ints) -> RowsOf:
-    """BlockLists [B, H, blocks, kept], each followed by -1 where it has fewer."""
+def chosen_lists(lists: Ints, calls: ListCalls) -> BlockLists:
+    """Lists [B, H, blocks, kept], each followed by -1 where it has fewer."""
 
-    def rows(item: int, lanes: range, some: range) -> tuple[Ints, Ints]:
-        chosen = lists[item, lanes.start : lanes.stop, some.start : some.stop]
-        there = chosen >= 0
-        return there.sum(axis=-1).ravel(), chosen[there]
+    def blocks(item: int, lanes: range, rows: range) -> Ints:
+        chosen = lists[item, lanes.start : lanes.stop, rows.start : rows.stop]
+        return chosen[chosen >= 0]
 
-    return rows
+    return BlockLists(calls, (lists >= 0).sum(axis=-1), blocks)
 
 
 class _Table(NamedTuple):
     """What a part gathers, on the device."""
 
     firsts: Tensor
-    """Of each block the row of k and v, numbered token by token, at which it begins."""
+    """Of each block the row of k and v, numbered token by token, at which it begins. All parts of a pass have
+    as many, lest each asks for more memory than the last; those that are too many are of no list."""
     beyond: bool
     """Whether some go on beyond the end."""
     sequences: kernels.Sequences
@@ -78,7 +100,7 @@ class _Table(NamedTuple):
     """Pairs that gather nothing: what the kernel computes for them, over a block that they do not list,
     counts for nothing."""
     order: Tensor
-    """The part's blocks by where their gradients go."""
+    """The part's blocks by where their gradients go; as what follows, empty in forward."""
     begins: Tensor
     """Where in `order` those of each target begin."""
     targets: Tensor
@@ -93,17 +115,21 @@ class _Making(NamedTuple):
     steps: Tensor
     """[size]: from the first row of a block and kv head to each of its tokens."""
 
-    def table(self, item: int, part: ListPart, kv_head: int) -> _Table | None:
-        """A part's; None where no list is so long. `kv_head`: the first whose sums are held."""
+    def table(self, item: int, part: ListPart, most: int, kv_head: int | None = None) -> _Table | None:
+        """A part's; None where no list is so long. `most`: blocks of the largest. `kv_head`: the first whose
+        sums are held; None where nothing is summed."""
         calls, shape = self.lists.calls, self.shape
-        size, blocks_there = calls.size, calls.blocks(shape)
-        counts, blocks = self.lists.rows(item, part.lanes, part.rows)
+        size, there = calls.size, calls.blocks(shape)
+        pairs = np.s_[part.lanes.start : part.lanes.stop, part.rows.start : part.rows.stop]
+        counts = self.lists.gathered(item)[pairs].ravel()
+        blocks = self.lists.blocks(item, part.lanes, part.rows)
         idle = np.zeros(0, np.int64)
-        if calls.own:
-            alone = counts == 1
-            idle = np.flatnonzero(alone)
-            blocks = np.delete(blocks, (np.cumsum(counts) - 1)[~alone])
-            counts = counts - ~alone
+        if calls.own:  # the last of each list, which may be the only one
+            listed = self.lists.listed(item)[pairs].ravel()
+            ends = listed.cumsum() - 1
+            blocks[ends[listed == 1]] = 0  # which is never short
+            blocks = np.delete(blocks, ends[listed > 1])
+            idle = np.flatnonzero(listed == 1)
         if len(counts) == 1:
             blocks = blocks[part.blocks]
             counts = np.array([len(blocks)])
@@ -111,29 +137,32 @@ class _Making(NamedTuple):
                 return None
         kv_heads = np.arange(part.lanes.start, part.lanes.stop) // calls.lanes_of_kv
         kv_heads = kv_heads.repeat(len(part.rows)).repeat(counts)
-        firsts = blocks * (size * shape.kv_heads) + kv_heads
+        firsts = np.zeros(most, np.int64)
+        firsts[: len(blocks)] = blocks * (size * shape.kv_heads) + kv_heads
         # What is copied of a short last block beyond the end is a sequence without queries.
         beyond = -shape.seq % size
+        ends = blocks[counts.cumsum() - 1] == there - 1
+        cut = np.flatnonzero(ends & (beyond > 0))
         queries, keys = np.full(len(counts), part.tokens * calls.repeat), counts * size
-        last = blocks[np.cumsum(counts) - 1] == blocks_there - 1
-        cut = np.flatnonzero(last & (beyond > 0))
         keys[cut] -= beyond
         queries, keys = np.insert(queries, cut + 1, 0), np.insert(keys, cut + 1, beyond)
-        begins = [np.concatenate([[0], x.cumsum(), [0] * (len(x) % 2 == 0)]) for x in (queries, keys)]
-        wanted = (kv_heads - kv_head) * blocks_there + blocks
-        order = wanted.argsort(kind="stable")
-        wanted = wanted[order]
-        starts = np.flatnonzero(np.diff(wanted, prepend=-1))
-        pieces = (firsts, order, starts, wanted[starts], idle)
-        packed = np.concatenate([*pieces, *(x.astype(np.int32).view(np.int64) for x in begins)])
-        on_device = torch.from_numpy(packed).to(self.steps.device, non_blocking=True)
-        lengths = [len(piece) for piece in pieces] + [len(x) // 2 for x in begins]
-        first, by_target, start, target, without, *both = on_device.split(lengths)
-        places = [x.view(torch.int32)[: len(queries) + 1] for x in both]
-        sequences = kernels.Sequences(places[0], places[1], int(queries.max()), int(keys.max()))
-        return _Table(
-            first, len(cut) > 0, sequences, without if len(idle) else None, by_target, start, target
-        )
+        places = [
+            _begins(x, calls.sequences(len(part.lanes), len(part.rows), shape)) for x in (queries, keys)
+        ]
+        order = starts = targets = np.zeros(0, np.int64)
+        if kv_head is not None:
+            wanted = (kv_heads - kv_head) * there + blocks
+            order = wanted.argsort(kind="stable")
+            starts = np.flatnonzero(np.diff(wanted[order], prepend=-1))
+            targets = wanted[order][starts]
+        pieces = (firsts, order, starts, targets, idle, *places)
+        packed = torch.from_numpy(np.concatenate(pieces)).to(self.steps.device, non_blocking=True)
+        first, by_target, start, target, without, *both = packed.split([len(piece) for piece in pieces])
+        count = calls.sequences(len(part.lanes), len(part.rows), shape) + 1
+        of_queries, of_keys = (x.view(torch.int32)[:count] for x in both)
+        sequences = kernels.Sequences(of_queries, of_keys, int(queries.max()), int(keys.max()))
+        unlisted = without if len(idle) else None
+        return _Table(first, len(cut) > 0, sequences, unlisted, by_target, start, target)
 
     def copies(self, k: Tensor, v: Tensor, table: _Table) -> tuple[Tensor, Tensor]:
         """A part's keys and values, each [keys, 1, D], of k and v [S, G, D]."""
@@ -141,6 +170,15 @@ class _Making(NamedTuple):
         if table.beyond:
             index.clamp_max_(k.shape[0] * k.shape[1] - 1)
         return _copied(k, index), _copied(v, index)
+
+
+def _begins(lengths: Ints, sequences: int) -> Ints:
+    """Where so many sequences of these lengths begin, and the last ends, as int32 in pairs; those beyond the
+    lengths are empty."""
+    begins = np.full((sequences + 2) // 2 * 2, lengths.sum(), np.int32)
+    begins[0] = 0
+    begins[1 : len(lengths) + 1] = lengths.cumsum()
+    return begins.view(np.int64)
 
 
 def _making(lists: BlockLists, shape: Shape, device: torch.device) -> _Making:
@@ -162,8 +200,10 @@ def forward(
     making = _making(lists, shape, q.device)
     for b in range(q.shape[0]):
         for group in calls.groups:
-            for part in parts(calls, group, forward_cut(calls, group, shape), range(calls.lanes)):
-                table = making.table(b, part, 0)
+            some = list(parts(calls, group, forward_cut(calls, group, shape), range(calls.lanes)))
+            most = lists.most(q.shape[0], some)
+            for part in some:
+                table = making.table(b, part, most)
                 if table is None:
                     continue
                 keys, values = making.copies(k[b], v[b], table)
@@ -197,17 +237,27 @@ def backward(
         dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     making = _making(lists, shape, q.device)
     held = backward_sums(calls, shape)
+    cuts = [(group, backward_cut_of(calls, group, held, shape)) for group in calls.groups]
+    starts = range(0, shape.kv_heads, held.kv_heads)
+    all_heads = [range(first, min(first + held.kv_heads, shape.kv_heads)) for first in starts]
     size = (calls.blocks(shape), calls.size * shape.head_dim)
     dtype = kernels.lse_dtype(q.dtype) if held.itemsize == shape.wide else q.dtype
+    some = {
+        (group.name, heads): list(parts(calls, group, cut, _lanes(heads, calls)))
+        for group, cut in cuts
+        for heads in all_heads
+    }
+    most = {
+        group.name: lists.most(q.shape[0], [part for heads in all_heads for part in some[group.name, heads]])
+        for group in calls.groups
+    }
     for b in range(q.shape[0]):
-        for first in range(0, shape.kv_heads, held.kv_heads):
-            heads = range(first, min(first + held.kv_heads, shape.kv_heads))
+        for heads in all_heads:
             sums = [torch.zeros(len(heads) * size[0], size[1], dtype=dtype, device=q.device) for _ in "kv"]
-            lanes = range(heads.start * calls.lanes_of_kv, heads.stop * calls.lanes_of_kv)
             for group in calls.groups:
-                for part in parts(calls, group, backward_cut_of(calls, group, held, shape), lanes):
+                for part in some[group.name, heads]:
                     item = _Item(grad[b], q[b], k[b], v[b], out[b], lse[b], dq[b])
-                    table = making.table(b, part, first)
+                    table = making.table(b, part, most[group.name], heads.start)
                     if table is not None:
                         _add_gradients(item, part, table, making, scale, sums)
             for target, total in zip((dk[b], dv[b]), sums, strict=True):
@@ -263,8 +313,16 @@ def _add_gradients(
     for total in sums:
         blocks = others.pop(0).reshape(-1, total.shape[1])
         added = _summed(blocks, table)
+        # In single precision no more at a time than there was of keys, whose memory it takes.
+        slab = max(len(blocks) * blocks.itemsize // total.itemsize, 1)
         del blocks
-        total.index_add_(0, table.targets, added.to(total.dtype))
+        for targets, numbers in zip(table.targets.split(slab), added.split(slab), strict=True):
+            total.index_add_(0, targets, numbers.to(total.dtype))
+
+
+def _lanes(kv_heads: range, calls: ListCalls) -> range:
+    """The lanes that read some kv heads."""
+    return range(kv_heads.start * calls.lanes_of_kv, kv_heads.stop * calls.lanes_of_kv)
 
 
 def _summed(blocks: Tensor, table: _Table) -> Tensor:
@@ -285,7 +343,7 @@ def _queries(x: Tensor, part: ListPart, calls: ListCalls) -> Tensor:
     """A part's rows of x [S, H, D] as [lanes, rows, heads of a lane, tokens, D]."""
     begin = part.rows.start * calls.size
     tokens = x[begin : begin + len(part.rows) * part.tokens].unflatten(1, (calls.lanes, calls.repeat))
-    some = tokens[:, part.lanes.start : part.lanes.stop].unflatten(0, (len(part.rows), part.tokens))
+    some: Tensor = tokens[:, part.lanes.start : part.lanes.stop].unflatten(0, (len(part.rows), part.tokens))
     return some.permute(2, 0, 3, 1, 4)
 
 

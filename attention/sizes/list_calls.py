@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from attention.config import AttentionConfig
-from attention.sizes.arrays import Count, ceil_div, maximum, minimum, up, where
+from attention.sizes.arrays import Count, any_of, ceil_div, maximum, minimum, up, where
 from attention.sizes.row_bounds import Rows, rows_of
 from attention.sizes.shape import MOST_VIEWS, Shape
 from attention.sizes.whole_calls import (
@@ -67,10 +67,18 @@ class ListCalls(NamedTuple):
     """Calls over the rows' own blocks, where those are apart from the lists."""
     groups: tuple[ListRows, ListRows]
     """All rows but a short last one, and that one."""
+    seen: Count
+    """Most rows of a lane that list one block. A bound."""
 
     def blocks(self, shape: Shape) -> Count:
         """Of a sequence, a short last one too."""
         return ceil_div(shape.seq, self.size)
+
+    def sequences(self, lanes: Count, rows: Count, shape: Shape) -> Count:
+        """That a part of so many lanes and rows has at most: its pairs, and what their lists copy beyond the
+        end."""
+        beyond = minimum(rows, self.seen) * (shape.seq % self.size > 0) * (not self.own)
+        return lanes * (rows + beyond)
 
 
 class ListPart(NamedTuple):
@@ -121,16 +129,18 @@ def calls_of_rows(rows: Rows, shape: Shape) -> ListCalls:
     else:
         full = widest = minimum(widest, blocks)
     lanes = shape.heads if rows.own else shape.kv_heads
+    own = block_window_calls(size, 0, 0, shape) if shape.causal else ()
     return ListCalls(
         size,
         lanes,
         shape.heads // lanes,
         lanes // shape.kv_heads,
-        block_window_calls(size, 0, 0, shape) if shape.causal else (),
+        tuple(call for call in own if any_of(call.exists)),
         (
             ListRows("lists", 0, whole, size, full),
             ListRows("last lists", whole, (short > 0) * 1, short, widest),
         ),
+        rows.seen,
     )
 
 

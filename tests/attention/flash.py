@@ -107,8 +107,9 @@ def ragged_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     assert lse.is_contiguous()
-    dq, dk, dv = torch.full_like(q, math.nan), torch.zeros_like(k), torch.zeros_like(v)
+    dq, dk, dv = (torch.full_like(x, math.nan) for x in (q, k, v))  # what no sequence has is not set
     for queries, keys in ranges(sequences):
+        dk[keys], dv[keys] = 0, 0
         if queries.start < queries.stop:
             sources = (grad[queries], q[queries], k[keys], v[keys], out[queries])
             inputs = [x.transpose(0, 1)[None] for x in sources]
@@ -123,8 +124,9 @@ def ranges(sequences: kernels.Sequences) -> list[tuple[slice, slice]]:
     both = [[slice(*pair) for pair in pairwise(x.tolist())] for x in (sequences.queries, sequences.keys)]
     for places, most in zip(both, (sequences.most_queries, sequences.most_keys), strict=True):
         assert max(x.stop - x.start for x in places) == most
-    assert all(x.start < x.stop for x in both[1])
-    return list(zip(*both, strict=True))
+    places = list(zip(*both, strict=True))
+    assert all(keys.start < keys.stop for queries, keys in places if queries.start < queries.stop)
+    return places
 
 
 PLAYED: dict[str, Any] = {

@@ -6,9 +6,10 @@ Letters as in `planner/memory/plans/tiles.py`; N views of T queries and K keys, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from attention.sizes.arrays import Count, any_of, maximum, minimum, where
+from attention.sizes.shape import Shape
 from attention.sizes.whole_calls import CallPart, WholeCall, backward_cut, forward_cut
 from planner.memory.cuda_kernels import largest
 from planner.memory.cuda_process import FLOAT32
@@ -17,9 +18,20 @@ from planner.memory.plans import tiles
 from planner.memory.plans.tiles import Case
 from planner.memory.table import PlanTable
 
+CutOf = Callable[[WholeCall, Shape], CallPart]
+
 
 def whole_calls(table: PlanTable, case: Case, calls: Sequence[WholeCall]) -> None:
     """Forward and, in training, backward of these calls."""
+    forward(table, case, calls)
+    if not case.trains:
+        table.free("log-sum-exp")  # where weights are wanted it is theirs from here on
+    if case.goes_back(table):
+        backward(table, case, calls)
+
+
+def forward(table: PlanTable, case: Case, calls: Sequence[WholeCall]) -> None:
+    """Up to out and its log-sum-exp."""
     shape, e = case.shape, case.shape.itemsize
     calls = [call for call in calls if any_of(call.exists)]
     out, lse_bytes = case.machine.forward(_all_tokens(case)).result
@@ -41,23 +53,21 @@ def whole_calls(table: PlanTable, case: Case, calls: Sequence[WholeCall]) -> Non
         most = largest((tuple(x * call.exists for x in scratch), merging))
         table.add(f"{call.name}: scratch", "workspace", most, "of the kernel, or of the merge")
         table.free(f"{call.name}: part", f"{call.name}: scratch")
-    if not case.trains:
-        table.free("log-sum-exp")  # where weights are wanted it is theirs from here on
-    if case.goes_back(table):
-        _backward(table, case, calls)
 
 
-def _backward(table: PlanTable, case: Case, calls: Sequence[WholeCall]) -> None:
+def backward(table: PlanTable, case: Case, calls: Sequence[WholeCall], cut_of: CutOf = backward_cut) -> None:
+    """From the gradient of out to dq, dk and dv. `cut_of`: how calls are cut."""
     shape, e = case.shape, case.shape.itemsize
+    calls = [call for call in calls if any_of(call.exists)]
     padded = case.machine.backward(_all_tokens(case)).result
     own = (case.channels * e, case.kv_channels * e, case.kv_channels * e)
-    one = sum((_is_one(call, backward_cut(call, shape), case) * call.exists for call in calls), 0)
+    one = sum((_is_one(call, cut_of(call, shape), case) * call.exists for call in calls), 0)
     table.phase("backward")
     for name, nbytes, returned in zip(("dq", "dk", "dv"), own, padded, strict=True):
         table.add(name, "gradients", where(one, returned, nbytes), "B S H D e, or B S G D e")
     for call in calls:
         table.phase(f"backward, {call.name}")
-        cut = backward_cut(call, shape)
+        cut = cut_of(call, shape)
         alone = call.exists * (1 - _is_one(call, cut, case))
         kernel = case.machine.backward(_kernel_call(call, case, cut, 1 - alone))
         results = [x * alone for x in kernel.result]
