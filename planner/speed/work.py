@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any, Final, NamedTuple
 
-from attention.sizes.adaptive import gate_rows
+from attention.sizes.adaptive import gate_part
 from attention.sizes.arrays import Amount, any_of, ceil_div, maximum, minimum, where
 from attention.sizes.shape import Shape
 from planner.configs import Columns
@@ -230,7 +230,9 @@ def work_of(columns: Columns, workload: Workload, machine: Machine, kernel: Kern
     if columns.variant == "adaptive":
         kept, size = columns.rows(workload.causal).lists, untyped.block_size
         total["gated"] = shape.heads * shape.seq * kept * size
-        total["gates"] = shape.heads * kept * rounded_up(ceil_div(shape.seq, size), gate_rows(shape, size))
+        part = gate_part(shape, size)
+        rows = rounded_up(ceil_div(shape.seq, size), part.rows)
+        total["gates"] = rounded_up(shape.heads, part.heads) * kept * rows
         total["scored"] = total["scored"] + 2 * total["gated"] * shape.head_dim
     return Work(ahead, _all_items(total, workload.batch, once, 1))
 

@@ -39,6 +39,8 @@ LISTS = {name: changed(config, backend="sdpa") for name, config in LISTS.items()
 config_by_config = pytest.mark.parametrize("config", LISTS.values(), ids=LISTS.keys())
 causal_or_not = pytest.mark.parametrize("causal", [False, True])
 
+TILE = execute._forward_tile
+
 
 @pytest.fixture(autouse=True)
 def no_tiles():
@@ -87,3 +89,20 @@ def test_random_cases_are_the_oracle(case):
     with flash_attention():
         config = changed(case["config"], backend="sdpa")
         check_float64(module_of(config), *qkv(case["seq"], **sizes), case["causal"])
+
+
+@causal_or_not
+@pytest.mark.parametrize("seq", [50, 64])
+def test_a_scorer_learns_as_from_tiles(seq, causal):
+    config = LISTS["adaptive"]
+    q, k, v = qkv(seq, batch=2, kv_heads=2)
+
+    def gradients() -> list[torch.Tensor]:
+        module = module_of(config)
+        module(q, k, v, is_causal=causal).square().sum().backward()
+        return [parameter.grad for parameter in module.parameters()]
+
+    with mock.patch.object(execute, "_forward_tile", TILE):
+        expected = gradients()
+    with flash_attention():
+        torch.testing.assert_close(gradients(), expected, rtol=0, atol=1e-12)
