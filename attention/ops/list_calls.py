@@ -25,7 +25,7 @@ from attention.sizes.list_calls import (
     ListPart,
     backward_cut_of,
     backward_sums,
-    forward_cut,
+    forward_cut_of,
     own_backward_cut,
     parts,
 )
@@ -200,7 +200,7 @@ def forward(
     making = _making(lists, shape, q.device)
     for b in range(q.shape[0]):
         for group in calls.groups:
-            some = list(parts(calls, group, forward_cut(calls, group, shape), range(calls.lanes)))
+            some = list(parts(calls, group, forward_cut_of(calls, group, shape), range(calls.lanes)))
             most = lists.most(q.shape[0], some)
             for part in some:
                 table = making.table(b, part, most)

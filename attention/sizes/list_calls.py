@@ -174,7 +174,7 @@ def backward_pair(calls: ListCalls, group: ListRows, shape: Shape) -> Count:
     return 2 * keys * dim * e + maximum(INDEX * keys, rows)
 
 
-def forward_cut(calls: ListCalls, group: ListRows, shape: Shape) -> ListCut:
+def forward_cut_of(calls: ListCalls, group: ListRows, shape: Shape) -> ListCut:
     """Parts of the forward pass, over any lanes."""
     return _cut(group, forward_pair(calls, group, shape), part_room(shape, backward=False), calls.lanes)
 

@@ -15,14 +15,16 @@ from attention.sizes.list_calls import (
     ListCalls,
     ListCut,
     ListRows,
+    ListSums,
     backward_cut_of,
     backward_sums,
-    forward_cut,
+    forward_cut_of,
     own_backward_cut,
 )
 from attention.sizes.shape import Shape
 from attention.sizes.whole_calls import CHANNELS
 from planner.memory.cuda_kernels import largest, ragged_backward, ragged_forward
+from planner.memory.cuda_process import FLOAT32
 from planner.memory.plans import whole_calls
 from planner.memory.plans.tiles import Case
 from planner.memory.table import PlanTable
@@ -62,7 +64,7 @@ def list_calls(table: PlanTable, case: Case, calls: ListCalls) -> None:
     table.add(STEPS, "sparse_indices", INDEX * calls.size, "8 a token of a block")
     table.add("sums of dk and dv", "workspace", (a_sum, a_sum), f"{SIZES} backward_sums")
     for group in _there(calls):
-        _backward(table, case, calls, group, backward_cut_of(calls, group, sums, shape))
+        _backward(table, case, calls, group, sums)
     table.free(STEPS, "sums of dk and dv")
 
 
@@ -77,6 +79,8 @@ class _Part(NamedTuple):
     blocks: Count
     keys: Count
     sequences: Count
+    copied: Count
+    """1 if its queries are copied; those of one head lie in steps of their own."""
     lists: Count
     """Bytes of what says which blocks are gathered, without where their gradients go."""
 
@@ -97,8 +101,10 @@ def _part(calls: ListCalls, group: ListRows, cut: ListCut, shape: Shape) -> _Par
             )
         )
         blocks = minimum(blocks, cut.lanes * most)
-    lists = INDEX * (blocks + pairs) + 2 * up(4 * (sequences + 1), 8)
-    return _Part(pairs * calls.repeat * group.tokens, blocks, blocks * calls.size, sequences, lists)
+    idle = pairs if calls.own else 0
+    lists = INDEX * (blocks + idle) + 2 * up(4 * (sequences + 1), INDEX)
+    copied = 1 - (cut.lanes * calls.repeat == 1) * 1
+    return _Part(pairs * calls.repeat * group.tokens, blocks, blocks * calls.size, sequences, copied, lists)
 
 
 def _gathered(begin: Count, end: Count, width: Count) -> Count:
@@ -113,7 +119,7 @@ def _gathered(begin: Count, end: Count, width: Count) -> Count:
 
 def _forward(table: PlanTable, case: Case, calls: ListCalls, group: ListRows) -> None:
     shape, name = case.shape, group.name
-    part = _part(calls, group, forward_cut(calls, group, shape), shape)
+    part = _part(calls, group, forward_cut_of(calls, group, shape), shape)
     dim, e, padded = shape.head_dim, shape.itemsize, up(shape.head_dim, CHANNELS)
     queries, keys = part.queries * group.exists, part.keys * group.exists
     table.phase(f"forward, {name}")
@@ -121,26 +127,27 @@ def _forward(table: PlanTable, case: Case, calls: ListCalls, group: ListRows) ->
     table.add(f"{name}: k and v", "temp_buffers", (keys * dim * e, keys * dim * e), "2 K D e")
     pads = [rows * padded * e * (padded > dim) for rows in (queries, keys, keys)]
     kernel = [line.bytes * group.exists for line in ragged_forward(part.queries)]
-    work = (queries * dim * e * (shape.heads > 1), *pads, queries * padded * e, *kernel)
+    work = (queries * dim * e * part.copied, *pads, queries * padded * e, *kernel)
     most = largest((work, (INDEX * keys,)))
     table.add(f"{name}: queries and results", "temp_buffers", most, "Q (2 D e + 4), or 8 K of places")
     table.free(*(f"{name}: {what}" for what in ("blocks", "k and v", "queries and results")))
 
 
-def _backward(table: PlanTable, case: Case, calls: ListCalls, group: ListRows, cut: ListCut) -> None:
+def _backward(table: PlanTable, case: Case, calls: ListCalls, group: ListRows, sums: ListSums) -> None:
     shape, name = case.shape, group.name
-    part = _part(calls, group, cut, shape)
+    part = _part(calls, group, backward_cut_of(calls, group, sums, shape), shape)
     dim, e, padded = shape.head_dim, shape.itemsize, up(shape.head_dim, CHANNELS)
     queries, keys = part.queries * group.exists, part.keys * group.exists
     table.phase(f"backward, {name}")
-    lists = (part.lists + INDEX * 3 * part.blocks) * group.exists
+    targets = minimum(part.blocks, sums.kv_heads * calls.blocks(shape))
+    lists = (part.lists + INDEX * (part.blocks + 2 * targets)) * group.exists
     table.add(f"{name}: blocks and sums", "sparse_indices", lists, "32 K / b, and 12 a pair")
     table.add(f"{name}: k and v of backward", "temp_buffers", (keys * dim * e, keys * dim * e), "2 K D e")
-    copies = [queries * dim * e * (shape.heads > 1)] * 3
+    copies = [queries * dim * e * copied for copied in (part.copied, shape.heads > 1, shape.heads > 1)]
     pads = [rows * padded * e * (padded > dim) for rows in (queries, queries, keys, keys, queries)]
     results = [rows * padded * e for rows in (queries, keys, keys)]
     kernel = [line.bytes * group.exists for line in ragged_backward(part.queries, part.sequences, padded)]
-    rows = queries * 4 * (shape.heads > 1)
+    rows = queries * FLOAT32 * part.copied
     work = (*copies, rows, *pads, *results, *kernel)
     most = largest((work, (INDEX * keys,)))
     table.add(f"{name}: gradients and sums of dq", "temp_buffers", most, "Q (4 D e + 4) + 2 K D e + ...")
