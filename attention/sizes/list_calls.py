@@ -197,7 +197,7 @@ def backward_sums(calls: ListCalls, shape: Shape) -> ListSums:
     narrow, wide = (
         2 * ListSums(1, itemsize).bytes_of_each(calls, shape) for itemsize in (shape.itemsize, shape.wide)
     )
-    fits = 2 * wide <= room
+    fits = 5 * wide <= 4 * room  # the rest is for parts
     main = calls.groups[0]
     a_head = where(fits, wide, narrow) + calls.lanes_of_kv * main.rows * backward_pair(calls, main, shape)
     kv_heads = minimum(maximum(room // a_head, 1), shape.kv_heads)

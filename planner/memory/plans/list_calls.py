@@ -58,7 +58,7 @@ def list_calls(table: PlanTable, case: Case, calls: ListCalls) -> None:
         table.add("dq", "gradients", case.channels * e, "B S H D e")
         table.add("dk", "gradients", case.kv_channels * e, "B S G D e")
         table.add("dv", "gradients", case.kv_channels * e, "B S G D e")
-    table.phase("backward, lists")
+    table.phase("backward, sums over lists")
     sums = backward_sums(calls, shape)
     a_sum = sums.bytes_of_each(calls, shape)
     table.add(STEPS, "sparse_indices", INDEX * calls.size, "8 a token of a block")
@@ -147,7 +147,7 @@ def _backward(table: PlanTable, case: Case, calls: ListCalls, group: ListRows, s
     pads = [rows * padded * e * (padded > dim) for rows in (queries, queries, keys, keys, queries)]
     results = [rows * padded * e for rows in (queries, keys, keys)]
     kernel = [line.bytes * group.exists for line in ragged_backward(part.queries, part.sequences, padded)]
-    rows = queries * FLOAT32 * part.copied
+    rows = queries * FLOAT32 * (1 if calls.own else part.copied)  # where pairs are idle, always
     work = (*copies, rows, *pads, *results, *kernel)
     most = largest((work, (INDEX * keys,)))
     table.add(f"{name}: gradients and sums of dq", "temp_buffers", most, "Q (4 D e + 4) + 2 K D e + ...")
