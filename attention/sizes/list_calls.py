@@ -145,8 +145,9 @@ def calls_of_rows(rows: Rows, shape: Shape) -> ListCalls:
 
 
 def own_backward_cut(call: WholeCall, shape: Shape) -> CallPart:
-    """Parts of the calls over own blocks, which take no more room than those of lists."""
-    return backward_cut(call, shape, part_room(shape, backward=True))
+    """Parts of the calls over own blocks, which take about as much room as those of lists: two thirds for the
+    kernel's scratch, the rest for what it returns."""
+    return backward_cut(call, shape, part_room(shape, backward=True) * 2 // 3)
 
 
 def part_room(shape: Shape, *, backward: bool) -> Count:
