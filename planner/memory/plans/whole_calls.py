@@ -39,6 +39,8 @@ def forward(table: PlanTable, case: Case, calls: Sequence[WholeCall]) -> None:
     as_returned = sum((call.covers(shape) * call.exists * (call.views == 1) for call in calls), 0)
     table.phase("forward")
     table.add("out", "output", where(covered, out, case.channels * e), "B S H D e")
+    for call in calls:
+        table.add(f"{call.name}: log-sum-exp", "temp_buffers", _reordered(call, case), "float32 B S H")
     lse = "saved_for_backward" if case.trains else "temp_buffers"
     table.add("log-sum-exp", lse, where(as_returned, lse_bytes, case.lse_bytes), "float32 B S H")
     for call in calls:
@@ -46,13 +48,13 @@ def forward(table: PlanTable, case: Case, calls: Sequence[WholeCall]) -> None:
         covers = call.covers(shape)
         alone = call.exists * (1 - covers)
         out, lse_bytes, scratch, rows = _forward_bytes(call, case, forward_cut(call, shape), covers)
-        # A call over views of all tokens has its log-sum-exp in another order than is kept.
-        reordered = case.lse_bytes * (call.views > 1) * covers
-        merging = (FLOAT32 * rows * (not call.first) * alone, reordered * call.exists)
+        merging = (FLOAT32 * rows * (not call.first) * alone,)
+        # The kernel's is gone when the log-sum-exp is written in another order.
+        exists = call.exists * (1 - (sum(scratch) <= _reordered(call, case)) * 1)
         table.add(f"{call.name}: part", "temp_buffers", (out * alone, lse_bytes * alone), "N T H (D e + 4)")
-        most = largest((tuple(x * call.exists for x in scratch), merging))
+        most = largest((tuple(x * exists for x in scratch), merging))
         table.add(f"{call.name}: scratch", "workspace", most, "of the kernel, or of the merge")
-        table.free(f"{call.name}: part", f"{call.name}: scratch")
+        table.free(*(f"{call.name}: {what}" for what in ("part", "scratch", "log-sum-exp")))
 
 
 def backward(table: PlanTable, case: Case, calls: Sequence[WholeCall], cut_of: CutOf = backward_cut) -> None:
@@ -110,6 +112,11 @@ def _with_heads(call: KernelCall, kv_heads: Count, covers: Count) -> KernelCall:
     """The call for fewer kv heads and the query heads that read them."""
     kv_heads = where(covers, call.kv_heads, kv_heads)
     return call._replace(heads=call.heads // call.kv_heads * kv_heads, groups=kv_heads)
+
+
+def _reordered(call: WholeCall, case: Case) -> Count:
+    """Bytes of the log-sum-exp of a call over views of all tokens: it has another order than what is kept."""
+    return case.lse_bytes * (call.views > 1) * call.covers(case.shape) * call.exists
 
 
 def _is_one(call: WholeCall, cut: CallPart, case: Case) -> Count:
