@@ -27,6 +27,7 @@ from attention.ops import flex
 from attention.ops.execute import Problem, attend
 from attention.ops.gate import Gating, ScoreGate
 from attention.ops.kernels import lse_dtype
+from attention.ops.list_calls import chosen_lists
 from attention.ops.program import Tile
 from attention.ops.scorer import ChosenScores, Scoring, chosen_blocks, scoring_dtype
 from attention.ops.scratch import Scratch
@@ -34,6 +35,7 @@ from attention.ops.weights import AttentionWeights, attention_weights, check_roo
 from attention.out_of_memory import with_emergency_release
 from attention.pool import Buffers
 from attention.sizes.adaptive import Scorer, active_of_choice, choosing_sizes
+from attention.sizes.list_calls import calls_of_rows
 from attention.sizes.row_bounds import chosen_rows
 from attention.sizes.shape import Shape
 from attention.sizes.tiles import sparse_extent
@@ -196,8 +198,10 @@ class AdaptiveAttention(Attention):
         def program(batch: int, shape: Shape) -> Iterable[Tile]:
             return chosen_tiles(lists[batch], rows, shape)
 
+        by_lists = shape.windows == "any"
         return Problem(
             shape=shape,
+            lists=chosen_lists(lists, calls_of_rows(rows, shape)) if by_lists else None,
             tiles=program,
             extent=lambda shape: sparse_extent(rows, shape),
             scale=self._scale(shape),

@@ -17,11 +17,13 @@ from attention.layout import Layout, build_layout
 from attention.ops import flex
 from attention.ops.execute import Problem, attend
 from attention.ops.kernels import activated_flash, flash_is_built, steady_heap
+from attention.ops.list_calls import shared_lists
 from attention.ops.program import Tile
 from attention.ops.weights import AttentionWeights, attention_weights, check_room
 from attention.out_of_memory import with_emergency_release
 from attention.pool import buffers_for
 from attention.sizes.kernel_choice import KernelChoice, kernel_choice
+from attention.sizes.list_calls import list_calls
 from attention.sizes.row_bounds import rows_of
 from attention.sizes.shape import Shape
 from attention.sizes.tiles import Extent, dilated_extent, sparse_extent
@@ -151,6 +153,7 @@ class Attention(nn.Module):
             return dilated_extent(by_rate, shape) if rows is None else sparse_extent(rows, shape)
 
         by_rate = sorted(branches, key=lambda branch: branch[1])
+        listed = list_calls(self.config, shape)
         return Problem(
             shape=shape,
             tiles=program,
@@ -160,5 +163,6 @@ class Attention(nn.Module):
             whole=self.config.variant != "block_sparse" and bool(shape.is_whole(branches)),
             buffers=self.scratch,
             calls=calls,
+            lists=None if listed is None or layout is None else shared_lists(layout, listed),
             hides=window is not None,
         )

@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from attention.ops import kernels, whole_calls
+from attention.ops import kernels, list_calls, whole_calls
 from attention.ops.backward import Gradients, once
+from attention.ops.list_calls import BlockLists
 from attention.ops.maskless import maskless
 from attention.ops.program import Call, Gather, Tile
 from attention.ops.scratch import FreshScratch, Scratch
@@ -52,6 +53,8 @@ class Problem:
     buffers: Buffers
     calls: tuple[WholeCall, ...] | None = None
     """Its calls where whole ones do it instead of tiles."""
+    lists: BlockLists | None = None
+    """Its lists where calls over those do it."""
     hides: bool = False
     """Whether masks hide keys from queries though it is not causal."""
 
@@ -204,6 +207,9 @@ def _forward(
     if problem.calls is not None:
         whole = whole_calls.forward(q, k, v, problem.calls, shape, problem.scale, problem.covers)
         return whole[0], whole[1] if keeps_lse else None
+    if problem.lists is not None:
+        over_lists = list_calls.forward(q, k, v, problem.lists, shape, problem.scale)
+        return over_lists[0], over_lists[1] if keeps_lse else None
     if problem.whole:
         heads_first = (x.transpose(1, 2) for x in (q, k, v))
         out, whole_lse = (
@@ -340,6 +346,8 @@ def _gradients(grad: Tensor, saved: Sequence[Tensor], problem: Problem) -> tuple
     without masks where those let something through."""
     if problem.calls is not None:
         return whole_calls.backward(grad, saved, problem.calls, problem.shape, problem.scale, problem.covers)
+    if problem.lists is not None:
+        return list_calls.backward(grad, saved, problem.lists, problem.shape, problem.scale)
     gradients = _backward(grad, saved, problem)
     if not (problem.shape.causal or problem.hides) or _is_clean(*gradients):
         return gradients

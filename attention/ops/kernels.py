@@ -17,6 +17,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from functools import cache
+from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 import torch
 import torch.nn.attention
@@ -202,9 +204,10 @@ def _windows_are_right(
     definition, once for a device, a type and a flash attention that torch was told to take. TRUST leaves
     that out."""
     heads, right = (4, 2) if windows == "any" else (2, 0)
-    return is_right(
+    agree = is_right(
         windowed, windowed_backward, device, dtype, heads=heads, queries=33, channels=16, left=7, right=right
     )
+    return agree and (windows != "any" or _sequences_are_right(device, dtype))
 
 
 def is_right(
@@ -248,6 +251,42 @@ def is_right(
         return False
     pairs = zip((*results, *gradients), expected, strict=True)
     return all(bool((x.double().cpu() - y).abs().max() < TOLERANCE) for x, y in pairs)
+
+
+def _sequences_are_right(device: torch.device, dtype: torch.dtype) -> bool:
+    """`_windows_are_right` of `ragged` and its backward, for sequences some of which have no queries."""
+    generator = torch.Generator().manual_seed(0)
+    queries, keys, scale = (9, 0, 5, 0), (20, 3, 33, 0), 0.25
+    sizes = (sum(queries), sum(keys), sum(keys), sum(queries))
+    q, k, v, grad = (torch.randn(t, 1, 16, generator=generator).to(dtype).double() for t in sizes)
+    outs: list[list[Tensor]] = []
+    for (t, t_end), (c, c_end) in zip(_ranges(queries), _ranges(keys), strict=True):
+        qs, ks, vs, grads = (
+            x[first:last].transpose(0, 1)[None]
+            for x, first, last in ((q, t, t_end), (k, c, c_end), (v, c, c_end), (grad, t, t_end))
+        )
+        out, lse = _plain(qs, ks, vs, scale, False, None)
+        parts = (out, lse[..., None], *_plain_backward(grads, qs, ks, vs, out, lse, scale, False, None))
+        outs.append([x[0].transpose(0, 1) for x in parts])
+    out, lse, dq, dk, dv = (torch.cat(parts) for parts in zip(*outs, strict=True))
+    q, k, v, grad = (x.to(device, dtype) for x in (q, k, v, grad))
+    begins = [torch.tensor([0, *accumulate(lengths)], dtype=torch.int32) for lengths in (queries, keys)]
+    sequences = Sequences(begins[0].to(device), begins[1].to(device), max(queries), max(keys))
+    given_out, given_lse = out.to(device, dtype), lse[..., 0].t().float().to(device)
+    try:
+        forward = ragged(q, k, v, sequences, scale=scale)
+        gradients = ragged_backward(grad, q, k, v, given_out, given_lse, sequences, scale=scale)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, AssertionError):
+        return False
+    pairs = zip((*forward, *gradients), (out, lse[..., 0].t(), dq, dk, dv), strict=True)
+    return all(bool((x.double().cpu() - y).abs().max() < TOLERANCE) for x, y in pairs)
+
+
+def _ranges(lengths: tuple[int, ...]) -> list[tuple[int, int]]:
+    """(first, one past the last) place of each of so many sequences that lie one behind the other."""
+    return list(pairwise([0, *accumulate(lengths)]))
 
 
 def windowed(
@@ -356,6 +395,75 @@ def windowed_backward(
             window_size=window,
         )[:3]
     dq, dk, dv = (x.transpose(1, 2)[..., :dim] for x in grads)
+    return dq, dk, dv
+
+
+class Sequences(NamedTuple):
+    """Where sequences of different lengths begin that lie one behind the other; some may have no queries,
+    those with queries have keys."""
+
+    queries: Tensor
+    """int32 [N + 1], from 0 to the number of queries."""
+    keys: Tensor
+    most_queries: int
+    most_keys: int
+
+
+def ragged(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, *, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention of each sequence's queries to its keys: q [T, H, D] over k and v [K, G, D] as (out [T, H, D],
+    lse [H, T]), where `windows_of` is "any"."""
+    dim = q.shape[-1]
+    q, k, v = (aligned_channels(x) for x in (q, k, v))
+    out, lse = aten._flash_attention_forward(
+        q,
+        k,
+        v,
+        sequences.queries,
+        sequences.keys,
+        sequences.most_queries,
+        sequences.most_keys,
+        0.0,
+        False,
+        False,
+        scale=scale,
+    )[:2]
+    return out[..., :dim], lse
+
+
+def ragged_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    sequences: Sequences,
+    *,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv) of `ragged`, for out and lse of the whole row. Keys of a sequence without queries have
+    zeros."""
+    dim = q.shape[-1]
+    grad, q, k, v, out = (aligned_channels(x) for x in (grad, q, k, v, out))
+    rng = torch.empty(2, dtype=torch.uint64, device=q.device)  # of dropout: nothing reads it
+    grads = aten._flash_attention_backward(
+        grad,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        sequences.queries,
+        sequences.keys,
+        sequences.most_queries,
+        sequences.most_keys,
+        0.0,
+        False,
+        rng,
+        rng[:0],
+        scale=scale,
+    )
+    dq, dk, dv = (x[..., :dim] for x in grads)
     return dq, dk, dv
 
 

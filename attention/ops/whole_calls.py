@@ -55,7 +55,7 @@ def forward(
                     target.copy_(part)
                     target_lse.copy_(part_lse)
                 else:
-                    _merge(target, target_lse, part, part_lse)
+                    merge(target, target_lse, part, part_lse)
                 del part, part_lse  # before the next ones are made
     return out, lse
 
@@ -106,7 +106,7 @@ def _parts(call: WholeCall, shape: Shape, cut: CallPart) -> Iterator[_Part]:
                     yield from (_Part(*both) for both in call.slices(some, of_keys, cut.queries))
 
 
-def _merge(total: Tensor, total_lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
+def merge(total: Tensor, total_lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
     """total <- the attention over both sets of keys, in place; all [N, H, T(, D)]. Takes no memory: shares
     and products are in single precision within an operator."""
     share = torch.sub(part_lse, total_lse)
@@ -121,12 +121,14 @@ def backward(
     shape: Shape,
     scale: float,
     covers: bool,
+    cut_of: Callable[[WholeCall, Shape], CallPart] = backward_cut,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv) from the gradient of out and what forward saved: q, k, v, out and lse."""
+    """(dq, dk, dv) from the gradient of out and what forward saved: q, k, v, out and lse. `cut_of`: how calls
+    are cut."""
     q, k, v, out, lse = saved
     calls = [call for call in calls if call.exists]
     first = calls[0]
-    if first.covers(shape) and _is_one(first, backward_cut(first, shape), shape):
+    if first.covers(shape) and _is_one(first, cut_of(first, shape), shape):
         by_segments = [_segments(x, first.views) for x in (grad, q, k, v, out)]
         grad_part, q_part, k_part, v_part, out_part = by_segments
         rows_lse = lse.transpose(1, 2).unflatten(2, (first.views, -1)).transpose(1, 2).flatten(0, 1)
@@ -153,7 +155,7 @@ def backward(
     for call in calls:
         sets_keys = call.covers(shape)
         for b in range(q.shape[0]):
-            for queries, keys in _parts(call, shape, backward_cut(call, shape)):
+            for queries, keys in _parts(call, shape, cut_of(call, shape)):
                 part_dq, part_dk, part_dv = _backward_kernel(call, shape)(
                     view(queries, grad[b]),
                     view(queries, q[b]),

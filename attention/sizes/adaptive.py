@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from attention.sizes.arrays import Count, ceil_div, maximum, minimum
+from attention.sizes.list_calls import part_room
 from attention.sizes.shape import Shape
 
 
@@ -104,17 +105,34 @@ def gate_tokens(shape: Shape, size: Count) -> Count:
     return minimum(size, shape.seq)
 
 
-def gate_rows(shape: Shape, size: Count) -> Count:
-    """Rows of blocks of one head that the gate's backward takes at a time: they fit the workspace."""
+class GatePart(NamedTuple):
+    """What the gate's backward takes at a time."""
+
+    heads: Count
+    rows: Count
+    """Of blocks, of each of these heads."""
+
+
+def gate_part(shape: Shape, size: Count) -> GatePart:
+    """Rows of one head that fit the workspace; where an attention is few calls, of as many heads as fit what
+    a part of its backward pass may take."""
     row_bytes = 0 * size
     for nbytes in _gate_sizes(shape, size, 1 + 0 * size).values():
         row_bytes = row_bytes + nbytes
-    return minimum(maximum(shape.workspace // row_bytes, 1), ceil_div(shape.seq, size))
+    blocks, heads = ceil_div(shape.seq, size), 1 + 0 * size
+    room = shape.workspace
+    if shape.windows == "any":
+        room = part_room(shape, backward=True)
+        heads = minimum(maximum(room // row_bytes, 1), shape.heads)
+    rows = minimum(maximum(room // (row_bytes * heads), 1), blocks)
+    return GatePart(heads, rows)
 
 
 def gate_sizes(shape: Shape, size: Count) -> dict[str, Count]:
     """Bytes of each buffer that the gate's backward reserves."""
-    return _gate_sizes(shape, size, gate_rows(shape, size))
+    part = gate_part(shape, size)
+    sizes = _gate_sizes(shape, size, part.heads * part.rows)
+    return sizes if shape.windows != "any" else sizes | {"kv heads": part.heads * 8}
 
 
 def _gate_sizes(shape: Shape, size: Count, rows: Count) -> dict[str, Count]:

@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple
 
 from attention.config import AttentionConfig, Backend, PatternType, Variant
 from attention.sizes.arrays import up
+from attention.sizes.list_calls import forward_cut_of, list_calls
 from attention.sizes.shape import Shape
 from attention.sizes.whole_calls import (
     CHANNELS,
@@ -43,7 +44,8 @@ class KernelChoice(NamedTuple):
     kernel: ChosenKernel
     why: str
     calls: int | None
-    """Kernel calls of a forward pass over one batch item; None where a program of tiles says as it goes."""
+    """Kernel calls of a forward pass over one batch item, at most where lists are cut; None where a program
+    of tiles says as it goes."""
 
     def __str__(self) -> str:
         how = "tile by tile" if self.calls is None else f"{self.calls:,} call{'s' * (self.calls != 1)}"
@@ -156,9 +158,20 @@ def _kernel(
 
 
 def _calls(config: AttentionConfig, shape: Shape, calls: tuple[WholeCall, ...] | None) -> int | None:
+    lists = list_calls(config, shape)
+    if lists is not None:
+        over_lists = (
+            forward_cut_of(lists, group, shape).number(group, lists.lanes) for group in lists.groups
+        )
+        return _parts(lists.own, shape) + sum(over_lists)
     if calls is None:
         branches = ((shape.seq, 1),) if config.variant == "dense" else shape.within(config.branches)
         return 1 if config.pattern is None and shape.is_whole(branches) else None
+    return _parts(calls, shape)
+
+
+def _parts(calls: tuple[WholeCall, ...], shape: Shape) -> int:
+    """Kernel calls that whole calls are."""
     total = 0
     for call in calls:
         if call.exists:

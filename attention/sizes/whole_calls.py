@@ -419,14 +419,14 @@ def forward_cut(call: WholeCall, shape: Shape) -> CallPart:
     summed = (shape.windows == "causal" and e < SINGLE) * (dim > REGISTER_CHANNELS)
     views = call.queries * call.heads(shape) * dim * (e + SINGLE * summed)
     views = views * (REVERSED if call.reverses(shape) else 1)
-    room = PART_WORKSPACES * shape.workspace + _floor(shape) // PART_SHARE
+    room = PART_WORKSPACES * shape.workspace + floor_bytes(shape) // PART_SHARE
     return _cut(call, shape, views * (1 - call.covers(shape)), room)
 
 
-def backward_cut(call: WholeCall, shape: Shape) -> CallPart:
+def backward_cut(call: WholeCall, shape: Shape, room: Count | None = None) -> CallPart:
     """Parts whose scratch, and gradients and copies of operands where those are not the results and operands
-    themselves, take no more than q, k, v and out of a batch item, nor than so many workspaces: a smaller
-    workspace takes less, in more calls."""
+    themselves, take no more than `room`, by default q, k, v and out of a batch item, and no more than so many
+    workspaces: a smaller workspace takes less, in more calls."""
     heads, kv_heads, dim = call.heads(shape), call.kv_heads(shape), up(shape.head_dim, CHANNELS)
     e = shape.itemsize
     sums = SINGLE * call.queries * heads * up(shape.head_dim, 32)
@@ -435,7 +435,8 @@ def backward_cut(call: WholeCall, shape: Shape) -> CallPart:
     others = (3 * call.queries * heads + 2 * call.keys * kv_heads) * dim * e
     others = others * (2 if call.reverses(shape) else 1)
     a_view = sums + apart + others * (1 - call.covers(shape))
-    room = minimum(maximum(shape.workspace, _floor(shape)), BACKWARD_WORKSPACES * shape.workspace)
+    if room is None:
+        room = minimum(maximum(shape.workspace, floor_bytes(shape)), BACKWARD_WORKSPACES * shape.workspace)
     return _cut(call, shape, a_view, room)
 
 
@@ -452,6 +453,6 @@ def _cut(call: WholeCall, shape: Shape, a_view: Count, room: Count) -> CallPart:
     return CallPart(views, where(a_view > room, some, kv_heads), where(cuts, few, maximum(call.queries, 1)))
 
 
-def _floor(shape: Shape) -> Count:
+def floor_bytes(shape: Shape) -> Count:
     """Bytes of q, k, v and out of a batch item."""
     return 2 * shape.seq * (shape.token_bytes + shape.kv_token_bytes)

@@ -136,6 +136,26 @@ def backward_stages(
     raise ConfigError(f"kernel must be 'flash', 'efficient' or 'flex', got {kernel!r}")
 
 
+def ragged_forward(queries: Count) -> Stage:
+    """What flash attention's forward takes beside out for sequences that lie one behind the other, of so many
+    queries and one head."""
+    return (
+        _scratch("log-sum-exp", FLOAT32 * queries, f"float32 Q; {_FLASH}"),
+        _scratch("random state", 16 + 0 * queries, _RNG),
+        _scratch("random offset", 8 + 0 * queries, _RNG),
+    )
+
+
+def ragged_backward(queries: Count, sequences: Count, head_dim: int) -> Stage:
+    """As `ragged_forward`, of its backward beside dq, dk and dv."""
+    rows = FLOAT32 * (queries + 128 * sequences)
+    return (
+        _scratch("random state", 16 + 0 * queries, _RNG),
+        _scratch("softmax_d", rows, f"float32 Q, 128 more a sequence; {_FLASH}"),
+        _scratch("dq_accum", rows * _flash_channels(head_dim), f"the same for each D; {_FLASH}"),
+    )
+
+
 class KernelStep(NamedTuple):
     """What is freed, and what is allocated then."""
 

@@ -14,13 +14,14 @@ from attention.sizes.arrays import Count
 from attention.sizes.flex import auto_leaves_flex, flex_is_lean, flex_takes_blocks
 from attention.sizes.flex_tiles import unfit_sizes
 from attention.sizes.kernel_choice import KernelChoice, kernel_choice
+from attention.sizes.list_calls import ListCalls, calls_of_rows
 from attention.sizes.row_bounds import Rows
 from attention.sizes.shape import Shape, chunk_tokens
 from attention.sizes.token_tiles import TokenWindow, token_window
 from attention.sizes.whole_calls import WholeCall, branch_calls, pattern_calls
 from planner.configs import Columns, columns_of
 from planner.memory.machines import Cpu, Cuda, Machine
-from planner.memory.plans import adaptive, multihead, tiles, weights, whole_calls
+from planner.memory.plans import adaptive, list_calls, multihead, tiles, weights, whole_calls
 from planner.memory.table import Plan, PlanTable
 from planner.workload import Workload
 
@@ -71,13 +72,15 @@ def planned(
 
 def _attention(table: PlanTable, case: tiles.Case, columns: Columns, apart: bool) -> None:
     """The attention alone, over q, k and v."""
-    calls = calls_of(columns, case.shape)
+    calls, lists = calls_of(columns, case.shape), lists_of(columns, case.shape)
     if calls is not None and not apart:
         whole_calls.whole_calls(table, case, calls)
     elif columns.variant == "adaptive":
         rows = columns.rows(case.shape.causal)
         scorer = adaptive.scorer_of(case, rows.size, rows.lists, columns.score_dim)
-        adaptive.adaptive(table, case, scorer)
+        adaptive.adaptive(table, case, scorer, lists)
+    elif lists is not None and not apart:
+        list_calls.list_calls(table, case, lists)
     elif columns.token_edges:
         tiles.token_window(table, case, window_of(columns, case.shape.causal))
     elif columns.variant == "block_sparse":
@@ -98,6 +101,15 @@ def calls_of(columns: Columns, shape: Shape) -> tuple[WholeCall, ...] | None:
         return pattern_calls(columns.pattern_type, shape, **_window_fields(columns), edges=columns.edges)
     branches = columns.branches if columns.variant == "dilated" else ((shape.seq, 1),)
     return branch_calls(_by_rate(shape.within(branches)), shape)
+
+
+def lists_of(columns: Columns, shape: Shape) -> ListCalls | None:
+    """The sizes of the candidates' attention over lists, where calls over those do it instead of tiles; see
+    `attention.sizes.list_calls.list_calls`."""
+    over_lists = columns.variant == "adaptive" or columns.pattern_type == "dilated_sparse"
+    if shape.windows != "any" or not over_lists:
+        return None
+    return calls_of_rows(columns.rows(shape.causal), shape)
 
 
 def window_of(columns: Columns, causal: bool) -> TokenWindow:

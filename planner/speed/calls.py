@@ -7,15 +7,22 @@ left out here is that a last block or segment may be short, beside what it costs
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from attention.sizes.arrays import Amount, any_of, maximum, minimum, where
+from attention.sizes.list_calls import (
+    ListCalls,
+    backward_cut_of,
+    backward_sums,
+    forward_cut_of,
+    own_backward_cut,
+)
 from attention.sizes.row_bounds import Rows
 from attention.sizes.shape import WIDE, Shape
 from attention.sizes.tiles import grouped_heads
 from attention.sizes.token_tiles import TokenRows, TokenWindow, token_rows
-from attention.sizes.whole_calls import WholeCall, backward_cut, forward_cut
+from attention.sizes.whole_calls import CallPart, WholeCall, forward_cut
 from planner.speed.row_runs import Run, rounded_up
 
 
@@ -67,13 +74,17 @@ def whole(shape: Shape, batch: int) -> Program:
 
 
 def whole_calls(
-    calls: Sequence[WholeCall], shape: Shape, batch: int, kernel_keys: int, *, backward: bool
+    calls: Sequence[WholeCall],
+    shape: Shape,
+    batch: int,
+    kernel_keys: int,
+    cut_of: Callable[[WholeCall, Shape], CallPart],
 ) -> Program:
     """Calls over the whole sequence by the kernel's own masks; `kernel_keys`: those that it takes at a
-    time. See `attention/ops/whole_calls.py`."""
+    time; `cut_of`: how calls are cut in this pass. See `attention/ops/whole_calls.py`."""
     kinds = []
     for call in calls:
-        cut = (backward_cut if backward else forward_cut)(call, shape)
+        cut = cut_of(call, shape)
         heads, kv_heads = call.heads(shape), call.kv_heads(shape)
         views = maximum(call.views, 1)
         slices = rounded_up(maximum(call.queries, 1), cut.queries)
@@ -92,6 +103,44 @@ def whole_calls(
                 causal=(call.left is None and call.right is not None) * 1,
                 later=int(not call.first),
                 summed=(1 - call.covers(shape)) * views * keys * kv_heads / parts,
+            )
+        )
+    return Program(kinds, 0)
+
+
+def over_lists(
+    runs: Sequence[Run], calls: ListCalls, shape: Shape, batch: int, kernel_keys: int, *, backward: bool
+) -> Program:
+    """Calls over lists that lie one behind the other, and over the rows' own blocks where those are apart.
+    See `attention/ops/list_calls.py`."""
+    own = whole_calls(calls.own, shape, batch, kernel_keys, own_backward_cut if backward else forward_cut)
+    kinds = list(own.calls)
+    rows: Amount = 0
+    blocks: Amount = 0
+    for run in runs:
+        rows, blocks = rows + run.rows, blocks + run.rows * run.width
+    width = maximum(blocks / maximum(rows, 1) - (1 if calls.own else 0), 0)
+    sums = backward_sums(calls, shape)
+    for group in calls.groups:
+        if backward:
+            cut = backward_cut_of(calls, group, sums, shape)
+            held = sums.kv_heads * calls.lanes_of_kv
+            number = cut.number(group, held) * rounded_up(calls.lanes, held)
+        else:
+            cut = forward_cut_of(calls, group, shape)
+            number = cut.number(group, calls.lanes)
+        pairs = calls.lanes * group.rows / maximum(number, 1)
+        keys = minimum(width, group.width) * calls.size
+        kinds.append(
+            Calls(
+                number,
+                pairs,
+                1,
+                calls.repeat * group.tokens,
+                keys,
+                later=int(bool(calls.own)),
+                unit=calls.size,
+                summed=pairs * keys,
             )
         )
     return Program(kinds, 0)

@@ -13,11 +13,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any, Final, NamedTuple
 
-from attention.sizes.adaptive import gate_rows
+from attention.sizes.adaptive import gate_part
 from attention.sizes.arrays import Amount, any_of, ceil_div, maximum, minimum, where
 from attention.sizes.shape import Shape
+from attention.sizes.whole_calls import backward_cut, forward_cut
 from planner.configs import Columns
-from planner.memory.dispatch import calls_of, shape_of, window_of
+from planner.memory.dispatch import calls_of, lists_of, shape_of, window_of
 from planner.memory.machines import Machine
 from planner.speed import calls
 from planner.speed.calls import Calls, Program
@@ -116,6 +117,9 @@ def backward(
             items = lanes * (rounded_up(call.keys, kernel.key_block) if kernel.shares_keys else 1)
             _add_kernel(total, call, call.number, lanes, items, call.keys, kernel, dim)
             total["summed"] = total["summed"] + call.number * call.summed * dim
+            if any_of(call.unit > 0):
+                total["gathers"] = total["gathers"] + call.number
+                total["gathered"] = total["gathered"] + call.number * lanes * call.keys * dim
             continue
         overlaps = (call.views > 1) * (call.step > 0) * (call.keys > call.step)
         gathers = any_of(call.unit > 0)
@@ -225,14 +229,15 @@ def work_of(columns: Columns, workload: Workload, machine: Machine, kernel: Kern
         return Work(ahead, None)
     back = shape.backward()
     program, once = _program(columns, back, apart and not shape.widens, workload.batch, kernel, backward=True)
-    total = backward(
-        program.calls, program.tiles, back, kernel, whole=once or calls_of(columns, shape) is not None
-    )
+    few = calls_of(columns, shape) is not None or lists_of(columns, shape) is not None
+    total = backward(program.calls, program.tiles, back, kernel, whole=once or few)
     _beside(total, columns, shape, 2, apart)
     if columns.variant == "adaptive":
         kept, size = columns.rows(workload.causal).lists, untyped.block_size
         total["gated"] = shape.heads * shape.seq * kept * size
-        total["gates"] = shape.heads * kept * rounded_up(ceil_div(shape.seq, size), gate_rows(shape, size))
+        part = gate_part(shape, size)
+        rows = rounded_up(ceil_div(shape.seq, size), part.rows)
+        total["gates"] = rounded_up(shape.heads, part.heads) * kept * rows
         total["scored"] = total["scored"] + 2 * total["gated"] * shape.head_dim
     return Work(ahead, _all_items(total, workload.batch, once, 1))
 
@@ -244,10 +249,16 @@ def _program(
     untyped: Any = columns
     parts = None if apart else calls_of(columns, shape)
     if parts is not None:
-        return calls.whole_calls(parts, shape, batch, kernel.key_block, backward=backward), False
+        cut_of = backward_cut if backward else forward_cut
+        return calls.whole_calls(parts, shape, batch, kernel.key_block, cut_of), False
+    lists = None if apart else lists_of(columns, shape)
     if columns.variant == "adaptive":
         rows = columns.rows(shape.causal)
-        return calls.block_sparse(_chosen(rows.lists, shape, untyped.block_size), rows, shape), False
+        runs = _chosen(rows.lists, shape, untyped.block_size)
+        if lists is not None:
+            program = calls.over_lists(runs, lists, shape, batch, kernel.key_block, backward=backward)
+            return program, False
+        return calls.block_sparse(runs, rows, shape), False
     if columns.token_edges:
         return calls.token_window(window_of(columns, shape.causal), shape), False
     if columns.variant == "block_sparse":
@@ -262,6 +273,9 @@ def _program(
         runs = runs_of(columns.pattern_type, rows, shape.seq, shape.causal, **fields)
         if apart:
             return calls.flex(runs, rows, shape, batch), True
+        if lists is not None:
+            program = calls.over_lists(runs, lists, shape, batch, kernel.key_block, backward=backward)
+            return program, False
         return calls.block_sparse(runs, rows, shape), False
     if apart:
         return calls.whole(shape, batch), True

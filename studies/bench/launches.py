@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from attention.config import AttentionConfig, SparsePatternConfig
+from attention.config import AdaptiveConfig, AttentionConfig, SparsePatternConfig
 from planner import gpus
 from planner.standin.environment import environment
 from planner.standin.install import torch_for
@@ -49,12 +49,19 @@ def _pattern(kind: Any, **branches: Any) -> AttentionConfig:
     return AttentionConfig(variant="block_sparse", pattern=pattern, backend="sdpa", **branches)
 
 
+def _adaptive(heads: int) -> AttentionConfig:
+    pattern = SparsePatternConfig(block_size=128, sparsity_ratio=0.05)
+    sizes = AdaptiveConfig(num_heads=heads, head_dim=128)
+    return AttentionConfig(variant="adaptive", pattern=pattern, adaptive=sizes, backend="sdpa")
+
+
 CASES: Final = {
     "dense": Counted(AttentionConfig(variant="dense"), 32_768, 64, 8),
     "dilated": Counted(AttentionConfig(variant="dilated", **RATES), 32_768, 32, 8),
     "local_window": Counted(_pattern("local_window"), 131_072, 32, 8),
     "global_local": Counted(_pattern("global_local"), 131_072, 32, 8),
     "dilated_sparse": Counted(_pattern("dilated_sparse", **RATES), 32_768, 32, 8),
+    "adaptive": Counted(_adaptive(32), 32_768, 32, 8),
 }
 
 
@@ -86,7 +93,7 @@ def _inside(names: list[str]) -> None:
 
     for name in names:
         config, seq, heads, kv_heads = CASES[name]
-        module = build(config)
+        module = build(config).to("cuda", dtype)
         for causal in (True, False):
             sizes = [(1, seq, count, 128) for count in (heads, kv_heads, kv_heads)]
             q, k, v = (torch.empty(size, dtype=dtype, device="cuda", requires_grad=True) for size in sizes)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from itertools import pairwise
 from typing import Any
 from unittest import mock
 
@@ -81,15 +82,68 @@ def windowed_backward(
     return dq, dk, dv
 
 
+def ragged(
+    q: Tensor, k: Tensor, v: Tensor, sequences: kernels.Sequences, *, scale: float
+) -> tuple[Tensor, Tensor]:
+    parts = []
+    for queries, keys in ranges(sequences):
+        if queries.start < queries.stop:
+            inputs = (x.transpose(0, 1)[None] for x in (q[queries], k[keys], v[keys]))
+            out, lse = windowed(*inputs, scale=scale, left=None, right=None)
+            parts.append((out[0].transpose(0, 1), lse[0]))
+    outs, lses = zip(*parts, strict=True)
+    return torch.cat(outs), torch.cat(lses, 1)
+
+
+def ragged_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    sequences: kernels.Sequences,
+    *,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    assert lse.is_contiguous()
+    dq, dk, dv = (torch.full_like(x, math.nan) for x in (q, k, v))  # what no sequence has is not set
+    for queries, keys in ranges(sequences):
+        dk[keys], dv[keys] = 0, 0
+        if queries.start < queries.stop:
+            sources = (grad[queries], q[queries], k[keys], v[keys], out[queries])
+            inputs = [x.transpose(0, 1)[None] for x in sources]
+            parts = windowed_backward(*inputs, lse[None, :, queries], scale=scale, left=None, right=None)
+            for whole, places, part in zip((dq, dk, dv), (queries, keys, keys), parts, strict=True):
+                whole[places] = part[0].transpose(0, 1)
+    return dq, dk, dv
+
+
+def ranges(sequences: kernels.Sequences) -> list[tuple[slice, slice]]:
+    """The places of each sequence's queries and keys."""
+    both = [[slice(*pair) for pair in pairwise(x.tolist())] for x in (sequences.queries, sequences.keys)]
+    for places, most in zip(both, (sequences.most_queries, sequences.most_keys), strict=True):
+        assert max(x.stop - x.start for x in places) == most
+    places = list(zip(*both, strict=True))
+    assert all(keys.start < keys.stop for queries, keys in places if queries.start < queries.stop)
+    return places
+
+
+PLAYED: dict[str, Any] = {
+    "windowed": windowed,
+    "windowed_backward": windowed_backward,
+    "ragged": ragged,
+    "ragged_backward": ragged_backward,
+}
+
+
 def flash_kernels() -> AbstractContextManager[Any]:
     """Plays the kernels alone, for who is about to ask what they take."""
-    return mock.patch.multiple(kernels, windowed=windowed, windowed_backward=windowed_backward)
+    return mock.patch.multiple(kernels, **PLAYED)
 
 
 @contextmanager
 def flash_attention(windows: Windows = "any") -> Iterator[None]:
     """Plays a GPU whose kernel takes such windows, for every dtype."""
-    with mock.patch.multiple(
-        kernels, windows_of=lambda x: windows, windowed=windowed, windowed_backward=windowed_backward
-    ):
+    with mock.patch.multiple(kernels, windows_of=lambda x: windows, **PLAYED):
         yield

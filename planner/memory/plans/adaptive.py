@@ -9,9 +9,11 @@ from __future__ import annotations
 from attention.sizes.adaptive import Scorer, choosing_sizes, gate_sizes, learning_sizes
 from attention.sizes.arena import arena_bytes
 from attention.sizes.arrays import Count, maximum
+from attention.sizes.list_calls import ListCalls
 from attention.sizes.row_bounds import chosen_rows
 from attention.sizes.tiles import pieces, sparse_extent
 from planner.memory.plans import tiles
+from planner.memory.plans.list_calls import list_calls
 from planner.memory.plans.tiles import Case
 from planner.memory.table import PlanTable
 
@@ -30,8 +32,8 @@ def scorer_of(case: Case, size: Count, kept: Count, channels: Count | None) -> S
     )
 
 
-def adaptive(table: PlanTable, case: Case, scorer: Scorer) -> None:
-    """Choice and attention, and in training the backward pass."""
+def adaptive(table: PlanTable, case: Case, scorer: Scorer, lists: ListCalls | None = None) -> None:
+    """Choice and attention, and in training the backward pass. `lists`: where calls over lists do it."""
     numbers = _parameters(case, scorer)
     if not case.run:
         half = numbers // 2 * case.shape.itemsize
@@ -52,13 +54,18 @@ def adaptive(table: PlanTable, case: Case, scorer: Scorer) -> None:
 
     def turn(table: PlanTable) -> bool:
         """The scorer learns before the attention does."""
-        table.free("hidden positions")
+        if lists is None:
+            table.free("hidden positions")
         goes = case.turn is None or case.turn(table)
         if goes:
             _learn(table, case, scorer)
-            _hide(table, case, scorer, backward=True)
+            if lists is None:
+                _hide(table, case, scorer, backward=True)
         return goes
 
+    if lists is not None:
+        list_calls(table, case._replace(turn=turn), lists)
+        return
     _hide(table, case, scorer, backward=False)
     tiles.block_sparse(table, case._replace(turn=turn), chosen_rows(scorer.size, scorer.kept))
     if not case.trains:

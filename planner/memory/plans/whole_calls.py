@@ -6,9 +6,10 @@ Letters as in `planner/memory/plans/tiles.py`; N views of T queries and K keys, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from attention.sizes.arrays import Count, any_of, maximum, minimum, where
+from attention.sizes.shape import Shape
 from attention.sizes.whole_calls import CallPart, WholeCall, backward_cut, by_cudnn, forward_cut
 from planner.memory.cuda_kernels import cudnn_workspace, largest
 from planner.memory.cuda_process import FLOAT32
@@ -17,9 +18,20 @@ from planner.memory.plans import tiles
 from planner.memory.plans.tiles import Case
 from planner.memory.table import PlanTable
 
+CutOf = Callable[[WholeCall, Shape], CallPart]
+
 
 def whole_calls(table: PlanTable, case: Case, calls: Sequence[WholeCall]) -> None:
     """Forward and, in training, backward of these calls."""
+    forward(table, case, calls)
+    if not case.trains:
+        table.free("log-sum-exp")  # where weights are wanted it is theirs from here on
+    if case.goes_back(table):
+        backward(table, case, calls)
+
+
+def forward(table: PlanTable, case: Case, calls: Sequence[WholeCall]) -> None:
+    """Up to out and its log-sum-exp."""
     shape, e = case.shape, case.shape.itemsize
     calls = [call for call in calls if any_of(call.exists)]
     out, lse_bytes = case.machine.forward(_all_tokens(case)).result
@@ -27,6 +39,8 @@ def whole_calls(table: PlanTable, case: Case, calls: Sequence[WholeCall]) -> Non
     as_returned = sum((call.covers(shape) * call.exists * (call.views == 1) for call in calls), 0)
     table.phase("forward")
     table.add("out", "output", where(covered, out, case.channels * e), "B S H D e")
+    for call in calls:
+        table.add(f"{call.name}: log-sum-exp", "temp_buffers", _reordered(call, case), "float32 B S H")
     lse = "saved_for_backward" if case.trains else "temp_buffers"
     table.add("log-sum-exp", lse, where(as_returned, lse_bytes, case.lse_bytes), "float32 B S H")
     for call in calls:
@@ -35,31 +49,30 @@ def whole_calls(table: PlanTable, case: Case, calls: Sequence[WholeCall]) -> Non
         alone = call.exists * (1 - covers)
         cut = forward_cut(call, shape)
         out, lse_bytes, scratch, rows = _forward_bytes(call, case, cut, covers)
-        # A call over views of all tokens has its log-sum-exp in another order than is kept.
-        reordered = case.lse_bytes * (call.views > 1) * covers
-        merging = (FLOAT32 * rows * (not call.first) * alone, reordered * call.exists)
+        merging = (FLOAT32 * rows * (not call.first) * alone,)
+        # The kernel's is gone when the log-sum-exp is written in another order.
+        exists = call.exists * (1 - (sum(scratch) <= _reordered(call, case)) * 1)
         table.add(f"{call.name}: part", "temp_buffers", (out * alone, lse_bytes * alone), "N T H (D e + 4)")
-        most = largest((tuple(x * call.exists for x in scratch), merging))
+        most = largest((tuple(x * exists for x in scratch), merging))
         table.add(f"{call.name}: scratch", "workspace", most, "of the kernel, or of the merge")
         allowance = _cudnn_workspace(table, call, case, _kernel_call(call, case, cut, covers))
-        table.free(f"{call.name}: part", f"{call.name}: scratch", *allowance)
-    if not case.trains:
-        table.free("log-sum-exp")  # where weights are wanted it is theirs from here on
-    if case.goes_back(table):
-        _backward(table, case, calls)
+        names = [f"{call.name}: {what}" for what in ("part", "scratch", "log-sum-exp")]
+        table.free(*names, *allowance)
 
 
-def _backward(table: PlanTable, case: Case, calls: Sequence[WholeCall]) -> None:
+def backward(table: PlanTable, case: Case, calls: Sequence[WholeCall], cut_of: CutOf = backward_cut) -> None:
+    """From the gradient of out to dq, dk and dv. `cut_of`: how calls are cut."""
     shape, e = case.shape, case.shape.itemsize
+    calls = [call for call in calls if any_of(call.exists)]
     padded = case.machine.backward(_all_tokens(case)).result
     own = (case.channels * e, case.kv_channels * e, case.kv_channels * e)
-    one = sum((_is_one(call, backward_cut(call, shape), case) * call.exists for call in calls), 0)
+    one = sum((_is_one(call, cut_of(call, shape), case) * call.exists for call in calls), 0)
     table.phase("backward")
     for name, nbytes, returned in zip(("dq", "dk", "dv"), own, padded, strict=True):
         table.add(name, "gradients", where(one, returned, nbytes), "B S H D e, or B S G D e")
     for call in calls:
         table.phase(f"backward, {call.name}")
-        cut = backward_cut(call, shape)
+        cut = cut_of(call, shape)
         alone = call.exists * (1 - _is_one(call, cut, case))
         kernel = case.machine.backward(_kernel_call(call, case, cut, 1 - alone))
         results = [x * alone for x in kernel.result]
@@ -118,6 +131,11 @@ def _with_heads(call: KernelCall, kv_heads: Count, covers: Count) -> KernelCall:
     """The call for fewer kv heads and the query heads that read them."""
     kv_heads = where(covers, call.kv_heads, kv_heads)
     return call._replace(heads=call.heads // call.kv_heads * kv_heads, groups=kv_heads)
+
+
+def _reordered(call: WholeCall, case: Case) -> Count:
+    """Bytes of the log-sum-exp of a call over views of all tokens: it has another order than what is kept."""
+    return case.lse_bytes * (call.views > 1) * call.covers(case.shape) * call.exists
 
 
 def _is_one(call: WholeCall, cut: CallPart, case: Case) -> Count:

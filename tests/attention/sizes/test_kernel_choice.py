@@ -53,7 +53,9 @@ def test_what_is_not_whole_says_so():
     assert "flash attention, 3 calls:" in estimate(WINDOW, workload, "h100-sxm").kernel
     assert "compiled FlexAttention" in estimate(SPARSE, workload, "h100-sxm").kernel
     by_views = SPARSE.model_copy(update={"backend": "sdpa"})
-    assert "flash attention, tile by tile" in estimate(by_views, workload, "h100-sxm").kernel
+    assert "flash attention, 1 call:" in estimate(by_views, workload, "h100-sxm").kernel
+    narrow = workload.model_copy(update={"dtype": "float32"})
+    assert "efficient attention, tile by tile" in estimate(by_views, narrow, "h100-sxm").kernel
 
 
 @pytest.mark.parametrize("config", [DENSE, WINDOW, SPARSE])
