@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -72,6 +73,17 @@ def check(
             f"this adaptive attention was built for (heads, head_dim) = "
             f"{(config.adaptive.num_heads, config.adaptive.head_dim)}, got {(q.shape[2], q.shape[3])}"
         )
+
+
+def signature(q: Any, k: Any, v: Any, is_causal: Any, weights: Any) -> Hashable | None:
+    """All of its arguments that `check` and `shape_of` read, but for the device's kernels; None for what is
+    no call. Calls of one signature are refused alike or not at all."""
+    if not (isinstance(is_causal, bool) and isinstance(weights, bool)):
+        return None  # numbers are equal to bools
+    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
+        return None
+    types = (q.dtype, k.dtype, v.dtype, q.device, k.device, v.device)
+    return (q.shape, k.shape, v.shape, *types, is_causal)
 
 
 def shape_of(q: Tensor, k: Tensor, config: AttentionConfig, is_causal: bool) -> Shape:
