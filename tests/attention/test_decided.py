@@ -1,4 +1,4 @@
-"""What is decided once for all calls of some sizes: little Python from the second call on, and nothing stale."""
+"""What is decided once for all calls of some sizes: little Python from the second on, nothing stale."""
 
 from __future__ import annotations
 
