@@ -24,6 +24,7 @@ from planner.memory.dispatch import kernel_of, plan_of
 from planner.memory.dry_runs import dry_bound
 from planner.memory.machines import Cpu, Cuda, Machine, this_cpu, units_of
 from planner.memory.table import COMPONENTS, Plan
+from planner.speed.launches import launches_of
 from planner.workload import Dtype, Workload
 
 SCHEMA_VERSION: Final = 1
@@ -77,6 +78,11 @@ class MemoryEstimate(Value):
     """Remarks on these figures."""
     kernel: str = ""
     """The kernel that computes the attention, in how many calls, and why."""
+    launches: int | None = None
+    """Kernels that the attention launches on a GPU, in training with its backward; None where nobody counted
+    them."""
+    launches_are_exact: bool = True
+    """Whether each of them is counted; otherwise it is about as many."""
 
 
 def estimate(
@@ -187,6 +193,7 @@ def _on_gpu(
         bound = bound_of(calibration, config, workload, lost, explicit=explicit, device=gpu.key)
     components = plan.components(at)
     components["context"] = context
+    launches = launches_of(config, workload, machine)
     named = tuple(
         Line(name=line.name, component=line.component, bytes=int(line.bytes), source=line.source)
         for line in outside
@@ -207,6 +214,8 @@ def _on_gpu(
         lines=_lines(plan, at) + named,
         notes=bound.notes,
         kernel=str(kernel_of(config, workload, machine)),
+        launches=None if launches is None else int(launches.number),
+        launches_are_exact=launches is None or launches.exact,
     )
 
 
