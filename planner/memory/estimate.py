@@ -22,9 +22,9 @@ from planner.memory.allocator_settings import AllocatorSettings
 from planner.memory.cuda_process import Display
 from planner.memory.dispatch import kernel_of, plan_of
 from planner.memory.dry_runs import dry_bound
+from planner.memory.launches import launches_of
 from planner.memory.machines import Cpu, Cuda, Machine, this_cpu, units_of
 from planner.memory.table import COMPONENTS, Plan
-from planner.speed.launches import launches_of
 from planner.workload import Dtype, Workload
 
 SCHEMA_VERSION: Final = 1

@@ -112,9 +112,9 @@ def _picks(picks: Sequence[Pick]) -> list[str]:
         ("tokens", [f"{pick.seq:,}" for pick in picks]),
         ("memory", [format_bytes(pick.upper) for pick in picks]),
         ("time", [seconds(pick.seconds) for pick in picks]),
-        *_launches(picks),
         ("mass", [f"{pick.mass:.1%}" for pick in picks]),
         ("layers", [str(pick.layers) if pick.layers else "never" for pick in picks]),
+        *_launches(picks),
     ]
     return [f"{name:<{NAME}}" + "".join(f"{cell:<22.21}" for cell in cells).rstrip() for name, cells in rows]
 
@@ -122,7 +122,8 @@ def _picks(picks: Sequence[Pick]) -> list[str]:
 def _launches(picks: Sequence[Pick]) -> Iterator[tuple[str, list[str]]]:
     """A row where any pick is for a GPU and has its kernels counted."""
     if any(pick.launches is not None for pick in picks):
-        cells = ["-" if pick.launches is None else f"{pick.launches:,} kernels" for pick in picks]
+        counts = [pick.launches for pick in picks]
+        cells = ["-" if count is None else f"{count:,} kernel{'s' * (count != 1)}" for count in counts]
         yield "launches", cells
 
 

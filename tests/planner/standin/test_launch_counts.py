@@ -17,13 +17,13 @@ from planner import gpus
 from planner.configs import columns_of
 from planner.memory.dispatch import calls_of, shape_of
 from planner.memory.estimate import machine_of
-from planner.speed.launches import launches_of
+from planner.memory.launches import launches_of
 from planner.standin.zygote import Zygote
 from studies.bench.dry import CARDS, DryCase, cases
 
 pytestmark = [pytest.mark.slow, pytest.mark.dry]
 
-RECORDED = Path(__file__).parents[1] / "speed" / "launch_rows.json"
+RECORDED = Path(__file__).parents[1] / "memory" / "launch_rows.json"
 COUNT = int(os.environ.get("PLANNER_DRY_LAUNCHES", "60"))
 
 

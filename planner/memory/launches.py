@@ -2,7 +2,7 @@
 
 Of an attention of whole calls every kernel is counted: those that multiply queries and keys, and what stands
 beside them in `attention/ops/whole_calls.py` and `attention/ops/kernels.py`. Held against what dry runs
-launch, whose host code is torch's own (tests/planner/speed/test_launches.py). Copies of what lies in one
+launch, whose host code is torch's own (tests/planner/memory/test_launches.py). Copies of what lies in one
 piece are none: the card's copy engine does them. Of a program of tiles the number is about.
 """
 

@@ -13,8 +13,8 @@ from attention import AttentionConfig, MultiheadConfig, SparsePatternConfig
 from planner import gpus
 from planner.configs import Columns
 from planner.memory.estimate import machine_of
+from planner.memory.launches import launches, launches_of
 from planner.report.text.estimate import estimate_text
-from planner.speed.launches import launches, launches_of
 from planner.workload import Workload
 
 ROWS = json.loads((Path(__file__).parent / "launch_rows.json").read_text(encoding="utf-8"))
