@@ -14,17 +14,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from attention.block_sparse import chosen_tiles
 from attention.config import AttentionConfig
+from attention.decided import Decided
 from attention.inputs import check, shape_of
 from attention.layout import row_budget
 from attention.module import Attention, eager
-from attention.ops import flex
-from attention.ops.execute import Problem, attend
+from attention.ops.execute import Problem, Reserves, attend
 from attention.ops.gate import Gating, ScoreGate
 from attention.ops.kernels import lse_dtype
 from attention.ops.list_calls import chosen_lists
@@ -56,15 +57,17 @@ class AdaptiveAttention(Attention):
         self.query_weight = nn.Parameter(start)
         self.key_weight = nn.Parameter(start.clone())
 
+    def _problem(self, shape: Shape) -> tuple[None, None]:
+        return None, None
+
     def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, is_causal: bool, return_attention_weights: bool
+        self, q: Tensor, k: Tensor, v: Tensor, decided: Decided, return_attention_weights: bool
     ) -> Tensor | tuple[Tensor, AttentionWeights]:
-        flex.resolve(self.config, q, k, is_causal)
         q, k, v = (x.contiguous() for x in (q, k, v))
-        shape = shape_of(q, k, self.config, is_causal)
+        shape = decided.shape
         if return_attention_weights:
             kept = min(row_budget(self.config, shape.seq), self._blocks(shape))
-            active = active_of_choice(self._blocks(shape), kept, is_causal)
+            active = active_of_choice(self._blocks(shape), kept, shape.causal)
             check_room(self.config, shape, q, kept=active)
         blocks = self._select(q, k, shape)
         learns = torch.is_grad_enabled() and self.query_weight.requires_grad
@@ -203,7 +206,7 @@ class AdaptiveAttention(Attention):
             shape=shape,
             lists=chosen_lists(lists, calls_of_rows(rows, shape)) if by_lists else None,
             tiles=program,
-            extent=lambda shape: sparse_extent(rows, shape),
+            reserves=Reserves(shape, partial(sparse_extent, rows)),
             scale=self._scale(shape),
             covers=True,
             whole=False,

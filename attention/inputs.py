@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -91,6 +92,17 @@ def _refuse_kernel(q: Tensor, k: Tensor, config: AttentionConfig, is_causal: boo
         why = cudnn.unavailable(q, k, is_causal)
     if why is not None:
         raise UnavailableError(f"backend={config.backend!r} cannot serve this: {why}; use backend='auto'")
+
+
+def signature(q: Any, k: Any, v: Any, is_causal: Any, weights: Any) -> Hashable | None:
+    """All of its arguments that `check` and `shape_of` read, but for the device's kernels; None for what is
+    no call. Calls of one signature are refused alike or not at all."""
+    if not (isinstance(is_causal, bool) and isinstance(weights, bool)):
+        return None  # numbers are equal to bools
+    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
+        return None
+    types = (q.dtype, k.dtype, v.dtype, q.device, k.device, v.device)
+    return (q.shape, k.shape, v.shape, *types, is_causal)
 
 
 def shape_of(q: Tensor, k: Tensor, config: AttentionConfig, is_causal: bool) -> Shape:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import torch
@@ -12,23 +13,24 @@ from torch import Tensor, nn
 
 from attention import block_sparse, dilated, token_window
 from attention.config import AttentionConfig
-from attention.inputs import check, shape_of
+from attention.decided import Decided, Decisions
+from attention.inputs import check, refuse_transforms, shape_of, signature
 from attention.layout import Layout, build_layout
 from attention.ops import flex
-from attention.ops.execute import Problem, attend
+from attention.ops.execute import Problem, Reserves, attend
 from attention.ops.kernels import activated_flash, flash_is_built, steady_heap
 from attention.ops.list_calls import shared_lists
-from attention.ops.program import Tile
+from attention.ops.program import Tiles
 from attention.ops.weights import AttentionWeights, attention_weights, check_room
 from attention.out_of_memory import with_emergency_release
 from attention.pool import buffers_for
 from attention.sizes.kernel_choice import KernelChoice, kernel_choice
-from attention.sizes.list_calls import list_calls
-from attention.sizes.row_bounds import rows_of
+from attention.sizes.list_calls import calls_of_rows
+from attention.sizes.row_bounds import Rows, rows_of
 from attention.sizes.shape import Shape
 from attention.sizes.tiles import Extent, dilated_extent, sparse_extent
 from attention.sizes.token_tiles import token_extent, token_window_of
-from attention.sizes.whole_calls import WholeCall, whole_calls
+from attention.sizes.whole_calls import whole_calls
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -59,6 +61,7 @@ class Attention(nn.Module):
         super().__init__()
         self.config = config
         self.scratch = buffers_for(config)
+        self.decisions = Decisions()
         steady_heap()
 
     def extra_repr(self) -> str:
@@ -68,10 +71,17 @@ class Attention(nn.Module):
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False, return_attention_weights: bool = False
     ) -> Tensor | tuple[Tensor, AttentionWeights]:
-        check(q, k, v, self.config, is_causal, return_attention_weights)
-        return with_emergency_release(
-            lambda: self._attend(q, k, v, is_causal, return_attention_weights), self.scratch, q.device
-        )
+        refuse_transforms()
+        sizes = signature(q, k, v, is_causal, return_attention_weights)
+        decided = self.decisions.get(sizes, self.config, self.scratch, q, k)
+        if decided is None:
+            check(q, k, v, self.config, is_causal, return_attention_weights)
+
+        def run() -> Tensor | tuple[Tensor, AttentionWeights]:
+            settled = decided or self._decide(q, k, is_causal, sizes)
+            return self._attend(q, k, v, settled, return_attention_weights)
+
+        return with_emergency_release(run, self.scratch, q.device)
 
     def kernels(self, q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) -> KernelChoice:
         """Which kernel a call over these tensors runs on, in how many calls, and why; str() says it."""
@@ -86,31 +96,43 @@ class Attention(nn.Module):
             activated=activated_flash(),
         )
 
+    def _decide(self, q: Tensor, k: Tensor, is_causal: bool, sizes: Hashable | None) -> Decided:
+        """What checked inputs decide, kept by their signature."""
+        backend = flex.resolve(self.config, q, k, is_causal)
+        shape = shape_of(q, k, self.config, is_causal)
+        decided = Decided(self.config, self.scratch, backend, shape, *self._problem(shape))
+        self.decisions.keep(sizes, decided)
+        return decided
+
     def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, is_causal: bool, return_attention_weights: bool
+        self, q: Tensor, k: Tensor, v: Tensor, decided: Decided, return_attention_weights: bool
     ) -> Tensor | tuple[Tensor, AttentionWeights]:
         """`forward`, of checked inputs; may be run again."""
-        backend = flex.resolve(self.config, q, k, is_causal)
+        shape, problem, rows = decided.shape, decided.problem, decided.rows
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-        shape = shape_of(q, k, self.config, is_causal)
         if return_attention_weights:
             check_room(self.config, shape, q)
-        if backend == "flex" and not return_attention_weights:
+        elif decided.backend == "flex":
             return self._by_flex(q, k, v, shape)
-        calls = whole_calls(self.config, shape)
-        layout = None
-        by_layout = calls is None and not self.config.token_edges
-        if self.config.variant == "block_sparse" and (by_layout or return_attention_weights):
-            layout = self._layout(shape)
-        problem = self._problem(shape, layout, calls)
+        assert problem is not None
+        program = problem.tiles
+        if rows is not None and shape.windows == "any":
+            problem = problem._replace(lists=shared_lists(self._layout(shape), calls_of_rows(rows, shape)))
+        elif rows is not None and isinstance(program, Tiles) and shape not in program:
+            layout = functools.cache(lambda: self._layout(shape))  # built where it is wanted, then held
+            program = program.made_by(lambda shape: block_sparse.tiles(layout(), rows, shape))
+            problem = problem._replace(tiles=program)
         out, lse = attend(q, k, v, problem, keeps_lse=return_attention_weights)
         if not return_attention_weights:
             return out
         assert lse is not None
-        if layout is None:
-            layout = build_layout(self.config, shape.seq, is_causal)
+        shown = (
+            self._layout(shape)
+            if self.config.variant == "block_sparse"
+            else build_layout(self.config, shape.seq, shape.causal)
+        )
         return out, attention_weights(
-            q.detach(), k.detach(), lse, layout, self.config, shape, self._scale(shape)
+            q.detach(), k.detach(), lse, shown, self.config, shape, self._scale(shape)
         )
 
     def _by_flex(self, q: Tensor, k: Tensor, v: Tensor, shape: Shape) -> Tensor:
@@ -130,39 +152,34 @@ class Attention(nn.Module):
     def _scale(self, shape: Shape) -> float:
         return self.config.scale or 1.0 / math.sqrt(shape.head_dim)
 
-    def _problem(
-        self, shape: Shape, layout: Layout | None, calls: tuple[WholeCall, ...] | None = None
-    ) -> Problem:
-        branches = shape.within(self.config.branches)
-        if self.config.variant == "dense":
-            branches = ((shape.seq, 1),)
-
-        rows = None if layout is None else rows_of(self.config, shape.seq, shape.causal)
-        window = token_window_of(self.config, shape.causal) if self.config.token_edges else None
-
-        def program(_: int, shape: Shape) -> Iterable[Tile]:
-            if window is not None:
-                return token_window.tiles(window, shape)
-            if layout is not None and rows is not None:
-                return block_sparse.tiles(layout, rows, shape)
-            return dilated.tiles(branches, shape)
-
-        def extent(shape: Shape) -> Extent:
-            if window is not None:
-                return token_extent(window, shape)
-            return dilated_extent(by_rate, shape) if rows is None else sparse_extent(rows, shape)
-
-        by_rate = sorted(branches, key=lambda branch: branch[1])
-        listed = list_calls(self.config, shape)
-        return Problem(
+    def _problem(self, shape: Shape) -> tuple[Problem | None, Rows | None]:
+        """(what is computed, the rows of the layout by which each call makes its tiles, if they come from
+        one); no problem where it depends on values."""
+        config = self.config
+        calls = whole_calls(config, shape)
+        branches = shape.within(config.branches) if config.variant != "dense" else ((shape.seq, 1),)
+        sparse = config.variant == "block_sparse"
+        rows = None
+        if config.token_edges:
+            window = token_window_of(config, shape.causal)
+            program = Tiles(partial(token_window.tiles, window))
+            extent: Callable[[Shape], Extent] = partial(token_extent, window)
+        elif sparse:
+            rows = rows_of(config, shape.seq, shape.causal)
+            program, extent = Tiles(), partial(sparse_extent, rows)
+        else:
+            by_rate = sorted(branches, key=lambda branch: branch[1])
+            program, extent = Tiles(partial(dilated.tiles, branches)), partial(dilated_extent, by_rate)
+        whole = not sparse and bool(shape.is_whole(branches))
+        problem = Problem(
             shape=shape,
             tiles=program,
-            extent=extent,
+            reserves=Reserves(shape, extent, whole),
             scale=self._scale(shape),
-            covers=self.config.variant == "block_sparse" or any(rate == 1 for _, rate in branches),
-            whole=self.config.variant != "block_sparse" and bool(shape.is_whole(branches)),
+            covers=sparse or any(rate == 1 for _, rate in branches),
+            whole=whole,
             buffers=self.scratch,
             calls=calls,
-            lists=None if listed is None or layout is None else shared_lists(layout, listed),
-            hides=window is not None,
+            hides=config.token_edges,
         )
+        return problem, rows if calls is None else None

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -36,15 +35,64 @@ VIEWS_AT_ONCE = 1024
 """Queries that backward without masks takes together at least; it has many views of few."""
 
 
-@dataclass(frozen=True, slots=True)
-class Problem:
+class Reserve(NamedTuple):
+    """What a pass over a program holds beside its results, and how it cuts the program's calls."""
+
+    shape: Shape
+    mask: tuple[int, int]
+    """(queries, keys) of the mask that is added to scores, (0, 0) for none; see `Extent`."""
+    band: bool
+    sizes: Mapping[str, int]
+    """Bytes of each buffer."""
+    other: int
+    """Bytes that the training step's other pass reserves, 0 for none."""
+    cuts: Mapping[str, Cut]
+    """How backward cuts the calls of each kind."""
+
+
+class Reserves:
+    """The reserves of a program's passes, each worked out once."""
+
+    def __init__(self, shape: Shape, extent: Callable[[Shape], Extent], whole: bool = False) -> None:
+        """`extent`: the largest sizes of the program's calls, cut for a shape; `whole`: see `Problem`."""
+        self._shape, self._extent, self._whole = shape, extent, whole
+        self._forward: dict[tuple[bool, bool], Reserve] = {}
+        self._backward: Reserve | None = None
+
+    def forward(self, keeps_lse: bool, trains: bool) -> Reserve:
+        """That of a forward pass; `trains`: whether a backward pass follows."""
+        reserve = self._forward.get((keeps_lse, trains))
+        if reserve is None:
+            shape, extent = self._shape, self._extent(self._shape)
+            other = arena_bytes(self.backward().sizes) if trains else 0
+            sizes = forward_sizes(extent, shape, keeps_lse)
+            reserve = Reserve(shape, extent.mask, extent.band, sizes, other, {})
+            self._forward[keeps_lse, trains] = reserve
+        return reserve
+
+    def backward(self) -> Reserve:
+        """That of a backward pass."""
+        if self._backward is None:
+            shape = self._shape.backward()
+            extent = self._extent(shape)
+            other = 0
+            if not self._whole:
+                ahead = forward_sizes(self._extent(self._shape), self._shape, keeps_lse=True)
+                other = arena_bytes(ahead)
+            cuts = {kind.name: cut(kind, shape) for kind in extent.kinds}
+            sizes = backward_sizes(extent, shape)
+            self._backward = Reserve(shape, extent.mask, extent.band, sizes, other, cuts)
+        return self._backward
+
+
+class Problem(NamedTuple):
     """One attention over one set of sizes: its program and what running it needs."""
 
     shape: Shape
     tiles: Callable[[int, Shape], Iterable[Tile]]
     """The tiles of batch item b, cut for a shape: this one or its `backward()`."""
-    extent: Callable[[Shape], Extent]
-    """The largest sizes of those tiles' calls."""
+    reserves: Reserves
+    """Of passes over those tiles."""
     scale: float
     covers: bool
     """Whether every (token, head) is in some call; otherwise out is zero and lse -inf there."""
@@ -58,15 +106,8 @@ class Problem:
     hides: bool = False
     """Whether masks hide keys from queries though it is not causal."""
 
-    @property
-    def backward_sizes(self) -> dict[str, int]:
-        """Bytes of each buffer of the backward pass."""
-        shape = self.shape.backward()
-        return backward_sizes(self.extent(shape), shape)
 
-
-@dataclass(frozen=True, slots=True)
-class _Pass:
+class _Pass(NamedTuple):
     """One pass over a program: its scratch and its causal mask."""
 
     problem: Problem
@@ -150,21 +191,14 @@ class _Column(NamedTuple):
     sink: Sink
 
 
-def _begun(
-    problem: Problem,
-    shape: Shape,
-    extent: Extent,
-    sizes: dict[str, int],
-    other: int,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> _Pass:
-    """A pass; `other`: bytes that the training step's other pass reserves."""
-    key = (*extent.mask, extent.band, dtype, device)
-    mask = problem.buffers.masks.get(key, lambda: causal_mask(*key)) if extent.mask[1] else None
-    scratch = Scratch(problem.buffers.pool_for(shape.seq), device, sizes, other)
-    cuts = {kind.name: cut(kind, shape) for kind in extent.kinds}
-    return _Pass(problem, shape, scratch, dtype, mask, cuts)
+def _begun(problem: Problem, reserve: Reserve, dtype: torch.dtype, device: torch.device) -> _Pass:
+    """A pass in numbers of a type."""
+    mask = None
+    if reserve.mask[1]:
+        key = (*reserve.mask, reserve.band, dtype, device)
+        mask = problem.buffers.masks.get(key, lambda: causal_mask(*key))
+    scratch = Scratch(problem.buffers.pool_for(reserve.shape.seq), device, reserve.sizes, reserve.other)
+    return _Pass(problem, reserve.shape, scratch, dtype, mask, reserve.cuts)
 
 
 class Attend(torch.autograd.Function):
@@ -211,21 +245,17 @@ def _forward(
         over_lists = list_calls.forward(q, k, v, problem.lists, shape, problem.scale)
         return over_lists[0], over_lists[1] if keeps_lse else None
     if problem.whole:
-        heads_first = (x.transpose(1, 2) for x in (q, k, v))
-        out, whole_lse = (
-            x.transpose(1, 2) for x in kernels.forward(*heads_first, scale=problem.scale, causal=shape.causal)
+        part, part_lse = kernels.forward(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=problem.scale, causal=shape.causal
         )
-        if not shape.causal or _is_clean(out):
-            return out, whole_lse if keeps_lse else None
-        del out, whole_lse
-    extent = problem.extent(shape)
+        if not shape.causal or _is_clean(part):
+            return part.transpose(1, 2), part_lse.transpose(1, 2) if keeps_lse else None
+        del part, part_lse
     out = (torch.empty if problem.covers else torch.zeros)(q.shape, dtype=q.dtype, device=q.device)
     lse: Tensor | None = None
     if keeps_lse:
         lse = torch.full(q.shape[:3], -torch.inf, dtype=kernels.lse_dtype(q.dtype), device=q.device)
-    other = arena_bytes(problem.backward_sizes) if trains else 0
-    sizes = forward_sizes(extent, shape, keeps_lse)
-    begun = _begun(problem, shape, extent, sizes, other, q.dtype, q.device)
+    begun = _begun(problem, problem.reserves.forward(keeps_lse, trains), q.dtype, q.device)
     with begun.scratch:
         for b in range(q.shape[0]):
             item = _Item(q[b], k[b], v[b], out[b], None if lse is None else lse[b])
@@ -249,7 +279,7 @@ def _forward_again(tile: Tile, item: _Item, begun: _Pass) -> None:
     tile = maskless(tile, begun.shape)
     if item.lse is not None:
         item.lse[tile.start : tile.stop].fill_(-torch.inf)
-    fresh = replace(begun, scratch=FreshScratch(item.q.device), mask=None)
+    fresh = begun._replace(scratch=FreshScratch(item.q.device), mask=None)
     _forward_tile(tile, [None] * len(tile.calls), item, fresh)
     if item.lse is not None:
         nothing = item.lse[tile.start : tile.stop]
@@ -364,17 +394,14 @@ def _backward(
         grads = kernels.backward(*heads_first, scale=problem.scale, causal=problem.shape.causal)
         dq, dk, dv = (x.transpose(1, 2) for x in grads)
         return dq, dk, dv
-    shape = problem.shape.backward()
-    extent = problem.extent(shape)
+    reserve = problem.reserves.backward()
+    shape = reserve.shape
     dq = (torch.empty if problem.covers else torch.zeros)(q.shape, dtype=q.dtype, device=q.device)
     dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
     # A CPU's fused backward gets single precision instead of 16 bits.
     wide = kernels.lse_dtype(q.dtype) if shape.widens else q.dtype
-    other = 0
-    if not problem.whole:
-        other = arena_bytes(forward_sizes(problem.extent(problem.shape), problem.shape, keeps_lse=True))
     if masks:
-        begun = _begun(problem, shape, extent, problem.backward_sizes, other, wide, q.device)
+        begun = _begun(problem, reserve, wide, q.device)
     else:
         roomy = shape._replace(chunk=max(shape.chunk, VIEWS_AT_ONCE))
         begun = _Pass(problem, roomy, FreshScratch(q.device), wide, None, {})

@@ -7,17 +7,20 @@ range by *calls*; a call is one fused SDPA over queries and keys that are *spans
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Literal
 
-from attention.sizes.shape import Span
+from attention.sizes.shape import Shape, Span
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
 
+FEW_CALLS, FEW_BLOCKS = 64, 4096
+"""Calls of a program that is kept, and blocks that they list: some tens of kilobytes."""
 Mask = Literal["none", "causal", "diagonal", "tail", "band"]
 """`none`: every query sees every key. `causal`: query t sees keys 0..t of an equally long span.
 `diagonal`: the last block of keys is the queries' own, and causal. `tail`: of a gather, positions
@@ -104,3 +107,48 @@ class Tile:
     def masks(self) -> bool:
         """Whether a kernel computes pairs that do not see each other, to hide them afterwards."""
         return any(call.mask in ("causal", "diagonal", "band") for call in self.calls)
+
+
+class Tiles:
+    """The tiles of every batch item, cut for a shape; those of a program of few calls are made once, with
+    those of its backward pass."""
+
+    def __init__(self, make: Callable[[Shape], Iterable[Tile]] | None = None) -> None:
+        """`make` makes them; None: see `made_by`."""
+        self._make = make
+        self._kept: dict[Shape, tuple[Tile, ...]] = {}
+
+    def made_by(self, make: Callable[[Shape], Iterable[Tile]]) -> Tiles:
+        """The same program, where what its tiles are made from is to hand. They share what they keep."""
+        program = Tiles(make)
+        program._kept = self._kept
+        return program
+
+    def __contains__(self, shape: Shape) -> bool:
+        """Whether it has tiles for the shape, and for its backward pass, without making them."""
+        return shape in self._kept
+
+    def __call__(self, _: int, shape: Shape) -> Iterable[Tile]:
+        tiles = self._kept.get(shape)
+        if tiles is not None:
+            return tiles
+        assert self._make is not None
+        tiles, rest = _begun(self._make(shape))
+        if _are_few(tiles):
+            backward = _begun(self._make(shape.backward()))[0]
+            if _are_few(backward):
+                self._kept[shape.backward()] = backward
+                self._kept[shape] = tiles
+        return chain(tiles, rest)
+
+
+def _begun(tiles: Iterable[Tile]) -> tuple[tuple[Tile, ...], Iterator[Tile]]:
+    """(one more tile than few programs have, the rest)."""
+    rest = iter(tiles)
+    return tuple(islice(rest, FEW_CALLS + 1)), rest
+
+
+def _are_few(tiles: tuple[Tile, ...]) -> bool:
+    calls = [call for tile in tiles for call in tile.calls]
+    blocks = sum(call.keys.blocks.size for call in calls if isinstance(call.keys, Gather))
+    return max(len(calls), len(tiles)) <= FEW_CALLS and blocks <= FEW_BLOCKS

@@ -25,14 +25,17 @@ class Scratch:
         self._pool = pool
         self._places: dict[str, tuple[int, int]] = {}
         self._last: dict[str, Tensor] = {}
+        self._arena: Tensor | None = None
+        if not any(sizes.values()):
+            return
         end = 0
         for name, nbytes in sizes.items():
             self._places[name] = (end, nbytes)
             end += -(-nbytes // ALIGNMENT) * ALIGNMENT
         assert end == arena_bytes(sizes)
-        if end and pool.keeps:
+        if pool.keeps:
             end = max(end, other)
-        self._arena = pool.take((end,), torch.uint8, device) if end else None
+        self._arena = pool.take((end,), torch.uint8, device)
 
     def get(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """An uninitialised contiguous tensor."""

@@ -3,7 +3,6 @@ into lent buffers where not."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -31,8 +30,7 @@ def rows(span: Span, x: Tensor, origin: int = 0) -> Tensor:
     return view(span, x[..., None], origin)[..., 0]
 
 
-@dataclass(frozen=True, slots=True)
-class Fetched:
+class Fetched(NamedTuple):
     """Keys and values of a call, [N, H, K, D]. `hidden` [N, 1 or H, 1, K] is minus infinity where a
     gathered position lies past the end of the sequence, else 0; None where none does. Past the end keys
     and values are zero."""

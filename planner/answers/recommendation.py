@@ -39,6 +39,8 @@ class Pick(Value):
     seconds: float
     mass: float
     layers: int | None
+    launches: int | None = None
+    """Kernels that a call launches on a GPU; see `MemoryEstimate`."""
 
 
 class Without(Value):

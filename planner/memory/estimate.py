@@ -23,6 +23,7 @@ from planner.memory.allocator_settings import AllocatorSettings
 from planner.memory.cuda_process import Display
 from planner.memory.dispatch import kernel_of, plan_of
 from planner.memory.dry_runs import dry_bound
+from planner.memory.launches import launches_of
 from planner.memory.machines import Cpu, Cuda, Machine, this_cpu, units_of
 from planner.memory.table import COMPONENTS, Plan
 from planner.workload import Dtype, Workload
@@ -83,6 +84,11 @@ class MemoryEstimate(Value):
     """Remarks on these figures."""
     kernel: str = ""
     """The kernel that computes the attention, in how many calls, and why."""
+    launches: int | None = None
+    """Kernels that the attention launches on a GPU, in training with its backward; None where nobody counted
+    them."""
+    launches_are_exact: bool = True
+    """Whether each of them is counted; otherwise it is about as many."""
 
 
 def estimate(
@@ -204,6 +210,7 @@ def _on_gpu(
     components = plan.components(at)
     components["context"] = context
     kernel = kernel_of(config, workload, machine)
+    launches = launches_of(config, workload, machine)
     named = tuple(
         Line(name=line.name, component=line.component, bytes=int(line.bytes), source=line.source)
         for line in outside
@@ -224,6 +231,8 @@ def _on_gpu(
         lines=_lines(plan, at) + named,
         notes=bound.notes + (CUDNN_NOTES if kernel.kernel == "cudnn" else ()),
         kernel=str(kernel),
+        launches=None if launches is None else int(launches.number),
+        launches_are_exact=launches is None or launches.exact,
     )
 
 

@@ -36,6 +36,7 @@ def pick(point: Point, role: Role = "") -> Pick:
         seconds=point.seconds,
         mass=point.mass,
         layers=point.layers,
+        launches=point.memory.launches,
     )
 
 

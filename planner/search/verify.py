@@ -31,6 +31,7 @@ def verify(
         seconds=recommendation.seconds,
         mass=recommendation.quality.mass,
         layers=recommendation.quality.layers,
+        launches=recommendation.memory.launches,
     )
     different = {pick.config: pick for pick in reversed((answer, *recommendation.alternatives))}
     results = []

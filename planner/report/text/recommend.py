@@ -114,8 +114,17 @@ def _picks(picks: Sequence[Pick]) -> list[str]:
         ("time", [seconds(pick.seconds) for pick in picks]),
         ("mass", [f"{pick.mass:.1%}" for pick in picks]),
         ("layers", [str(pick.layers) if pick.layers else "never" for pick in picks]),
+        *_launches(picks),
     ]
     return [f"{name:<{NAME}}" + "".join(f"{cell:<22.21}" for cell in cells).rstrip() for name, cells in rows]
+
+
+def _launches(picks: Sequence[Pick]) -> Iterator[tuple[str, list[str]]]:
+    """A row where any pick is for a GPU and has its kernels counted."""
+    if any(pick.launches is not None for pick in picks):
+        counts = [pick.launches for pick in picks]
+        cells = ["-" if count is None else f"{count:,} kernel{'s' * (count != 1)}" for count in counts]
+        yield "launches", cells
 
 
 def _dimensions(picks: Sequence[Pick]) -> Iterator[tuple[str, list[str]]]:
