@@ -14,7 +14,7 @@ from attention.sizes.arrays import Amount, any_of, lcm, maximum, minimum, where
 from attention.sizes.row_bounds import Rows
 from attention.sizes.shape import WIDE, Shape
 from attention.sizes.token_tiles import TokenRows, TokenWindow, token_rows
-from attention.sizes.whole_calls import WholeCall, backward_cut, forward_cut
+from attention.sizes.whole_calls import WholeCall, backward_cut, by_cudnn, forward_cut
 from planner.speed.row_runs import Run, rounded_up
 
 
@@ -42,6 +42,8 @@ class Calls(NamedTuple):
     summed: Amount = 0
     """Of a call that the kernel gets as it is in backward: its rows of dk, of which as many are of dv, that
     are added to what is there."""
+    faster: Amount = 1
+    """Times as fast as its kernel another one is that runs it."""
 
 
 class Program(NamedTuple):
@@ -57,10 +59,16 @@ def whole(shape: Shape, batch: int) -> Program:
 
 
 def whole_calls(
-    calls: Sequence[WholeCall], shape: Shape, batch: int, kernel_keys: int, *, backward: bool
+    calls: Sequence[WholeCall],
+    shape: Shape,
+    batch: int,
+    kernel_keys: int,
+    *,
+    backward: bool,
+    cudnn_faster: float = 1,
 ) -> Program:
     """Calls over the whole sequence by the kernel's own masks; `kernel_keys`: those that it takes at a
-    time. See `attention/ops/whole_calls.py`."""
+    time; `cudnn_faster`: times as fast as flash attention cuDNN's is. See `attention/ops/whole_calls.py`."""
     kinds = []
     for call in calls:
         cut = (backward_cut if backward else forward_cut)(call, shape)
@@ -81,6 +89,7 @@ def whole_calls(
                 causal=(call.left is None and call.right is not None) * 1,
                 later=int(not call.first),
                 summed=(1 - call.covers(shape)) * views * keys * kv_heads / parts,
+                faster=1 + (cudnn_faster - 1) * by_cudnn(call, shape),
             )
         )
     return Program(kinds, 0)
