@@ -61,7 +61,7 @@ def machine_of(measurement: Measurement) -> Machine:
         here = this_cpu(measurement.workload.dtype)
         units = here.units if where.capability is None else units_of(where.capability)
         return replace(here, threads=where.threads or here.threads, units=units)
-    return Cuda(gpus.find(where.device or "").capability)
+    return Cuda(gpus.find(where.device or "").capability, cudnn=where.kernel == "cudnn")
 
 
 STEPS: Final[tuple[Literal["forward", "backward"], ...]] = ("forward", "backward")

@@ -31,8 +31,8 @@ from planner.workload import Dtype, Workload
 SCHEMA_VERSION: Final = 1
 CUDNN_NOTES: Final = (
     "the memory of cuDNN's attention is planned as that of flash attention, which runs where torch does not "
-    "take it, and an allowance; its seconds are predicted as flash attention's, which is slower; nobody has "
-    "measured either",
+    "take it, and an allowance; its seconds are predicted as flash attention's by a factor from published "
+    "measurements; nobody has measured either here",
 )
 MULTIPROCESSORS: Final = 148
 """Of cards of which the number is not known, all of them large: as a B200 has."""

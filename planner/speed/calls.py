@@ -22,7 +22,7 @@ from attention.sizes.row_bounds import Rows
 from attention.sizes.shape import WIDE, Shape
 from attention.sizes.tiles import grouped_heads
 from attention.sizes.token_tiles import TokenRows, TokenWindow, token_rows
-from attention.sizes.whole_calls import CallPart, WholeCall, forward_cut
+from attention.sizes.whole_calls import CallPart, WholeCall, by_cudnn, forward_cut
 from planner.speed.row_runs import Run, rounded_up
 
 
@@ -52,6 +52,8 @@ class Calls(NamedTuple):
     summed: Amount = 0
     """Of a call that the kernel gets as it is in backward: its rows of dk, of which as many are of dv, that
     are added to what is there."""
+    faster: Amount = 1
+    """Times as fast as its kernel another one is that runs it."""
 
     @property
     def kv_heads(self) -> Amount:
@@ -79,9 +81,11 @@ def whole_calls(
     batch: int,
     kernel_keys: int,
     cut_of: Callable[[WholeCall, Shape], CallPart],
+    cudnn_faster: float = 1,
 ) -> Program:
     """Calls over the whole sequence by the kernel's own masks; `kernel_keys`: those that it takes at a
-    time; `cut_of`: how calls are cut in this pass. See `attention/ops/whole_calls.py`."""
+    time; `cut_of`: how calls are cut in this pass; `cudnn_faster`: times as fast as flash attention cuDNN's
+    is. See `attention/ops/whole_calls.py`."""
     kinds = []
     for call in calls:
         cut = cut_of(call, shape)
@@ -103,6 +107,7 @@ def whole_calls(
                 causal=(call.left is None and call.right is not None) * 1,
                 later=int(not call.first),
                 summed=(1 - call.covers(shape)) * views * keys * kv_heads / parts,
+                faster=1 + (cudnn_faster - 1) * by_cudnn(call, shape),
             )
         )
     return Program(kinds, 0)

@@ -12,6 +12,7 @@ seconds(columns, workload, machine, rates)
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from attention.sizes.arrays import Amount, Floats
 from planner.calibration import Costs, Rates
 from planner.configs import Columns, columns_of
 from planner.memory.dispatch import goes_apart
-from planner.memory.machines import Cpu, Machine
+from planner.memory.machines import Cpu, Cuda, Machine
 from planner.speed.rates import HOST, default_rates
 from planner.speed.work import Kernel, Totals, Work, cpu_kernel, gpu_kernel, work_of
 from planner.workload import Workload
@@ -92,7 +93,9 @@ def _pass(total: Totals, costs: Costs, rates: Rates) -> Amount:
 
 
 def _light(columns: Columns, workload: Workload, machine: Machine, rates: Rates, apart: bool) -> Amount:
-    # With one worker none is idle.
+    # With one worker none is idle, and every kernel has as much to compute.
+    if isinstance(machine, Cuda):
+        machine = replace(machine, cudnn=False)
     work: Work = work_of(columns, workload, machine, kernel_of(rates)._replace(workers=1), apart=apart)
     computing = 4 * (work.forward["work"] + work.forward["flex"]) / rates.peak[workload.dtype]
     nbytes = work.forward["tokens"] * workload.itemsize

@@ -19,7 +19,7 @@ from attention.sizes.shape import Shape
 from attention.sizes.whole_calls import backward_cut, forward_cut
 from planner.configs import Columns
 from planner.memory.dispatch import calls_of, lists_of, shape_of, window_of
-from planner.memory.machines import Machine
+from planner.memory.machines import Cuda, Machine
 from planner.speed import calls
 from planner.speed.calls import Calls, Program
 from planner.speed.row_runs import Run, rounded_down, rounded_up, runs_of
@@ -29,6 +29,12 @@ FLEX_TILE: Final = 64
 """Tokens a block with which FlexAttention reaches half of its rate. Assumption: tiles of fewer tokens fill
 matrix units less. Compiled for a CPU in bfloat16 it is steeper: 204, 311, 468 GFLOP/s at 64, 128, 256."""
 
+CUDNN_FASTER: Final = {9: 1.5, 10: 3.0}
+"""Times as fast as flash attention cuDNN's is, by the major of the card's capability: medians of published
+measurements, forward and backward, are 1.3 with 64 channels and 1.7 with 128 on Hopper, 3.1 with 128 on a
+GB200 (benchmark/sdpa_benchmark_training of NVIDIA/cudnn-frontend, over those of FlashAttention-2). Not
+measured here."""
+
 NAMES: Final = (
     "work", "pairs", "keys", "queries", "merged", "summed", "gathered", "widened", "launches", "gathers",
     "tiles", "tokens", "matmul", "scored", "ranked", "gated", "gates", "flex", "passes",
@@ -36,7 +42,8 @@ NAMES: Final = (
 """Names of the totals. Numbers are of the tensors' type unless it says otherwise.
 
 `work`: N H T K D, a multiply-add forward for q k^T and one for the weighted sum, what idle workers could
-have done included. `pairs`: N H T K, likewise. `keys`: N H K D for each block of queries that reads them.
+have done included, and of cuDNN's calls as much as flash attention does in their time. `pairs`: N H T K,
+likewise. `keys`: N H K D for each block of queries that reads them.
 `queries`: N H T D for each block of keys that updates them. `merged`: numbers of out that are merged into
 earlier parts. `summed`: numbers of dk, and as many of dv, added to what is there. `gathered`: numbers of k,
 and as many of v, copied by list. `widened`: numbers converted to single precision. `launches`: kernel calls.
@@ -190,7 +197,7 @@ def _add_kernel(
         halves = full * (full + 1) / 2 * kernel.key_block**2 + (keys - full * kernel.key_block) * keys
         visible = where(call.causal, halves / keys, keys)
     idle = rounded_up(items, kernel.workers) * kernel.workers / items
-    pairs = launches * lanes * call.queries * visible * idle
+    pairs = launches * lanes * call.queries * visible * idle / call.faster
     total["work"] = total["work"] + pairs * dim
     total["pairs"] = total["pairs"] + pairs
     total["keys"] = total["keys"] + launches * lanes * blocks * visible * dim
@@ -220,7 +227,8 @@ def work_of(columns: Columns, workload: Workload, machine: Machine, kernel: Kern
     untyped: Any = columns
     shape = shape_of(columns, workload, machine)
     outer, trains = columns.multihead, workload.mode == "training"
-    program, once = _program(columns, shape, apart, workload.batch, kernel)
+    faster = CUDNN_FASTER.get(machine.capability[0], 1.0) if isinstance(machine, Cuda) else 1.0
+    program, once = _program(columns, shape, apart, workload.batch, kernel, faster)
     total = forward(program.calls, program.tiles, shape, kernel)
     _beside(total, columns, shape, 1, apart)
     again = trains and outer is not None and outer.checkpoint  # the forward runs once more
@@ -228,7 +236,9 @@ def work_of(columns: Columns, workload: Workload, machine: Machine, kernel: Kern
     if not trains:
         return Work(ahead, None)
     back = shape.backward()
-    program, once = _program(columns, back, apart and not shape.widens, workload.batch, kernel, backward=True)
+    program, once = _program(
+        columns, back, apart and not shape.widens, workload.batch, kernel, faster, backward=True
+    )
     few = calls_of(columns, shape) is not None or lists_of(columns, shape) is not None
     total = backward(program.calls, program.tiles, back, kernel, whole=once or few)
     _beside(total, columns, shape, 2, apart)
@@ -243,14 +253,21 @@ def work_of(columns: Columns, workload: Workload, machine: Machine, kernel: Kern
 
 
 def _program(
-    columns: Columns, shape: Shape, apart: bool, batch: int, kernel: Kernel, *, backward: bool = False
+    columns: Columns,
+    shape: Shape,
+    apart: bool,
+    batch: int,
+    kernel: Kernel,
+    cudnn_faster: float,
+    *,
+    backward: bool = False,
 ) -> tuple[Program, bool]:
     """The program of a pass, and whether it takes the whole batch at once."""
     untyped: Any = columns
     parts = None if apart else calls_of(columns, shape)
     if parts is not None:
         cut_of = backward_cut if backward else forward_cut
-        return calls.whole_calls(parts, shape, batch, kernel.key_block, cut_of), False
+        return calls.whole_calls(parts, shape, batch, kernel.key_block, cut_of, cudnn_faster), False
     lists = None if apart else lists_of(columns, shape)
     if columns.variant == "adaptive":
         rows = columns.rows(shape.causal)

@@ -15,7 +15,7 @@ from attention.config import AttentionConfig
 from attention.errors import ConfigError
 from planner import gpus
 from planner.calibration import Rates
-from planner.configs import Columns
+from planner.configs import Columns, columns_of
 from planner.fitting.speed_runs import KINDS, timing_samples
 from planner.memory.machines import Cpu, Cuda
 from planner.speed.rates import NOT_MEASURED, default_cpu_rates, default_rates
@@ -186,6 +186,17 @@ def test_utilisation_is_a_share(place):
     for mode, columns in product(get_args(Mode), several()):
         found = utilisation(columns, Workload(seq=1, mode=mode), *place)
         assert ((found > 0) & (found < 1.05)).all()
+
+
+def test_utilisation_does_not_count_what_cudnn_saves():
+    gpu = gpus.find("h100-sxm")
+    dense, workload = columns_of(AttentionConfig(variant="dense"), 8192), Workload(seq=1, dtype="bfloat16")
+    machines = [Cuda(gpu.capability, cudnn=cudnn) for cudnn in (False, True)]
+    rates = default_rates(gpu)
+    flash, cudnn = (utilisation(dense, workload, machine, rates) for machine in machines)
+    assert flash < cudnn < 1
+    quicker = seconds(dense, workload, machines[0], rates) / seconds(dense, workload, machines[1], rates)
+    assert cudnn / flash == pytest.approx(quicker)
 
 
 def test_rates_of_the_other_kind_of_device_are_refused():

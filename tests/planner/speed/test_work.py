@@ -215,3 +215,19 @@ def test_a_checkpoint_runs_the_forward_twice():
     assert totals[1].forward["work"] == 2 * totals[0].forward["work"]
     assert totals[1].backward == totals[0].backward
     assert totals[0].forward["matmul"] == 256 * 512 * 512 * 4
+
+
+@pytest.mark.parametrize("capability, faster", [((9, 0), 1.5), ((10, 3), 3.0), ((8, 0), 1.0), ((12, 0), 1.0)])
+def test_cudnns_calls_count_what_flash_attention_does_in_their_time(capability, faster):
+    workload = Workload(seq=1, heads=8, kv_heads=2, dtype="bfloat16", mode="training", causal=True)
+    window = Columns("block_sparse", "local_window", seq=4096, block_size=64, window=512)
+    several = np.array([256, 4096])
+    for columns, ratio in ((Columns("dense", seq=several), np.array([1.0, faster])), (window, 1.0)):
+        flash, here = (
+            work_of(columns, workload, Cuda(capability, cudnn=cudnn), gpu_kernel(100), apart=False)
+            for cudnn in (False, True)
+        )
+        for one, other in ((flash.forward, here.forward), (flash.backward, here.backward)):
+            for name in NAMES:
+                expected = np.asarray(one[name]) / (ratio if name in ("work", "pairs") else 1)
+                np.testing.assert_allclose(other[name], expected, err_msg=name)
