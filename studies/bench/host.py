@@ -28,9 +28,9 @@ from attention.config import AdaptiveConfig, AttentionConfig, SparsePatternConfi
 
 SIZES: Final = ((16, 2, 8), (128, 8, 64))
 """(tokens, heads, channels): one in which the kernel takes hardly any time, and one of a small model."""
-CALLS: Final = 25
+CALLS: Final = 10
 """Of a block."""
-ROUNDS: Final = 200
+ROUNDS: Final = 100
 
 
 class HostTime(NamedTuple):
@@ -51,7 +51,7 @@ def configs(tokens: int, heads: int, channels: int) -> dict[str, AttentionConfig
     block = tokens // 4
 
     def pattern(kind: Any, size: int, **fields: Any) -> AttentionConfig:
-        branches = {"segment_lengths": (tokens // 2, tokens), "dilation_rates": (1, 2)}
+        branches: dict[str, Any] = {"segment_lengths": (tokens // 2, tokens), "dilation_rates": (1, 2)}
         return AttentionConfig(
             variant="block_sparse",
             pattern=SparsePatternConfig(pattern_type=kind, block_size=size, **fields),
