@@ -7,6 +7,7 @@ place. Nothing else is held: no arena, no masks, no sums in single precision bes
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -41,7 +42,7 @@ def forward(
             lse.fill_(-torch.inf)
     for call in calls:
         for b in range(q.shape[0]):
-            for queries, keys in _parts(call, shape, forward_cut(call, shape)):
+            for queries, keys in _forward_parts(call, shape):
                 part, part_lse = kernels.windowed(
                     view(queries, q[b]),
                     view(keys, k[b]),
@@ -75,6 +76,16 @@ def _segments(x: Tensor, views: int) -> Tensor:
     if views > 1:
         x = x.unflatten(1, (views, -1)).flatten(0, 1)
     return x.transpose(1, 2)
+
+
+@lru_cache(maxsize=64)
+def _forward_parts(call: WholeCall, shape: Shape) -> tuple[_Part, ...]:
+    return tuple(_parts(call, shape, forward_cut(call, shape)))
+
+
+@lru_cache(maxsize=64)
+def _backward_parts(call: WholeCall, shape: Shape) -> tuple[_Part, ...]:
+    return tuple(_parts(call, shape, backward_cut(call, shape)))
 
 
 def _parts(call: WholeCall, shape: Shape, cut: CallPart) -> Iterator[_Part]:
@@ -140,7 +151,7 @@ def backward(
     for call in calls:
         sets_keys = call.covers(shape)
         for b in range(q.shape[0]):
-            for queries, keys in _parts(call, shape, backward_cut(call, shape)):
+            for queries, keys in _backward_parts(call, shape):
                 part_dq, part_dk, part_dv = kernels.windowed_backward(
                     view(queries, grad[b]),
                     view(queries, q[b]),
