@@ -7,6 +7,7 @@ place. Nothing else is held: no arena, no masks, no sums in single precision bes
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -41,7 +42,7 @@ def forward(
             lse.fill_(-torch.inf)
     for call in calls:
         for b in range(q.shape[0]):
-            for queries, keys in _parts(call, shape, forward_cut(call, shape)):
+            for queries, keys in _listed_parts(call, shape, forward_cut(call, shape)):
                 part, part_lse = _kernel(call, shape)(
                     view(queries, q[b]),
                     view(keys, k[b]),
@@ -86,6 +87,11 @@ def _segments(x: Tensor, views: int) -> Tensor:
     if views > 1:
         x = x.unflatten(1, (views, -1)).flatten(0, 1)
     return x.transpose(1, 2)
+
+
+@lru_cache(maxsize=128)
+def _listed_parts(call: WholeCall, shape: Shape, cut: CallPart) -> tuple[_Part, ...]:
+    return tuple(_parts(call, shape, cut))
 
 
 def _parts(call: WholeCall, shape: Shape, cut: CallPart) -> Iterator[_Part]:
@@ -155,7 +161,7 @@ def backward(
     for call in calls:
         sets_keys = call.covers(shape)
         for b in range(q.shape[0]):
-            for queries, keys in _parts(call, shape, cut_of(call, shape)):
+            for queries, keys in _listed_parts(call, shape, cut_of(call, shape)):
                 part_dq, part_dk, part_dv = _backward_kernel(call, shape)(
                     view(queries, grad[b]),
                     view(queries, q[b]),

@@ -87,8 +87,6 @@ class MemoryEstimate(Value):
     launches: int | None = None
     """Kernels that the attention launches on a GPU, in training with its backward; None where nobody counted
     them."""
-    launches_are_exact: bool = True
-    """Whether each of them is counted; otherwise it is about as many."""
 
 
 def estimate(
@@ -232,7 +230,6 @@ def _on_gpu(
         notes=bound.notes + (CUDNN_NOTES if kernel.kernel == "cudnn" else ()),
         kernel=str(kernel),
         launches=None if launches is None else int(launches.number),
-        launches_are_exact=launches is None or launches.exact,
     )
 
 

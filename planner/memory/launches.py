@@ -3,7 +3,7 @@
 Of an attention of whole calls every kernel is counted: those that multiply queries and keys, and what stands
 beside them in `attention/ops/whole_calls.py` and `attention/ops/kernels.py`. Held against what dry runs
 launch, whose host code is torch's own (tests/planner/memory/test_launches.py). Copies of what lies in one
-piece are none: the card's copy engine does them. Of a program of tiles the number is about.
+piece are none: the card's copy engine does them.
 """
 
 from __future__ import annotations
@@ -37,8 +37,6 @@ class Launches(NamedTuple):
     """0 in inference. What a checkpoint computes again is among it."""
     attention: Count
     """Those of both that multiply queries and keys."""
-    exact: bool
-    """Whether each is counted; otherwise it is about as many."""
 
     @property
     def number(self) -> Count:
@@ -47,28 +45,23 @@ class Launches(NamedTuple):
 
 
 def launches(columns: Columns, workload: Workload, machine: Machine) -> Launches | None:
-    """Of candidates of which `goes_apart` holds for all or for none; `workload.seq` is not read. None on a
-    CPU, and where nobody counted them: of weights, and of lists of blocks beside flash attention."""
+    """Of candidates of which `goes_apart` holds for all or for none; `workload.seq` is not read. None where
+    nobody counted them: on a CPU, of weights, and of what is no whole calls but tiles, plain products or
+    compiled FlexAttention."""
     if not isinstance(machine, Cuda) or workload.weights:
         return None
-    apart = bool(goes_apart(columns, workload, machine))
-    shape = shape_of(columns, workload, machine)
-    calls = None if apart else calls_of(columns, shape)
-    trains = workload.mode == "training"
-    if calls is None:
-        passes = _about(columns, workload, machine, apart)
-    else:
-        passes = _whole_calls(calls, shape, workload.batch, machine)
-    if passes is None:
+    if any_of(goes_apart(columns, workload, machine)):
         return None
-    ahead, behind = passes
-    if not trains:
-        behind = Pass(0, 0)
+    shape = shape_of(columns, workload, machine)
+    calls = calls_of(columns, shape)
+    if calls is None:
+        return None
+    ahead, behind = _whole_calls(calls, shape, workload.batch, machine)
+    if workload.mode != "training":
+        behind = Pass(0 * behind.kernels, 0)
     elif columns.multihead is not None and columns.multihead.checkpoint:
-        behind = Pass(behind.kernels + ahead.kernels, behind.attention + ahead.attention)
-    return Launches(
-        ahead.kernels, behind.kernels, ahead.attention + behind.attention, exact=calls is not None
-    )
+        behind = _sum(behind, ahead, 1)
+    return Launches(ahead.kernels, behind.kernels, ahead.attention + behind.attention)
 
 
 def launches_of(config: AttentionConfig, workload: Workload, machine: Machine) -> Launches | None:
@@ -315,8 +308,3 @@ def _pieces(nbytes: Count) -> Count:
 
 def _sum(total: Pass, more: Pass, times: Count) -> Pass:
     return Pass(total.kernels + more.kernels * times, total.attention + more.attention * times)
-
-
-def _about(columns: Columns, workload: Workload, card: Cuda, apart: bool) -> tuple[Pass, Pass] | None:
-    """Of FlexAttention, of plain products and of tiles, from the calls that the speed model counts."""
-    return None

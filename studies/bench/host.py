@@ -28,9 +28,9 @@ from attention.config import AdaptiveConfig, AttentionConfig, SparsePatternConfi
 
 SIZES: Final = ((16, 2, 8), (128, 8, 64))
 """(tokens, heads, channels): one in which the kernel takes hardly any time, and one of a small model."""
-CALLS: Final = 25
+CALLS: Final = 10
 """Of a block."""
-ROUNDS: Final = 200
+ROUNDS: Final = 100
 
 
 class HostTime(NamedTuple):

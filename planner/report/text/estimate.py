@@ -92,16 +92,13 @@ def _figures(estimate: MemoryEstimate) -> list[tuple[str, str]]:
     if kernel:
         rows += [("kernel", kernel), ("", why)]
     if estimate.launches is not None:
-        rows.append(("launches", launches(estimate)))
+        rows.append(("launches", launches(estimate.launches)))
     return rows
 
 
-def launches(estimate: MemoryEstimate) -> str:
-    """The kernels that a call launches, as `312 kernels`; empty where nobody counted them."""
-    if estimate.launches is None:
-        return ""
-    about = "" if estimate.launches_are_exact else "about "
-    return f"{about}{estimate.launches:,} kernel{'s' * (estimate.launches != 1)}"
+def launches(count: int) -> str:
+    """The kernels that a call launches, as `312 kernels`."""
+    return f"{count:,} kernel{'s' * (count != 1)}"
 
 
 def _budget(estimate: MemoryEstimate, budget: int | None) -> list[tuple[str, str]]:

@@ -9,7 +9,7 @@ from attention.config import MIB, AttentionConfig
 from planner.answers.recommendation import Pick, Recommendation, Step, Why, Without
 from planner.question.dimensions import attention_kind
 from planner.report.text import words
-from planner.report.text.estimate import WIDTH, label, waterfall, wrapped
+from planner.report.text.estimate import WIDTH, label, launches, waterfall, wrapped
 from planner.report.text.snippet import snippet
 from planner.units import format_bytes
 
@@ -122,9 +122,7 @@ def _picks(picks: Sequence[Pick]) -> list[str]:
 def _launches(picks: Sequence[Pick]) -> Iterator[tuple[str, list[str]]]:
     """A row where any pick is for a GPU and has its kernels counted."""
     if any(pick.launches is not None for pick in picks):
-        counts = [pick.launches for pick in picks]
-        cells = ["-" if count is None else f"{count:,} kernel{'s' * (count != 1)}" for count in counts]
-        yield "launches", cells
+        yield "launches", ["-" if pick.launches is None else launches(pick.launches) for pick in picks]
 
 
 def _dimensions(picks: Sequence[Pick]) -> Iterator[tuple[str, list[str]]]:
