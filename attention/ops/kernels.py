@@ -64,7 +64,7 @@ def matrix_unit(dtype: torch.dtype) -> bool:
 
 def choose(x: Tensor, biased: bool) -> str:
     """Name of the kernel for tensors like `x`."""
-    if x.is_cpu or x.device.type == "cpu":  # asked of every call: the first is the faster
+    if x.device.type == "cpu":
         return "cpu"
     if x.device.type != "cuda":
         raise UnavailableError(

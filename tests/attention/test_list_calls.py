@@ -106,3 +106,24 @@ def test_a_scorer_learns_as_from_tiles(seq, causal):
         expected = gradients()
     with flash_attention():
         torch.testing.assert_close(gradients(), expected, rtol=0, atol=1e-12)
+
+
+@causal_or_not
+def test_inputs_that_lie_otherwise_are_taken(causal):
+    q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in qkv(50, batch=2, kv_heads=2))
+    for name in ("dilated_sparse-3", "adaptive"):
+        with flash_attention():
+            check_float64(module_of(LISTS[name]), q, k, v, causal)
+
+
+def test_the_result_is_the_same_each_time():
+    config = LISTS["dilated_sparse-3"]
+    inputs = qkv(64, kv_heads=2, dtype=torch.bfloat16)
+
+    def run() -> list[torch.Tensor]:
+        q, k, v = (x.clone().requires_grad_() for x in inputs)
+        out = module_of(config)(q, k, v, is_causal=True)
+        return [out, *torch.autograd.grad(out.square().sum(), (q, k, v))]
+
+    with flash_attention():
+        assert all(torch.equal(x, y) for x, y in zip(run(), run(), strict=True))

@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 from edges import WINDOWED, by_token
 
-from attention import AttentionConfig, MultiheadConfig, block_sparse, dilated, token_window
+from attention import (
+    AdaptiveConfig,
+    AttentionConfig,
+    MultiheadConfig,
+    SparsePatternConfig,
+    block_sparse,
+    dilated,
+    token_window,
+)
 from attention.block_sparse import chosen_tiles
 from attention.layout import build_layout, row_blocks
 from attention.ops.program import Gather
@@ -19,7 +27,7 @@ from attention.sizes.tiles import sparse_extent
 from attention.sizes.token_tiles import token_window_of
 from planner.configs import Columns, columns_of
 from planner.fitting.speed_runs import timing_samples
-from planner.memory.dispatch import goes_apart, shape_of
+from planner.memory.dispatch import goes_apart, kernel_of, shape_of
 from planner.memory.machines import Cpu, Cuda
 from planner.speed.calls import Calls
 from planner.speed.rates import default_cpu_rates
@@ -231,3 +239,21 @@ def test_cudnns_calls_count_what_flash_attention_does_in_their_time(capability, 
             for name in NAMES:
                 expected = np.asarray(one[name]) / (ratio if name in ("work", "pairs") else 1)
                 np.testing.assert_allclose(other[name], expected, err_msg=name)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("variant", ["block_sparse", "adaptive"])
+def test_lists_on_a_gpu_are_the_calls_that_the_kernel_choice_counts(variant, causal):
+    pattern = SparsePatternConfig(pattern_type="dilated_sparse", block_size=64, sparsity_ratio=0.1)
+    fields = {"segment_lengths": (2048, 16384), "dilation_rates": (1, 4)}
+    if variant == "adaptive":
+        fields = {"adaptive": AdaptiveConfig(num_heads=8, head_dim=64)}
+    config = AttentionConfig(variant=variant, pattern=pattern, backend="sdpa", **fields)
+    machine = Cuda((8, 0))
+    for seq in (1000, 16384, 65_500):
+        workload = Workload(seq=seq, kv_heads=2, causal=causal, mode="training", dtype="bfloat16")
+        work = work_of(columns_of(config, seq), workload, machine, gpu_kernel(108), apart=False)
+        assert work.forward["launches"] == kernel_of(config, workload, machine).calls
+        for total in (work.forward, work.backward):
+            assert total["gathers"] <= total["launches"]
+            assert total["gathered"] > 0
