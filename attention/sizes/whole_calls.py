@@ -36,8 +36,6 @@ LEAST_SLICE = 1024
 """Queries that are cut off at least."""
 REVERSED = 4
 """Times what a part returns that it takes with operands in reverse order."""
-BACKWARD_WORKSPACES = 96
-"""The most workspaces that the gradients of a part and its scratch take, where one kv head's do."""
 PART_SHARE, PART_WORKSPACES = 32, 3
 """What a part returns takes at most one part in so many of q, k, v and out, and so many workspaces."""
 
@@ -398,8 +396,7 @@ def forward_cut(call: WholeCall, shape: Shape) -> CallPart:
 
 def backward_cut(call: WholeCall, shape: Shape) -> CallPart:
     """Parts whose scratch, and gradients and copies of operands where those are not the results and operands
-    themselves, take no more than q, k, v and out of a batch item, nor than so many workspaces: a smaller
-    workspace takes less, in more calls."""
+    themselves, take no more than q, k, v and out of a batch item."""
     heads, kv_heads, dim = call.heads(shape), call.kv_heads(shape), up(shape.head_dim, CHANNELS)
     e = shape.itemsize
     sums = SINGLE * call.queries * heads * up(shape.head_dim, 32)
@@ -408,8 +405,7 @@ def backward_cut(call: WholeCall, shape: Shape) -> CallPart:
     others = (3 * call.queries * heads + 2 * call.keys * kv_heads) * dim * e
     others = others * (2 if call.reverses(shape) else 1)
     a_view = sums + apart + others * (1 - call.covers(shape))
-    room = minimum(maximum(shape.workspace, _floor(shape)), BACKWARD_WORKSPACES * shape.workspace)
-    return _cut(call, shape, a_view, room)
+    return _cut(call, shape, a_view, maximum(shape.workspace, _floor(shape)))
 
 
 def _cut(call: WholeCall, shape: Shape, a_view: Count, room: Count) -> CallPart:
