@@ -222,15 +222,9 @@ def windowed(
 ) -> tuple[Tensor, Tensor]:
     """Attention of q [N, H, T, D] over k and v [N, G, K, D], G dividing H, as (out, lse): a query at place t
     sees keys from t + K - T - `left` to t + K - T + `right`, from the first or to the last for None. What a
-    kernel takes of that says `windows_of`; one that takes nothing behind a query takes what is from its place
-    on, of equally many queries and keys, in reverse order."""
+    kernel takes of that says `windows_of`."""
     dim, queries = q.shape[-1], q.shape[2]
     kernel = choose(q, biased=False)
-    if kernel == "efficient" and right is None and left is not None:
-        q, k, v = (x.flip(2) for x in (q, k, v))
-        out, lse = windowed(q, k, v, scale=scale, left=None, right=left)
-        del q, k, v  # before the results are turned round
-        return out.flip(2), lse.flip(2)
     q, k, v = (_aligned_channels(x.transpose(1, 2)) for x in (q, k, v))
     if kernel == "flash":
         out, lse = aten._flash_attention_forward(
@@ -271,12 +265,6 @@ def windowed_backward(
     """(dq, dk, dv) of `windowed`, for out and lse of the whole row."""
     dim = q.shape[-1]
     kernel = choose(q, biased=False)
-    if kernel == "efficient" and right is None and left is not None:
-        grad, q, k, v, out, lse = (x.flip(2) for x in (grad, q, k, v, out, lse))
-        grads = windowed_backward(grad, q, k, v, out, lse, scale=scale, left=None, right=left)
-        del grad, q, k, v, out, lse
-        dq, dk, dv = (x.flip(2) for x in grads)
-        return dq, dk, dv
     grad, q, k, v, out = (_aligned_channels(x.transpose(1, 2)) for x in (grad, q, k, v, out))
     if kernel == "flash":
         rng = torch.empty(2, dtype=torch.uint64, device=q.device)  # of dropout: nothing reads it

@@ -78,21 +78,19 @@ def _segments(x: Tensor, views: int) -> Tensor:
 
 
 def _parts(call: WholeCall, shape: Shape, cut: CallPart) -> Iterator[_Part]:
-    """The call's kernel calls: some views, some kv heads and the query heads that read them, some queries."""
+    """The call's kernel calls: some views, and some kv heads with the query heads that read them."""
     for queries, keys in call.spans(shape):
         repeat = queries.heads // keys.heads
         for begin in range(0, queries.batch, cut.views):
             end = min(begin + cut.views, queries.batch)
             for first in range(0, keys.heads, cut.kv_heads):
                 count = min(cut.kv_heads, keys.heads - first)
-                some = queries.pick(begin, end)._replace(
-                    head=queries.head + first * repeat * queries.head_step, heads=count * repeat
+                yield _Part(
+                    queries.pick(begin, end)._replace(
+                        head=queries.head + first * repeat * queries.head_step, heads=count * repeat
+                    ),
+                    keys.pick(begin, end)._replace(head=keys.head + first * keys.head_step, heads=count),
                 )
-                of_keys = keys.pick(begin, end)._replace(head=keys.head + first * keys.head_step, heads=count)
-                if cut.queries >= queries.length:
-                    yield _Part(some, of_keys)
-                else:
-                    yield from (_Part(*both) for both in call.slices(some, of_keys, cut.queries))
 
 
 def _merge(total: Tensor, total_lse: Tensor, part: Tensor, part_lse: Tensor) -> None:

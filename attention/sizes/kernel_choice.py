@@ -83,6 +83,5 @@ def _calls(config: AttentionConfig, shape: Shape) -> int | None:
         if call.exists:
             cut = forward_cut(call, shape)
             for queries, keys in call.spans(shape):
-                slices = -(-queries.length // min(cut.queries, queries.length))
-                total += -(-queries.batch // cut.views) * -(-keys.heads // cut.kv_heads) * slices
+                total += -(-queries.batch // cut.views) * -(-keys.heads // cut.kv_heads)
     return total

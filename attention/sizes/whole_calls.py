@@ -2,15 +2,12 @@
 
 Flash attention on CUDA takes fewer kv heads than heads, a causal mask aligned to the end, and a window of so
 many tokens before and behind a query; the efficient kernel, where there is no flash attention, a window
-before it, of as many kv heads as heads. What is no window of its own is put together from few of them:
+before it. What is no window of its own is put together from few of them:
 
 * Dense attention is one call, and a dilated branch one for each offset, over views of its segments.
 * A window whose edges are blocks of b tokens is one of w b tokens, and for each block a triangle: the query
   at place t of its block also sees the first t tokens of the block w before, and where nothing is causal, of
   the block w behind all but the first t + 1. The triangles of all blocks are one call over views.
-* A window of s tokens before and s behind is, where a kernel takes none behind, one of 2 s before the token s
-  behind: of all queries but the last s, which see each other, and a triangle of what is before them. What a
-  query sees from its place on it is given in reverse order, as what it sees up to its place.
 * Global blocks are a call over their columns, and one over their rows.
 
 Sizes are ints, or NumPy arrays for many configs at once. Imports no torch.
@@ -30,12 +27,6 @@ CHANNELS = 8
 """Kernels read channels in vectors of up to this many 16-bit numbers."""
 SINGLE = 4
 """Bytes of a number in single precision."""
-REGISTER_CHANNELS = 128
-"""The most whose sums the efficient kernel's forward keeps in registers; see kernel_forward.h of PyTorch."""
-LEAST_SLICE = 1024
-"""Queries that are cut off at least."""
-REVERSED = 4
-"""Times what a part returns that it takes with operands in reverse order."""
 PART_SHARE, PART_WORKSPACES = 32, 3
 """What a part returns takes at most one part in so many of q, k, v and out, and so many workspaces."""
 
@@ -100,27 +91,6 @@ class WholeCall(NamedTuple):
         shared = (shape.heads // shape.kv_heads) % self.period == 0
         return where(shared, shape.kv_heads, self.heads(shape))
 
-    def reverses(self, shape: Shape) -> bool:
-        """Whether the kernel, which takes no such mask, is given tokens in reverse order: then queries and
-        keys are equally many, and queries see keys from their own place on."""
-        return shape.windows == "causal" and self.left is not None and self.right is None
-
-    def can_slice(self, shape: Shape) -> Count:
-        """1 if its queries may be cut: on the efficient kernel those of a call without views, unless it goes
-        in reverse order or `covers` all."""
-        cuts = shape.windows == "causal" and not self.reverses(shape)
-        return cuts * (self.views <= 1) * (self.step == 1) * (1 - self.covers(shape))
-
-    def slices(self, queries: Span, keys: Span, most: int) -> Iterator[tuple[Span, Span]]:
-        """(queries, keys) of one view in slices of `most` queries, each with the keys that some of them see:
-        a mask aligned to the end is for them as it was for all."""
-        behind = keys.length - queries.length
-        for begin in range(0, queries.length, most):
-            end = min(begin + most, queries.length)
-            first = 0 if self.left is None else max(begin + behind - self.left, 0)
-            stop = keys.length if self.right is None else min(end + behind + self.right, keys.length)
-            yield queries.cut(begin, end), keys.cut(first, stop)
-
     def covers(self, shape: Shape) -> Count:
         """1 if its queries are all tokens of all heads, in order, so that what it returns is the output."""
         all_tokens = (self.views * self.length == shape.seq) * (self.views <= MOST_VIEWS)
@@ -180,7 +150,7 @@ def pattern_calls(
     edges: Edges = "block",
 ) -> tuple[WholeCall, ...] | None:
     """The calls of a block_sparse pattern from its fields; None for one that is not made of whole calls."""
-    if kind == "dilated_sparse":
+    if kind == "dilated_sparse" or not (shape.causal or shape.windows == "any"):
         return None
     blocks = ceil_div(shape.seq, size)
     tokens = global_tokens if kind == "global_local" else 0
@@ -258,7 +228,8 @@ def block_window_calls(size: Count, side: Count, shared: Count, shape: Shape) ->
         views=1,
         exists=(side == 0) * (short > 0) * 1,
     )
-    window = [call._replace(exists=call.exists * (side > 0)) for call in _window(begin, seq, reach, shape)]
+    window = _window(begin, seq, reach, 0 if causal else reach)
+    window = window._replace(exists=(side > 0) * (seq > 0) * 1)
     # A triangle has one row and one column fewer than its block.
     edge = size - 1
     pairs = maximum(blocks - side, 0)
@@ -284,7 +255,7 @@ def block_window_calls(size: Count, side: Count, shared: Count, shape: Shape) ->
         views=1,
         exists=(side > 0) * (end > 0) * (last >= 0) * 1,
     )
-    calls = [rows, own, own_end, *window, before, before_end]
+    calls = [rows, own, own_end, window, before, before_end]
     if not causal:
         behind = before._replace(
             name="edges behind", start=begin, key_start=begin + reach + 1, left=0, right=None
@@ -308,7 +279,8 @@ def token_window_calls(window: Count, shared: Count, shape: Shape) -> tuple[Whol
     seq = shape.seq - begin
     side = minimum(token_side(window, causal), shape.seq)
     rows, columns = _global_calls(begin, shape, causal)
-    return _for_all_heads((rows, *_window(begin, seq, side, shape), columns), shape)
+    call = _window(begin, seq, side, 0 if causal else side)
+    return _for_all_heads((rows, call._replace(exists=(seq > 0) * 1), columns), shape)
 
 
 def _for_all_heads(calls: tuple[WholeCall, ...], shape: Shape) -> tuple[WholeCall, ...]:
@@ -319,40 +291,8 @@ def _for_all_heads(calls: tuple[WholeCall, ...], shape: Shape) -> tuple[WholeCal
     return tuple(call._replace(offsets=repeat, period=repeat) for call in calls)
 
 
-def _window(begin: Count, seq: Count, side: Count, shape: Shape) -> list[WholeCall]:
-    """The window of the `seq` tokens from `begin` on: so many before a query, and behind it if not causal."""
-    right = 0 if shape.causal else side
-    call = WholeCall(
-        "window", begin, seq, begin, seq, left=side, right=right, first=True, exists=(seq > 0) * 1
-    )
-    if shape.causal or shape.windows == "any":
-        return [call]
-    side = minimum(side, maximum(seq - 1, 0))
-    most = seq - side  # queries that have `side` tokens behind them
-    call = call._replace(length=most, left=2 * side, right=0)
-    last = WholeCall(
-        "window, the end", begin + most, side, begin + most, side, first=True, exists=(side > 0) * 1
-    )
-    # Of those that have fewer, the ones from token `side` on do not see all that is before `most`.
-    part = minimum(side, most)
-    edge = last._replace(
-        name="window, before the end",
-        start=begin + seq - part,
-        length=part,
-        key_start=begin + most - part,
-        key_length=part,
-        left=0,
-        first=False,
-    )
-    all_before = last._replace(
-        name="window, all before the end",
-        length=side - part,
-        key_start=begin,
-        key_length=most,
-        first=False,
-        exists=(side > part) * 1,
-    )
-    return [call, last, edge, all_before]
+def _window(begin: Count, seq: Count, left: Count, right: Count) -> WholeCall:
+    return WholeCall("window", begin, seq, begin, seq, left=left, right=right, first=True)
 
 
 def _global_calls(tokens: Count, shape: Shape, causal: bool) -> tuple[WholeCall, WholeCall]:
@@ -378,18 +318,12 @@ class CallPart(NamedTuple):
     views: Count
     kv_heads: Count
     """With the query heads that read them."""
-    queries: Count = 1 << 62
-    """Of one view and kv head; see `WholeCall.slices`."""
 
 
 def forward_cut(call: WholeCall, shape: Shape) -> CallPart:
     """Parts whose results, which are merged into the output, take little beside it. What is the output comes
     in one part."""
-    dim, e = up(shape.head_dim, CHANNELS), shape.itemsize
-    # The efficient kernel sums up more channels in single precision in memory.
-    summed = (shape.windows == "causal" and e < SINGLE) * (dim > REGISTER_CHANNELS)
-    views = call.queries * call.heads(shape) * dim * (e + SINGLE * summed)
-    views = views * (REVERSED if call.reverses(shape) else 1)
+    views = call.queries * call.heads(shape) * up(shape.head_dim, CHANNELS) * shape.itemsize
     room = PART_WORKSPACES * shape.workspace + _floor(shape) // PART_SHARE
     return _cut(call, shape, views * (1 - call.covers(shape)), room)
 
@@ -403,22 +337,17 @@ def backward_cut(call: WholeCall, shape: Shape) -> CallPart:
     # Flash attention makes dk and dv of each query head and adds up those of a kv head.
     apart = 2 * call.keys * where(heads > kv_heads, heads, 0) * dim * e
     others = (3 * call.queries * heads + 2 * call.keys * kv_heads) * dim * e
-    others = others * (2 if call.reverses(shape) else 1)
     a_view = sums + apart + others * (1 - call.covers(shape))
     return _cut(call, shape, a_view, maximum(shape.workspace, _floor(shape)))
 
 
 def _cut(call: WholeCall, shape: Shape, a_view: Count, room: Count) -> CallPart:
-    """Views of `a_view` bytes each, some kv heads of one view, or some queries of one kv head, that fit the
-    room, `room` bytes."""
+    """Views of `a_view` bytes each, or some kv heads of one view, that fit `room` bytes."""
     kv_heads = call.kv_heads(shape)
     a_view = maximum(a_view, 1)
     views = minimum(maximum(call.views, 1), MOST_VIEWS, maximum(room // a_view, 1))
     some = minimum(maximum(kv_heads * room // a_view, 1), kv_heads)
-    a_head = maximum(a_view // kv_heads, 1)
-    few = minimum(maximum(call.queries * room // a_head, LEAST_SLICE), call.queries)
-    cuts = call.can_slice(shape) * (a_head > room)
-    return CallPart(views, where(a_view > room, some, kv_heads), where(cuts, few, maximum(call.queries, 1)))
+    return CallPart(views, where(a_view > room, some, kv_heads))
 
 
 def _floor(shape: Shape) -> Count:

@@ -43,8 +43,6 @@ class KernelCall(NamedTuple):
     """1 if backward gets the log-sum-exp in one piece, as forward gave it, else 0."""
     groups: Count | None = None
     """Key and value heads; None for as many as heads."""
-    reversed: bool = False
-    """Whether the kernel is given its operands in reverse order; see `attention.ops.kernels.windowed`."""
     tokens_first: bool = False
     """Whether operands whose D is padded are padded as [N, T, H, D]."""
 
@@ -332,7 +330,7 @@ class Cuda:
                 fewer=call.fewer,
             )
             applies = 1 if len(kernels) == 1 else _applies(call, number)
-            pads = 0 if dim == call.head_dim and not call.reversed else dim * call.itemsize
+            pads = 0 if dim == call.head_dim else dim * call.itemsize
             ahead = (rows * pads, both * pads, both * pads, _mask_copy(kernel, call))
             taken = (rows * dim * call.itemsize, first.bytes, *ahead, *(line.bytes for line in lines))
             each_kernel.append(tuple(count * applies for count in taken))
@@ -347,9 +345,6 @@ class Cuda:
         dense, pads = call.dense, 0
         if dim != call.head_dim:  # all operands are copied, in tiles heads before tokens
             dense, pads = call.tokens_first | (call.heads == 1) | (call.queries == 1), 1
-        if call.reversed:
-            dense, pads = 1, 1
-        turned = call.views * call.heads * call.queries * cuda_process.FLOAT32 * call.reversed
         scratch: list[tuple[Count, ...]] = []
         kernels = self.kernels(call)
         for number, kernel in enumerate(kernels):
@@ -364,7 +359,7 @@ class Cuda:
                 kv_heads=call.groups,
             )
             applies = 1 if len(kernels) == 1 else _applies(call, number)
-            ahead = (rows * pads,) * 3 + (both * pads,) * 2 + (_mask_copy(kernel, call) + turned,)
+            ahead = (rows * pads,) * 3 + (both * pads,) * 2 + (_mask_copy(kernel, call),)
             for stage in stages:
                 taken = (*ahead, *(line.bytes for line in stage))
                 scratch.append(tuple(count * applies for count in taken))

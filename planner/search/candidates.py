@@ -67,8 +67,8 @@ def grid(
     interest too. Of windows that end at the token and are whole calls one block size is enough.
     """
     parts = []
-    whole = windows != "none"
-    tables = [(kind, one) for kind in space.kinds for one in ends(space, kind, windows)]
+    whole = _are_whole(windows, workload.causal)
+    tables = [(kind, one) for kind in space.kinds for one in ends(space, kind, windows, workload.causal)]
     for kind, edges in tables:
         for rows in _tables(space, kind, workload, edges, whole=whole):
             lists: dict[str, Any] = {name: np.array(values) for name, values in rows.items()}
@@ -102,11 +102,16 @@ def grid(
     return parts
 
 
-def ends(space: Space, kind: AttentionKind, windows: Windows) -> tuple[Edges, ...]:
+def ends(space: Space, kind: AttentionKind, windows: Windows, causal: bool) -> tuple[Edges, ...]:
     """Edges of windows to try, one for an attention without windows."""
     if kind not in DIMENSIONS["edges"].kinds:
         return ("block",)
-    return space.ends(windows != "none")
+    return space.ends(_are_whole(windows, causal))
+
+
+def _are_whole(windows: Windows, causal: bool) -> bool:
+    """Whether windows are whole calls; see `attention.sizes.whole_calls.pattern_calls`."""
+    return windows == "any" or (windows == "causal" and causal)
 
 
 def tries_flex(space: Space, kind: AttentionKind, edges: Edges, flex: bool, windows: Windows) -> bool:

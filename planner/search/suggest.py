@@ -68,7 +68,7 @@ def chosen(
         if name == "block_size":
             unit = fields[name] = _nearest(trial, name, fitting if kind == "dilated_sparse" else sizes)
         elif name == "edges":
-            fields[name] = _one(trial, name, ends(space, kind, windows))
+            fields[name] = _one(trial, name, ends(space, kind, windows, workload.causal))
             unit = TOKEN_UNIT if fields[name] == "token" else unit
         elif name in _FREE:
             fields[name] = _one(trial, name, allowed) if allowed else _FREE[name](trial, name, unit, workload)

@@ -76,8 +76,7 @@ def whole_calls(
         cut = (backward_cut if backward else forward_cut)(call, shape)
         heads, kv_heads = call.heads(shape), call.kv_heads(shape)
         views = maximum(call.views, 1)
-        slices = rounded_up(maximum(call.queries, 1), cut.queries)
-        parts = rounded_up(views, cut.views) * rounded_up(kv_heads, cut.kv_heads) * slices
+        parts = rounded_up(views, cut.views) * rounded_up(kv_heads, cut.kv_heads)
         # All batch items are one call where that is all of the attention's tokens.
         together = call.covers(shape) * (parts == 1)
         lanes = where(cut.views < views, heads, heads / rounded_up(kv_heads, cut.kv_heads))
@@ -87,7 +86,7 @@ def whole_calls(
                 call.exists * call.offsets * (parts + (1 / batch - parts) * together),
                 where(together, batch * views, views / rounded_up(views, cut.views)),
                 lanes,
-                queries / slices,
+                queries,
                 _visible(call, queries, keys, kernel_keys),
                 causal=(call.left is None and call.right is not None) * 1,
                 later=int(not call.first),

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from flash import flash_attention, flash_kernels, windowed, windowed_backward
+from flash import flash_attention, flash_kernels
 
 from attention.ops import kernels
 from attention.ops.kernels import BIAS_ALIGNMENT, aligned_bias
@@ -72,44 +72,3 @@ def test_a_build_without_the_kernel_has_no_windows(monkeypatch):
 
     monkeypatch.setattr(kernels, "windowed", missing)
     assert not kernels._windows_are_right.__wrapped__(torch.device("cpu"), torch.bfloat16, "any")
-
-
-class EfficientKernel:
-    """Plays the operators of torch's memory-efficient attention by their definition, on [N, T, H, D]."""
-
-    def _edges(self, mask, window):
-        assert mask in (0, 2)
-        assert mask == 2 or window is None
-        return None if window is None else window - 1, 0 if mask else None
-
-    def _efficient_attention_forward(self, q, k, v, *rest, scale, window_size):
-        left, right = self._edges(rest[6], window_size)
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        out, lse = windowed(q, k, v, scale=scale, left=left, right=right)
-        return out.transpose(1, 2), lse
-
-    def _efficient_attention_backward(self, *operands, scale, window_size):
-        grad, q, k, v, out = (operands[place].transpose(1, 2) for place in (0, 1, 2, 3, 5))
-        left, right = self._edges(operands[14], window_size)
-        lse = operands[10][..., : q.shape[2]]
-        grads = windowed_backward(grad, q, k, v, out, lse, scale=scale, left=left, right=right)
-        return [x.transpose(1, 2) for x in grads]
-
-
-@pytest.mark.parametrize("left, right", [(None, None), (None, 0), (5, 0), (0, None)])
-def test_the_efficient_kernel_takes_each_mask(left, right, monkeypatch):
-    """What a query sees from its place on is what it sees up to its place, in reverse order."""
-    monkeypatch.setattr(kernels, "choose", lambda x, biased: "efficient")
-    monkeypatch.setattr(kernels, "aten", EfficientKernel())
-    torch.manual_seed(0)
-    q, k, v, grad = (torch.randn(2, 3, 33, 12, dtype=torch.float64) for _ in range(4))
-    expected = windowed(q, k, v, scale=0.3, left=left, right=right)
-    found = kernels.windowed(q, k, v, scale=0.3, left=left, right=right)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)
-    operands = (grad, q, k, v, *expected)
-    torch.testing.assert_close(
-        kernels.windowed_backward(*operands, scale=0.3, left=left, right=right),
-        windowed_backward(*operands, scale=0.3, left=left, right=right),
-        rtol=0,
-        atol=1e-12,
-    )

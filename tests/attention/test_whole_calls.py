@@ -107,17 +107,18 @@ kernel_by_kernel = pytest.mark.parametrize("windows", ["any", "causal"])
 def test_calls_meet_the_pairs_that_the_oracle_counts(config, seq, heads, causal, windows):
     shape = shape_of(seq, *heads, causal=causal, windows=windows)
     calls = whole_calls(config, shape)
+    if calls is None:
+        assert config.pattern
+        assert (windows, causal) == ("causal", False)
+        return
     if windows == "causal":
         for call in calls:
-            if call.reverses(shape):
-                assert (call.left, call.queries) == (0, call.keys)
-            else:
-                assert call.left is None or call.right == 0
+            assert call.left is None or call.right == 0
             assert call.heads(shape) == call.kv_heads(shape) or not call.exists
     expected = multiplicity(config, seq, shape.heads, causal).numpy()
     np.testing.assert_array_equal(met(calls, shape, forward_cut), expected)
     np.testing.assert_array_equal(met(calls, shape, backward_cut), expected)
-    few = met(calls, shape, lambda call, _: CallPart(2, 1, 3 if call.can_slice(shape) else 1 << 62))
+    few = met(calls, shape, lambda call, _: CallPart(2, 1))
     np.testing.assert_array_equal(few, expected)
 
 

@@ -85,8 +85,8 @@ def _forward_bytes(
         largest_call._replace(views=where(covers, largest_call.views, (call.views - 1) % cut.views + 1)),
         largest_call._replace(
             heads=where(kv_heads <= cut.kv_heads, maximum(last, 1), largest_call.heads),
-            queries=minimum(largest_call.queries, maximum(call.length // call.step, 1)),
-            keys=minimum(largest_call.keys, maximum(call.key_length // call.step, 1)),
+            queries=maximum(call.length // call.step, 1),
+            keys=maximum(call.key_length // call.step, 1),
             groups=minimum(largest_call.kv_heads, maximum(last, 1)),
         ),
         _with_heads(largest_call, (kv_heads - 1) % cut.kv_heads + 1, covers),
@@ -118,12 +118,6 @@ def _kernel_call(call: WholeCall, case: Case, cut: CallPart, batched: Count) -> 
     shape = case.shape
     views, queries = where(batched, case.batch * call.views, cut.views), maximum(call.queries, 1)
     heads = where(batched, call.heads(shape), _heads(call, cut, case))
-    keys = maximum(call.keys, 1)
-    sliced = (cut.queries < queries) * (1 - batched)
-    if call.left is not None:
-        seen = cut.queries + call.left + (0 if call.right is None else call.right)
-        keys = where(sliced, minimum(keys, seen), keys)
-    queries = where(sliced, cut.queries, queries)
     # Operands are views [N, T, H, D] of [S, H, D], and the log-sum-exp is one [N, H, T] of [H, S].
     operands = ((heads == 1) | (call.period == 1)) * ((queries == 1) | (call.step * shape.heads == heads))
     operands = operands * ((views == 1) | (call.view_step * shape.heads == queries * heads))
@@ -133,13 +127,12 @@ def _kernel_call(call: WholeCall, case: Case, cut: CallPart, batched: Count) -> 
         views,
         heads,
         queries,
-        keys,
+        maximum(call.keys, 1),
         shape.head_dim,
         shape.itemsize,
         dense=where(batched, 1, operands * 1),
         whole=where(batched, ((call.views == 1) | (shape.heads == 1)) * 1, rows * 1),
         groups=where(batched, call.kv_heads(shape), cut.kv_heads),
-        reversed=call.reverses(shape),
         tokens_first=True,
     )
 

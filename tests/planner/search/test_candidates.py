@@ -75,10 +75,13 @@ def ends_of(space, workload, **device):
 
 def test_windows_end_at_the_token_too_where_the_kernels_have_such_windows():
     windowed, workload = Space(patterns=("local_window", "global_local")), Workload(seq=4096)
+    causal = workload.model_copy(update={"causal": True})
     assert set(ends_of(windowed, workload)) == {"block"}
-    for windows in ("causal", "any"):
-        # Whatever the blocks: one is enough.
-        assert ends_of(windowed, workload, windows=windows)["token"] == {128}
+    assert set(ends_of(windowed, workload, windows="causal")) == {"block"}
+    for question, windows in ((causal, "causal"), (workload, "any")):
+        assert ends_of(windowed, question, windows=windows)["token"] == {
+            128
+        }  # whatever the blocks: one is enough
     asked = windowed.model_copy(update={"edges": ("token",)})
     assert ends_of(asked, workload) == {"token": set(BLOCK_SIZES)}
     assert ends_of(asked, workload, flex=True, windows="any") == {"token": {128}}
