@@ -292,9 +292,8 @@ def _correct(q: Tensor, k: Tensor, out: Tensor, lse: Tensor, scale: float) -> No
     places = (lse == 0).nonzero()
     for some in places.split(max((1 << 20) // (k.shape[2] * k.shape[3]), 1)):
         n, h, t = some.unbind(1)
-        scores = (k[n, h * k.shape[1] // q.shape[1]].to(lse.dtype) @ q[n, h, t].to(lse.dtype)[..., None])[
-            ..., 0
-        ] * scale
+        keys = k[n, h * k.shape[1] // q.shape[1]].to(lse.dtype)
+        scores = (keys @ q[n, h, t].to(lse.dtype)[..., None])[..., 0] * scale
         highest = scores.amax(-1)  # NaN if one is
         lse[n, h, t] = highest.where(highest.isnan() | (highest == -torch.inf), 0.0)
         out[n, h, t] = out[n, h, t].masked_fill(highest.isnan()[:, None], torch.nan)
