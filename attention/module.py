@@ -115,13 +115,8 @@ class Attention(nn.Module):
         elif decided.backend == "flex":
             return self._by_flex(q, k, v, shape)
         assert problem is not None
-        program = problem.tiles
-        if rows is not None and shape.windows == "any":
-            problem = problem._replace(lists=shared_lists(self._layout(shape), calls_of_rows(rows, shape)))
-        elif rows is not None and isinstance(program, Tiles) and shape not in program:
-            layout = functools.cache(lambda: self._layout(shape))  # built where it is wanted, then held
-            program = program.made_by(lambda shape: block_sparse.tiles(layout(), rows, shape))
-            problem = problem._replace(tiles=program)
+        if rows is not None:
+            problem = self._of_layout(problem, rows)
         out, lse = attend(q, k, v, problem, keeps_lse=return_attention_weights)
         if not return_attention_weights:
             return out
@@ -148,6 +143,18 @@ class Attention(nn.Module):
             lambda: build_layout(self.config, shape.seq, shape.causal),
         )
         return layout
+
+    def _of_layout(self, problem: Problem, rows: Rows) -> Problem:
+        """The problem with what comes from its layout, whose rows these are: lists of calls, or tiles."""
+        shape, program = problem.shape, problem.tiles
+        if shape.windows == "any":
+            return problem._replace(lists=shared_lists(self._layout(shape), calls_of_rows(rows, shape)))
+        if not isinstance(program, Tiles) or shape in program:
+            return problem
+        layout = functools.cache(lambda: self._layout(shape))  # built where it is wanted, then held
+        return problem._replace(
+            tiles=program.made_by(lambda shape: block_sparse.tiles(layout(), rows, shape))
+        )
 
     def _scale(self, shape: Shape) -> float:
         return self.config.scale or 1.0 / math.sqrt(shape.head_dim)

@@ -55,7 +55,7 @@ class Reserves:
 
     def __init__(self, shape: Shape, extent: Callable[[Shape], Extent], whole: bool = False) -> None:
         """`extent`: the largest sizes of the program's calls, cut for a shape; `whole`: see `Problem`."""
-        self._shape, self._extent, self._whole = shape, extent, whole
+        self._shape, self.extent, self._whole = shape, extent, whole
         self._forward: dict[tuple[bool, bool], Reserve] = {}
         self._backward: Reserve | None = None
 
@@ -63,7 +63,7 @@ class Reserves:
         """That of a forward pass; `trains`: whether a backward pass follows."""
         reserve = self._forward.get((keeps_lse, trains))
         if reserve is None:
-            shape, extent = self._shape, self._extent(self._shape)
+            shape, extent = self._shape, self.extent(self._shape)
             other = arena_bytes(self.backward().sizes) if trains else 0
             sizes = forward_sizes(extent, shape, keeps_lse)
             reserve = Reserve(shape, extent.mask, extent.band, sizes, other, {})
@@ -74,10 +74,10 @@ class Reserves:
         """That of a backward pass."""
         if self._backward is None:
             shape = self._shape.backward()
-            extent = self._extent(shape)
+            extent = self.extent(shape)
             other = 0
             if not self._whole:
-                ahead = forward_sizes(self._extent(self._shape), self._shape, keeps_lse=True)
+                ahead = forward_sizes(self.extent(self._shape), self._shape, keeps_lse=True)
                 other = arena_bytes(ahead)
             cuts = {kind.name: cut(kind, shape) for kind in extent.kinds}
             sizes = backward_sizes(extent, shape)
@@ -245,12 +245,13 @@ def _forward(
         over_lists = list_calls.forward(q, k, v, problem.lists, shape, problem.scale)
         return over_lists[0], over_lists[1] if keeps_lse else None
     if problem.whole:
-        part, part_lse = kernels.forward(
+        out, whole_lse = kernels.forward(
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=problem.scale, causal=shape.causal
         )
-        if not shape.causal or _is_clean(part):
-            return part.transpose(1, 2), part_lse.transpose(1, 2) if keeps_lse else None
-        del part, part_lse
+        out = out.transpose(1, 2)
+        if not shape.causal or _is_clean(out):
+            return out, whole_lse.transpose(1, 2) if keeps_lse else None
+        del out, whole_lse
     out = (torch.empty if problem.covers else torch.zeros)(q.shape, dtype=q.dtype, device=q.device)
     lse: Tensor | None = None
     if keeps_lse:

@@ -43,6 +43,7 @@ def list_calls(table: PlanTable, case: Case, calls: ListCalls) -> None:
         table.add("out", "output", case.channels * e, "B S H D e")
         lse = "saved_for_backward" if case.trains else "temp_buffers"
         table.add("log-sum-exp", lse, case.lse_bytes, "float32 B S H")
+    table.phase("forward, before lists")
     table.add(STEPS, "sparse_indices", INDEX * calls.size, "8 a token of a block")
     for group in _there(calls):
         _forward(table, case, calls, group)

@@ -185,7 +185,9 @@ def small_program(seed, tokens):
     if isinstance(config, AttentionConfig):
         module = build(config.model_copy(update={"workspace_bytes": workspace}))
         real = inputs.shape_of(q, k, module.config, shape.causal)
-        problem = module._problem(real, module._layout(real) if config.pattern else None)
+        problem, rows = module._problem(real)
+        if rows is not None:
+            problem = module._of_layout(problem, rows)
     else:
         size, kept = config
         blocks = -(-seq // size)
@@ -209,7 +211,7 @@ def assert_asks_for_what_is_told(seeds, tokens):
         shape, back = problem.shape, problem.shape.backward()
         told = (
             forward_needs(problem.tiles(0, shape), shape, keeps_lse=True),
-            backward_needs(problem.tiles(0, back), problem.extent(back), back),
+            backward_needs(problem.tiles(0, back), problem.reserves.extent(back), back),
         )
         for have, want in zip((forward, backward), told, strict=True):
             assert have == {name: nbytes for name, nbytes in want.items() if nbytes}, shape

@@ -136,7 +136,7 @@ def test_one_kernel_call_over_everything_is_what_the_module_makes_of_it(heads, k
         for seq in (1, 7, 8, 64, 100):
             workload = Workload(seq=seq, heads=heads, kv_heads=kv_heads, head_dim=8, dtype="float32")
             columns = columns_of(config, seq)
-            problem = module._problem(shape_of(columns, workload, Cpu(2)), None)
+            problem, _ = module._problem(shape_of(columns, workload, Cpu(2)))
             assert bool(goes_apart(columns, workload, Cpu(2))) == problem.whole, (config, seq)
             many = replace(columns, seq=np.array([seq, seq]))
             assert np.all(np.asarray(goes_apart(many, workload, Cpu(2)), bool) == problem.whole)
