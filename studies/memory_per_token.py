@@ -254,7 +254,7 @@ def _met(off: float) -> str:
     """Whether the predictions meet the original project's table for its base, in words."""
     if off > NEAR:
         return f"missed by up to {off:.1%}"
-    return f"met within {off:.1%}: it is q, k, v and out and cuBLAS's workspace"
+    return f"met within {off:.1%}: it is q, k, v and out, cuBLAS's workspace and little more"
 
 
 def _range(figures: list[float]) -> str:

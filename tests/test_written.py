@@ -34,7 +34,7 @@ QUESTION = {
 --trials 3 --runs 1 --storage STORAGE --study lengths`."""
 
 
-LATER = (("kernel", ""), ("edges", "block"))
+LATER = (("kernel", ""), ("edges", "block"), ("launches", None))
 """Fields that came later, and what they are where nothing was said."""
 
 

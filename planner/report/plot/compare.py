@@ -36,8 +36,10 @@ def change(a: int, b: int) -> str:
     """The difference from A to B in bytes, and as a share of A."""
     if a == b:
         return "="
-    share = f" ({(b - a) / a:+.0%})" if a and b and b < 10 * a else f" (x {b / a:.3g})" if a and b else ""
-    return f"{'+' if b > a else '-'}{short(abs(b - a))}{share}"
+    difference = f"{'+' if b > a else '-'}{short(abs(b - a))}"
+    if not (a and b):
+        return difference
+    return f"{difference} ({(b - a) / a:+.0%})" if b < 10 * a else f"{difference} (x {b / a:,.0f})"
 
 
 def short(count: int) -> str:
