@@ -32,6 +32,7 @@ CALLED = {
     "plain": "plain matrix products",
     "flex": "compiled FlexAttention",
 }
+ON_CUDA_ONLY = "it runs on CUDA only"
 ONE_KERNEL = ("flash", "cudnn")
 """Backends that are one kernel."""
 ACTIVATED: dict[str, ChosenKernel] = {"FA3": "flash 3", "FA4": "flash 4"}
@@ -105,7 +106,7 @@ def unfit_card(
     if backend not in ONE_KERNEL:
         return None
     if capability is None:
-        return "it runs on CUDA only"
+        return ON_CUDA_ONLY
     if itemsize != 2:
         return "it takes float16 and bfloat16 alone"
     card = f"{capability[0]}.{capability[1]}"

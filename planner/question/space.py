@@ -86,6 +86,10 @@ class Space(Value):
             raise ValueError(
                 f"rates={list(self.rates)} leave positions without output; the first must be 1 for dilated"
             )
+        if self.backend == "flex" and self.edges == ("token",):
+            raise ValueError(
+                "FlexAttention's windows end at blocks; leave out backend='flex', or allow edges='block' too"
+            )
         for name, kinds in ((dimension.field, dimension.kinds) for dimension in _OF_SOME):
             if getattr(self, name) is not None and not set(kinds) & set(self.kinds):
                 raise ValueError(

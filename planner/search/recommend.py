@@ -10,7 +10,8 @@ import numpy as np
 
 from attention.config import AttentionConfig
 from attention.errors import ConfigError
-from attention.sizes.kernel_choice import unfit_card
+from attention.sizes.flex_tiles import unfit_sizes
+from attention.sizes.kernel_choice import ON_CUDA_ONLY, unfit_card
 from planner import gpus
 from planner.answers.recommendation import Pick, Quality, Recommendation, Role, Search
 from planner.calibration import Rates
@@ -178,7 +179,10 @@ def check_backend(scenario: Scenario, space: Space) -> None:
     workload, machine = scenario.workload, scenario.machine
     capability = machine.capability if isinstance(machine, Cuda) else None
     backend = space.backend or "auto"
-    if why := unfit_card(backend, workload.head_dim, workload.itemsize, capability):
+    why = unfit_card(backend, workload.head_dim, workload.itemsize, capability)
+    if backend == "flex":
+        why = unfit_sizes(workload.head_dim, workload.itemsize, capability) if capability else ON_CUDA_ONLY
+    if why:
         name = "the CPU" if isinstance(scenario.card, str) else scenario.card.name
         raise ConfigError(f"backend={backend!r} cannot run on {name}: {why}; use backend='auto'")
 

@@ -162,6 +162,9 @@ def test_the_search_keeps_to_a_kernel_that_is_asked_for():
         assert answer.config.backend == backend
         with pytest.raises(ConfigError, match=f"backend='{backend}' cannot run on Tesla T4.*this is 7.5"):
             recommend(gpu="t4", space=space, **question)
+    for device, why in (("t4", "this GPU has 7.5"), ("cpu", "on CUDA only")):
+        with pytest.raises(ConfigError, match=f"backend='flex' cannot run on .*{why}"):
+            recommend(gpu=device, space=Space(backend="flex"), vram="1GB", **question | {"dtype": "float32"})
 
 
 def test_it_imports_no_torch():

@@ -204,6 +204,7 @@ def test_restrictions_hold_in_the_grid_and_in_trials(given, allowed):
         ({"rates": (2, 4), "variants": ("dilated",)}, "first must be 1"),
         ({"patterns": ("local_window",), "variants": ("dilated",)}, "none of those is allowed"),
         ({"block_sizes": (64,), "variants": ("dense", "dilated")}, "none of those is allowed"),
+        ({"edges": ("token",), "backend": "flex"}, "FlexAttention's windows end at blocks"),
     ],
 )
 def test_contradictions_are_refused(given, said):
