@@ -397,12 +397,17 @@ def _efficient_backward(
     )
 
 
-def largest(stages: tuple[tuple[Count, ...], ...]) -> tuple[Count, ...]:
-    """The stage that takes most, the first of several; of arrays entry by entry, filled up with zeros."""
+def largest(stages: tuple[tuple[Count, ...], ...], unit: int = 1) -> tuple[Count, ...]:
+    """The stage whose tensors, each rounded up to `unit` bytes, take most, the first of several; of arrays
+    entry by entry, filled up with zeros."""
+
+    def rounded(stage: tuple[Count, ...]) -> Count:
+        return sum(up(x, unit) for x in stage)
+
     width = max(map(len, stages))
     best, *others = (stage + (0,) * (width - len(stage)) for stage in stages)
     for other in others:
-        more = sum(other) > sum(best)
+        more = rounded(other) > rounded(best)
         best = tuple(where(more, new, old) for new, old in zip(other, best, strict=True))
     return best
 

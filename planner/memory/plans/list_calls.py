@@ -23,6 +23,7 @@ from attention.sizes.list_calls import (
 )
 from attention.sizes.shape import Shape
 from attention.sizes.whole_calls import CHANNELS
+from planner.memory.allocator_settings import MIN_BLOCK
 from planner.memory.cuda_kernels import largest, ragged_backward, ragged_forward
 from planner.memory.cuda_process import FLOAT32
 from planner.memory.plans import whole_calls
@@ -129,7 +130,7 @@ def _forward(table: PlanTable, case: Case, calls: ListCalls, group: ListRows) ->
     pads = [rows * padded * e * (padded > dim) for rows in (queries, keys, keys)]
     kernel = [line.bytes * group.exists for line in ragged_forward(part.queries)]
     work = (queries * dim * e * part.copied, *pads, queries * padded * e, *kernel)
-    most = largest((work, (INDEX * keys,)))
+    most = largest((work, (INDEX * keys,)), MIN_BLOCK)
     table.add(f"{name}: queries and results", "temp_buffers", most, "Q (2 D e + 4), or 8 K of places")
     table.free(*(f"{name}: {what}" for what in ("blocks", "k and v", "queries and results")))
 
@@ -149,8 +150,9 @@ def _backward(table: PlanTable, case: Case, calls: ListCalls, group: ListRows, s
     results = [rows * padded * e for rows in (queries, keys, keys)]
     kernel = [line.bytes * group.exists for line in ragged_backward(part.queries, part.sequences, padded)]
     rows = queries * FLOAT32 * (1 if calls.own else part.copied)  # where pairs are idle, always
-    work = (*copies, rows, *pads, *results, *kernel)
-    most = largest((work, (INDEX * keys,)))
+    padding = (*copies, rows, *pads)  # once operands are padded, their copies are gone
+    work = (*(x * (padded == dim) for x in copies), rows, *pads, *results, *kernel)
+    most = largest((work, padding, (INDEX * keys,)), MIN_BLOCK)
     table.add(f"{name}: gradients and sums of dq", "temp_buffers", most, "Q (4 D e + 4) + 2 K D e + ...")
     table.free(
         *(

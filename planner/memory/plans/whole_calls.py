@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from attention.sizes.arrays import Count, any_of, maximum, minimum, where
 from attention.sizes.shape import Shape
 from attention.sizes.whole_calls import CallPart, WholeCall, backward_cut, by_cudnn, forward_cut
+from planner.memory.allocator_settings import MIN_BLOCK
 from planner.memory.cuda_kernels import cudnn_workspace, largest
 from planner.memory.cuda_process import FLOAT32
 from planner.memory.machines import KernelCall
@@ -53,7 +54,7 @@ def forward(table: PlanTable, case: Case, calls: Sequence[WholeCall]) -> None:
         # The kernel's is gone when the log-sum-exp is written in another order.
         exists = call.exists * (1 - (sum(scratch) <= _reordered(call, case)) * 1)
         table.add(f"{call.name}: part", "temp_buffers", (out * alone, lse_bytes * alone), "N T H (D e + 4)")
-        most = largest((tuple(x * exists for x in scratch), merging))
+        most = largest((tuple(x * exists for x in scratch), merging), MIN_BLOCK)
         table.add(f"{call.name}: scratch", "workspace", most, "of the kernel, or of the merge")
         allowance = _cudnn_workspace(table, call, case, _kernel_call(call, case, cut, covers))
         names = [f"{call.name}: {what}" for what in ("part", "scratch", "log-sum-exp")]
@@ -123,7 +124,7 @@ def _forward_bytes(
         _with_heads(largest_call, (kv_heads - 1) % cut.kv_heads + 1, covers),
     ]
     kernels = [case.machine.forward(size) for size in sizes]
-    most = largest(tuple((*kernel.result, *kernel.copies, *kernel.scratch) for kernel in kernels))
+    most = largest(tuple((*kernel.result, *kernel.copies, *kernel.scratch) for kernel in kernels), MIN_BLOCK)
     return most[0], most[1], most[2:], largest_call.views * largest_call.heads * largest_call.queries
 
 
