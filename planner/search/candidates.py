@@ -27,6 +27,7 @@ UNIT: Final = 64
 """Tokens that segment lengths of dilated are multiples of; those of blocks are multiples of the block."""
 TOKEN_UNIT: Final = 16
 """Tokens that windows and global tokens are multiples of where they end at the token."""
+
 BLOCK_SIZES: Final = (32, 64, 128, 256, 512)
 USUAL_BLOCK: Final = 128
 GLOBAL_TOKENS: Final = (64, 256, 1024)
@@ -245,7 +246,7 @@ def _blocks(
         if kind == "adaptive":
             yield from ({"block_size": block, "sparsity_ratio": r} for r in space.ratios or RATIOS)
             continue
-        unit = TOKEN_UNIT if edges == "token" else block
+        unit = unit_of(block, edges)
         for window in space.windows or window_sizes(unit, workload):
             if kind == "local_window":
                 yield {"block_size": block, "window": window}
@@ -253,6 +254,10 @@ def _blocks(
                 rounded = dict.fromkeys(-(-tokens // unit) * unit for tokens in GLOBAL_TOKENS)
                 for tokens in space.global_tokens or rounded:
                     yield {"block_size": block, "window": window, "global_tokens": tokens}
+
+def unit_of(block_size: int | None, edges: Edges) -> int:
+    """Tokens that lengths, windows and global tokens of a candidate are multiples of; None: no blocks."""
+    return TOKEN_UNIT if edges == "token" else block_size or UNIT
 
 
 def window_sizes(unit: int, workload: Workload) -> list[int]:

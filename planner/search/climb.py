@@ -12,7 +12,7 @@ from attention.config import MIB, AttentionConfig
 from attention.errors import ConfigError
 from planner.question.dimensions import Stride, attention_kind, dimensions_of
 from planner.question.space import Space
-from planner.search.candidates import TOKEN_UNIT
+from planner.search.candidates import unit_of
 from planner.search.evaluate import Point, failed, gain, point, seconds_of
 from planner.search.scenario import Scenario
 from planner.search.suggest import parameters
@@ -21,8 +21,6 @@ MOVES: Final = 24
 """Most moves of one climb."""
 STEPS: Final = ((0.5, 2.0), (0.7, 1.4), (0.85, 1.18), (0.93, 1.08))
 """Factors of a step down and of one up, coarse before fine. An answer lists the first."""
-UNIT: Final = 64
-"""Tokens that segment lengths without blocks are multiples of."""
 
 
 def climbed(scenario: Scenario, space: Space, best: Point) -> Point:
@@ -65,8 +63,8 @@ def neighbours(
     config: AttentionConfig, factors: tuple[float, ...] = STEPS[0]
 ) -> Iterator[tuple[str, str, str, AttentionConfig]]:
     """(dimension, value now, value then, the config) of each dimension times each factor."""
-    unit = config.pattern.block_size if config.pattern else UNIT
-    unit = TOKEN_UNIT if config.token_edges else unit
+    pattern = config.pattern
+    unit = unit_of(pattern.block_size, pattern.edges) if pattern else unit_of(None, "block")
     for factor in factors:
         for dimension in dimensions_of(attention_kind(config)):
             if dimension.step is None:

@@ -25,13 +25,13 @@ from planner.search.candidates import (
     MOST_GLOBAL,
     MOST_GROWTH,
     MOST_RATE_GROWTH,
-    TOKEN_UNIT,
     UNIT,
     Lists,
     divides,
     ends,
     most_window,
     tries_flex,
+    unit_of,
     widest_window,
 )
 from planner.workload import Workload
@@ -69,7 +69,7 @@ def chosen(
             unit = fields[name] = _nearest(trial, name, fitting if kind == "dilated_sparse" else sizes)
         elif name == "edges":
             fields[name] = _one(trial, name, ends(space, kind, windows))
-            unit = TOKEN_UNIT if fields[name] == "token" else unit
+            unit = unit_of(fields.get("block_size"), fields[name])
         elif name in _FREE:
             fields[name] = _one(trial, name, allowed) if allowed else _FREE[name](trial, name, unit, workload)
     if "window" in fields:
