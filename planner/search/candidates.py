@@ -255,6 +255,7 @@ def _blocks(
                 for tokens in space.global_tokens or rounded:
                     yield {"block_size": block, "window": window, "global_tokens": tokens}
 
+
 def unit_of(block_size: int | None, edges: Edges) -> int:
     """Tokens that lengths, windows and global tokens of a candidate are multiples of; None: no blocks."""
     return TOKEN_UNIT if edges == "token" else block_size or UNIT
