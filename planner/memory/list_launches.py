@@ -135,8 +135,8 @@ def _parts(rows: ListedRows, group: ListRows, cut: ListCut, lanes: Counter[int],
             first = np.full_like(blocks, at == 0 and not rows.own)
             ends = beyond & (~alone | (at + cut.blocks >= gathered))
             kinds = np.stack([np.full_like(blocks, count), lengths, first, idle, ends, slabs], axis=1)
-            for kind, same in zip(*np.unique(kinds[blocks > 0], axis=0, return_counts=True), strict=True):
-                number[_Part(*kind.tolist())] += times * int(same)
+            for kind, same in Counter(map(tuple, kinds[blocks > 0].tolist())).items():
+                number[_Part(*kind)] += times * same
     return _Parts(most, number)
 
 
