@@ -28,6 +28,8 @@ class Trial(Value):
     """Bytes at the peak: on a GPU what the card lost, where the driver tells."""
     upper: int
     """The upper bound: bytes that the run is predicted not to exceed."""
+    launches: int | None = None
+    """Kernels that a call launches on a GPU; see `MemoryEstimate`."""
 
     @property
     def good(self) -> bool:

@@ -1,32 +1,22 @@
 """How many kernels a call launches on a GPU, in closed form: ints, or arrays of many candidates. No torch.
 
-Of an attention of whole calls every kernel is counted: those that multiply queries and keys, and what stands
-beside them in `attention/ops/whole_calls.py` and `attention/ops/kernels.py`. Held against what dry runs
-launch, whose host code is torch's own (tests/planner/memory/test_launches.py). Copies of what lies in one
-piece are none: the card's copy engine does them.
+Held against what dry runs launch, whose host code is torch's own (tests/planner/memory/test_launches.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, Final, NamedTuple
+from collections.abc import Iterable
+from typing import NamedTuple
 
 from attention.config import AttentionConfig
-from attention.sizes.arrays import Count, any_of, ceil_div, floor_power_of_two, maximum, minimum, up, where
+from attention.sizes.arrays import Count, any_of
 from attention.sizes.shape import Shape
-from attention.sizes.whole_calls import CHANNELS, CallPart, WholeCall, backward_cut, forward_cut, has_flash
+from attention.sizes.whole_calls import WholeCall, by_cudnn
 from planner.configs import Columns, columns_of
-from planner.memory import cuda_kernels
-from planner.memory.dispatch import calls_of, goes_apart, shape_of
+from planner.memory.call_launches import Pass, summed, whole_calls
+from planner.memory.dispatch import calls_of, goes_apart, lists_of, shape_of
 from planner.memory.machines import Cuda, Machine
 from planner.workload import Workload
-
-PAD: Final = 2
-"""Kernels that pad the channels of an operand: zeros, and a copy."""
-ROWS: Final = 32
-"""The efficient kernel pads rows of the log-sum-exp to multiples of this."""
-INDEXED: Final = 1 << 31
-"""Bytes that one kernel of torch's pointwise ones reaches; it halves what is more."""
 
 
 class Launches(NamedTuple):
@@ -46,265 +36,44 @@ class Launches(NamedTuple):
 
 def launches(columns: Columns, workload: Workload, machine: Machine) -> Launches | None:
     """Of candidates of which `goes_apart` holds for all or for none; `workload.seq` is not read. None where
-    nobody counted them: on a CPU, of weights, and of what is no whole calls but tiles, plain products or
-    compiled FlexAttention."""
-    if not isinstance(machine, Cuda) or workload.weights:
-        return None
-    if any_of(goes_apart(columns, workload, machine)):
+    nobody counted them: on a CPU, of weights, of what is no whole calls but tiles, lists, plain products or
+    compiled FlexAttention, and where cuDNN's attention runs a call of some candidate: how many kernels its
+    engines launch is not published."""
+    if not isinstance(machine, Cuda) or workload.weights or any_of(goes_apart(columns, workload, machine)):
         return None
     shape = shape_of(columns, workload, machine)
     calls = calls_of(columns, shape)
-    if calls is None:
+    if calls is None or _some_by_cudnn(calls, shape):
         return None
-    ahead, behind = _whole_calls(calls, shape, workload.batch, machine)
-    if workload.mode != "training":
-        behind = Pass(0 * behind.kernels, 0)
-    elif columns.multihead is not None and columns.multihead.checkpoint:
-        behind = _sum(behind, ahead, 1)
-    return Launches(ahead.kernels, behind.kernels, ahead.attention + behind.attention)
+    return _of_mode(whole_calls(calls, shape, workload.batch, machine), columns, workload)
 
 
 def launches_of(config: AttentionConfig, workload: Workload, machine: Machine) -> Launches | None:
-    """Of one config; see `launches`."""
-    return launches(columns_of(config, workload.seq), workload, machine)
+    """Of one config; see `launches`. Those over lists are counted where the lists follow from the config and
+    are not cut into very many parts; what an adaptive attention chooses decides how many kernels it
+    launches."""
+    columns = columns_of(config, workload.seq)
+    if columns.pattern_type != "dilated_sparse" or not isinstance(machine, Cuda) or workload.weights:
+        return launches(columns, workload, machine)
+    shape = shape_of(columns, workload, machine)
+    lists = lists_of(columns, shape)
+    if lists is None or goes_apart(columns, workload, machine) or _some_by_cudnn(lists.own, shape):
+        return None
+    from planner.memory.list_launches import ListedRows, list_calls  # loads NumPy
+
+    passes = list_calls(lists, ListedRows.of(config, shape), shape, workload.batch, machine)
+    return None if passes is None else _of_mode(passes, columns, workload)
 
 
-class Pass(NamedTuple):
-    """Kernels of a pass."""
-
-    kernels: Count
-    attention: Count
-    """Those that multiply queries and keys."""
+def _some_by_cudnn(calls: Iterable[WholeCall], shape: Shape) -> bool:
+    return any(any_of(by_cudnn(call, shape) * call.exists) for call in calls)
 
 
-def _whole_calls(calls: Sequence[WholeCall], shape: Shape, batch: int, card: Cuda) -> tuple[Pass, Pass]:
-    """Forward and backward; see `attention/ops/whole_calls.py`."""
-    covered, one = (
-        sum((holds(call, shape) * call.exists for call in calls), 0) for holds in (_covers, _is_one)
-    )
-    gaps = (calls[0].step > 1) * 1  # what no call has is zero, in out and in dq
-    item = shape.seq * shape.token_bytes
-    whole, keys = _pieces(batch * item), _pieces(batch * shape.seq * shape.kv_token_bytes)
-    ahead, behind = (
-        Pass(gaps * (whole + 1), 0),
-        Pass((1 - one) * (gaps * whole + 2 * keys * (1 - covered)), 0),
-    )
-    # The log-sum-exp of an efficient call over all tokens comes in padded rows.
-    padded = covered * (not _has_flash(shape, card))
-    lse_row = where(padded > 0, up(shape.seq, ROWS), shape.seq)
-    for call in calls:
-        if not any_of(call.exists):
-            continue
-        ahead = _sum(ahead, _forward(call, shape, batch, card), call.exists)
-        behind = _sum(behind, _backward(call, shape, batch, card, lse_row), call.exists)
-    return ahead, behind
-
-
-def _forward(call: WholeCall, shape: Shape, batch: int, card: Cuda) -> Pass:
-    covers = _covers(call, shape)
-    all_tokens = _all_tokens(call, shape, batch)
-    reordered = (call.views > 1) * ((shape.heads > 1) | (_lse_is_padded(all_tokens, shape, card) > 0)) * 1
-    together = _kernel_forward(all_tokens, shape, card)
-    total = Pass(covers * (together.kernels + reordered), covers * together.attention)
-    for part in _parts(call, shape, forward_cut(call, shape), batch):
-        own = _kernel_forward(part, shape, card)
-        merging = 3 + 2 * _pieces(_stretch(call, part) * shape.token_bytes)
-        if call.first:
-            in_one_piece = _is_dense(call, part, shape) * (1 - _pads(shape))
-            lse = _rows_in_one_piece(call, part, shape.seq) * (1 - _lse_is_padded(part, shape, card))
-            merging = 2 - in_one_piece - lse
-        number = part.number * (1 - covers)
-        total = _sum(total, Pass(own.kernels + merging, own.attention), number)
-    return total
-
-
-def _backward(call: WholeCall, shape: Shape, batch: int, card: Cuda, lse_row: Count) -> Pass:
-    """`lse_row`: numbers of a row of the log-sum-exp."""
-    one, covers, pads = _is_one(call, shape), _covers(call, shape), _pads(shape)
-    windowed = call.left is not None
-    all_tokens = _all_tokens(call, shape, batch)
-    # Forward has put that of several views into one piece, whose segments are copied again.
-    reordered = (call.views > 1) * (shape.heads > 1) * 1
-    kept = (call.views > 1) | (lse_row == shape.seq) | (batch * shape.heads == 1)
-    total = Pass(
-        one
-        * (_kernel_backward(all_tokens, shape, card, dense=1, whole=kept * 1, windowed=windowed) + reordered),
-        one,
-    )
-    for part in _parts(call, shape, backward_cut(call, shape), batch):
-        dense = _is_dense(call, part, shape)
-        whole = _rows_in_one_piece(call, part, lse_row)
-        kernels = _kernel_backward(
-            part, shape, card, dense=maximum(dense, pads), whole=whole, windowed=call.left is not None
-        )
-        handed = 1 - call.first * dense * (1 - pads)
-        handed = handed + 2 * (1 - covers * _keys_are_dense(call, part, shape) * (1 - pads))
-        total = _sum(total, Pass(kernels + handed, 1), part.number * (1 - one))
-    return total
-
-
-class _Part(NamedTuple):
-    """Kernel calls of equal sizes, over all batch items."""
-
-    number: Count
-    views: Count
-    heads: Count
-    kv_heads: Count
-    queries: Count
-    keys: Count
-
-    @property
-    def rows(self) -> Count:
-        return self.views * self.heads * self.queries
-
-
-def _all_tokens(call: WholeCall, shape: Shape, batch: int) -> _Part:
-    """All batch items at once."""
-    views = batch * maximum(call.views, 1)
-    return _Part(1, views, shape.heads, shape.kv_heads, maximum(call.queries, 1), maximum(call.keys, 1))
-
-
-def _parts(call: WholeCall, shape: Shape, cut: CallPart, batch: int) -> Iterator[_Part]:
-    """The parts of a call by their sizes: those of some offsets have a head or a token fewer, and the last
-    ones fewer views or kv heads."""
-    more_heads = where(shape.heads % call.period > 0, shape.heads % call.period, call.offsets)
-    more_tokens = where(call.length % call.step > 0, call.length % call.step, call.step)
-
-    def with_more_tokens(offsets: Count) -> Count:
-        """How many of the first offsets have as many tokens as the very first."""
-        return offsets // call.step * more_tokens + minimum(offsets % call.step, more_tokens)
-
-    both, longer = with_more_tokens(more_heads), with_more_tokens(call.offsets)
-    shared = (shape.heads // shape.kv_heads) % call.period == 0
-    for number, heads, fewer in (
-        (both, ceil_div(shape.heads, call.period), 0),
-        (longer - both, shape.heads // call.period, 0),
-        (more_heads - both, ceil_div(shape.heads, call.period), 1),
-        (call.offsets - more_heads - longer + both, shape.heads // call.period, 1),
-    ):
-        heads = maximum(heads, 1)
-        queries, keys = (
-            length // call.step if fewer else ceil_div(length, call.step)
-            for length in (call.length, call.key_length)
-        )
-        kv_heads = where(shared, shape.kv_heads, heads)
-        there = number * (queries > 0) * (keys > 0) * batch
-        if not any_of(there):
-            continue
-        for times, views in _cuts(maximum(call.views, 1), cut.views):
-            for again, some in _cuts(kv_heads, minimum(cut.kv_heads, kv_heads)):
-                if not any_of(times * again):
-                    continue
-                lanes = maximum(some, 1) * (heads // kv_heads)
-                sizes = (maximum(views, 1), lanes, maximum(some, 1), maximum(queries, 1), maximum(keys, 1))
-                yield _Part(there * times * again, *sizes)
-
-
-def _cuts(total: Count, size: Count) -> tuple[tuple[Count, Count], tuple[Count, Count]]:
-    """(how many, of what size) of the parts of a total: the full ones, and what is left."""
-    rest = total % size
-    return (total // size, size), ((rest > 0) * 1, rest)
-
-
-def _kernel_forward(part: _Part, shape: Shape, card: Cuda) -> Pass:
-    """See `attention.ops.kernels.windowed`."""
-    splits: Count = 0
-    if _has_flash(shape, card):
-        blocks = part.views * part.heads * ceil_div(part.queries, 64)
-        padded: Any = up(shape.head_dim, CHANNELS)
-        splits = (cuda_kernels.splits(blocks, part.keys, padded, card.multiprocessors) > 1) * 1
-    return Pass(1 + splits + 3 * PAD * _pads(shape), 1 + 0 * splits)
-
-
-def _kernel_backward(
-    part: _Part, shape: Shape, card: Cuda, *, dense: Count, whole: Count, windowed: bool
-) -> Count:
-    """See `attention.ops.kernels.windowed_backward`; `dense` and `whole` as
-    `planner.memory.cuda_kernels.backward_stages` has them."""
-    padding = 5 * PAD * _pads(shape)
-    several = (part.rows > 1) * 1
-    copied = (1 - dense) * several
-    if _has_flash(shape, card):
-        lse = several * (1 - whole)
-        return padding + 3 + 2 * (part.heads > part.kv_heads) + 2 * copied + lse
-    full = (part.queries % ROWS == 0) | (part.views * part.heads == 1)
-    rows = 2 - whole * full
-    dim: Any = up(shape.head_dim, CHANNELS)
-    tile = cuda_kernels.efficient_tile(dim, shape.itemsize, card.capability)
-    # What is summed in memory begins at zero where several share it: parts of the keys, or a window's rows.
-    group, modern = part.views * part.heads, card.capability >= (7, 0)
-    shares = where((group >= 256) & (part.keys <= 2 * tile.keys), 1, ceil_div(part.keys, tile.keys)) * modern
-    if tile.keeps:
-        shares = minimum(shares, 200 // group)
-    zeros = (modern or shape.itemsize == 2) * ((shares > 1) | windowed) * 1
-    delta: Count = 0
-    if not tile.delta:
-        delta = 2 + 2 * (shape.itemsize == 2) + (part.heads > 1) * (part.queries > 1)
-    return padding + 1 + rows + copied + zeros + delta
-
-
-def _covers(call: WholeCall, shape: Shape) -> Count:
-    return call.covers(shape) * call.exists
-
-
-def _is_one(call: WholeCall, shape: Shape) -> Count:
-    """1 if backward is one kernel call over all batch items, whose results are dq, dk and dv."""
-    cut = backward_cut(call, shape)
-    fits = (call.views <= cut.views) * (call.kv_heads(shape) <= cut.kv_heads)
-    return _covers(call, shape) * fits * 1
-
-
-def _is_dense(call: WholeCall, part: _Part, shape: Shape) -> Count:
-    """1 if the part's queries lie in memory as [N, T, H, D], as what a kernel returns does."""
-    return _in_one_piece(call, part, part.queries, part.heads, shape.heads, call.period)
-
-
-def _keys_are_dense(call: WholeCall, part: _Part, shape: Shape) -> Count:
-    repeat = shape.heads // shape.kv_heads
-    step = where(repeat % call.period == 0, 1, maximum(call.period // repeat, 1))
-    return _in_one_piece(call, part, part.keys, part.kv_heads, shape.kv_heads, step)
-
-
-def _in_one_piece(
-    call: WholeCall, part: _Part, tokens: Count, heads: Count, of: Count, head_step: Count
-) -> Count:
-    piece = ((heads == 1) | (head_step == 1)) * ((tokens == 1) | (call.step * of == heads))
-    return piece * ((part.views == 1) | (call.view_step * of == tokens * heads)) * 1
-
-
-def _rows_in_one_piece(call: WholeCall, part: _Part, row: Count) -> Count:
-    """1 if the part's log-sum-exp, in rows of so many numbers, lies as [N, H, T]."""
-    piece = ((part.queries == 1) | (call.step == 1)) * (
-        (part.heads == 1) | (call.period * row == part.queries)
-    )
-    return piece * ((part.views == 1) | (call.view_step == part.heads * part.queries)) * 1
-
-
-def _lse_is_padded(part: _Part, shape: Shape, card: Cuda) -> Count:
-    """1 if the kernel returns rows that are no multiple of what it pads them to."""
-    if _has_flash(shape, card):
-        return 0
-    return (part.queries % ROWS > 0) * (part.views * part.heads > 1) * 1
-
-
-def _has_flash(shape: Shape, card: Cuda) -> bool:
-    dim: Any = shape.head_dim
-    return has_flash(card.capability, dim, shape.itemsize)
-
-
-def _pads(shape: Shape) -> Count:
-    return (shape.head_dim % CHANNELS > 0) * 1
-
-
-def _stretch(call: WholeCall, part: _Part) -> Count:
-    """Tokens from the part's first query to its last."""
-    return (part.views - 1) * call.view_step + (part.queries - 1) * call.step + 1
-
-
-def _pieces(nbytes: Count) -> Count:
-    """Kernels over so many bytes, which torch halves until one reaches all of a half."""
-    return where(nbytes > INDEXED, 2 * floor_power_of_two(maximum((nbytes - 1) // INDEXED, 1)), 1)
-
-
-def _sum(total: Pass, more: Pass, times: Count) -> Pass:
-    return Pass(total.kernels + more.kernels * times, total.attention + more.attention * times)
+def _of_mode(passes: tuple[Pass, Pass], columns: Columns, workload: Workload) -> Launches:
+    """What a call in a mode launches of what forward and backward do."""
+    ahead, behind = passes
+    if workload.mode != "training":
+        behind = Pass(0 * behind.kernels, 0)
+    elif columns.multihead is not None and columns.multihead.checkpoint:
+        behind = summed(behind, ahead, 1)
+    return Launches(ahead.kernels, behind.kernels, ahead.attention + behind.attention)

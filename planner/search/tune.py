@@ -510,6 +510,7 @@ class _Tuning:
             predicted=expected.seconds,
             allocated=run.peak,
             upper=expected.memory.upper,
+            launches=expected.memory.launches,
         )
         return self.trials[config]
 

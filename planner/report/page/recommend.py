@@ -10,7 +10,7 @@ from planner.answers.verified import Verified
 from planner.question.dimensions import attention_kind
 from planner.report.page.charts import SHAPES, Axis, Mark, delta, pair, points
 from planner.report.page.html import Heading, Html, Section, join, page, pairs, table, tag
-from planner.report.page.sections import budget, layout, program, provenance, tiles
+from planner.report.page.sections import budget, launches_column, layout, program, provenance, tiles
 from planner.report.text import words
 from planner.report.text.recommend import changed, dimension, reasons, searched, seconds, shape
 from planner.units import format_bytes
@@ -68,6 +68,7 @@ def _tiles(answer: Recommendation, verified: Sequence[Verified]) -> Html:
 
 
 def _picks(answer: Recommendation) -> Section:
+    heading, cells = launches_column([one.launches for one in answer.alternatives])
     columns = [
         Heading("pick", "word"),
         Heading("attention", "word"),
@@ -77,8 +78,9 @@ def _picks(answer: Recommendation) -> Section:
         Heading("time", "number"),
         Heading("mass", "number"),
         Heading("layers", "number"),
+        *heading,
     ]
-    rows = [(one.role, *_figures(one)) for one in answer.alternatives]
+    rows = [(one.role, *_figures(one), *cell) for one, cell in zip(answer.alternatives, cells, strict=True)]
     return Section("picks", "Three to choose from", table("Picks from the Pareto front", columns, rows))
 
 
@@ -150,6 +152,7 @@ def _pareto(answer: Recommendation) -> Section:
         return Section("pareto", "What else there is", tag("p", "Nothing else was found."))
     maximum = max(one.upper for one in drawn) or 1
     marks = [_mark(one, roles.get(one, ""), maximum) for one in drawn]
+    heading, cells = launches_column([one.launches for one in drawn])
     columns = [
         Heading("attention", "word"),
         Heading("config"),
@@ -158,9 +161,10 @@ def _pareto(answer: Recommendation) -> Section:
         Heading("time", "number"),
         Heading("mass", "number"),
         Heading("layers", "number"),
+        *heading,
         Heading("pick"),
     ]
-    rows = [(*_figures(one), roles.get(one, "")) for one in drawn]
+    rows = [(*_figures(one), *cell, roles.get(one, "")) for one, cell in zip(drawn, cells, strict=True)]
     what = "Pareto front of memory, time and mass"
     body = [
         tag(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
 from attention.config import AttentionConfig
@@ -31,6 +31,14 @@ def tiles(figures: Iterable[tuple[str, str, str]]) -> Html:
         for name, figure, meaning in figures
     ]
     return tag("dl", *parts, class_="tiles")
+
+
+def launches_column(counts: Sequence[int | None]) -> tuple[list[Heading], list[list[str]]]:
+    """The heading of a column of kernels that calls launch, and its cell of each row; none where no count is
+    known, as of calls on a CPU."""
+    if all(count is None for count in counts):
+        return [], [[] for _ in counts]
+    return [Heading("launches", "number")], [["-" if count is None else f"{count:,}"] for count in counts]
 
 
 def budget(memory: MemoryEstimate, whole: int, reserve: int) -> Section:

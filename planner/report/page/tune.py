@@ -9,7 +9,7 @@ from planner.answers.tuned import Trial, Tuned
 from planner.question.dimensions import attention_kind
 from planner.report.page.charts import SHAPES, Axis, Mark, points
 from planner.report.page.html import Heading, Section, join, page, pairs, table, tag
-from planner.report.page.sections import budget, layout, program, provenance, tiles
+from planner.report.page.sections import budget, launches_column, layout, program, provenance, tiles
 from planner.report.text import words
 from planner.report.text.recommend import seconds, shape
 from planner.report.text.tune import named, outcome
@@ -67,12 +67,14 @@ def _trials(tuned: Tuned) -> Section:
         ("models alone", f"{outcome(tuned.analytic)}, {named(tuned.analytic)}{_ratio(tuned)}"),
         ("trials", f"{len(tuned.trials):,} measured; {failed:,} did not run within the budget"),
     ]
+    heading, cells = launches_column([one.launches for one in shown])
     columns = [
         Heading("trial", "number"),
         Heading("time", "number"),
         Heading("predicted", "number"),
         Heading("memory", "number"),
         Heading("at most", "number"),
+        *heading,
         Heading("attention", "word"),
         Heading("config"),
         Heading("outcome"),
@@ -84,11 +86,12 @@ def _trials(tuned: Tuned) -> Section:
             seconds(one.predicted),
             format_bytes(one.allocated) if one.allocated is not None else "-",
             format_bytes(one.upper),
+            *cell,
             attention_kind(one.config),
             shape(one.config),
             f"{one.kind}: {one.message}" if one.message else one.kind,
         )
-        for one in shown
+        for one, cell in zip(shown, cells, strict=True)
     ]
     what = "All that was measured, fastest first"
     chart = [

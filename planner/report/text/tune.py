@@ -30,10 +30,14 @@ def tuned_text(tuned: Tuned) -> str:
     ]
     head = [f"{words.attention(best.config)}, on {tuned.on}", words.task(tuned.workload)]
     ordered = sorted(tuned.trials, key=lambda t: (t.seconds if t.good and t.seconds else 1e9, t.number))
-    table = [f"{'trial':>5}  {'time':>9} {'predicted':>10} {'memory':>11}  config"]
+    counted = any(trial.launches is not None for trial in ordered[:15])
+    heading = f" {'launches':>10}" * counted
+    table = [f"{'trial':>5}  {'time':>9} {'predicted':>10} {'memory':>11}{heading}  config"]
     for trial in ordered[:15]:
         memory = format_bytes(trial.allocated) if trial.allocated else "-"
-        line = f"{trial.number:>5}  {outcome(trial):>9} {seconds(trial.predicted):>10} {memory:>11}  "
+        number = "-" if trial.launches is None else f"{trial.launches:,}"
+        line = f"{trial.number:>5}  {outcome(trial):>9} {seconds(trial.predicted):>10} {memory:>11}"
+        line += f" {number:>10}" * counted + "  "
         table.append(line + named(trial)[: 80 - len(line)])
     return "\n\n".join("\n".join(part) for part in (head, pairs(rows), table))
 

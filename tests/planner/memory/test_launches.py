@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import planner
-from attention import AttentionConfig, MultiheadConfig, SparsePatternConfig
+from attention import AdaptiveConfig, AttentionConfig, MultiheadConfig, SparsePatternConfig
+from attention.layout import build_layout
 from planner import gpus
-from planner.configs import Columns
+from planner.configs import Columns, columns_of
+from planner.memory.dispatch import shape_of
 from planner.memory.estimate import machine_of
 from planner.memory.launches import launches, launches_of
+from planner.memory.list_launches import ListedRows
 from planner.report.text.estimate import estimate_text
 from planner.workload import Workload
 
@@ -33,7 +37,8 @@ def named(row):
 def test_dry_runs_launched_as_many(row):
     """tests/planner/standin/test_launch_counts.py records them, and holds many more to it."""
     config, task = AttentionConfig(**row["config"]), Workload(**row["workload"])
-    counted = launches_of(config, task, machine_of(gpus.find(row["card"]), task.dtype, None))
+    machine = replace(machine_of(gpus.find(row["card"]), task.dtype, None), cudnn=False)
+    counted = launches_of(config, task, machine)
     assert [counted.forward, counted.backward] == row["kernels"]
     assert counted.number == sum(row["kernels"])
 
@@ -49,10 +54,6 @@ def test_many_candidates_are_each_as_one(card, edges, causal):
         "block_sparse", "global_local", seq=seq, block_size=64, window=window, global_tokens=64, edges=edges
     )
     many = launches(columns, task, machine)
-    if many is None:
-        assert card == "t4"
-        assert not causal
-        return
     for n in range(len(seq)):
         pattern = SparsePatternConfig(
             pattern_type="global_local",
@@ -85,6 +86,60 @@ def test_a_checkpoint_launches_forward_twice():
 def test_nothing_is_said_of_a_cpu_and_of_weights():
     assert launches_of(DENSE, Workload(seq=64), machine_of("cpu", "float32", 1)) is None
     assert launches_of(DENSE, Workload(seq=64, weights=True), A100) is None
+
+
+def test_nothing_is_said_of_what_a_gpu_decides():
+    """What an adaptive attention chooses, and what the engines of cuDNN's attention launch."""
+    h100 = machine_of(gpus.find("h100-sxm"), "float16", None)
+    task = Workload(seq=4096, heads=8, head_dim=64)
+    assert launches_of(DENSE, task, h100) is None
+    assert launches_of(DENSE.model_copy(update={"backend": "flash"}), task, h100).number == 1
+    adaptive = AttentionConfig(
+        variant="adaptive",
+        pattern=SparsePatternConfig(sparsity_ratio=0.1),
+        adaptive=AdaptiveConfig(num_heads=8, head_dim=64),
+    )
+    assert launches_of(adaptive, task, A100) is None
+
+
+def test_lists_that_are_cut_into_very_many_parts_are_not_counted():
+    pattern = SparsePatternConfig(block_size=16, sparsity_ratio=0.3)
+    config = AttentionConfig(
+        variant="block_sparse",
+        pattern=pattern,
+        segment_lengths=(4096, 65_536),
+        dilation_rates=(1, 4),
+        workspace_bytes=1 << 16,
+        backend="sdpa",
+    )
+    task = Workload(seq=1 << 20, heads=8, head_dim=128)
+    assert launches_of(config, task, A100) is None
+    assert launches_of(config, task.model_copy(update={"seq": 4096}), A100).number > 0
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_the_blocks_that_rows_gather_are_those_of_the_layout(causal):
+    for lengths, rates, seq, ratio in (
+        ((64, 256), (1, 3), 1000, 0.1),
+        ((512,), (5,), 4096, 0.05),
+        ((128, 1024, 96), (2, 4, 1), 2500, 0.3),
+    ):
+        config = AttentionConfig(
+            variant="block_sparse",
+            pattern=SparsePatternConfig(block_size=16, sparsity_ratio=ratio),
+            segment_lengths=lengths,
+            dilation_rates=rates,
+        )
+        shape = shape_of(
+            columns_of(config, seq), Workload(seq=seq, heads=2, head_dim=64, causal=causal), A100
+        )
+        rows, layout = ListedRows.of(config, shape), build_layout(config, seq, causal)
+        lists = [
+            set(layout.row(i).tolist()) - ({i} if causal else set()) or {0} for i in range(layout.blocks)
+        ]
+        assert rows.gathered.tolist() == [len(some) for some in lists]
+        for begin, end in ((0, layout.blocks), (0, 3), (7, 9), (20, 51), (layout.blocks - 4, layout.blocks)):
+            assert rows.different(begin, end) == len(set.union(*lists[begin:end]))
 
 
 def test_an_estimate_shows_them():

@@ -127,6 +127,21 @@ def test_what_tuning_found_is_said_whole(tuned, pages):
     assert tuned.storage not in text
 
 
+def test_launches_are_a_column_where_any_config_has_them(recommended, tuned):
+    first, *others = tuned.trials
+    counted = tuned.model_copy(update={"trials": (first.model_copy(update={"launches": 12_345}), *others)})
+    some = [pick.model_copy(update={"launches": 54_321}) for pick in recommended.alternatives]
+    of_picks = recommended.model_copy(update={"alternatives": tuple(some)})
+    for answer, tables, figure in ((counted, 1, "12,345"), (of_picks, 2, "54,321")):
+        text = Reader(page_of(Answer(answer))).text
+        assert text.count("launches") == tables
+        assert figure in text
+    none = [pick.model_copy(update={"launches": None}) for pick in recommended.alternatives]
+    nothing = recommended.model_copy(update={"alternatives": tuple(none), "pareto": ()})
+    for answer in (tuned, nothing):
+        assert "launches" not in Reader(page_of(Answer(answer))).text
+
+
 def test_the_program_is_there_to_be_copied(recommended, pages):
     texts = "".join(pages["recommended"].texts)
     assert snippet(recommended.config, recommended.workload) in texts
