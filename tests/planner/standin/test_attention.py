@@ -12,7 +12,7 @@ from attention import AttentionConfig, SparsePatternConfig
 from planner.gpus import find
 from planner.workload import Workload
 
-pytestmark = pytest.mark.dry
+pytestmark = [pytest.mark.slow, pytest.mark.dry]
 
 PACKAGES = str(Path(pydantic.__file__).parents[1])
 CONFIGS = {
