@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import time
 
 import pytest
@@ -18,6 +19,10 @@ pytest.register_assert_rewrite("conformance")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Tests that ask for more threads wait for each other without spinning (measured: a sixth of the time).
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+# A job in the background of a script ignores interrupts, and so would what its tests start and interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # What samples widely (slow tests) looks elsewhere on every run. Set here, so that all workers have it.
 SEED = int(os.environ.setdefault("PLANNER_TEST_SEED", str(int(time.time()))))
