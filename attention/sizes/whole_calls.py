@@ -448,7 +448,7 @@ def _cut(call: WholeCall, shape: Shape, a_view: Count, room: Count) -> CallPart:
     views = minimum(maximum(call.views, 1), MOST_VIEWS, maximum(room // a_view, 1))
     some = minimum(maximum(kv_heads * room // a_view, 1), kv_heads)
     a_head = maximum(a_view // kv_heads, 1)
-    few = minimum(maximum(call.queries * room // a_head, LEAST_SLICE), call.queries)
+    few = minimum(maximum(call.queries * room // a_head, LEAST_SLICE), maximum(call.queries, 1))
     cuts = call.can_slice(shape) * (a_head > room)
     return CallPart(views, where(a_view > room, some, kv_heads), where(cuts, few, maximum(call.queries, 1)))
 

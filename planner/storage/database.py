@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from datetime import datetime
 from typing import Any
 
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import RDBStorage
 from optuna.trial import TrialState
+from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, PendingRollbackError, SQLAlchemyError
 
 from attention.errors import StorageError
@@ -25,6 +27,11 @@ _ASKED = (
     "set_trial_user_attr", "set_trial_system_attr", "get_trial", "_get_trials",
 )  # list of words  # fmt: skip
 """All that a study asks of its database, but for `set_trial_state_values`."""
+
+
+BEGIN = text(
+    "UPDATE trials SET state = 'RUNNING', datetime_start = :now WHERE trial_id = :trial AND state = 'WAITING'"
+)
 
 
 class Database(RDBStorage):
@@ -52,6 +59,8 @@ class Database(RDBStorage):
                 patience.wait(_first_line(cause))
 
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Any = None) -> bool:
+        if state == TrialState.RUNNING and self.engine.dialect.name == "sqlite":
+            return bool(self.answer_of(lambda: self._begun(trial_id)))
         asked_before = False
 
         def ask() -> bool:
@@ -67,6 +76,13 @@ class Database(RDBStorage):
 
         done: bool = self.answer_of(ask)
         return done
+
+    def _begun(self, trial_id: int) -> bool:
+        """Takes a trial that waits; False where another has it. Optuna reads the state and then writes it,
+        which takes two statements, and SQLite locks no row between them: two workers would both have it."""
+        with self.engine.begin() as connection:
+            changed = connection.execute(BEGIN, {"trial": trial_id, "now": datetime.now().isoformat(" ")})
+        return changed.rowcount == 1
 
 
 def _patient(name: str) -> Callable[..., Any]:

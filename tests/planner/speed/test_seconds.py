@@ -67,6 +67,22 @@ def test_arrays_equal_singles(place, mode, causal):
             assert found[at] == pytest.approx(alone, rel=1e-9), config
 
 
+def test_candidates_without_some_of_the_calls_of_others_equal_singles():
+    """A window of several lengths on a card whose kernel takes none behind a query: some see every token."""
+    seq, window = np.array([131_072, 65_536, 4096, 1]), np.array([128, 32_768, 64, 65_536])
+    workspace = np.array([1 << 18, 1 << 17, 1 << 20, 1 << 23])
+    columns = Columns(
+        "block_sparse", "local_window", seq=seq, block_size=64, window=window, workspace=workspace
+    )
+    workload, pascal = Workload(seq=1, mode="training"), Cuda((6, 1))
+    rates = default_rates(gpus.find("gtx1080"))
+    many = seconds(columns, workload, pascal, rates)
+    for n in range(4):
+        one = columns.config(n, workload)
+        single = seconds_of(one, workload.model_copy(update={"seq": int(seq[n])}), pascal, rates)
+        assert many[n] == pytest.approx(single, rel=1e-9)
+
+
 def test_many_are_as_few():
     workload = Workload(seq=1)
     windows = np.arange(20_000)

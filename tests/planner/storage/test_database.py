@@ -55,6 +55,32 @@ def test_workers_that_make_the_tables_of_a_fresh_database_at_once_all_get_them(t
         found[0]._storage._backend.engine.dispose()
 
 
+def test_one_of_the_workers_that_take_a_waiting_trial_at_once_has_it(url, monkeypatch):
+    monkeypatch.setattr(patience, "QUIET", 60.0)
+    storage = open_database(url)
+    study = optuna.create_study(storage=storage, study_name="s")
+    for _ in range(40):
+        study.enqueue_trial({})
+    waiting = [trial._trial_id for trial in study.trials]
+    start, taken = threading.Barrier(4), []
+
+    def work():
+        own = open_database(url)
+        start.wait()
+        taken.extend(id for id in waiting if own.set_trial_state_values(id, TrialState.RUNNING))
+        own.engine.dispose()
+
+    workers = [threading.Thread(target=work) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert sorted(taken) == waiting
+    assert all(trial.datetime_start for trial in study.trials)
+    assert not storage.set_trial_state_values(waiting[0], TrialState.RUNNING)
+    storage.engine.dispose()
+
+
 def test_a_database_that_comes_back_is_waited_for_and_that_is_said(url, monkeypatch):
     monkeypatch.setattr(patience, "QUIET", 0.0)
     storage, calls = open_database(url), []
