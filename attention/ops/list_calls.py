@@ -251,9 +251,11 @@ def backward(
         group.name: lists.most(q.shape[0], [part for heads in all_heads for part in some[group.name, heads]])
         for group in calls.groups
     }
+    # Made once: between what parts take and give back, others of their size would find other places.
+    room = [torch.empty(held.kv_heads * size[0], size[1], dtype=dtype, device=q.device) for _ in "kv"]
     for b in range(q.shape[0]):
         for heads in all_heads:
-            sums = [torch.zeros(len(heads) * size[0], size[1], dtype=dtype, device=q.device) for _ in "kv"]
+            sums = [total[: len(heads) * size[0]].zero_() for total in room]
             for group in calls.groups:
                 for part in some[group.name, heads]:
                     item = _Item(grad[b], q[b], k[b], v[b], out[b], lse[b], dq[b])
@@ -267,7 +269,6 @@ def backward(
                     of_heads.add_(tokens)
                 else:
                     of_heads.copy_(tokens)
-            del sums, tokens, total
     return dq, dk, dv
 
 

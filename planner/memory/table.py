@@ -144,6 +144,10 @@ class PlanTable:
         """Whether a buffer was added and not freed."""
         return name in self._open
 
+    def nbytes(self, name: str) -> Count:
+        """Bytes of a buffer that was added and not freed."""
+        return sum(self._lines[self._open[name]][2])
+
     def done(self) -> Plan:
         """The plan, without the lines that are zero whatever the candidate."""
         phases = tuple(self._phases)

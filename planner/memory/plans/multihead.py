@@ -16,6 +16,7 @@ from planner.memory.table import PlanTable, Tensors
 
 KEPT = ("memory_pool", "pattern_cache")
 """Components that a forward pass leaves behind, whoever needs its results."""
+COMPACT = "output without padding"
 
 
 def multihead(
@@ -32,7 +33,7 @@ def multihead(
         _project(first, case)
         attend(first, case._replace(turn=lambda _: False))
         first.end("out")
-        _result(table, case)
+        _result(table, case, "unsaved out")
         first.end()
         case = case._replace(run=1)
     _project(table, case)
@@ -40,21 +41,24 @@ def multihead(
     def turn(table: PlanTable) -> bool:
         """The output projection, forward unless that was done before, and its gradients."""
         if not repeats:
-            _result(table, case)
+            _result(table, case, "out")
         width = _width(case)
         if not bias:  # autograd's order: of a product, the second matrix is first
             _gradients(table, case, "output projection", (width,), bias)
         table.phase("backward, output projection")
+        if repeats:
+            _compact(table, case, "out")
         table.add("gradient of the attention", "gradients", case.channels * e, "B S E e")
         _product(table, case, _tokens(case), width, width)
         if bias:
             _gradients(table, case, "output projection", (width,), bias)
+        table.free(COMPACT)
         return True
 
     attend(table, case._replace(turn=turn))
     if not case.trains:
         table.free("projected q", "projected k", "projected v")
-        _result(table, case)
+        _result(table, case, "out")
         return
     table.free("projected q", "projected k", "projected v", "gradient of the attention")
     table.free(*(name for name in ("out", "log-sum-exp") if table.holds(name)))
@@ -111,10 +115,21 @@ def _project(table: PlanTable, case: Case) -> None:
         _product(table, case, _tokens(case), _width(case), width, forward=True)
 
 
-def _result(table: PlanTable, case: Case) -> None:
+def _compact(table: PlanTable, case: Case, out: str) -> None:
+    """Where a kernel pads channels, the attention's output is copied for the projection."""
+    nbytes = case.channels * case.shape.itemsize
+    table.add(COMPACT, "temp_buffers", nbytes * (table.nbytes(out) > nbytes), "B S E e, where D is padded")
+
+
+def _result(table: PlanTable, case: Case, out: str) -> None:
+    """The output projection of the attention's output, of this name; its copy lives as long as the output
+    where backward follows."""
     table.phase("output projection")
+    _compact(table, case, out)
     table.add("result", "output", case.channels * case.shape.itemsize, "B S E e")
     _product(table, case, _tokens(case), _width(case), _width(case), forward=True)
+    if out != "out" or not case.trains:
+        table.free(COMPACT)
 
 
 def _gradients(table: PlanTable, case: Case, name: str, widths: tuple[Count, ...], bias: bool) -> None:
