@@ -300,10 +300,10 @@ def windowed(
     dim, queries = q.shape[-1], q.shape[2]
     kernel = choose(q, biased=False)
     if kernel == "efficient" and right is None and left is not None:
-        q, k, v = (x.flip(2) for x in (q, k, v))
+        q, k, v = (_turned(x) for x in (q, k, v))
         out, lse = windowed(q, k, v, scale=scale, left=None, right=left)
         del q, k, v  # before the results are turned round
-        return out.flip(2), lse.flip(2)
+        return out[..., :dim].flip(2), lse.flip(2)
     q, k, v = (aligned_channels(x.transpose(1, 2)) for x in (q, k, v))
     if kernel == "flash":
         out, lse = aten._flash_attention_forward(
@@ -345,10 +345,11 @@ def windowed_backward(
     dim = q.shape[-1]
     kernel = choose(q, biased=False)
     if kernel == "efficient" and right is None and left is not None:
-        grad, q, k, v, out, lse = (x.flip(2) for x in (grad, q, k, v, out, lse))
+        grad, q, k, v, out = (_turned(x) for x in (grad, q, k, v, out))
+        lse = lse.flip(2)
         grads = windowed_backward(grad, q, k, v, out, lse, scale=scale, left=None, right=left)
         del grad, q, k, v, out, lse
-        dq, dk, dv = (x.flip(2) for x in grads)
+        dq, dk, dv = (x[..., :dim].flip(2) for x in grads)
         return dq, dk, dv
     grad, q, k, v, out = (aligned_channels(x.transpose(1, 2)) for x in (grad, q, k, v, out))
     if kernel == "flash":
@@ -472,6 +473,11 @@ def _efficient_window(left: int | None, right: int | None) -> tuple[int, int | N
     """(mask, window) as the efficient kernel has them: 2 for a causal mask aligned to the end, and how many
     keys a query sees, itself among them."""
     return (0 if right is None else 2), (None if left is None else left + 1)
+
+
+def _turned(x: Tensor) -> Tensor:
+    """x [N, H, T, D] in reverse order of T; its channels are aligned first, so that one copy is left of two."""
+    return aligned_channels(x.transpose(1, 2)).flip(1).transpose(1, 2)
 
 
 def aligned_channels(x: Tensor) -> Tensor:
