@@ -476,7 +476,7 @@ def _efficient_window(left: int | None, right: int | None) -> tuple[int, int | N
 
 
 def _turned(x: Tensor) -> Tensor:
-    """x [N, H, T, D] in reverse order of T; its channels are aligned first, so that one copy is left of two."""
+    """x [N, H, T, D] with T in reverse order; channels are aligned first, so that one copy is left of two."""
     return aligned_channels(x.transpose(1, 2)).flip(1).transpose(1, 2)
 
 
