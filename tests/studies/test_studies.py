@@ -34,7 +34,7 @@ def test_no_attention_goes_above_its_floor_by_more_than_the_bar(name: str, dtype
     assert 2 * row["floor"] <= row["training"] <= row["training_limit"]
 
 
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("causal", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_dilated_memory_does_not_depend_on_the_number_of_branches(causal: bool):
     def peak(branches: int) -> int:
         module = build(attentions.configs()[f"dilated, {branches} branches"])

@@ -27,7 +27,10 @@ def answer(line):
     "line",
     [
         f"planner recommend --vram 8GB --seq 16K --trials 1 {FEW}",
-        f"planner recommend --gpu gtx1080 --causal --reserve 1.5GB {FEW} --trials 0 --heads 2 --kv-heads 1",
+        pytest.param(
+            f"planner recommend --gpu gtx1080 --causal --reserve 1.5GB {FEW} --trials 0 --heads 2 --kv-heads 1",
+            marks=pytest.mark.slow,
+        ),
         f"planner recommend --vram 1GB --gpu cpu --seq 4000 --max-seconds 0.5 {FEW} --trials 0 "
         "--objective quality",
         "planner recommend --vram 7.75GiB --seq 8K --layers 0 --min-mass 0.5 --profile local --seed 3 "

@@ -99,7 +99,7 @@ TWINS = Space(variants=("dense", "block_sparse"), block_sizes=(32, 48, 128))
 """FlexAttention takes two of three sizes of blocks."""
 
 
-@pytest.mark.parametrize("seq", [4096, 1 << 20])
+@pytest.mark.parametrize("seq", [4096, pytest.param(1 << 20, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("free_length", [False, True])
 def test_twins_are_one_and_none_is_lost(seq, free_length):
     workload, flexible = Workload(seq=seq, head_dim=32, dtype="float32"), Cuda((8, 0))

@@ -161,7 +161,9 @@ def test_an_answer_survives_json_and_builds_a_module_that_runs():
 @pytest.mark.parametrize(
     "asked",
     [
-        {"vram": "1.2GB", "seq": 131072, "mode": "training", "dtype": "float32"},
+        pytest.param(
+            {"vram": "1.2GB", "seq": 131072, "mode": "training", "dtype": "float32"}, marks=pytest.mark.slow
+        ),
         {"vram": "3GB", "reserve": "2GB", "seq": 524_288},
         {"vram": "700MB", "seq": 16_384, "gpu": "gtx1080", "batch": 4, "dtype": "float32"},
         {"vram": "8GB", "seq": 65_536, "max_seconds": 1e-5},
@@ -227,7 +229,7 @@ def test_no_single_step_within_the_space_would_be_better():
 @pytest.mark.parametrize(
     "asked",
     [
-        {"vram": "8GB", "causal": True},
+        pytest.param({"vram": "8GB", "causal": True}, marks=pytest.mark.slow),
         {"vram": "1GB", "gpu": "cpu", "threads": 2},
         pytest.param(
             {"vram": "24GB", "gpu": "rtx4090", "mode": "training", "causal": True}, marks=pytest.mark.slow

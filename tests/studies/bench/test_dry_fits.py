@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from matplotlib.figure import Figure
 
 from planner import gpus
@@ -36,6 +37,7 @@ def test_questions_are_of_all_objectives_and_cards_and_the_same_each_time():
     assert {one["backend"] for one in asked} == {None, "sdpa"}
 
 
+@pytest.mark.slow
 def test_an_answer_runs_on_a_card_without_what_the_display_has_and_a_longest_one_also_longer():
     asked = dry_fits.question(1) | {"vram": 3_000_000_000, "display": "desktop"}
     batch = Batch(longest=0)
