@@ -28,7 +28,8 @@ def answer(line):
     [
         f"planner recommend --vram 8GB --seq 16K --trials 1 {FEW}",
         pytest.param(
-            f"planner recommend --gpu gtx1080 --causal --reserve 1.5GB {FEW} --trials 0 --heads 2 --kv-heads 1",
+            f"planner recommend --gpu gtx1080 --causal --reserve 1.5GB {FEW} --trials 0 --heads 2 "
+            "--kv-heads 1",
             marks=pytest.mark.slow,
         ),
         f"planner recommend --vram 1GB --gpu cpu --seq 4000 --max-seconds 0.5 {FEW} --trials 0 "
