@@ -32,6 +32,15 @@ def gone(invalidated=True):
     return found
 
 
+def at_once(number, work):
+    """Runs `work` in so many threads, to their ends."""
+    workers = [threading.Thread(target=work) for _ in range(number)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+
+
 def test_workers_that_make_the_tables_of_a_fresh_database_at_once_all_get_them(tmp_path, monkeypatch):
     monkeypatch.setattr(patience, "QUIET", 60.0)
     for round in range(3):
@@ -45,11 +54,7 @@ def test_workers_that_make_the_tables_of_a_fresh_database_at_once_all_get_them(t
             found.append(study)
             storage.engine.dispose()
 
-        workers = [threading.Thread(target=work) for _ in range(6)]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
+        at_once(6, work)
         assert len(found) == 6
         assert sorted(trial.number for trial in found[0].trials) == list(range(6))
         found[0]._storage._backend.engine.dispose()
@@ -70,11 +75,7 @@ def test_one_of_the_workers_that_take_a_waiting_trial_at_once_has_it(url, monkey
         taken.extend(id for id in waiting if own.set_trial_state_values(id, TrialState.RUNNING))
         own.engine.dispose()
 
-    workers = [threading.Thread(target=work) for _ in range(4)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
+    at_once(4, work)
     assert sorted(taken) == waiting
     assert all(trial.datetime_start for trial in study.trials)
     assert not storage.set_trial_state_values(waiting[0], TrialState.RUNNING)
