@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import os
 import signal
 import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
 from pairwise import pairwise
+
+if TYPE_CHECKING:
+    from shared_server import SharedServer
 
 # `conformance` is a plain module that tests import; without this its asserts would report nothing.
 pytest.register_assert_rewrite("conformance")
@@ -39,6 +45,24 @@ def seed(request: pytest.FixtureRequest) -> int:
     """Another on every run, unless PLANNER_TEST_SEED is set; a test that fails shows it."""
     request.node.add_report_section("setup", "seed", f"repeat with PLANNER_TEST_SEED={SEED}")
     return SEED
+
+
+@pytest.fixture(scope="session")
+def server_of_all() -> Iterator[SharedServer]:
+    from shared_server import SharedServer
+
+    server = SharedServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def one_server(server_of_all: SharedServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the test measures for real, in batches and one by one, runs in forks of a server that is there
+    already; that these measure what processes of their own do, planner/measuring/test_server.py says."""
+    monkeypatch.setattr("planner.measuring.server._Server", lambda variables: server_of_all)
+    # The module, whose name in its package is the function.
+    monkeypatch.setattr(importlib.import_module("planner.measuring.measure"), "run", server_of_all.single)
 
 
 def pytest_collection_finish() -> None:

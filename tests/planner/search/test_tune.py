@@ -21,11 +21,13 @@ import pytest
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
+from typer.testing import CliRunner
 
 import planner
 from attention.errors import AttentionPlannerError, ConfigError, StorageError
 from planner import calibration
 from planner.answers.tuned import Tuned
+from planner.cli.main import app
 from planner.measuring.measure import Environment, Measurement
 from planner.measuring.records import read
 from planner.question.space import Space
@@ -461,26 +463,20 @@ SMALL = ["--vram", "200MB", "--seq", "512", "--dtype", "float32", "--heads", "2"
 
 
 def command(path, *more):
-    return [sys.executable, "-m", "planner", "tune", *SMALL, "--storage", str(path / "t.journal"), *more]
+    return ["tune", *SMALL, "--storage", str(path / "t.journal"), *more]
 
 
-def test_a_trial_that_hangs_is_a_timeout(tmp_path):
-    run = subprocess.run(
-        command(tmp_path, "--trials", "1", "--timeout", "0.01"),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 2
+def test_a_trial_that_hangs_is_a_timeout(one_server, tmp_path):
+    run = CliRunner().invoke(app, command(tmp_path, "--trials", "1", "--timeout", "0.01"))
+    assert run.exit_code == 2
     assert "no config ran within the budget" in run.stderr
     assert "not done after 0.01 s" in run.stderr
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
-def test_a_tuner_that_is_ended_goes_on_where_it_stopped(how, tmp_path):
+def test_a_tuner_that_is_ended_goes_on_where_it_stopped(how, one_server, tmp_path):
     begun = subprocess.Popen(
-        command(tmp_path, "--trials", "200"),
+        [sys.executable, "-m", "planner", *command(tmp_path, "--trials", "200")],
         cwd=ROOT,
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -496,13 +492,8 @@ def test_a_tuner_that_is_ended_goes_on_where_it_stopped(how, tmp_path):
     begun.send_signal(how)
     begun.communicate()
     assert begun.returncode == (130 if how == signal.SIGINT else -how)
-    again = subprocess.run(
-        command(tmp_path, "--trials", "5", "--format", "json"),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    again = CliRunner().invoke(app, command(tmp_path, "--trials", "5", "--format", "json"))
+    assert again.exit_code == 0, again.output
     found = json.loads(again.stdout)
     assert found["kept"] >= 3
     assert len(found["trials"]) >= 5
