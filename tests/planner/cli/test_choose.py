@@ -289,7 +289,7 @@ def test_restrictions_are_a_space_or_refused(options):
 
 
 @pytest.fixture
-def tune(tmp_path, monkeypatch):
+def tune(tmp_path, monkeypatch, asked_once):
     """Tunes three trials of half a second each, and keeps them in one place."""
 
     def measure(self, config, workload):

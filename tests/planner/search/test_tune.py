@@ -31,13 +31,13 @@ from planner.cli.main import app
 from planner.measuring.measure import Environment, Measurement
 from planner.measuring.records import read
 from planner.question.space import Space
-from planner.search import tune as tuning
 from planner.search.tune import _myself, _process, limits, stored, whole
 
 ROOT = Path(__file__).resolve().parents[3]
 SHIPPED = calibration.SHIPPED / "cpu.json"
 HERE = Environment(python="3.11", system="Linux", settings={}, date="2026-01-01T00:00:00+00:00")
 SPACE = Space(block_sizes=(64, 128), branches=(1, 2))
+pytestmark = pytest.mark.usefixtures("asked_once")
 ASKED = {"vram": "500MB", "seq": 4096, "dtype": "float32", "heads": 2, "space": SPACE}
 
 
@@ -61,23 +61,6 @@ class Device:
         return Measurement(
             config=config, workload=workload, device="cpu", kind=how, runs=3, environment=HERE, **figures
         )
-
-
-@pytest.fixture(autouse=True)
-def asked_once(monkeypatch):
-    """What the models recommend is the same each time, and takes longest."""
-    answered = tuning.answered
-
-    def remembered(*given, **asked):
-        key = repr((given, asked, os.environ.get("XDG_DATA_HOME")))
-        if key not in ANSWERS:
-            ANSWERS[key] = answered(*given, **asked)
-        return ANSWERS[key]
-
-    monkeypatch.setattr(tuning, "answered", remembered)
-
-
-ANSWERS = {}
 
 
 def tune(device, path, trials=10, **more):
