@@ -160,7 +160,7 @@ def goes_flex(backend: Backend, rows: Rows, seq: Count, workload: Workload) -> C
     """1 if compiled FlexAttention runs a block_sparse pattern where `has_flex` and `auto` does not leave it
     for whole calls (`auto_leaves_flex`), else 0; `workload.seq` is not read. See
     `attention.ops.flex.resolve`."""
-    floor = workload.floor // workload.seq * seq
+    floor = workload.floor_at(seq)
     runs = (backend in ("auto", "flex")) * flex_takes_blocks(rows.size)
     return runs * flex_is_lean(rows, seq, floor) if backend == "auto" else runs
 

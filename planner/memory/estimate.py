@@ -273,15 +273,23 @@ def max_sequence(
     """The longest sequence, a multiple of the block size, at which `upper` stays within `vram`.
 
     0 if not even one block fits. `vram`: bytes, or text such as "8GB". `device`: "cpu" or a GPU; without
-    one a generic card of that memory. `options`: those of `estimate`. `workload.seq` is not read.
+    one a generic card of that memory. `options`: those of `estimate`. `workload.seq` is not read; where fewer
+    tokens ask than there are, the sequence has as many at least. ConfigError for documents, whose lengths fix
+    that of the sequence.
     """
     from planner.units import parse_bytes
 
     budget = parse_bytes(vram, "vram")
     on = device or gpus.generic(budget)
     unit = config.pattern.block_size if config.pattern else 64
+    if workload.documents is not None:
+        raise ConfigError(
+            "documents fix the length of the sequence, so that no longest is to be found; leave them out"
+        )
+    least = workload.least_blocks(unit)
 
     def fits(config: AttentionConfig, blocks: int) -> bool:
+        blocks = max(blocks, least)
         if blocks * unit > workload.most_tokens:
             return False
         sized_workload = workload.model_copy(update={"seq": blocks * unit})

@@ -56,7 +56,18 @@ class Answered(NamedTuple):
     answer: Recommendation
 
 
-_SIZES: Final = ("batch", "heads", "kv_heads", "head_dim", "dtype", "mode", "causal")
+_SIZES: Final = (
+    "batch",
+    "heads",
+    "kv_heads",
+    "head_dim",
+    "dtype",
+    "mode",
+    "causal",
+    "queries",
+    "documents",
+    "sinks",
+)
 _PLACE: Final = ("calibration", "allocator", "display", "others_bytes", "context_bytes", "threads")
 
 
@@ -144,6 +155,13 @@ def scenario_of(vram: str | int | None, seq: str | int | None, options: Asked) -
     reserved = parse_bytes(reserve, "reserve") if str(reserve) != "0" else 0
     if reserved >= budget:
         raise ConfigError(f"reserve must be below the budget of {budget:,} bytes, got {reserved:,}")
+    documents = options.get("documents")
+    if documents is not None:
+        if options.get("objective") == "seq":
+            raise ConfigError(
+                "objective 'seq' finds the length, which the documents fix; choose 'speed' or 'quality'"
+            )
+        seq = sum(documents) if seq is None else seq
     aim = options.get("objective") or ("seq" if seq is None else "speed")
     if aim not in get_args(Objective):
         raise ConfigError(f"objective must be one of {', '.join(get_args(Objective))}, got {aim!r}")
@@ -158,8 +176,10 @@ def scenario_of(vram: str | int | None, seq: str | int | None, options: Asked) -
     )
     sizes: dict[str, Any] = {name: options[name] for name in _SIZES if name in options}
     if seq is None:
-        floor = Workload(seq=1, **sizes).floor
-        tokens = min(max((budget - reserved) // floor, 1), MOST_TOKENS)
+        least = options.get("queries") or 1
+        shortest = Workload(seq=least, **sizes)
+        a_token = shortest.floor_at(1) - shortest.floor_at(0)
+        tokens = min(max((budget - reserved - shortest.floor_at(0)) // a_token, least), MOST_TOKENS)
     else:
         tokens = parse_count(seq, "seq")
         if tokens > MOST_TOKENS:
