@@ -61,7 +61,13 @@ class AdaptiveAttention(Attention):
         return None, None
 
     def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, decided: Decided, return_attention_weights: bool
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        decided: Decided,
+        return_attention_weights: bool,
+        sinks: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, AttentionWeights]:
         q, k, v = (x.contiguous() for x in (q, k, v))
         shape = decided.shape
@@ -72,7 +78,7 @@ class AdaptiveAttention(Attention):
         blocks = self._select(q, k, shape)
         learns = torch.is_grad_enabled() and self.query_weight.requires_grad
         needs_lse = learns or return_attention_weights
-        out, lse = attend(q, k, v, self._problem_over(shape, blocks), keeps_lse=needs_lse)
+        out, lse = attend(q, k, v, self._problem_over(shape, blocks), sinks=sinks, keeps_lse=needs_lse)
         if learns:
             scores = self._chosen_scores(q.detach(), k.detach(), blocks)
             gating = Gating(shape, self.block_size, self._scale(shape), self.scratch)

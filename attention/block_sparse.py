@@ -21,12 +21,16 @@ from attention.sizes.shape import WIDE, Shape, Span
 
 
 def tiles(layout: Layout, rows: Rows, shape: Shape) -> Iterator[Tile]:
-    """The tiles of a layout, in row order. `rows`: its widest."""
+    """The tiles of a layout, in row order, from the row of the first query on. `rows`: its widest."""
     counts = layout.counts
     begins, ends = layout.row_ptr[:-1], layout.row_ptr[1:]
     firsts = layout.cols[begins].astype(np.int64)
     adjacent = (layout.cols[ends - 1].astype(np.int64) - firsts + 1 == counts) & (rows.span > 0)
+    begin = shape.origin // rows.size
     for first, last, shift in _groups(layout, counts, firsts, adjacent):
+        if last <= begin:
+            continue
+        first = max(first, begin)
         width = int(counts[first])
         if adjacent[first]:
             yield from _span_tiles(rows, int(firsts[first]), width, first, last, shift, shape)

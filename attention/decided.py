@@ -30,6 +30,8 @@ class Decided(NamedTuple):
     """What is computed; None where that depends on values."""
     rows: Rows | None
     """Of the layout by which each call makes the problem's tiles; None where they come from none."""
+    cut: bool = False
+    """Whether its program is cut to sections, whatever kernels take."""
 
 
 class Decisions:
@@ -50,6 +52,8 @@ class Decisions:
         if decided is None or decided.config is not config or decided.buffers is not buffers:
             return None
         shape = decided.shape
+        if decided.cut:
+            return decided
         if shape.windows != kernels.windows_of(q):
             return None
         cudnn_from = cudnn.takes_from(q, k, shape.causal, config.backend)

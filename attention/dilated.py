@@ -20,7 +20,7 @@ from attention.sizes.tiles import branch_kind, grouped_heads
 def tiles(branches: tuple[tuple[int, int], ...], shape: Shape) -> Iterator[Tile]:
     """The tiles of a dilated attention, smallest rates first."""
     ordered = sorted(branches, key=lambda branch: branch[1])
-    for start in range(0, shape.seq, shape.tile_tokens):
+    for start in range(shape.origin, shape.seq, shape.tile_tokens):
         stop = min(start + shape.tile_tokens, shape.seq)
         calls = tuple(
             call

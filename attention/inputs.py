@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping, Sequence
+from itertools import combinations
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from attention.config import AttentionConfig
+from attention.documents import Lengths
 from attention.errors import InputError, UnavailableError
+from attention.features import NAMES, UNKNOWN, Feature, together, unfit_feature
 from attention.ops import cudnn, kernels
 from attention.sizes.kernel_choice import ONE_KERNEL, unfit_kernel
 from attention.sizes.release import cpu_takes_groups
@@ -32,10 +35,48 @@ def refuse_transforms() -> None:
         )
 
 
+def refuse_unknown(options: Mapping[str, Any]) -> None:
+    """Raises an error for arguments that no call here has: by name for what other attentions know."""
+    for name in options:
+        if name in UNKNOWN:
+            raise UnavailableError(f"this attention does not take {name}=: {UNKNOWN[name]}")
+    if options:
+        raise TypeError(f"this attention got an unexpected argument {next(iter(options))!r}")
+
+
+def _refuse_features(config: AttentionConfig, features: Sequence[Feature]) -> None:
+    """Raises UnavailableError for features that the attention does not take, or not together."""
+    for feature in features:
+        if why := unfit_feature(config, feature):
+            raise UnavailableError(f"{NAMES[feature]}: not taken by this attention: {why}")
+    for one, other in combinations(features, 2):
+        if why := together(one, other):
+            raise UnavailableError(f"{NAMES[one]} and {NAMES[other]} do not go together: {why}")
+
+
+def _check_sinks(sinks: Any, q: Tensor) -> None:
+    """Raises InputError unless sinks are a logit for each head."""
+    if not isinstance(sinks, Tensor) or not sinks.is_floating_point():
+        what = sinks.dtype if isinstance(sinks, Tensor) else type(sinks).__name__
+        raise InputError(f"sinks must be a tensor of floating-point numbers, one a head; got {what}")
+    if tuple(sinks.shape) != (q.shape[2],):
+        raise InputError(f"sinks must be [heads], a logit for each of {q.shape[2]}, got {list(sinks.shape)}")
+    if sinks.device != q.device:
+        raise InputError(f"sinks are on {sinks.device}, q on {q.device}; move one of them")
+
+
 def check(
-    q: Tensor, k: Tensor, v: Tensor, config: AttentionConfig, is_causal: Any = False, weights: Any = False
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: AttentionConfig,
+    is_causal: Any = False,
+    weights: Any = False,
+    documents: bool = False,
+    sinks: Any = None,
 ) -> None:
-    """Raises InputError unless q [B, S, H, D] and k, v [B, S, G, D] go together and fit `config`."""
+    """Raises InputError unless q [B, Q, H, D] and k, v [B, S, G, D], Q <= S, go together and fit `config`, and
+    UnavailableError for what it does not take. `documents`: whether there are any."""
     refuse_transforms()
     if not isinstance(is_causal, bool):
         what = "a tensor" if isinstance(is_causal, Tensor) else repr(is_causal)
@@ -58,11 +99,17 @@ def check(
         ("dtype", [x.dtype for x in (q, k, v)]),
         ("device", [x.device for x in (q, k, v)]),
         ("batch", [x.shape[0] for x in (q, k, v)]),
-        ("seq", [x.shape[1] for x in (q, k, v)]),
         ("head_dim", [x.shape[3] for x in (q, k, v)]),
     ):
         if len(set(values)) > 1:
             raise InputError(f"q, k and v must agree in {what}, got {', '.join(map(str, values))}")
+    if k.shape[1] != v.shape[1]:
+        raise InputError(f"k and v must have equally many tokens, got {k.shape[1]} and {v.shape[1]}")
+    if q.shape[1] > k.shape[1]:
+        raise InputError(
+            f"q has more tokens than k and v, {q.shape[1]} and {k.shape[1]}: queries are the last tokens of the "
+            "sequence, whose keys and values are all in k and v (those of a cache before the new ones)"
+        )
     if k.shape[2] != v.shape[2]:
         raise InputError(f"k and v must have equally many heads, got {k.shape[2]} and {v.shape[2]}")
     if q.shape[2] % k.shape[2]:
@@ -76,6 +123,15 @@ def check(
             f"this adaptive attention was built for (heads, head_dim) = "
             f"{(config.adaptive.num_heads, config.adaptive.head_dim)}, got {(q.shape[2], q.shape[3])}"
         )
+    if sinks is not None:
+        _check_sinks(sinks, q)
+    there: dict[Feature, bool] = {
+        "queries": q.shape[1] < k.shape[1],
+        "documents": documents,
+        "sinks": sinks is not None,
+        "weights": weights,
+    }
+    _refuse_features(config, [feature for feature, given in there.items() if given])
 
 
 def _refuse_kernel(q: Tensor, k: Tensor, config: AttentionConfig, is_causal: bool) -> None:
@@ -94,24 +150,36 @@ def _refuse_kernel(q: Tensor, k: Tensor, config: AttentionConfig, is_causal: boo
         raise UnavailableError(f"backend={config.backend!r} cannot serve this: {why}; use backend='auto'")
 
 
-def signature(q: Any, k: Any, v: Any, is_causal: Any, weights: Any) -> Hashable | None:
+def signature(
+    q: Any, k: Any, v: Any, is_causal: Any, weights: Any, lengths: Lengths | None = None, sinks: Any = None
+) -> Hashable | None:
     """All of its arguments that `check` and `shape_of` read, but for the device's kernels; None for what is
-    no call. Calls of one signature are refused alike or not at all."""
+    no call. Calls of one signature are refused alike or not at all. `lengths`: of the call's documents."""
     if not (isinstance(is_causal, bool) and isinstance(weights, bool)):
         return None  # numbers are equal to bools
     if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
         return None
     types = (q.dtype, k.dtype, v.dtype, q.device, k.device, v.device)
-    return (q.shape, k.shape, v.shape, *types, is_causal)
+    if sinks is None and lengths is None:
+        return (q.shape, k.shape, v.shape, *types, is_causal, weights)
+    of_sinks = (sinks.dtype, sinks.shape, sinks.device) if isinstance(sinks, Tensor) else None
+    return (q.shape, k.shape, v.shape, *types, is_causal, weights, lengths, of_sinks)
 
 
-def shape_of(q: Tensor, k: Tensor, config: AttentionConfig, is_causal: bool) -> Shape:
-    """The sizes that a program depends on."""
+def shape_of(
+    q: Tensor, k: Tensor, config: AttentionConfig, is_causal: bool, *, documents: bool = False
+) -> Shape:
+    """The sizes that a program depends on. With fewer queries than keys, or `documents`, it is tiles on every
+    device; a single query, the last, is past nothing."""
     cpu = q.device.type == "cpu"
+    cut = documents or q.shape[1] < k.shape[1]
+    if cut and q.shape[1] == 1 and config.variant in ("dense", "dilated"):
+        is_causal = False
     sixteen = cpu and q.element_size() == 2
     packs = sixteen and kernels.matrix_unit(q.dtype)
     sizes = {
-        "seq": q.shape[1],
+        "seq": k.shape[1],
+        "origin": k.shape[1] - q.shape[1],
         "heads": q.shape[2],
         "kv_heads": k.shape[2],
         "head_dim": q.shape[3],
@@ -124,7 +192,7 @@ def shape_of(q: Tensor, k: Tensor, config: AttentionConfig, is_causal: bool) -> 
         chunk=chunk_tokens(cpu=cpu, **sizes),
         packs=packs,
         widens=sixteen,
-        windows=kernels.windows_of(q),
+        windows="none" if cut else kernels.windows_of(q),
         groups=cpu and not packs and cpu_takes_groups(),
-        cudnn_from=cudnn.takes_from(q, k, is_causal, config.backend),
+        cudnn_from=0 if cut else cudnn.takes_from(q, k, is_causal, config.backend),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from functools import partial
 from typing import Any, TypeVar, cast
 
@@ -14,16 +14,18 @@ from torch import Tensor, nn
 from attention import block_sparse, dilated, token_window
 from attention.config import AttentionConfig
 from attention.decided import Decided, Decisions
-from attention.inputs import check, refuse_transforms, shape_of, signature
+from attention.documents import Lengths, document_lengths
+from attention.inputs import check, refuse_transforms, refuse_unknown, shape_of, signature
 from attention.layout import Layout, build_layout
 from attention.ops import flex
 from attention.ops.execute import Problem, Reserves, attend
 from attention.ops.kernels import activated_flash, flash_is_built, steady_heap
 from attention.ops.list_calls import shared_lists
-from attention.ops.program import Tiles
+from attention.ops.program import Tile, Tiles
 from attention.ops.weights import AttentionWeights, attention_weights, check_room
 from attention.out_of_memory import with_emergency_release
-from attention.pool import buffers_for
+from attention.pool import Buffers, buffers_for
+from attention.sections import CutProgram
 from attention.sizes.kernel_choice import KernelChoice, kernel_choice
 from attention.sizes.list_calls import calls_of_rows
 from attention.sizes.row_bounds import Rows, rows_of
@@ -50,11 +52,16 @@ def eager(function: F) -> F:
 
 
 class Attention(nn.Module):
-    """`module(q, k, v, is_causal=False, return_attention_weights=False)`.
+    """`module(q, k, v, is_causal=False, return_attention_weights=False, documents=None, sinks=None)`.
 
-    q is [batch, seq, heads, head_dim]; k and v are [batch, seq, kv_heads, head_dim] with `kv_heads`
+    q is [batch, queries, heads, head_dim]; k and v are [batch, seq, kv_heads, head_dim] with `kv_heads`
     dividing `heads` (query head h reads kv head h // (heads / kv_heads)). Gives out like q, or
     (out, AttentionWeights) on request. Weights carry no gradient.
+
+    Queries may be fewer than keys: they are the last tokens of the sequence, as in decoding and in prefill by
+    chunks, and `is_causal` is aligned to its end. `documents`: whole numbers [batch, seq], equal ones in runs;
+    tokens see none but those of their own number, as far as the config lets them (packed sequences, padding).
+    `sinks`: [heads], a logit each, which joins every query's softmax as one more key without a value.
     """
 
     def __init__(self, config: AttentionConfig) -> None:
@@ -69,17 +76,29 @@ class Attention(nn.Module):
 
     @eager
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False, return_attention_weights: bool = False
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        is_causal: bool = False,
+        return_attention_weights: bool = False,
+        documents: Tensor | None = None,
+        sinks: Tensor | None = None,
+        **others: Any,
     ) -> Tensor | tuple[Tensor, AttentionWeights]:
         refuse_transforms()
-        sizes = signature(q, k, v, is_causal, return_attention_weights)
+        if others:
+            refuse_unknown(others)
+        lengths = None if documents is None else self._lengths(documents, k)
+        sizes = signature(q, k, v, is_causal, return_attention_weights, lengths, sinks)
         decided = self.decisions.get(sizes, self.config, self.scratch, q, k)
         if decided is None:
-            check(q, k, v, self.config, is_causal, return_attention_weights)
+            given = lengths is not None
+            check(q, k, v, self.config, is_causal, return_attention_weights, given, sinks)
 
         def run() -> Tensor | tuple[Tensor, AttentionWeights]:
-            settled = decided or self._decide(q, k, is_causal, sizes)
-            return self._attend(q, k, v, settled, return_attention_weights)
+            settled = decided or self._decide(q, k, is_causal, sizes, lengths)
+            return self._attend(q, k, v, settled, return_attention_weights, sinks)
 
         return with_emergency_release(run, self.scratch, q.device)
 
@@ -96,28 +115,46 @@ class Attention(nn.Module):
             activated=activated_flash(),
         )
 
-    def _decide(self, q: Tensor, k: Tensor, is_causal: bool, sizes: Hashable | None) -> Decided:
+    @staticmethod
+    def _lengths(documents: Tensor, k: Any) -> Lengths | None:
+        """Lengths of the documents; None where each batch item is one."""
+        if not isinstance(k, Tensor) or k.dim() != 4:
+            return None  # which `check` refuses
+        lengths = document_lengths(documents, k.shape[0], k.shape[1])
+        return None if all(len(item) == 1 for item in lengths) else lengths
+
+    def _decide(
+        self, q: Tensor, k: Tensor, is_causal: bool, sizes: Hashable | None, lengths: Lengths | None = None
+    ) -> Decided:
         """What checked inputs decide, kept by their signature."""
-        backend = flex.resolve(self.config, q, k, is_causal)
-        shape = shape_of(q, k, self.config, is_causal)
-        decided = Decided(self.config, self.scratch, backend, shape, *self._problem(shape))
+        cut = lengths is not None or q.shape[1] < k.shape[1]
+        backend = "sdpa" if cut else flex.resolve(self.config, q, k, is_causal)
+        shape = shape_of(q, k, self.config, is_causal, documents=cut)
+        made = self._cut_problem(shape, lengths) if cut else self._problem(shape)
+        decided = Decided(self.config, self.scratch, backend, shape, *made, cut=cut)
         self.decisions.keep(sizes, decided)
         return decided
 
     def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, decided: Decided, return_attention_weights: bool
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        decided: Decided,
+        return_attention_weights: bool,
+        sinks: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, AttentionWeights]:
         """`forward`, of checked inputs; may be run again."""
         shape, problem, rows = decided.shape, decided.problem, decided.rows
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         if return_attention_weights:
             check_room(self.config, shape, q)
-        elif decided.backend == "flex":
+        elif decided.backend == "flex" and sinks is None:
             return self._by_flex(q, k, v, shape)
         assert problem is not None
         if rows is not None:
             problem = self._of_layout(problem, rows)
-        out, lse = attend(q, k, v, problem, keeps_lse=return_attention_weights)
+        out, lse = attend(q, k, v, problem, sinks=sinks, keeps_lse=return_attention_weights)
         if not return_attention_weights:
             return out
         assert lse is not None
@@ -138,11 +175,7 @@ class Attention(nn.Module):
         return flex.attend(q, k, v, mask, layout.block_size, self._scale(shape))
 
     def _layout(self, shape: Shape) -> Layout:
-        layout: Layout = self.scratch.layouts.get(
-            (self.config.pattern, self.config.branches, shape.seq, shape.causal),
-            lambda: build_layout(self.config, shape.seq, shape.causal),
-        )
-        return layout
+        return _kept_layout(self.config, self.scratch, shape)
 
     def _of_layout(self, problem: Problem, rows: Rows) -> Problem:
         """The problem with what comes from its layout, whose rows these are: lists of calls, or tiles."""
@@ -158,6 +191,35 @@ class Attention(nn.Module):
 
     def _scale(self, shape: Shape) -> float:
         return self.config.scale or 1.0 / math.sqrt(shape.head_dim)
+
+    def _cut_problem(self, shape: Shape, lengths: Lengths | None) -> tuple[Problem | None, Rows | None]:
+        """`_problem` of the last queries of a sequence, and of documents."""
+        config = self.config
+        branches = shape.within(config.branches) if config.variant != "dense" else ((shape.seq, 1),)
+        if config.token_edges:
+            make: Callable[[Shape], Iterable[Tile]] = partial(
+                token_window.tiles, token_window_of(config, shape.causal)
+            )
+        elif config.variant == "block_sparse":
+            rows = rows_of(config, shape.seq, shape.causal)
+            make = partial(_tiles_of_layout, config, self.scratch, rows)
+        else:
+            make = partial(dilated.tiles, branches)
+        program = CutProgram(make, lengths or ((shape.seq,),), shape.origin)
+        sparse = config.variant == "block_sparse"
+        aligned = lengths is None and not shape.causal
+        whole = aligned and not sparse and bool(shape.is_whole(branches))
+        problem = Problem(
+            shape=shape,
+            tiles=program.tiles,
+            reserves=Reserves(shape, program.extent, whole, kinds=False),
+            scale=self._scale(shape),
+            covers=sparse or any(rate == 1 for _, rate in branches),
+            whole=whole,
+            buffers=self.scratch,
+            hides=config.token_edges,
+        )
+        return problem, None
 
     def _problem(self, shape: Shape) -> tuple[Problem | None, Rows | None]:
         """(what is computed, the rows of the layout by which each call makes its tiles, if they come from
@@ -190,3 +252,16 @@ class Attention(nn.Module):
             hides=config.token_edges,
         )
         return problem, rows if calls is None else None
+
+
+def _kept_layout(config: AttentionConfig, buffers: Buffers, shape: Shape) -> Layout:
+    layout: Layout = buffers.layouts.get(
+        (config.pattern, config.branches, shape.seq, shape.causal),
+        lambda: build_layout(config, shape.seq, shape.causal),
+    )
+    return layout
+
+
+def _tiles_of_layout(config: AttentionConfig, buffers: Buffers, rows: Rows, shape: Shape) -> Iterator[Tile]:
+    """The tiles of a block_sparse config; no layout is held between calls."""
+    return block_sparse.tiles(_kept_layout(config, buffers, shape), rows, shape)

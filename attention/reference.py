@@ -25,19 +25,25 @@ def reference_attention(
     config: AttentionConfig,
     is_causal: bool = False,
     layout: Tensor | None = None,
+    documents: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """softmax(q k^T * scale + log M) v in float64, M[h, q, k] from `multiplicity`; differentiable.
 
-    q is [batch, seq, heads, head_dim]; k and v are [batch, seq, kv_heads, head_dim], and query head h
-    reads head h // (heads // kv_heads) of them. A query whose M is zero for every key yields zero.
+    q is [batch, queries, heads, head_dim], the last tokens of the sequence of k and v [batch, seq, kv_heads,
+    head_dim], and query head h reads head h // (heads // kv_heads) of them. A query whose M is zero for every
+    key yields zero. `documents` [batch, seq]: M is zero between tokens of different numbers. `sinks` [heads]:
+    a logit each that joins the softmax of every query, without a value.
     An adaptive config needs `layout`, the key blocks chosen: integers [batch, heads, blocks, kept],
     -1 for padding. The projections of `config.multihead` are not applied.
     """
-    heads, kv_heads, seq = q.shape[2], k.shape[2], q.shape[1]
-    if k.shape != v.shape or (*q.shape[:2], q.shape[3]) != (*k.shape[:2], k.shape[3]) or heads % kv_heads:
+    heads, kv_heads, seq, queries = q.shape[2], k.shape[2], k.shape[1], q.shape[1]
+    alike = (q.shape[0], q.shape[3]) == (k.shape[0], k.shape[3])
+    if k.shape != v.shape or not alike or queries > seq or heads % kv_heads:
         raise InputError(
-            "q must be [batch, seq, heads, head_dim] and k, v [batch, seq, kv_heads, head_dim] with kv_heads "
-            f"dividing heads, got q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
+            "q must be [batch, queries, heads, head_dim] and k, v [batch, seq, kv_heads, head_dim] with queries "
+            "at most seq and kv_heads dividing heads, got "
+            f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
         )
     if config.variant == "adaptive":
         m = _chosen(config, seq, is_causal, layout)
@@ -45,16 +51,29 @@ def reference_attention(
         m = multiplicity(config, seq, heads, is_causal)
     else:
         raise ConfigError(f"variant {config.variant!r} follows from its config alone; pass no layout")
-    m = m.to(q.device)
+    m = m[..., seq - queries :, :].to(q.device)
+    if documents is not None:
+        if list(documents.shape) != [k.shape[0], seq]:
+            raise InputError(
+                f"documents must be [batch, seq], {[k.shape[0], seq]}, got {list(documents.shape)}"
+            )
+        same = documents[:, seq - queries :, None] == documents[:, None, :]
+        m = m * same[:, None].to(q.device)
     query, key, value = (x.double().transpose(1, 2) for x in (q, k, v))
     key, value = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (key, value))
     scale = 1 / math.sqrt(q.shape[3]) if config.scale is None else config.scale
-    visible = (m > 0).expand(*query.shape[:2], seq, seq)
+    visible = (m > 0).expand(*query.shape[:2], queries, seq)
     scores: Tensor = _Scores.apply(query, key, visible) * scale  # type: ignore[no-untyped-call]
     # A row of nothing but -inf would make NaN of both the maximum's difference and 0 / 0.
     highest = scores.detach().amax(dim=-1, keepdim=True)
-    weights = m * torch.exp(scores - highest.masked_fill(highest == -math.inf, 0.0))
+    logits = None if sinks is None else sinks.double()[:, None, None]
+    if logits is not None:
+        highest = torch.maximum(highest, logits.detach())
+    highest = highest.masked_fill(highest == -math.inf, 0.0)
+    weights = m * torch.exp(scores - highest)
     total = weights.sum(dim=-1, keepdim=True)
+    if logits is not None:
+        total = total + torch.exp(logits - highest)
     mixed: Tensor = _Mix.apply(weights / total.masked_fill(total == 0, 1.0), value, visible)  # type: ignore[no-untyped-call]
     return mixed.transpose(1, 2)
 

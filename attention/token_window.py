@@ -17,7 +17,7 @@ from attention.sizes.token_tiles import TokenRows, TokenWindow, token_rows
 def tiles(window: TokenWindow, shape: Shape) -> Iterator[Tile]:
     """The tiles of a window, in the order of their tokens."""
     rows = token_rows(window, shape)
-    for start in range(0, rows.begin, rows.global_unit):
+    for start in range(min(shape.origin, rows.begin), rows.begin, rows.global_unit):
         yield _global_tile(start, min(rows.global_unit, rows.begin - start), rows.global_unit, shape)
     number = 0
     while number < rows.rows:

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from attention.ops import kernels, list_calls, whole_calls
 from attention.ops.backward import Gradients, once
+from attention.ops.extent import cut_of
+from attention.ops.learned_sinks import add_sinks, sinks_gradient
 from attention.ops.list_calls import BlockLists
 from attention.ops.maskless import maskless
 from attention.ops.program import Call, Gather, Tile
@@ -26,7 +28,7 @@ from attention.ops.views import Fetched, Listed, causal_mask, fetch, listed, mas
 from attention.pool import Buffers
 from attention.sizes.arena import arena_bytes
 from attention.sizes.shape import Shape, Span
-from attention.sizes.tiles import Cut, Extent, Kind, backward_sizes, cut, forward_sizes, sums_in_full
+from attention.sizes.tiles import Cut, Extent, backward_sizes, cut, forward_sizes, sums_in_full
 from attention.sizes.whole_calls import WholeCall
 
 TILES_AHEAD, BYTES_AHEAD = 32, 512 << 10
@@ -46,16 +48,19 @@ class Reserve(NamedTuple):
     """Bytes of each buffer."""
     other: int
     """Bytes that the training step's other pass reserves, 0 for none."""
-    cuts: Mapping[str, Cut]
-    """How backward cuts the calls of each kind."""
+    cuts: Mapping[str, Cut] | None
+    """How backward cuts the calls of each kind; None where it cuts each by its own sizes."""
 
 
 class Reserves:
     """The reserves of a program's passes, each worked out once."""
 
-    def __init__(self, shape: Shape, extent: Callable[[Shape], Extent], whole: bool = False) -> None:
-        """`extent`: the largest sizes of the program's calls, cut for a shape; `whole`: see `Problem`."""
-        self._shape, self.extent, self._whole = shape, extent, whole
+    def __init__(
+        self, shape: Shape, extent: Callable[[Shape], Extent], whole: bool = False, kinds: bool = True
+    ) -> None:
+        """`extent`: the largest sizes of the program's calls, cut for a shape; `whole`: see `Problem`;
+        `kinds`: whether backward cuts a call as the largest of its kind."""
+        self._shape, self.extent, self._whole, self._kinds = shape, extent, whole, kinds
         self._forward: dict[tuple[bool, bool], Reserve] = {}
         self._backward: Reserve | None = None
 
@@ -66,7 +71,7 @@ class Reserves:
             shape, extent = self._shape, self.extent(self._shape)
             other = arena_bytes(self.backward().sizes) if trains else 0
             sizes = forward_sizes(extent, shape, keeps_lse)
-            reserve = Reserve(shape, extent.mask, extent.band, sizes, other, {})
+            reserve = Reserve(shape, extent.mask, extent.band, sizes, other, None)
             self._forward[keeps_lse, trains] = reserve
         return reserve
 
@@ -79,7 +84,7 @@ class Reserves:
             if not self._whole:
                 ahead = forward_sizes(self.extent(self._shape), self._shape, keeps_lse=True)
                 other = arena_bytes(ahead)
-            cuts = {kind.name: cut(kind, shape) for kind in extent.kinds}
+            cuts = {kind.name: cut(kind, shape) for kind in extent.kinds} if self._kinds else None
             sizes = backward_sizes(extent, shape)
             self._backward = Reserve(shape, extent.mask, extent.band, sizes, other, cuts)
         return self._backward
@@ -97,7 +102,8 @@ class Problem(NamedTuple):
     covers: bool
     """Whether every (token, head) is in some call; otherwise out is zero and lse -inf there."""
     whole: bool
-    """Whether a single kernel call over all tokens does it (dense, as many kv heads as heads)."""
+    """Whether a single kernel call over all tokens does it (dense, as many kv heads as the kernel takes; with
+    fewer queries than keys, not causal)."""
     buffers: Buffers
     calls: tuple[WholeCall, ...] | None = None
     """Its calls where whole ones do it instead of tiles."""
@@ -116,34 +122,18 @@ class _Pass(NamedTuple):
     dtype: torch.dtype
     """The type of the mask, and of what the kernels are given."""
     mask: Tensor | None
-    cuts: Mapping[str, Cut]
-    """How backward cuts the calls of each kind."""
+    cuts: Mapping[str, Cut] | None
+    """How backward cuts the calls of each kind; None where it cuts each by its own sizes."""
 
     @property
     def fresh(self) -> bool:
         """Whether this pass does again, without masks, what came out with NaN or infinity in it."""
         return isinstance(self.scratch, FreshScratch)
 
-    def cut(self, call: Call) -> Cut:
-        """How backward cuts a call: as the largest of its kind; in a pass done again, by its own sizes."""
-        if not self.fresh:
-            return self.cuts[call.kind]
-        span, keys = call.queries[0], call.keys
-        gathers = isinstance(keys, Gather)
-        apart = isinstance(keys, Gather) and keys.blocks.ndim > 2
-        own = Kind(
-            call.kind,
-            span.heads,
-            span.batch,
-            span.length,
-            keys.length,
-            keys.unit,
-            gathers,
-            step=None if isinstance(keys, Gather) else keys.batch_step,
-            largest=(span.batch, keys.length),
-            groups=None if apart else min(span.heads, self.shape.kv_heads),
-        )
-        return cut(own, self.shape)
+    @property
+    def origin(self) -> int:
+        """Token of the first query."""
+        return int(self.shape.origin)
 
     def bias(self, call: Call, span: Span, keys: Fetched, begin: int = 0) -> dict[str, Any]:
         """The kernel's `causal` and `bias` for a call from its key `begin` on."""
@@ -202,12 +192,17 @@ def _begun(problem: Problem, reserve: Reserve, dtype: torch.dtype, device: torch
 
 
 class Attend(torch.autograd.Function):
-    """(out [B, S, H, D], lse [B, S, H]) of a problem; lse is not differentiable."""
+    """(out [B, Q, H, D], lse [B, Q, H]) of a problem; lse is not differentiable."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, problem: Problem
+    ) -> tuple[Tensor, Tensor]:
         out, lse = _forward(q, k, v, problem, keeps_lse=True, trains=True)
-        ctx.save_for_backward(q, k, v, out, lse)
+        if sinks is not None:
+            assert lse is not None
+            add_sinks(out, lse, sinks, problem.shape)
+        ctx.save_for_backward(q, k, v, out, lse, *(() if sinks is None else (sinks,)))
         ctx.problem, ctx.buffers = problem, problem.buffers
         assert lse is not None
         ctx.mark_non_differentiable(lse)
@@ -218,20 +213,28 @@ class Attend(torch.autograd.Function):
     @once
     def backward(ctx: Any, saved: Sequence[Tensor], grad: Tensor | None, _: None) -> Gradients:
         if grad is None:
-            return None, None, None, None
+            return None, None, None, None, None
         grad = grad if grad.stride(-1) == 1 and 0 not in grad.stride() else grad.contiguous()
-        return *_gradients(grad, saved, ctx.problem), None
+        of_sinks = None
+        if ctx.needs_input_grad[3]:
+            of_sinks = sinks_gradient(grad, saved[3], saved[4], saved[5], ctx.problem.shape)
+        return *_gradients(grad, saved[:5], ctx.problem), of_sinks, None
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, problem: Problem, *, keeps_lse: bool = False
+    q: Tensor, k: Tensor, v: Tensor, problem: Problem, *, sinks: Tensor | None = None, keeps_lse: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """(out, lse) of the problem, with gradients where q, k or v ask for them. lse is None unless that or
-    the caller needs it. Where memory runs out is the caller's concern, who has more that can be freed."""
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-        result: tuple[Tensor, Tensor] = Attend.apply(q, k, v, problem)  # type: ignore[no-untyped-call]
+    """(out, lse) of the problem, with learned sinks [H] if given, and gradients where q, k, v or those ask for
+    them. lse is None unless that or the caller needs it. Where memory runs out is the caller's concern, who
+    has more that can be freed."""
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, sinks)):
+        result: tuple[Tensor, Tensor] = Attend.apply(q, k, v, sinks, problem)  # type: ignore[no-untyped-call]
         return result
-    return _forward(q, k, v, problem, keeps_lse, trains=False)
+    out, lse = _forward(q, k, v, problem, keeps_lse or sinks is not None, trains=False)
+    if sinks is not None:
+        assert lse is not None
+        add_sinks(out, lse, sinks, problem.shape)
+    return out, lse if keeps_lse else None
 
 
 def _forward(
@@ -262,7 +265,7 @@ def _forward(
             item = _Item(q[b], k[b], v[b], out[b], None if lse is None else lse[b])
             for tile, lists in _ahead(problem.tiles(b, shape), item.k):
                 _forward_tile(tile, lists, item, begun)
-                if tile.masks and not _is_clean(item.out[tile.start : tile.stop]):
+                if tile.masks and not _is_clean(_rows(item.out, tile, begun.origin)):
                     _forward_again(tile, item, begun)
     return out, lse
 
@@ -279,12 +282,17 @@ def _forward_again(tile: Tile, item: _Item, begun: _Pass) -> None:
     """`_forward_tile` without masks, in scratch of its own."""
     tile = maskless(tile, begun.shape)
     if item.lse is not None:
-        item.lse[tile.start : tile.stop].fill_(-torch.inf)
+        _rows(item.lse, tile, begun.origin).fill_(-torch.inf)
     fresh = begun._replace(scratch=FreshScratch(item.q.device), mask=None)
     _forward_tile(tile, [None] * len(tile.calls), item, fresh)
     if item.lse is not None:
-        nothing = item.lse[tile.start : tile.stop]
+        nothing = _rows(item.lse, tile, begun.origin)
         nothing.masked_fill_(nothing == -torch.inf, 0.0)
+
+
+def _rows(x: Tensor, tile: Tile, origin: int) -> Tensor:
+    """The tile's tokens of x, whose first row is token `origin`."""
+    return x[tile.start - origin : tile.stop - origin]
 
 
 def _correct(q: Tensor, k: Tensor, out: Tensor, lse: Tensor, scale: float) -> None:
@@ -322,19 +330,20 @@ def _ahead(tiles: Iterable[Tile], k: Tensor) -> Iterator[tuple[Tile, Sequence[Li
 def _forward_tile(tile: Tile, lists: Sequence[Listed | None], item: _Item, begun: _Pass) -> None:
     """Fills the item's out, and lse if there is one, for the tile's tokens."""
     q, k, v, out, lse = item
-    scratch, lse_from = begun.scratch, 0
-    total, origin = _accumulator("total", tile, out, scratch) if tile.merge else (out, 0)
+    scratch, first, lse_from = begun.scratch, begun.origin, begun.origin
+    total, origin = _accumulator("total", tile, out, begun) if tile.merge else (out, first)
     if tile.merge and lse is None:
         size = (tile.stop - tile.start, out.shape[1])
         lse, lse_from = scratch.get("lse", size, kernels.lse_dtype(out.dtype)).fill_(-torch.inf), tile.start
     for call, listing in zip(tile.calls, lists, strict=True):
         keys = fetch(call.keys, k, v, scratch, listing)
         for span in call.queries:
+            queries = view(span, q, first)
             part, part_lse = kernels.forward(
-                view(span, q), keys.k, keys.v, scale=begun.problem.scale, **begun.bias(call, span, keys)
+                queries, keys.k, keys.v, scale=begun.problem.scale, **begun.bias(call, span, keys)
             )
             if begun.fresh:
-                _correct(view(span, q), keys.k, part, part_lse, begun.problem.scale)
+                _correct(queries, keys.k, part, part_lse, begun.problem.scale)
             target = view(span, total, origin)
             target_lse = None if lse is None else rows(span, lse, lse_from)
             if tile.merge and not call.first:
@@ -346,16 +355,16 @@ def _forward_tile(tile: Tile, lists: Sequence[Listed | None], item: _Item, begun
                     target_lse.copy_(part_lse)
             del part, part_lse  # before the next call's are made
     if total is not out:
-        out[tile.start : tile.stop].copy_(total)
+        _rows(out, tile, first).copy_(total)
 
 
-def _accumulator(name: str, tile: Tile, like: Tensor, scratch: Scratch) -> tuple[Tensor, int]:
+def _accumulator(name: str, tile: Tile, like: Tensor, begun: _Pass) -> tuple[Tensor, int]:
     """Zeros for the tile's tokens in accumulation precision, and the token they begin at."""
     dtype = kernels.lse_dtype(like.dtype)
     if dtype == like.dtype:
-        like[tile.start : tile.stop].zero_()
-        return like, 0
-    total = scratch.get(name, (tile.stop - tile.start, *like.shape[1:]), dtype)
+        _rows(like, tile, begun.origin).zero_()
+        return like, begun.origin
+    total = begun.scratch.get(name, (tile.stop - tile.start, *like.shape[1:]), dtype)
     return total.zero_(), tile.start
 
 
@@ -404,7 +413,7 @@ def _backward(
         begun = _begun(problem, reserve, wide, q.device)
     else:
         roomy = shape._replace(chunk=max(shape.chunk, VIEWS_AT_ONCE))
-        begun = _Pass(problem, roomy, FreshScratch(q.device), wide, None, {})
+        begun = _Pass(problem, roomy, FreshScratch(q.device), wide, None, None)
     with begun.scratch as scratch:
         for b in range(q.shape[0]):
             sums = (dk[b], dv[b])
@@ -424,9 +433,9 @@ def _backward_tile(tile: Tile, item: _BackwardItem, begun: _Pass) -> None:
     """Fills the item's dq for the tile's tokens and adds to dk and dv what those queries contribute."""
     k, v, dq, dk, dv = item.k, item.v, item.dq, item.dk, item.dv
     scratch, shape, wide = begun.scratch, begun.shape, begun.dtype
-    total, origin = _accumulator("dq", tile, dq, scratch)
+    total, origin = _accumulator("dq", tile, dq, begun)
     for call in tile.calls:
-        by = begun.cut(call)
+        by = cut_of(call, shape, begun.cuts)
         for begin, part in call.columns(by.width):
             keys = fetch(part, k, v, scratch, dtype=wide)
             sink: Sink
@@ -443,7 +452,7 @@ def _backward_tile(tile: Tile, item: _BackwardItem, begun: _Pass) -> None:
             sink.finish()
             del column  # or its keys would outlive the next ones' being fetched
     if total is not dq:
-        dq[tile.start : tile.stop].copy_(total)
+        _rows(dq, tile, begun.origin).copy_(total)
 
 
 def _add_gradients(column: _Column, span: Span, target: Tensor, item: _BackwardItem, begun: _Pass) -> None:
@@ -460,16 +469,16 @@ def _add_gradients(column: _Column, span: Span, target: Tensor, item: _BackwardI
         n, h, t, d = x.shape
         return scratch.get(name, (n, t, h, d), wide).transpose(1, 2).copy_(x)
 
-    lse_rows = rows(span, item.lse)
+    lse_rows = rows(span, item.lse, begun.origin)
     mask = begun.bias(call, span, keys, begin)
     bias = mask.get("bias")
     if bias is not None:
         bias = bias.expand(*lse_rows.shape, length)
-    by = begun.cut(call)
+    by = cut_of(call, begun.shape, begun.cuts)
     width = length if call.mask == "causal" else by.keys  # that mask ties keys to queries
     for n in _slices(span.batch, by.views):
         sources = (("do", item.grad), ("q", item.q), ("out", item.out))
-        args = [in_wide(name, view(span, x)[n]) for name, x in sources]
+        args = [in_wide(name, view(span, x, begun.origin)[n]) for name, x in sources]
         for c in _slices(length, width):
             dq, dk, dv = kernels.backward(
                 args[0],

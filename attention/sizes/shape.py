@@ -93,6 +93,13 @@ class Shape(NamedTuple):
     one query head of each group after the other."""
     cudnn_from: int = 0
     """Queries, and keys, from which whole calls go to cuDNN's attention; 0 for none."""
+    origin: Count = 0
+    """Token of the sequence at which its queries begin; they go to its end."""
+
+    @property
+    def queries(self) -> Count:
+        """Tokens that are queries."""
+        return self.seq - self.origin
 
     @property
     def call_heads(self) -> Count:
@@ -262,7 +269,15 @@ class Shape(NamedTuple):
 
 
 def chunk_tokens(
-    *, cpu: bool, seq: Count, heads: Count, kv_heads: Count, head_dim: Count, itemsize: int, workspace: Count
+    *,
+    cpu: bool,
+    seq: Count,
+    heads: Count,
+    kv_heads: Count,
+    head_dim: Count,
+    itemsize: int,
+    workspace: Count,
+    origin: Count = 0,
 ) -> Count:
     """Query tokens of a block-sparse call: as many as make the kernel fast, within a share of the
     workspace, and never more than a small share of the floor, so that short sequences stay lean too.
@@ -270,7 +285,7 @@ def chunk_tokens(
     CPU: 1,024 tokens (docs/explanation/speed.md), 1/128 of the floor. CUDA: a quarter of the workspace,
     1/256 of the floor.
     """
-    floor = seq * (heads + kv_heads)
+    floor = (seq - origin) * heads + seq * kv_heads
     if cpu:
         tokens = minimum(1024, workspace // (32 * heads * head_dim), floor // (64 * heads))
     else:

@@ -93,8 +93,10 @@ class TokenRows(NamedTuple):
 
     begin: Count
     """Global tokens: where the rows begin."""
+    offset: Count
+    """Tokens behind the global ones before the first query."""
     tokens: Count
-    """Tokens in rows."""
+    """Tokens behind the global ones."""
     unit: Count
     """Tokens a row; the last row may have fewer."""
     left: Count
@@ -129,11 +131,11 @@ class TokenRows(NamedTuple):
 
     @property
     def rows(self) -> Count:
-        return ceil_div(self.tokens, self.unit)
+        return ceil_div(self.tokens - self.offset, self.unit)
 
     def row(self, number: Count) -> TokenRow:
         """A row by its number, from 0."""
-        start = number * self.unit
+        start = self.offset + number * self.unit
         queries = minimum(self.unit, self.tokens - start)
         first = maximum(start - self.left, 0)
         stop = minimum(start + queries + self.right, self.tokens)
@@ -148,21 +150,23 @@ def token_rows(window: TokenWindow, shape: Shape) -> TokenRows:
     """The rows of a window, so short that a mask of two triangles fits its share of the workspace."""
     begin = minimum(window.shared, shape.seq)
     tokens = shape.seq - begin
+    offset = minimum(maximum(shape.origin - begin, 0), tokens)
     room = shape.workspace // (MASK_SHARE * shape.wide)
     longest = maximum(floor_root(room // 2), 1)
     longest = ceil_div(window.size, ceil_div(window.size, longest))  # a block in even parts
-    unit = minimum(longest, maximum(tokens, 1))
+    unit = minimum(longest, maximum(tokens - offset, 1))
     left = minimum(window.side, maximum(tokens - 1, 0))
     right = 0 * left if shape.causal else left
     keys = unit + left + right
     cut = (keys > 2 * unit) * ((keys * unit > room) | (keys > shape.pack_tokens(1))) * 1
-    slide = ceil_div(left, unit)
-    slide_stop = maximum((tokens - right) // unit, slide)
+    slide = ceil_div(maximum(left - offset, 0), unit)
+    slide_stop = maximum((tokens - right - offset) // unit, slide)
     keys = where(cut, maximum(keys - 2 * unit, unit), keys)
     together = minimum(shape.chunk_views(unit), shape.pack_tokens(1) // keys, slide_stop - slide)
     per_tile = longest if shape.causal else maximum(shape.chunk, 1)
     return TokenRows(
         begin,
+        offset,
         tokens,
         unit,
         left,
@@ -188,8 +192,8 @@ def token_extent(window: TokenWindow, shape: Shape) -> Extent:
 def _window_kinds(rows: TokenRows, shape: Shape) -> tuple[Kind, ...]:
     unit, cut, some = rows.unit, rows.cut, rows.tokens > 0
     limit = where(cut, shape.pack_tokens(1), shape.seq)
-    whole = rows.tokens // unit  # rows that are not short
-    short = rows.tokens % unit
+    whole = (rows.tokens - rows.offset) // unit  # rows that are not short
+    short = (rows.tokens - rows.offset) % unit
     # Keys grow by a row's tokens or stay, until they stay or shrink: the most are at one of these rows.
     turns = (
         rows.left // unit - 1,
