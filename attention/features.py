@@ -29,8 +29,8 @@ UNKNOWN: Final[dict[str, str]] = {
     "score_mod": "scores take no function of their own",
     "mask_mod": "masks are given by the config, is_causal and documents=",
     "block_mask": "masks are given by the config, is_causal and documents=",
-    "sliding_window": "a window of W tokens is SparsePatternConfig(pattern_type='local_window', edges='token', "
-    "local_window_size=W - 1)",
+    "sliding_window": "a window of W tokens is SparsePatternConfig(pattern_type='local_window', "
+    "edges='token', local_window_size=W - 1)",
     "s_aux": "learned sinks are given as sinks=",
     "scale": "the scale is a field of the config: AttentionConfig(scale=...)",
     "scaling": "the scale is a field of the config: AttentionConfig(scale=...)",

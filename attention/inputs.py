@@ -75,8 +75,8 @@ def check(
     documents: bool = False,
     sinks: Any = None,
 ) -> None:
-    """Raises InputError unless q [B, Q, H, D] and k, v [B, S, G, D], Q <= S, go together and fit `config`, and
-    UnavailableError for what it does not take. `documents`: whether there are any."""
+    """Raises InputError unless q [B, Q, H, D] and k, v [B, S, G, D], Q <= S, go together and fit `config`,
+    and UnavailableError for what it does not take. `documents`: whether there are any."""
     refuse_transforms()
     if not isinstance(is_causal, bool):
         what = "a tensor" if isinstance(is_causal, Tensor) else repr(is_causal)
@@ -107,8 +107,8 @@ def check(
         raise InputError(f"k and v must have equally many tokens, got {k.shape[1]} and {v.shape[1]}")
     if q.shape[1] > k.shape[1]:
         raise InputError(
-            f"q has more tokens than k and v, {q.shape[1]} and {k.shape[1]}: queries are the last tokens of the "
-            "sequence, whose keys and values are all in k and v (those of a cache before the new ones)"
+            f"q has more tokens than k and v, {q.shape[1]} and {k.shape[1]}: queries are the last tokens of "
+            "the sequence, whose keys and values are all in k and v (those of a cache before the new ones)"
         )
     if k.shape[2] != v.shape[2]:
         raise InputError(f"k and v must have equally many heads, got {k.shape[2]} and {v.shape[2]}")

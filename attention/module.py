@@ -58,10 +58,11 @@ class Attention(nn.Module):
     dividing `heads` (query head h reads kv head h // (heads / kv_heads)). Gives out like q, or
     (out, AttentionWeights) on request. Weights carry no gradient.
 
-    Queries may be fewer than keys: they are the last tokens of the sequence, as in decoding and in prefill by
-    chunks, and `is_causal` is aligned to its end. `documents`: whole numbers [batch, seq], equal ones in runs;
-    tokens see none but those of their own number, as far as the config lets them (packed sequences, padding).
-    `sinks`: [heads], a logit each, which joins every query's softmax as one more key without a value.
+    Queries may be fewer than keys: they are the last tokens of the sequence, as in decoding and in prefill
+    by chunks, and `is_causal` is aligned to its end. `documents`: whole numbers [batch, seq], equal ones in
+    runs; tokens see none but those of their own number, as far as the config lets them (packed sequences,
+    padding). `sinks`: [heads], a logit each, which joins every query's softmax as one more key without a
+    value.
     """
 
     def __init__(self, config: AttentionConfig) -> None:

@@ -41,8 +41,8 @@ def reference_attention(
     alike = (q.shape[0], q.shape[3]) == (k.shape[0], k.shape[3])
     if k.shape != v.shape or not alike or queries > seq or heads % kv_heads:
         raise InputError(
-            "q must be [batch, queries, heads, head_dim] and k, v [batch, seq, kv_heads, head_dim] with queries "
-            "at most seq and kv_heads dividing heads, got "
+            "q must be [batch, queries, heads, head_dim] and k, v [batch, seq, kv_heads, head_dim] with "
+            "queries at most seq and kv_heads dividing heads, got "
             f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
         )
     if config.variant == "adaptive":

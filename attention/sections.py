@@ -1,9 +1,9 @@
 """Programs of tiles cut to sections: to the last queries of a sequence, and to documents. Imports no torch.
 
-A program is written for all pairs of a sequence. A section is some of its queries with the keys that they may
-see beside what the pattern hides: the queries that there are, a document's tokens. Cutting changes no mask but
-where it is cut: queries of several views that lose nothing stay the views of one call, the others get calls of
-their own, and of a triangle whose first queries are cut off what is left is a rectangle and a smaller triangle.
+A program is written for all pairs of a sequence. A section is some of its queries and the keys that they may
+see as far as the pattern lets them: the queries that there are, a document's tokens. Views of a call that
+lose nothing stay together, and the others get calls of their own. Of a triangle whose first queries are cut
+off, a rectangle and a smaller triangle are left.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from attention.sizes.shape import Shape, Span
 from attention.sizes.tiles import Extent
 
 FEW_RUNS = 4
-"""Runs of adjacent blocks in what is left of a list that are read where they are; of more, copies are made."""
+"""Most runs of adjacent blocks in what is left of a list that are read where they are; else it is copied."""
 
 
-class Section(NamedTuple):
-    """Queries `start` to `stop` of a sequence, which see no keys but `begin` to `end`: their own among them."""
+class TokenSection(NamedTuple):
+    """Queries `start` to `stop` of a sequence, which see no keys but `begin` to `end`, their own among
+    them."""
 
     start: int
     stop: int
@@ -35,17 +36,17 @@ class Section(NamedTuple):
     end: int
 
 
-def sections_of(lengths: Sequence[int], origin: int) -> tuple[Section, ...]:
+def sections_of(lengths: Sequence[int], origin: int) -> tuple[TokenSection, ...]:
     """The sections of documents of these lengths, one after the other, whose queries begin at `origin`."""
     edges = [0]
     for length in lengths:
         edges.append(edges[-1] + length)
     return tuple(
-        Section(max(begin, origin), end, begin, end) for begin, end in pairwise(edges) if end > origin
+        TokenSection(max(begin, origin), end, begin, end) for begin, end in pairwise(edges) if end > origin
     )
 
 
-def clipped(tiles: Iterable[Tile], sections: Sequence[Section], shape: Shape) -> Iterator[Tile]:
+def clipped(tiles: Iterable[Tile], sections: Sequence[TokenSection], shape: Shape) -> Iterator[Tile]:
     """The tiles cut to sections, which come in the order of their queries; one for each that a tile meets."""
     stops = [section.stop for section in sections]
     for tile in tiles:
@@ -65,7 +66,7 @@ def clipped(tiles: Iterable[Tile], sections: Sequence[Section], shape: Shape) ->
                 yield Tile(start, stop, tuple(calls), merge=not all(call.first for call in calls))
 
 
-def _holds(section: Section, tile: Tile, seq: int) -> bool:
+def _holds(section: TokenSection, tile: Tile, seq: int) -> bool:
     """Whether a tile has no query and no key that is outside of a section."""
     if tile.start < section.start or tile.stop > section.stop:
         return False
@@ -91,7 +92,7 @@ class _View(NamedTuple):
     end: int
 
 
-def _clipped_call(call: Call, section: Section, shape: Shape) -> list[Call]:
+def _clipped_call(call: Call, section: TokenSection, shape: Shape) -> list[Call]:
     span, keys = call.queries[0], call.keys
     views = range(span.batch)
     queries = [_inside(span, n, section.start, section.stop) for n in views]
@@ -167,7 +168,7 @@ def _of_band(call: Call, cut: _View) -> list[Call]:
 
 
 def _clipped_lists(
-    call: Call, keys: Gather, queries: Sequence[tuple[int, int]], section: Section, shape: Shape
+    call: Call, keys: Gather, queries: Sequence[tuple[int, int]], section: TokenSection, shape: Shape
 ) -> list[Call]:
     """A call over lists that all heads share. Rows that lose nothing stay together; of the others the blocks
     that are whole are listed again, and those that are cut are spans."""
@@ -191,7 +192,7 @@ def _clipped_lists(
 
 
 def _of_list(
-    call: Call, row: int, queries: tuple[int, int], section: Section, shape: Shape
+    call: Call, row: int, queries: tuple[int, int], section: TokenSection, shape: Shape
 ) -> Iterator[Call]:
     """What a section leaves of one row of a call over lists."""
     keys = call.keys
@@ -228,7 +229,7 @@ def _of_list(
 
 
 def _joined(calls: list[Call], shape: Shape) -> list[Call]:
-    """The calls, those of equal queries that see all of adjoining keys as one, as far as a kernel may copy."""
+    """The calls; those of equal queries that see all of adjoining keys are one, as far as kernels may copy."""
     joined: list[Call] = []
     for call in calls:
         for n, other in enumerate(joined):
@@ -307,6 +308,6 @@ class CutProgram:
 
 
 def _cut_tiles(
-    make: Callable[[Shape], Iterable[Tile]], sections: Sequence[Section], shape: Shape
+    make: Callable[[Shape], Iterable[Tile]], sections: Sequence[TokenSection], shape: Shape
 ) -> Iterator[Tile]:
     return clipped(make(shape), sections, shape)

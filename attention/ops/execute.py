@@ -224,9 +224,9 @@ class Attend(torch.autograd.Function):
 def attend(
     q: Tensor, k: Tensor, v: Tensor, problem: Problem, *, sinks: Tensor | None = None, keeps_lse: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """(out, lse) of the problem, with learned sinks [H] if given, and gradients where q, k, v or those ask for
-    them. lse is None unless that or the caller needs it. Where memory runs out is the caller's concern, who
-    has more that can be freed."""
+    """(out, lse) of the problem, with learned sinks [H] if given, and gradients where q, k, v or those ask
+    for them. lse is None unless that or the caller needs it. Where memory runs out is the caller's concern,
+    who has more that can be freed."""
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, sinks)):
         result: tuple[Tensor, Tensor] = Attend.apply(q, k, v, sinks, problem)  # type: ignore[no-untyped-call]
         return result

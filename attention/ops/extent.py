@@ -15,10 +15,11 @@ def kind_of(call: Call, shape: Shape, merge: bool) -> Kind:
     span, keys = call.queries[0], call.keys
     gathers = isinstance(keys, Gather)
     apart = isinstance(keys, Gather) and keys.blocks.ndim > 2
+    groups: int | None = None
     if isinstance(keys, Span):
-        groups, step = keys.heads, keys.batch_step
-    else:
-        groups, step = None if apart else min(span.heads, shape.kv_heads), None
+        groups = keys.heads
+    elif not apart:
+        groups = min(span.heads, shape.kv_heads)
     hides = call.mask == "band" or (call.mask == "diagonal" and call.edge < keys.length - 1)
     masked = span.length * hides
     if call.mask == "tail":
@@ -32,7 +33,7 @@ def kind_of(call: Call, shape: Shape, merge: bool) -> Kind:
         keys.length,
         keys.unit,
         gathers,
-        step=step,
+        step=keys.batch_step if isinstance(keys, Span) else None,
         whole=call.mask == "causal",
         dense=(span.heads == shape.heads and span.step == 1 and together) * 1,
         masked=masked,

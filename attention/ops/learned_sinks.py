@@ -1,9 +1,9 @@
-"""Learned sinks: a logit a head that joins the softmax of each of its queries as one more key without a value.
+"""Learned sinks: a logit a head that joins the softmax of each of its queries, as a key without a value.
 
 With s a head's sink and l a query's log-sum-exp, the query's log-sum-exp becomes log(exp(l) + exp(s)) and its
 output is multiplied by exp(l) / (exp(l) + exp(s)). The kernels' backward takes both as they then are, and is
-right for q, k and v. The gradient of s is minus the sum of the sink's weight times grad . out over its queries.
-Both go over the tokens in slabs, so that what is held at a time does not depend on the length.
+right for q, k and v. The gradient of s is minus the sum of the sink's weight times grad . out over its
+queries. Both go over the tokens in slabs, so that what is held at a time does not depend on the length.
 """
 
 from __future__ import annotations

@@ -363,7 +363,7 @@ def _efficient_backward(
     if tile.keeps:
         splits = 1 + 0 * rows
         if capability >= (7, 0):
-            splits = minimum(ceil_div(keys, tile.keys), maximum(200 // group, 1))
+            splits = minimum(ceil_div(keys, tile.keys), maximum(200 // maximum(group, 1), 1))
         kept = 2 * FLOAT32 * splits * tile.keys * up(head_dim, tile.queries)
     if itemsize == 4 and capability < (7, 0):
         sums = 0 * rows

@@ -84,7 +84,7 @@ def test_what_differs_from_a_good_call_in_one_tensor_is_refused():
     module(q, k, v)
     for bad, what in (
         (v.float(), "dtype"),
-        (v[:, :15], "seq"),
+        (v[:, :15], "equally many tokens"),
         (v[..., :1], "head_dim"),
         (v.to("meta"), "device"),
     ):

@@ -84,7 +84,8 @@ BAD_TENSORS = {
     "another dtype": (1, zeros(2, 20, 2, 16, dtype=torch.float64), "agree in dtype"),
     "another device": (2, zeros(2, 20, 2, 16, device="meta"), "agree in device"),
     "another batch": (1, zeros(1, 20, 2, 16), "agree in batch, got 2, 1, 2"),
-    "another length": (2, zeros(2, 21, 2, 16), "agree in seq, got 20, 20, 21"),
+    "another length": (2, zeros(2, 21, 2, 16), "equally many tokens, got 20 and 21"),
+    "more queries than keys": (0, zeros(2, 21, 4, 16), "q has more tokens than k and v, 21 and 20"),
     "another head_dim": (1, zeros(2, 20, 2, 8), "agree in head_dim, got 16, 8, 16"),
     "k of other heads than v": (1, zeros(2, 20, 4, 16), "k and v must have equally many heads, got 4 and 2"),
 }
