@@ -22,7 +22,7 @@ MOST_COUNTED: Final = 1 << 30
 MOST_DOCUMENTS: Final = 1 << 16
 """Documents of a sequence: each is a call of the program at least, and a plan looks at every call."""
 
-Lengths = Annotated[tuple[Tokens, ...], BeforeValidator(as_tuple)]
+DocumentLengths = Annotated[tuple[Tokens, ...], BeforeValidator(as_tuple)]
 
 
 class Workload(Value):
@@ -51,7 +51,7 @@ class Workload(Value):
     queries: Tokens | None = None
     """Tokens that ask, the last of the sequence: 1 where a model decodes with a cache. None for all of
     them."""
-    documents: Lengths | None = None
+    documents: DocumentLengths | None = None
     """Lengths of the documents that are packed into each sequence, one behind the other, `seq` tokens in
     all: no token sees one of another document. Padding is a document too. None for one document."""
     sinks: bool = False
@@ -81,6 +81,11 @@ class Workload(Value):
     def is_plain(self) -> bool:
         """Whether all tokens ask, in one document, without sinks."""
         return self.query_tokens == self.seq and self.documents is None and not self.sinks
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether a program is cut for it: to the last queries, or to several documents."""
+        return self.query_tokens < self.seq or len(self.documents or ()) > 1
 
     @property
     def floor(self) -> int:

@@ -26,6 +26,7 @@ from planner.memory.dry_runs import dry_bound
 from planner.memory.launches import launches_of
 from planner.memory.machines import Cpu, Cuda, Machine, this_cpu, units_of
 from planner.memory.table import COMPONENTS, Plan
+from planner.question.features import refuse_features
 from planner.workload import Dtype, Workload
 
 SCHEMA_VERSION: Final = 1
@@ -111,8 +112,9 @@ def estimate(
     on), not what torch.set_num_threads was told in this one. `dry`: of a dry run, where cuDNN is not there.
 
     A module is taken to be of the workload's dtype, its parameters too (`module.to(dtype)`): a scorer left in
-    float32 beside 16-bit q, k and v takes more.
+    float32 beside 16-bit q, k and v takes more. Documents are taken to be numbered in int32.
     """
+    refuse_features(config, workload)
     if device == "cpu":
         return _on_cpu(config, workload, calibration, threads)
     gpu = gpus.find(device) if isinstance(device, str) else device
