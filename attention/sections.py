@@ -104,11 +104,12 @@ def _clipped_call(call: Call, section: TokenSection, shape: Shape) -> list[Call]
         if cut.first >= cut.stop or cut.begin >= cut.end:
             continue
         some = list(group)
-        picked = replace(
-            call,
-            queries=tuple(one.pick(some[0], some[-1] + 1) for one in call.queries),
-            keys=keys.pick(some[0], some[-1] + 1),
-        )
+        picked = call
+        if len(some) < len(views):
+            low, high = some[0], some[-1] + 1
+            picked = replace(
+                call, queries=tuple(one.pick(low, high) for one in call.queries), keys=keys.pick(low, high)
+            )
         parts += _of_view(picked, cut)
     return parts
 
@@ -133,7 +134,9 @@ def _of_view(call: Call, cut: _View) -> list[Call]:
         some = tuple(one.cut(low, high) for one in call.queries)
         return [replace(call, queries=some, keys=keys.cut(left, right), **changes)]  # type: ignore[arg-type]
 
-    if (first, stop, begin, end) == (0, call.queries[0].length, 0, keys.length) or call.mask == "none":
+    if (first, stop, begin, end) == (0, call.queries[0].length, 0, keys.length) and stop - first > 1:
+        return [call]
+    if call.mask == "none":
         return part(first, stop, begin, end)
     if call.mask == "band":
         return _of_band(call, cut)
@@ -270,7 +273,7 @@ def _ordered(calls: Sequence[Call]) -> list[Call]:
         )
         for one in map(_heads, call.queries):
             before.setdefault(one, []).append((start, stop))
-        ordered.append(replace(call, first=not met))
+        ordered.append(call if call.first != met else replace(call, first=not met))
     return ordered
 
 
@@ -293,7 +296,9 @@ class CutProgram:
         """`make` makes the whole program's tiles, cut for a shape; `lengths`: of the documents of each batch
         item, or of all if there is one."""
         items = [sections_of(item, origin) for item in lengths]
-        self._programs = {sections: Tiles(partial(_cut_tiles, make, sections)) for sections in items}
+        self._programs = {
+            sections: Tiles(partial(_cut_tiles, make, sections), with_backward=False) for sections in items
+        }
         self._items = [self._programs[sections] for sections in items]
 
     def tiles(self, item: int, shape: Shape) -> Iterable[Tile]:

@@ -113,9 +113,12 @@ class Tiles:
     """The tiles of every batch item, cut for a shape; those of a program of few calls are made once, with
     those of its backward pass."""
 
-    def __init__(self, make: Callable[[Shape], Iterable[Tile]] | None = None) -> None:
-        """`make` makes them; None: see `made_by`."""
-        self._make = make
+    def __init__(
+        self, make: Callable[[Shape], Iterable[Tile]] | None = None, *, with_backward: bool = True
+    ) -> None:
+        """`make` makes them; None: see `made_by`. Without `with_backward` those of the backward pass are made
+        when they are asked for."""
+        self._make, self._with_backward = make, with_backward
         self._kept: dict[Shape, tuple[Tile, ...]] = {}
 
     def made_by(self, make: Callable[[Shape], Iterable[Tile]]) -> Tiles:
@@ -134,7 +137,9 @@ class Tiles:
             return tiles
         assert self._make is not None
         tiles, rest = _begun(self._make(shape))
-        if _are_few(tiles):
+        if _are_few(tiles) and not self._with_backward:
+            self._kept[shape] = tiles
+        elif _are_few(tiles):
             backward = _begun(self._make(shape.backward()))[0]
             if _are_few(backward):
                 self._kept[shape.backward()] = backward
