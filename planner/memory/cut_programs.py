@@ -20,17 +20,18 @@ from planner.workload import Workload
 
 if TYPE_CHECKING:
     from attention.ops.program import Tile
+    from attention.sections import CutProgram
 
 ExtentOf = Callable[[Shape], Extent]
 """The largest sizes of a program's calls, cut for a shape: that of the forward pass or of backward."""
 
 
-def cut_extent_of(config: AttentionConfig, workload: Workload, shape: Shape) -> ExtentOf:
-    """Of one config's program, as `attention.module.Attention` cuts it; `shape` of the forward pass."""
+def cut_program(config: AttentionConfig, workload: Workload, shape: Shape) -> CutProgram:
+    """One config's program, as `attention.module.Attention` cuts it; `shape` of the forward pass."""
     from attention.sections import CutProgram  # NumPy, which plans of whole programs do not need
 
     lengths = (workload.documents or (workload.seq,),)
-    return CutProgram(_tiles_of(config, shape), lengths, int(shape.origin)).extent
+    return CutProgram(_tiles_of(config, shape), lengths, int(shape.origin))
 
 
 def _tiles_of(config: AttentionConfig, shape: Shape) -> Callable[[Shape], Iterable[Tile]]:

@@ -22,7 +22,7 @@ from attention.sizes.tiles import dilated_extent, sparse_extent
 from attention.sizes.token_tiles import TokenWindow, token_extent, token_window
 from attention.sizes.whole_calls import WholeCall, branch_calls, pattern_calls
 from planner.configs import Columns, columns_of
-from planner.memory.cut_programs import ExtentOf, bounded, cut_extent_of
+from planner.memory.cut_programs import ExtentOf, bounded, cut_program
 from planner.memory.machines import Cpu, Cuda, Machine
 from planner.memory.plans import adaptive, list_calls, multihead, tiles, weights, whole_calls
 from planner.memory.table import Plan, PlanTable
@@ -45,7 +45,7 @@ def plan_of(config: AttentionConfig, workload: Workload, machine: Machine, *, wa
         shape = shape_of(columns, workload, machine)
         cut = bounded_cut(columns, shape)
         if not is_vast(columns, shape.causal):
-            cut = cut_extent_of(config, workload, shape)
+            cut = cut_program(config, workload, shape).extent
     return planned(columns, workload, machine, apart=apart, returned=returned, warm=warm, cut=cut)
 
 
