@@ -227,7 +227,10 @@ def kernel_of(config: AttentionConfig, workload: Workload, machine: Machine) -> 
     columns = columns_of(config, workload.seq)
     by_flex = columns.variant == "block_sparse" and bool(goes_apart(columns, workload, machine))
     capability = machine.capability if isinstance(machine, Cuda) else None
-    return kernel_choice(config, shape_of(columns, workload, machine), capability, flex=by_flex)
+    choice = kernel_choice(config, shape_of(columns, workload, machine), capability, flex=by_flex)
+    if is_cut(columns, workload) and not goes_apart(columns, workload, machine):
+        return choice._replace(calls=None)
+    return choice
 
 
 def returned_weights(config: AttentionConfig, workload: Workload) -> weights.ReturnedWeights:
