@@ -69,8 +69,9 @@ def recommend(
     if idle := option_names & {"sampler", "seed", "study"} if not trials else set():
         raise ConfigError(f"{flags(idle)}: for trials only, and --trials 0 asks for none; remove one of them")
     fields = sizes.model_dump(exclude={"seq", "weights"})
+    searches = seq is None and sizes.documents is None
     # With the length free the longest sequence of every candidate is searched for, which takes seconds.
-    waits = progress_line("searching for the longest sequence") if seq is None else contextlib.nullcontext()
+    waits = progress_line("searching for the longest sequence") if searches else contextlib.nullcontext()
     try:
         with waits:
             recommendation = recommendation_for(

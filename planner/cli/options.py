@@ -19,7 +19,7 @@ from attention.config import AdaptiveConfig, AttentionConfig, Edges, PatternType
 from attention.errors import ConfigError, shortened
 from planner.files import read_json
 from planner.units import parse_bytes, parse_count
-from planner.workload import Dtype, Mode, Workload
+from planner.workload import MOST_DOCUMENTS, Dtype, Mode, Workload
 
 if TYPE_CHECKING:
     from planner.gpus import Gpu
@@ -58,6 +58,16 @@ def build_workload(
     weights: Annotated[
         bool | None, typer.Option("--weights", help="Return the attention weights too.")
     ] = None,
+    queries: Annotated[
+        str | None,
+        typer.Option(metavar="TOKENS", help="Tokens that ask, the last: 1 to decode. [default: all]"),
+    ] = None,
+    documents: Annotated[
+        str | None, typer.Option(metavar="LIST", help="Lengths of packed documents: 4096,8192 or 4Kx8.")
+    ] = None,
+    sinks: Annotated[
+        bool | None, typer.Option("--sinks", help="A learned sink of each head joins its softmax.")
+    ] = None,
     config: Annotated[Path | None, typer.Option(metavar="FILE", help=FILE)] = None,
 ) -> Workload:
     """The workload that these options describe; what they leave open is the file's, where it has one."""
@@ -70,9 +80,14 @@ def build_workload(
         "mode": mode,
         "causal": causal,
         "weights": weights,
+        "queries": None if queries is None else parse_count(queries, "--queries"),
+        "documents": None if documents is None else document_lengths(documents),
+        "sinks": sinks,
         "seq": None if seq is None else parse_count(seq, "--seq"),
     }
     fields = {name: value for name, value in options.items() if value is not None}
+    if "documents" in fields:
+        fields.setdefault("seq", sum(fields["documents"]))
     fields = {**known_workload(config), **fields}
     if "seq" not in fields:
         raise ConfigError("the length is missing: pass --seq, e.g. --seq 128K")
@@ -87,8 +102,9 @@ def known_workload(path: Path | None, named: str = "--config ") -> dict[str, Any
 
 AnyLength = NewType("AnyLength", Workload)
 """A workload whose length is for the command to fill in."""
-GivenSizes = NewType("GivenSizes", AnyLength)
-"""A workload of options alone, without a file."""
+GivenSizes = NewType("GivenSizes", Workload)
+"""A workload of options alone, without a file, whose length is for the command to fill in, unless there are
+documents, which fix it."""
 Unweighted = NewType("Unweighted", GivenSizes)
 """A workload that does not ask for the weights."""
 
@@ -103,13 +119,22 @@ def flags(names: Iterable[str]) -> str:
 
 
 def build_any_length(**options: Any) -> AnyLength:
-    """The workload that these options describe, of one token. Takes what `build_workload` does, but `seq`."""
-    return AnyLength(build_workload(seq="1", **options))
+    """The workload that these options describe, no longer than the tokens that ask. Takes what
+    `build_workload` does, but `seq` and what fixes it."""
+    given = known_workload(options.get("config"))
+    if given.get("documents"):
+        raise ConfigError(
+            f"--config {options['config']}: its workload has documents, which fix the length; remove them"
+        )
+    shortest = options.get("queries") or str(given.get("queries") or 1)
+    return AnyLength(build_workload(seq=shortest, **options))
 
 
 def build_sizes(**options: Any) -> GivenSizes:
-    """The workload that these options describe. Takes what `build_any_length` does, but `config`."""
-    return GivenSizes(build_any_length(**options))
+    """The workload that these options describe, as long as its documents, or no longer than the tokens that
+    ask. Takes what `build_workload` does, but `seq` and `config`."""
+    seq = None if options.get("documents") else options.get("queries") or "1"
+    return GivenSizes(build_workload(seq=seq, **options))
 
 
 def build_unweighted(**options: Any) -> Unweighted:
@@ -125,7 +150,7 @@ def without(builder: Callable[..., Any], *names: str) -> inspect.Signature:
     )
 
 
-build_any_length.__signature__ = without(build_workload, "seq")  # type: ignore[attr-defined]
+build_any_length.__signature__ = without(build_workload, "seq", "documents")  # type: ignore[attr-defined]
 build_sizes.__signature__ = without(build_workload, "seq", "config")  # type: ignore[attr-defined]
 build_unweighted.__signature__ = without(build_workload, "seq", "config", "weights")  # type: ignore[attr-defined]
 
@@ -302,6 +327,19 @@ def _checked(config: AttentionConfig) -> AttentionConfig:
 def counts(text: str | None, what: str) -> tuple[int, ...]:
     """`2048,4096` or `2K,4K`; nothing given is no branch."""
     return tuple(parse_count(part, what) for part in text.split(",")) if text is not None else ()
+
+
+def document_lengths(text: str, what: str = "--documents") -> tuple[int, ...]:
+    """`4096,8192`, `4K,8K`, and with `x` and a number so many of a length: `4Kx8`. See
+    `planner.question.command.documents_option`."""
+    lengths: tuple[int, ...] = ()
+    for part in text.split(","):
+        length, _, times = part.lower().partition("x")
+        count = parse_count(times, what) if times else 1
+        if len(lengths) + count > MOST_DOCUMENTS:
+            raise ConfigError(f"{what} takes at most {MOST_DOCUMENTS:,} documents, got more")
+        lengths += (parse_count(length, what),) * count
+    return lengths
 
 
 def say(line: str) -> None:

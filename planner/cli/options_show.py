@@ -10,7 +10,7 @@ from typing import Annotated, Any, Final, NewType, TypeAlias
 import typer
 
 from attention.config import AttentionConfig
-from planner.cli.options import build_config, known_workload
+from planner.cli.options import build_config, document_lengths, known_workload
 from planner.units import parse_count
 from planner.workload import Workload
 
@@ -53,12 +53,23 @@ def build_view(
         bool | None, typer.Option("--causal", help="Causal mask: queries attend to no later keys.")
     ] = None,
     heads: Annotated[int | None, typer.Option(help="Query heads. [default: the file's, or 8]")] = None,
+    queries: Annotated[
+        str | None,
+        typer.Option(metavar="TOKENS", help="Tokens that ask, the last: 1 to decode. [default: all]"),
+    ] = None,
+    documents: Annotated[
+        str | None, typer.Option(metavar="LIST", help="Lengths of packed documents: 4096,8192 or 4Kx8.")
+    ] = None,
 ) -> View:
     """The workload that these options describe; what they leave open is the file's, where it has one."""
     defaults = known_workload(config, named="")
+    lengths = defaults.get("documents") if documents is None else document_lengths(documents)
+    length = defaults.get("seq", SEQ) if documents is None else sum(lengths or ())
     fields: dict[str, Any] = {
-        "seq": defaults.get("seq", SEQ) if seq is None else parse_count(seq, "--seq"),
+        "seq": length if seq is None else parse_count(seq, "--seq"),
         "causal": defaults.get("causal", False) if causal is None else causal,
         "heads": defaults.get("heads", Workload.model_fields["heads"].default) if heads is None else heads,
+        "queries": defaults.get("queries") if queries is None else parse_count(queries, "--queries"),
+        "documents": lengths,
     }
     return View(Workload(**fields))

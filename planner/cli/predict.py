@@ -142,9 +142,11 @@ def compare(
     from planner.report.text.compare import comparison_data, comparison_text
 
     def estimated(config: AttentionConfig) -> MemoryEstimate:
-        if seq is None:
+        if seq is None and workload.documents is None:
             raise ConfigError("a config needs --seq, e.g. --seq 128K")
-        sized_workload = workload.model_copy(update={"seq": parse_count(seq, "--seq")})
+        sized_workload = workload
+        if seq is not None:
+            sized_workload = workload.model_copy(update={"seq": parse_count(seq, "--seq")})
         return predict(config, sized_workload, place.device, **place.options)
 
     used: list[AttentionConfig] = []

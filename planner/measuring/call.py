@@ -25,15 +25,24 @@ class ModuleCall:
     grad: Tensor | None
     workload: Workload
     buffers: Buffers
+    documents: Tensor | None = None
+    sinks: Tensor | None = None
 
     def __call__(self) -> object:
         """One call, and in training its backward. Gives everything that a caller would hold."""
         import torch
 
         q, k, v = self.inputs * (3 // len(self.inputs))
+        given = {"documents": self.documents, "sinks": self.sinks}
+        features = {name: x for name, x in given.items() if x is not None}
         with torch.set_grad_enabled(self.grad is not None):
             result = self.module(
-                q, k, v, is_causal=self.workload.causal, return_attention_weights=self.workload.weights
+                q,
+                k,
+                v,
+                is_causal=self.workload.causal,
+                return_attention_weights=self.workload.weights,
+                **features,
             )
         out = result[0] if isinstance(result, tuple) else result
         if self.grad is not None:
@@ -41,7 +50,7 @@ class ModuleCall:
         return result
 
     def drop_gradients(self) -> None:
-        for tensor in (*self.inputs, *self.module.parameters()):
+        for tensor in (*self.inputs, *self.module.parameters(), *self._extra):
             tensor.grad = None
 
     def start_cold(self) -> None:
@@ -51,9 +60,14 @@ class ModuleCall:
         self.buffers.release()
 
     @property
+    def _extra(self) -> tuple[Tensor, ...]:
+        """What is given beside q, k and v."""
+        return tuple(x for x in (self.documents, self.sinks) if x is not None)
+
+    @property
     def nbytes(self) -> int:
         """Bytes allocated between calls: parameters, inputs, the incoming gradient."""
-        tensors = [*self.inputs, *self.module.parameters(), *self.module.buffers()]
+        tensors = [*self.inputs, *self.module.parameters(), *self.module.buffers(), *self._extra]
         if self.grad is not None:
             tensors.append(self.grad)
         storages = (x.untyped_storage() for x in tensors)
@@ -72,15 +86,23 @@ def call_of(config: AttentionConfig, workload: Workload, device: torch.device) -
     # On the way to the device in one step: made there in float32, it would leave holes in the allocator.
     module = build(config, torch.device("cpu")).to(device=device, dtype=dtype)
 
-    def normal(*sizes: int, requires_grad: bool = False) -> Tensor:
-        where = (workload.batch, workload.seq, *sizes)
+    def normal(tokens: int, *sizes: int, requires_grad: bool = False) -> Tensor:
+        where = (workload.batch, tokens, *sizes)
         return torch.randn(where, dtype=dtype, device=device, requires_grad=requires_grad)
 
+    seq, asking = workload.seq, workload.query_tokens
     if config.multihead:
-        inputs: tuple[Tensor, ...] = (normal(config.multihead.embed_dim, requires_grad=training),)
-        grad = normal(config.multihead.embed_dim) if training else None
+        inputs: tuple[Tensor, ...] = (normal(seq, config.multihead.embed_dim, requires_grad=training),)
+        grad = normal(seq, config.multihead.embed_dim) if training else None
     else:
-        heads = (workload.heads, workload.groups, workload.groups)
-        inputs = tuple(normal(n, workload.head_dim, requires_grad=training) for n in heads)
-        grad = normal(workload.heads, workload.head_dim) if training else None
-    return ModuleCall(module, inputs, grad, workload, buffers_for(config))
+        rows = ((asking, workload.heads), (seq, workload.groups), (seq, workload.groups))
+        inputs = tuple(normal(*row, workload.head_dim, requires_grad=training) for row in rows)
+        grad = normal(asking, workload.heads, workload.head_dim) if training else None
+    documents = sinks = None
+    if workload.documents is not None:
+        numbers = torch.arange(len(workload.documents), dtype=torch.int32)
+        of_tokens = numbers.repeat_interleave(torch.tensor(workload.documents))
+        documents = of_tokens.expand(workload.batch, -1).contiguous().to(device)
+    if workload.sinks:
+        sinks = torch.randn(workload.heads, dtype=dtype, device=device, requires_grad=training)
+    return ModuleCall(module, inputs, grad, workload, buffers_for(config), documents, sinks)

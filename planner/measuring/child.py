@@ -382,16 +382,17 @@ def _how(config: AttentionConfig, workload: Workload, call: ModuleCall) -> dict[
 
     # As large as q and k, and in the first of an input.
     sizes = (
-        (workload.batch, workload.seq, heads, workload.head_dim)
-        for heads in (workload.heads, workload.groups)
+        (workload.batch, tokens, heads, workload.head_dim)
+        for tokens, heads in ((workload.query_tokens, workload.heads), (workload.seq, workload.groups))
     )
     q, k = (call.inputs[0].detach().as_strided(size, (0, 0, 0, 1)) for size in sizes)
-    if not workload.weights and flex.resolve(config, q, k, workload.causal) == "flex":
+    cut = workload.is_cut
+    if workload.is_plain and not workload.weights and flex.resolve(config, q, k, workload.causal) == "flex":
         return {"backend": "flex", "kernel": f"flex_attention, compiled by torch {torch.__version__}"}
     capability = torch.cuda.get_device_capability(q.device) if q.device.type == "cuda" else None
     chosen = kernel_choice(
         config,
-        shape_of(q, k, config, workload.causal),
+        shape_of(q, k, config, workload.causal, documents=cut),
         capability,
         flex=False,
         flash_is_built=kernels.flash_is_built(),

@@ -20,6 +20,7 @@ from attention.config import AttentionConfig, Value, as_tuple
 from attention.errors import ConfigError, UnavailableError
 from planner.measuring import dry
 from planner.measuring.process import Ended, run
+from planner.question.features import refuse_features
 from planner.workload import Workload
 
 SCHEMA_VERSION: Final = 1
@@ -219,7 +220,9 @@ def measurement_of(
 
 
 def check_sizes(config: AttentionConfig, workload: Workload) -> None:
-    """ConfigError unless the parts of a config that name sizes name those of the workload."""
+    """ConfigError unless the parts of a config that name sizes name those of the workload, and it takes what
+    the workload has."""
+    refuse_features(config, workload)
     sizes = {"heads": workload.heads, "head_dim": workload.head_dim}
     named: list[tuple[str, dict[str, int]]] = []
     if config.multihead:

@@ -6,35 +6,47 @@ A config is columns of one: which implementation runs, and which plan is its, is
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from attention.config import AttentionConfig, Backend
 from attention.sizes.adaptive import active_of_choice
-from attention.sizes.arrays import Count
+from attention.sizes.arrays import Count, any_of, maximum
 from attention.sizes.flex import auto_leaves_flex, flex_is_lean, flex_takes_blocks
 from attention.sizes.flex_tiles import unfit_sizes
 from attention.sizes.kernel_choice import KernelChoice, kernel_choice
 from attention.sizes.list_calls import ListCalls, calls_of_rows
 from attention.sizes.row_bounds import Rows
 from attention.sizes.shape import Shape, chunk_tokens
-from attention.sizes.token_tiles import TokenWindow, token_window
+from attention.sizes.tiles import dilated_extent, sparse_extent
+from attention.sizes.token_tiles import TokenWindow, token_extent, token_window
 from attention.sizes.whole_calls import WholeCall, branch_calls, pattern_calls
 from planner.configs import Columns, columns_of
+from planner.memory.cut_programs import ExtentOf, bounded, cut_program
 from planner.memory.machines import Cpu, Cuda, Machine
 from planner.memory.plans import adaptive, list_calls, multihead, tiles, weights, whole_calls
 from planner.memory.table import Plan, PlanTable
 from planner.workload import Workload
 
 UNBOUNDED = 1 << 62
+MOST_LISTED = 1 << 24
+"""Blocks that the layout of a program that is cut may list to be looked at: a second or so."""
 
 
 def plan_of(config: AttentionConfig, workload: Workload, machine: Machine, *, warm: bool = False) -> Plan:
     """The plan of one call, and in training of its backward. `warm`: of a second equal call, with what the
-    first left in pool and caches."""
+    first left in pool and caches. Where fewer tokens ask, or of documents, its sizes are those of the
+    program's own calls; a bound in closed form where these are too many to look at (`is_vast`)."""
     columns = columns_of(config, workload.seq)
     apart = bool(goes_apart(columns, workload, machine))
     returned = returned_weights(config, workload) if workload.weights else None
-    return planned(columns, workload, machine, apart=apart, returned=returned, warm=warm)
+    cut = None
+    if is_cut(columns, workload):
+        shape = shape_of(columns, workload, machine)
+        cut = bounded_cut(columns, shape)
+        if not is_vast(columns, shape.causal):
+            cut = cut_program(config, workload, shape).extent
+    return planned(columns, workload, machine, apart=apart, returned=returned, warm=warm, cut=cut)
 
 
 def planned(
@@ -45,14 +57,19 @@ def planned(
     apart: bool,
     returned: weights.ReturnedWeights | None = None,
     warm: bool = False,
+    cut: ExtentOf | None = None,
 ) -> Plan:
     """The plan of candidates of which `goes_apart` holds for all or for none. `returned`: the weights that
-    the call returns beside out. `workload.seq` is not read."""
+    the call returns beside out. `cut`: the sizes of one config's cut program, in place of a bound in closed
+    form. `workload.seq` is not read."""
     case = case_of(columns, workload, machine)._replace(warm=warm)
     table = PlanTable()
 
+    if cut is None and is_cut(columns, workload):
+        cut = bounded_cut(columns, case.shape)
+
     def attention(table: PlanTable, case: tiles.Case) -> None:
-        _attention(table, case, columns, apart)
+        _attention(table, case, columns, apart, cut)
 
     def attend(table: PlanTable, case: tiles.Case) -> None:
         if returned is None:
@@ -70,7 +87,9 @@ def planned(
     return table.done()
 
 
-def _attention(table: PlanTable, case: tiles.Case, columns: Columns, apart: bool) -> None:
+def _attention(
+    table: PlanTable, case: tiles.Case, columns: Columns, apart: bool, cut: ExtentOf | None
+) -> None:
     """The attention alone, over q, k and v."""
     calls, lists = calls_of(columns, case.shape), lists_of(columns, case.shape)
     if calls is not None and not apart:
@@ -81,15 +100,47 @@ def _attention(table: PlanTable, case: tiles.Case, columns: Columns, apart: bool
         adaptive.adaptive(table, case, scorer, lists)
     elif lists is not None and not apart:
         list_calls.list_calls(table, case, lists)
-    elif columns.token_edges:
-        tiles.token_window(table, case, window_of(columns, case.shape.causal))
+    elif not apart:
+        tiles.program(table, case, tiles.once(case.shape, cut or _extent_of(columns, case.shape)))
     elif columns.variant == "block_sparse":
-        plan = tiles.flex if apart else tiles.block_sparse
-        plan(table, case, columns.rows(case.shape.causal))
-    elif apart:
-        tiles.whole(table, case)
+        tiles.flex(table, case, columns.rows(case.shape.causal))
     else:
-        tiles.dilated(table, case, _by_rate(case.shape.within(columns.branches)))
+        tiles.whole(table, case, cut)
+
+
+def _extent_of(columns: Columns, shape: Shape) -> ExtentOf:
+    """The largest sizes of the calls of the candidates' tiles, of which nothing is cut."""
+    if columns.token_edges:
+        return partial(token_extent, window_of(columns, shape.causal))
+    if columns.variant == "block_sparse":
+        return partial(sparse_extent, columns.rows(shape.causal))
+    return partial(dilated_extent, _by_rate(shape.within(columns.branches)))
+
+
+def bounded_cut(columns: Columns, shape: Shape) -> ExtentOf:
+    """A bound of the sizes of the calls of the candidates' tiles, of which something is cut."""
+    if columns.variant == "block_sparse":
+        return bounded(_extent_of(columns, shape))
+    # What is left of a triangle is a rectangle and a smaller triangle: no larger than without a mask.
+    every = _extent_of(columns, shape)
+    return bounded(lambda shape: every(shape._replace(causal=False)))
+
+
+def is_vast(columns: Columns, causal: bool) -> bool:
+    """Whether one config lists more blocks than are looked at."""
+    if columns.variant != "block_sparse" or columns.token_edges:
+        return False
+    untyped: Any = columns
+    rows = columns.rows(causal)
+    return bool(maximum(rows.span, rows.lists) * -(-untyped.seq // rows.size) > MOST_LISTED)
+
+
+def is_cut(columns: Columns, workload: Workload) -> bool:
+    """Whether the candidates' programs are cut, to the last queries or to documents: then they are tiles on
+    every machine; see `attention.inputs.shape_of`. `workload.seq` is not read."""
+    several = workload.documents is not None and len(workload.documents) > 1
+    untyped: Any = columns
+    return several or (workload.queries is not None and any_of(untyped.seq > workload.queries))
 
 
 def calls_of(columns: Columns, shape: Shape) -> tuple[WholeCall, ...] | None:
@@ -134,7 +185,10 @@ def goes_apart(columns: Columns, workload: Workload, machine: Machine) -> Any:
     of tiles; an array if it differs among candidates. `workload.seq` is not read."""
     if columns.variant == "adaptive":
         return False
+    cut = is_cut(columns, workload)
     if columns.variant == "block_sparse":
+        if cut or workload.sinks:
+            return False
         seq: Any = columns.seq
         windows = machine.windows(workload.head_dim, workload.itemsize)
         leaves_flex = columns.backend == "auto" and auto_leaves_flex(columns.pattern_type, windows)
@@ -144,7 +198,9 @@ def goes_apart(columns: Columns, workload: Workload, machine: Machine) -> Any:
             columns.backend, columns.rows(workload.causal), seq, workload
         )
     shape = shape_of(columns, workload, machine)
-    return shape.is_whole(shape.within(columns.branches))
+    # A triangle that is aligned to the end of the keys, or documents, are no one call.
+    aligned = len(workload.documents or ()) < 2 and not shape.causal
+    return shape.is_whole(shape.within(columns.branches)) * (1 if aligned or not cut else 0)
 
 
 def has_flex(workload: Workload, machine: Machine) -> bool:
@@ -153,6 +209,7 @@ def has_flex(workload: Workload, machine: Machine) -> bool:
         isinstance(machine, Cuda)
         and unfit_sizes(workload.head_dim, workload.itemsize, machine.capability) is None
         and not workload.weights
+        and workload.is_plain
     )
 
 
@@ -160,7 +217,7 @@ def goes_flex(backend: Backend, rows: Rows, seq: Count, workload: Workload) -> C
     """1 if compiled FlexAttention runs a block_sparse pattern where `has_flex` and `auto` does not leave it
     for whole calls (`auto_leaves_flex`), else 0; `workload.seq` is not read. See
     `attention.ops.flex.resolve`."""
-    floor = workload.floor // workload.seq * seq
+    floor = workload.floor_at(seq)
     runs = (backend in ("auto", "flex")) * flex_takes_blocks(rows.size)
     return runs * flex_is_lean(rows, seq, floor) if backend == "auto" else runs
 
@@ -170,7 +227,10 @@ def kernel_of(config: AttentionConfig, workload: Workload, machine: Machine) -> 
     columns = columns_of(config, workload.seq)
     by_flex = columns.variant == "block_sparse" and bool(goes_apart(columns, workload, machine))
     capability = machine.capability if isinstance(machine, Cuda) else None
-    return kernel_choice(config, shape_of(columns, workload, machine), capability, flex=by_flex)
+    choice = kernel_choice(config, shape_of(columns, workload, machine), capability, flex=by_flex)
+    if is_cut(columns, workload) and not goes_apart(columns, workload, machine):
+        return choice._replace(calls=None)
+    return choice
 
 
 def returned_weights(config: AttentionConfig, workload: Workload) -> weights.ReturnedWeights:
@@ -200,6 +260,8 @@ def case_of(columns: Columns, workload: Workload, machine: Machine) -> tiles.Cas
         pool_bytes=UNBOUNDED if columns.pool_bytes is None else columns.pool_bytes,
         cache_entries=columns.cache_entries,
         cache_bytes=columns.cache_bytes,
+        sinks=workload.sinks,
+        documents=workload.documents is not None,
     )
 
 
@@ -209,8 +271,12 @@ def shape_of(columns: Columns, workload: Workload, machine: Machine) -> Shape:
     cpu = isinstance(machine, Cpu)
     sixteen = cpu and workload.itemsize == 2
     packs = sixteen and isinstance(machine, Cpu) and workload.dtype in machine.units
+    cut = is_cut(columns, workload)
+    seq: Any = columns.seq
+    last = cut and workload.queries == 1 and columns.variant in ("dense", "dilated")  # it is past nothing
     sizes: dict[str, Any] = {
         "seq": columns.seq,
+        "origin": 0 if workload.queries is None else maximum(seq - workload.queries, 0),
         "heads": workload.heads,
         "kv_heads": workload.groups,
         "head_dim": workload.head_dim,
@@ -219,11 +285,11 @@ def shape_of(columns: Columns, workload: Workload, machine: Machine) -> Shape:
     }
     return Shape(
         **sizes,
-        causal=workload.causal,
+        causal=workload.causal and not last,
         chunk=chunk_tokens(cpu=cpu, **sizes),
         packs=packs,
         widens=sixteen,
-        windows=machine.windows(workload.head_dim, workload.itemsize),
+        windows="none" if cut else machine.windows(workload.head_dim, workload.itemsize),
         groups=isinstance(machine, Cpu) and machine.groups and not packs,
-        cudnn_from=machine.cudnn_from(workload.head_dim, workload.itemsize, columns.backend),
+        cudnn_from=0 if cut else machine.cudnn_from(workload.head_dim, workload.itemsize, columns.backend),
     )

@@ -26,6 +26,7 @@ from planner.memory.dry_runs import dry_bound
 from planner.memory.launches import launches_of
 from planner.memory.machines import Cpu, Cuda, Machine, this_cpu, units_of
 from planner.memory.table import COMPONENTS, Plan
+from planner.question.features import refuse_features
 from planner.workload import Dtype, Workload
 
 SCHEMA_VERSION: Final = 1
@@ -111,8 +112,9 @@ def estimate(
     on), not what torch.set_num_threads was told in this one. `dry`: of a dry run, where cuDNN is not there.
 
     A module is taken to be of the workload's dtype, its parameters too (`module.to(dtype)`): a scorer left in
-    float32 beside 16-bit q, k and v takes more.
+    float32 beside 16-bit q, k and v takes more. Documents are taken to be numbered in int32.
     """
+    refuse_features(config, workload)
     if device == "cpu":
         return _on_cpu(config, workload, calibration, threads)
     gpu = gpus.find(device) if isinstance(device, str) else device
@@ -273,15 +275,23 @@ def max_sequence(
     """The longest sequence, a multiple of the block size, at which `upper` stays within `vram`.
 
     0 if not even one block fits. `vram`: bytes, or text such as "8GB". `device`: "cpu" or a GPU; without
-    one a generic card of that memory. `options`: those of `estimate`. `workload.seq` is not read.
+    one a generic card of that memory. `options`: those of `estimate`. `workload.seq` is not read; where fewer
+    tokens ask than there are, the sequence has as many at least. ConfigError for documents, whose lengths fix
+    that of the sequence.
     """
     from planner.units import parse_bytes
 
     budget = parse_bytes(vram, "vram")
     on = device or gpus.generic(budget)
     unit = config.pattern.block_size if config.pattern else 64
+    if workload.documents is not None:
+        raise ConfigError(
+            "documents fix the length of the sequence, so that no longest is to be found; leave them out"
+        )
+    least = workload.least_blocks(unit)
 
     def fits(config: AttentionConfig, blocks: int) -> bool:
+        blocks = max(blocks, least)
         if blocks * unit > workload.most_tokens:
             return False
         sized_workload = workload.model_copy(update={"seq": blocks * unit})

@@ -25,6 +25,7 @@ from planner.quality.profiles import Profile
 from planner.quality.sampled_blocks import common, subsets
 from planner.quality.sampled_queries import points
 from planner.quality.sums import cells, permitted, segments, windows
+from planner.question.documents import parts
 from planner.workload import Workload
 
 KEPT = 2
@@ -44,19 +45,31 @@ def mass_of(config: AttentionConfig, workload: Workload, profile: Profile) -> fl
 def mass(columns: Columns, workload: Workload, profile: Profile) -> Floats:
     """[len(columns)], float64: mass that each candidate captures, 0 to 1.
 
-    Of `workload` only `causal` and `heads` are read: the length is `columns.seq`. Dense, windows, global
-    tokens and regular dilated branches (segments nested in each other and divided by their rates) are closed
-    forms, dilated_sparse a fixed sample of its query blocks, other dilated branches one of queries. Adaptive
-    rests on an assumption, which `sampled_blocks.adaptive` states.
+    Of `workload` only `causal`, `heads`, `queries` and `documents` are read: the length is `columns.seq`.
+    Where fewer tokens ask, the mean is over those. Of documents it is a share of what dense attention has
+    within each, by closed forms of their lengths (`planner.question.documents` has what they neglect).
+
+    Dense, windows, global tokens and regular dilated branches (segments nested in each other and divided by
+    their rates) are closed forms, dilated_sparse a fixed sample of its query blocks, other dilated branches
+    one of queries. Adaptive rests on an assumption, which `sampled_blocks.adaptive` states.
     """
     if columns.variant == "dense":
         return np.ones(len(columns))
+    if workload.documents is None:
+        return _over(columns, workload, profile)
+    of_documents = list(parts(columns, workload))
+    total = sum(part.queries * _over(part.columns, part.workload, profile) for part in of_documents)
+    return np.broadcast_to(total / sum(part.queries for part in of_documents), len(columns))
+
+
+def _over(columns: Columns, workload: Workload, profile: Profile) -> Floats:
+    """`mass` without documents."""
     table, back = distinct(columns)
-    parts = [
+    chunks = [
         _mass(columns, table[begin : begin + _CHUNK], workload, profile)
         for begin in range(0, len(table), _CHUNK)
     ]
-    return np.clip(np.concatenate(parts), 0.0, 1.0)[back]
+    return np.clip(np.concatenate(chunks), 0.0, 1.0)[back]
 
 
 def distinct(columns: Columns) -> tuple[Floats, Ints]:
@@ -91,6 +104,7 @@ def _mass(columns: Columns, table: Floats, workload: Workload, profile: Profile)
     causal = workload.causal
     whole = [column.astype(np.int64) for column in table.T]
     seq = whole[0]
+    first = seq - np.minimum(workload.queries or seq, seq)
     flat = FLAT / float(seq.max())
     a = np.array([*(1.0 / scale for scale in profile.scales), flat])[:, None, None]
     w = np.array([*profile.shares, profile.far_mass])
@@ -98,17 +112,20 @@ def _mass(columns: Columns, table: Floats, workload: Workload, profile: Profile)
     count = len(columns.lengths)
     if columns.variant == "adaptive":
         return sampled_blocks.adaptive(
-            a, w, profile.far_mass, profile.sink_mass, seq, whole[1], table[:, KEPT], causal
+            a, w, profile.far_mass, profile.sink_mass, seq, first, whole[1], table[:, KEPT], causal
         )
     if columns.variant == "dilated":
-        exponentials, first = _dilated(a, w, seq, whole[1 : 1 + count], whole[1 + count :], sinks, workload)
+        exponentials, sinks_kept = _dilated(
+            a, w, seq, first, whole[1 : 1 + count], whole[1 + count :], sinks, workload
+        )
     elif columns.pattern_type == "dilated_sparse":
-        exponentials, first = sampled_blocks.dilated_sparse(
-            a, w, seq, whole[1], table[:, KEPT], whole[3 : 3 + count], whole[3 + count :], sinks, causal
+        branches = whole[3 : 3 + count], whole[3 + count :]
+        exponentials, sinks_kept = sampled_blocks.dilated_sparse(
+            a, w, seq, first, whole[1], table[:, KEPT], *branches, sinks, causal
         )
     else:
-        exponentials, first = _windows(a, w, seq, whole[1], whole[2], whole[3], sinks, causal)
-    return exponentials + profile.sink_mass * first
+        exponentials, sinks_kept = _windows(a, w, seq, first, whole[1], whole[2], whole[3], sinks, causal)
+    return exponentials + profile.sink_mass * sinks_kept
 
 
 def _mean(w: Floats, kept_sums: Floats, whole: Floats, ends: Ints) -> Floats:
@@ -117,11 +134,19 @@ def _mean(w: Floats, kept_sums: Floats, whole: Floats, ends: Ints) -> Floats:
     queries = np.diff(ends, axis=1)
     part, total = np.diff(kept_sums, axis=2), np.diff(whole, axis=2)
     ratio = np.divide(part, total, out=np.zeros_like(part), where=queries > 0)
-    return np.asarray((np.tensordot(w, ratio, axes=1) * queries).sum(axis=1) / ends[:, -1])
+    return np.asarray((np.tensordot(w, ratio, axes=1) * queries).sum(axis=1) / (ends[:, -1] - ends[:, 0]))
 
 
 def _windows(
-    a: Floats, w: Floats, seq: Ints, size: Ints, window: Ints, shared: Ints, sinks: int, causal: bool
+    a: Floats,
+    w: Floats,
+    seq: Ints,
+    first: Ints,
+    size: Ints,
+    window: Ints,
+    shared: Ints,
+    sinks: int,
+    causal: bool,
 ) -> tuple[Floats, Floats]:
     """(mass of the exponentials, share of the permitted sinks kept) of local_window and global_local."""
     n, b = seq[:, None], size[:, None]
@@ -129,24 +154,27 @@ def _windows(
     reach, head = window_blocks(window[:, None], shared[:, None], b, blocks, causal)
     if (seq == seq[0]).all():
         n = n[:1]  # what all have in common is computed once
-    ends = cells(n[:, 0], causal)
+    ends = cells(n[:, 0], causal, first[: len(n)])
     kept_sums = windows(a, ends, n, b, reach, head, causal)
 
     def query_count(k: int, begin: int) -> Floats:
-        """Queries from `begin` on that keep key k."""
+        """Queries from `begin` on that ask and keep key k."""
         # The rows that keep a block are those that it keeps; causal, of those the later ones alone.
         (_, apart), (start, stop) = window_spans(k // b, reach, head, blocks, causal=False)
-        low = np.maximum(k if causal else start * b, begin)
+        begins = np.maximum(begin, first[:, None])
+        low = np.maximum(k if causal else start * b, begins)
         queries = np.maximum(np.minimum(stop * b, n) - low, 0)
         if not causal:
-            queries = queries + np.maximum(np.minimum(apart * b, n) - begin, 0)
+            queries = queries + np.maximum(np.minimum(apart * b, n) - begins, 0)
         return np.asarray(queries[:, 0] * (k < seq))
 
-    return _mean(w, kept_sums, permitted(a, ends, n, causal), ends), _sinks(query_count, seq, sinks, causal)
+    kept = _mean(w, kept_sums, permitted(a, ends, n, causal), ends)
+    return kept, _sinks(query_count, seq, seq - first, sinks, causal)
 
 
-def _sinks(query_count: _QueryCount, seq: Ints, sinks: int, causal: bool) -> Floats:
-    """[N], share of the permitted sinks that a query keeps, from counts of the queries that keep each."""
+def _sinks(query_count: _QueryCount, seq: Ints, queries: Ints, sinks: int, causal: bool) -> Floats:
+    """[N], share of the permitted sinks that one of so many queries keeps, from counts of those that keep
+    each."""
     total = np.zeros(seq.shape)
     for k in range(sinks):
         if not causal:
@@ -155,41 +183,43 @@ def _sinks(query_count: _QueryCount, seq: Ints, sinks: int, causal: bool) -> Flo
         total += query_count(k, k) / (k + 1)
         for q in range(k + 1, sinks):  # later queries share their sink mass among more
             total += query_count(k, q) * (1 / (q + 1) - 1 / q)
-    return total / seq
+    return total / queries
 
 
 def _dilated(
     a: Floats,
     w: Floats,
     seq: Ints,
+    first: Ints,
     lengths: Sequence[Ints],
     rates: Sequence[Ints],
     sinks: int,
     workload: Workload,
 ) -> tuple[Floats, Floats]:
     """(mass of the exponentials, share of the permitted sinks kept)."""
-    regular = _regular(seq, lengths, rates)
-    exponentials, first = np.zeros(seq.shape), np.zeros(seq.shape)
+    regular = _regular(seq, seq - first, lengths, rates)
+    exponentials, sinks_kept = np.zeros(seq.shape), np.zeros(seq.shape)
     for rule, which in ((_nested, np.flatnonzero(regular)), (points, np.flatnonzero(~regular))):
         if which.size:
-            exponentials[which], first[which] = rule(
+            exponentials[which], sinks_kept[which] = rule(
                 a,
                 w,
                 seq[which],
+                first[which],
                 [s[which] for s in lengths],
                 [r[which] for r in rates],
                 sinks,
                 workload.heads,
                 workload.causal,
             )
-    return exponentials, first
+    return exponentials, sinks_kept
 
 
-def _regular(seq: Ints, lengths: Sequence[Ints], rates: Sequence[Ints]) -> Ints:
+def _regular(seq: Ints, queries: Ints, lengths: Sequence[Ints], rates: Sequence[Ints]) -> Ints:
     """Whether segments nest in each other and are whole numbers of steps, and steps are short of the
-    sequence: then of the queries in any stretch one in lcm(rates) is in all branches."""
+    queries: then of those in any stretch one in lcm(rates) is in all branches."""
     steps = common(rates)
-    holds = seq >= 64 * steps
+    holds = queries >= 64 * steps
     for s, r in zip(lengths, rates, strict=True):
         holds &= (s % r == 0) | (s >= seq)
         for other in lengths:
@@ -201,6 +231,7 @@ def _nested(
     a: Floats,
     w: Floats,
     seq: Ints,
+    first: Ints,
     lengths: Sequence[Ints],
     rates: Sequence[Ints],
     sinks: int,
@@ -216,10 +247,10 @@ def _nested(
         for sign, members in subsets(len(lengths))
     ]
     # Few of these are distinct, over all candidates.
-    table = np.concatenate([np.stack([seq, np.minimum(s, seq), r], axis=1) for _, _, s, r in joint])
+    table = np.concatenate([np.stack([seq, first, np.minimum(s, seq), r], axis=1) for _, _, s, r in joint])
     distinct, back = np.unique(table, axis=0, return_inverse=True)
-    n, s, r = (column[:, None] for column in distinct.T)
-    ends = cells(distinct[:, 0], causal)
+    n, begin, s, r = (column[:, None] for column in distinct.T)
+    ends = cells(distinct[:, 0], causal, begin[:, 0])
     each = _mean(w, segments(a, ends, n, s, r, causal), permitted(a, ends, n, causal), ends)
     signs = np.array([sign for sign, *_ in joint])
     exponentials = signs @ each[back.ravel()].reshape(len(joint), -1)
@@ -232,9 +263,9 @@ def _nested(
             takes = np.logical_and.reduce(
                 [(k % lengths[t] % rates[t])[:, None] == h % rates[t][:, None] for t in members]
             ).mean(axis=1)
-            low = np.maximum(k // s * s, max(begin, k if causal else 0))
+            low = np.maximum(np.maximum(k // s * s, max(begin, k if causal else 0)), first)
             high = np.minimum(k // s * s + s, seq)
             total += sign * takes * np.maximum((high - 1 - k) // r - (low - 1 - k) // r, 0)
         return total * (k < seq)
 
-    return exponentials, _sinks(query_count, seq, sinks, causal)
+    return exponentials, _sinks(query_count, seq, seq - first, sinks, causal)

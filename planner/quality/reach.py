@@ -23,6 +23,7 @@ from attention.sizes.window import window_blocks
 from planner.configs import Columns, columns_of
 from planner.quality.mass import KEPT, distinct, shape_of
 from planner.quality.sampled_blocks import PatternRows
+from planner.question.documents import longest
 from planner.workload import Workload
 
 Bools: TypeAlias = NDArray[np.bool_]
@@ -32,7 +33,9 @@ NEVER = 1 << 62
 
 def layers(config: AttentionConfig, workload: Workload, within: int = NEVER) -> int | None:
     """Layers until the last of `workload.seq` tokens can be influenced by every permitted one; None if that
-    does not happen within so many, by default if it never does.
+    does not happen within so many, by default if it never does. Of documents, whose tokens never meet, it is
+    the last token of the longest one. That fewer tokens ask now changes nothing: those before them asked
+    earlier.
 
     Adaptive: the blocks are chosen from what they hold, so no graph is fixed. Taken is the best of choices:
     each of `heads` chooses blocks of its own beside the row's, so that one layer multiplies what is seen by
@@ -50,6 +53,8 @@ def reaches(columns: Columns, workload: Workload, within: int) -> Bools:
 
 def may_reach(columns: Columns, workload: Workload, within: int) -> Bools:
     """[len(columns)]: False for some of those for which `reaches` searches in vain, without a search."""
+    if workload.documents is not None:
+        columns, workload, _ = longest(columns, workload)
     if columns.pattern_type != "dilated_sparse":
         return np.ones(len(columns), np.bool_)
     untyped: Any = columns
@@ -75,6 +80,9 @@ def keyless(config: AttentionConfig) -> bool:
 
 def _layers(columns: Columns, workload: Workload, within: int) -> Ints:
     """[len(columns)], layers; NEVER, or any number beyond `within`, where there are more."""
+    if workload.documents is not None:
+        columns, workload, _ = longest(columns, workload)
+        return np.broadcast_to(_layers(columns, workload, within), len(columns))
     if columns.variant == "dense":
         return np.ones(len(columns), np.int64)
     if columns.pattern_type in ("local_window", "global_local"):

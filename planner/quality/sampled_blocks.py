@@ -84,7 +84,8 @@ def _spread() -> Floats:
 
 
 def _sample(blocks: Ints, unit: Ints) -> tuple[Ints, Ints, Ints, Floats]:
-    """(rows, part, parts, weights in rows), each [N, M]: which parts of which query blocks are looked at.
+    """(rows, part, parts, weights in rows), each [N, M]: which parts of which of so many query blocks are
+    looked at.
 
     All rows of few, each in as many parts as there is room for. Otherwise one row of each of up to ROWS
     strata, spread over the places in segments of `unit` blocks times a power of two, and more of the first,
@@ -113,15 +114,21 @@ def _sample(blocks: Ints, unit: Ints) -> tuple[Ints, Ints, Ints, Floats]:
 
 
 class _Grid:
-    """Sampled rows, or parts of them, and what their queries are permitted, summed over the queries."""
+    """Sampled rows, or parts of them, of the queries from the `first` on, and what their queries are
+    permitted, summed over the queries."""
 
-    def __init__(self, a: Floats, seq: Ints, size: Ints, causal: bool, unit: Ints) -> None:
+    def __init__(self, a: Floats, seq: Ints, first: Ints, size: Ints, causal: bool, unit: Ints) -> None:
         self.a, self.causal, self.seq, self.size = a, causal, seq[:, None], size[:, None]
         self.blocks = -(-self.seq // self.size)
-        self.rows, part, parts, weights = _sample(self.blocks[:, 0], unit)
+        before = (first // size)[:, None]
+        self.every = self.blocks - before <= ROWS
+        """[N, 1]: whether all rows that ask are looked at."""
+        rows, part, parts, weights = _sample((self.blocks - before)[:, 0], unit)
+        self.rows = before + rows
         inside = np.minimum(self.size, self.seq - self.rows * self.size)  # tokens of the block
         begin, end = (np.minimum(x * self.size // parts, inside) for x in (part, part + 1))
-        weights = weights * (end - begin)
+        begin = np.maximum(begin, first[:, None] - self.rows * self.size)  # what does not ask
+        weights = weights * np.maximum(end - begin, 0)
         # Rows that stand for others are whole, and so the weights are not exactly the tokens.
         self.weights = weights / weights.sum(axis=1, keepdims=True)
         # What has no queries weighs nothing; a query is put there so that nothing divides by zero.
@@ -168,6 +175,7 @@ def dilated_sparse(
     a: Floats,
     w: Floats,
     seq: Ints,
+    first: Ints,
     size: Ints,
     ratio: Floats,
     lengths: Sequence[Ints],
@@ -187,7 +195,7 @@ def dilated_sparse(
         some = np.flatnonzero(chains == chain)
         if some.size:
             shortest = reduce(np.minimum, lengths)[some] // size[some]
-            grid = _Grid(a, seq[some], size[some], causal, shortest)
+            grid = _Grid(a, seq[some], first[some], size[some], causal, shortest)
             branches = _patterns(grid, [s[some] for s in lengths], [r[some] for r in rates], chain)
             mass[some], sinks_kept[some] = _selected(grid, w, branches, ratio[some], sinks)
     return mass, sinks_kept
@@ -261,7 +269,7 @@ def _sinks_kept(grid: _Grid, steps: Ints, left: Ints, right: Ints, sinks: int, c
         mean = np.zeros(total.shape)
         for sign, step, near in disjoint(steps, left + steps, chains):
             mean += sign * (away < near) / step
-        share = np.where((grid.blocks <= ROWS) | (away <= 0), exact, mean)
+        share = np.where(grid.every | (away <= 0), exact, mean)
         total = total + share * _weight(grid, k, sinks)
     return np.asarray((total * grid.weights).sum(axis=1))
 
@@ -278,7 +286,15 @@ def _weight(grid: _Grid, k: int, sinks: int) -> Floats:
 
 
 def adaptive(
-    a: Floats, w: Floats, far: float, sink_mass: float, seq: Ints, size: Ints, ratio: Floats, causal: bool
+    a: Floats,
+    w: Floats,
+    far: float,
+    sink_mass: float,
+    seq: Ints,
+    first: Ints,
+    size: Ints,
+    ratio: Floats,
+    causal: bool,
 ) -> Floats:
     """[N], mass of a trained scorer's choice: the own block, and RECALL of the best set among
     {with or without the first block} x {with or without one block of planted tokens} and the nearest ones
@@ -286,7 +302,7 @@ def adaptive(
 
     The last decay and share are those of uniform mass; `far` of it is planted.
     """
-    grid = _Grid(a, seq, size, causal, -(-seq // size))
+    grid = _Grid(a, seq, first, size, causal, -(-seq // size))
     budget = np.asarray(row_blocks(ratio[:, None], grid.blocks))  # type: ignore[arg-type]
     after = np.zeros_like(grid.rows) if causal else grid.blocks - 1 - grid.rows
     choices = grid.rows + after

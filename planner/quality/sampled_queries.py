@@ -24,6 +24,7 @@ def points(
     a: Floats,
     w: Floats,
     seq: Ints,
+    first: Ints,
     lengths: Sequence[Ints],
     rates: Sequence[Ints],
     sinks: int,
@@ -31,14 +32,22 @@ def points(
     causal: bool,
 ) -> tuple[Floats, Floats]:
     """(mass of the exponentials, share of the permitted sinks kept), each [N], of dilated branches that are
-    not regular: exact up to POINTS tokens."""
+    not regular, over the queries from the `first` on: exact up to POINTS of them."""
     parts = []
-    chunk = max(1, (1 << 20) // (min(POINTS, int(seq.max(initial=1))) * max(len(a), 4)))
+    chunk = max(1, (1 << 20) // (min(POINTS, int((seq - first).max(initial=1))) * max(len(a), 4)))
     for begin in range(0, seq.size, chunk):
         some = slice(begin, begin + chunk)
         parts.append(
             _points(
-                a, w, seq[some], [x[some] for x in lengths], [x[some] for x in rates], sinks, heads, causal
+                a,
+                w,
+                seq[some],
+                first[some],
+                [x[some] for x in lengths],
+                [x[some] for x in rates],
+                sinks,
+                heads,
+                causal,
             )
         )
     return np.concatenate([mass for mass, _ in parts]), np.concatenate(
@@ -47,14 +56,22 @@ def points(
 
 
 def _points(
-    a: Floats, w: Floats, seq: Ints, lengths: Any, rates: Any, sinks: int, heads: int, causal: bool
+    a: Floats,
+    w: Floats,
+    seq: Ints,
+    first: Ints,
+    lengths: Any,
+    rates: Any,
+    sinks: int,
+    heads: int,
+    causal: bool,
 ) -> tuple[Floats, Floats]:
-    n = seq[:, None]
-    count = min(POINTS, int(seq.max(initial=1)))
+    n, queries = seq[:, None], (seq - first)[:, None]
+    count = min(POINTS, int(queries.max(initial=1)))
     at = np.arange(count)
-    spread = (stratified(golden(at)) * n / count).astype(np.int64)
-    q = np.where(n <= count, np.minimum(at, n - 1), spread)
-    weights = np.where(n <= count, (at < n) / n, 1.0 / count)
+    spread = (stratified(golden(at)) * queries / count).astype(np.int64)
+    q = first[:, None] + np.where(queries <= count, np.minimum(at, queries - 1), spread)
+    weights = np.where(queries <= count, (at < queries) / queries, 1.0 / count)
     offsets = [q % np.minimum(s[:, None], n) for s in lengths]
     sides = [np.minimum(s[:, None], n - q + o) - 1 - o for s, o in zip(lengths, offsets, strict=True)]
     whole = series(a, 1, q + 1) + (0 if causal else series(a, 1, n - q) - 1)

@@ -31,9 +31,13 @@ def triangle(a: Floats, y: Amount, step: Amount = 1) -> Floats:
     return np.asarray(full + rest / step * series(a, step, whole + 1))
 
 
-def cells(seq: Ints, causal: bool) -> Ints:
-    """[candidates, cells + 1]: ends of runs of queries, single near an edge and longer by `RATIO` away from
-    it. Runs may be empty."""
+def cells(seq: Ints, causal: bool, first: Ints | int = 0) -> Ints:
+    """[candidates, cells + 1]: ends of runs of queries from the `first` of each candidate on, single near an
+    edge of the sequence and longer by `RATIO` away from it. Runs may be empty."""
+    return np.asarray(np.maximum(_cells(seq, causal), np.asarray(first)[..., None]))
+
+
+def _cells(seq: Ints, causal: bool) -> Ints:
     longest = int(seq.max(initial=1))
     ends = [0]
     while ends[-1] < longest:

@@ -49,6 +49,12 @@ class Asked(TypedDict, total=False):
     dtype: Dtype
     mode: Mode
     causal: bool
+    queries: int | None
+    """Tokens that ask, the last of the sequence: 1 to decode with a cache. None for all."""
+    documents: tuple[int, ...] | None
+    """Lengths of the documents packed into a sequence, which fix its length: `seq` may be left out."""
+    sinks: bool
+    """Whether each head has a learned sink."""
     layers: int | None
     """Layers of the model (12), within which the last token must reach every token that causality permits;
     None for no such gate."""

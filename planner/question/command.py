@@ -7,8 +7,9 @@ for, and so it is made here, below search and command line alike. Imports no tor
 
 from __future__ import annotations
 
+import itertools
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from planner import gpus
@@ -20,7 +21,7 @@ from planner.workload import Workload
 if TYPE_CHECKING:
     from planner.question.space import Space
 
-_SIZES: Final = ("batch", "heads", "kv_heads", "head_dim", "dtype", "mode")
+_SIZES: Final = ("batch", "heads", "kv_heads", "head_dim", "dtype", "mode", "queries")
 _PLAIN: Final = {
     "max_seconds": None,
     "sampler": "tpe",
@@ -92,6 +93,10 @@ def _question(options: Mapping[str, Any]) -> Iterator[str]:
             yield from (option(name), str(options[name]))
     if options.get("causal"):
         yield "--causal"
+    if options.get("documents") is not None:
+        yield from ("--documents", documents_option(options["documents"]))
+    if options.get("sinks"):
+        yield "--sinks"
     if str(options.get("reserve", 0)) != "0":
         yield from ("--reserve", _bytes(parse_bytes(options["reserve"], "reserve")))
     for name, usual in (("layers", LAYERS), ("min_mass", MIN_MASS)):
@@ -109,6 +114,13 @@ def _question(options: Mapping[str, Any]) -> Iterator[str]:
     yield from _profile(options.get("profile"))
     if options.get("space") is not None:
         yield from _restrictions(options["space"])
+
+
+def documents_option(lengths: Iterable[int]) -> str:
+    """Lengths of documents as the command line has them, equal ones that follow each other together:
+    4096x2,8192."""
+    runs = [(length, sum(1 for _ in run)) for length, run in itertools.groupby(lengths)]
+    return ",".join(f"{length}x{count}" if count > 1 else f"{length}" for length, count in runs)
 
 
 def _profile(profile: Any) -> Iterator[str]:

@@ -33,6 +33,7 @@ def longest(
 ) -> Longest:
     """The answer for `budget` bytes on a device; `options` as in `estimate`. `workload.seq` is not read."""
     unit = config.pattern.block_size if config.pattern else 64
+    least = workload.least_blocks(unit) * unit
     seq = max_sequence(config, workload, budget, device, **options)
 
     def at(tokens: int, **changes: Any) -> MemoryEstimate:
@@ -41,8 +42,8 @@ def longest(
 
     if seq:
         return Longest(budget, at(seq), at(seq + unit), ())
-    relaxed = _relaxations(config, workload.model_copy(update={"seq": unit}), budget, device, options)
-    return Longest(budget, None, at(unit), tuple(relaxed))
+    relaxed = _relaxations(config, workload.model_copy(update={"seq": least}), budget, device, options)
+    return Longest(budget, None, at(least), tuple(relaxed))
 
 
 def _relaxations(

@@ -8,7 +8,7 @@ from typing import Any, Final, NamedTuple, Unpack, get_args
 
 import numpy as np
 
-from attention.config import AttentionConfig
+from attention.config import AdaptiveConfig, AttentionConfig, SparsePatternConfig, Variant
 from attention.errors import ConfigError
 from attention.sizes.flex_tiles import unfit_sizes
 from attention.sizes.kernel_choice import ON_CUDA_ONLY, unfit_card
@@ -20,6 +20,8 @@ from planner.memory.machines import Cuda
 from planner.quality.profiles import Profile
 from planner.question.asked import LAYERS, MIN_MASS, TRIALS, Asked, Gates, Objective
 from planner.question.command import recommend_command
+from planner.question.dimensions import variant_of
+from planner.question.features import refuse_features
 from planner.question.space import Space
 from planner.search.candidates import grid
 from planner.search.climb import climbed
@@ -56,7 +58,18 @@ class Answered(NamedTuple):
     answer: Recommendation
 
 
-_SIZES: Final = ("batch", "heads", "kv_heads", "head_dim", "dtype", "mode", "causal")
+_SIZES: Final = (
+    "batch",
+    "heads",
+    "kv_heads",
+    "head_dim",
+    "dtype",
+    "mode",
+    "causal",
+    "queries",
+    "documents",
+    "sinks",
+)
 _PLACE: Final = ("calibration", "allocator", "display", "others_bytes", "context_bytes", "threads")
 
 
@@ -76,6 +89,7 @@ def answered(
         options.get("trials", TRIALS),
     )
     check_backend(scenario, space)
+    check_features(scenario, space)
     name = fingerprint(scenario, space)
     parts = grid(
         space,
@@ -144,6 +158,13 @@ def scenario_of(vram: str | int | None, seq: str | int | None, options: Asked) -
     reserved = parse_bytes(reserve, "reserve") if str(reserve) != "0" else 0
     if reserved >= budget:
         raise ConfigError(f"reserve must be below the budget of {budget:,} bytes, got {reserved:,}")
+    documents = options.get("documents")
+    if documents is not None:
+        if options.get("objective") == "seq":
+            raise ConfigError(
+                "objective 'seq' finds the length, which the documents fix; choose 'speed' or 'quality'"
+            )
+        seq = sum(documents) if seq is None else seq
     aim = options.get("objective") or ("seq" if seq is None else "speed")
     if aim not in get_args(Objective):
         raise ConfigError(f"objective must be one of {', '.join(get_args(Objective))}, got {aim!r}")
@@ -158,8 +179,10 @@ def scenario_of(vram: str | int | None, seq: str | int | None, options: Asked) -
     )
     sizes: dict[str, Any] = {name: options[name] for name in _SIZES if name in options}
     if seq is None:
-        floor = Workload(seq=1, **sizes).floor
-        tokens = min(max((budget - reserved) // floor, 1), MOST_TOKENS)
+        least = options.get("queries") or 1
+        shortest = Workload(seq=least, **sizes)
+        a_token = shortest.floor_at(1) - shortest.floor_at(0)
+        tokens = min(max((budget - reserved - shortest.floor_at(0)) // a_token, least), MOST_TOKENS)
     else:
         tokens = parse_count(seq, "seq")
         if tokens > MOST_TOKENS:
@@ -185,6 +208,24 @@ def check_backend(scenario: Scenario, space: Space) -> None:
     if why:
         name = "the CPU" if isinstance(scenario.card, str) else scenario.card.name
         raise ConfigError(f"backend={backend!r} cannot run on {name}: {why}; use backend='auto'")
+
+
+def check_features(scenario: Scenario, space: Space) -> None:
+    """ConfigError where what the space is restricted to does not take what the workload has."""
+    workload = scenario.workload
+    backend = space.backend or "auto"
+    variants: set[Variant] = {variant_of(kind) for kind in space.kinds}
+    if backend == "flex" or not variants:
+        variants = {"block_sparse"}
+    for variant in sorted(variants):
+        parts: dict[str, Any] = {}
+        if variant in ("block_sparse", "adaptive"):
+            parts["pattern"] = SparsePatternConfig(pattern_type="local_window")
+        if variant == "adaptive":
+            parts["adaptive"] = AdaptiveConfig(num_heads=workload.heads, head_dim=workload.head_dim)
+        if variant == "dilated":
+            parts |= {"segment_lengths": (64,), "dilation_rates": (1,)}
+        refuse_features(AttentionConfig(variant=variant, backend=backend, **parts), workload)
 
 
 def speed_rates_of(card: Any, workload: Workload, options: dict[str, Any]) -> Rates:

@@ -59,7 +59,9 @@ def _relaxed(scenario: Scenario, space: Space, solved: Solved, reserved: int) ->
     table = solved.table
     if scenario.free_length:
         # Nothing passes at any length: see what a short sequence needs.
-        scenario = replace(scenario, workload=scenario.at(4096), objective="speed")
+        scenario = replace(
+            scenario, workload=scenario.at(max(4096, scenario.workload.queries or 1)), objective="speed"
+        )
         table = tabulate(
             scenario, grid(space, scenario.workload, flex=scenario.flex, windows=scenario.windows)
         )
@@ -124,7 +126,9 @@ def _memory_needed(scenario: Scenario, table: Table) -> int | None:
 
 
 def _shorter(scenario: Scenario, space: Space) -> Iterator[Relaxation]:
-    """The longest sequence at which something passes."""
+    """The longest sequence at which something passes; none where documents fix the length."""
+    if scenario.workload.documents is not None:
+        return
     free = replace(scenario, objective="seq")
     best = enumerate_grid(
         free, grid(space, free.workload, flex=free.flex, windows=free.windows, free_length=True)

@@ -198,8 +198,12 @@ def _longest_exactly(scenario: Scenario, config: AttentionConfig, maximum: int) 
     """The longest sequence of at most `maximum` tokens, to the block, that fits exactly; 0 for none."""
     unit = config.pattern.block_size if config.pattern else UNIT
 
+    least = scenario.workload.least_blocks(unit)
+
     def fits(blocks: int) -> bool:
-        return evaluate.memory_of(scenario, config, blocks * unit).upper <= scenario.budget
+        return (
+            blocks >= least and evaluate.memory_of(scenario, config, blocks * unit).upper <= scenario.budget
+        )
 
     high = maximum // unit
     if fits(high):
@@ -249,7 +253,8 @@ def _at_longest(scenario: Scenario, columns: Columns) -> Columns:
         return evaluate.least_memory(scenario, longer)
 
     everything = np.arange(len(columns))
-    low, high = np.zeros_like(unit), np.maximum(scenario.workload.seq // unit, 1) + 1
+    least = np.asarray(scenario.workload.least_blocks(unit))  # type: ignore[arg-type]
+    low, high = least - 1, np.maximum(scenario.workload.seq // unit, least) + 1
     below, above = np.zeros(len(columns)), np.full(len(columns), np.inf)
     budget, step = float(scenario.budget), 0
     active, guess = everything, high - 1
@@ -267,7 +272,7 @@ def _at_longest(scenario: Scenario, columns: Columns) -> Columns:
             0.5,
         )
         guess = bottom + np.clip((share * width).astype(np.int64), 1, width - 1)
-    some = np.flatnonzero(low > 0)
+    some = np.flatnonzero(low >= least)
     return replace(columns, seq=low * unit).take(some)
 
 
@@ -297,7 +302,11 @@ def _shortened(scenario: Scenario, table: Table) -> Table:
             columns = replace(part, seq=np.maximum(middle[mine], 1))
             fits = np.zeros(mine.sum())  # it is shorter than what fits
             figures = fits, evaluate.times(scenario, columns), evaluate.masses(scenario, columns)
-            passed[mine] = _none(evaluate.excess(scenario, *figures)) & _quick_reach(scenario, columns)
+            passed[mine] = (
+                (columns.seq >= (scenario.workload.queries or 1))
+                & _none(evaluate.excess(scenario, *figures))
+                & _quick_reach(scenario, columns)
+            )
         low[active] = np.where(passed, middle, low[active])
         high[active] = np.where(passed & ~stuck, high[active], middle)
         high[active[stuck]] = low[active[stuck]]

@@ -69,10 +69,9 @@ class Program(NamedTuple):
 
 def whole(shape: Shape, batch: int) -> Program:
     """Dense attention in one call, which takes the batch too."""
-    return Program(
-        [Calls(1, batch, shape.heads, shape.seq, shape.seq, causal=int(shape.causal), groups=shape.kv_heads)],
-        0,
-    )
+    causal, groups = int(shape.causal), shape.kv_heads
+    call = Calls(1, batch, shape.heads, shape.queries, shape.seq, causal=causal, groups=groups)
+    return Program([call], 0)
 
 
 def whole_calls(

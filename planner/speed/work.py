@@ -15,13 +15,16 @@ from typing import Any, Final, NamedTuple
 
 from attention.sizes.adaptive import gate_part
 from attention.sizes.arrays import Amount, any_of, ceil_div, maximum, minimum, where
+from attention.sizes.learned_sinks import slab_tokens
 from attention.sizes.shape import Shape
 from attention.sizes.whole_calls import backward_cut, forward_cut
 from planner.configs import Columns
 from planner.memory.dispatch import calls_of, lists_of, shape_of, window_of
 from planner.memory.machines import Cuda, Machine
+from planner.question.documents import parts
 from planner.speed import calls
 from planner.speed.calls import Calls, Program
+from planner.speed.last_queries import pairs_share
 from planner.speed.row_runs import Run, rounded_down, rounded_up, runs_of
 from planner.workload import Workload
 
@@ -210,7 +213,8 @@ def _add_kernel(
 def _empty(shape: Shape, tiles: Amount) -> Totals:
     total: Totals = dict.fromkeys(NAMES, 0)
     total["tiles"] = tiles
-    total["tokens"] = 2 * shape.seq * (shape.heads + shape.kv_heads) * shape.head_dim
+    # Of fewer queries, about as many keys are read.
+    total["tokens"] = 2 * shape.queries * (shape.heads + shape.kv_heads) * shape.head_dim
     return total
 
 
@@ -223,13 +227,60 @@ class Work(NamedTuple):
 
 
 def work_of(columns: Columns, workload: Workload, machine: Machine, kernel: Kernel, *, apart: bool) -> Work:
-    """The work of candidates of which `goes_apart` holds for all or for none; `workload.seq` is not read."""
-    untyped: Any = columns
+    """The work of candidates of which `goes_apart` holds for all or for none; `workload.seq` is not read.
+
+    Closed forms for one config too: where fewer tokens ask, a share of what all would do by their pairs
+    (`planner/speed/last_queries.py`), and of documents the sum of what each would do by itself, as tiles.
+    """
     shape = shape_of(columns, workload, machine)
+    if len(workload.documents or ()) < 2:
+        return _with_sinks(_work(columns, workload, machine, kernel, apart, shape), workload, shape)
+    total: Work | None = None
+    for part in parts(columns, workload):
+        own = shape_of(part.columns, part.workload, machine)._replace(windows="none", cudnn_from=0)
+        work = _work(part.columns, part.workload, machine, kernel, False, own)
+        total = _summed(total, work, part.copies)
+    assert total is not None
+    return _with_sinks(total, workload, shape)
+
+
+def _summed(total: Work | None, work: Work, times: int) -> Work:
+    """A sum with what so many documents do; they are one pass together."""
+
+    def added(one: Totals | None, other: Totals) -> Totals:
+        every = {name: (one[name] if one else 0) + count * times for name, count in other.items()}
+        return every | {"passes": other["passes"]}
+
+    if total is None:
+        return Work(added(None, work.forward), work.backward and added(None, work.backward))
+    return Work(added(total.forward, work.forward), work.backward and added(total.backward, work.backward))
+
+
+def _with_sinks(work: Work, workload: Workload, shape: Shape) -> Work:
+    """The work and what learned sinks take: out is read and written once more, and in backward with its
+    gradient read, in slabs."""
+    if not workload.sinks:
+        return work
+    numbers = 2 * workload.batch * shape.queries * shape.heads * shape.head_dim
+    slabs = workload.batch * rounded_up(shape.queries, slab_tokens(shape))
+    for total in filter(None, work):
+        total["tokens"] = total["tokens"] + numbers
+        total["tiles"] = total["tiles"] + slabs
+    return work
+
+
+def _work(
+    columns: Columns, workload: Workload, machine: Machine, kernel: Kernel, apart: bool, shape: Shape
+) -> Work:
+    """The work of one document, whose sizes are `shape`."""
+    untyped: Any = columns
+    asks = workload.queries is not None and any_of(shape.origin > 0)
     outer, trains = columns.multihead, workload.mode == "training"
     faster = CUDNN_FASTER.get(machine.capability[0], 1.0) if isinstance(machine, Cuda) else 1.0
     program, once = _program(columns, shape, apart, workload.batch, kernel, faster)
     total = forward(program.calls, program.tiles, shape, kernel)
+    if asks and not once:
+        _share(total, columns, shape, kernel)
     _beside(total, columns, shape, 1, apart)
     again = trains and outer is not None and outer.checkpoint  # the forward runs once more
     ahead = _all_items(total, workload.batch, once, 2 if again else 1)
@@ -241,6 +292,10 @@ def work_of(columns: Columns, workload: Workload, machine: Machine, kernel: Kern
     )
     few = calls_of(columns, shape) is not None or lists_of(columns, shape) is not None
     total = backward(program.calls, program.tiles, back, kernel, whole=once or few)
+    if asks and not once:
+        _share(total, columns, back, kernel)
+    if asks:  # dk and dv are of all tokens
+        total["tokens"] = total["tokens"] + 2 * shape.origin * shape.kv_heads * shape.head_dim
     _beside(total, columns, shape, 2, apart)
     if columns.variant == "adaptive":
         kept, size = columns.rows(workload.causal).lists, untyped.block_size
@@ -250,6 +305,24 @@ def work_of(columns: Columns, workload: Workload, machine: Machine, kernel: Kern
         total["gates"] = rounded_up(shape.heads, part.heads) * kept * rows
         total["scored"] = total["scored"] + 2 * total["gated"] * shape.head_dim
     return Work(ahead, _all_items(total, workload.batch, once, 1))
+
+
+def _share(total: Totals, columns: Columns, shape: Shape, kernel: Kernel) -> None:
+    """Leaves of totals of a whole sequence what its last queries have."""
+    pairs: Amount = pairs_share(columns, shape)
+    rows: Amount = shape.queries / shape.seq
+    one_tile: Amount = 1 / maximum(total["tiles"], 1)
+    calls = maximum(rows, one_tile)
+    for name in ("work", "pairs", "keys", "queries", "summed", "gathered", "widened"):
+        total[name] = total[name] * pairs
+    for name in ("launches", "gathers", "tiles"):
+        total[name] = total[name] * calls
+    total["merged"] = total["merged"] * rows
+    # A call of fewer queries than a block of the kernel's reads as many keys.
+    untyped: Any = columns
+    usual = untyped.block_size if columns.variant == "block_sparse" else minimum(shape.tile_tokens, shape.seq)
+    block = minimum(kernel.query_block(usual), usual)
+    total["keys"] = total["keys"] * maximum(block / minimum(shape.queries, usual), 1)  # type: ignore[arg-type]
 
 
 def _program(
@@ -262,7 +335,8 @@ def _program(
     *,
     backward: bool = False,
 ) -> tuple[Program, bool]:
-    """The program of a pass, and whether it takes the whole batch at once."""
+    """The program of a pass, of all queries of the sequence unless it is one call, and whether it takes the
+    whole batch at once."""
     untyped: Any = columns
     parts = None if apart else calls_of(columns, shape)
     if parts is not None:
@@ -276,8 +350,9 @@ def _program(
             program = calls.over_lists(runs, lists, shape, batch, kernel.key_block, backward=backward)
             return program, False
         return calls.block_sparse(runs, rows, shape), False
+    whole = shape._replace(origin=0)
     if columns.token_edges:
-        return calls.token_window(window_of(columns, shape.causal), shape), False
+        return calls.token_window(window_of(columns, shape.causal), whole), False
     if columns.variant == "block_sparse":
         fields: dict[str, Any] = {
             "window": untyped.window,

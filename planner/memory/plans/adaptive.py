@@ -6,6 +6,8 @@ Letters as in `planner/memory/plans/tiles.py`, and n blocks, of which a row keep
 
 from __future__ import annotations
 
+from functools import partial
+
 from attention.sizes.adaptive import Scorer, choosing_sizes, gate_sizes, learning_sizes
 from attention.sizes.arena import arena_bytes
 from attention.sizes.arrays import Count, maximum
@@ -67,7 +69,8 @@ def adaptive(table: PlanTable, case: Case, scorer: Scorer, lists: ListCalls | No
         list_calls(table, case._replace(turn=turn), lists)
         return
     _hide(table, case, scorer, backward=False)
-    tiles.block_sparse(table, case._replace(turn=turn), chosen_rows(scorer.size, scorer.kept))
+    extent_of = partial(sparse_extent, chosen_rows(scorer.size, scorer.kept))
+    tiles.program(table, case._replace(turn=turn), tiles.once(case.shape, extent_of))
     if not case.trains:
         table.free("hidden positions")
 

@@ -27,7 +27,7 @@ from planner.memory.allocator_settings import MIN_BLOCK
 from planner.memory.cuda_kernels import largest, ragged_backward, ragged_forward
 from planner.memory.cuda_process import FLOAT32
 from planner.memory.plans import whole_calls
-from planner.memory.plans.tiles import Case
+from planner.memory.plans.tiles import Case, join_sinks, sinks_gradient
 from planner.memory.table import PlanTable
 
 SIZES = "attention/sizes/list_calls.py"
@@ -49,10 +49,12 @@ def list_calls(table: PlanTable, case: Case, calls: ListCalls) -> None:
     for group in _there(calls):
         _forward(table, case, calls, group)
     table.free(STEPS)
+    join_sinks(table, case)
     if not case.trains:
         table.free("log-sum-exp")  # where weights are wanted it is theirs from here on
     if not case.goes_back(table):
         return
+    sinks_gradient(table, case)
     if calls.own:
         whole_calls.backward(table, case, calls.own, own_backward_cut)
     else:

@@ -16,24 +16,21 @@ from typing import NamedTuple
 from attention.sizes.arena import POOL_FROM_TOKENS, arena_bytes, bucket_bytes
 from attention.sizes.arrays import Count, any_of, maximum, where
 from attention.sizes.flex import flex_list_bytes
+from attention.sizes.learned_sinks import slab_tokens
 from attention.sizes.row_bounds import Rows
 from attention.sizes.shape import Shape
-from attention.sizes.tiles import (
-    Extent,
-    Kind,
-    backward_sizes,
-    dilated_extent,
-    forward_sizes,
-    pieces,
-    sparse_extent,
-)
-from attention.sizes.token_tiles import TokenWindow, token_extent
+from attention.sizes.tiles import Extent, Kind, backward_sizes, dilated_extent, forward_sizes, pieces
 from planner.memory.allocator_settings import MIN_BLOCK
 from planner.memory.cuda_kernels import PLAIN_BACKWARD_LEFT, PLAIN_FORWARD_LEFT, KernelStep, largest
 from planner.memory.machines import Bytes, KernelCall, Machine
 from planner.memory.table import PlanTable
 
 POOLED = "arena kept by the pool"
+MOST_KINDS = 64
+"""Kinds of calls of a pass that a plan shows, those that take most: a program cut to many documents has
+hundreds."""
+NUMBER = 4
+"""Bytes of the number of a token's document."""
 
 
 class Case(NamedTuple):
@@ -62,11 +59,20 @@ class Case(NamedTuple):
     turn: Callable[[PlanTable], bool] | None = None
     """Adds what happens between forward and backward, and says whether backward follows; None for nothing in
     between."""
+    sinks: bool = False
+    """Whether learned sinks join the softmax."""
+    documents: bool = False
+    """Whether the caller gives the tokens' documents."""
+
+    @property
+    def needs_lse(self) -> bool:
+        """Whether the forward pass gives the log-sum-exp of all queries."""
+        return self.trains or self.keeps_lse or self.sinks
 
     @property
     def channels(self) -> Count:
         """Numbers in q or out."""
-        return self.batch * self.shape.seq * self.shape.heads * self.shape.head_dim
+        return self.batch * self.shape.queries * self.shape.heads * self.shape.head_dim
 
     @property
     def kv_channels(self) -> Count:
@@ -76,7 +82,7 @@ class Case(NamedTuple):
     @property
     def lse_bytes(self) -> Count:
         """Bytes of the log-sum-exp."""
-        return self.batch * self.shape.seq * self.shape.heads * self.shape.wide
+        return self.batch * self.shape.queries * self.shape.heads * self.shape.wide
 
     def goes_back(self, table: PlanTable) -> bool:
         """Whether a backward pass follows, now that the forward pass is done."""
@@ -91,8 +97,12 @@ def pooled(switch: str, pool_bytes: int | None, seq: Count) -> Count:
 
 
 def inputs(table: PlanTable, case: Case) -> None:
-    """q, k, v, and in training the incoming gradient."""
+    """q, k, v, and in training the incoming gradient; documents and sinks, where they are given."""
     e = case.shape.itemsize
+    if case.documents:
+        table.add("documents", "qkv", case.batch * case.shape.seq * NUMBER, "4 B S, in int32")
+    if case.sinks:
+        table.add("sinks", "parameters", case.shape.heads * e, "H e")
     table.add("q", "qkv", case.channels * e, "B S H D e")
     table.add("k", "qkv", case.kv_channels * e, "B S G D e")
     table.add("v", "qkv", case.kv_channels * e, "B S G D e")
@@ -107,13 +117,45 @@ def products(table: PlanTable, case: Case, *, backward: bool = False) -> None:
     table.lasting(name, "workspace", case.machine.workspace(), "planner/memory/cuda_process.py")
 
 
-def whole(table: PlanTable, case: Case) -> None:
-    """Dense attention with as many kv heads as the kernel takes: one kernel call over everything."""
+def join_sinks(table: PlanTable, case: Case) -> None:
+    """Learned sinks join the softmax, slab by slab, in out and its log-sum-exp themselves; see
+    `attention/ops/learned_sinks.py`."""
+    if not case.sinks:
+        return
+    shape, w, narrow = case.shape, case.shape.wide, case.shape.itemsize < case.shape.wide
+    rows = slab_tokens(shape) * shape.heads
+    table.phase("forward, sinks")
+    table.add("sinks in single precision", "temp_buffers", shape.heads * w * narrow, "H w")
+    table.add("share of a slab", "workspace", rows * w, "T H w")
+    most = largest(((rows * w,), (rows * shape.head_dim * w * narrow,)))
+    table.add("scratch of the sinks", "workspace", most, "T H w, or T H D w")
+    table.free("sinks in single precision", "share of a slab", "scratch of the sinks")
+
+
+def sinks_gradient(table: PlanTable, case: Case) -> None:
+    """The gradient of learned sinks, slab by slab, before the backward pass of the attention itself."""
+    if not case.sinks:
+        return
+    shape, w, narrow = case.shape, case.shape.wide, case.shape.itemsize < case.shape.wide
+    rows = slab_tokens(shape) * shape.heads
+    table.phase("backward, sinks")
+    table.add("gradient of the sinks", "gradients", shape.heads * shape.itemsize, "H e")
+    table.add("sum of the sinks' gradient", "temp_buffers", shape.heads * w * narrow, "H w")
+    products = rows * shape.head_dim * w
+    reduced = case.machine.column_sum(rows // shape.heads, shape.heads, w)
+    most = largest(((products, products * narrow), (products, rows * w), (rows * w, rows * w, *reduced)))
+    table.add("scratch of the sinks' gradient", "workspace", most, "2 T H D w, or T H (D + 1) w")
+    table.free("sum of the sinks' gradient", "scratch of the sinks' gradient")
+
+
+def whole(table: PlanTable, case: Case, extent_of: Callable[[Shape], Extent] | None = None) -> None:
+    """Dense attention with as many kv heads as the kernel takes: one kernel call over everything.
+    `extent_of`: of the tiles by which backward widens, where they are not those of the whole sequence."""
     shape, e = case.shape, case.shape.itemsize
     call = KernelCall(
         case.batch,
         shape.heads,
-        shape.seq,
+        shape.queries,
         shape.seq,
         shape.head_dim,
         e,
@@ -134,12 +176,15 @@ def whole(table: PlanTable, case: Case) -> None:
         table.add("log-sum-exp", lse, sum(kernel.result) - out, "of the kernel")
         table.add("kernel scratch", "workspace", kernel.scratch, "of the kernel")
         table.free("copies of operands", "kernel scratch")
+    join_sinks(table, case)
     if not (case.trains or case.keeps_lse):
         table.free("log-sum-exp")
     if not case.goes_back(table):
         return
+    sinks_gradient(table, case)
     if shape.widens:
-        program_backward(table, case, lambda back: dilated_extent(((shape.seq, 1),), back), 0)
+        of_all = extent_of or (lambda back: dilated_extent(((shape.seq, 1),), back))
+        program_backward(table, case, of_all, 0)
     else:
         kernel = case.machine.backward(call._replace(dense=1))
         dq = kernel.result[0] if len(kernel.result) > 1 else case.channels * e
@@ -199,7 +244,7 @@ def program(table: PlanTable, case: Case, extent_of: Callable[[Shape], Extent]) 
     """An attention of tiles: forward, and in training backward."""
     shape, e = case.shape, case.shape.itemsize
     extent = extent_of(shape)
-    keeps = case.trains or case.keeps_lse
+    keeps = case.needs_lse
     arena = arena_bytes(forward_sizes(extent, shape, keeps))
     other: Count = 0
     if case.trains:
@@ -216,7 +261,7 @@ def program(table: PlanTable, case: Case, extent_of: Callable[[Shape], Extent]) 
             mask.there,
             "attention/sizes/tiles.py Extent.mask",
         )
-    for number, kind in enumerate(_in_order(case, extent.kinds)):
+    for number, kind in enumerate(_in_order(case, _most(case, extent, shape))):
         table.phase(f"forward, {kind.name}")
         if number == 0:
             table.add("out", "output", case.channels * e, "B S H D e")
@@ -249,10 +294,28 @@ def program(table: PlanTable, case: Case, extent_of: Callable[[Shape], Extent]) 
         table.free(result, f"{kind.name}: scratch", f"{kind.name}: hidden positions")
     table.free("causal mask")
     _leave(table, "forward arena", POOLED, pool_size - there)
+    join_sinks(table, case)
     if keeps and not case.trains:
         table.free("log-sum-exp")
     if case.goes_back(table):
+        sinks_gradient(table, case)
         program_backward(table, case, extent_of, arena, other)
+
+
+def _most(case: Case, extent: Extent, shape: Shape) -> tuple[Kind, ...]:
+    """The kinds of a pass, of very many those whose calls take most beside what all share."""
+    kinds = extent.kinds
+    if len(kinds) <= MOST_KINDS:
+        return kinds
+
+    def nbytes(number: int) -> int:
+        kind = kinds[number]
+        kernel = case.machine.forward(_call(extent, kind, kind.views, kind.keys, shape))
+        steps = (step.line.bytes for step in kernel.steps)
+        return sum((*kernel.result, *kernel.scratch, *kernel.copies, *steps))
+
+    largest_first = sorted(range(len(kinds)), key=nbytes, reverse=True)
+    return tuple(kinds[number] for number in sorted(largest_first[:MOST_KINDS]))
 
 
 def _in_order(case: Case, kinds: tuple[Kind, ...]) -> tuple[Kind, ...]:
@@ -310,7 +373,7 @@ def program_backward(
         there = maximum(there, pool_size)
     number = shape.wide if shape.widens else e
     _, mask = _masks(case, extent_of)
-    ordered = _in_order(case, extent.kinds)
+    ordered = _in_order(case, _most(case, extent, shape))
     by_name = dict(zip((kind.name for kind in extent.kinds), pieces(extent, shape), strict=True))
     for n, kind in enumerate(ordered):
         piece = by_name[kind.name]
@@ -374,7 +437,7 @@ def _hidden(table: PlanTable, kind: Kind, count: Count, shape: Shape) -> None:
     """The mask of shared lists that hold the last block, if that is short. Under a causal mask only the
     last row sees that block, and its causal mask hides what is past the end."""
     applies = kind.gathers and not kind.own and not shape.causal
-    nbytes = count * (shape.seq % kind.unit > 0) * kind.exists if applies else 0
+    nbytes = count * (kind.masked > 0) * (shape.seq % kind.unit > 0) * kind.exists if applies else 0
     table.add(f"{kind.name}: hidden positions", "masks", nbytes, "N K e")
 
 
@@ -507,29 +570,14 @@ def flex(table: PlanTable, case: Case, rows: Rows) -> None:
     table.free("backward scratch")
 
 
-def dilated(table: PlanTable, case: Case, branches: Sequence[tuple[Count, Count]]) -> None:
-    """Dilated attention, and dense attention with fewer kv heads: branches smallest rate first."""
-    program(table, case, _once(case.shape, lambda shape: dilated_extent(branches, shape)))
-
-
-def block_sparse(table: PlanTable, case: Case, rows: Rows) -> None:
-    """Block-sparse attention by views and gathers."""
-    program(table, case, _once(case.shape, lambda shape: sparse_extent(rows, shape)))
-
-
-def token_window(table: PlanTable, case: Case, window: TokenWindow) -> None:
-    """Windows that end at the token, by views."""
-    program(table, case, _once(case.shape, lambda shape: token_extent(window, shape)))
-
-
-def _once(shape: Shape, extent_of: Callable[[Shape], Extent]) -> Callable[[Shape], Extent]:
+def once(shape: Shape, extent_of: Callable[[Shape], Extent]) -> Callable[[Shape], Extent]:
     """`extent_of` for a shape and for its backward, each computed once: most of an evaluation's time."""
     extents: dict[bool, Extent] = {}
 
-    def once(wanted: Shape) -> Extent:
+    def of_either(wanted: Shape) -> Extent:
         forward = wanted is shape
         if forward not in extents:
             extents[forward] = extent_of(wanted)
         return extents[forward]
 
-    return once
+    return of_either

@@ -25,9 +25,11 @@ CutOf = Callable[[WholeCall, Shape], CallPart]
 def whole_calls(table: PlanTable, case: Case, calls: Sequence[WholeCall]) -> None:
     """Forward and, in training, backward of these calls."""
     forward(table, case, calls)
+    tiles.join_sinks(table, case)
     if not case.trains:
         table.free("log-sum-exp")  # where weights are wanted it is theirs from here on
     if case.goes_back(table):
+        tiles.sinks_gradient(table, case)
         backward(table, case, calls)
 
 

@@ -25,4 +25,17 @@ def sizes(workload: Workload) -> str:
     return (
         f"batch {workload.batch}, {workload.heads} heads{groups} x {workload.head_dim}, {workload.dtype}, "
         f"{workload.mode}" + ", causal" * workload.causal + ", with weights" * workload.weights
-    )
+    ) + features(workload)
+
+
+def features(workload: Workload) -> str:
+    """What a workload has beyond its sizes, each after a comma: fewer queries, documents, sinks."""
+    parts = []
+    if workload.query_tokens < workload.seq:
+        parts.append("the last token asks" if workload.queries == 1 else f"the last {workload.queries:,} ask")
+    if workload.documents is not None:
+        count = len(workload.documents)
+        parts.append(f"{count:,} document" + "s" * (count != 1))
+    if workload.sinks:
+        parts.append("sinks")
+    return "".join(f", {part}" for part in parts)

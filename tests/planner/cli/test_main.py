@@ -189,6 +189,19 @@ def test_options_describe_a_workload_and_a_run(calls):
     assert calls[0][1:] == (workload, "cuda", {"timeout": 7.5, "runs": 5, "cap_bytes": 8 * 10**9})
 
 
+@pytest.mark.parametrize(
+    "given, fields",
+    [
+        ("--seq 8K --queries 1", {"seq": 8192, "queries": 1}),
+        ("--documents 1K,512x2 --sinks", {"seq": 2048, "documents": (1024, 512, 512), "sinks": True}),
+        ("--seq 12 --queries 5 --documents 8,4", {"seq": 12, "queries": 5, "documents": (8, 4)}),
+    ],
+)
+def test_options_describe_queries_documents_and_sinks(given, fields, calls):
+    assert planner("measure", "--variant", "dense", *given.split()).exit_code == 0
+    assert calls[0][1] == Workload(**fields)
+
+
 def test_sizes_can_be_binary(calls):
     planner(*DENSE, "--cap", "8GiB")
     assert calls[0][3]["cap_bytes"] == 8 << 30
@@ -245,6 +258,10 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path):
         ("--seq 16 --variant dilated --segments 8,, --rates 1", "--segments '' is not understood"),
         ("--seq 16 --variant block_sparse --sparsity 1.5", "sparsity_ratio: Input should be less"),
         ("--seq 16 --variant dense --runs 0", "runs must be a whole number"),
+        ("--seq 16 --variant dense --queries 17", "at most seq=16 of them, got queries=17"),
+        ("--seq 16 --variant dense --documents 8,4", "they have 12 tokens in all, seq=16"),
+        ("--seq 16 --variant dense --documents 8x", "add up to seq"),
+        ("--seq 16 --variant dense --documents 1x99999999", "at most 65,536 documents"),
     ],
 )
 def test_a_wrong_request_is_one_line(given, said):
@@ -441,6 +458,25 @@ def test_where_nothing_fits_the_exit_code_is_3_and_says_what_would():
     assert planner("max-seq", *given, *vram).exit_code == 0
 
 
+def test_the_longest_sequence_has_all_tokens_that_ask():
+    few = ["--variant", "dense", "--vram", "1GB", "--queries", "5000", "--format", "json"]
+    found = json.loads(planner("max-seq", *few).stdout)
+    assert found["seq"] > 5000
+    none = json.loads(planner("max-seq", *few, "--vram", "1MB").stdout)
+    assert none["beyond"]["workload"]["seq"] == 5056
+
+
+def test_documents_fix_the_length(tmp_path):
+    path = tmp_path / "answer.json"
+    path.write_text(
+        planner("estimate", "--variant", "dense", "--documents", "64,36", "--format", "json").stdout
+    )
+    assert json.loads(path.read_text())["workload"]["seq"] == 100
+    assert "which fix the length" in refused(planner("max-seq", "--vram", "1GB", "--config", str(path)))
+    longer = planner("estimate", "--config", str(path), "--documents", "64x2", "--format", "json")
+    assert json.loads(longer.stdout)["workload"]["documents"] == [64, 64]
+
+
 def test_configs_and_estimates_are_compared(tmp_path):
     for name, device in (("a", "gtx1080"), ("b", "rtx4060")):
         saved = planner("estimate", *WINDOW, "--seq", "8K", "--device", device, "--format", "json")
@@ -470,6 +506,7 @@ def test_configs_and_estimates_are_compared(tmp_path):
         ("estimate --variant dense --seq 16 --plot a.txt", "must end in .png or .svg"),
         ("estimate --variant dense --seq 16 --device gtx1080 --allocator x:1", "x"),
         ("max-seq --variant dense --vram 0", "--vram must be above 0"),
+        ("recommend --vram 8GB --documents 64,64 --objective seq", "which the documents fix"),
         ("compare none.json none.json --seq 16", "none.json cannot be read"),
     ],
 )

@@ -38,7 +38,12 @@ def dense(profile, n, causal):
 
 def brute(config, workload, profile):
     mask = multiplicity(config, workload.seq, workload.heads, workload.causal).numpy() > 0
-    return (mask * dense(profile, workload.seq, workload.causal)).sum(axis=2).mean()
+    every, begin = [], 0
+    for length in workload.documents or (workload.seq,):
+        own = slice(begin, begin + length)
+        every.append((mask[:, own, own] * dense(profile, length, workload.causal)).sum(axis=2))
+        begin += length
+    return np.concatenate(every, axis=1)[:, workload.seq - workload.query_tokens :].mean()
 
 
 def few_heads(workload, number):
@@ -61,6 +66,47 @@ def test_mass_of_windows_that_end_at_the_token_is_that_of_the_oracles_mask(longe
         profile = PROFILES[number % 4]
         expected = brute(config, workload, profile)
         assert mass_of(config, workload, profile) == pytest.approx(expected, abs=1e-3), (config, workload)
+
+
+@pytest.mark.parametrize("longest, count", [(40, 80), (300, 40), (1500, 4)])
+def test_mass_of_the_last_tokens_is_that_of_the_oracles_mask(longest, count):
+    for number, (config, workload) in enumerate(islice(samples(8, longest=longest, kinds=KINDS), count)):
+        workload = few_heads(workload, number // 4)
+        asking = max(1, workload.seq // (1 << (number // 3 % 8)))
+        workload = workload.model_copy(update={"queries": asking})
+        profile = PROFILES[number % 4]
+        expected = brute(config, workload, profile)
+        assert mass_of(config, workload, profile) == pytest.approx(expected, abs=2e-3), (config, workload)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("queries", [None, 100, 800])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"pattern_type": "local_window", "local_window_size": 64},
+        {"pattern_type": "local_window", "local_window_size": 50, "edges": "token"},
+        {"pattern_type": "global_local", "local_window_size": 64, "global_tokens": 48},
+        {"pattern_type": "global_local", "local_window_size": 32, "global_tokens": 300},
+        {"pattern_type": "dilated_sparse", "sparsity_ratio": 0.05},
+        None,
+    ],
+)
+def test_mass_within_documents_is_that_of_the_oracles_mask(fields, queries, causal):
+    """Documents begin where blocks and segments do, so that nothing is neglected but what a fraction of
+    blocks keeps of other documents."""
+    branches = {"segment_lengths": [64, 256], "dilation_rates": [1, 4]}
+    sizes = {"seq": 1152, "documents": (256, 256, 512, 128), "queries": queries}
+    if fields is None:
+        config = AttentionConfig(variant="dilated", **branches)
+    else:
+        branches = branches if fields["pattern_type"] == "dilated_sparse" else {}
+        pattern = SparsePatternConfig(block_size=16, **fields)
+        config = AttentionConfig(variant="block_sparse", pattern=pattern, **branches)
+    workload = Workload(**sizes, heads=4, causal=causal)
+    expected = brute(config, workload, preset("balanced"))
+    neglected = 0.03 if fields and fields["pattern_type"] == "dilated_sparse" else 2e-3
+    assert mass_of(config, workload, preset("balanced")) == pytest.approx(expected, abs=neglected)
 
 
 @settings(max_examples=40)
@@ -107,8 +153,9 @@ def columns(kind, seq, count=24):
 @pytest.mark.parametrize("kind", [*KINDS, "adaptive"])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("seq", [1000, np.arange(3000, 3024), 1 << 17])
-def test_many_at_once_are_as_one_by_one(kind, causal, seq):
-    workload, many = Workload(seq=1, causal=causal, heads=4), columns(kind, seq)
+@pytest.mark.parametrize("queries", [None, 1000])
+def test_many_at_once_are_as_one_by_one(kind, causal, seq, queries):
+    workload, many = Workload(seq=1000, causal=causal, heads=4, queries=queries), columns(kind, seq)
     together = mass(many, workload, preset("balanced"))
     assert together.shape == (24,)
     assert together.dtype == np.float64

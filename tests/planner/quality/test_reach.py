@@ -49,6 +49,28 @@ def test_layers_of_windows_that_end_at_the_token_are_those_of_the_oracles_mask()
         assert layers(config, workload) == searched(config, workload), (config, workload)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("documents", [(64, 256, 32), (256, 16, 256)])
+def test_layers_of_documents_are_those_of_the_longest(documents, causal):
+    """Global tokens are those of the first document."""
+    seq, begin = sum(documents), documents.index(256)
+    for shared, own in ((16, 0 if begin else 16), (80, 16 if begin else 80)):
+        fields = {"block_size": 16, "local_window_size": 32}
+        pattern = SparsePatternConfig(pattern_type="global_local", global_tokens=shared, **fields)
+        config = AttentionConfig(variant="block_sparse", pattern=pattern)
+        alone = SparsePatternConfig(pattern_type="local_window", **fields)
+        if own:
+            alone = pattern.model_copy(update={"global_tokens": own})
+        expected = searched(
+            AttentionConfig(variant="block_sparse", pattern=alone), Workload(seq=256, causal=causal)
+        )
+        workload = Workload(seq=seq, documents=documents, causal=causal)
+        assert layers(config, workload) == expected
+        assert layers(config, workload.model_copy(update={"queries": 1})) == expected
+        found = reaches(columns_of(config, seq), workload, expected)
+        assert found.tolist() == [True]
+
+
 @settings(max_examples=40)
 @given(
     seq=st.integers(1, 120),

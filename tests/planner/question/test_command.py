@@ -38,6 +38,7 @@ def answer(line):
         "--mode training --dtype float32 --variant dilated --segments 1K,8K --rates 1,2 --trials 1",
         f"planner recommend --gpu h100 --seq 8K --display desktop --others 1GB --context 300MB {FEW} "
         "--trials 2 --allocator expandable_segments:True --workspace 1MiB,4MiB --sampler random",
+        f"planner recommend --vram 2GB --gpu cpu --documents 1Kx3,100 --queries 8 --sinks {FEW} --trials 0",
     ],
 )
 def test_what_it_says_gives_the_same_answer(line):

@@ -27,6 +27,7 @@ from attention.sizes.tiles import sparse_extent
 from attention.sizes.token_tiles import token_window_of
 from planner.configs import Columns, columns_of
 from planner.fitting.speed_runs import timing_samples
+from planner.memory.cut_programs import cut_program
 from planner.memory.dispatch import goes_apart, kernel_of, shape_of
 from planner.memory.machines import Cpu, Cuda
 from planner.speed.calls import Calls
@@ -257,3 +258,94 @@ def test_lists_on_a_gpu_are_the_calls_that_the_kernel_choice_counts(variant, cau
         for total in (work.forward, work.backward):
             assert total["gathers"] <= total["launches"]
             assert total["gathered"] > 0
+
+
+def totals(config, workload, machine=MACHINE):
+    columns = columns_of(config, workload.seq)
+    apart = bool(goes_apart(columns, workload, machine))
+    kernel = KERNEL if isinstance(machine, Cpu) else gpu_kernel(132)
+    return work_of(columns, workload, machine, kernel, apart=apart)
+
+
+CUT = [
+    AttentionConfig(variant="dense"),
+    AttentionConfig(variant="dilated", segment_lengths=[512, 2048], dilation_rates=[1, 4]),
+    *(
+        AttentionConfig(
+            variant="block_sparse",
+            pattern=SparsePatternConfig(block_size=64, local_window_size=256, **fields),
+            segment_lengths=branches,
+            dilation_rates=branches and [1, 2],
+        )
+        for fields, branches in (
+            ({"pattern_type": "local_window"}, ()),
+            ({"pattern_type": "local_window", "edges": "token"}, ()),
+            ({"pattern_type": "global_local", "global_tokens": 64}, ()),
+            ({"pattern_type": "dilated_sparse", "sparsity_ratio": 0.05}, [1024, 4096]),
+        )
+    ),
+]
+
+
+def cut_calls(config, workload, shape):
+    """`real`, of the program that is cut."""
+    columns = columns_of(config, workload.seq)
+    forms = shape_of(columns, workload, MACHINE)
+    program = cut_program(config, workload, forms)
+    found = []
+    for tile in program.tiles(0, shape):
+        for call in tile.calls:
+            span, keys = call.queries[0], call.keys
+            gathers = isinstance(keys, Gather)
+            found.append(
+                Calls(
+                    1,
+                    span.batch,
+                    span.heads,
+                    span.length,
+                    keys.length,
+                    len(call.queries),
+                    groups=min(span.heads, shape.kv_heads),
+                    causal=int(call.mask == "causal"),
+                    later=int(tile.merge and not call.first),
+                    unit=keys.size if gathers else 0,
+                )
+            )
+    return found
+
+
+@pytest.mark.parametrize("config", CUT)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    "fields", [{"queries": 512}, {"queries": 4096}, {"documents": (2048, 4096, 1024, 1024)}]
+)
+def test_work_of_cut_programs_is_about_what_they_do(config, causal, fields):
+    workload = Workload(seq=8192, heads=4, head_dim=64, dtype="float32", causal=causal, **fields)
+    if goes_apart(columns_of(config, workload.seq), workload, MACHINE):
+        return
+    shape = shape_of(columns_of(config, workload.seq), workload, MACHINE)
+    exact = forward(cut_calls(config, workload, shape), 1, shape, KERNEL)
+    closed = totals(config, workload).forward
+    for name in ("work", "pairs"):
+        assert closed[name] == pytest.approx(exact[name], rel=0.35), name
+    assert closed["tokens"] == exact["tokens"]
+
+
+@pytest.mark.parametrize("config", CUT)
+def test_all_queries_and_one_document_are_the_whole_work(config):
+    plain = Workload(seq=4096, heads=4, mode="training", causal=True)
+    for fields in ({"queries": 4096}, {"documents": (4096,)}):
+        assert totals(config, plain.model_copy(update=fields)) == totals(config, plain)
+
+
+def test_many_cut_candidates_are_as_one_by_one():
+    windows = np.array([128, 256, 1024])
+    columns = Columns("block_sparse", "local_window", seq=4096, block_size=64, window=windows)
+    for fields in ({"queries": 100}, {"documents": (1024, 3072)}, {"sinks": True}):
+        workload = Workload(seq=4096, heads=4, mode="training", causal=True, **fields)
+        together = work_of(columns, workload, MACHINE, KERNEL, apart=False)
+        for at, window in enumerate(windows.tolist()):
+            one = totals(columns.config(at, workload), workload)
+            for many, few in zip(together, one, strict=True):
+                for name in NAMES:
+                    assert np.broadcast_to(many[name], 3)[at] == pytest.approx(few[name]), (name, window)

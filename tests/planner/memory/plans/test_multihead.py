@@ -5,12 +5,14 @@ from __future__ import annotations
 import random
 import statistics
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
 from attention import AttentionConfig, MultiheadConfig, SparsePatternConfig
+from attention.sizes.tiles import dilated_extent
 from planner.configs import Columns
 from planner.measuring.call import call_of
 from planner.measuring.footprint import footprints
@@ -166,7 +168,11 @@ def test_arrays_give_what_ints_give(checkpoint, mode):
         columns = Columns("dense", seq=seq, workspace=workspace)
         case = case_of(columns, workload, machine("bfloat16"))._replace(pool=pool)
         table = PlanTable()
-        multihead(table, case, lambda t, c: plans.dilated(t, c, branches), bias=True, checkpoint=checkpoint)
+
+        def attend(table, case):
+            plans.program(table, case, plans.once(case.shape, partial(dilated_extent, branches)))
+
+        multihead(table, case, attend, bias=True, checkpoint=checkpoint)
         return table.done()
 
     found = plan(seqs, workspaces, pools).peaks()

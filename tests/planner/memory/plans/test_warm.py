@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import statistics
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 
 from attention import AttentionConfig, MultiheadConfig, SparsePatternConfig
 from attention.sizes.row_bounds import window_rows
+from attention.sizes.tiles import sparse_extent
 from planner.configs import Columns
 from planner.measuring.call import call_of
 from planner.measuring.footprint import footprints
@@ -160,7 +162,8 @@ def test_arrays_give_what_ints_give(dtype, mode):
         )
         table = PlanTable()
         plans.inputs(table, case)
-        plans.block_sparse(table, case, window_rows(16, -(-seq // 16), 64, 0, True))
+        rows = window_rows(16, -(-seq // 16), 64, 0, True)
+        plans.program(table, case, plans.once(case.shape, partial(sparse_extent, rows)))
         return table.done()
 
     found = peak_plan(*(np.array(column) for column in columns.values())).peaks()
