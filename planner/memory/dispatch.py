@@ -29,8 +29,8 @@ from planner.memory.table import Plan, PlanTable
 from planner.workload import Workload
 
 UNBOUNDED = 1 << 62
-MOST_LISTED = 1 << 24
-"""Blocks that the layout of a program that is cut may list to be looked at: a second or so."""
+MOST_LISTED = 1 << 23
+"""Blocks that the layout of a program that is cut may list to be looked at: tenths of a second."""
 
 
 def plan_of(config: AttentionConfig, workload: Workload, machine: Machine, *, warm: bool = False) -> Plan:
@@ -43,9 +43,8 @@ def plan_of(config: AttentionConfig, workload: Workload, machine: Machine, *, wa
     cut = None
     if is_cut(columns, workload):
         shape = shape_of(columns, workload, machine)
-        cut = bounded_cut(columns, shape)
-        if not is_vast(columns, shape.causal):
-            cut = cut_program(config, workload, shape).extent
+        vast = is_vast(columns, shape.causal)
+        cut = bounded_cut(columns, shape) if vast else cut_program(config, workload, shape).extent
     return planned(columns, workload, machine, apart=apart, returned=returned, warm=warm, cut=cut)
 
 
