@@ -171,8 +171,8 @@ def _within_mask(call, mask, kinds):
     if kinds:
         return max(queries, call.keys.unit) <= mask[0] and keys <= mask[1]
     if call.mask == "band":
-        return queries <= mask[0] and 0 <= call.column and call.column + keys <= mask[1]
+        return queries <= mask[0] and call.column >= 0 and call.column + keys <= mask[1]
     if call.edge >= keys - 1:
         return True
     first = mask[1] - mask[0] - call.edge
-    return queries <= mask[0] and 0 <= first and first + keys <= mask[1]
+    return queries <= mask[0] and first >= 0 and first + keys <= mask[1]

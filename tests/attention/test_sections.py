@@ -117,18 +117,16 @@ DOCUMENTS = {
     "packed": (3, 1, 29, 1, 1, 22, 12, 8),
     "halves of blocks": (4, 8, 8, 20, 37),
 }
-causal_or_not = pytest.mark.parametrize("causal", [False, True])
 
 
-@pytest.mark.pairwise
-@causal_or_not
-@pytest.mark.parametrize("packs", [False, True])
-@pytest.mark.parametrize("kv_heads", [1, 2, 4])
-@pytest.mark.parametrize("queries", [1, 7, 17, 76, 77])
-@pytest.mark.parametrize("lengths", DOCUMENTS.values(), ids=DOCUMENTS.keys())
-@pytest.mark.parametrize("config", FIXED.values(), ids=FIXED.keys())
-def test_calls_meet_the_pairs_of_documents_and_queries(config, lengths, queries, kv_heads, packs, causal):
-    assert_right(config, cut_shape(77, queries, kv_heads=kv_heads, causal=causal, packs=packs), lengths)
+@pytest.mark.parametrize("documents", DOCUMENTS)
+@pytest.mark.parametrize("name", FIXED)
+def test_calls_meet_the_pairs_of_documents_and_queries(name, documents):
+    rng = random.Random(f"{name} {documents}")
+    for queries in (rng.choice((77, 76)), rng.choice((1, 7, 17))):
+        sizes = {"kv_heads": rng.choice((1, 2, 4)), "packs": rng.random() < 0.5}
+        causal = rng.random() < 0.5
+        assert_right(FIXED[name], cut_shape(77, queries, causal=causal, **sizes), DOCUMENTS[documents])
 
 
 @st.composite
@@ -161,7 +159,7 @@ def cut_programs(draw, longest):
     return draw(configs()), shape, draw(cut_lengths(seq))
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(program=cut_programs(90))
 def test_random_programs_meet_their_pairs(program):
     assert_right(*program)
@@ -234,7 +232,7 @@ def assert_enough(program, other):
         assert not over(problem, item)
 
 
-@settings(max_examples=100)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_what_is_reserved_is_enough(data):
     program = data.draw(cut_programs(400))
@@ -289,7 +287,7 @@ def random_program(seed):
 
 
 def failures(seeds):
-    """(seed, config, shape, lengths, what is beyond) of the first programs that ask for more than there is."""
+    """(seed, config, shape, lengths, what is beyond) of the first that ask for more than is reserved."""
     found = []
     for seed in seeds:
         config, shape, lengths = random_program(seed)
@@ -301,7 +299,7 @@ def failures(seeds):
 
 
 def test_what_is_reserved_is_enough_at_the_sizes_that_people_run():
-    assert not failures(range(40))
+    assert not failures(range(25))
 
 
 @pytest.mark.slow
