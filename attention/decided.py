@@ -12,7 +12,7 @@ from attention.ops import cudnn, kernels
 from attention.ops.execute import Problem
 from attention.pool import Buffers
 from attention.sizes.row_bounds import Rows
-from attention.sizes.shape import Shape
+from attention.sizes.shape import Shape, Windows
 
 MOST = 32
 """Signatures of which a module keeps what is decided, at most some tens of kilobytes each."""
@@ -30,8 +30,10 @@ class Decided(NamedTuple):
     """What is computed; None where that depends on values."""
     rows: Rows | None
     """Of the layout by which each call makes the problem's tiles; None where they come from none."""
+    windows: Windows
+    """Those that the kernel took for q."""
     cut: bool = False
-    """Whether its program is cut to sections, whatever kernels take."""
+    """Whether its program is cut, to the last queries or to documents: cuDNN's attention has no part."""
 
 
 class Decisions:
@@ -52,10 +54,10 @@ class Decisions:
         if decided is None or decided.config is not config or decided.buffers is not buffers:
             return None
         shape = decided.shape
+        if decided.windows != kernels.windows_of(q):
+            return None
         if decided.cut:
             return decided
-        if shape.windows != kernels.windows_of(q):
-            return None
         cudnn_from = cudnn.takes_from(q, k, shape.causal, config.backend)
         return decided if shape.cudnn_from == cudnn_from else None
 

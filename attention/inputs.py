@@ -16,7 +16,8 @@ from attention.features import NAMES, UNKNOWN, Feature, together, unfit_feature
 from attention.ops import cudnn, kernels
 from attention.sizes.kernel_choice import ONE_KERNEL, unfit_kernel
 from attention.sizes.release import cpu_takes_groups
-from attention.sizes.shape import Shape, chunk_tokens
+from attention.sizes.shape import Shape, Windows, chunk_tokens
+from attention.sizes.whole_calls import windows_of_cut
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -177,11 +178,19 @@ def signature(
     return (q.shape, k.shape, v.shape, *types, is_causal, weights, lengths, of_sinks)
 
 
+def _windows(q: Tensor, config: AttentionConfig, *, cut: bool, documents: bool) -> Windows:
+    if not cut:
+        return kernels.windows_of(q)
+    pattern = config.pattern
+    fields: dict[str, Any] = {"kind": pattern.pattern_type, "edges": pattern.edges} if pattern else {}
+    return windows_of_cut(kernels.cut_windows_of(q), config.variant, **fields, documents=documents)
+
+
 def shape_of(
     q: Tensor, k: Tensor, config: AttentionConfig, is_causal: bool, *, documents: bool = False
 ) -> Shape:
-    """The sizes that a program depends on. With fewer queries than keys, or `documents`, it is tiles on every
-    device; a single query, the last, is past nothing."""
+    """The sizes that a program depends on. `documents`: whether there are several. A single query, the last,
+    is past nothing."""
     cpu = q.device.type == "cpu"
     cut = documents or q.shape[1] < k.shape[1]
     if cut and q.shape[1] == 1 and config.variant in ("dense", "dilated"):
@@ -203,7 +212,7 @@ def shape_of(
         chunk=chunk_tokens(cpu=cpu, **sizes),
         packs=packs,
         widens=sixteen,
-        windows="none" if cut else kernels.windows_of(q),
+        windows=_windows(q, config, cut=cut, documents=documents),
         groups=cpu and not packs and cpu_takes_groups(),
         cudnn_from=0 if cut else cudnn.takes_from(q, k, is_causal, config.backend),
     )

@@ -17,7 +17,7 @@ from attention.decided import Decided, Decisions
 from attention.documents import Lengths, document_lengths
 from attention.inputs import check, refuse_transforms, refuse_unknown, shape_of, signature
 from attention.layout import Layout, build_layout
-from attention.ops import flex
+from attention.ops import flex, kernels
 from attention.ops.execute import Problem, Reserves, attend
 from attention.ops.kernels import activated_flash, flash_is_built, steady_heap
 from attention.ops.list_calls import shared_lists
@@ -130,9 +130,10 @@ class Attention(nn.Module):
         """What checked inputs decide, kept by their signature."""
         cut = lengths is not None or q.shape[1] < k.shape[1]
         backend = "sdpa" if cut else flex.resolve(self.config, q, k, is_causal)
-        shape = shape_of(q, k, self.config, is_causal, documents=cut)
-        made = self._cut_problem(shape, lengths) if cut else self._problem(shape)
-        decided = Decided(self.config, self.scratch, backend, shape, *made, cut=cut)
+        shape = shape_of(q, k, self.config, is_causal, documents=lengths is not None)
+        tiled = cut and shape.windows == "none"
+        made = self._cut_problem(shape, lengths) if tiled else self._problem(shape)
+        decided = Decided(self.config, self.scratch, backend, shape, *made, kernels.windows_of(q), cut=cut)
         self.decisions.keep(sizes, decided)
         return decided
 

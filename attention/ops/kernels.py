@@ -184,6 +184,15 @@ def windows_of(x: Tensor) -> Windows:
         return windows if _windows_are_right(x.device, x.dtype, windows, activated_flash()) else "none"
 
 
+def cut_windows_of(x: Tensor) -> Windows:
+    """`windows_of`, where there are fewer queries than keys, or sequences one behind the other."""
+    windows = windows_of(x)
+    if windows == "none" or os.environ.get(TRUST) or torch.cuda.is_current_stream_capturing():
+        return windows
+    with torch.device("cpu"):
+        return windows if _few_queries_are_right(x.device, x.dtype, windows, activated_flash()) else "none"
+
+
 @cache
 def flash_is_built() -> bool:
     """Whether this torch has flash attention: some builds for Windows do not."""
@@ -209,6 +218,30 @@ def _windows_are_right(
         windowed, windowed_backward, device, dtype, heads=heads, queries=33, channels=16, left=7, right=right
     )
     return agree and (windows != "any" or _sequences_are_right(device, dtype))
+
+
+@cache
+def _few_queries_are_right(
+    device: torch.device, dtype: torch.dtype, windows: Windows, activated: str | None = None
+) -> bool:
+    """`_windows_are_right` of fewer queries than keys, of a single one, and of sequences under a mask."""
+    heads = 4 if windows == "any" else 2
+    return all(
+        is_right(
+            windowed,
+            windowed_backward,
+            device,
+            dtype,
+            heads=heads,
+            queries=queries,
+            channels=16,
+            left=None,
+            right=right,
+        )
+        for queries, right in ((33, 0), (1, None))
+    ) and (
+        windows != "any" or all(_sequences_are_right(device, dtype, *sides) for sides in ((None, 0), (4, 2)))
+    )
 
 
 def is_right(

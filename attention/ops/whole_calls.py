@@ -40,18 +40,19 @@ def forward(
         lse = torch.empty(size, dtype=dtype, device=q.device).transpose(1, 2)
         if not covers:
             lse.fill_(-torch.inf)
+    origin = int(shape.origin)
     for call in calls:
         for b in range(q.shape[0]):
             for queries, keys in _listed_parts(call, shape, forward_cut(call, shape)):
                 part, part_lse = _kernel(call, shape)(
-                    view(queries, q[b]),
+                    view(queries, q[b], origin),
                     view(keys, k[b]),
                     view(keys, v[b]),
                     scale=scale,
                     left=call.left,
                     right=call.right,
                 )
-                target, target_lse = view(queries, out[b]), rows(queries, lse[b])
+                target, target_lse = view(queries, out[b], origin), rows(queries, lse[b], origin)
                 if call.first:
                     target.copy_(part)
                     target_lse.copy_(part_lse)
@@ -74,12 +75,19 @@ def _covering(
     call: WholeCall, shape: Shape, q: Tensor, k: Tensor, v: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     """The output and its log-sum-exp, as a call over all tokens returns them."""
+    k, v = (_seen(x, call) for x in (k, v))
     part, part_lse = _kernel(call, shape)(
         *(_segments(x, call.views) for x in (q, k, v)), scale=scale, left=call.left, right=call.right
     )
     if call.views > 1:  # heads before tokens, as all that reads it has it
         part_lse = part_lse.unflatten(0, (-1, call.views)).transpose(1, 2).reshape(q.shape[0], q.shape[2], -1)
     return part.transpose(1, 2).reshape(q.shape), part_lse.transpose(1, 2)
+
+
+def _seen(x: Tensor, call: WholeCall) -> Tensor:
+    """The tokens of x [B, S, heads, D] that are keys of a call over all queries."""
+    tokens = call.views * call.key_length
+    return x if tokens == x.shape[1] else x.narrow(1, call.key_start, tokens)
 
 
 def _segments(x: Tensor, views: int) -> Tensor:
@@ -134,7 +142,7 @@ def backward(
     q, k, v, out, lse = saved
     calls = [call for call in calls if call.exists]
     first = calls[0]
-    if first.covers(shape) and _is_one(first, cut_of(first, shape), shape):
+    if first.covers_keys(shape) and _is_one(first, cut_of(first, shape), shape):
         by_segments = [_segments(x, first.views) for x in (grad, q, k, v, out)]
         grad_part, q_part, k_part, v_part, out_part = by_segments
         rows_lse = lse.transpose(1, 2).unflatten(2, (first.views, -1)).transpose(1, 2).flatten(0, 1)
@@ -153,27 +161,28 @@ def backward(
         calls.pop(0)
     else:
         # Each part of a call over all tokens has gradients of its own tokens and heads, or adds to others'.
-        alone = first.covers(shape)
+        alone = first.covers_keys(shape)
         dq = (torch.empty if covers else torch.zeros)(q.shape, dtype=q.dtype, device=q.device)
         dk, dv = (
             (torch.empty if alone else torch.zeros)(x.shape, dtype=x.dtype, device=x.device) for x in (k, v)
         )
+    origin = int(shape.origin)
     for call in calls:
-        sets_keys = call.covers(shape)
+        sets_keys = call.covers_keys(shape)
         for b in range(q.shape[0]):
             for queries, keys in _listed_parts(call, shape, cut_of(call, shape)):
                 part_dq, part_dk, part_dv = _backward_kernel(call, shape)(
-                    view(queries, grad[b]),
-                    view(queries, q[b]),
+                    view(queries, grad[b], origin),
+                    view(queries, q[b], origin),
                     view(keys, k[b]),
                     view(keys, v[b]),
-                    view(queries, out[b]),
-                    rows(queries, lse[b]),
+                    view(queries, out[b], origin),
+                    rows(queries, lse[b], origin),
                     scale=scale,
                     left=call.left,
                     right=call.right,
                 )
-                _hand_over(view(queries, dq[b]), part_dq, call.first)
+                _hand_over(view(queries, dq[b], origin), part_dq, call.first)
                 _hand_over(view(keys, dk[b]), part_dk, sets_keys)
                 _hand_over(view(keys, dv[b]), part_dv, sets_keys)
                 del part_dq, part_dk, part_dv  # before the next ones are made

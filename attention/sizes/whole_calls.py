@@ -12,6 +12,9 @@ before it, of as many kv heads as heads. What is no window of its own is put tog
   behind: of all queries but the last s, which see each other, and a triangle of what is before them. What a
   query sees from its place on it is given in reverse order, as what it sees up to its place.
 * Global blocks are a call over their columns, and one over their rows.
+* Where fewer tokens ask than there are, a call's views before them are left out, and of the view that they
+  begin in what is before them is cut off, with the keys that nobody else sees: what masks are aligned to, the
+  end, stays where it is.
 
 Sizes are ints, or NumPy arrays for many configs at once. Imports no torch.
 """
@@ -21,9 +24,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from attention.config import AttentionConfig, Edges, PatternType
-from attention.sizes.arrays import Count, ceil_div, lcm, maximum, minimum, up, where
-from attention.sizes.shape import MOST_VIEWS, Shape, Span
+from attention.config import AttentionConfig, Edges, PatternType, Variant
+from attention.sizes.arrays import Count, any_of, ceil_div, lcm, maximum, minimum, up, where
+from attention.sizes.shape import MOST_VIEWS, Shape, Span, Windows
 from attention.sizes.window import token_side, window_blocks
 
 CHANNELS = 8
@@ -100,6 +103,8 @@ class WholeCall(NamedTuple):
     first: bool = False
     """Whether nothing came before in these queries."""
     exists: Count = 1
+    turn: Count = 0
+    """Queries of offset o begin (o + `turn`) % `step` tokens after `start`, not o % `step`."""
 
     @property
     def queries(self) -> Count:
@@ -142,28 +147,88 @@ class WholeCall(NamedTuple):
             yield queries.cut(begin, end), keys.cut(first, stop)
 
     def covers(self, shape: Shape) -> Count:
-        """1 if its queries are all tokens of all heads, in order, so that what it returns is the output."""
-        all_tokens = (self.views * self.length == shape.seq) * (self.views <= MOST_VIEWS)
+        """1 if its queries are all queries of all heads, in order, so that what it returns is the output. The
+        keys of several views are all tokens then, or those of a batch would be copied."""
+        all_tokens = (self.views * self.length == shape.queries) * (self.views <= MOST_VIEWS)
+        all_tokens = all_tokens * ((self.views == 1) | (self.views * self.key_length == shape.seq))
         return self.first * (self.period == 1) * (self.step == 1) * all_tokens * 1
+
+    def covers_keys(self, shape: Shape) -> Count:
+        """1 if it `covers` and its keys are all tokens, so that the gradients it returns are all of them."""
+        return self.covers(shape) * (self.views * self.key_length == shape.seq) * 1
+
+    def last(self, shape: Shape) -> tuple[WholeCall, WholeCall]:
+        """The call without the queries before `shape.origin`: of the view that they end in, and of the views
+        behind it."""
+        reach = maximum(self.view_step, 1)
+        gone = minimum(ceil_div(maximum(shape.origin - self.start - self.length + 1, 0), reach), self.views)
+        shift = gone * self.view_step
+        ahead = maximum(shape.origin - self.start - shift, 0) * (gone < self.views)
+        cuts = (ahead > 0) * 1
+        hidden: Count = 0
+        if self.left is not None:
+            hidden = maximum(ahead + self.key_length - self.length - self.left, 0)
+        part = self._replace(
+            name=f"{self.name}, of few",
+            start=self.start + shift + ahead,
+            length=self.length - ahead,
+            key_start=self.key_start + shift + hidden,
+            key_length=self.key_length - hidden,
+            views=1,
+            view_step=0,
+            exists=self.exists * cuts,
+            turn=(self.turn - ahead) % self.step,
+        )
+        if not any_of(shape.queries != 1):  # it sees all of the keys that are left
+            part = part._replace(left=None, right=None)
+        shift = shift + cuts * self.view_step
+        behind = self.views - gone - cuts
+        rest = self._replace(
+            start=self.start + shift,
+            key_start=self.key_start + shift,
+            views=behind,
+            exists=self.exists * (behind > 0),
+        )
+        return part, rest
 
     def spans(self, shape: Shape) -> Iterator[tuple[Span, Span]]:
         """(queries, keys) of each call; of ints."""
         repeat = shape.heads // shape.kv_heads
         shared = repeat % self.period == 0
         for offset in range(self.offsets):
-            shift = offset % self.step
-            queries, keys = (_places(length - shift, self.step) for length in (self.length, self.key_length))
+            shift, key_shift = (offset + self.turn) % self.step, offset % self.step
+            queries, keys = (
+                _places(self.length - shift, self.step),
+                _places(self.key_length - key_shift, self.step),
+            )
             if queries < 1 or keys < 1:
                 continue
             heads = len(range(offset, shape.heads, self.period))
             span = Span(
                 self.start + shift, queries, self.step, self.views, self.view_step, offset, heads, self.period
             )
-            key_span = span._replace(start=self.key_start + shift, length=keys, head=offset // repeat)
+            key_span = span._replace(start=self.key_start + key_shift, length=keys, head=offset // repeat)
             if shared:
                 yield span, key_span._replace(head=0, heads=shape.kv_heads, head_step=1)
             else:
                 yield span, key_span._replace(head_step=self.period // repeat)
+
+
+def windows_of_cut(
+    windows: Windows,
+    variant: Variant,
+    kind: PatternType | None = None,
+    edges: Edges = "block",
+    *,
+    documents: bool,
+) -> Windows:
+    """The windows with which an attention runs that is cut to the last queries, or to `documents`, of those
+    that its kernel takes; `none` where it is tiles: of lists, and of documents all that is not one call of
+    flash attention."""
+    if variant == "adaptive" or kind == "dilated_sparse":
+        return "none"
+    one = variant == "dense" or (kind == "local_window" and edges == "token")
+    return windows if not documents or (windows == "any" and one) else "none"
 
 
 def _places(length: Count, step: Count) -> Count:
@@ -205,9 +270,16 @@ def pattern_calls(
     blocks = ceil_div(shape.seq, size)
     tokens = global_tokens if kind == "global_local" else 0
     if edges == "token":
-        return token_window_calls(window, tokens, shape)
+        return _last_queries(token_window_calls(window, tokens, shape), shape)
     side, shared = window_blocks(window, tokens, size, blocks, shape.causal)
-    return block_window_calls(size, side, shared, shape)
+    return _last_queries(block_window_calls(size, side, shared, shape), shape)
+
+
+def _last_queries(calls: Sequence[WholeCall], shape: Shape) -> tuple[WholeCall, ...]:
+    """The calls without the queries before `shape.origin`."""
+    if not any_of(shape.origin):
+        return tuple(calls)
+    return tuple(part for call in calls for part in call.last(shape))
 
 
 def branch_calls(branches: Sequence[tuple[Count, Count]], shape: Shape) -> tuple[WholeCall, ...]:
@@ -244,7 +316,7 @@ def branch_calls(branches: Sequence[tuple[Count, Count]], shape: Shape) -> tuple
             exists=(rest > 0) * 1,
         )
         calls += [call, tail]
-    return tuple(calls)
+    return _last_queries(calls, shape)
 
 
 def block_window_calls(size: Count, side: Count, shared: Count, shape: Shape) -> tuple[WholeCall, ...]:
@@ -455,4 +527,4 @@ def _cut(call: WholeCall, shape: Shape, a_view: Count, room: Count) -> CallPart:
 
 def floor_bytes(shape: Shape) -> Count:
     """Bytes of q, k, v and out of a batch item."""
-    return 2 * shape.seq * (shape.token_bytes + shape.kv_token_bytes)
+    return 2 * (shape.queries * shape.token_bytes + shape.seq * shape.kv_token_bytes)

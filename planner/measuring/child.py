@@ -386,13 +386,12 @@ def _how(config: AttentionConfig, workload: Workload, call: ModuleCall) -> dict[
         for tokens, heads in ((workload.query_tokens, workload.heads), (workload.seq, workload.groups))
     )
     q, k = (call.inputs[0].detach().as_strided(size, (0, 0, 0, 1)) for size in sizes)
-    cut = workload.is_cut
     if workload.is_plain and not workload.weights and flex.resolve(config, q, k, workload.causal) == "flex":
         return {"backend": "flex", "kernel": f"flex_attention, compiled by torch {torch.__version__}"}
     capability = torch.cuda.get_device_capability(q.device) if q.device.type == "cuda" else None
     chosen = kernel_choice(
         config,
-        shape_of(q, k, config, workload.causal, documents=cut),
+        shape_of(q, k, config, workload.causal, documents=len(workload.documents or ()) > 1),
         capability,
         flex=False,
         flash_is_built=kernels.flash_is_built(),

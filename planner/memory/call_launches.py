@@ -37,20 +37,20 @@ def whole_calls(
     calls: Sequence[WholeCall], shape: Shape, batch: int, card: Cuda, cut_of: CutOf = backward_cut
 ) -> tuple[Pass, Pass]:
     """Forward and backward; see `attention/ops/whole_calls.py`. `cut_of`: how calls are cut in backward."""
-    covered, one = (
+    covered, keys_covered, one = (
         sum((holds(call, shape) * call.exists for call in calls), 0)
-        for holds in (_covers, partial(_is_one, cut_of=cut_of))
+        for holds in (_covers, WholeCall.covers_keys, partial(_is_one, cut_of=cut_of))
     )
     gaps = (calls[0].step > 1) * 1  # what no call has is zero, in out and in dq
-    item = shape.seq * shape.token_bytes
+    item = shape.queries * shape.token_bytes
     whole, keys = pieces(batch * item), pieces(batch * shape.seq * shape.kv_token_bytes)
     ahead, behind = (
         Pass(gaps * (whole + 1), 0),
-        Pass((1 - one) * (gaps * whole + 2 * keys * (1 - covered)), 0),
+        Pass((1 - one) * (gaps * whole + 2 * keys * (1 - keys_covered)), 0),
     )
     # The log-sum-exp of an efficient call over all tokens comes in padded rows.
     padded = covered * (not _has_flash(shape, card))
-    lse_row = where(padded > 0, up(shape.seq, ROWS), shape.seq)
+    lse_row = where(padded > 0, up(shape.queries, ROWS), shape.queries)
     for call in calls:
         if not any_of(call.exists):
             continue
@@ -63,14 +63,14 @@ def _forward(call: WholeCall, shape: Shape, batch: int, card: Cuda) -> Pass:
     covers = _covers(call, shape)
     all_tokens = _all_tokens(call, shape, batch)
     reordered = (call.views > 1) * ((shape.heads > 1) | (_lseis_padded(all_tokens, shape, card) > 0)) * 1
-    together = _kernel_forward(all_tokens, shape, card)
+    together = _kernel_forward(call, all_tokens, shape, card)
     total = Pass(covers * (together.kernels + reordered), covers * together.attention)
     for part in _parts(call, shape, forward_cut(call, shape), batch):
-        own = _kernel_forward(part, shape, card)
+        own = _kernel_forward(call, part, shape, card)
         merging = 3 + 2 * pieces(_stretch(call, part) * shape.token_bytes)
         if call.first:
             in_one_piece = _is_dense(call, part, shape) * (1 - is_padded(part.rows, shape))
-            lse = _rows_in_one_piece(call, part, shape.seq) * (1 - _lseis_padded(part, shape, card))
+            lse = _rows_in_one_piece(call, part, shape.queries) * (1 - _lseis_padded(part, shape, card))
             merging = 2 - in_one_piece - lse
         number = part.number * (1 - covers)
         turned = call.reverses(shape) * _flips(call, part, shape).forward
@@ -80,14 +80,17 @@ def _forward(call: WholeCall, shape: Shape, batch: int, card: Cuda) -> Pass:
 
 def _backward(call: WholeCall, shape: Shape, batch: int, card: Cuda, lse_row: Count, cut_of: CutOf) -> Pass:
     """`lse_row`: numbers of a row of the log-sum-exp."""
-    one, covers, pads = _is_one(call, shape, cut_of), _covers(call, shape), pads_channels(shape)
+    one, pads = _is_one(call, shape, cut_of), pads_channels(shape)
+    covers = call.covers_keys(shape) * call.exists
     windowed = call.left is not None and not call.reverses(shape)
     all_tokens = _all_tokens(call, shape, batch)
     # Forward has put that of several views into one piece, whose segments are copied again: here those of
     # several batch items, and else by the kernel's own code.
     apart = (call.views > 1) * (shape.heads > 1) * 1
     reordered = apart * (batch > 1)
-    kept = (1 - apart + reordered) * ((call.views > 1) | (lse_row == shape.seq) | (batch * shape.heads == 1))
+    kept = (1 - apart + reordered) * (
+        (call.views > 1) | (lse_row == shape.queries) | (batch * shape.heads == 1)
+    )
     total = Pass(
         one
         * (_kernel_backward(all_tokens, shape, card, dense=1, whole=kept * 1, windowed=windowed) + reordered),
@@ -205,11 +208,12 @@ def _cuts(total: Count, size: Count) -> tuple[tuple[Count, Count], tuple[Count, 
     return (total // size, size), ((rest > 0) * 1, rest)
 
 
-def _kernel_forward(part: _Part, shape: Shape, card: Cuda) -> Pass:
+def _kernel_forward(call: WholeCall, part: _Part, shape: Shape, card: Cuda) -> Pass:
     """See `attention.ops.kernels.windowed`."""
     splits: Count = 0
     if _has_flash(shape, card):
-        blocks = part.views * part.heads * ceil_div(part.queries, 64)
+        kv_heads = part.kv_heads if call.left is None and call.right is None else None
+        blocks = cuda_kernels.query_tiles(part.views, part.heads, part.queries, kv_heads)
         padded: Any = up(shape.head_dim, CHANNELS)
         splits = (cuda_kernels.splits(blocks, part.keys, padded, card.multiprocessors) > 1) * 1
     return Pass(1 + splits + _padding(part, shape, queries=1, keys=2), 1 + 0 * splits)
@@ -250,7 +254,7 @@ def _is_one(call: WholeCall, shape: Shape, cut_of: CutOf) -> Count:
     """1 if backward is one kernel call over all batch items, whose results are dq, dk and dv."""
     cut = cut_of(call, shape)
     fits = (call.views <= cut.views) * (call.kv_heads(shape) <= cut.kv_heads)
-    return _covers(call, shape) * fits * 1
+    return call.covers_keys(shape) * call.exists * fits * 1
 
 
 def _is_dense(call: WholeCall, part: _Part, shape: Shape) -> Count:

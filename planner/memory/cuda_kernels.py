@@ -36,15 +36,18 @@ def forward_lines(
     itemsize: int,
     multiprocessors: int = 108,
     fewer: Count = 0,
+    kv_heads: Count | None = None,
 ) -> Stage:
     """What one forward call of a kernel allocates beside its output; the first is the log-sum-exp. `fewer`:
     keys by which one such call after the other has fewer, where flash attention may take more for that.
+    `kv_heads`: given where a single query has no mask, of which flash attention takes the heads for queries.
 
     Omitted: copies of operands whose D is not a multiple of 8.
     """
     rows = batch * heads * queries
     if kernel == "flash":
-        parts = splits(batch * heads * ceil_div(queries, 64), keys, head_dim, multiprocessors, fewer)
+        tiles = query_tiles(batch, heads, queries, kv_heads)
+        parts = splits(tiles, keys, head_dim, multiprocessors, fewer)
         parts = parts * (parts > 1)
         wide = parts * FLOAT32 * rows
         return (
@@ -256,6 +259,14 @@ def _step(
 def _flash_channels(head_dim: int) -> int:
     """Channels that flash attention keeps in sums."""
     return up(head_dim, 32 if head_dim <= 128 else 64)
+
+
+def query_tiles(batch: Count, heads: Count, queries: Count, kv_heads: Count | None) -> Count:
+    """Tiles of 64 queries of flash attention's forward; `kv_heads` as `forward_lines` has them."""
+    if kv_heads is None:
+        return batch * heads * ceil_div(queries, 64)
+    gathered = batch * kv_heads * ceil_div(heads // kv_heads, 64)
+    return where(queries == 1, gathered, batch * heads * ceil_div(queries, 64))
 
 
 MOST_SPLITS = 128

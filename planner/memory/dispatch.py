@@ -17,10 +17,10 @@ from attention.sizes.flex_tiles import unfit_sizes
 from attention.sizes.kernel_choice import KernelChoice, kernel_choice
 from attention.sizes.list_calls import ListCalls, calls_of_rows
 from attention.sizes.row_bounds import Rows
-from attention.sizes.shape import Shape, chunk_tokens
+from attention.sizes.shape import Shape, Windows, chunk_tokens
 from attention.sizes.tiles import dilated_extent, sparse_extent
 from attention.sizes.token_tiles import TokenWindow, token_extent, token_window
-from attention.sizes.whole_calls import WholeCall, branch_calls, pattern_calls
+from attention.sizes.whole_calls import WholeCall, branch_calls, pattern_calls, windows_of_cut
 from planner.configs import Columns, columns_of
 from planner.memory.cut_programs import ExtentOf, bounded, cut_program
 from planner.memory.machines import Cpu, Cuda, Machine
@@ -135,11 +135,25 @@ def is_vast(columns: Columns, causal: bool) -> bool:
 
 
 def is_cut(columns: Columns, workload: Workload) -> bool:
-    """Whether the candidates' programs are cut, to the last queries or to documents: then they are tiles on
-    every machine; see `attention.inputs.shape_of`. `workload.seq` is not read."""
-    several = workload.documents is not None and len(workload.documents) > 1
+    """Whether the candidates' programs are cut, to the last queries or to documents; see
+    `attention.inputs.shape_of`. `workload.seq` is not read."""
     untyped: Any = columns
-    return several or (workload.queries is not None and any_of(untyped.seq > workload.queries))
+    return _has_documents(workload) or (
+        workload.queries is not None and any_of(untyped.seq > workload.queries)
+    )
+
+
+def _has_documents(workload: Workload) -> bool:
+    return workload.documents is not None and len(workload.documents) > 1
+
+
+def _windows(columns: Columns, workload: Workload, machine: Machine) -> Windows:
+    """The windows with which the candidates run; see `attention.inputs.shape_of`."""
+    windows = machine.windows(workload.head_dim, workload.itemsize)
+    if not is_cut(columns, workload):
+        return windows
+    kind, edges = columns.pattern_type, columns.edges
+    return windows_of_cut(windows, columns.variant, kind, edges, documents=_has_documents(workload))
 
 
 def calls_of(columns: Columns, shape: Shape) -> tuple[WholeCall, ...] | None:
@@ -288,7 +302,7 @@ def shape_of(columns: Columns, workload: Workload, machine: Machine) -> Shape:
         chunk=chunk_tokens(cpu=cpu, **sizes),
         packs=packs,
         widens=sixteen,
-        windows="none" if cut else machine.windows(workload.head_dim, workload.itemsize),
+        windows=_windows(columns, workload, machine),
         groups=isinstance(machine, Cpu) and machine.groups and not packs,
         cudnn_from=0 if cut else machine.cudnn_from(workload.head_dim, workload.itemsize, columns.backend),
     )

@@ -36,14 +36,14 @@ class Launches(NamedTuple):
 
 def launches(columns: Columns, workload: Workload, machine: Machine) -> Launches | None:
     """Of candidates of which `goes_apart` holds for all or for none; `workload.seq` is not read. None where
-    nobody counted them: on a CPU, of weights, of what is no whole calls but tiles, lists, plain products or
-    compiled FlexAttention, and where cuDNN's attention runs a call of some candidate: how many kernels its
-    engines launch is not published."""
+    nobody counted them: on a CPU, of weights, of learned sinks, of what is no whole calls but tiles, lists,
+    plain products or compiled FlexAttention, of fewer queries in dilated branches, and where cuDNN's
+    attention runs a call of some candidate: how many kernels its engines launch is not published."""
     if not isinstance(machine, Cuda) or workload.weights or any_of(goes_apart(columns, workload, machine)):
         return None
     shape = shape_of(columns, workload, machine)
     calls = calls_of(columns, shape)
-    if calls is None or _some_by_cudnn(calls, shape):
+    if calls is None or _some_by_cudnn(calls, shape) or workload.sinks or _turn(calls):
         return None
     return _of_mode(whole_calls(calls, shape, workload.batch, machine), columns, workload)
 
@@ -63,6 +63,11 @@ def launches_of(config: AttentionConfig, workload: Workload, machine: Machine) -
 
     passes = list_calls(lists, ListedRows.of(config, shape), shape, workload.batch, machine)
     return None if passes is None else _of_mode(passes, columns, workload)
+
+
+def _turn(calls: Iterable[WholeCall]) -> bool:
+    """Whether some call's heads begin at other queries than at keys."""
+    return any(any_of(call.turn * call.exists) for call in calls)
 
 
 def _some_by_cudnn(calls: Iterable[WholeCall], shape: Shape) -> bool:

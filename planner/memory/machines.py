@@ -48,6 +48,8 @@ class KernelCall(NamedTuple):
     """Whether the kernel is given its operands in reverse order; see `attention.ops.kernels.windowed`."""
     tokens_first: bool = False
     """Whether operands whose D is padded are padded as [N, T, H, D]."""
+    gathers_heads: bool = False
+    """Whether flash attention takes the query heads of a kv head for queries, where there is one query."""
 
     @property
     def kv_heads(self) -> Count:
@@ -346,6 +348,7 @@ class Cuda:
                 head_dim=dim,
                 multiprocessors=self.multiprocessors,
                 fewer=call.fewer,
+                kv_heads=call.kv_heads if call.gathers_heads else None,
             )
             applies = 1 if len(kernels) == 1 else _applies(call, number)
             pads = 0 if dim == call.head_dim and not call.reversed else dim * call.itemsize

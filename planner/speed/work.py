@@ -279,7 +279,8 @@ def _work(
     faster = CUDNN_FASTER.get(machine.capability[0], 1.0) if isinstance(machine, Cuda) else 1.0
     program, once = _program(columns, shape, apart, workload.batch, kernel, faster)
     total = forward(program.calls, program.tiles, shape, kernel)
-    if asks and not once:
+    few = calls_of(columns, shape) is not None
+    if asks and not (once or few):  # whole calls are those of the last queries
         _share(total, columns, shape, kernel)
     _beside(total, columns, shape, 1, apart)
     again = trains and outer is not None and outer.checkpoint  # the forward runs once more
@@ -292,7 +293,7 @@ def _work(
     )
     few = calls_of(columns, shape) is not None or lists_of(columns, shape) is not None
     total = backward(program.calls, program.tiles, back, kernel, whole=once or few)
-    if asks and not once:
+    if asks and not (once or few):
         _share(total, columns, back, kernel)
     if asks:  # dk and dv are of all tokens
         total["tokens"] = total["tokens"] + 2 * shape.origin * shape.kv_heads * shape.head_dim

@@ -145,5 +145,6 @@ def flash_kernels() -> AbstractContextManager[Any]:
 @contextmanager
 def flash_attention(windows: Windows = "any") -> Iterator[None]:
     """Plays a GPU whose kernel takes such windows, for every dtype."""
-    with mock.patch.multiple(kernels, windows_of=lambda x: windows, **PLAYED):
+    takes = {"windows_of": lambda x: windows, "cut_windows_of": lambda x: windows}
+    with mock.patch.multiple(kernels, **takes, **PLAYED):
         yield

@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 from attention import AttentionConfig, SparsePatternConfig
 from attention.ops.whole_calls import _parts
 from attention.reference import multiplicity
+from attention.sections import CutProgram
 from attention.sizes import whole_calls as sizes
 from attention.sizes.shape import Shape, chunk_tokens
 from attention.sizes.whole_calls import CallPart, backward_cut, forward_cut, whole_calls
@@ -68,9 +69,9 @@ def shape_of(
 
 
 def met(calls, shape: Shape, cut_of) -> np.ndarray:
-    """How often each (head, query, key) is met, [H, S, S], in the parts that a kernel is given; where a call
+    """How often each (head, query, key) is met, [H, Q, S], in the parts that a kernel is given; where a call
     says that nothing came before, nothing did."""
-    counts = np.zeros((shape.heads, shape.seq, shape.seq), np.int64)
+    counts = np.zeros((shape.heads, shape.queries, shape.seq), np.int64)
     repeat = shape.heads // shape.kv_heads
     for call in calls:
         if not call.exists:
@@ -82,8 +83,10 @@ def met(calls, shape: Shape, cut_of) -> np.ndarray:
             assert queries.heads % keys.heads == 0
             for n in range(queries.batch):
                 tokens = queries.start + n * queries.batch_step + queries.step * np.arange(queries.length)
+                tokens -= shape.origin
+                assert tokens.min() >= 0
                 seen = keys.start + n * keys.batch_step + keys.step * np.arange(keys.length)
-                assert tokens.max() < shape.seq
+                assert tokens.max() < shape.queries
                 assert seen.max() < shape.seq
                 for place in range(queries.heads):
                     head = queries.head + place * queries.head_step
@@ -115,6 +118,31 @@ def test_calls_meet_the_pairs_that_the_oracle_counts(config, seq, heads, causal,
                 assert call.left is None or call.right == 0
             assert call.heads(shape) == call.kv_heads(shape) or not call.exists
     expected = multiplicity(config, seq, shape.heads, causal).numpy()
+    np.testing.assert_array_equal(met(calls, shape, forward_cut), expected)
+    np.testing.assert_array_equal(met(calls, shape, backward_cut), expected)
+    few = met(calls, shape, lambda call, _: CallPart(2, 1, 3 if call.can_slice(shape) else 1 << 62))
+    np.testing.assert_array_equal(few, expected)
+
+
+@pytest.mark.pairwise
+@kernel_by_kernel
+@causal_or_not
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (12, 1), (3, 3)])
+@pytest.mark.parametrize("seq, queries", [(2, 1), (7, 3), (17, 1), (64, 32), (100, 1), (100, 37), (100, 99)])
+@config_by_config
+def test_calls_of_fewer_queries_meet_their_pairs(config, seq, queries, heads, causal, windows):
+    causal = causal and not (queries == 1 and config.pattern is None)
+    shape = shape_of(seq, *heads, causal=causal, windows=windows, origin=seq - queries)
+    calls = whole_calls(config, shape)
+    if windows == "causal":
+        for call in calls:
+            if call.reverses(shape):
+                assert call.left == 0
+                assert call.queries == call.keys or not call.exists
+            else:
+                assert call.left is None or call.right == 0
+    causal = causal or (queries == 1 and config.pattern is None)
+    expected = multiplicity(config, seq, shape.heads, causal).numpy()[:, -queries:]
     np.testing.assert_array_equal(met(calls, shape, forward_cut), expected)
     np.testing.assert_array_equal(met(calls, shape, backward_cut), expected)
     few = met(calls, shape, lambda call, _: CallPart(2, 1, 3 if call.can_slice(shape) else 1 << 62))
@@ -160,6 +188,18 @@ def small_parts():
 def test_float64_is_the_oracle(config, seq, kv_heads, causal, windows):
     with flash_attention(windows):
         check_float64(module_of(config), *qkv(seq, batch=2, kv_heads=kv_heads), causal)
+
+
+@pytest.mark.pairwise
+@kernel_by_kernel
+@causal_or_not
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("seq, queries", [(2, 1), (17, 16), (50, 1), (50, 16), (64, 32)])
+@config_by_config
+def test_fewer_queries_are_the_oracle(config, seq, queries, kv_heads, causal, windows):
+    q, k, v = qkv(seq, batch=2, kv_heads=kv_heads)
+    with flash_attention(windows), mock.patch.object(CutProgram, "tiles", side_effect=AssertionError):
+        check_float64(module_of(config), q[:, -queries:].clone(), k, v, causal)
 
 
 @pytest.mark.pairwise

@@ -144,7 +144,7 @@ def _reordered(call: WholeCall, case: Case) -> Count:
 def _is_one(call: WholeCall, cut: CallPart, case: Case) -> Count:
     """1 if the kernel is given all tokens at once and returns dq, dk and dv, else 0."""
     fits = (call.views <= cut.views) * (call.kv_heads(case.shape) <= cut.kv_heads)
-    return call.covers(case.shape) * fits * 1
+    return call.covers_keys(case.shape) * fits * 1
 
 
 def _heads(call: WholeCall, cut: CallPart, case: Case) -> Count:
@@ -166,7 +166,7 @@ def _kernel_call(call: WholeCall, case: Case, cut: CallPart, batched: Count) -> 
     # Operands are views [N, T, H, D] of [S, H, D], and the log-sum-exp is one [N, H, T] of [H, S].
     operands = ((heads == 1) | (call.period == 1)) * ((queries == 1) | (call.step * shape.heads == heads))
     operands = operands * ((views == 1) | (call.view_step * shape.heads == queries * heads))
-    rows = ((queries == 1) | (call.step == 1)) * ((heads == 1) | (call.period * shape.seq == queries))
+    rows = ((queries == 1) | (call.step == 1)) * ((heads == 1) | (call.period * shape.queries == queries))
     rows = rows * ((views == 1) | (call.view_step == heads * queries))
     return KernelCall(
         views,
@@ -180,11 +180,18 @@ def _kernel_call(call: WholeCall, case: Case, cut: CallPart, batched: Count) -> 
         groups=where(batched, call.kv_heads(shape), cut.kv_heads),
         reversed=call.reverses(shape),
         tokens_first=True,
+        gathers_heads=call.left is None and call.right is None,
     )
 
 
 def _all_tokens(case: Case) -> KernelCall:
     shape = case.shape
     return KernelCall(
-        case.batch, shape.heads, shape.seq, shape.seq, shape.head_dim, shape.itemsize, groups=shape.kv_heads
+        case.batch,
+        shape.heads,
+        shape.queries,
+        shape.seq,
+        shape.head_dim,
+        shape.itemsize,
+        groups=shape.kv_heads,
     )
