@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -94,35 +95,42 @@ def _span_tiles(
 
 
 def _wide_tile(key: int, width: int, first: int, last: int, size: int, shape: Shape) -> Tile:
-    """Rows first..last, row r seeing `width` blocks from block `key + r - first`, by what they share:
-    the blocks that all see, then what each half of the rows sees in common, and so on. Kernels are
-    faster the more queries they get at once. Under `causal` each row's own block is a part by itself."""
+    """Rows first..last, row r seeing `width` blocks from block `key + r - first`, by what they share. Under
+    `causal` each row's own block is a part by itself."""
     width -= shape.causal
-    calls: list[Call] = []
-
-    def add(begin: int, end: int, low: int, high: int) -> None:
-        """Rows begin..end over blocks low..high."""
-        queries = head_spans(begin * size, (end - begin) * size, 1, 0, shape)
-        for part in shape.key_ranges(Span(low * size, (high - low) * size, heads=shape.kv_heads)):
-            calls.append(Call(queries, part, "long view", first=not calls))
-
-    def halve(begin: int, end: int) -> None:
-        if end - begin < 2:
-            return
-        middle = (begin + end) // 2
-        at = key - first  # row r sees blocks at + r ..
-        add(begin, middle, at + middle - 1, at + end - 1)
-        add(middle, end, at + begin + width, at + middle + width)
-        halve(begin, middle)
-        halve(middle, end)
-
-    add(first, last, key + last - first - 1, key + width)
-    halve(first, last)
+    keys = Span(key * size, width * size, heads=shape.kv_heads)
+    calls = list(shared_calls(first * size, last - first, size, keys, shape))
+    calls[0] = replace(calls[0], first=True)
     if shape.causal:
         own = head_spans(first * size, size, last - first, size, shape)
         keys = Span(first * size, size, batch=last - first, batch_step=size, heads=shape.kv_heads)
         calls.append(Call(own, keys, "own blocks", "causal"))
     return Tile(first * size, last * size, tuple(calls), merge=len(calls) > 1)
+
+
+def shared_calls(start: int, count: int, size: int, keys: Span, shape: Shape) -> Iterator[Call]:
+    """Calls of `count` rows of `size` queries from token `start` on, of which the first sees `keys` and each
+    other as many, `size` further on than the one before: over what all see, then over what each half of the
+    rows sees in common beyond, and so on. Kernels are faster the more queries they get at once."""
+
+    def part(begin: int, end: int, low: int, high: int) -> Iterator[Call]:
+        """Rows begin..end over tokens low..high."""
+        queries = head_spans(start + begin * size, (end - begin) * size, 1, 0, shape)
+        for some in shape.key_ranges(keys._replace(start=low, length=high - low)):
+            yield Call(queries, some, "long view")
+
+    def halves(begin: int, end: int) -> Iterator[Call]:
+        if end - begin < 2:
+            return
+        middle = (begin + end) // 2
+        low, high = keys.start, keys.start + keys.length  # row r sees r * size further on
+        yield from part(begin, middle, low + (middle - 1) * size, low + (end - 1) * size)
+        yield from part(middle, end, high + begin * size, high + middle * size)
+        yield from halves(begin, middle)
+        yield from halves(middle, end)
+
+    yield from part(0, count, keys.start + (count - 1) * size, keys.start + keys.length)
+    yield from halves(0, count)
 
 
 def _span_tile(queries: tuple[Span, ...], keys: Span, kind: str, rows: Rows, shape: Shape) -> Tile:

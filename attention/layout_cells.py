@@ -4,11 +4,15 @@ Rows and columns are *units*: blocks, and of a dilated config, whose heads see e
 windows that end at the token, tokens. Nothing is larger than a cell or a row each, so that a million tokens
 take no longer than a thousand.
 
+Of documents, `lengths` one behind the other, and of the queries from token `origin` on alone, what is kept is
+clipped: a block is kept where a pair of tokens of one document is in it.
+
 Letters: `i` a row, `c` a column, `d = c - i` an offset, `t` a branch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Final, NamedTuple
 
@@ -41,25 +45,70 @@ def units(config: AttentionConfig, seq: int) -> Units:
 
 
 def shares(
-    config: AttentionConfig, seq: int, causal: bool, rows: int, columns: int, *, head: int = 0
+    config: AttentionConfig,
+    seq: int,
+    causal: bool,
+    rows: int,
+    columns: int,
+    *,
+    head: int = 0,
+    origin: int = 0,
+    lengths: Sequence[int] = (),
 ) -> Floats:
     """[rows, columns], no more than there are units: the share of each cell's pairs of units that is kept, of
     a dilated config by `head`. Cells of more rows than SAMPLED are judged by so many, the first with them."""
-    count = units(config, seq).number
+    size, count = units(config, seq)
     edges = _edges(columns, count)
-    at = _edges(rows, count)
+    first = origin // size
+    at = first + _edges(rows, count - first)
     i = np.concatenate([_spread(a, z, SAMPLED) for a, z in pairwise(at.tolist())])
-    inside = np.diff(_before(config, seq, causal, i, edges, head), axis=1) / np.diff(edges)
+    clipped = _clipped(edges, *_bounds(config, seq, i, origin, lengths))
+    inside = np.diff(_before(config, seq, causal, i, clipped, head), axis=1) / np.diff(edges)
     begins = np.concatenate([[0], np.cumsum(np.minimum(np.diff(at), SAMPLED))[:-1]])
     total = np.add.reduceat(inside, begins, axis=0)
     return np.asarray(total / np.minimum(np.diff(at), SAMPLED)[:, None])
 
 
-def row_counts(config: AttentionConfig, seq: int, causal: bool, *, head: int = 0) -> Ints:
+def row_counts(
+    config: AttentionConfig,
+    seq: int,
+    causal: bool,
+    *,
+    head: int = 0,
+    origin: int = 0,
+    lengths: Sequence[int] = (),
+) -> Ints:
     """The units that each row keeps, of a dilated config for `head`; of COUNTED rows where there are more."""
-    count = units(config, seq).number
-    i = _spread(0, count, COUNTED)
-    return _before(config, seq, causal, i, np.array([0, count]), head)[:, 1]
+    size, count = units(config, seq)
+    i = _spread(origin // size, count, COUNTED)
+    clipped = _clipped(np.array([0, count]), *_bounds(config, seq, i, origin, lengths))
+    return np.diff(_before(config, seq, causal, i, clipped, head), axis=1)[:, 0]
+
+
+def row_permitted(
+    config: AttentionConfig, seq: int, causal: bool, *, origin: int = 0, lengths: Sequence[int] = ()
+) -> Ints:
+    """The units that each row of `row_counts` may keep: of its documents, and before it if causal."""
+    size, count = units(config, seq)
+    i = _spread(origin // size, count, COUNTED)
+    begin, end = _bounds(config, seq, i, origin, lengths)
+    return (np.minimum(end, i + 1) if causal else end) - begin
+
+
+def _bounds(
+    config: AttentionConfig, seq: int, i: Ints, origin: int, lengths: Sequence[int]
+) -> tuple[Ints, Ints]:
+    """(first, one past the last) unit of the documents of the tokens of row i that ask."""
+    size, _ = units(config, seq)
+    ends = np.cumsum(lengths or (seq,))
+    first, last = np.maximum(i * size, origin), np.minimum((i + 1) * size, seq) - 1
+    begins = np.concatenate([[0], ends])[np.searchsorted(ends, first, side="right")]
+    return begins // size, -(-ends[np.searchsorted(ends, last, side="right")] // size)
+
+
+def _clipped(edges: Ints, begin: Ints, end: Ints) -> Ints:
+    """[rows, edges]: edges that are no further than the bounds of each row."""
+    return np.clip(edges, begin[:, None], end[:, None])
 
 
 def taken(length: int, rate: int, head: int) -> Ints:
@@ -83,7 +132,7 @@ def _spread(begin: int, end: int, maximum: int) -> Ints:
 
 
 def _before(config: AttentionConfig, seq: int, causal: bool, i: Ints, edges: Ints, head: int) -> Ints:
-    """[rows, edges]: units that row i keeps before each edge."""
+    """[rows, edges]: units that row i keeps before each of its edges, [rows, edges]."""
     size, count = units(config, seq)
     if config.variant == "dilated":
         return _progressions(*_of_head(config, seq, causal, i, head), i, edges)
@@ -92,7 +141,7 @@ def _before(config: AttentionConfig, seq: int, causal: bool, i: Ints, edges: Int
         reach = branches.select(i, row_budget(config, seq))
         return _progressions(branches.rates, *reach, np.ones_like(i), i, edges)
     start, stop = spans(config, seq, size, i, count, causal)
-    within = np.minimum(stop[:, :, None], edges) - start[:, :, None]
+    within = np.minimum(stop[:, :, None], edges[:, None, :]) - start[:, :, None]
     return np.asarray(np.maximum(within, 0).sum(axis=1))
 
 

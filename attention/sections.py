@@ -232,7 +232,8 @@ def _of_list(
 
 
 def _joined(calls: list[Call], shape: Shape) -> list[Call]:
-    """The calls; those of equal queries that see all of adjoining keys are one, as far as kernels copy."""
+    """The calls; those of equal queries that see all of adjoining keys are one, as far as kernels may
+    copy."""
     joined: list[Call] = []
     for call in calls:
         for n, other in enumerate(joined):

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from attention.block_sparse import head_spans
+from attention.block_sparse import head_spans, shared_calls
 from attention.ops.program import Call, Tile
 from attention.sizes.shape import Shape, Span
 from attention.sizes.token_tiles import TokenRows, TokenWindow, token_rows
@@ -63,7 +63,11 @@ def _window_tile(rows: TokenRows, number: int, count: int, shape: Shape) -> Tile
             calls.append(band(row.full_stop, row.stop, edge, unit))
         if row.before:
             calls.append(band(row.first, row.full, edge, column))
-        calls += _seen(queries, keys(row.full, row.full_stop), kind, shape)
+        middle = keys(row.full, row.full_stop)
+        if rows.wide and count > 1:
+            calls += shared_calls(start, count, unit, middle.pick(0, 1), shape)
+        else:
+            calls += _seen(queries, middle, kind, shape)
     tokens = head_spans(start, (count - 1) * unit + row.queries, 1, 0, shape)
     calls += _seen(tokens, Span(0, rows.begin, heads=shape.kv_heads), "global columns", shape)
     return _tile(calls)

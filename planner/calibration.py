@@ -16,11 +16,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, NamedTuple
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler, model_serializer
 
 from attention.config import AttentionConfig, Value, as_tuple
 from attention.errors import AttentionPlannerError, ConfigError
+from attention.features import NAMES
 from planner.files import make_folder, read_bytes, write_whole
+from planner.question.features import features_of
 from planner.workload import Workload
 
 SCHEMA_VERSION: Final = 1
@@ -57,6 +59,14 @@ class Domain(Value):
     modes: Names
     longest: Annotated[int, Field(ge=1)]
     """Tokens of the longest sequence."""
+    features: Names = ()
+    """What calls had beyond sizes: `queries`, fewer of them than tokens, `documents`, `sinks`."""
+
+    @model_serializer(mode="wrap")
+    def _written(self, written: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """The fields; features, which came later, where there are some."""
+        fields: dict[str, Any] = written(self)
+        return {name: value for name, value in fields.items() if name != "features" or value}
 
     def misses(self, config: AttentionConfig, workload: Workload) -> tuple[str, ...]:
         """The properties of a call that no held-out run had, such as `dtype float64`."""
@@ -70,6 +80,11 @@ class Domain(Value):
                 outside.append(f"{what} {value}")
         if workload.seq > self.longest:
             outside.append(f"{workload.seq:,} tokens (measured up to {self.longest:,})")
+        outside += [
+            NAMES[feature]
+            for feature in features_of(workload)
+            if feature != "weights" and feature not in self.features
+        ]
         return tuple(outside)
 
 

@@ -5,7 +5,8 @@ tokens a - left to a + unit - 1 + right. A query at place t of it sees a band: t
 t + left + right. Rows whose keys are few are one call under a mask, a band over [unit, unit + left + right].
 Of longer rows the first and the last `unit` keys are calls by themselves, two triangles, and what is between
 is seen by all of the row's queries. One of the triangles is the kernel's own causal mask; the other takes a
-mask of [unit, 2 unit]. Rows at even distances are views of one call. Global columns are a long view of a
+mask of [unit, 2 unit]. Rows at even distances are views of one call; where they share most of what they see,
+that is a call of all of them (`attention.block_sparse.shared_calls`). Global columns are a long view of a
 tile's queries over the first tokens, and global rows are tiles of their own.
 
 Sizes are ints, or NumPy arrays for many configs at once.
@@ -17,7 +18,7 @@ from typing import NamedTuple
 
 from attention.config import AttentionConfig, PatternType
 from attention.sizes.arrays import Count, ceil_div, floor_root, maximum, minimum, where
-from attention.sizes.shape import Shape
+from attention.sizes.shape import WIDE, Shape
 from attention.sizes.tiles import Extent, Kind
 from attention.sizes.window import token_side
 
@@ -109,6 +110,8 @@ class TokenRows(NamedTuple):
     """One past the last of those."""
     together: Count
     """Rows that slide in a call."""
+    wide: Count
+    """1 if such rows are cut by what they share, else 0."""
     global_unit: Count
     """Tokens a row of causal global rows; of others, tokens of a tile."""
     causal: bool
@@ -157,12 +160,14 @@ def token_rows(window: TokenWindow, shape: Shape) -> TokenRows:
     unit = minimum(longest, maximum(tokens - offset, 1))
     left = minimum(window.side, maximum(tokens - 1, 0))
     right = 0 * left if shape.causal else left
-    keys = unit + left + right
+    keys = span = unit + left + right
     cut = (keys > 2 * unit) * ((keys * unit > room) | (keys > shape.pack_tokens(1))) * 1
     slide = ceil_div(maximum(left - offset, 0), unit)
     slide_stop = maximum((tokens - right - offset) // unit, slide)
     keys = where(cut, maximum(keys - 2 * unit, unit), keys)
-    together = minimum(shape.chunk_views(unit), shape.pack_tokens(1) // keys, slide_stop - slide)
+    together = minimum(shape.chunk_views(unit), slide_stop - slide)
+    wide = cut * (together > 1) * (span >= WIDE * together * unit)
+    together = where(wide, together, minimum(together, shape.pack_tokens(1) // keys))
     per_tile = longest if shape.causal else maximum(shape.chunk, 1)
     return TokenRows(
         begin,
@@ -175,6 +180,7 @@ def token_rows(window: TokenWindow, shape: Shape) -> TokenRows:
         slide,
         slide_stop,
         maximum(together, 1),
+        wide,
         maximum(minimum(per_tile, begin), 1),
         shape.causal,
     )
@@ -237,7 +243,7 @@ def _window_kinds(rows: TokenRows, shape: Shape) -> tuple[Kind, ...]:
         step=unit,
         later=rows.together * unit * cut,
         keys=maximum(minimum(unit * (1 - 2 * cut) + rows.left + rows.right, limit), 1),
-        exists=(rows.together > 1) * 1,
+        exists=(rows.together > 1) * (1 - rows.wide),
     )
     edge = Kind(
         "edge",
@@ -268,7 +274,26 @@ def _window_kinds(rows: TokenRows, shape: Shape) -> tuple[Kind, ...]:
         later=0,
         exists=cut * (unit + rows.right <= rows.tokens) * some * 1,
     )
-    return view, last_view, views, edge, last_edge, triangle
+    return view, last_view, views, edge, last_edge, triangle, _shared(rows, view, limit)
+
+
+def _shared(rows: TokenRows, view: Kind, limit: Count) -> Kind:
+    """What sliding rows share, and halves of them. The last tile may have fewer rows, which share more; one
+    row alone is a view."""
+    unit, together = rows.unit, rows.together
+    middle = rows.left + rows.right - unit + (unit == 1)
+    left = maximum(rows.slide_stop - rows.slide, 0) % together
+    left = where(left > 1, left, together)
+    half = ceil_div(together, 2) * unit
+    keys, rest = (minimum(maximum(middle - (some - 1) * unit, 1), limit) for some in (together, left))
+    return view._replace(
+        name="long view",
+        queries=together * unit,
+        keys=maximum(rest, minimum(half, limit)),
+        later=together * unit,
+        exists=rows.wide,
+        sizes=((1, together * unit, keys), (1, left * unit, rest), (1, half, minimum(half, limit))),
+    )
 
 
 def _global_kinds(rows: TokenRows, shape: Shape) -> tuple[Kind, ...]:

@@ -18,6 +18,7 @@ from attention.errors import AttentionPlannerError, ConfigError
 from planner.calibration import SMALL, Calibration, Domain, Terms, own_path, save
 from planner.files import make_folder
 from planner.measuring.measure import Device, Measurement, check_timed, walked
+from planner.question.features import features_of
 from planner.question.runs import OnStep
 
 if TYPE_CHECKING:
@@ -238,6 +239,7 @@ def calibration_of(
             dtypes=_names(m.workload.dtype for m in long),
             modes=_names(m.workload.mode for m in long),
             longest=max(m.workload.seq for m in long),
+            features=_names(one for m in long for one in features_of(m.workload) if one != "weights"),
         ),
         failed=len(fitted) + len(held_out) - len(short) - len(long),
     )

@@ -29,8 +29,8 @@ from planner.memory.table import Plan, PlanTable
 from planner.workload import Workload
 
 UNBOUNDED = 1 << 62
-MOST_LISTED = 1 << 24
-"""Blocks that the layout of a program that is cut may list to be looked at: a second or so."""
+MOST_LISTED = 1 << 23
+"""Blocks that the layout of a program that is cut may list to be looked at: tenths of a second."""
 
 
 def plan_of(config: AttentionConfig, workload: Workload, machine: Machine, *, warm: bool = False) -> Plan:
@@ -43,9 +43,8 @@ def plan_of(config: AttentionConfig, workload: Workload, machine: Machine, *, wa
     cut = None
     if is_cut(columns, workload):
         shape = shape_of(columns, workload, machine)
-        cut = bounded_cut(columns, shape)
-        if not is_vast(columns, shape.causal):
-            cut = cut_program(config, workload, shape).extent
+        vast = is_vast(columns, shape.causal)
+        cut = bounded_cut(columns, shape) if vast else cut_program(config, workload, shape).extent
     return planned(columns, workload, machine, apart=apart, returned=returned, warm=warm, cut=cut)
 
 
@@ -257,7 +256,10 @@ def kernel_of(config: AttentionConfig, workload: Workload, machine: Machine) -> 
     columns = columns_of(config, workload.seq)
     by_flex = columns.variant == "block_sparse" and bool(goes_apart(columns, workload, machine))
     capability = machine.capability if isinstance(machine, Cuda) else None
-    return kernel_choice(config, shape_of(columns, workload, machine), capability, flex=by_flex)
+    choice = kernel_choice(config, shape_of(columns, workload, machine), capability, flex=by_flex)
+    if is_cut(columns, workload) and not goes_apart(columns, workload, machine):
+        return choice._replace(calls=None)
+    return choice
 
 
 def returned_weights(config: AttentionConfig, workload: Workload) -> weights.ReturnedWeights:

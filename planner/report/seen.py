@@ -9,8 +9,9 @@ import numpy as np
 
 from attention.config import AttentionConfig
 from attention.errors import ConfigError
-from attention.layout_cells import COUNTED, row_counts, shares, taken, units
+from attention.layout_cells import COUNTED, row_counts, row_permitted, shares, taken, units
 from attention.sizes.arrays import Floats
+from planner.question.features import refuse_features
 from planner.workload import Workload
 
 if TYPE_CHECKING:
@@ -29,7 +30,8 @@ class Seen(NamedTuple):
 
     config: AttentionConfig
     workload: Workload
-    """The sequence: its length, causality and number of heads count here."""
+    """The sequence: its length, the tokens that ask, its documents, causality and number of heads count
+    here."""
     size: int
     """Tokens of a unit. A unit is a block; a token for `dilated`, whose figures are those of head 0, and for
     windows that end at the token."""
@@ -47,6 +49,18 @@ class Seen(NamedTuple):
     """The share of dense attention's softmax probability that is kept, 0 to 1. None for `adaptive`, whose
     blocks are chosen at run time."""
     profile: str
+    visible: float
+    """The units that a row is permitted on average: those of its document, and before it if causal."""
+
+    @property
+    def first(self) -> int:
+        """The first token that asks."""
+        return self.workload.seq - self.workload.query_tokens
+
+    @property
+    def rows(self) -> int:
+        """Units in which a token asks."""
+        return self.units - self.first // self.size
 
     @property
     def chosen(self) -> bool:
@@ -60,8 +74,8 @@ class Seen(NamedTuple):
 
     @property
     def permitted(self) -> float:
-        """The kept share of the pairs that causality permits, 0 to 1."""
-        return 2 * self.mean / (self.units + 1) if self.workload.causal else self.share
+        """The kept share of the pairs that causality and documents permit, 0 to 1."""
+        return self.mean / self.visible
 
     @property
     def by_head(self) -> bool:
@@ -81,8 +95,10 @@ def seen(config: AttentionConfig, workload: Workload, profile: Profile) -> Seen:
     from planner.quality.mass import mass_of
     from planner.quality.reach import layers
 
+    refuse_features(config, workload)
     size, number = units(config, workload.seq)
-    counts = row_counts(config, workload.seq, workload.causal)
+    counts = row_counts(config, workload.seq, workload.causal, **_sections(workload))
+    visible = row_permitted(config, workload.seq, workload.causal, **_sections(workload))
     return Seen(
         config,
         workload,
@@ -91,11 +107,23 @@ def seen(config: AttentionConfig, workload: Workload, profile: Profile) -> Seen:
         int(counts.min()),
         float(counts.mean()),
         int(counts.max()),
-        number <= COUNTED,
+        number - (workload.seq - workload.query_tokens) // size <= COUNTED,
         layers(config, workload, MAXIMUM_LAYERS),
         mass_of(config, workload, profile),
         profile.name,
+        _mean_visible(visible, number, workload),
     )
+
+
+def _sections(workload: Workload) -> dict[str, Any]:
+    """What is clipped, as `attention.layout_cells` takes it."""
+    return {"origin": workload.seq - workload.query_tokens, "lengths": workload.documents or ()}
+
+
+def _mean_visible(visible: Any, number: int, workload: Workload) -> float:
+    if workload.is_cut:
+        return float(visible.mean())
+    return (number + 1) / 2 if workload.causal else float(number)
 
 
 def _refuse_vast(config: AttentionConfig, seq: int) -> None:
@@ -119,12 +147,15 @@ def _chosen(config: AttentionConfig, workload: Workload, profile: Profile) -> Se
     # Row i of a causal one has i + 1 blocks to choose from.
     mean = kept * (1 - (kept - 1) / (2 * number)) if workload.causal else float(kept)
     minimum = 1 if workload.causal else kept
-    return Seen(config, workload, size, number, minimum, mean, kept, True, None, None, profile.name)
+    refuse_features(config, workload)
+    visible = _mean_visible(None, number, workload)
+    return Seen(config, workload, size, number, minimum, mean, kept, True, None, None, profile.name, visible)
 
 
 def cells(mask: Seen, rows: int, columns: int) -> Floats:
     """The kept share of each cell's pairs, [rows, columns], with no more rows or columns than units."""
-    return shares(mask.config, mask.workload.seq, mask.workload.causal, rows, columns)
+    workload = mask.workload
+    return shares(mask.config, workload.seq, workload.causal, rows, columns, **_sections(workload))
 
 
 class Strip(NamedTuple):
@@ -153,10 +184,12 @@ def strips(mask: Seen, groups: int = 4) -> list[Strip]:
 def seen_data(mask: Seen) -> dict[str, Any]:
     """The figures as plain data."""
     workload = mask.workload
+    given = {"queries": workload.queries, "documents": workload.documents}
     return {
         "config": mask.config.model_dump(mode="json"),
         "seq": workload.seq,
         "causal": workload.causal,
+        **{name: value for name, value in given.items() if value is not None},
         "unit": mask.unit,
         "unit_tokens": mask.size,
         "units": mask.units,

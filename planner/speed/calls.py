@@ -283,18 +283,33 @@ def _spans(run: Run, rows: Rows, shape: Shape) -> Program:
     if any_of(wide > 0):
         split = rounded_up(run.rows, together) * wide
         tiles = tiles + split
-        calls += _wide(run, split, together, size, shape)
+        calls += _wide(run, split, size, shape)
     return Program(calls, tiles)
 
 
-def _wide(run: Run, number: Amount, together: Amount, size: float, shape: Shape) -> list[Calls]:
-    """Tiles of `together` sliding rows, by what all of them share, each half of them, and so on."""
-    calls = []
-    spans = shape.heads // shape.call_heads
+def _wide(run: Run, number: Amount, size: Amount, shape: Shape) -> list[Calls]:
+    """Tiles of sliding rows, by what they share, and under a causal mask their own blocks."""
     rows = run.rows / maximum(number, 1)  # of a tile, on average
-    width = run.width - int(shape.causal)
-    base = Calls(number, 1, shape.call_heads, rows * size, 1, spans=spans, groups=shape.kv_heads)
-    calls.append(_cut(base._replace(keys=maximum(width - rows + 1, 1) * size), shape))
+    base = Calls(
+        number,
+        1,
+        shape.call_heads,
+        rows * size,
+        1,
+        spans=shape.heads // shape.call_heads,
+        groups=shape.kv_heads,
+    )
+    calls = _shared(base, rows, (run.width - int(shape.causal)) * size, size, shape)
+    if shape.causal:
+        calls.append(base._replace(views=rows, queries=size, keys=size, causal=1, later=1))
+    return calls
+
+
+def _shared(base: Calls, rows: Amount, width: Amount, size: Amount, shape: Shape) -> list[Calls]:
+    """Tiles of so many rows of `size` queries that see `width` keys each, by what all of them share, each
+    half of them, and so on; see `attention.block_sparse.shared_calls`."""
+    number = base.number
+    calls = [_cut(base._replace(keys=maximum(width - (rows - 1) * size, size)), shape)]
     level = 0
     while any_of(rows > 1.5 * 2**level):
         part = rows / 2 ** (level + 1)
@@ -304,8 +319,6 @@ def _wide(run: Run, number: Amount, together: Amount, size: float, shape: Shape)
             _cut(base._replace(number=exists, queries=part * size, keys=part * size, later=1), shape)
         )
         level += 1
-    if shape.causal:
-        calls.append(base._replace(views=rows, queries=size, keys=size, causal=1, later=1))
     return calls
 
 
@@ -415,7 +428,15 @@ def _token_rows(rows: TokenRows, begin: Amount, end: Amount, together: Amount, s
     cut = base._replace(number=tiles * rows.cut)
     triangle = cut._replace(number=cut.number * behind, keys=queries, causal=1, step=0)
     edge = cut._replace(number=cut.number * before, keys=queries, later=1, step=0)
-    middle = cut._replace(keys=mean(*(row.full_stop - row.full for row in ends)), later=1)
+    width = mean(*(row.full_stop - row.full for row in ends))
+    wide = rows.wide * (together > 1)
+    middle = cut._replace(number=cut.number * (1 - wide), keys=width, later=1)
+    shared: list[Calls] = []
+    if any_of(wide > 0):
+        tile = cut._replace(
+            number=cut.number * wide, views=1, queries=maximum(views * queries, 1), step=0, later=1
+        )
+        shared = _shared(tile, views, width, queries, shape)
     columns = base._replace(
         number=tiles * (rows.begin > 0),
         views=1,
@@ -424,7 +445,7 @@ def _token_rows(rows: TokenRows, begin: Amount, end: Amount, together: Amount, s
         later=1,
         step=0,
     )
-    return Program([whole, triangle, edge, _cut(middle, shape), _cut(columns, shape)], tiles)
+    return Program([whole, triangle, edge, _cut(middle, shape), *shared, _cut(columns, shape)], tiles)
 
 
 def _cut(call: Calls, shape: Shape) -> Calls:

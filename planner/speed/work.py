@@ -281,7 +281,7 @@ def _work(
     total = forward(program.calls, program.tiles, shape, kernel)
     few = calls_of(columns, shape) is not None
     if asks and not (once or few):  # whole calls are those of the last queries
-        _share(total, columns, shape)
+        _share(total, columns, shape, kernel)
     _beside(total, columns, shape, 1, apart)
     again = trains and outer is not None and outer.checkpoint  # the forward runs once more
     ahead = _all_items(total, workload.batch, once, 2 if again else 1)
@@ -294,7 +294,7 @@ def _work(
     few = calls_of(columns, shape) is not None or lists_of(columns, shape) is not None
     total = backward(program.calls, program.tiles, back, kernel, whole=once or few)
     if asks and not (once or few):
-        _share(total, columns, back)
+        _share(total, columns, back, kernel)
     if asks:  # dk and dv are of all tokens
         total["tokens"] = total["tokens"] + 2 * shape.origin * shape.kv_heads * shape.head_dim
     _beside(total, columns, shape, 2, apart)
@@ -308,7 +308,7 @@ def _work(
     return Work(ahead, _all_items(total, workload.batch, once, 1))
 
 
-def _share(total: Totals, columns: Columns, shape: Shape) -> None:
+def _share(total: Totals, columns: Columns, shape: Shape, kernel: Kernel) -> None:
     """Leaves of totals of a whole sequence what its last queries have."""
     pairs: Amount = pairs_share(columns, shape)
     rows: Amount = shape.queries / shape.seq
@@ -319,6 +319,11 @@ def _share(total: Totals, columns: Columns, shape: Shape) -> None:
     for name in ("launches", "gathers", "tiles"):
         total[name] = total[name] * calls
     total["merged"] = total["merged"] * rows
+    # A call of fewer queries than a block of the kernel's reads as many keys.
+    untyped: Any = columns
+    usual = untyped.block_size if columns.variant == "block_sparse" else minimum(shape.tile_tokens, shape.seq)
+    block = minimum(kernel.query_block(usual), usual)
+    total["keys"] = total["keys"] * maximum(block / minimum(shape.queries, usual), 1)  # type: ignore[arg-type]
 
 
 def _program(

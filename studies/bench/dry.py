@@ -34,6 +34,7 @@ from planner.measuring.server import Batch
 from planner.memory.dispatch import goes_apart
 from planner.memory.dry_runs import FLOAT64, PATH, SEGMENT, SEGMENTS, DryCases, DryRuns
 from planner.memory.estimate import MemoryEstimate, estimate, machine_of
+from planner.question.features import features_of
 from planner.workload import Workload
 from studies.bench.records import DATA, Row, as_json, environment, write
 
@@ -260,6 +261,7 @@ def written(setting: Sequence[Error], checking: Sequence[Error]) -> DryRuns:
             dtypes=tuple(sorted({e.case.workload.dtype for e in both})),
             modes=tuple(sorted({e.case.workload.mode for e in both})),
             longest=LONGEST,
+            features=tuple(sorted({one for e in both for one in features_of(e.case.workload)} - {"weights"})),
         ),
         margin=share,
         set_by=of(setting),

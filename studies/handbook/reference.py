@@ -17,6 +17,8 @@ import typer
 
 import attention
 import planner
+from attention.config import AdaptiveConfig, AttentionConfig, PatternType, SparsePatternConfig
+from attention.features import Feature, unfit_feature
 from planner.cli.app import app
 from planner.cli.main import main
 from planner.gpus import Gpu, find
@@ -313,7 +315,38 @@ def _rates_row(gpu: Gpu) -> list[str]:
     return [gpu.name, ".".join(map(str, gpu.capability)), *shares]
 
 
+FEATURES: Final[dict[Feature, str]] = {
+    "queries": "fewer queries than keys",
+    "documents": "documents, padding",
+    "sinks": "learned sinks",
+    "weights": "weights",
+}
+
+
+def features_table() -> str:
+    """Markdown: which attention takes which feature."""
+    pattern = SparsePatternConfig(block_size=64)
+    scorer = AdaptiveConfig(num_heads=1, head_dim=64)
+    branches: Any = {"segment_lengths": (64,), "dilation_rates": (1,)}
+    kinds: dict[str, AttentionConfig] = {
+        "dense": AttentionConfig(variant="dense"),
+        "dilated": AttentionConfig(variant="dilated", **branches),
+    }
+    for kind in get_args(PatternType):
+        of_kind = pattern.model_copy(update={"pattern_type": kind})
+        kinds[kind] = AttentionConfig(variant="block_sparse", pattern=of_kind, **branches)
+    kinds["adaptive"] = AttentionConfig(variant="adaptive", pattern=pattern, adaptive=scorer)
+    kinds["any, backend flex"] = AttentionConfig(variant="block_sparse", pattern=pattern, backend="flex")
+    kinds["any, backend flash or cudnn"] = AttentionConfig(variant="dense", backend="flash")
+    rows = [
+        (name, *("refused" if unfit_feature(config, feature) else "done" for feature in FEATURES))
+        for name, config in kinds.items()
+    ]
+    return markdown(rows, ["attention", *FEATURES.values()])
+
+
 TABLES: Final[dict[str, Callable[[], str]]] = {
+    "features": features_table,
     "profiles": profiles_table,
     "grid": grid_table,
     "default-rates": rates_table,

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from attention.config import AdaptiveConfig, AttentionConfig, SparsePatternConfig
 from attention.errors import ConfigError
 from attention.layout import build_layout
-from attention.layout_cells import SAMPLED, row_counts, shares, taken, units
+from attention.layout_cells import SAMPLED, row_counts, row_permitted, shares, taken, units
 from attention.reference import multiplicity
 
 MILLION = 1 << 20
@@ -80,6 +80,39 @@ def test_cells_have_the_share_that_is_kept(config, seq, causal, rows, columns, h
     found = shares(config, seq, causal, rows, columns, head=head)
     np.testing.assert_allclose(found, cells(whole, rows, columns), atol=1e-12)
     np.testing.assert_array_equal(row_counts(config, seq, causal, head=head), whole.sum(axis=1))
+
+
+@given(
+    config=configs(),
+    lengths=st.lists(st.integers(1, 15), min_size=1, max_size=4),
+    asking=st.integers(1, 60),
+    causal=st.booleans(),
+    rows=st.integers(1, 70),
+    columns=st.integers(1, 70),
+)
+def test_cells_of_the_last_queries_and_of_documents(config, lengths, asking, causal, rows, columns):
+    """A pair of units is kept where it is kept of the whole and has a pair of tokens of one document, the
+    first of which asks."""
+    seq = sum(lengths)
+    origin = max(seq - asking, 0)
+    size, count = units(config, seq)
+    number = np.repeat(np.arange(len(lengths)), lengths)
+    same = number[:, None] == number
+    same[:origin] = False
+    at = np.arange(seq) // size
+    together = np.zeros((count, count))
+    np.maximum.at(together, (at[:, None], at), same)
+    whole = pairs(config, seq, causal, 0) * together
+    permitted = np.tril(together) if causal else together
+    first = origin // size
+    given = {"origin": origin, "lengths": lengths}
+    found = shares(config, seq, causal, rows, columns, **given)
+    edges = np.arange(min(rows, count - first) + 1) * (count - first) // min(rows, count - first) + first
+    to = np.arange(min(columns, count) + 1) * count // min(columns, count)
+    expected = [[whole[a:b, c:d].mean() for c, d in pairwise(to)] for a, b in pairwise(edges)]
+    np.testing.assert_allclose(found, np.array(expected), atol=1e-12)
+    np.testing.assert_array_equal(row_counts(config, seq, causal, **given), whole.sum(axis=1)[first:])
+    np.testing.assert_array_equal(row_permitted(config, seq, causal, **given), permitted.sum(axis=1)[first:])
 
 
 LONG = [

@@ -99,7 +99,10 @@ def _scale(mask: Seen, across: int) -> str:
     seq = mask.workload.seq
     each = f"{round(seq / across):,}" if across < mask.units else f"{mask.size:,}"
     whose = " For head 0." if mask.by_head else ""
-    return f"{seq:,} tokens each way, {each} a mark; the first is at the top left.{whose}"
+    way = f"{seq:,} tokens each way"
+    if mask.first:
+        way = f"{mask.workload.query_tokens:,} queries by {seq:,} keys"
+    return f"{way}, {each} a mark; the first is at the top left.{whose}"
 
 
 def _shades(shares: Floats) -> Html | None:

@@ -40,7 +40,7 @@ def draw_layout(figure: Any, mask: Seen) -> None:
     title(
         figure,
         f"{words.attention(mask.config)}: {headline}",
-        f"{workload.seq:,} tokens{blocks}" + ", causal" * workload.causal,
+        f"{workload.seq:,} tokens{blocks}" + ", causal" * workload.causal + words.features(workload),
     )
 
 
@@ -50,17 +50,19 @@ def _draw_matrix(figure: Any, mask: Seen) -> None:
 
     axes = figure.add_subplot()
     shares = cells(mask, CELLS, CELLS)
-    seq = mask.workload.seq
+    seq, first = mask.workload.seq, mask.first
     axes.imshow(
         shares,
-        extent=(0, seq, seq, 0),
+        extent=(0, seq, seq, first),
+        aspect="auto" if first else "equal",
         interpolation="nearest",
         cmap=ListedColormap(SHADES),
         norm=BoundaryNorm([-1, 1e-12, 1 / 3, 2 / 3, 1 - 1e-12, 2], len(SHADES)),
     )
     ticks = [0, seq // 4, seq // 2, 3 * seq // 4, seq]
     axes.set_xticks(ticks, [tokens(at) for at in ticks])
-    axes.set_yticks(ticks, [tokens(at) for at in ticks])
+    asking = [first, (first + seq) // 2, seq] if first else ticks
+    axes.set_yticks(asking, [tokens(at) for at in asking])
     axes.xaxis.tick_top()
     axes.xaxis.set_label_position("top")
     axes.set(xlabel="keys, tokens", ylabel="queries, tokens")

@@ -27,7 +27,9 @@ def seen_text(mask: Seen, ink: str) -> str:
     the terminal shows ASCII alone."""
     workload = mask.workload
     head = [
-        f"{words.attention(mask.config)}, over {workload.seq:,} tokens" + ", causal" * workload.causal,
+        f"{words.attention(mask.config)}, over {workload.seq:,} tokens"
+        + ", causal" * workload.causal
+        + words.features(workload),
         shape(mask.config),
     ]
     drawn = [] if mask.chosen else [_picture(mask, plain=ink.isascii()), _strips(mask, ink)]
@@ -37,16 +39,16 @@ def seen_text(mask: Seen, ink: str) -> str:
 def _picture(mask: Seen, plain: bool) -> list[str]:
     if mask.units > COLUMNS or (plain and mask.units > COLUMNS // 2):
         columns = min(mask.units, COLUMNS)
-        shares = cells(mask, columns // 2, columns)
+        shares = cells(mask, min(columns // 2, mask.rows), columns)
         rows, scale = _shaded(shares, PLAIN if plain else SHADES, mask)
     else:
-        kept = cells(mask, mask.units, mask.units) > 0
+        kept = cells(mask, mask.rows, mask.units) > 0
         rows = _plain(kept) if plain else _halves(kept)
-        scale = f"each {mask.unit} is drawn: {mask.units:,} x {mask.units:,}"
+        scale = f"each {mask.unit} is drawn: {mask.rows:,} x {mask.units:,}"
         scale += f" of {mask.size:,} tokens" * (mask.unit == "block")
     seq, width = mask.workload.seq, len(rows[0])
     whose = "keys of head 0" if mask.by_head else "keys"
-    sides = {0: "0", len(rows) // 2: "queries", len(rows) - 1: tokens(seq)}
+    sides = {0: tokens(mask.first), len(rows) // 2: "queries", len(rows) - 1: tokens(seq)}
     return [
         f"{'':{MARGIN}}0{whose:^{max(width - 1 - len(tokens(seq)), len(whose) + 2)}}{tokens(seq)}",
         *(f"{sides.get(at, ''):>{MARGIN - 1}} {row}".rstrip() for at, row in enumerate(rows)),
@@ -57,7 +59,8 @@ def _picture(mask: Seen, plain: bool) -> list[str]:
 def _shaded(shares: Floats, shades: str, mask: Seen) -> tuple[list[str], str]:
     """Rows of shades, and what a shade means."""
     levels = np.where(shares >= 1, 4, np.where(shares > 0, 1 + (3 * shares).astype(int), 0))
-    high, wide = (round(mask.workload.seq / count) for count in shares.shape)
+    asking = mask.workload.query_tokens, mask.workload.seq
+    high, wide = (round(length / count) for length, count in zip(asking, shares.shape, strict=True))
     scale = f"a mark is {high:,} queries by {wide:,} keys: {shades[4]} all kept, "
     scale += f"{' '.join(shades[3:0:-1])} in part"
     return ["".join(shades[level] for level in row) for row in levels.tolist()], scale
@@ -65,14 +68,14 @@ def _shaded(shares: Floats, shades: str, mask: Seen) -> tuple[list[str], str]:
 
 def _plain(kept: Any) -> list[str]:
     """One mark for each unit, or a square of them."""
-    times = COLUMNS // 2 // len(kept)
+    times = COLUMNS // 2 // kept.shape[1]
     large = np.repeat(np.repeat(kept, times, axis=0), 2 * times, axis=1)
     return ["".join(PLAIN[-1] if one else " " for one in row) for row in large.tolist()]
 
 
 def _halves(kept: Any) -> list[str]:
     """One mark for each unit, or a square of them, two rows a line."""
-    times = COLUMNS // len(kept)
+    times = COLUMNS // kept.shape[1]
     large = np.repeat(np.repeat(kept, times, axis=0), times, axis=1)
     if len(large) % 2:
         large = np.vstack([large, np.zeros((1, large.shape[1]), bool)])
@@ -98,7 +101,10 @@ def _strips(mask: Seen, ink: str) -> list[str]:
 
 def figures(mask: Seen) -> list[tuple[str, str]]:
     """What is kept, the reach and the mass, as (name, text) each."""
-    unit, permitted = mask.unit, mask.workload.causal
+    unit = mask.unit
+    several = len(mask.workload.documents or ()) > 1
+    permit = ["causality"] * mask.workload.causal + ["documents"] * several
+    permitting = f"{' and '.join(permit)} permit" + "s" * (permit == ["causality"])
     if mask.chosen:
         return [
             ("blocks", f"{mask.units:,} of {mask.size:,} tokens"),
@@ -121,7 +127,7 @@ def figures(mask: Seen) -> list[tuple[str, str]]:
         (
             "kept",
             f"{about}{percent(mask.share)} of all pairs of {unit}s"
-            + f", {percent(mask.permitted)} of those that causality permits" * permitted
+            + f", {percent(mask.permitted)} of those that {permitting}" * bool(permit)
             + ", by head 0" * mask.by_head,
         ),
         ("a row", about + rows + _some(mask.maximum, unit) + f", {mask.mean:,.1f} on average" * (not even)),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+from collections.abc import Sequence
 from typing import Any
 
 from attention.config import AdaptiveConfig, AttentionConfig, MultiheadConfig, SparsePatternConfig, Value
@@ -16,10 +18,13 @@ def snippet(config: AttentionConfig, workload: Workload) -> str:
     """Python that builds the attention and calls it once on random q, k, v of the workload."""
     parts = [type(part).__name__ for part in (config.pattern, config.adaptive, config.multihead) if part]
     names = ", ".join(sorted(["AttentionConfig", *parts]))
-    causal = ", is_causal=True" if workload.causal else ""
+    given = ", is_causal=True" if workload.causal else ""
+    given += ", documents=documents" if workload.documents is not None else ""
+    given += ", sinks=sinks" if workload.sinks else ""
     training = workload.mode == "training"
     grad = ", requires_grad=True" if training else ""
     sizes = f"{workload.batch}, {workload.seq}"
+    asking = f"{workload.batch}, {workload.query_tokens}"
     lines = [
         "import torch",
         "",
@@ -30,15 +35,38 @@ def snippet(config: AttentionConfig, workload: Workload) -> str:
         "attend = build(config, device)",
         "",
         f'options = {{"dtype": torch.{workload.dtype}, "device": device}}',
-        f"q = torch.randn({sizes}, {workload.heads}, {workload.head_dim}, **options{grad})",
+        f"q = torch.randn({asking}, {workload.heads}, {workload.head_dim}, **options{grad})",
         f"k = torch.randn({sizes}, {workload.groups}, {workload.head_dim}, **options{grad})",
         f"v = torch.randn({sizes}, {workload.groups}, {workload.head_dim}, **options{grad})",
+        *_beside(workload, grad),
     ]
     if training:
-        lines += [f"out = attend(q, k, v{causal})", "out.backward(torch.ones_like(out))"]
+        lines += [f"out = attend(q, k, v{given})", "out.backward(torch.ones_like(out))"]
     else:
-        lines += ["with torch.no_grad():", f"    out = attend(q, k, v{causal})"]
+        lines += ["with torch.no_grad():", f"    out = attend(q, k, v{given})"]
     return "\n".join([*lines, "print(tuple(out.shape), out.dtype, device)"])
+
+
+def _beside(workload: Workload, grad: str) -> list[str]:
+    """What a call is given beside q, k and v."""
+    lines = []
+    if workload.documents is not None:
+        lengths = _wrapped(workload.documents)
+        lines += [
+            "lengths = torch.tensor([",
+            *(f"    {line}" for line in lengths),
+            "])",
+            "numbers = torch.arange(len(lengths), dtype=torch.int32)",
+            f"documents = numbers.repeat_interleave(lengths).expand({workload.batch}, -1).to(device)",
+        ]
+    if workload.sinks:
+        lines.append(f"sinks = torch.randn({workload.heads}, **options{grad})")
+    return lines
+
+
+def _wrapped(numbers: Sequence[int]) -> list[str]:
+    """Numbers, each with a comma behind it, in lines."""
+    return textwrap.wrap(" ".join(f"{number}," for number in numbers), WIDTH)
 
 
 def _assignment(config: AttentionConfig) -> list[str]:

@@ -333,3 +333,33 @@ def test_what_cannot_be_asked(asked, said):
 def test_an_unknown_argument_is_named():
     with pytest.raises(TypeError, match="sequence"):
         planner.recommend("8GB", sequence=1024)
+
+
+WINDOWS = Space(variants=("block_sparse",), patterns=("local_window",), block_sizes=(64,))
+CUT = {"gpu": "cpu", "dtype": "float32", "heads": 2, "layers": None, "min_mass": 0.5, "trials": 0}
+
+
+def test_documents_fix_the_length():
+    answer = planner.recommend(
+        "1GB", documents=(512, 1024, 512), causal=True, sinks=True, space=WINDOWS, **CUT
+    )
+    assert answer.workload.seq == 2048
+    assert answer.workload.documents == (512, 1024, 512)
+    assert answer.memory.upper <= answer.budget
+    assert "--documents 512,1024,512 --sinks" in answer.command
+    assert answer.quality.mass >= 0.5
+
+
+def test_the_longest_cache_has_all_tokens_that_ask():
+    answer = planner.recommend("16MB", queries=1000, causal=True, space=WINDOWS, **CUT)
+    assert answer.workload.seq > 1000
+    assert answer.memory.upper <= answer.budget
+    longer = answer.workload.model_copy(update={"seq": answer.workload.seq + 128})
+    assert planner.estimate(answer.config, longer, "cpu").upper > answer.budget * 0.99
+
+
+def test_what_does_not_take_fewer_queries_is_refused():
+    with pytest.raises(ConfigError, match="fewer queries than keys: not taken"):
+        planner.recommend("1GB", 2048, queries=1, space=Space(variants=("dense", "adaptive")), **CUT)
+    with pytest.raises(ConfigError, match="which the documents fix"):
+        planner.recommend("1GB", documents=(64, 64), objective="seq", **CUT)
