@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from attention.block_sparse import chosen_tiles
 from attention.config import AttentionConfig
 from attention.decided import Decided
+from attention.documents import Lengths
 from attention.inputs import check, shape_of
 from attention.layout import row_budget
 from attention.module import Attention, eager
@@ -57,7 +58,7 @@ class AdaptiveAttention(Attention):
         self.query_weight = nn.Parameter(start)
         self.key_weight = nn.Parameter(start.clone())
 
-    def _problem(self, shape: Shape) -> tuple[None, None]:
+    def _problem(self, shape: Shape, lengths: Lengths | None = None) -> tuple[None, None]:
         return None, None
 
     def _attend(

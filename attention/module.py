@@ -18,6 +18,7 @@ from attention.documents import Lengths, document_lengths
 from attention.inputs import check, refuse_transforms, refuse_unknown, shape_of, signature
 from attention.layout import Layout, build_layout
 from attention.ops import flex, kernels
+from attention.ops.document_calls import Documents
 from attention.ops.execute import Problem, Reserves, attend
 from attention.ops.kernels import activated_flash, flash_is_built, steady_heap
 from attention.ops.list_calls import shared_lists
@@ -32,7 +33,7 @@ from attention.sizes.row_bounds import Rows, rows_of
 from attention.sizes.shape import Shape
 from attention.sizes.tiles import Extent, dilated_extent, sparse_extent
 from attention.sizes.token_tiles import token_extent, token_window_of
-from attention.sizes.whole_calls import whole_calls
+from attention.sizes.whole_calls import document_call, whole_calls
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -132,7 +133,7 @@ class Attention(nn.Module):
         backend = "sdpa" if cut else flex.resolve(self.config, q, k, is_causal)
         shape = shape_of(q, k, self.config, is_causal, documents=lengths is not None)
         tiled = cut and shape.windows == "none"
-        made = self._cut_problem(shape, lengths) if tiled else self._problem(shape)
+        made = self._cut_problem(shape, lengths) if tiled else self._problem(shape, lengths)
         decided = Decided(self.config, self.scratch, backend, shape, *made, kernels.windows_of(q), cut=cut)
         self.decisions.keep(sizes, decided)
         return decided
@@ -223,7 +224,7 @@ class Attention(nn.Module):
         )
         return problem, None
 
-    def _problem(self, shape: Shape) -> tuple[Problem | None, Rows | None]:
+    def _problem(self, shape: Shape, lengths: Lengths | None = None) -> tuple[Problem | None, Rows | None]:
         """(what is computed, the rows of the layout by which each call makes its tiles, if they come from
         one); no problem where it depends on values."""
         config = self.config
@@ -242,6 +243,11 @@ class Attention(nn.Module):
             by_rate = sorted(branches, key=lambda branch: branch[1])
             program, extent = Tiles(partial(dilated.tiles, branches)), partial(dilated_extent, by_rate)
         whole = not sparse and bool(shape.is_whole(branches))
+        documents = None
+        if lengths is not None:
+            every = whole_calls(config, shape._replace(origin=0))
+            assert every is not None
+            documents = Documents(lengths, document_call(every, shape))
         problem = Problem(
             shape=shape,
             tiles=program,
@@ -252,6 +258,7 @@ class Attention(nn.Module):
             buffers=self.scratch,
             calls=calls,
             hides=config.token_edges,
+            documents=documents,
         )
         return problem, rows if calls is None else None
 

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from attention.ops import kernels, list_calls, whole_calls
+from attention.ops import document_calls, kernels, list_calls, whole_calls
 from attention.ops.backward import Gradients, once
+from attention.ops.document_calls import Documents
 from attention.ops.extent import cut_of
 from attention.ops.learned_sinks import add_sinks, sinks_gradient
 from attention.ops.list_calls import BlockLists
@@ -111,6 +112,8 @@ class Problem(NamedTuple):
     """Its lists where calls over those do it."""
     hides: bool = False
     """Whether masks hide keys from queries though it is not causal."""
+    documents: Documents | None = None
+    """Its documents where one call over those does it."""
 
 
 class _Pass(NamedTuple):
@@ -241,6 +244,9 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, problem: Problem, keeps_lse: bool, trains: bool
 ) -> tuple[Tensor, Tensor | None]:
     shape = problem.shape
+    if problem.documents is not None:
+        packed = document_calls.forward(q, k, v, problem.documents, shape, problem.scale)
+        return packed[0], packed[1] if keeps_lse else None
     if problem.calls is not None:
         whole = whole_calls.forward(q, k, v, problem.calls, shape, problem.scale, problem.covers)
         return whole[0], whole[1] if keeps_lse else None
@@ -383,6 +389,8 @@ def _merge(total: Tensor, total_lse: Tensor, part: Tensor, part_lse: Tensor, scr
 def _gradients(grad: Tensor, saved: Sequence[Tensor], problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) from the gradient of out and what forward saved: q, k, v, out and lse. They are computed
     without masks where those let something through."""
+    if problem.documents is not None:
+        return document_calls.backward(grad, saved, problem.documents, problem.shape, problem.scale)
     if problem.calls is not None:
         return whole_calls.backward(grad, saved, problem.calls, problem.shape, problem.scale, problem.covers)
     if problem.lists is not None:

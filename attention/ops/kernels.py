@@ -262,13 +262,7 @@ def is_right(
     sizes = ((heads, queries), (2, 40), (2, 40), (heads, queries))  # of q, k, v and the gradient of out
     q, k, v, grad = (torch.randn(1, h, t, channels, generator=generator).to(dtype).double() for h, t in sizes)
     scale = channels**-0.5
-    place = torch.arange(queries)[:, None] + 40 - queries
-    key = torch.arange(40)
-    bias = torch.zeros(queries, 40, dtype=torch.float64)
-    if left is not None:
-        bias.masked_fill_(key < place - left, -torch.inf)
-    if right is not None:
-        bias.masked_fill_(key > place + right, -torch.inf)
+    bias = _hidden(queries, 40, left, right)
     wide_k, wide_v = (x.repeat_interleave(heads // 2, 1) for x in (k, v))
     out, lse = _plain(q, wide_k, wide_v, scale, False, bias)
     dq, dk, dv = _plain_backward(grad, q, wide_k, wide_v, out, lse, scale, False, bias)
@@ -287,7 +281,21 @@ def is_right(
     return all(bool((x.double().cpu() - y).abs().max() < TOLERANCE) for x, y in pairs)
 
 
-def _sequences_are_right(device: torch.device, dtype: torch.dtype) -> bool:
+def _hidden(queries: int, keys: int, left: int | None, right: int | None) -> Tensor:
+    """[queries, keys], minus infinity where a mask as those of `windowed` hides a key, else 0."""
+    place = torch.arange(queries)[:, None] + keys - queries
+    key = torch.arange(keys)
+    bias = torch.zeros(queries, keys, dtype=torch.float64)
+    if left is not None:
+        bias.masked_fill_(key < place - left, -torch.inf)
+    if right is not None:
+        bias.masked_fill_(key > place + right, -torch.inf)
+    return bias
+
+
+def _sequences_are_right(
+    device: torch.device, dtype: torch.dtype, left: int | None = None, right: int | None = None
+) -> bool:
     """`_windows_are_right` of `ragged` and its backward, for sequences some of which have no queries."""
     generator = torch.Generator().manual_seed(0)
     queries, keys, scale = (9, 0, 5, 0), (20, 3, 33, 0), 0.25
@@ -299,8 +307,9 @@ def _sequences_are_right(device: torch.device, dtype: torch.dtype) -> bool:
             x[first:last].transpose(0, 1)[None]
             for x, first, last in ((q, t, t_end), (k, c, c_end), (v, c, c_end), (grad, t, t_end))
         )
-        out, lse = _plain(qs, ks, vs, scale, False, None)
-        parts = (out, lse[..., None], *_plain_backward(grads, qs, ks, vs, out, lse, scale, False, None))
+        bias = _hidden(qs.shape[2], ks.shape[2], left, right)
+        out, lse = _plain(qs, ks, vs, scale, False, bias)
+        parts = (out, lse[..., None], *_plain_backward(grads, qs, ks, vs, out, lse, scale, False, bias))
         outs.append([x[0].transpose(0, 1) for x in parts])
     out, lse, dq, dk, dv = (torch.cat(parts) for parts in zip(*outs, strict=True))
     q, k, v, grad = (x.to(device, dtype) for x in (q, k, v, grad))
@@ -308,8 +317,10 @@ def _sequences_are_right(device: torch.device, dtype: torch.dtype) -> bool:
     sequences = Sequences(begins[0].to(device), begins[1].to(device), max(queries), max(keys))
     given_out, given_lse = out.to(device, dtype), lse[..., 0].t().float().to(device)
     try:
-        forward = ragged(q, k, v, sequences, scale=scale)
-        gradients = ragged_backward(grad, q, k, v, given_out, given_lse, sequences, scale=scale)
+        forward = ragged(q, k, v, sequences, scale=scale, left=left, right=right)
+        gradients = ragged_backward(
+            grad, q, k, v, given_out, given_lse, sequences, scale=scale, left=left, right=right
+        )
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, AssertionError):
@@ -441,12 +452,22 @@ class Sequences(NamedTuple):
     """int32 [N + 1], from 0 to the number of queries."""
     keys: Tensor
     most_queries: int
+    """No sequence has more."""
     most_keys: int
 
 
-def ragged(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, *, scale: float) -> tuple[Tensor, Tensor]:
+def ragged(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sequences: Sequences,
+    *,
+    scale: float,
+    left: int | None = None,
+    right: int | None = None,
+) -> tuple[Tensor, Tensor]:
     """Attention of each sequence's queries to its keys: q [T, H, D] over k and v [K, G, D] as (out [T, H, D],
-    lse [H, T]), where `windows_of` is "any"."""
+    lse [H, T]), where `windows_of` is "any"; masks as those of `windowed`."""
     dim = q.shape[-1]
     q, k, v = (aligned_channels(x) for x in (q, k, v))
     out, lse = aten._flash_attention_forward(
@@ -458,9 +479,11 @@ def ragged(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, *, scale: floa
         sequences.most_queries,
         sequences.most_keys,
         0.0,
-        False,
+        left is None and right == 0,
         False,
         scale=scale,
+        window_size_left=left,
+        window_size_right=right,
     )[:2]
     return out[..., :dim], lse
 
@@ -475,6 +498,8 @@ def ragged_backward(
     sequences: Sequences,
     *,
     scale: float,
+    left: int | None = None,
+    right: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) of `ragged`, for out and lse of the whole row. Keys of a sequence without queries have
     zeros."""
@@ -493,10 +518,12 @@ def ragged_backward(
         sequences.most_queries,
         sequences.most_keys,
         0.0,
-        False,
+        left is None and right == 0,
         rng,
         rng[:0],
         scale=scale,
+        window_size_left=left,
+        window_size_right=right,
     )
     dq, dk, dv = (x[..., :dim] for x in grads)
     return dq, dk, dv

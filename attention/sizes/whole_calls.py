@@ -214,6 +214,13 @@ class WholeCall(NamedTuple):
                 yield span, key_span._replace(head_step=self.period // repeat)
 
 
+def document_call(calls: Sequence[WholeCall], shape: Shape) -> WholeCall:
+    """Of an attention that is one call, that call over a document, if the document were all tokens. `calls`:
+    of the shape, if all tokens were queries."""
+    call = next(call for call in calls if any_of(call.exists))
+    return call._replace(start=shape.origin, length=shape.queries, key_start=0, key_length=shape.seq)
+
+
 def windows_of_cut(
     windows: Windows,
     variant: Variant,

@@ -59,6 +59,24 @@ def whole_calls(
     return ahead, behind
 
 
+def document_calls(call: WholeCall, shape: Shape, batch: int) -> tuple[Pass, Pass]:
+    """Forward and backward of documents in one call; see `attention/ops/document_calls.py`."""
+    every = _all_tokens(call, shape, batch)
+    ahead = Pass(1 + _padding(every, shape, queries=1, keys=2), 1)
+    cut, behind = backward_cut(call, shape), Pass(0, 0)
+    one = (cut.kv_heads >= shape.kv_heads) * 1
+    for times, some in _cuts(shape.kv_heads, cut.kv_heads):
+        heads = some * (shape.heads // shape.kv_heads)
+        part = every._replace(heads=heads, kv_heads=some)
+        # Of some heads, operands are views that are copied, and results are put in their place.
+        views = (batch * shape.queries > 1) * 1
+        copied = 2 * (1 - pads_channels(shape)) * views + 2 + maximum(views, is_padded(part.rows, shape))
+        copied = copied * (1 - one)
+        kernels = 3 + 2 * (heads > some) + _padding(part, shape, queries=3, keys=2) + copied
+        behind = summed(behind, Pass(kernels, 1), times)
+    return ahead, behind
+
+
 def _forward(call: WholeCall, shape: Shape, batch: int, card: Cuda) -> Pass:
     covers = _covers(call, shape)
     all_tokens = _all_tokens(call, shape, batch)

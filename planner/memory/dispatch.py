@@ -20,11 +20,11 @@ from attention.sizes.row_bounds import Rows
 from attention.sizes.shape import Shape, Windows, chunk_tokens
 from attention.sizes.tiles import dilated_extent, sparse_extent
 from attention.sizes.token_tiles import TokenWindow, token_extent, token_window
-from attention.sizes.whole_calls import WholeCall, branch_calls, pattern_calls, windows_of_cut
+from attention.sizes.whole_calls import WholeCall, branch_calls, document_call, pattern_calls, windows_of_cut
 from planner.configs import Columns, columns_of
 from planner.memory.cut_programs import ExtentOf, bounded, cut_program
 from planner.memory.machines import Cpu, Cuda, Machine
-from planner.memory.plans import adaptive, list_calls, multihead, tiles, weights, whole_calls
+from planner.memory.plans import adaptive, document_calls, list_calls, multihead, tiles, weights, whole_calls
 from planner.memory.table import Plan, PlanTable
 from planner.workload import Workload
 
@@ -91,7 +91,9 @@ def _attention(
 ) -> None:
     """The attention alone, over q, k and v."""
     calls, lists = calls_of(columns, case.shape), lists_of(columns, case.shape)
-    if calls is not None and not apart:
+    if case.sequences:
+        document_calls.document_calls(table, case, document_call_of(columns, case.shape))
+    elif calls is not None and not apart:
         whole_calls.whole_calls(table, case, calls)
     elif columns.variant == "adaptive":
         rows = columns.rows(case.shape.causal)
@@ -145,6 +147,20 @@ def is_cut(columns: Columns, workload: Workload) -> bool:
 
 def _has_documents(workload: Workload) -> bool:
     return workload.documents is not None and len(workload.documents) > 1
+
+
+def sequences_of(columns: Columns, workload: Workload, machine: Machine) -> int:
+    """Documents of all batch items where flash attention takes them in one call, else 0."""
+    if not _has_documents(workload) or _windows(columns, workload, machine) == "none":
+        return 0
+    return workload.batch * len(workload.documents or ())
+
+
+def document_call_of(columns: Columns, shape: Shape) -> WholeCall:
+    """The call that each document of the candidates is, where `sequences_of` has any."""
+    calls = calls_of(columns, shape._replace(origin=0))
+    assert calls is not None
+    return document_call(calls, shape)
 
 
 def _windows(columns: Columns, workload: Workload, machine: Machine) -> Windows:
@@ -275,6 +291,7 @@ def case_of(columns: Columns, workload: Workload, machine: Machine) -> tiles.Cas
         cache_bytes=columns.cache_bytes,
         sinks=workload.sinks,
         documents=workload.documents is not None,
+        sequences=sequences_of(columns, workload, machine),
     )
 
 

@@ -13,8 +13,8 @@ from attention.sizes.arrays import Count, any_of
 from attention.sizes.shape import Shape
 from attention.sizes.whole_calls import WholeCall, by_cudnn
 from planner.configs import Columns, columns_of
-from planner.memory.call_launches import Pass, summed, whole_calls
-from planner.memory.dispatch import calls_of, goes_apart, lists_of, shape_of
+from planner.memory.call_launches import Pass, document_calls, summed, whole_calls
+from planner.memory.dispatch import calls_of, document_call_of, goes_apart, lists_of, sequences_of, shape_of
 from planner.memory.machines import Cuda, Machine
 from planner.workload import Workload
 
@@ -42,6 +42,9 @@ def launches(columns: Columns, workload: Workload, machine: Machine) -> Launches
     if not isinstance(machine, Cuda) or workload.weights or any_of(goes_apart(columns, workload, machine)):
         return None
     shape = shape_of(columns, workload, machine)
+    if sequences_of(columns, workload, machine):
+        passes = document_calls(document_call_of(columns, shape), shape, workload.batch)
+        return None if workload.sinks else _of_mode(passes, columns, workload)
     calls = calls_of(columns, shape)
     if calls is None or _some_by_cudnn(calls, shape) or workload.sinks or _turn(calls):
         return None

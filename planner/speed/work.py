@@ -237,7 +237,7 @@ def work_of(columns: Columns, workload: Workload, machine: Machine, kernel: Kern
         return _with_sinks(_work(columns, workload, machine, kernel, apart, shape), workload, shape)
     total: Work | None = None
     for part in parts(columns, workload):
-        own = shape_of(part.columns, part.workload, machine)._replace(windows="none", cudnn_from=0)
+        own = shape_of(part.columns, part.workload, machine)._replace(windows=shape.windows, cudnn_from=0)
         work = _work(part.columns, part.workload, machine, kernel, False, own)
         total = _summed(total, work, part.copies)
     assert total is not None

@@ -83,13 +83,22 @@ def windowed_backward(
 
 
 def ragged(
-    q: Tensor, k: Tensor, v: Tensor, sequences: kernels.Sequences, *, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sequences: kernels.Sequences,
+    *,
+    scale: float,
+    left: int | None = None,
+    right: int | None = None,
 ) -> tuple[Tensor, Tensor]:
+    # Else torch takes every sequence to have one query.
+    assert sequences.most_queries > 1 or q.shape[1] == k.shape[1]
     parts = []
     for queries, keys in ranges(sequences):
         if queries.start < queries.stop:
             inputs = (x.transpose(0, 1)[None] for x in (q[queries], k[keys], v[keys]))
-            out, lse = windowed(*inputs, scale=scale, left=None, right=None)
+            out, lse = windowed(*inputs, scale=scale, left=left, right=right)
             parts.append((out[0].transpose(0, 1), lse[0]))
     outs, lses = zip(*parts, strict=True)
     return torch.cat(outs), torch.cat(lses, 1)
@@ -105,6 +114,8 @@ def ragged_backward(
     sequences: kernels.Sequences,
     *,
     scale: float,
+    left: int | None = None,
+    right: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     assert lse.is_contiguous()
     dq, dk, dv = (torch.full_like(x, math.nan) for x in (q, k, v))  # what no sequence has is not set
@@ -113,7 +124,8 @@ def ragged_backward(
         if queries.start < queries.stop:
             sources = (grad[queries], q[queries], k[keys], v[keys], out[queries])
             inputs = [x.transpose(0, 1)[None] for x in sources]
-            parts = windowed_backward(*inputs, lse[None, :, queries], scale=scale, left=None, right=None)
+            masks = {"scale": scale, "left": left, "right": right}
+            parts = windowed_backward(*inputs, lse[None, :, queries], **masks)
             for whole, places, part in zip((dq, dk, dv), (queries, keys, keys), parts, strict=True):
                 whole[places] = part[0].transpose(0, 1)
     return dq, dk, dv
@@ -123,7 +135,7 @@ def ranges(sequences: kernels.Sequences) -> list[tuple[slice, slice]]:
     """The places of each sequence's queries and keys."""
     both = [[slice(*pair) for pair in pairwise(x.tolist())] for x in (sequences.queries, sequences.keys)]
     for places, most in zip(both, (sequences.most_queries, sequences.most_keys), strict=True):
-        assert max(x.stop - x.start for x in places) == most
+        assert max(x.stop - x.start for x in places) <= most
     places = list(zip(*both, strict=True))
     assert all(keys.start < keys.stop for queries, keys in places if queries.start < queries.stop)
     return places

@@ -63,6 +63,8 @@ class Case(NamedTuple):
     """Whether learned sinks join the softmax."""
     documents: bool = False
     """Whether the caller gives the tokens' documents."""
+    sequences: int = 0
+    """Documents of all batch items where flash attention takes them in one call, else 0."""
 
     @property
     def needs_lse(self) -> bool:
