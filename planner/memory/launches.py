@@ -60,7 +60,9 @@ def launches_of(config: AttentionConfig, workload: Workload, machine: Machine) -
         return launches(columns, workload, machine)
     shape = shape_of(columns, workload, machine)
     lists = lists_of(columns, shape)
-    if lists is None or goes_apart(columns, workload, machine) or _some_by_cudnn(lists.own, shape):
+    if lists is None or workload.sinks:
+        return None
+    if goes_apart(columns, workload, machine) or _some_by_cudnn(lists.own, shape):
         return None
     from planner.memory.list_launches import ListedRows, list_calls  # loads NumPy
 
