@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable
 from functools import partial
 from typing import Any, TypeVar, cast
 
@@ -22,10 +22,11 @@ from attention.ops.document_calls import Documents
 from attention.ops.execute import Problem, Reserves, attend
 from attention.ops.kernels import activated_flash, flash_is_built, steady_heap
 from attention.ops.list_calls import shared_lists
-from attention.ops.program import Tile, Tiles
+from attention.ops.program import Tiles
 from attention.ops.weights import AttentionWeights, attention_weights, check_room
 from attention.out_of_memory import with_emergency_release
 from attention.pool import Buffers, buffers_for
+from attention.programs import tiles_of
 from attention.sections import CutProgram
 from attention.sizes.kernel_choice import KernelChoice, kernel_choice
 from attention.sizes.list_calls import calls_of_rows
@@ -199,15 +200,7 @@ class Attention(nn.Module):
         """`_problem` of the last queries of a sequence, and of documents."""
         config = self.config
         branches = shape.within(config.branches) if config.variant != "dense" else ((shape.seq, 1),)
-        if config.token_edges:
-            make: Callable[[Shape], Iterable[Tile]] = partial(
-                token_window.tiles, token_window_of(config, shape.causal)
-            )
-        elif config.variant == "block_sparse":
-            rows = rows_of(config, shape.seq, shape.causal)
-            make = partial(_tiles_of_layout, config, self.scratch, rows)
-        else:
-            make = partial(dilated.tiles, branches)
+        make = tiles_of(config, shape, partial(_kept_layout, config, self.scratch, shape))
         program = CutProgram(make, lengths or ((shape.seq,),), shape.origin)
         sparse = config.variant == "block_sparse"
         aligned = lengths is None and not shape.causal
@@ -269,8 +262,3 @@ def _kept_layout(config: AttentionConfig, buffers: Buffers, shape: Shape) -> Lay
         lambda: build_layout(config, shape.seq, shape.causal),
     )
     return layout
-
-
-def _tiles_of_layout(config: AttentionConfig, buffers: Buffers, rows: Rows, shape: Shape) -> Iterator[Tile]:
-    """The tiles of a block_sparse config; no layout is held between calls."""
-    return block_sparse.tiles(_kept_layout(config, buffers, shape), rows, shape)

@@ -8,8 +8,8 @@ were above it, by up to 24 KB.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Callable
+from functools import cache
 from typing import TYPE_CHECKING
 
 from attention.config import AttentionConfig
@@ -19,7 +19,6 @@ from attention.sizes.tiles import Extent, Kind
 from planner.workload import Workload
 
 if TYPE_CHECKING:
-    from attention.ops.program import Tile
     from attention.sections import CutProgram
 
 ExtentOf = Callable[[Shape], Extent]
@@ -28,26 +27,14 @@ ExtentOf = Callable[[Shape], Extent]
 
 def cut_program(config: AttentionConfig, workload: Workload, shape: Shape) -> CutProgram:
     """One config's program, as `attention.module.Attention` cuts it; `shape` of the forward pass."""
-    from attention.sections import CutProgram  # NumPy, which plans of whole programs do not need
-
-    lengths = (workload.documents or (workload.seq,),)
-    return CutProgram(_tiles_of(config, shape), lengths, int(shape.origin))
-
-
-def _tiles_of(config: AttentionConfig, shape: Shape) -> Callable[[Shape], Iterable[Tile]]:
-    """What makes the tiles of a config's program, before they are cut."""
-    from attention import block_sparse, dilated, token_window
+    # NumPy, which plans of whole programs do not need.
     from attention.layout import build_layout
-    from attention.sizes.row_bounds import rows_of
-    from attention.sizes.token_tiles import token_window_of
+    from attention.programs import tiles_of
+    from attention.sections import CutProgram
 
-    if config.token_edges:
-        return partial(token_window.tiles, token_window_of(config, shape.causal))
-    if config.variant == "block_sparse":
-        layout = build_layout(config, shape.seq, shape.causal)
-        return partial(block_sparse.tiles, layout, rows_of(config, shape.seq, shape.causal))
-    branches = ((shape.seq, 1),) if config.variant == "dense" else config.branches
-    return partial(dilated.tiles, shape.within(branches))
+    layout = cache(lambda: build_layout(config, shape.seq, shape.causal))
+    lengths = (workload.documents or (workload.seq,),)
+    return CutProgram(tiles_of(config, shape, layout), lengths, int(shape.origin))
 
 
 def bounded(extent_of: ExtentOf) -> ExtentOf:
