@@ -17,9 +17,9 @@ from attention.sizes.token_tiles import token_window_of
 def tiles_of(
     config: AttentionConfig, shape: Shape, layout: Callable[[], Layout]
 ) -> Callable[[Shape], Iterable[Tile]]:
-    """What makes the tiles of a config's attention for this shape, or for its backward pass. `layout` gives its
-    layout, where it has one, and is asked anew each time that tiles are made. Not of adaptive attention, which
-    depends on values."""
+    """What makes the tiles of a config's attention for this shape, or for its backward pass. `layout` gives
+    its layout, where it has one, and is asked anew each time that tiles are made. Not of adaptive attention,
+    which depends on values."""
     if config.token_edges:
         return partial(token_window.tiles, token_window_of(config, shape.causal))
     if config.variant == "block_sparse":
