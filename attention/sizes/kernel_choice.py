@@ -166,6 +166,8 @@ def _calls(config: AttentionConfig, shape: Shape, calls: tuple[WholeCall, ...] |
         )
         return _parts(lists.own, shape) + sum(over_lists)
     if calls is None:
+        if shape.causal and shape.origin:
+            return None  # a triangle and what comes before it
         branches = ((shape.seq, 1),) if config.variant == "dense" else shape.within(config.branches)
         return 1 if config.pattern is None and shape.is_whole(branches) else None
     return _parts(calls, shape)

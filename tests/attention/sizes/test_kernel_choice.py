@@ -170,3 +170,18 @@ def test_the_search_keeps_to_a_kernel_that_is_asked_for():
 def test_it_imports_no_torch():
     code = "import sys, attention.sizes.kernel_choice; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("queries", [1, 3, 200])
+def test_calls_are_those_that_are_made_where_queries_are_fewer(queries, causal, monkeypatch):
+    """None where they are tiles: a causal chunk is a triangle and what comes before it."""
+    from attention.ops import kernels
+
+    made, forward = [], kernels.forward
+    monkeypatch.setattr(kernels, "forward", lambda *x, **options: made.append(1) or forward(*x, **options))
+    q, k, v = (torch.randn(1, tokens, 2, 16) for tokens in (queries, 200, 200))
+    module = build(DENSE)
+    module(q, k, v, causal)
+    assert module.kernels(q, k, v, causal).calls in (len(made), None)
+    assert (module.kernels(q, k, v, causal).calls is None) == (len(made) > 1)
