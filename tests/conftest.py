@@ -1,4 +1,5 @@
-"""What every test gets: one thread, Hypothesis profiles, a seed that moves; GPU tests skip themselves."""
+"""What every test gets: one thread, Hypothesis profiles, a seed that moves; GPU tests skip themselves.
+And what many share: a server of measurements, and garbage that is collected without a look at what stays."""
 
 from __future__ import annotations
 

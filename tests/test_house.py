@@ -35,15 +35,18 @@ def tree_of(path: Path) -> ast.Module:
 TREES = {name: tree_of(path) for name, path in MODULES.items()}
 
 
-def imports(tree: ast.Module) -> Iterator[tuple[str, str, str]]:
+@cache
+def imports(tree: ast.Module) -> list[tuple[str, str, str]]:
     """(module, name taken of it or "", name here) of all imports, in functions and for type checkers too."""
+    taken = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from ((alias.name, "", alias.asname or alias.name) for alias in node.names)
+            taken += [(alias.name, "", alias.asname or alias.name) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, "imports are absolute"
             assert node.module
-            yield from ((node.module, alias.name, alias.asname or alias.name) for alias in node.names)
+            taken += [(node.module, alias.name, alias.asname or alias.name) for alias in node.names]
+    return taken
 
 
 def ours(module: str, name: str = "") -> str | None:

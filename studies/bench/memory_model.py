@@ -16,7 +16,6 @@ from time import perf_counter
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed._tools.mem_tracker import MemTracker
 
 from attention.pool import buffers_for
 from planner.fitting.samples import KINDS, Sample, samples
@@ -53,6 +52,9 @@ def arithmetic(sample: Sample) -> int:
 
 def tracked(sample: Sample, device: torch.device = CPU) -> int:
     """`MemTracker`'s peak in bytes of a device, over a call with real tensors there."""
+    # It brings much of torch along, which takes seconds.
+    from torch.distributed._tools.mem_tracker import MemTracker
+
     config, workload = sample
     call = call_of(config, workload, device)
     call.start_cold()

@@ -86,7 +86,7 @@ seeds = pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.
 def test_scorer_loss_teaches_where_the_mass_is(seed):
     module, data = fresh_module(seed), {"count": 2, "content": 7.0}
     assert found_fraction(module, **data) < 1.5 * CHANCE
-    train(module, lambda q, k, v: module.scorer_loss(q, k), 120, seed, **data)
+    train(module, lambda q, k, v: module.scorer_loss(q, k), 60, seed, **data)
     assert found_fraction(module, **data) >= 0.95
 
 
@@ -97,7 +97,7 @@ def test_the_tasks_loss_alone_teaches_the_scorer(seed):
     module, data = fresh_module(seed), {"count": 1, "content": 3.5}
     target = build(AttentionConfig(variant="dense", scale=4 / math.sqrt(DIM)))
     assert found_fraction(module, **data) < 1.5 * CHANCE
-    train(module, lambda q, k, v: (module(q, k, v) - target(q, k, v)).square().mean(), 120, seed, **data)
+    train(module, lambda q, k, v: (module(q, k, v) - target(q, k, v)).square().mean(), 60, seed, **data)
     assert found_fraction(module, **data) >= 0.9
 
 

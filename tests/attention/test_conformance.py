@@ -158,7 +158,7 @@ def check_random(case):
     check_float64(module_of(config), *qkv(**case), causal)
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(case=cases())
 def test_random_configs_equal_the_oracle(case):
     check_random(case)
@@ -278,12 +278,15 @@ def test_batch_items_do_not_know_each_other(config, dtype, causal):
 @every
 def test_later_calls_equal_the_first_bit_for_bit(config, dtype, causal):
     """With a pool and caches that fill and are used, and with neither."""
-    inputs = qkv(101, batch=2, kv_heads=2, dtype=dtype)
+    inputs = qkv(70, batch=2, kv_heads=2, dtype=dtype)
     first, *others = (
         gradients(module, inputs, causal)
-        for kept in ({"pool": "on", "pool_bytes": 1 << 28}, {"pool": "off", "cache_entries": 0})
+        for calls, kept in (
+            (3, {"pool": "on", "pool_bytes": 1 << 28}),
+            (2, {"pool": "off", "cache_entries": 0}),
+        )
         for module in [module_of(in_little_room(config, **kept))]
-        for _ in range(3)
+        for _ in range(calls)
     )
     for other in others:
         assert_same_bits(other, first)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 
 from planner.measuring.measure import Environment, Measurement
+from planner.question.space import Space
 from planner.report.plot.figure import drawn
 from studies import fits, min_mass, search
 
+FEW = Space(block_sizes=(64, 128), ratios=(0.01, 0.1), branches=(1, 2), workspaces=(1 << 20,))
+"""A space that is quickly searched."""
 HERE = Environment(python="3.11", system="Linux", settings={}, date="2026-01-01T00:00:00+00:00")
 
 
@@ -25,7 +28,7 @@ def test_questions_are_of_all_objectives_and_the_same_each_time():
 
 
 def test_a_row_has_the_answer_and_the_cold_start_against_the_grid():
-    asked = {"vram": "2GB", "seq": 4096, "gpu": "gtx1080", "objective": "speed"}
+    asked = {"vram": "2GB", "seq": 4096, "gpu": "gtx1080", "objective": "speed", "space": FEW}
     row = search.scenario_row(asked, trials=8)
     assert row["outcome"] == "ok"
     assert row["answer"] >= 0
@@ -69,7 +72,7 @@ def test_budgets_are_compared_with_what_was_taken():
     assert asked == fits.question(1)
     assert asked["objective"] == "seq"
     assert 64e6 <= asked["vram"] <= 4e9
-    row = fits.budget_row({**asked, "vram": 70_000_000}, Batch(68_000_000))
+    row = fits.budget_row({**asked, "vram": 70_000_000, "space": FEW}, Batch(68_000_000))
     assert (row["outcome"], row["allocated"], row["budget"]) == ("ok", 68_000_000, 70_000_000)
     table = fits.fits_table([row, {**row, "allocated": 71_000_000}, {**row, "outcome": "nothing fits"}])
     assert cells(table, -1)[:5] == ["all", "3", "1", "0", "1"]

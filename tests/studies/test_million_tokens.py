@@ -14,6 +14,7 @@ from studies.bench.study import Scope
 DILATED = one_of_each()["dilated"]
 
 
+@pytest.fixture(scope="module")
 def rows():
     measured = {
         "part": "measured",
@@ -39,9 +40,6 @@ def rows():
         for mode in million.MODES
     ]
     return [measured, *predicted, *ring, *map(million.claim_row, million.CLAIMS)]
-
-
-ROWS = rows()
 
 
 def test_a_run_counts_its_tokens_and_what_is_resident():
@@ -92,16 +90,16 @@ def test_a_quick_run_measures_no_million():
     assert len({label for label, _ in whole}) == len(whole)
 
 
-def test_tables_show_each_part():
-    assert "| local_window | 1,024 | 2.33 | 1.86 | 3.0 | 1.50 x that at 256 |" in million.million_table(ROWS)
-    assert "inference, float16 or bfloat16, GB" in million.predicted_table(ROWS)
-    assert million.ring_table(ROWS).count("\n") == 9
-    assert "| block-sparse, multihead | 33.68 | multihead |" in million.seeds_table(ROWS)
+def test_tables_show_each_part(rows):
+    assert "| local_window | 1,024 | 2.33 | 1.86 | 3.0 | 1.50 x that at 256 |" in million.million_table(rows)
+    assert "inference, float16 or bfloat16, GB" in million.predicted_table(rows)
+    assert million.ring_table(rows).count("\n") == 9
+    assert "| block-sparse, multihead | 33.68 | multihead |" in million.seeds_table(rows)
 
 
-def test_the_picture_has_predictions_a_measured_run_and_the_rings():
+def test_the_picture_has_predictions_a_measured_run_and_the_rings(rows):
     figure = Figure(figsize=(8, 5), layout="constrained")
-    million.draw(figure, ROWS)
+    million.draw(figure, rows)
     one, ten, measured, ring = figure.axes
     assert (one.get_title(), ten.get_title()) == ("1,048,576 tokens", "10,485,760 tokens")
     assert "GB, predicted" in one.get_xlabel()
@@ -110,11 +108,11 @@ def test_the_picture_has_predictions_a_measured_run_and_the_rings():
     assert "11 | 20" in [text.get_text() for text in ring.texts]
 
 
-def test_the_sentences_have_the_rows_figures():
-    findings = million.findings(ROWS)
+def test_the_sentences_have_the_rows_figures(rows):
+    findings = million.findings(rows)
     assert "1,024 tokens ran in one process with 2.50 GB resident at most" in findings.answer
     assert "in 1.50 times the time a token that 256 take" in findings.answer
     assert "by arithmetic 11 NVIDIA GeForce GTX 1080" in findings.answer
-    base = next(row for row in ROWS if row.get("what") == "block-sparse, base")
+    base = next(row for row in rows if row.get("what") == "block-sparse, base")
     assert f" GB; {base['allocated'] / 1e9:.2f} predicted)" in findings.original
     assert "18 TB" in findings.original

@@ -20,6 +20,7 @@ from planner.answers.tuned import Trial, Tuned
 from planner.cli.main import app
 from planner.measuring.measure import Environment, Measurement
 from planner.memory.estimate import estimate
+from planner.question.space import Space
 from planner.search.relax import NothingFitsError
 from planner.workload import Workload
 from studies import (
@@ -103,8 +104,11 @@ class World:
         return SimpleNamespace(returncode=not ran, stdout=row, stderr=WHY[self.kind])
 
 
+FEW = Space(block_sizes=(64, 128), ratios=(0.01, 0.1), branches=(1, 2), workspaces=(1 << 20,))
+
+
 def asked_quickly(answered: Any, **asked: Any) -> Any:
-    return answered(**asked | {"trials": 0})
+    return answered(**asked | {"trials": 0, "space": FEW})
 
 
 def recommended() -> Any:
@@ -172,6 +176,7 @@ def enter(monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(floors, "QUICK", 256)
         monkeypatch.setattr(memory_pool, "QUICK", (128, 256))
         monkeypatch.setattr(memory_model, "PEERS", {"this project": memory_model.ours})
+        monkeypatch.setattr(pareto, "answered", partial(asked_quickly, answered))
         monkeypatch.setattr(pareto, "QUESTIONS", {"small": {"vram": "2GB", "seq": 8192}})
         monkeypatch.setattr(tuning, "tune", tuned)
         # In the place of FlexAttention dense attention, because to compile it takes seconds.

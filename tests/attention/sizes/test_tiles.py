@@ -44,7 +44,7 @@ def assert_enough_for(program, sum_bytes):
 either = st.sampled_from([0, reserve.SUM_BYTES])
 
 
-@settings(max_examples=100)
+@settings(max_examples=40)
 @given(program=programs(longest=400), sum_bytes=either)
 def test_what_is_reserved_is_enough(program, sum_bytes):
     assert_enough_for(program, sum_bytes)

@@ -130,7 +130,7 @@ def test_the_longest_sequence_is_the_longest(name, device, mode):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_more_memory_is_never_a_shorter_sequence(name):
-    budgets = [n * 10**8 for n in (7, 8, 10, 20, 80, 240)]
+    budgets = [n * 10**8 for n in (7, 8, 20, 240)]
     found = [max_sequence(CONFIGS[name], Workload(seq=1), budget) for budget in budgets]
     assert found == sorted(found)
     assert found[0] < found[-1]

@@ -28,7 +28,7 @@ MACHINES = {
     "pascal": lambda dtype: Cuda((6, 1)),
     "ampere": lambda dtype: Cuda((8, 0)),
 }
-AT_A_TIME = 8
+AT_A_TIME = 4
 
 
 def candidates(random, variant, pattern, branches, n=AT_A_TIME, **fields) -> Columns:

@@ -450,10 +450,10 @@ def command(path, *more):
 
 
 def test_a_trial_that_hangs_is_a_timeout(one_server, tmp_path):
-    run = CliRunner().invoke(app, command(tmp_path, "--trials", "1", "--timeout", "0.01"))
+    run = CliRunner().invoke(app, command(tmp_path, "--trials", "1", "--timeout", "0.001"))
     assert run.exit_code == 2
     assert "no config ran within the budget" in run.stderr
-    assert "not done after 0.01 s" in run.stderr
+    assert "not done after 0.001 s" in run.stderr
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])

@@ -41,9 +41,10 @@ def at_once(number, work):
         worker.join()
 
 
-def test_workers_that_make_the_tables_of_a_fresh_database_at_once_all_get_them(tmp_path, monkeypatch):
+@pytest.mark.parametrize("rounds", [1, pytest.param(10, marks=pytest.mark.slow)])
+def test_workers_that_make_the_tables_of_a_fresh_database_at_once_all_get_them(rounds, tmp_path, monkeypatch):
     monkeypatch.setattr(patience, "QUIET", 60.0)
-    for round in range(3):
+    for round in range(rounds):
         start, found = threading.Barrier(6), []
 
         def work(start=start, found=found, url=f"sqlite:///{tmp_path / f'{round}.db'}"):

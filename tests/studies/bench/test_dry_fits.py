@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 from matplotlib.figure import Figure
 
 from planner import gpus
 from planner.measuring.measure import Environment, Measurement
+from planner.question.space import Space
 from studies import fits
 from studies.bench import dry, dry_fits
 
@@ -57,6 +60,8 @@ def test_an_answer_runs_on_a_card_without_what_the_display_has_and_a_longest_one
     assert "What is recommended fits" in figure.get_suptitle()
 
 
-def test_what_nothing_fits_is_an_outcome():
+def test_what_nothing_fits_is_an_outcome(monkeypatch):
+    few = partial(Space, block_sizes=(128,), ratios=(0.1,), branches=(1, 2), workspaces=(1 << 20,))
+    monkeypatch.setattr(dry_fits, "Space", few)
     asked = dry_fits.question(0) | {"seq": 50_000_000}
     assert dry_fits.question_row(asked, Batch(0))["outcome"] == "nothing fits"
