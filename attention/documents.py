@@ -35,6 +35,8 @@ def document_lengths(documents: Any, batch: int, seq: int) -> Lengths:
             f"documents must be [batch, seq] of k, {[batch, seq]}, a number for each token; got "
             f"{list(documents.shape)}"
         )
+    if documents.is_meta:
+        raise InputError("documents on the meta device hold no numbers; give them where k is")
     version = None if documents.is_inference() else documents._version
     kept = _kept.get(id(documents))
     if version is not None and kept is not None and kept[0]() is documents and kept[1] == version:
@@ -42,7 +44,7 @@ def document_lengths(documents: Any, batch: int, seq: int) -> Lengths:
     lengths = _lengths(documents.detach())
     if version is not None:
         _kept.pop(id(documents), None)
-        for key in [key for key, (tensor, *_) in _kept.items() if tensor() is None]:
+        for key in [key for key, (tensor, *_) in list(_kept.items()) if tensor() is None]:
             _kept.pop(key, None)
         for key in list(_kept)[: max(len(_kept) + 1 - MOST_KEPT, 0)]:
             _kept.pop(key, None)
@@ -51,8 +53,11 @@ def document_lengths(documents: Any, batch: int, seq: int) -> Lengths:
 
 
 def _lengths(documents: Tensor) -> Lengths:
-    lengths = []
+    lengths: list[tuple[int, ...]] = []
     for item, numbers in enumerate(documents.cpu().numpy()):
+        if not len(numbers):
+            lengths.append(())
+            continue
         begins = [0, *(np.flatnonzero(numbers[1:] != numbers[:-1]) + 1).tolist()]
         runs, seen = numbers[begins].tolist(), set()
         for number in runs:

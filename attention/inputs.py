@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping
 from itertools import combinations
 from typing import Any
 
@@ -45,8 +45,14 @@ def refuse_unknown(options: Mapping[str, Any]) -> None:
         raise TypeError(f"this attention got an unexpected argument {next(iter(options))!r}")
 
 
-def _refuse_features(config: AttentionConfig, features: Sequence[Feature]) -> None:
-    """Raises UnavailableError for features that the attention does not take, or not together."""
+def check_features(
+    config: AttentionConfig, given: Mapping[Feature, bool], sinks: Any, heads: int, device: torch.device
+) -> None:
+    """Raises InputError unless sinks, if there are any, are a logit for each head, and UnavailableError for
+    features that the attention does not take, or not together. `given`: which of them a call has."""
+    if sinks is not None:
+        _check_sinks(sinks, heads, device)
+    features: list[Feature] = [feature for feature, there in given.items() if there]
     for feature in features:
         if why := unfit_feature(config, feature):
             raise UnavailableError(f"{NAMES[feature]}: not taken by this attention: {why}")
@@ -55,15 +61,15 @@ def _refuse_features(config: AttentionConfig, features: Sequence[Feature]) -> No
             raise UnavailableError(f"{NAMES[one]} and {NAMES[other]} do not go together: {why}")
 
 
-def _check_sinks(sinks: Any, q: Tensor) -> None:
+def _check_sinks(sinks: Any, heads: int, device: torch.device) -> None:
     """Raises InputError unless sinks are a logit for each head."""
     if not isinstance(sinks, Tensor) or not sinks.is_floating_point():
         what = sinks.dtype if isinstance(sinks, Tensor) else type(sinks).__name__
         raise InputError(f"sinks must be a tensor of floating-point numbers, one a head; got {what}")
-    if tuple(sinks.shape) != (q.shape[2],):
-        raise InputError(f"sinks must be [heads], a logit for each of {q.shape[2]}, got {list(sinks.shape)}")
-    if sinks.device != q.device:
-        raise InputError(f"sinks are on {sinks.device}, q on {q.device}; move one of them")
+    if tuple(sinks.shape) != (heads,):
+        raise InputError(f"sinks must be [heads], a logit for each of {heads}, got {list(sinks.shape)}")
+    if sinks.device != device:
+        raise InputError(f"sinks are on {sinks.device}, q on {device}; move one of them")
 
 
 def check(
@@ -100,10 +106,17 @@ def check(
         ("dtype", [x.dtype for x in (q, k, v)]),
         ("device", [x.device for x in (q, k, v)]),
         ("batch", [x.shape[0] for x in (q, k, v)]),
-        ("head_dim", [x.shape[3] for x in (q, k, v)]),
     ):
         if len(set(values)) > 1:
             raise InputError(f"q, k and v must agree in {what}, got {', '.join(map(str, values))}")
+    if q.shape[3] != k.shape[3]:
+        raise InputError(f"q and k must agree in head_dim, got {q.shape[3]} and {k.shape[3]}")
+    if v.shape[3] != q.shape[3]:
+        raise InputError(
+            f"v must have the head_dim of q and k, {q.shape[3]}, got {v.shape[3]}: values of another size, "
+            "as latent attention (MLA) has them, are not taken; pad the narrower with zeros (where that is q "
+            "and k, give the config its scale)"
+        )
     if k.shape[1] != v.shape[1]:
         raise InputError(f"k and v must have equally many tokens, got {k.shape[1]} and {v.shape[1]}")
     if q.shape[1] > k.shape[1]:
@@ -124,15 +137,13 @@ def check(
             f"this adaptive attention was built for (heads, head_dim) = "
             f"{(config.adaptive.num_heads, config.adaptive.head_dim)}, got {(q.shape[2], q.shape[3])}"
         )
-    if sinks is not None:
-        _check_sinks(sinks, q)
-    there: dict[Feature, bool] = {
+    given: dict[Feature, bool] = {
         "queries": q.shape[1] < k.shape[1],
         "documents": documents,
         "sinks": sinks is not None,
         "weights": weights,
     }
-    _refuse_features(config, [feature for feature, given in there.items() if given])
+    check_features(config, given, sinks, q.shape[2], q.device)
 
 
 def _refuse_kernel(q: Tensor, k: Tensor, config: AttentionConfig, is_causal: bool) -> None:

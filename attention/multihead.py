@@ -16,8 +16,10 @@ from torch.utils.checkpoint import checkpoint
 
 from attention.adaptive import AdaptiveAttention
 from attention.config import AttentionConfig
+from attention.documents import document_lengths
 from attention.errors import InputError
-from attention.inputs import refuse_transforms
+from attention.features import Feature
+from attention.inputs import check_features, refuse_transforms
 from attention.module import Attention, eager
 from attention.ops.backward import Gradients, once
 from attention.ops.weights import AttentionWeights
@@ -26,9 +28,13 @@ from attention.pool import Buffers
 
 
 class MultiheadAttention(nn.Module):
-    """`module(query, key, value, is_causal=False, need_weights=False) -> (out, AttentionWeights | None)`.
+    """`module(query, key, value, is_causal=False, need_weights=False, documents=None, sinks=None) ->
+    (out, AttentionWeights | None)`.
 
-    query, key and value are [batch, seq, embed_dim], or [seq, embed_dim].
+    query, key and value are [batch, seq, embed_dim], or [seq, embed_dim]. `documents`: whole numbers
+    [batch, seq], or [seq], equal ones in runs; tokens see none but those of their own number (packed
+    sequences, padding). `sinks`: [num_heads], a logit each, which joins the softmax of every query without a
+    value.
     """
 
     batch_first = True
@@ -65,24 +71,37 @@ class MultiheadAttention(nn.Module):
         average_attn_weights: bool = False,
         is_causal: bool = False,
         return_attention_weights: bool = False,
+        documents: Tensor | None = None,
+        sinks: Tensor | None = None,
     ) -> tuple[Tensor, AttentionWeights | None]:
         """`attn_mask` is taken only with `is_causal=True`, as torch's hint that it is the causal one."""
         if key_padding_mask is not None or (attn_mask is not None and not is_causal):
             raise InputError(
                 "masks are given by the config's pattern and is_causal; got a "
                 f"{'key_padding_mask' if key_padding_mask is not None else 'attn_mask'}: drop it, and "
-                "cut padding off instead (any length runs)"
+                "give padding as documents of its own: documents="
             )
         self._check(query, key, value)
         wanted = need_weights or return_attention_weights
+        if isinstance(documents, Tensor) and query.dim() == 2:
+            documents = documents[None]
+        self._check_features(query, documents, sinks, wanted)
+        extras = (documents, sinks)
         return with_emergency_release(
-            lambda: self._whole(query, key, value, is_causal, wanted, average_attn_weights),
+            lambda: self._whole(query, key, value, is_causal, wanted, average_attn_weights, extras),
             self.attention.scratch,
             query.device,
         )
 
     def _whole(
-        self, query: Tensor, key: Tensor, value: Tensor, is_causal: bool, wanted: bool, averaged: bool
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        is_causal: bool,
+        wanted: bool,
+        averaged: bool,
+        extras: tuple[Tensor | None, Tensor | None],
     ) -> tuple[Tensor, AttentionWeights | None]:
         batched = query.dim() == 3
         if not batched:
@@ -101,12 +120,13 @@ class MultiheadAttention(nn.Module):
                 value,
                 is_causal,
                 False,
+                *extras,
                 use_reentrant=False,
                 preserve_rng_state=False,
             )[0]
             weights = None
         else:
-            out, weights = self._attend(query, key, value, is_causal, wanted)
+            out, weights = self._attend(query, key, value, is_causal, wanted, *extras)
         if weights is not None and averaged:
             weights = _averaged(weights)
         return (out if batched else out[0]), weights
@@ -127,7 +147,8 @@ class MultiheadAttention(nn.Module):
             if x.shape != query.shape:
                 raise InputError(
                     f"query, key and value must agree in batch and seq, got {tuple(query.shape)} and "
-                    f"{name} {tuple(x.shape)}"
+                    f"{name} {tuple(x.shape)}; fewer queries than keys, as with a cache, are for the "
+                    "attention without projections"
                 )
             if x.device != weight.device:
                 raise InputError(f"{name} is on {x.device}, the module on {weight.device}; move one of them")
@@ -136,11 +157,31 @@ class MultiheadAttention(nn.Module):
                     f"{name} is {x.dtype}, the module {weight.dtype}; convert one of them or use autocast"
                 )
 
+    def _check_features(
+        self, query: Tensor, documents: Tensor | None, sinks: Tensor | None, wanted: bool
+    ) -> None:
+        """Raises an error unless documents and sinks fit the streams and the attention, before those are
+        projected."""
+        several = False
+        if documents is not None:
+            batch = query.shape[0] if query.dim() == 3 else 1
+            lengths = document_lengths(documents, batch, query.shape[-2])
+            several = any(len(item) > 1 for item in lengths)
+        given: dict[Feature, bool] = {"documents": several, "sinks": sinks is not None, "weights": wanted}
+        check_features(self.config, given, sinks, self.num_heads, query.device)
+
     def _attend(
-        self, query: Tensor, key: Tensor, value: Tensor, is_causal: bool, wanted: bool
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        is_causal: bool,
+        wanted: bool,
+        documents: Tensor | None,
+        sinks: Tensor | None,
     ) -> tuple[Tensor, AttentionWeights | None]:
         q, k, v = self._project(query, key, value)
-        result = self.attention(q, k, v, is_causal, wanted)
+        result = self.attention(q, k, v, is_causal, wanted, documents, sinks)
         del q, k, v  # unless autograd saved them, before the output is projected
         out, weights = result if isinstance(result, tuple) else (result, None)
         return self.out_proj(out.flatten(2)), weights

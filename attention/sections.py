@@ -232,8 +232,7 @@ def _of_list(
 
 
 def _joined(calls: list[Call], shape: Shape) -> list[Call]:
-    """The calls; those of equal queries that see all of adjoining keys are one, as far as kernels may
-    copy."""
+    """The calls; those of equal queries that see all of adjoining keys are one, as far as kernels copy."""
     joined: list[Call] = []
     for call in calls:
         for n, other in enumerate(joined):

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import os
 import signal
+import sys
 import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
 from pairwise import pairwise
+
+if TYPE_CHECKING:
+    from shared_server import SharedServer
 
 # `conformance` is a plain module that tests import; without this its asserts would report nothing.
 pytest.register_assert_rewrite("conformance")
@@ -41,10 +48,41 @@ def seed(request: pytest.FixtureRequest) -> int:
     return SEED
 
 
+@pytest.fixture(scope="session")
+def server_of_all() -> Iterator[SharedServer]:
+    from shared_server import SharedServer
+
+    server = SharedServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def one_server(server_of_all: SharedServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the test measures for real, in batches and one by one, runs in forks of a server that is there
+    already; that these measure what processes of their own do, planner/measuring/test_server.py says."""
+    monkeypatch.setattr("planner.measuring.server._Server", lambda variables: server_of_all)
+    # The module, whose name in its package is the function.
+    monkeypatch.setattr(importlib.import_module("planner.measuring.measure"), "run", server_of_all.single)
+
+
+MANY = 50
+"""Modules that are worth a collection of garbage."""
+loaded = 0
+
+
 def pytest_collection_finish() -> None:
     """What collecting left lives as long as the run: collections of garbage in tests need not look at it."""
+    global loaded
     gc.collect()
     gc.freeze()
+    loaded = len(sys.modules)
+
+
+def pytest_runtest_logstart() -> None:
+    """Nor at what a test loaded: torch loads sympy and its compiler when they are first needed."""
+    if loaded and len(sys.modules) >= loaded + MANY:
+        pytest_collection_finish()
 
 
 def pytest_report_header() -> str:

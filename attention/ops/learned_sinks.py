@@ -20,11 +20,11 @@ from attention.sizes.shape import Shape
 
 def add_sinks(out: Tensor, lse: Tensor, sinks: Tensor, shape: Shape) -> None:
     """Lets sinks [H] join the softmax of all queries, in out [B, S, H, D] and lse [B, S, H] themselves."""
-    sinks = sinks.detach().to(lse.dtype)
+    sinks, lowest = sinks.detach().to(lse.dtype), torch.finfo(lse.dtype).min
     for tokens in _slabs(shape):
         for part, part_lse in zip(out[:, tokens], lse[:, tokens], strict=True):
-            # A query without keys has nothing to share.
-            share = (part_lse - sinks).nan_to_num_(0.0, torch.inf, -torch.inf).sigmoid_()[..., None]
+            # A query without keys has nothing to share, not even with a sink that is minus infinity.
+            share = (part_lse - sinks.clamp(min=lowest)).sigmoid_()[..., None]
             part_lse.copy_(torch.logaddexp(part_lse, sinks))
             if part.dtype == share.dtype:
                 part.mul_(share)

@@ -36,9 +36,9 @@ class Launches(NamedTuple):
 
 def launches(columns: Columns, workload: Workload, machine: Machine) -> Launches | None:
     """Of candidates of which `goes_apart` holds for all or for none; `workload.seq` is not read. None where
-    nobody counted them: on a CPU, of weights, of what is no whole calls but tiles, lists,
-    plain products or compiled FlexAttention, of fewer queries in dilated branches, and where cuDNN's
-    attention runs a call of some candidate: how many kernels its engines launch is not published."""
+    nobody counted them: on a CPU, of weights, of what is no whole calls but tiles, lists, plain products or
+    compiled FlexAttention, of some fewer queries in dilated branches (`_turn`), and where cuDNN's attention
+    runs a call of some candidate: how many kernels its engines launch is not published."""
     if not isinstance(machine, Cuda) or workload.weights or any_of(goes_apart(columns, workload, machine)):
         return None
     shape = shape_of(columns, workload, machine)

@@ -36,6 +36,7 @@ from planner.memory.dry_runs import FLOAT64, PATH, SEGMENT, SEGMENTS, DryCases, 
 from planner.memory.estimate import MemoryEstimate, estimate, machine_of
 from planner.question.features import features_of
 from planner.workload import Workload
+from studies.bench.featured import featured
 from studies.bench.records import DATA, Row, as_json, environment, write
 
 CARDS: Final = (
@@ -70,9 +71,10 @@ class DryCase(NamedTuple):
     card: str
 
 
-def cases(seed: int, *, flex: float = FLEX_SHARE) -> Iterator[DryCase]:
+def cases(seed: int, *, flex: float = FLEX_SHARE, features: bool = False) -> Iterator[DryCase]:
     """Cases without end, the same for the same seed; of the block-sparse ones a share of `flex` may be by
-    FlexAttention, the others are by SDPA."""
+    FlexAttention, the others are by SDPA. With `features` each has what running models need
+    (`studies.bench.featured`)."""
     floor = min(gpus.find(card).usable_bytes for card in CARDS) // FLOOR_SHARE
     drawn = samples(
         seed,
@@ -95,7 +97,10 @@ def cases(seed: int, *, flex: float = FLEX_SHARE) -> Iterator[DryCase]:
             "flex" not in gpus.backends(gpus.find(card), workload.dtype) or workload.weights
         ):
             backend = "auto"
-        yield DryCase(config.model_copy(update={"backend": backend}), workload, card)
+        config = config.model_copy(update={"backend": backend})
+        if features:
+            workload = featured(config, workload, random.Random(f"features {seed} {number}"))
+        yield DryCase(config, workload, card)
 
 
 def goes_flex(case: DryCase) -> bool:
@@ -151,13 +156,15 @@ def publish(name: str, command: str, rows: Sequence[Row], versions: Iterable[str
     return path
 
 
-def sweep(path: Path, seed: int, count: int, *, flex: float = FLEX_SHARE) -> list[Row]:
+def sweep(
+    path: Path, seed: int, count: int, *, flex: float = FLEX_SHARE, features: bool = False
+) -> list[Row]:
     """The rows of the first `count` cases of a seed; those that the file does not have are measured and
     added to it. Cases that the library refuses to plan are rows of the kind `refused`."""
     rows = read_rows(path)
     there = {row["number"] for row in rows if row["seed"] == seed}
     with path.open("a") as file, Batch(PREFIX + CARDS[0]) as batch:
-        for number, case in enumerate(islice(cases(seed, flex=flex), count)):
+        for number, case in enumerate(islice(cases(seed, flex=flex, features=features), count)):
             if number in there:
                 continue
             try:
@@ -296,10 +303,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--count", type=int, default=0, help="cases of the seed to have (default: none more)")
     parser.add_argument("--flex", type=float, default=FLEX_SHARE, help="share that may go by FlexAttention")
+    parser.add_argument(
+        "--features", action="store_true", help="with fewer queries, documents and sinks among the cases"
+    )
     parser.add_argument("--worst", type=int, default=20, help="cases to name")
     parser.add_argument("--write", type=Path, help="rows of another seed: write the margin that they set")
     given = parser.parse_args()
-    rows = sweep(given.rows, given.seed, given.count, flex=given.flex)
+    rows = sweep(given.rows, given.seed, given.count, flex=given.flex, features=given.features)
     if given.write:
         setting = errors(read_rows(given.write))
         write_whole(PATH, f"{written(setting, errors(rows)).to_json(indent=1)}\n".encode(), "the file")

@@ -7,6 +7,7 @@ and with fake ones, and the arithmetic of inputs, outputs, parameters and their 
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import groupby, islice
@@ -22,12 +23,15 @@ from planner.fitting.samples import KINDS, Sample, samples
 from planner.measuring.call import call_of
 from planner.measuring.server import Batch
 from planner.memory.estimate import estimate
+from studies.bench.featured import featured
 from studies.bench.records import Job, Row, markdown
 from studies.bench.study import Results, Scope
 
 SEED = 1009
 """The random seed, another than a calibration's."""
 CASES, LONGEST = 1000, 131_072
+FEATURED_SEED, FEATURED = 1013, "fewer queries, documents, sinks"
+"""The seed, and the kind, of cases with what running models need: a fifth as many."""
 PEERED = 300
 """The number of cases, from the first on, that peers predict too: with fake tensors one may take minutes."""
 QUICK, QUICK_LONGEST = 24, 2048
@@ -204,13 +208,19 @@ def steps(scope: Scope) -> list[Job]:
     cases, longest, peered = (QUICK, QUICK_LONGEST, 8) if scope.quick else (CASES, LONGEST, PEERED)
     batch = scope.batch(timeout=TIMEOUT)
     drawn = islice(samples(SEED, longest=longest), cases)
-    return [
+    jobs: list[Job] = [
         (
             f"memory {n} {KINDS[n % len(KINDS)]}",
             partial(case_row, KINDS[n % len(KINDS)], sample, batch, n < peered),
         )
         for n, sample in enumerate(drawn)
     ]
+    for n, (config, workload) in enumerate(islice(samples(FEATURED_SEED, longest=longest), cases // 5)):
+        workload = featured(config, workload, random.Random(f"{FEATURED_SEED} {n}"))
+        if not workload.is_plain:
+            job = partial(case_row, FEATURED, Sample(config, workload), batch, peered=False)
+            jobs.append((f"memory {n} {FEATURED}", job))
+    return jobs
 
 
 def about_memory(rows: Results) -> Results:

@@ -336,7 +336,7 @@ def features_table() -> str:
         of_kind = pattern.model_copy(update={"pattern_type": kind})
         kinds[kind] = AttentionConfig(variant="block_sparse", pattern=of_kind, **branches)
     kinds["adaptive"] = AttentionConfig(variant="adaptive", pattern=pattern, adaptive=scorer)
-    kinds["any, backend flex"] = AttentionConfig(variant="block_sparse", pattern=pattern, backend="flex")
+    kinds["block_sparse, backend flex"] = kinds["local_window"].model_copy(update={"backend": "flex"})
     kinds["any, backend flash or cudnn"] = AttentionConfig(variant="dense", backend="flash")
     rows = [
         (name, *("refused" if unfit_feature(config, feature) else "done" for feature in FEATURES))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from attention.ops.extent import cut_of
 from attention.ops.program import Gather
 from attention.sizes.row_bounds import rows_of
 from attention.sizes.tiles import (
@@ -59,9 +60,10 @@ def forward_needs(tiles, shape, keeps_lse):
     return needs
 
 
-def backward_needs(tiles, extent, shape):
-    """Of a backward pass; `shape` is `Shape.backward()`, and tiles and extent are its."""
-    cuts = {kind.name: cut(kind, shape) for kind in extent.kinds}
+def backward_needs(tiles, extent, shape, kinds=True):
+    """Of a backward pass; `shape` is `Shape.backward()`, and tiles and extent are its. `kinds`: whether a
+    call is cut as the largest of its kind, or by its own sizes."""
+    cuts = {kind.name: cut(kind, shape) for kind in extent.kinds} if kinds else None
     dim, wide = shape.head_dim, shape.wide
     full = sums_in_full(shape)
     target = wide if full else shape.itemsize
@@ -73,7 +75,7 @@ def backward_needs(tiles, extent, shape):
         tokens = tile.stop - tile.start
         needs.need("dq", tokens * shape.heads * dim * wide * (shape.itemsize < wide))
         for call in tile.calls:
-            by = cuts[call.kind]
+            by = cut_of(call, shape, cuts)
             for _, part in call.columns(by.width):
                 gathers = isinstance(part, Gather)
                 overlaps = not gathers and part.overlaps
@@ -131,13 +133,14 @@ def _inside(part, shape):
     return int(np.minimum(shape.seq - found * part.size, part.size).sum())
 
 
-def beyond(tiles, extent, shape, back_tiles, back_extent):
-    """What is asked for beyond what is reserved: (pass, name, needed, reserved) of each such buffer."""
+def beyond(tiles, extent, shape, back_tiles, back_extent, kinds=True):
+    """What is asked for beyond what is reserved: (pass, name, needed, reserved) of each such buffer. `kinds`:
+    see `backward_needs`."""
     back = shape.backward()
     asked = [
         ("forward", forward_needs(tiles, shape, False), forward_sizes(extent, shape, False)),
         ("forward, keeping lse", forward_needs(tiles, shape, True), forward_sizes(extent, shape, True)),
-        ("backward", backward_needs(back_tiles, back_extent, back), backward_sizes(back_extent, back)),
+        ("backward", backward_needs(back_tiles, back_extent, back, kinds), backward_sizes(back_extent, back)),
     ]
     found = [
         (which, name, nbytes, sizes.get(name, 0))
@@ -145,15 +148,31 @@ def beyond(tiles, extent, shape, back_tiles, back_extent):
         for name, nbytes in needs.items()
         if nbytes > sizes.get(name, 0)
     ]
-    longest = max(tile.stop - tile.start for tile in tiles)
+    longest = max((tile.stop - tile.start for tile in tiles), default=0)
     if longest > extent.tokens:
         found.append(("tile", "tokens", longest, extent.tokens))
-    for call in (call for tile in tiles for call in tile.calls if call.mask in ("diagonal", "band")):
-        if max(call.queries[0].length, call.keys.unit) > extent.mask[0] or call.keys.length > extent.mask[1]:
-            found.append(("mask", call.kind, (call.queries[0].length, call.keys.length), extent.mask))
-    for tile in back_tiles:
+    for some, mask in ((tiles, extent.mask), (back_tiles, back_extent.mask)):
+        for call in (call for tile in some for call in tile.calls):
+            if not _within_mask(call, mask, kinds):
+                found.append(("mask", call.kind, (call.queries[0].length, call.keys.length), mask))
+    for tile in back_tiles if kinds else ():
         for call in tile.calls:
             kind = next(kind for kind in back_extent.kinds if kind.name == call.kind)
             if call.mask == "causal" and call.keys.length > kind.keys:
                 found.append(("causal", call.kind, call.keys.length, kind.keys))
     return found
+
+
+def _within_mask(call, mask, kinds):
+    """Whether what a call takes of the program's mask lies in it."""
+    queries, keys = call.queries[0].length, call.keys.length
+    if call.mask not in ("diagonal", "band"):
+        return True
+    if kinds:
+        return max(queries, call.keys.unit) <= mask[0] and keys <= mask[1]
+    if call.mask == "band":
+        return queries <= mask[0] and call.column >= 0 and call.column + keys <= mask[1]
+    if call.edge >= keys - 1:
+        return True
+    first = mask[1] - mask[0] - call.edge
+    return queries <= mask[0] and first >= 0 and first + keys <= mask[1]

@@ -86,7 +86,7 @@ BAD_TENSORS = {
     "another batch": (1, zeros(1, 20, 2, 16), "agree in batch, got 2, 1, 2"),
     "another length": (2, zeros(2, 21, 2, 16), "equally many tokens, got 20 and 21"),
     "more queries than keys": (0, zeros(2, 21, 4, 16), "q has more tokens than k and v, 21 and 20"),
-    "another head_dim": (1, zeros(2, 20, 2, 8), "agree in head_dim, got 16, 8, 16"),
+    "another head_dim": (1, zeros(2, 20, 2, 8), "q and k must agree in head_dim, got 16 and 8"),
     "k of other heads than v": (1, zeros(2, 20, 4, 16), "k and v must have equally many heads, got 4 and 2"),
 }
 
@@ -132,6 +132,112 @@ def test_flex_is_refused_on_the_cpu_and_never_replaced(variant):
     assert_refused(lambda: module(*inputs), UnavailableError, "backend='flex' cannot serve this")
 
 
+# What a call may have beside
+
+
+def numbers(*rows, **options):
+    return torch.tensor(rows, **options)
+
+
+TWO = numbers([0] * 9 + [1] * 11, [0] * 20)
+
+# (arguments, error, part of the message) of calls over q [2, 20, 4, 16] and k, v [2, 20, 2, 16].
+BAD_FEATURES = {
+    "documents as a list": ({"documents": [[0] * 20] * 2}, InputError, "documents must be a tensor of whole"),
+    "documents as a mask": (
+        {"documents": torch.ones(2, 20, dtype=torch.bool)},
+        InputError,
+        "documents must be a tensor of whole numbers, one a token; got torch.bool",
+    ),
+    "documents in floats": ({"documents": torch.zeros(2, 20)}, InputError, "got torch.float32"),
+    "documents of one item": ({"documents": TWO[:1]}, InputError, "[2, 20], a number for each token; got [1"),
+    "documents too short": ({"documents": TWO[:, 1:]}, InputError, "got [2, 19]"),
+    "documents of pairs": ({"documents": TWO[:, None, None]}, InputError, "got [2, 1, 1, 20]"),
+    "documents not grouped": (
+        {"documents": numbers([0, 1] * 10, [0] * 20)},
+        InputError,
+        "equal numbers of documents must follow each other, but in batch item 0 there is 0, then others, "
+        "then 0 again",
+    ),
+    "documents without numbers": ({"documents": TWO.to("meta")}, InputError, "on the meta device"),
+    "sinks as numbers": (
+        {"sinks": [0.0] * 4},
+        InputError,
+        "sinks must be a tensor of floating-point numbers",
+    ),
+    "whole sinks": ({"sinks": numbers(1, 2, 3, 4)}, InputError, "one a head; got torch.int64"),
+    "sinks of kv heads": ({"sinks": zeros(2)}, InputError, "[heads], a logit for each of 4, got [2]"),
+    "one sink": ({"sinks": zeros()}, InputError, "[heads], a logit for each of 4, got []"),
+    "sinks a batch item": ({"sinks": zeros(2, 4)}, InputError, "got [2, 4]"),
+    "sinks elsewhere": ({"sinks": zeros(4, device="meta")}, InputError, "sinks are on meta, q on cpu"),
+    "weights with documents": (
+        {"documents": TWO, "return_attention_weights": True},
+        UnavailableError,
+        "documents= and return_attention_weights=True do not go together",
+    ),
+    "a mask": ({"attn_mask": zeros(20, 20)}, UnavailableError, "does not take attn_mask=: masks are given"),
+    "dropout": ({"dropout_p": 0.1}, UnavailableError, "does not take dropout_p=: there is no dropout"),
+    "a soft cap": ({"softcap": 50.0}, UnavailableError, "does not take softcap=: scores are not capped"),
+    "ALiBi": ({"alibi_slopes": zeros(4)}, UnavailableError, "does not take alibi_slopes="),
+    "a score function": ({"score_mod": max}, UnavailableError, "does not take score_mod="),
+    "a window": (
+        {"sliding_window": 8},
+        UnavailableError,
+        "sliding_window=: a window of W tokens is SparsePatternConfig(pattern_type='local_window', "
+        "edges='token', local_window_size=W - 1)",
+    ),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_FEATURES.values(), ids=BAD_FEATURES.keys())
+@each
+def test_features_that_do_not_fit_are_refused(config, bad):
+    arguments, error, message = bad
+    if config.variant == "adaptive" and "weights" in message:
+        message = "documents="
+    module, inputs = build(config), qkv(20, batch=2, kv_heads=2, dtype=torch.float32)
+    assert_refused(lambda: module(*inputs, **arguments), error, message)
+
+
+def test_adaptive_says_why_it_takes_no_documents_and_no_fewer_queries():
+    module, (q, k, v) = build(adaptive(0.5)), qkv(20, batch=2, kv_heads=2, dtype=torch.float32)
+    why = "not taken by this attention: its blocks are chosen by summaries"
+    assert_refused(lambda: module(q[:, 1:], k, v), UnavailableError, f"fewer queries than keys: {why}")
+    assert_refused(lambda: module(q, k, v, documents=TWO), UnavailableError, f"documents=: {why}")
+    last = q[:, 1:]
+    for call in (lambda: module.select(last, k), lambda: module.scorer_loss(last, k)):
+        assert_refused(call, UnavailableError, f"fewer queries than keys: {why}")
+
+
+@pytest.mark.parametrize("name", ["dense", "dilated", "block_sparse"])
+def test_weights_are_refused_where_queries_are_fewer(name):
+    module, (q, k, v) = build(MODULES[name]), qkv(20, kv_heads=2, dtype=torch.float32)
+    message = "fewer queries than keys and return_attention_weights=True do not go together"
+    assert_refused(lambda: module(q[:, 1:], k, v, return_attention_weights=True), UnavailableError, message)
+
+
+@each
+def test_values_of_another_head_dim_are_refused_by_name(config):
+    module, (q, k, v) = build(config), qkv(20, batch=2, kv_heads=2, dtype=torch.float32)
+    message = "v must have the head_dim of q and k, 16, got 8"
+    assert_refused(lambda: module(q, k, v[..., :8]), InputError, message)
+
+
+@pytest.mark.parametrize("backend", ["flash", "cudnn", "flex"])
+def test_backends_of_one_kernel_refuse_what_they_do_not_take(backend, monkeypatch):
+    """By the features' names, before anything is asked of the device."""
+    from attention import inputs as inputs_module
+
+    monkeypatch.setattr(inputs_module, "_refuse_kernel", lambda *_: None)
+    module = build(AttentionConfig(variant="dense", backend=backend))
+    q, k, v = qkv(20, batch=2, kv_heads=2, dtype=torch.float32)
+    hint = "use backend='auto' or 'sdpa'"
+    assert_refused(lambda: module(q[:, 1:], k, v), UnavailableError, hint)
+    assert_refused(lambda: module(q, k, v, documents=TWO), UnavailableError, hint)
+    if backend == "flex":
+        assert_refused(lambda: module(q, k, v, sinks=zeros(4)), UnavailableError, hint)
+
+
 # Multihead
 
 
@@ -164,6 +270,31 @@ def test_multihead_streams_that_do_not_fit_are_refused(bad):
     assert_refused(lambda: module(*inputs), InputError, message)
 
 
+def test_multihead_takes_whole_sequences():
+    x, module = torch.zeros(2, 20, 64), multihead()
+    message = "fewer queries than keys, as with a cache, are for the attention without projections"
+    assert_refused(lambda: module(x[:, 1:], x, x), InputError, message)
+
+
+MULTIHEAD_FEATURES = {
+    "documents of one item": ({"documents": TWO[:1]}, InputError, "[2, 20], a number for each token"),
+    "documents not grouped": ({"documents": numbers([0, 1] * 10, [0] * 20)}, InputError, "follow each other"),
+    "sinks of another size": ({"sinks": zeros(2)}, InputError, "a logit for each of 4, got [2]"),
+    "weights with documents": (
+        {"documents": TWO, "need_weights": True},
+        UnavailableError,
+        "documents= and return_attention_weights=True do not go together",
+    ),
+}
+
+
+@pytest.mark.parametrize("bad", MULTIHEAD_FEATURES.values(), ids=MULTIHEAD_FEATURES.keys())
+def test_multihead_refuses_features_before_it_projects(bad):
+    arguments, error, message = bad
+    x, module = torch.zeros(2, 20, 64), multihead()
+    assert_refused(lambda: module(x, x, x, **arguments), error, message)
+
+
 @pytest.mark.parametrize(
     "masks, name",
     [
@@ -191,6 +322,10 @@ BAD_CONFIGS = {
     "NaN sparsity": (lambda: SparsePatternConfig(sparsity_ratio=NAN), "sparsity_ratio"),
     "sparsity of zero": (lambda: SparsePatternConfig(sparsity_ratio=0.0), "sparsity_ratio"),
     "sparsity above one": (lambda: SparsePatternConfig(sparsity_ratio=1.5), "sparsity_ratio"),
+    "a window smaller than a token": (
+        lambda: SparsePatternConfig(pattern_type="local_window", local_window_size=0, edges="token"),
+        "local_window_size",
+    ),
     "unknown pattern": (lambda: SparsePatternConfig(pattern_type="diagonal"), "pattern_type"),
     "too little workspace": (lambda: AttentionConfig(variant="dense", workspace_bytes=1), "workspace_bytes"),
     "segment no multiple of block": (

@@ -25,6 +25,20 @@ from attention import (
 KINDS = ["dense", "dilated-2", "local_window", "global_local", "dilated_sparse-3", "adaptive"]
 
 
+def featured(name, seq=37):
+    """`called` with learned sinks and documents, and for what takes no documents with sinks alone. Sinks are
+    the last of the inputs."""
+    module, inputs, call = called(name, seq)
+    documents = torch.tensor([[3] * 10 + [1] * (seq - 10)])
+    given = {} if "adaptive" in name else {"documents": documents}
+    sinks = torch.tensor([0.5, -1.0, 2.0, 0.0]).requires_grad_()
+
+    def featured_call(module, *x, **options):
+        return call(module, *x[:-1], sinks=x[-1], **given, **options)
+
+    return module, [*inputs, sinks], featured_call
+
+
 def called(name, seq=37):
     """(module, inputs, call(module, *inputs) -> a tensor) of a kind, `multihead` and `multihead adaptive`
     among them, on inputs that want gradients."""
@@ -59,6 +73,29 @@ def test_a_compiled_module_is_the_module_from_the_first_call_on(name, backend):
         ours, theirs = (torch.autograd.grad(x, inputs, grad) for x in (out, eager))
         for x, y in zip(ours, theirs, strict=True):
             assert torch.equal(x, y)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+@pytest.mark.parametrize("name", [*KINDS, "multihead"])
+def test_a_compiled_module_takes_documents_and_sinks(name):
+    torch.compiler.reset()
+    module, inputs, call = featured(name)
+    compiled = torch.compile(lambda *x: call(module, *x) * 2, backend="eager")
+    for _ in range(2):
+        out, eager = compiled(*inputs), call(module, *inputs) * 2
+        assert torch.equal(out, eager)
+        ours, theirs = (torch.autograd.grad(x, inputs, torch.ones_like(x)) for x in (out, eager))
+        assert all(torch.equal(x, y) for x, y in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+def test_a_compiled_module_decodes():
+    torch.compiler.reset()
+    module, (q, k, v), _ = called("local_window")
+    compiled = torch.compile(lambda *x: module(*x, is_causal=True) * 2, backend="eager")
+    for end in range(30, 34):
+        step = (q[:, end - 1 : end], k[:, :end], v[:, :end])
+        assert torch.equal(compiled(*step), module(*step, is_causal=True) * 2)
 
 
 def test_the_choice_and_the_loss_of_a_scorer_run_under_compile():
@@ -103,6 +140,14 @@ def test_a_second_derivative_is_refused_and_a_graph_for_it_is_not(name):
         assert torch.equal(x, y)
     with pytest.raises(UnavailableError, match="double backward"):
         sum(x.sum() for x in grads).backward()
+
+
+@pytest.mark.parametrize("name", ["dense", "global_local", "adaptive"])
+def test_a_second_derivative_through_sinks_is_refused(name):
+    module, inputs, call = featured(name)
+    grads = torch.autograd.grad(call(module, *inputs).square().sum(), inputs, create_graph=True)
+    with pytest.raises(UnavailableError, match="double backward"):
+        grads[-1].sum().backward()
 
 
 @pytest.mark.parametrize("value", [None, "yes", 1, 0, np.True_, torch.tensor(True), torch.zeros(3)])
@@ -173,6 +218,24 @@ def assert_ends_well(run):
 def test_a_call_runs_out_of_memory_in_one_way_forward(name):
     module, inputs, call = called(name)
     assert_ends_well(lambda: [call(module, *inputs)])
+
+
+@pytest.mark.parametrize("name", [*KINDS, "multihead"])
+def test_a_call_with_features_runs_out_of_memory_in_one_way(name):
+    """Sinks are added to an output in place: what is done again is done from the beginning."""
+    module, inputs, call = featured(name)
+    assert_ends_well(lambda: [call(module, *inputs)])
+    with torch.no_grad():
+        assert_ends_well(lambda: [call(module, *inputs)])
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_call_with_features_runs_out_of_memory_in_one_way_backward(name):
+    module, inputs, call = featured(name)
+    leaves = [*inputs, *module.parameters()]
+    out = call(module, *inputs)
+    grad = output_gradient(out)
+    assert_ends_well(lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True))
 
 
 @pytest.mark.parametrize("name", KINDS)

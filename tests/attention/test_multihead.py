@@ -12,7 +12,15 @@ from tolerance import relative_error
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from attention import AdaptiveConfig, AttentionConfig, InputError, MultiheadConfig, SparsePatternConfig, build
+from attention import (
+    AdaptiveConfig,
+    AttentionConfig,
+    InputError,
+    MultiheadConfig,
+    SparsePatternConfig,
+    build,
+    reference_attention,
+)
 
 WIDTH, HEADS = 32, 4
 PATTERN = SparsePatternConfig(block_size=BLOCK, pattern_type="local_window", local_window_size=16)
@@ -125,6 +133,59 @@ def test_fewer_kv_heads_equal_torchs_with_repeated_projections(kv_heads):
     )
     inputs = streams()
     assert relative_error(ours(*inputs)[0], theirs(*inputs, need_weights=False)[0]) <= 1e-10
+
+
+# Documents and sinks
+
+
+def packed(batch=2):
+    return torch.tensor([[4] * 5 + [9] * 16, [1] * 20 + [0]])[:batch]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("variant", ["dense", "dilated", "block_sparse"])
+def test_documents_and_sinks_are_those_of_the_attention(variant, checkpoint, causal):
+    """With gradients of the streams, the parameters and the sinks."""
+    module = multihead(variant, checkpoint=checkpoint)
+    sinks = torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.float64).requires_grad_()
+    leaves, documents = [x.requires_grad_() for x in streams()], packed()
+    found = module(*leaves, is_causal=causal, documents=documents, sinks=sinks)[0]
+    q, k, v = module._project(*leaves)
+    heads = reference_attention(q, k, v, module.config, causal, documents=documents, sinks=sinks)
+    expected = module.out_proj(heads.flatten(2))
+    assert relative_error(found, expected) <= 1e-12
+    wanted = [*leaves, sinks, *module.parameters()]
+    grads = (torch.autograd.grad(out.square().sum(), wanted) for out in (found, expected))
+    for x, y in zip(*grads, strict=True):
+        assert relative_error(x, y) <= 1e-10
+
+
+def test_padding_as_a_document_equals_torchs_padding_mask():
+    ours, inputs = multihead(), streams()
+    padded = torch.tensor([[False] * 21, [False] * 16 + [True] * 5])
+    expected = torchs(ours)(*inputs, key_padding_mask=padded, need_weights=False)[0]
+    found = ours(*inputs, documents=padded.int())[0]
+    assert relative_error(found[~padded], expected[~padded]) <= 1e-10
+
+
+def test_documents_of_an_unbatched_input_are_a_row():
+    module, inputs = multihead("block_sparse"), streams(batch=1)
+    expected = module(*inputs, documents=packed(1))[0][0]
+    assert torch.equal(module(*(x[0] for x in inputs), documents=packed(1)[0])[0], expected)
+
+
+def test_adaptive_takes_sinks_and_checkpoints_them():
+    sinks = torch.zeros(HEADS, dtype=torch.float64)
+    plain, recomputing = multihead("adaptive"), multihead("adaptive", checkpoint=True)
+    results = []
+    for module in (plain, recomputing):
+        leaf = sinks.clone().requires_grad_()
+        out = module(*streams(), sinks=leaf)[0]
+        results.append([out, *torch.autograd.grad(out.square().sum(), [leaf, *module.parameters()])])
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+    assert results[0][1].all()
+    assert not torch.equal(results[0][0], plain(*streams())[0])
 
 
 # Inside torch's layers

@@ -4,6 +4,7 @@ by one, and all values by what their gradients sum to."""
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -139,3 +140,77 @@ def test_300_ordinary_trainings(seed, part):
             assert_trains(*case, seed=number)
         except AssertionError as error:
             raise AssertionError(f"training {number}: {case}") from error
+
+
+def packed_lengths(rng, seq):
+    """Documents as they are packed: many short ones, few long."""
+    edges = [0]
+    while edges[-1] < seq:
+        edges.append(min(edges[-1] + 1 + round(2 ** rng.uniform(4, 13)), seq))
+    return [b - a for a, b in pairwise(edges)]
+
+
+def assert_packed_training(window, seq, heads, kv_heads, dim, seed, queries=None):
+    """Causal, in bfloat16, with learned sinks: some queries of several documents told in float64."""
+    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    lengths = packed_lengths(rng, seq)
+    documents = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    begins = torch.tensor([0, *lengths]).cumsum(0)
+    q, grad = (torch.randn(1, seq, heads, dim, generator=generator).bfloat16() for _ in range(2))
+    k, v = (torch.randn(1, seq, kv_heads, dim, generator=generator).bfloat16() for _ in range(2))
+    first = seq - (queries or seq)
+    q, grad = q[:, first:].contiguous(), grad[:, first:]
+    sinks = torch.randn(heads, generator=generator)
+    leaves = [x.requires_grad_() for x in (q, k, v, sinks)]
+    pattern = SparsePatternConfig(
+        pattern_type="local_window", block_size=128, local_window_size=window - 1, edges="token"
+    )
+    module = build(AttentionConfig(variant="block_sparse", pattern=pattern))
+    out = module(q, k, v, True, documents=documents[None], sinks=sinks)
+    out.backward(grad)
+    bar = 40 * torch.finfo(torch.bfloat16).eps
+    with torch.no_grad():
+        assert all(bool(x.isfinite().all()) for x in (out, *(leaf.grad for leaf in leaves)))
+        hidden = documents < documents[first]
+        assert not k.grad[0, hidden].any()
+        assert not v.grad[0, hidden].any()
+        for query in {first, seq - 1, *(rng.randrange(first, seq) for _ in range(10))}:
+            head = rng.randrange(heads)
+            group = head * kv_heads // heads
+            begin = max(int(begins[documents[query]]), query - window + 1)
+            keys, values = (x[0, begin : query + 1, group].double() for x in (k, v))
+            one, above = q[0, query - first, head].double(), grad[0, query - first, head].double()
+            scores = torch.cat([keys @ one * dim**-0.5, sinks[head, None].double()])
+            weights = scores.softmax(0)[:-1]
+            expected = weights @ values
+            expected_dq = (weights * (values @ above - expected @ above)) @ keys * dim**-0.5
+            assert largest(out[0, query - first, head].double() - expected) <= bar * largest(v)
+            assert largest(q.grad[0, query - first, head].double() - expected_dq) <= bar * largest(q.grad)
+        # Of all weights of a query the sink's share is missing: that of the first query of each document,
+        # which sees itself alone, is told here.
+        for query in [int(b) for b in begins[:-1] if b >= first][:20]:
+            own = (
+                torch.einsum(
+                    "hd,hd->h",
+                    q[0, query - first].double(),
+                    k[0, query].double().repeat_interleave(heads // kv_heads, 0),
+                )
+                * dim**-0.5
+            )
+            share = (own - sinks.double()).sigmoid()[:, None]
+            value = v[0, query].double().repeat_interleave(heads // kv_heads, 0)
+            assert largest(out[0, query - first].double() - share * value) <= bar * largest(v)
+
+
+def test_packed_documents_in_a_window_train_in_16_bits():
+    assert_packed_training(512, 4096, 8, 2, 64, seed=1)
+
+
+@pytest.mark.slow
+def test_30714_packed_tokens_in_a_window_of_4096_train_in_16_bits(seed):
+    assert_packed_training(4096, 30_714, 12, 3, 128, seed)
+
+
+@pytest.mark.slow
+def test_a_last_chunk_of_30714_packed_tokens_trains_in_16_bits(seed):
+    assert_packed_training(4096, 30_714, 12, 3, 128, seed, queries=2048)

@@ -249,3 +249,75 @@ def test_shapes_that_do_not_fit_are_refused():
     ):
         with pytest.raises(InputError, match=r"kv_heads.*got q \["):
             reference_attention(*bad, DENSE)
+
+
+# The last queries of a sequence, documents and sinks
+
+
+def plainly(q, k, v, m, sinks=None):
+    """Masked softmax by torch alone; `m` [B, 1 or H, Q, S], how often each pair counts. A sink is a further
+    column."""
+    query, key, value = (x.transpose(1, 2) for x in (q, k, v))
+    key, value = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=1) for x in (key, value))
+    scores = query @ key.mT / math.sqrt(q.shape[3]) + m.log()
+    if sinks is not None:
+        scores = torch.cat([scores, sinks[None, :, None, None].expand(*scores.shape[:3], 1)], -1)
+    return (scores.softmax(-1)[..., : k.shape[1]] @ value).transpose(1, 2)
+
+
+DOCUMENTS = torch.tensor([[5] * 9 + [2] * 1 + [8] * 23, [1] * 30 + [0] * 3])
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("with_sinks", [False, True])
+@pytest.mark.parametrize("with_documents", [False, True])
+@pytest.mark.parametrize("queries", [1, 7, 33])
+@pytest.mark.parametrize("kind", ["dense", "dilated", "window"])
+def test_features_equal_a_plain_masked_softmax(kind, queries, with_documents, with_sinks, causal):
+    pattern = SparsePatternConfig(pattern_type="local_window", local_window_size=8, edges="token")
+    config = {
+        "dense": DENSE,
+        "dilated": dilated([(8, 1), (24, 2)]),
+        "window": AttentionConfig(variant="block_sparse", pattern=pattern),
+    }[kind]
+    q, k, v = random_qkv(33, heads=4, kv_heads=2)
+    q = q[:, 33 - queries :]
+    place = torch.arange(33)
+    m = torch.ones(1, 1, 33, 33, dtype=torch.float64)
+    if kind == "dilated":
+        m = multiplicity(config, 33, 4, False)[None]
+    elif kind == "window":
+        apart = place[:, None] - place
+        m = ((apart >= 0) & (apart <= 8) if causal else apart.abs() <= 4).double()[None, None]
+    if causal:
+        m = m.tril()
+    if with_documents:
+        m = m * (DOCUMENTS[:, None, :, None] == DOCUMENTS[:, None, None])
+    sinks = torch.tensor([0.3, -2.0, 4.0, 0.0], dtype=torch.float64) if with_sinks else None
+    leaves = [x.requires_grad_() for x in (q, k, v, *([sinks] if with_sinks else []))]
+    found = reference_attention(
+        q, k, v, config, causal, documents=DOCUMENTS if with_documents else None, sinks=sinks
+    )
+    expected = plainly(q, k, v, m[:, :, 33 - queries :], sinks)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
+    grad = torch.randn(q.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    grads = (torch.autograd.grad(out, leaves, grad) for out in (found, expected))
+    for x, y in zip(*grads, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-12)
+
+
+def test_the_oracle_keeps_documents_apart_whatever_they_hold():
+    q, k, v = random_qkv(33)
+    expected = reference_attention(q, k, v, DENSE, documents=DOCUMENTS)
+    k[0, :9], v[0, :9] = math.nan, math.inf
+    found = reference_attention(q, k, v, DENSE, documents=DOCUMENTS)
+    assert torch.equal(found[0, 9:], expected[0, 9:])
+    assert found[0, :9].isnan().all()
+
+
+def test_the_oracle_refuses_more_queries_than_keys_and_documents_of_another_shape():
+    q, k, v = random_qkv(5)
+    with pytest.raises(InputError, match="queries at most seq"):
+        reference_attention(q, k[:, 1:], v[:, 1:], DENSE)
+    with pytest.raises(InputError, match="documents must be"):
+        reference_attention(q, k, v, DENSE, documents=DOCUMENTS)

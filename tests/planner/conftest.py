@@ -1,13 +1,15 @@
-"""A CUDA build of torch for tests that are marked `dry`."""
+"""A CUDA build of torch for tests that are marked `dry`; one answer of the models for tests that tune."""
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 
 import pytest
 
 from attention.errors import UnavailableError
+from planner.search import tune as tuning
 from planner.standin.install import torch_for
 from planner.standin.interpreter import interpreter
 from planner.standin.torch_build import TorchBuild
@@ -26,3 +28,23 @@ def dry_build(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[TorchB
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder / "inductor"))
         patch.setenv("TRITON_CACHE_DIR", str(folder / "triton"))
         yield build
+
+
+@pytest.fixture(scope="session")
+def answers() -> dict[str, object]:
+    """What the models recommended, by what they were asked."""
+    return {}
+
+
+@pytest.fixture
+def asked_once(answers: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the models recommend before tuning is the same each time, and takes longest."""
+    answered = tuning.answered
+
+    def remembered(*given: object, **asked: object) -> object:
+        key = repr((given, asked, os.environ.get("XDG_DATA_HOME")))
+        if key not in answers:
+            answers[key] = answered(*given, **asked)
+        return answers[key]
+
+    monkeypatch.setattr(tuning, "answered", remembered)

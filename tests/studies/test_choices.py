@@ -92,7 +92,7 @@ def fit(numbers):
     return len(asked)
 
 
-def test_what_is_recommended_fits_for_real():
+def test_what_is_recommended_fits_for_real(one_server):
     assert fit(range(2)) >= 1
 
 

@@ -44,7 +44,7 @@ def test_both_settings_stay_near_the_floor(rows):
         assert row["on"] == "NVIDIA GeForce GTX 1080"
 
 
-def test_what_runs_is_predicted_and_measured():
+def test_what_runs_is_predicted_and_measured(one_server):
     with Batch("cpu", timeout=60) as batch:
         row = config_impact.here_row("A", 2048, batch)
     assert row["cold"] == row["allocated"] == sum(row["components"].values())

@@ -87,7 +87,7 @@ def test_the_seeds_limits_are_beside_what_is_predicted_with_and_without_a_pool()
     assert all(row["seq"] > 10 * row["said"] for row in rows)
 
 
-def test_the_predicted_longest_runs_held_to_its_budget():
+def test_the_predicted_longest_runs_held_to_its_budget(one_server):
     row = max_sequence.capped_row("local_window", KINDS["local_window"], "inference", 4_000_000)
     assert (row["outcome"], row["message"]) == ("ok", None), row["message"]
     assert row["allocated"] <= row["upper"] <= row["budget"] < row["beyond"]

@@ -47,7 +47,7 @@ def test_the_seeds_adaptive_is_met_and_their_multihead_is_not(rows):
     assert multihead["said"] > 6 * multihead["allocated"]
 
 
-def test_a_call_is_predicted_and_measured():
+def test_a_call_is_predicted_and_measured(one_server):
     with Batch("cpu", timeout=60) as batch:
         row = study.here_row("local_window", 1024, batch)
     assert row["cold"] == pytest.approx(row["allocated"], rel=1e-3)

@@ -51,7 +51,7 @@ def test_a_module_returns_what_is_predicted(name):
     assert held == study.stored_row(name, 512)["stored"]
 
 
-def test_a_call_with_weights_is_predicted_and_measured():
+def test_a_call_with_weights_is_predicted_and_measured(one_server):
     with Batch("cpu", timeout=60) as batch:
         row = study.measured_row(study.SPARSE, 512, batch)
     assert row["cold"] == pytest.approx(row["allocated"], rel=1e-3)

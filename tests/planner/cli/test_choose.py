@@ -50,7 +50,7 @@ def test_the_answer_is_that_of_the_library_in_80_columns():
         assert word in result.stdout
 
 
-def test_json_is_accepted_back(tmp_path):
+def test_json_is_accepted_back(one_server, tmp_path):
     result = recommend("--vram", "1GB", "--seq", "4K", "--heads", "4", "--causal", "--format", "json", *FEW)
     found = Recommendation.from_json(result.stdout)
     assert (
@@ -101,7 +101,7 @@ def test_the_pareto_set_can_be_drawn(tmp_path):
     assert "time of a call, predicted" in text.replace("<!-- ", "").replace(" -->", "")
 
 
-def test_picks_can_be_verified():
+def test_picks_can_be_verified(one_server):
     result = recommend(
         "--vram", "200MB", "--seq", "1K", "--gpu", "cpu", "--dtype", "float32", *FEW, "--verify",
         "--format", "json",
@@ -289,7 +289,7 @@ def test_restrictions_are_a_space_or_refused(options):
 
 
 @pytest.fixture
-def tune(tmp_path, monkeypatch):
+def tune(tmp_path, monkeypatch, asked_once):
     """Tunes three trials of half a second each, and keeps them in one place."""
 
     def measure(self, config, workload):

@@ -92,7 +92,7 @@ class Measures:
         return measurement(config, workload, **{**self.fields, **what})
 
 
-def test_a_calibration_from_end_to_end(short, tmp_path):
+def test_a_calibration_from_end_to_end(one_server, short, tmp_path):
     path, told = tmp_path / "new" / "c.json", []
     found = calibrate("cpu", seed=3, runs=6, path=path, threads=1, progress=lambda *line: told.append(line))
     assert load(path) == found

@@ -8,11 +8,11 @@ import signal
 import subprocess
 import sys
 import time
-from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from shared_server import SharedServer
 
 from attention import (
     AdaptiveConfig,
@@ -26,7 +26,6 @@ from planner.measuring import process
 from planner.measuring.footprint import footprint, footprints
 from planner.measuring.measure import Measurement, measure
 from planner.measuring.records import read
-from planner.measuring.server import Batch
 from planner.workload import Workload
 
 # The module: `planner.measure` is the function.
@@ -39,29 +38,26 @@ TENSOR = 128 * 2 * 16 * 4
 LSE = 128 * 2 * 4
 
 
-@cache
-def runs() -> dict[str, Measurement]:
-    """Real measurements: one in a process that imports torch, the others in forks of one, which is cheaper;
-    that they are the same, test_server.py says."""
+@pytest.fixture(scope="module")
+def runs(server_of_all: SharedServer) -> dict[str, Measurement]:
+    """Real measurements, in forks of one process, which is cheaper than a process each; that they are the
+    same, test_server.py says."""
     multihead = MultiheadConfig(embed_dim=32, num_heads=2)
     sparse = AttentionConfig(
         variant="block_sparse", pattern=SparsePatternConfig(pattern_type="local_window", block_size=16)
     )
-    forks = {
+    asked = {
+        "inference": (DENSE, {}),
         "training": (DENSE, {"mode": "training"}),
         "weights": (sparse, {"weights": True, "causal": True, "kv_heads": 1}),
         "multihead": (DENSE.model_copy(update={"multihead": multihead}), {"mode": "training"}),
     }
-    with Batch(threads=1, runs=2) as batch:
-        found = {
-            name: batch.measure(config, SMALL.model_copy(update=changes))
-            for name, (config, changes) in forks.items()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measuring, "run", server_of_all.single)
+        return {
+            name: measure(config, SMALL.model_copy(update=changes), threads=1, runs=2)
+            for name, (config, changes) in asked.items()
         }
-    return {"inference": measure(DENSE, SMALL, threads=1, runs=2), **found}
-
-
-def of(name: str) -> Measurement:
-    return runs()[name]
 
 
 def child(monkeypatch, script: str) -> None:
@@ -73,19 +69,19 @@ def child(monkeypatch, script: str) -> None:
 # ---- what is measured
 
 
-def test_a_dense_forward_is_counted_to_the_byte():
+def test_a_dense_forward_is_counted_to_the_byte(runs):
     """The fused kernel's own scratch: per thread, scores, row sums and maxima, and output of 32 queries
     against 128 keys, in float32."""
     scratch = (32 * 128 + 2 * 32 + 32 * 16) * 4
-    found = of("inference")
+    found = runs["inference"]
     assert found.allocated == SMALL.floor + LSE + scratch
     assert found.allocated_warm == found.allocated  # nothing is kept below 4,096 tokens
     assert found.largest == (scratch, TENSOR, LSE)
 
 
 @pytest.mark.parametrize("name", ["inference", "training", "weights", "multihead"])
-def test_what_ran_says_where_and_survives_json(name):
-    found = of(name)
+def test_what_ran_says_where_and_survives_json(runs, name):
+    found = runs[name]
     assert found.kind == "ok", found.message
     assert found.seconds > 0
     assert found.spread >= 0
@@ -96,21 +92,21 @@ def test_what_ran_says_where_and_survives_json(name):
     assert Measurement.from_json(found.to_json()) == found
 
 
-def test_training_counts_gradients_in_and_out():
-    assert of("training").allocated >= 8 * TENSOR + LSE  # q, k, v, out and their gradients
+def test_training_counts_gradients_in_and_out(runs):
+    assert runs["training"].allocated >= 8 * TENSOR + LSE  # q, k, v, out and their gradients
 
 
-def test_weights_are_asked_for():
+def test_weights_are_asked_for(runs):
     plain = 3 * TENSOR  # q and out; k and v with one head of two
-    assert of("weights").allocated >= plain + of("weights").workload.seq * 2 * 16 * 4
+    assert runs["weights"].allocated >= plain + runs["weights"].workload.seq * 2 * 16 * 4
 
 
-def test_parameters_of_multihead_and_their_gradients_count():
+def test_parameters_of_multihead_and_their_gradients_count(runs):
     parameters = 4 * (32 * 32 + 32) * 4
-    assert of("multihead").allocated >= 2 * parameters + 5 * TENSOR  # x, q, k, v, out
+    assert runs["multihead"].allocated >= 2 * parameters + 5 * TENSOR  # x, q, k, v, out
 
 
-def test_memory_that_runs_out_is_a_value():
+def test_memory_that_runs_out_is_a_value(one_server):
     found = measure(DENSE, Workload(seq=1 << 16), cap_bytes=50 << 20)
     assert (found.kind, found.requested, found.cap_bytes) == ("oom", 64 << 20, 50 << 20)
     assert found.available <= 50 << 20
@@ -118,7 +114,7 @@ def test_memory_that_runs_out_is_a_value():
     assert found.allocated is None
 
 
-def test_what_the_library_refuses_is_an_error_with_its_words():
+def test_what_the_library_refuses_is_an_error_with_its_words(one_server):
     config = AttentionConfig(variant="dense", backend="flex")
     found = measure(config, SMALL)
     assert found.kind == "error"

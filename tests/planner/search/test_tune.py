@@ -21,21 +21,23 @@ import pytest
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
+from typer.testing import CliRunner
 
 import planner
 from attention.errors import AttentionPlannerError, ConfigError, StorageError
 from planner import calibration
 from planner.answers.tuned import Tuned
+from planner.cli.main import app
 from planner.measuring.measure import Environment, Measurement
 from planner.measuring.records import read
 from planner.question.space import Space
-from planner.search import tune as tuning
 from planner.search.tune import _myself, _process, limits, stored, whole
 
 ROOT = Path(__file__).resolve().parents[3]
 SHIPPED = calibration.SHIPPED / "cpu.json"
 HERE = Environment(python="3.11", system="Linux", settings={}, date="2026-01-01T00:00:00+00:00")
 SPACE = Space(block_sizes=(64, 128), branches=(1, 2))
+pytestmark = pytest.mark.usefixtures("asked_once")
 ASKED = {"vram": "500MB", "seq": 4096, "dtype": "float32", "heads": 2, "space": SPACE}
 
 
@@ -59,23 +61,6 @@ class Device:
         return Measurement(
             config=config, workload=workload, device="cpu", kind=how, runs=3, environment=HERE, **figures
         )
-
-
-@pytest.fixture(autouse=True)
-def asked_once(monkeypatch):
-    """What the models recommend is the same each time, and takes longest."""
-    answered = tuning.answered
-
-    def remembered(*given, **asked):
-        key = repr((given, asked, os.environ.get("XDG_DATA_HOME")))
-        if key not in ANSWERS:
-            ANSWERS[key] = answered(*given, **asked)
-        return ANSWERS[key]
-
-    monkeypatch.setattr(tuning, "answered", remembered)
-
-
-ANSWERS = {}
 
 
 def tune(device, path, trials=10, **more):
@@ -461,26 +446,20 @@ SMALL = ["--vram", "200MB", "--seq", "512", "--dtype", "float32", "--heads", "2"
 
 
 def command(path, *more):
-    return [sys.executable, "-m", "planner", "tune", *SMALL, "--storage", str(path / "t.journal"), *more]
+    return ["tune", *SMALL, "--storage", str(path / "t.journal"), *more]
 
 
-def test_a_trial_that_hangs_is_a_timeout(tmp_path):
-    run = subprocess.run(
-        command(tmp_path, "--trials", "1", "--timeout", "0.01"),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 2
+def test_a_trial_that_hangs_is_a_timeout(one_server, tmp_path):
+    run = CliRunner().invoke(app, command(tmp_path, "--trials", "1", "--timeout", "0.01"))
+    assert run.exit_code == 2
     assert "no config ran within the budget" in run.stderr
     assert "not done after 0.01 s" in run.stderr
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
-def test_a_tuner_that_is_ended_goes_on_where_it_stopped(how, tmp_path):
+def test_a_tuner_that_is_ended_goes_on_where_it_stopped(how, one_server, tmp_path):
     begun = subprocess.Popen(
-        command(tmp_path, "--trials", "200"),
+        [sys.executable, "-m", "planner", *command(tmp_path, "--trials", "200")],
         cwd=ROOT,
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -496,13 +475,8 @@ def test_a_tuner_that_is_ended_goes_on_where_it_stopped(how, tmp_path):
     begun.send_signal(how)
     begun.communicate()
     assert begun.returncode == (130 if how == signal.SIGINT else -how)
-    again = subprocess.run(
-        command(tmp_path, "--trials", "5", "--format", "json"),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    again = CliRunner().invoke(app, command(tmp_path, "--trials", "5", "--format", "json"))
+    assert again.exit_code == 0, again.output
     found = json.loads(again.stdout)
     assert found["kept"] >= 3
     assert len(found["trials"]) >= 5

@@ -173,3 +173,15 @@ def test_what_the_library_does_not_take_is_refused(config, fields, why):
 def test_the_longest_sequence_of_documents_is_none():
     with pytest.raises(ConfigError, match="documents fix the length"):
         max_sequence(AttentionConfig(variant="dense"), Workload(seq=64, documents=(64,)), "1GB")
+
+
+@pytest.mark.parametrize("kind", ["local_window", "dilated_sparse"])
+def test_launches_with_sinks_are_some_more(kind):
+    branches = {"segment_lengths": [256], "dilation_rates": [1]} if kind == "dilated_sparse" else {}
+    pattern = SparsePatternConfig(pattern_type=kind, block_size=64)
+    config = AttentionConfig(variant="block_sparse", pattern=pattern, backend="sdpa", **branches)
+    plain, with_sinks = (Workload(seq=1024, sinks=sinks) for sinks in (False, True))
+    plain_launches, launches = (
+        estimate(config, workload, "a100-sxm4-80gb").launches for workload in (plain, with_sinks)
+    )
+    assert plain_launches < launches <= plain_launches + 9 * 16
