@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any, Final, NamedTuple
 
 from attention.sizes.arrays import Count, any_of, ceil_div, floor_power_of_two, maximum, minimum, up, where
+from attention.sizes.learned_sinks import slab_tokens
 from attention.sizes.shape import Shape
 from attention.sizes.whole_calls import CHANNELS, CallPart, WholeCall, backward_cut, forward_cut, has_flash
 from planner.memory import cuda_kernels
@@ -75,6 +76,25 @@ def document_calls(call: WholeCall, shape: Shape, batch: int) -> tuple[Pass, Pas
         kernels = 3 + 2 * (heads > some) + _padding(part, shape, queries=3, keys=2) + copied
         behind = summed(behind, Pass(kernels, 1), times)
     return ahead, behind
+
+
+def lse_has_gaps(calls: Sequence[WholeCall], shape: Shape, card: Cuda) -> Count:
+    """1 if the log-sum-exp that one of these calls returned has padded rows, else 0."""
+    covers = sum((_covers(call, shape) * (call.views == 1) for call in calls), 0)
+    return covers * (not _has_flash(shape, card)) * (shape.queries % ROWS > 0)
+
+
+def sinks(shape: Shape, batch: int, gaps: Count) -> tuple[Pass, Pass]:
+    """Forward and backward of learned sinks beside an attention; see `attention/ops/learned_sinks.py`.
+    `gaps`: 1 if a batch item's log-sum-exp does not lie in one piece."""
+    slabs = batch * ceil_div(shape.queries, slab_tokens(shape))
+    narrow = (shape.itemsize < shape.wide) * 1
+    # A log-sum-exp that lies in one piece is copied in one.
+    whole = (slab_tokens(shape) >= shape.queries) * (1 - gaps)
+    copied = 1 - maximum(whole, (shape.heads == 1) * 1)
+    ahead = slabs * (5 + 2 * narrow + copied) + narrow
+    behind = slabs * (8 + 2 * narrow) + 1 + narrow
+    return Pass(ahead, 0 * ahead), Pass(behind, 0 * behind)
 
 
 def _forward(call: WholeCall, shape: Shape, batch: int, card: Cuda) -> Pass:

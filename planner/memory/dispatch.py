@@ -43,8 +43,9 @@ def plan_of(config: AttentionConfig, workload: Workload, machine: Machine, *, wa
     cut = None
     if is_cut(columns, workload):
         shape = shape_of(columns, workload, machine)
-        vast = is_vast(columns, shape.causal)
-        cut = bounded_cut(columns, shape) if vast else cut_program(config, workload, shape).extent
+        if shape.windows == "none":
+            vast = is_vast(columns, shape.causal)
+            cut = bounded_cut(columns, shape) if vast else cut_program(config, workload, shape).extent
     return planned(columns, workload, machine, apart=apart, returned=returned, warm=warm, cut=cut)
 
 
@@ -256,8 +257,10 @@ def kernel_of(config: AttentionConfig, workload: Workload, machine: Machine) -> 
     columns = columns_of(config, workload.seq)
     by_flex = columns.variant == "block_sparse" and bool(goes_apart(columns, workload, machine))
     capability = machine.capability if isinstance(machine, Cuda) else None
-    choice = kernel_choice(config, shape_of(columns, workload, machine), capability, flex=by_flex)
-    if is_cut(columns, workload) and not goes_apart(columns, workload, machine):
+    shape = shape_of(columns, workload, machine)
+    choice = kernel_choice(config, shape, capability, flex=by_flex)
+    tiled = is_cut(columns, workload) and shape.windows == "none"
+    if tiled and not goes_apart(columns, workload, machine):
         return choice._replace(calls=None)
     return choice
 

@@ -13,7 +13,7 @@ from attention.sizes.arrays import Count, any_of
 from attention.sizes.shape import Shape
 from attention.sizes.whole_calls import WholeCall, by_cudnn
 from planner.configs import Columns, columns_of
-from planner.memory.call_launches import Pass, document_calls, summed, whole_calls
+from planner.memory.call_launches import Pass, document_calls, lse_has_gaps, sinks, summed, whole_calls
 from planner.memory.dispatch import calls_of, document_call_of, goes_apart, lists_of, sequences_of, shape_of
 from planner.memory.machines import Cuda, Machine
 from planner.workload import Workload
@@ -36,19 +36,21 @@ class Launches(NamedTuple):
 
 def launches(columns: Columns, workload: Workload, machine: Machine) -> Launches | None:
     """Of candidates of which `goes_apart` holds for all or for none; `workload.seq` is not read. None where
-    nobody counted them: on a CPU, of weights, of learned sinks, of what is no whole calls but tiles, lists,
-    plain products or compiled FlexAttention, of fewer queries in dilated branches, and where cuDNN's
-    attention runs a call of some candidate: how many kernels its engines launch is not published."""
+    nobody counted them: on a CPU, of weights, of what is no whole calls but tiles, lists, plain products or
+    compiled FlexAttention, of some fewer queries in dilated branches (`_turn`), and where cuDNN's attention
+    runs a call of some candidate: how many kernels its engines launch is not published."""
     if not isinstance(machine, Cuda) or workload.weights or any_of(goes_apart(columns, workload, machine)):
         return None
     shape = shape_of(columns, workload, machine)
     if sequences_of(columns, workload, machine):
         passes = document_calls(document_call_of(columns, shape), shape, workload.batch)
-        return None if workload.sinks else _of_mode(passes, columns, workload)
+        return _of_mode(_with_sinks(passes, workload, shape, workload.batch > 1), columns, workload)
     calls = calls_of(columns, shape)
-    if calls is None or _some_by_cudnn(calls, shape) or workload.sinks or _turn(calls):
+    if calls is None or _some_by_cudnn(calls, shape) or _turn(calls):
         return None
-    return _of_mode(whole_calls(calls, shape, workload.batch, machine), columns, workload)
+    passes = whole_calls(calls, shape, workload.batch, machine)
+    gaps = lse_has_gaps(calls, shape, machine)
+    return _of_mode(_with_sinks(passes, workload, shape, gaps), columns, workload)
 
 
 def launches_of(config: AttentionConfig, workload: Workload, machine: Machine) -> Launches | None:
@@ -60,14 +62,25 @@ def launches_of(config: AttentionConfig, workload: Workload, machine: Machine) -
         return launches(columns, workload, machine)
     shape = shape_of(columns, workload, machine)
     lists = lists_of(columns, shape)
-    if lists is None or workload.sinks:
-        return None
-    if goes_apart(columns, workload, machine) or _some_by_cudnn(lists.own, shape):
+    if lists is None or goes_apart(columns, workload, machine) or _some_by_cudnn(lists.own, shape):
         return None
     from planner.memory.list_launches import ListedRows, list_calls  # loads NumPy
 
     passes = list_calls(lists, ListedRows.of(config, shape), shape, workload.batch, machine)
-    return None if passes is None else _of_mode(passes, columns, workload)
+    if passes is None:
+        return None
+    return _of_mode(_with_sinks(passes, workload, shape, 0), columns, workload)
+
+
+def _with_sinks(
+    passes: tuple[Pass, Pass], workload: Workload, shape: Shape, gaps: Count
+) -> tuple[Pass, Pass]:
+    """The passes and what learned sinks launch."""
+    if not workload.sinks:
+        return passes
+    more = sinks(shape, workload.batch, gaps)
+    ahead, behind = (summed(one, other, 1) for one, other in zip(passes, more, strict=True))
+    return ahead, behind
 
 
 def _turn(calls: Iterable[WholeCall]) -> bool:

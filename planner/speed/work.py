@@ -230,7 +230,7 @@ def work_of(columns: Columns, workload: Workload, machine: Machine, kernel: Kern
     """The work of candidates of which `goes_apart` holds for all or for none; `workload.seq` is not read.
 
     Closed forms for one config too: where fewer tokens ask, a share of what all would do by their pairs
-    (`planner/speed/last_queries.py`), and of documents the sum of what each would do by itself, as tiles.
+    (`planner/speed/last_queries.py`), and of documents the sum of what each would do by itself.
     """
     shape = shape_of(columns, workload, machine)
     if len(workload.documents or ()) < 2:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from flash import flash_attention, flash_kernels, windowed, windowed_backward
+from flash import flash_attention, flash_kernels, ragged, windowed, windowed_backward
 
 from attention.ops import kernels
 from attention.ops.kernels import BIAS_ALIGNMENT, aligned_bias
@@ -54,6 +54,26 @@ def test_a_window_that_is_off_by_one_is_not_trusted(dtype, windows, monkeypatch)
                     with monkeypatch.context() as patch:
                         patch.setattr(kernels, name, shifted(getattr(kernels, name), **{edge: by}))
                         assert not right(), (name, edge, by)
+
+
+@pytest.mark.parametrize("windows", ["any", "causal"])
+def test_a_mask_aligned_to_the_start_is_not_trusted_with_fewer_queries(windows, monkeypatch):
+    def right() -> bool:
+        return kernels._few_queries_are_right.__wrapped__(torch.device("cpu"), torch.bfloat16, windows)
+
+    def from_the_start(q, k, v, *, scale, left, right):
+        return windowed(q, k[:, :, : q.shape[2]], v[:, :, : q.shape[2]], scale=scale, left=left, right=right)
+
+    def without_masks(*tensors, scale, left, right):
+        return ragged(*tensors, scale=scale)
+
+    with flash_attention():
+        assert right()
+        monkeypatch.setattr(kernels, "windowed", from_the_start)
+        assert not right()
+        monkeypatch.setattr(kernels, "windowed", windowed)
+        monkeypatch.setattr(kernels, "ragged", without_masks)
+        assert right() == (windows == "causal")  # whose documents are tiles
 
 
 def test_the_definition_is_computed_on_the_cpu_whatever_the_default_device_is(monkeypatch):

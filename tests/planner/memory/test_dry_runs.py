@@ -12,7 +12,11 @@ from planner.memory.dry_runs import CHECKED, FLOAT64, SEGMENT, SEGMENTS, dry_bou
 from planner.workload import Workload
 
 DENSE = AttentionConfig(variant="dense")
-ROWS = json.loads((Path(__file__).parent / "dry_rows.json").read_text(encoding="utf-8"))
+ROWS = [
+    row
+    for name in ("dry_rows.json", "cut_rows.json")
+    for row in json.loads((Path(__file__).parent / name).read_text(encoding="utf-8"))
+]
 
 
 def named(row):

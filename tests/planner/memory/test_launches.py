@@ -14,14 +14,17 @@ from attention import AdaptiveConfig, AttentionConfig, MultiheadConfig, SparsePa
 from attention.layout import build_layout
 from planner import gpus
 from planner.configs import Columns, columns_of
-from planner.memory.dispatch import shape_of
+from planner.memory.dispatch import plan_of, planned, shape_of
 from planner.memory.estimate import machine_of
 from planner.memory.launches import launches, launches_of
 from planner.memory.list_launches import ListedRows
 from planner.report.text.estimate import estimate_text
 from planner.workload import Workload
 
-ROWS = json.loads((Path(__file__).parent / "launch_rows.json").read_text(encoding="utf-8"))
+ROWS, CUT = (
+    json.loads((Path(__file__).parent / name).read_text(encoding="utf-8"))
+    for name in ("launch_rows.json", "cut_rows.json")
+)
 DENSE = AttentionConfig(variant="dense")
 A100 = machine_of(gpus.find("a100-sxm4-80gb"), "float16", None)
 
@@ -43,17 +46,36 @@ def test_dry_runs_launched_as_many(row):
     assert counted.number == sum(row["kernels"])
 
 
+@pytest.mark.parametrize("row", CUT, ids=named)
+def test_dry_runs_of_fewer_queries_and_documents_launched_as_many(row):
+    """tests/planner/standin/test_cut_calls.py records them."""
+    config, task = AttentionConfig(**row["config"]), Workload(**row["workload"])
+    machine = replace(machine_of(gpus.find(row["card"]), task.dtype, None), cudnn=False)
+    counted = launches_of(config, task, machine)
+    assert [counted.forward, counted.backward] == row["kernels"]
+
+
+def test_dilated_branches_whose_heads_begin_at_other_queries_are_not_counted():
+    config = AttentionConfig(variant="dilated", segment_lengths=(256, 1000), dilation_rates=(1, 4))
+    task = Workload(seq=4096, queries=511, dtype="float16")
+    assert launches_of(config, task, A100) is None
+    assert launches_of(config, task.model_copy(update={"queries": 512}), A100) is not None
+
+
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize("edges", ["block", "token"])
 @pytest.mark.parametrize("card", ["a100-sxm4-80gb", "t4"])
-def test_many_candidates_are_each_as_one(card, edges, causal):
+@pytest.mark.parametrize("queries", [None, 1, 90])
+def test_many_candidates_are_each_as_one(queries, card, edges, causal):
     machine = machine_of(gpus.find(card), "float16", None)
-    task = Workload(seq=1, batch=2, heads=6, kv_heads=3, head_dim=40, mode="training", causal=causal)
+    task = Workload(seq=100, batch=2, heads=6, kv_heads=3, head_dim=40, mode="training", causal=causal)
+    task = task.model_copy(update={"queries": queries})
     seq, window = np.array([100, 4096, 65_537, 777]), np.array([128, 512, 1024, 64])
     columns = Columns(
         "block_sparse", "global_local", seq=seq, block_size=64, window=window, global_tokens=64, edges=edges
     )
     many = launches(columns, task, machine)
+    together = planned(columns, task, machine, apart=False).peaks()
     for n in range(len(seq)):
         pattern = SparsePatternConfig(
             pattern_type="global_local",
@@ -63,8 +85,10 @@ def test_many_candidates_are_each_as_one(card, edges, causal):
             edges=edges,
         )
         config = AttentionConfig(variant="block_sparse", pattern=pattern)
-        one = launches_of(config, task.model_copy(update={"seq": int(seq[n])}), machine)
+        alone = task.model_copy(update={"seq": int(seq[n])})
+        one = launches_of(config, alone, machine)
         assert (many.forward[n], many.backward[n], many.attention[n]) == one
+        assert together[n] == plan_of(config, alone, machine).peak()[1]
 
 
 def test_a_checkpoint_launches_forward_twice():

@@ -176,10 +176,12 @@ def test_the_longest_sequence_of_documents_is_none():
 
 
 @pytest.mark.parametrize("kind", ["local_window", "dilated_sparse"])
-def test_launches_with_sinks_are_not_known(kind):
+def test_launches_with_sinks_are_some_more(kind):
     branches = {"segment_lengths": [256], "dilation_rates": [1]} if kind == "dilated_sparse" else {}
     pattern = SparsePatternConfig(pattern_type=kind, block_size=64)
     config = AttentionConfig(variant="block_sparse", pattern=pattern, backend="sdpa", **branches)
     plain, with_sinks = (Workload(seq=1024, sinks=sinks) for sinks in (False, True))
-    assert estimate(config, plain, "a100-sxm4-80gb").launches is not None
-    assert estimate(config, with_sinks, "a100-sxm4-80gb").launches is None
+    plain_launches, launches = (
+        estimate(config, workload, "a100-sxm4-80gb").launches for workload in (plain, with_sinks)
+    )
+    assert plain_launches < launches <= plain_launches + 9 * 16
