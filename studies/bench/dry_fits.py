@@ -32,7 +32,7 @@ SEED: Final = 11
 QUESTIONS: Final = 200
 MINIMUM, MAXIMUM = 2e9, 80e9
 """Bytes of the smallest and of the largest budget."""
-TIMEOUT: Final = 120.0
+TIMEOUT: Final = 600.0
 FLEX_SHARE: Final = 0.25
 """Share of the questions whose answer may go by FlexAttention, which takes up to a minute to compile."""
 MORE: Final = 1.05
