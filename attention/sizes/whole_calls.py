@@ -276,10 +276,17 @@ def pattern_calls(
         return None
     blocks = ceil_div(shape.seq, size)
     tokens = global_tokens if kind == "global_local" else 0
+    last = any_of(shape.origin) and not any_of(shape.queries != 1)
     if edges == "token":
-        return _last_queries(token_window_calls(window, tokens, shape), shape)
-    side, shared = window_blocks(window, tokens, size, blocks, shape.causal)
-    return _last_queries(block_window_calls(size, side, shared, shape), shape)
+        reach, begin = token_side(window, shape.causal), tokens
+    else:
+        side, shared = window_blocks(window, tokens, size, blocks, shape.causal)
+        if not last:
+            return _last_queries(block_window_calls(size, side, shared, shape), shape)
+        reach, begin = side * size + (shape.seq - 1) % size, shared * size
+    if last:  # the last token, by itself, is past nothing, and sees from a block's first token on
+        shape = shape._replace(causal=True)
+    return _last_queries(token_window_calls(reach, begin, shape), shape)
 
 
 def _last_queries(calls: Sequence[WholeCall], shape: Shape) -> tuple[WholeCall, ...]:
@@ -399,13 +406,13 @@ def block_window_calls(size: Count, side: Count, shared: Count, shape: Shape) ->
     return _for_all_heads((*calls, columns), shape)
 
 
-def token_window_calls(window: Count, shared: Count, shape: Shape) -> tuple[WholeCall, ...]:
-    """local_window and global_local whose edges are tokens: a causal query sees `window` tokens before it,
-    another one half of them on either side; `shared` tokens are global."""
+def token_window_calls(side: Count, shared: Count, shape: Shape) -> tuple[WholeCall, ...]:
+    """local_window and global_local whose edges are tokens: a query sees `side` tokens before it and, if not
+    causal, behind it; `shared` tokens are global."""
     causal = shape.causal
     begin = minimum(shared, shape.seq)
     seq = shape.seq - begin
-    side = minimum(token_side(window, causal), shape.seq)
+    side = minimum(side, shape.seq)
     rows, columns = _global_calls(begin, shape, causal)
     return _for_all_heads((rows, *_window(begin, seq, side, shape), columns), shape)
 
