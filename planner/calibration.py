@@ -22,8 +22,7 @@ from attention.config import AttentionConfig, Value, as_tuple
 from attention.errors import AttentionPlannerError, ConfigError
 from attention.features import NAMES
 from planner.files import make_folder, read_bytes, write_whole
-from planner.question.features import features_of
-from planner.workload import Workload
+from planner.workload import Workload, features_of
 
 SCHEMA_VERSION: Final = 1
 SHIPPED: Final = Path(__file__).with_name("data") / "calibrations"

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from studies.handbook.house import layers
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("attention", "planner", "studies")
 
@@ -133,6 +135,10 @@ def test_private_names_are_their_modules_own():
 
 
 # ---- files
+
+
+def test_rooms_do_not_import_each_other_in_circles():
+    assert layers()  # or it raises
 
 
 def test_the_hall_of_the_planner_is_small():

@@ -18,8 +18,8 @@ from attention.errors import AttentionPlannerError, ConfigError
 from planner.calibration import SMALL, Calibration, Domain, Terms, own_path, save
 from planner.files import make_folder
 from planner.measuring.measure import Device, Measurement, check_timed, walked
-from planner.question.features import features_of
 from planner.question.runs import OnStep
+from planner.workload import features_of
 
 if TYPE_CHECKING:
     import numpy as np

@@ -20,8 +20,7 @@ from attention.config import AttentionConfig, Value, as_tuple
 from attention.errors import ConfigError, UnavailableError
 from planner.measuring import dry
 from planner.measuring.process import Ended, run
-from planner.question.features import refuse_features
-from planner.workload import Workload
+from planner.workload import Workload, refuse_features
 
 SCHEMA_VERSION: Final = 1
 

@@ -26,8 +26,7 @@ from planner.memory.dry_runs import dry_bound
 from planner.memory.launches import launches_of
 from planner.memory.machines import Cpu, Cuda, Machine, this_cpu, units_of
 from planner.memory.table import COMPONENTS, Plan
-from planner.question.features import refuse_features
-from planner.workload import Dtype, Workload
+from planner.workload import Dtype, Workload, refuse_features
 
 SCHEMA_VERSION: Final = 1
 CUDNN_NOTES: Final = (

@@ -20,12 +20,12 @@ from attention.config import AttentionConfig
 from attention.sizes.arrays import Floats, Ints
 from attention.sizes.window import window_blocks, window_spans
 from planner.configs import Column, Columns, columns_of
+from planner.documents import parts
 from planner.quality import sampled_blocks
 from planner.quality.profiles import Profile
 from planner.quality.sampled_blocks import common, subsets
 from planner.quality.sampled_queries import points
 from planner.quality.sums import cells, permitted, segments, windows
-from planner.question.documents import parts
 from planner.workload import Workload
 
 KEPT = 2
@@ -47,7 +47,7 @@ def mass(columns: Columns, workload: Workload, profile: Profile) -> Floats:
 
     Of `workload` only `causal`, `heads`, `queries` and `documents` are read: the length is `columns.seq`.
     Where fewer tokens ask, the mean is over those. Of documents it is a share of what dense attention has
-    within each, by closed forms of their lengths (`planner.question.documents` has what they neglect).
+    within each, by closed forms of their lengths (`planner.documents` has what they neglect).
 
     Dense, windows, global tokens and regular dilated branches (segments nested in each other and divided by
     their rates) are closed forms, dilated_sparse a fixed sample of its query blocks, other dilated branches

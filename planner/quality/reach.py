@@ -21,9 +21,9 @@ from attention.config import AttentionConfig
 from attention.sizes.arrays import Ints, row_blocks
 from attention.sizes.window import window_blocks
 from planner.configs import Columns, columns_of
+from planner.documents import longest
 from planner.quality.mass import KEPT, distinct, shape_of
 from planner.quality.sampled_blocks import PatternRows
-from planner.question.documents import longest
 from planner.workload import Workload
 
 Bools: TypeAlias = NDArray[np.bool_]

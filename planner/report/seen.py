@@ -11,8 +11,7 @@ from attention.config import AttentionConfig
 from attention.errors import ConfigError
 from attention.layout_cells import COUNTED, row_counts, row_permitted, shares, taken, units
 from attention.sizes.arrays import Floats
-from planner.question.features import refuse_features
-from planner.workload import Workload
+from planner.workload import Workload, refuse_features
 
 if TYPE_CHECKING:
     from planner.quality.profiles import Profile

@@ -21,7 +21,6 @@ from planner.quality.profiles import Profile
 from planner.question.asked import LAYERS, MIN_MASS, TRIALS, Asked, Gates, Objective
 from planner.question.command import recommend_command
 from planner.question.dimensions import variant_of
-from planner.question.features import refuse_features
 from planner.question.space import Space
 from planner.search.candidates import grid
 from planner.search.climb import climbed
@@ -36,7 +35,7 @@ from planner.search.solve import SAME, Solved, enumerate_grid, exact, order, par
 from planner.speed.rates import default_rates
 from planner.storage.study import Storage
 from planner.units import parse_bytes, parse_count
-from planner.workload import Workload
+from planner.workload import Workload, refuse_features
 
 SHOWN: Final = 16
 """Points of the Pareto set that an answer has."""

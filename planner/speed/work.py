@@ -19,9 +19,9 @@ from attention.sizes.learned_sinks import slab_tokens
 from attention.sizes.shape import Shape
 from attention.sizes.whole_calls import backward_cut, forward_cut
 from planner.configs import Columns
+from planner.documents import parts
 from planner.memory.dispatch import calls_of, lists_of, shape_of, window_of
 from planner.memory.machines import Cuda, Machine
-from planner.question.documents import parts
 from planner.speed import calls
 from planner.speed.calls import Calls, Program
 from planner.speed.last_queries import pairs_share

@@ -34,8 +34,7 @@ from planner.measuring.server import Batch
 from planner.memory.dispatch import goes_apart
 from planner.memory.dry_runs import FLOAT64, PATH, SEGMENT, SEGMENTS, DryCases, DryRuns
 from planner.memory.estimate import MemoryEstimate, estimate, machine_of
-from planner.question.features import features_of
-from planner.workload import Workload
+from planner.workload import Workload, features_of
 from studies.bench.featured import featured
 from studies.bench.records import DATA, Row, as_json, environment, write
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from planner.configs import Columns
-from planner.question.documents import MOST_LENGTHS, Document, documents_of, longest, parts
+from planner.documents import MOST_LENGTHS, Document, documents_of, longest, parts
 from planner.workload import Workload
 
 
