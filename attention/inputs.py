@@ -174,7 +174,9 @@ def signature(
     types = (q.dtype, k.dtype, v.dtype, q.device, k.device, v.device)
     if sinks is None and lengths is None:
         return (q.shape, k.shape, v.shape, *types, is_causal, weights)
-    of_sinks = (sinks.dtype, sinks.shape, sinks.device) if isinstance(sinks, Tensor) else None
+    if not (sinks is None or isinstance(sinks, Tensor)):
+        return None
+    of_sinks = None if sinks is None else (sinks.dtype, sinks.shape, sinks.device)
     return (q.shape, k.shape, v.shape, *types, is_causal, weights, lengths, of_sinks)
 
 

@@ -181,8 +181,8 @@ def refuse_features(config: AttentionConfig, workload: Workload) -> None:
     features = features_of(workload)
     for feature in features:
         why = unfit_feature(config, feature)
-        if config.multihead and feature != "weights":
-            why = "an attention between projections is given whole streams"
+        if config.multihead and feature == "queries":
+            why = "an attention between projections has as many queries as keys"
         if why:
             raise ConfigError(f"{NAMES[feature]}: not taken by this attention: {why}")
     for one, other in combinations(features, 2):

@@ -24,6 +24,12 @@ from planner.workload import MOST_DOCUMENTS, Dtype, Mode, Workload
 if TYPE_CHECKING:
     from planner.gpus import Gpu
 
+QueriesOption = Annotated[
+    str | None, typer.Option(metavar="TOKENS", help="Tokens that ask, the last: 1 to decode. [default: all]")
+]
+DocumentsOption = Annotated[
+    str | None, typer.Option(metavar="LIST", help="Lengths of packed documents: 4096,8192 or 4Kx8.")
+]
 Format = Annotated[Literal["table", "json", "yaml"], typer.Option("--format", help="How to print.")]
 
 
@@ -58,13 +64,8 @@ def build_workload(
     weights: Annotated[
         bool | None, typer.Option("--weights", help="Return the attention weights too.")
     ] = None,
-    queries: Annotated[
-        str | None,
-        typer.Option(metavar="TOKENS", help="Tokens that ask, the last: 1 to decode. [default: all]"),
-    ] = None,
-    documents: Annotated[
-        str | None, typer.Option(metavar="LIST", help="Lengths of packed documents: 4096,8192 or 4Kx8.")
-    ] = None,
+    queries: QueriesOption = None,
+    documents: DocumentsOption = None,
     sinks: Annotated[
         bool | None, typer.Option("--sinks", help="A learned sink of each head joins its softmax.")
     ] = None,

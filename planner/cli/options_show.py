@@ -10,7 +10,7 @@ from typing import Annotated, Any, Final, NewType, TypeAlias
 import typer
 
 from attention.config import AttentionConfig
-from planner.cli.options import build_config, document_lengths, known_workload
+from planner.cli.options import DocumentsOption, QueriesOption, build_config, document_lengths, known_workload
 from planner.units import parse_count
 from planner.workload import Workload
 
@@ -53,13 +53,8 @@ def build_view(
         bool | None, typer.Option("--causal", help="Causal mask: queries attend to no later keys.")
     ] = None,
     heads: Annotated[int | None, typer.Option(help="Query heads. [default: the file's, or 8]")] = None,
-    queries: Annotated[
-        str | None,
-        typer.Option(metavar="TOKENS", help="Tokens that ask, the last: 1 to decode. [default: all]"),
-    ] = None,
-    documents: Annotated[
-        str | None, typer.Option(metavar="LIST", help="Lengths of packed documents: 4096,8192 or 4Kx8.")
-    ] = None,
+    queries: QueriesOption = None,
+    documents: DocumentsOption = None,
 ) -> View:
     """The workload that these options describe; what they leave open is the file's, where it has one."""
     defaults = known_workload(config, named="")

@@ -16,7 +16,7 @@ MOST_DOCUMENTS: Final = 12
 
 def featured(config: AttentionConfig, workload: Workload, rng: random.Random) -> Workload:
     """The workload with one to three features that the attention takes, without weights: queries from one to
-    all, log-uniform, documents of random lengths, sinks."""
+    all, log-uniform, documents of random lengths, sinks. One between projections stays as it is."""
     features: tuple[Feature, ...] = ("queries", "documents", "sinks")
     taken = [feature for feature in features if unfit_feature(config, feature) is None]
     if config.multihead is not None:

@@ -79,6 +79,14 @@ def test_what_equals_a_good_argument_is_refused_after_good_calls(is_causal):
         module(*inputs, return_attention_weights=1)
 
 
+def test_sinks_that_are_no_tensor_are_refused_after_good_calls():
+    module, inputs = build(DENSE), qkv(16)
+    documents = torch.tensor([[0] * 7 + [1] * 9]).expand(len(inputs[0]), -1)
+    module(*inputs, documents=documents)
+    with pytest.raises(InputError, match="sinks must be a tensor"):
+        module(*inputs, documents=documents, sinks=[0.0] * inputs[0].shape[2])
+
+
 def test_what_differs_from_a_good_call_in_one_tensor_is_refused():
     module, (q, k, v) = build(DENSE), qkv(16)
     module(q, k, v)

@@ -110,18 +110,24 @@ def assert_tiles_are_honest(tiles, shape):
     assert [tile.start for tile in tiles] == [0, *(tile.stop for tile in tiles[:-1])]
     assert tiles[-1].stop == shape.seq
     for tile in tiles:
-        touched = np.zeros((shape.seq, shape.heads), np.int64)
-        for call in tile.calls:
-            here = np.zeros_like(touched)
-            for span in call.queries:
-                queries, heads = np.broadcast_arrays(*[x[..., None] for x in places(span)])
-                np.add.at(here, (queries.ravel(), heads.ravel()), 1)
-            assert here.max() == 1
-            if call.first or not tile.merge:
-                assert not (touched & here).any()
-            touched += here
-        assert not touched[: tile.start].any()
-        assert not touched[tile.stop :].any()
+        assert_calls_meet_as_said(tile, shape)
+
+
+def assert_calls_meet_as_said(tile, shape):
+    """A call is in each query of a head once at most, in none beyond the tile, and where nothing came before
+    if it is `first` or the tile does not merge."""
+    touched = np.zeros((shape.seq, shape.heads), np.int64)
+    for call in tile.calls:
+        here = np.zeros_like(touched)
+        for span in call.queries:
+            queries, heads = np.broadcast_arrays(*[x[..., None] for x in places(span)])
+            np.add.at(here, (queries.ravel(), heads.ravel()), 1)
+        assert here.max() == 1
+        if call.first or not tile.merge:
+            assert not (touched & here).any()
+        touched += here
+    assert not touched[: tile.start].any()
+    assert not touched[tile.stop :].any()
 
 
 causal_or_not = pytest.mark.parametrize("causal", [False, True])

@@ -12,7 +12,7 @@ from conformance import configs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from needs import backward_needs, beyond, forward_needs
-from test_program import FIXED, met, places, shape_of, tiles_of
+from test_program import FIXED, assert_calls_meet_as_said, met, shape_of, tiles_of
 from test_sizes import expanded, random_config, random_shape
 
 from attention import AttentionConfig, build
@@ -66,19 +66,8 @@ def assert_honest(tiles, shape, covers):
     if covers:
         assert all(a == b for a, b in zip(edges[::2], edges[1::2], strict=True))
     for tile in tiles:
-        touched = np.zeros((shape.seq, shape.heads), np.int64)
-        for call in tile.calls:
-            here = np.zeros_like(touched)
-            for span in call.queries:
-                queries, heads = np.broadcast_arrays(*[x[..., None] for x in places(span)])
-                np.add.at(here, (queries.ravel(), heads.ravel()), 1)
-            assert here.max() == 1
-            if call.first or not tile.merge:
-                assert not (touched & here).any()
-            touched += here
-            assert sees_something(call)
-        assert not touched[: tile.start].any()
-        assert not touched[tile.stop :].any()
+        assert_calls_meet_as_said(tile, shape)
+        assert all(map(sees_something, tile.calls))
 
 
 def sees_something(call):

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from attention.sizes.arrays import Count, maximum
 from planner.memory.cuda_kernels import largest
-from planner.memory.plans.tiles import Case, products
+from planner.memory.plans.tiles import Case, given, products
 from planner.memory.table import PlanTable, Tensors
 
 KEPT = ("memory_pool", "pattern_cache")
@@ -99,6 +99,7 @@ def _tokens(case: Case) -> Count:
 def _inputs(table: PlanTable, case: Case, bias: bool) -> None:
     e = case.shape.itemsize
     table.add("parameters", "parameters", _parameter_tensors(case, bias), "(R + E) (E + 1 if biased) e")
+    given(table, case)
     table.add("input", "qkv", case.channels * e, "B S E e")
     if case.trains:
         table.add("gradient of the result", "gradients", case.channels * e, "B S E e")

@@ -101,15 +101,20 @@ def pooled(switch: str, pool_bytes: int | None, seq: Count) -> Count:
 def inputs(table: PlanTable, case: Case) -> None:
     """q, k, v, and in training the incoming gradient; documents and sinks, where they are given."""
     e = case.shape.itemsize
-    if case.documents:
-        table.add("documents", "qkv", case.batch * case.shape.seq * NUMBER, "4 B S, in int32")
-    if case.sinks:
-        table.add("sinks", "parameters", case.shape.heads * e, "H e")
+    given(table, case)
     table.add("q", "qkv", case.channels * e, "B S H D e")
     table.add("k", "qkv", case.kv_channels * e, "B S G D e")
     table.add("v", "qkv", case.kv_channels * e, "B S G D e")
     if case.trains:
         table.add("gradient of out", "gradients", case.channels * e, "B S H D e")
+
+
+def given(table: PlanTable, case: Case) -> None:
+    """What a call is given beside its streams: documents and sinks."""
+    if case.documents:
+        table.add("documents", "qkv", case.batch * case.shape.seq * NUMBER, "4 B S, in int32")
+    if case.sinks:
+        table.add("sinks", "parameters", case.shape.heads * case.shape.itemsize, "H e")
 
 
 def products(table: PlanTable, case: Case, *, backward: bool = False) -> None:

@@ -68,6 +68,11 @@ def real(config, workload, shape: Shape) -> tuple[list[Calls], int]:
         tiles = list(block_sparse.tiles(layout, rows, shape))
     else:
         tiles = list(dilated.tiles(shape.within(config.branches), shape))
+    return calls_of(tiles, shape, largest), len(tiles)
+
+
+def calls_of(tiles, shape: Shape, largest: tuple[int, int] = (1, 1)) -> list[Calls]:
+    """The calls of tiles; `largest`: (views, keys) of the program's largest gather."""
     calls = []
     for tile in tiles:
         for call in tile.calls:
@@ -89,7 +94,7 @@ def real(config, workload, shape: Shape) -> tuple[list[Calls], int]:
                     largest=largest if gathers else (1, 1),
                 )
             )
-    return calls, len(tiles)
+    return calls
 
 
 def samples(kind: str, count: int, seed: int = 7):
@@ -292,26 +297,7 @@ def cut_calls(config, workload, shape):
     columns = columns_of(config, workload.seq)
     forms = shape_of(columns, workload, MACHINE)
     program = cut_program(config, workload, forms)
-    found = []
-    for tile in program.tiles(0, shape):
-        for call in tile.calls:
-            span, keys = call.queries[0], call.keys
-            gathers = isinstance(keys, Gather)
-            found.append(
-                Calls(
-                    1,
-                    span.batch,
-                    span.heads,
-                    span.length,
-                    keys.length,
-                    len(call.queries),
-                    groups=min(span.heads, shape.kv_heads),
-                    causal=int(call.mask == "causal"),
-                    later=int(tile.merge and not call.first),
-                    unit=keys.size if gathers else 0,
-                )
-            )
-    return found
+    return calls_of(program.tiles(0, shape), shape)
 
 
 @pytest.mark.parametrize("config", CUT)
