@@ -18,6 +18,7 @@ from planner import recommend
 from planner.measuring.server import Batch
 from planner.report.plot.figure import BLUE, GREEN, ORANGE, RED, title
 from planner.search.relax import NothingFitsError
+from studies.bench.panels import plain
 from studies.bench.records import Job, Row, markdown
 from studies.bench.study import Findings, Results, Scope, Study
 
@@ -176,6 +177,7 @@ def draw(figure: Any, rows: Results) -> None:
         ylabel=f"{'taken from the card' if dry else 'allocated'} at the peak, % of the budget",
         ylim=(0, max(112, 1.05 * maximum)),
     )
+    plain(axes.xaxis)
     axes.grid(axis="y")
     axes.legend(loc="lower right")
     above = len(_above(rows))

@@ -335,8 +335,8 @@ def document_lengths(text: str, what: str = "--documents") -> tuple[int, ...]:
     `planner.question.command.documents_option`."""
     lengths: tuple[int, ...] = ()
     for part in text.split(","):
-        length, _, times = part.lower().partition("x")
-        count = parse_count(times, what) if times else 1
+        length, many, times = part.lower().partition("x")
+        count = parse_count(times, what) if many else 1
         if len(lengths) + count > MOST_DOCUMENTS:
             raise ConfigError(f"{what} takes at most {MOST_DOCUMENTS:,} documents, got more")
         lengths += (parse_count(length, what),) * count

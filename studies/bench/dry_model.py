@@ -244,10 +244,11 @@ def draw(figure: Any, rows: Results) -> None:
     right.axhline(1, color=RED, linewidth=1)
     right.annotate(
         "measured",
-        (0.02, 1),
+        (0.98, 1),
         xycoords=("axes fraction", "data"),
-        xytext=(0, -12),
+        xytext=(0, 4),
         textcoords="offset points",
+        ha="right",
         color=RED,
     )
     right.set(ylabel="upper bound / measured", ylim=(min(0.98, *map(tightness, good)) - 0.005, None))

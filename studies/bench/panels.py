@@ -98,7 +98,7 @@ def plain(axis: Any) -> None:
     if high < 10 * low:
         subs: tuple[float, ...] = (1.0, 2.0, 3.0, 5.0, 7.0)
     else:
-        subs = (1.0, 2.0, 5.0) if high < 50 * low else (1.0,)
+        subs = (1.0, 2.0, 5.0) if high < 100 * low else (1.0,)
     axis.set_major_locator(ticker.LogLocator(subs=subs))
     axis.set_major_formatter(ticker.FuncFormatter(lambda x, _: f"{x:,.12g}"))
     axis.set_minor_formatter(ticker.NullFormatter())

@@ -260,7 +260,7 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path):
         ("--seq 16 --variant dense --runs 0", "runs must be a whole number"),
         ("--seq 16 --variant dense --queries 17", "at most seq=16 of them, got queries=17"),
         ("--seq 16 --variant dense --documents 8,4", "they have 12 tokens in all, seq=16"),
-        ("--seq 16 --variant dense --documents 8x", "add up to seq"),
+        ("--seq 16 --variant dense --documents 16x", "--documents '' is not understood"),
         ("--seq 16 --variant dense --documents 1x99999999", "at most 65,536 documents"),
     ],
 )
