@@ -138,13 +138,18 @@ class WholeCall(NamedTuple):
 
     def slices(self, queries: Span, keys: Span, most: int) -> Iterator[tuple[Span, Span]]:
         """(queries, keys) of one view in slices of `most` queries, each with the keys that some of them see:
-        a mask aligned to the end is for them as it was for all."""
-        behind = keys.length - queries.length
-        for begin in range(0, queries.length, most):
-            end = min(begin + most, queries.length)
-            first = 0 if self.left is None else max(begin + behind - self.left, 0)
-            stop = keys.length if self.right is None else min(end + behind + self.right, keys.length)
-            yield queries.cut(begin, end), keys.cut(first, stop)
+        a mask aligned to the end is for them as it was for all. From the end on, and what is left over is the
+        first tokens': so none has more queries or more keys than the one before it. If each had a few more
+        keys, a caching allocator would find no room in what it holds, and hold that of all of them."""
+        for end in range(queries.length, 0, -most):
+            begin = max(end - most, 0)
+            yield queries.cut(begin, end), keys.cut(*self.seen(begin, end, queries.length, keys.length))
+
+    def seen(self, begin: Count, end: Count, queries: Count, keys: Count) -> tuple[Count, Count]:
+        """(first, one past the last) of a view's keys that some of its queries from `begin` to `end` see."""
+        behind = keys - queries
+        first = 0 if self.left is None else maximum(begin + behind - self.left, 0)
+        return first, keys if self.right is None else minimum(end + behind + self.right, keys)
 
     def covers(self, shape: Shape) -> Count:
         """1 if its queries are all queries of all heads, in order, so that what it returns is the output. The

@@ -224,20 +224,14 @@ def _parts(call: WholeCall, shape: Shape, cut: CallPart, batch: int) -> Iterator
                 if not any_of(times * again):
                     continue
                 lanes = maximum(some, 1) * (heads // kv_heads)
-                for slices, length in _cuts(queries, maximum(minimum(cut.queries, queries), 1)):
+                several, left_over = _cuts(queries, maximum(minimum(cut.queries, queries), 1))
+                for begin, (slices, length) in ((queries - several[1], several), (0, left_over)):
                     if not any_of(slices):
                         continue
-                    seen = _seen(call, length, queries, keys)
+                    first, stop = call.seen(begin, begin + length, queries, keys)
+                    seen = where(length < queries, stop - first, keys)
                     sizes = (maximum(views, 1), lanes, maximum(some, 1), maximum(length, 1), maximum(seen, 1))
                     yield _Part(there * times * again * slices, *sizes)
-
-
-def _seen(call: WholeCall, length: Count, queries: Count, keys: Count) -> Count:
-    """Most keys that a slice of so many queries sees; see `WholeCall.slices`."""
-    if call.left is None:
-        return keys
-    before = call.left + (0 if call.right is None else call.right)
-    return where(length < queries, minimum(keys, length + before), keys)
 
 
 def _cuts(total: Count, size: Count) -> tuple[tuple[Count, Count], tuple[Count, Count]]:

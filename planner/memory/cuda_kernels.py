@@ -87,7 +87,8 @@ def backward_stages(
     deterministic_sms: int | None = None,
     kv_heads: Count | None = None,
 ) -> tuple[Stage, ...]:
-    """What one backward call of a kernel allocates beside dq, dk and dv, one stage after another.
+    """What one backward call of a kernel allocates beside dq, dk and dv, one stage after another: first what
+    comes before those and stays, then what comes after them.
 
     `dense`: 1 if the gradient of out lies in memory as [B, Q, H, D], else 0. `whole`: 1 if the log-sum-exp
     is as the kernel returned it, else 0. `kv_heads`: None for as many as heads. `deterministic_sms` is the
@@ -112,6 +113,8 @@ def backward_stages(
                 _scratch("log-sum-exp in one piece", FLOAT32 * rows * strided, f"float32 B H Q; {_PLAIN}"),
                 _scratch("gradient of out in one piece", operand * (1 - dense), f"B Q H D; {_FLASH}"),
                 _scratch("out in one piece", operand * (1 - dense), f"B Q H D; {_FLASH}"),
+            ),
+            (
                 _scratch("softmax_d", blocked, f"float32 B H Q, Q rounded up to 128; {_FLASH}"),
                 _scratch(
                     "dq_accum",
@@ -132,10 +135,9 @@ def backward_stages(
             ),
             _scratch("gradient of out in one piece", operand * (1 - dense), f"B Q H D; {_EFFICIENT}"),
         )
-        stages = _efficient_backward(batch, heads, queries, keys, head_dim, itemsize, capability)
-        return tuple((*ahead, *stage) for stage in stages)
+        return (ahead, *_efficient_backward(batch, heads, queries, keys, head_dim, itemsize, capability))
     if kernel == "flex":
-        return ((_scratch("delta", FLOAT32 * rows, f"float32 B H Q; {_FLEX}"),),)
+        return (), (_scratch("delta", FLOAT32 * rows, f"float32 B H Q; {_FLEX}"),)
     raise ConfigError(f"kernel must be 'flash', 'efficient' or 'flex', got {kernel!r}")
 
 

@@ -67,7 +67,7 @@ class Bytes(NamedTuple):
     result: tuple[Count, ...]
     scratch: tuple[Count, ...]
     copies: tuple[Count, ...] = ()
-    """What it takes besides, and before its results: copies of operands."""
+    """What it takes besides, from before its results on: copies of operands."""
     before: tuple[Count, ...] = ()
     """Scratch that goes before `scratch` comes."""
     steps: tuple[cuda_kernels.KernelStep, ...] = ()
@@ -293,6 +293,11 @@ def _mask_copy(kernel: cuda_kernels.KernelName, call: KernelCall) -> Count:
     )
 
 
+_AHEAD = 10
+"""Tensors that a backward call makes before its results, at most: operands and a mask as the kernel wants
+them, and what `cuda_kernels.backward_stages` has first."""
+
+
 @dataclass(frozen=True)
 class Cuda:
     """An NVIDIA GPU."""
@@ -372,7 +377,7 @@ class Cuda:
         scratch: list[tuple[Count, ...]] = []
         kernels = self.kernels(call)
         for number, kernel in enumerate(kernels):
-            stages = cuda_kernels.backward_stages(
+            ahead, *stages = cuda_kernels.backward_stages(
                 kernel,
                 **_sizes(call),
                 batch=call.views,
@@ -383,17 +388,19 @@ class Cuda:
                 kv_heads=call.groups,
             )
             applies = 1 if len(kernels) == 1 else _applies(call, number)
-            ahead = (rows * pads,) * 3 + (both * pads,) * 2 + (_mask_copy(kernel, call) + turned,)
+            operands = (rows * pads,) * 3 + (both * pads,) * 2 + (_mask_copy(kernel, call) + turned,)
+            before_results = operands + tuple(line.bytes for line in ahead)
+            before_results += (0,) * (_AHEAD - len(before_results))
             for stage in stages:
-                taken = (*ahead, *(line.bytes for line in stage))
+                taken = (*before_results, *(line.bytes for line in stage))
                 scratch.append(tuple(count * applies for count in taken))
         results = (rows, both, both)
         before: tuple[Count, ...] = ()
         if len(kernels) == 1 and len(scratch) > 1:
             before, *scratch = scratch
-            before = before[6:]
+            before = before[_AHEAD:]
         most = cuda_kernels.largest(tuple(scratch))
-        return Bytes(results, most[6:], most[:6], before)
+        return Bytes(results, most[_AHEAD:], most[:_AHEAD], before)
 
     def product(
         self,
@@ -432,5 +439,5 @@ class Cuda:
     def flex(self, call: KernelCall) -> FlexBytes:
         sizes: dict[str, Any] = {**_sizes(call), "batch": call.views, "head_dim": call.head_dim}
         forward = cuda_kernels.forward_lines("flex", **sizes)
-        (back,) = cuda_kernels.backward_stages("flex", capability=self.capability, **sizes)
+        _, back = cuda_kernels.backward_stages("flex", capability=self.capability, **sizes)
         return FlexBytes(forward[0].bytes, cuda_process.total(forward[1:]), cuda_process.total(back))

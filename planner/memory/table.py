@@ -44,6 +44,8 @@ class Plan(NamedTuple):
 
     phases: tuple[str, ...]
     buffers: tuple[Buffer, ...]
+    again: tuple[tuple[int, int], ...] = ()
+    """(first, one past the last) of phases that come more than once, one time after the other."""
 
     def totals(self) -> dict[str, Count]:
         """Bytes alive in each phase."""
@@ -78,16 +80,32 @@ class Plan(NamedTuple):
         return {name: nbytes for name, nbytes in by_component.items() if nbytes}
 
     def events(self) -> Iterator[tuple[str, int | None]]:
-        """(name, bytes) as a tensor is allocated and (name, None) as it is freed, in order."""
+        """(name, bytes) as a tensor is allocated and (name, None) as it is freed, in order. What comes more
+        than once comes twice: the second time, all that was allocated the first time may have been split."""
         alive: list[Buffer] = []
-        for phase in self.phases:
-            for buffer in [b for b in alive if phase not in b.phases]:
-                alive.remove(buffer)
-                yield from ((name, None) for name, _ in _tensors(buffer))
-            for buffer in sorted(self.buffers, key=lambda buffer: not buffer.before):
-                if phase in buffer.phases and buffer not in alive and buffer.bytes:
-                    alive.append(buffer)
-                    yield from _tensors(buffer)
+        for number, phase in enumerate(self.phases):
+            yield from self._entered(phase, alive)
+            for first, stop in self.again:
+                if stop == number + 1:
+                    repeated = self.phases[first:stop]
+                    yield from _freed([b for b in alive if b.phases[0] in repeated], alive)
+                    for name in repeated:
+                        yield from self._entered(name, alive)
+
+    def _entered(self, phase: str, alive: list[Buffer]) -> Iterator[tuple[str, int | None]]:
+        """The events as a phase begins; `alive` is what is alive, before and after."""
+        yield from _freed([b for b in alive if phase not in b.phases], alive)
+        for buffer in sorted(self.buffers, key=lambda buffer: not buffer.before):
+            if phase in buffer.phases and buffer not in alive and buffer.bytes:
+                alive.append(buffer)
+                yield from _tensors(buffer)
+
+
+def _freed(buffers: Sequence[Buffer], alive: list[Buffer]) -> Iterator[tuple[str, None]]:
+    """The events as these are freed, which are alive no longer."""
+    for buffer in buffers:
+        alive.remove(buffer)
+        yield from ((name, None) for name, _ in _tensors(buffer))
 
 
 Tensors = Count | Sequence[Count]
@@ -113,10 +131,16 @@ class PlanTable:
         self._lines: list[tuple[str, str, tuple[Count, ...], str, int, int | None]] = []
         self._open: dict[str, int] = {}
         self._before: set[int] = set()
+        self._again: list[tuple[int, int]] = []
 
     def phase(self, name: str) -> None:
         """Begins a phase: buffers that are added from now on are alive from it on."""
         self._phases.append(name)
+
+    def again(self, name: str) -> None:
+        """The phases from this one to the present one come more than once; what begins in them is freed in
+        them."""
+        self._again.append((self._phases.index(name), len(self._phases)))
 
     def add(self, name: str, component: str, count: Tensors, formula: str) -> None:
         """A buffer that is alive from the present phase until it is freed, or to the end."""
@@ -155,4 +179,5 @@ class PlanTable:
             Buffer(name, component, sum(tensors), phases[first:stop], formula, tensors, n in self._before)
             for n, (name, component, tensors, formula, first, stop) in enumerate(self._lines)
         )
-        return Plan(phases, tuple(x for x in buffers if not (type(x.bytes) is int and x.bytes == 0)))
+        there = tuple(x for x in buffers if not (type(x.bytes) is int and x.bytes == 0))
+        return Plan(phases, there, tuple(self._again))

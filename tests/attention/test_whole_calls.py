@@ -3,6 +3,7 @@ by its definition (`flash.py`). On a GPU `test_gpu.py` runs them as they are."""
 
 from __future__ import annotations
 
+from itertools import pairwise
 from unittest import mock
 
 import numpy as np
@@ -147,6 +148,21 @@ def test_calls_of_fewer_queries_meet_their_pairs(config, seq, queries, heads, ca
     np.testing.assert_array_equal(met(calls, shape, backward_cut), expected)
     few = met(calls, shape, lambda call, _: CallPart(2, 1, 3 if call.can_slice(shape) else 1 << 62))
     np.testing.assert_array_equal(few, expected)
+
+
+@causal_or_not
+@config_by_config
+@pytest.mark.parametrize("most", [1, 3, 10, 64])
+def test_no_slice_asks_for_more_than_the_one_before_it(config, causal, most):
+    shape = shape_of(100, causal=causal, windows="causal")
+    for call in whole_calls(config, shape):
+        if call.exists and call.can_slice(shape):
+            for queries, keys in call.spans(shape):
+                slices = [(some.length, seen.length) for some, seen in call.slices(queries, keys, most)]
+                assert sum(count for count, _ in slices) == queries.length
+                for (count, seen), (fewer, less) in pairwise(slices):
+                    assert fewer <= count
+                    assert less <= seen
 
 
 @causal_or_not

@@ -174,6 +174,9 @@ class _Unsaved(PlanTable):
     def phase(self, name: str) -> None:
         self._table.phase(self._prefix + name)
 
+    def again(self, name: str) -> None:
+        self._table.again(self._prefix + name)
+
     def add(self, name: str, component: str, count: Tensors, formula: str) -> None:
         self._table.add(self._prefix + name, component, count, formula)
         if component not in KEPT:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from attention.sizes.arena import POOL_FROM_TOKENS, arena_bytes, bucket_bytes
-from attention.sizes.arrays import Count, any_of, maximum, where
+from attention.sizes.arrays import Count, any_of, maximum, up, where
 from attention.sizes.flex import flex_list_bytes
 from attention.sizes.learned_sinks import slab_tokens
 from attention.sizes.row_bounds import Rows
@@ -421,11 +421,12 @@ def program_backward(
         table.add(copies, "workspace", taken, "of the kernel")
         left = [count * kind.exists for count in kernel.result]
         table.add(f"{kind.name}: dq, dk, dv", "temp_buffers", left, "N (H T + 2 G K) D w")
-        listing = maximum(_list(case, kind, piece.column) - sum(kernel.result) - sum(kernel.copies), 0)
+        ahead = sum(up(count, MIN_BLOCK) for count in kernel.copies)
+        listing = maximum(_list(case, kind, piece.column) - sum(kernel.result) - ahead, 0)
         # Sums of dk and of dv over lists are in single precision, into which a view's are copied.
         copied = kind.kv_heads * piece.keys * shape.head_dim * shape.wide
         copied = copied * (kind.gathers and number < shape.wide)
-        copied = maximum(copied - sum(kernel.copies), 0)
+        copied = maximum(copied - ahead, 0)
         first_scratch(table, kernel, f"{kind.name}: ", f"backward, {kind.name}", kind.exists)
         most = largest((kernel.scratch, (listing,), (copied,)))
         taken = [count * kind.exists for count in most]

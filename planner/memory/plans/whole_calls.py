@@ -6,7 +6,7 @@ Letters as in `planner/memory/plans/tiles.py`; N views of T queries and K keys, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from attention.sizes.arrays import Count, any_of, maximum, minimum, where
 from attention.sizes.shape import Shape
@@ -47,20 +47,34 @@ def forward(table: PlanTable, case: Case, calls: Sequence[WholeCall]) -> None:
     lse = "saved_for_backward" if case.trains else "temp_buffers"
     table.add("log-sum-exp", lse, where(as_returned, lse_bytes, case.lse_bytes), "float32 B S H")
     for call in calls:
-        table.phase(f"forward, {call.name}")
-        covers = call.covers(shape)
-        alone = call.exists * (1 - covers)
-        cut = forward_cut(call, shape)
-        out, lse_bytes, scratch, rows = _forward_bytes(call, case, cut, covers)
-        merging = (FLOAT32 * rows * (not call.first) * alone,)
-        # The kernel's is gone when the log-sum-exp is written in another order.
-        exists = call.exists * (1 - (sum(scratch) <= _reordered(call, case)) * 1)
-        table.add(f"{call.name}: part", "temp_buffers", (out * alone, lse_bytes * alone), "N T H (D e + 4)")
-        most = largest((tuple(x * exists for x in scratch), merging), MIN_BLOCK)
-        table.add(f"{call.name}: scratch", "workspace", most, "of the kernel, or of the merge")
-        allowance = _cudnn_workspace(table, call, case, _kernel_call(call, case, cut, covers))
-        names = [f"{call.name}: {what}" for what in ("part", "scratch", "log-sum-exp")]
-        table.free(*names, *allowance)
+        cut, alone = forward_cut(call, shape), call.exists * (1 - call.covers(shape))
+        _forward_calls(table, case, call, cut)
+        table.free(f"{call.name}: log-sum-exp")
+        if any_of(_repeats(call, case, cut) * alone):
+            table.again(f"forward, {call.name}")
+        for rest in _rests(call, case, cut, alone):
+            _forward_calls(table, case, call, rest, rest=True)
+
+
+def _forward_calls(
+    table: PlanTable, case: Case, call: WholeCall, cut: CallPart, *, rest: bool = False
+) -> None:
+    """The kernel calls of a call that are cut so, and how their results are merged; `rest`: those over what
+    the larger ones left over."""
+    name = call.name + ", the rest" * rest
+    covers = call.covers(case.shape)
+    alone = call.exists * (1 - covers)
+    table.phase(f"forward, {name}")
+    largest_call = _kernel_call(call, case, cut, covers, rest=rest)
+    out, lse_bytes, scratch, rows = _forward_bytes(call, case, cut, covers, largest_call)
+    merging = (FLOAT32 * rows * (not call.first) * alone,)
+    # The kernel's is gone when the log-sum-exp is written in another order.
+    exists = call.exists * (1 - (sum(scratch) <= _reordered(call, case)) * 1)
+    table.add(f"{name}: part", "temp_buffers", (out * alone, lse_bytes * alone), "N T H (D e + 4)")
+    most = largest((tuple(x * exists for x in scratch), merging), MIN_BLOCK)
+    table.add(f"{name}: scratch", "workspace", most, "of the kernel, or of the merge")
+    allowance = _cudnn_workspace(table, call, case, largest_call, name)
+    table.free(f"{name}: part", f"{name}: scratch", *allowance)
 
 
 def backward(table: PlanTable, case: Case, calls: Sequence[WholeCall], cut_of: CutOf = backward_cut) -> None:
@@ -74,44 +88,53 @@ def backward(table: PlanTable, case: Case, calls: Sequence[WholeCall], cut_of: C
     for name, nbytes, returned in zip(("dq", "dk", "dv"), own, padded, strict=True):
         table.add(name, "gradients", where(one, returned, nbytes), "B S H D e, or B S G D e")
     for call in calls:
-        table.phase(f"backward, {call.name}")
         cut = cut_of(call, shape)
         alone = call.exists * (1 - _is_one(call, cut, case))
-        kernel = case.machine.backward(_kernel_call(call, case, cut, 1 - alone))
-        results = [x * alone for x in kernel.result]
-        copies = [x * call.exists for x in kernel.copies]
-        table.add(f"{call.name}: copies of operands", "workspace", copies, "where D is padded")
-        table.add(f"{call.name}: dq, dk, dv", "temp_buffers", results, "N (T H + 2 K G) D e")
-        tiles.first_scratch(table, kernel, f"{call.name}: ", f"backward, {call.name}", call.exists)
-        scratch = [x * call.exists for x in kernel.scratch]
-        table.add(f"{call.name}: backward scratch", "workspace", scratch, "of the kernel")
-        allowance = _cudnn_workspace(table, call, case, _kernel_call(call, case, cut, 1 - alone))
-        table.free(
-            f"{call.name}: copies of operands",
-            f"{call.name}: dq, dk, dv",
-            f"{call.name}: backward scratch",
-            *allowance,
-        )
+        _backward_calls(table, case, call, cut, alone)
+        if any_of(_repeats(call, case, cut) * alone):
+            table.again(f"backward, {call.name}")
+        for rest in _rests(call, case, cut, alone):
+            _backward_calls(table, case, call, rest, alone, rest=True)
 
 
-def _cudnn_workspace(table: PlanTable, call: WholeCall, case: Case, kernel: KernelCall) -> tuple[str, ...]:
+def _backward_calls(
+    table: PlanTable, case: Case, call: WholeCall, cut: CallPart, alone: Count, *, rest: bool = False
+) -> None:
+    """The kernel calls of a call that are cut so; `alone`: 1 if dq, dk and dv are not what they return, else
+    0; `rest` as in `_forward_calls`."""
+    name = call.name + ", the rest" * rest
+    table.phase(f"backward, {name}")
+    kernel_call = _kernel_call(call, case, cut, 1 - alone, rest=rest)
+    kernel = case.machine.backward(kernel_call)
+    results = [x * alone for x in kernel.result]
+    copies = [x * call.exists for x in kernel.copies]
+    table.add(f"{name}: copies of operands", "workspace", copies, "as the kernel wants them")
+    table.add(f"{name}: dq, dk, dv", "temp_buffers", results, "N (T H + 2 K G) D e")
+    tiles.first_scratch(table, kernel, f"{name}: ", f"backward, {name}", call.exists)
+    scratch = [x * call.exists for x in kernel.scratch]
+    table.add(f"{name}: backward scratch", "workspace", scratch, "of the kernel")
+    allowance = _cudnn_workspace(table, call, case, kernel_call, name)
+    table.free(f"{name}: copies of operands", f"{name}: dq, dk, dv", f"{name}: backward scratch", *allowance)
+
+
+def _cudnn_workspace(
+    table: PlanTable, call: WholeCall, case: Case, kernel: KernelCall, name: str
+) -> tuple[str, ...]:
     """Adds what cuDNN's attention may take of itself, where it runs the call, and names it."""
     taken = by_cudnn(call, case.shape) * call.exists
     if not any_of(taken):
         return ()
     rows = kernel.heads * kernel.queries + kernel.kv_heads * kernel.keys
     line = cudnn_workspace(2 * kernel.views * rows * kernel.head_dim * kernel.itemsize)
-    name = f"{call.name}: {line.name}"
-    table.add(name, "workspace", line.bytes * taken, line.source)
-    return (name,)
+    table.add(f"{name}: {line.name}", "workspace", line.bytes * taken, line.source)
+    return (f"{name}: {line.name}",)
 
 
 def _forward_bytes(
-    call: WholeCall, case: Case, cut: CallPart, covers: Count
+    call: WholeCall, case: Case, cut: CallPart, covers: Count, largest_call: KernelCall
 ) -> tuple[Count, Count, tuple[Count, ...], Count]:
     """Out, log-sum-exp, scratch and rows of the kernel call that takes most: the largest, or one with fewer
     views or heads, for whom the kernel cuts the keys further."""
-    largest_call = _kernel_call(call, case, cut, covers)
     shape, kv_heads = case.shape, call.kv_heads(case.shape)
     last = shape.heads // call.period  # heads of the last offset
     sizes = [
@@ -147,22 +170,47 @@ def _is_one(call: WholeCall, cut: CallPart, case: Case) -> Count:
     return call.covers_keys(case.shape) * fits * 1
 
 
+def _repeats(call: WholeCall, case: Case, cut: CallPart) -> Count:
+    """1 if there are several kernel calls of the largest size, but for slices of the queries, else 0."""
+    views, kv_heads = call.views >= 2 * cut.views, call.kv_heads(case.shape) >= 2 * cut.kv_heads
+    return ((case.batch > 1) | (call.offsets > 1) | views | kv_heads) * 1
+
+
+def _rests(call: WholeCall, case: Case, cut: CallPart, alone: Count) -> Iterator[CallPart]:
+    """How the last kernel calls are cut, if they have less than the others: what is left over of views, of kv
+    heads or of queries. Of one config: it takes less at once, but what is below a MiB comes from segments of
+    its own."""
+    kv_heads = call.kv_heads(case.shape)
+    sizes = (call.views, cut.views, kv_heads, cut.kv_heads, call.queries, cut.queries, alone)
+    if any(type(size) is not int for size in sizes) or not alone:
+        return
+    if call.views % cut.views:
+        yield cut._replace(views=call.views % cut.views)
+    if kv_heads % cut.kv_heads:
+        yield cut._replace(kv_heads=kv_heads % cut.kv_heads)
+    if cut.queries < call.queries and call.queries % cut.queries:
+        yield cut._replace(queries=call.queries % cut.queries)
+
+
 def _heads(call: WholeCall, cut: CallPart, case: Case) -> Count:
     """Query heads that the kernel is given at once."""
     return cut.kv_heads * (call.heads(case.shape) // call.kv_heads(case.shape))
 
 
-def _kernel_call(call: WholeCall, case: Case, cut: CallPart, batched: Count) -> KernelCall:
-    """The largest kernel call; `batched`: 1 if it takes all batch items and all of the call, else 0."""
+def _kernel_call(
+    call: WholeCall, case: Case, cut: CallPart, batched: Count, *, rest: bool = False
+) -> KernelCall:
+    """The largest kernel call; `batched`: 1 if it takes all batch items and all of the call, else 0. `rest`:
+    whether it is over what the larger ones left over."""
     shape = case.shape
     views, queries = where(batched, case.batch * call.views, cut.views), maximum(call.queries, 1)
     heads = where(batched, call.heads(shape), _heads(call, cut, case))
     keys = maximum(call.keys, 1)
     sliced = (cut.queries < queries) * (1 - batched)
-    if call.left is not None:
-        seen = cut.queries + call.left + (0 if call.right is None else call.right)
-        keys = where(sliced, minimum(keys, seen), keys)
-    queries = where(sliced, cut.queries, queries)
+    # The last slice, which is the first that comes, or what is left over, the first tokens'.
+    begin = (queries - cut.queries) * (1 - rest)
+    first, stop = call.seen(begin, begin + cut.queries, queries, keys)
+    keys, queries = where(sliced, stop - first, keys), where(sliced, cut.queries, queries)
     # Operands are views [N, T, H, D] of [S, H, D], and the log-sum-exp is one [N, H, T] of [H, S].
     operands = ((heads == 1) | (call.period == 1)) * ((queries == 1) | (call.step * shape.heads == heads))
     operands = operands * ((views == 1) | (call.view_step * shape.heads == queries * heads))
