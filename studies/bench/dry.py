@@ -162,10 +162,12 @@ def sweep(
     added to it. Cases that the library refuses to plan are rows of the kind `refused`."""
     rows = read_rows(path)
     there = {row["number"] for row in rows if row["seed"] == seed}
+    drawn = enumerate(islice(cases(seed, flex=flex, features=features), count))
+    missing = [(number, case) for number, case in drawn if number not in there]
+    if not missing:  # no CUDA build of torch is wanted
+        return rows
     with path.open("a") as file, Batch(PREFIX + CARDS[0]) as batch:
-        for number, case in enumerate(islice(cases(seed, flex=flex, features=features), count)):
-            if number in there:
-                continue
+        for number, case in missing:
             try:
                 predicted(case)
                 row = measured(case, batch)

@@ -129,9 +129,10 @@ def sweep(path: Path, count: int) -> list[Row]:
     answers run."""
     rows = read_rows(path)
     there = {row["number"] for row in rows}
-    with path.open("a") as file, Batch(PREFIX + CARDS[0], timeout=TIMEOUT) as batch:
-        for number in range(count):
-            if number not in there:
+    missing = [number for number in range(count) if number not in there]
+    if missing:  # without any, no CUDA build of torch is wanted
+        with path.open("a") as file, Batch(PREFIX + CARDS[0], timeout=TIMEOUT) as batch:
+            for number in missing:
                 rows.append({"number": number, **question_row(question(number), batch)})
                 file.write(json.dumps(rows[-1]) + "\n")
                 file.flush()

@@ -4,6 +4,7 @@ import json
 import math
 from itertools import islice
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -57,6 +58,13 @@ def test_the_margin_is_the_least_step_above_all():
     row = recorded()[0]
     beyond = 1.0312 * row["reserved"] + dry.SEGMENTS * dry.SEGMENT
     assert dry.margin(dry.errors([row | {"reserved": math.floor(beyond)}])) == pytest.approx(0.0325)
+
+
+def test_rows_that_are_there_want_no_cuda_build(monkeypatch, tmp_path):
+    monkeypatch.setattr(dry, "Batch", mock.Mock(side_effect=AssertionError))
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in recorded()[:2]))
+    assert dry.sweep(path, 1, 2) == dry.sweep(path, 1, 0) == recorded()[:2]
 
 
 def test_what_failed_is_no_error():

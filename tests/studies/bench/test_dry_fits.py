@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from functools import partial
+from unittest import mock
 
 import pytest
 from matplotlib.figure import Figure
@@ -38,6 +41,20 @@ def test_questions_are_of_all_objectives_and_cards_and_the_same_each_time():
     assert all(2e9 <= one["vram"] <= min(80e9, gpus.find(one["gpu"]).usable_bytes) for one in asked)
     assert {one["mode"] for one in asked} == {"inference", "training"}
     assert {one["backend"] for one in asked} == {None, "sdpa"}
+
+
+def test_what_the_file_has_is_published_without_a_cuda_build(monkeypatch, tmp_path):
+    rows = [{"number": number, "about": "dry", "outcome": "nothing fits", "asked": {}} for number in (1, 0)]
+    path, published = tmp_path / "rows.jsonl", []
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    monkeypatch.setattr(dry_fits, "Batch", mock.Mock(side_effect=AssertionError))
+    monkeypatch.setattr(dry_fits, "publish", lambda *what: published.append(what))
+    monkeypatch.setattr(sys, "argv", ["dry_fits", str(path), "--count", "2", "--publish"])
+    dry_fits.main()
+    [(name, command, written, _)] = published
+    assert (name, written) == ("fits", rows[::-1])
+    assert command == "python -m studies.bench.dry_fits FILE --count 2 --publish"
+    assert len(path.read_text().splitlines()) == 2
 
 
 @pytest.mark.slow
