@@ -1,8 +1,8 @@
 """How far predictions for GPUs were from dry runs, and the margin that follows from it. Imports no torch.
 
 A dry run is torch's own CUDA build over a stand-in for CUDA's libraries (`planner.standin`): its allocator
-and its operators' host code are real, kernels are not run. One set of random cases sets the margin, another
-checks it; both are named in `planner/data/dry-runs.json`, which `python -m studies.bench.dry --write` writes.
+and its operators' host code are real, kernels are not run. Some draws of random cases set the margin, others
+check it; all are named in `planner/data/dry-runs.json`, which `python -m studies.bench.dry --write` writes.
 What a context and a display take is no part of it: those are figures with sources of their own.
 """
 
@@ -13,9 +13,9 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Final
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from attention.config import AttentionConfig, Value
+from attention.config import AttentionConfig, Value, as_tuple
 from planner.calibration import OUTSIDE, Bound, Domain, Names, installed_torch
 from planner.workload import Workload
 
@@ -31,7 +31,7 @@ frees what the next cannot always take, and the replay does not follow every one
 
 
 class DryCases(Value):
-    """Random cases, as `studies.bench.dry.cases` has them."""
+    """A draw of random cases, as `studies.bench.dry.cases` has them."""
 
     seed: int
     cases: Annotated[int, Field(ge=1)]
@@ -40,16 +40,20 @@ class DryCases(Value):
     """Those that took more than the upper bound."""
 
 
+Draws = Annotated[tuple[DryCases, ...], BeforeValidator(as_tuple), Field(min_length=1)]
+
+
 class DryRuns(Value):
     """Two disjoint sets of dry runs."""
 
     torch: str
     cards: Names
     domain: Domain
+    """What there is in both sets."""
     margin: Annotated[float, Field(ge=0)]
     """Share of a prediction that is added to it, beside the segments: none of `set_by` is above that."""
-    set_by: DryCases
-    checked_by: DryCases
+    set_by: Draws
+    checked_by: Draws
 
 
 @cache

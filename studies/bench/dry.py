@@ -14,7 +14,7 @@ import argparse
 import json
 import math
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from statistics import median
@@ -253,27 +253,36 @@ def _taken_for(error: Error) -> float:
 
 
 def written(setting: Sequence[Error], checking: Sequence[Error]) -> DryRuns:
-    """What `planner/data/dry-runs.json` has, of two sets of cases."""
+    """What `planner/data/dry-runs.json` has, of two sets of cases, each of one draw or several."""
     share = margin(setting)
 
-    def of(found: Sequence[Error]) -> DryCases:
-        exceeded = sum(e.row["reserved"] > _taken_for(e) * (1 + share) + SEGMENTS * SEGMENT for e in found)
-        return DryCases(seed=found[0].row["seed"], cases=len(found), exceeded=exceeded)
+    def draws(found: Sequence[Error]) -> tuple[DryCases, ...]:
+        above: dict[int, list[bool]] = {}
+        for e in found:
+            bound = _taken_for(e) * (1 + share) + SEGMENTS * SEGMENT
+            above.setdefault(e.row["seed"], []).append(e.row["reserved"] > bound)
+        return tuple(
+            DryCases(seed=seed, cases=len(cases), exceeded=sum(cases))
+            for seed, cases in sorted(above.items())
+        )
 
-    both = [*setting, *checking]
+    def in_both(values: Callable[[Error], Iterable[str]]) -> tuple[str, ...]:
+        one, other = ({value for e in found for value in values(e)} for found in (setting, checking))
+        return tuple(sorted(one & other))
+
     return DryRuns(
-        torch=both[-1].row["torch"],
-        cards=tuple(sorted({e.case.card for e in both})),
+        torch=checking[-1].row["torch"],
+        cards=in_both(lambda e: (e.case.card,)),
         domain=Domain(
-            variants=tuple(sorted({e.case.config.variant for e in both})),
-            dtypes=tuple(sorted({e.case.workload.dtype for e in both})),
-            modes=tuple(sorted({e.case.workload.mode for e in both})),
+            variants=in_both(lambda e: (e.case.config.variant,)),
+            dtypes=in_both(lambda e: (e.case.workload.dtype,)),
+            modes=in_both(lambda e: (e.case.workload.mode,)),
             longest=LONGEST,
-            features=tuple(sorted({one for e in both for one in features_of(e.case.workload)} - {"weights"})),
+            features=in_both(lambda e: {*features_of(e.case.workload)} - {"weights"}),
         ),
         margin=share,
-        set_by=of(setting),
-        checked_by=of(checking),
+        set_by=draws(setting),
+        checked_by=draws(checking),
     )
 
 
@@ -308,11 +317,15 @@ def main() -> None:
         "--features", action="store_true", help="with fewer queries, documents and sinks among the cases"
     )
     parser.add_argument("--worst", type=int, default=20, help="cases to name")
-    parser.add_argument("--write", type=Path, help="rows of another seed: write the margin that they set")
+    parser.add_argument(
+        "--write", type=Path, nargs="+", help="files of rows of other seeds: write the margin that they set"
+    )
     given = parser.parse_args()
     rows = sweep(given.rows, given.seed, given.count, flex=given.flex, features=given.features)
     if given.write:
-        setting = errors(read_rows(given.write))
+        setting = errors(row for path in given.write for row in read_rows(path))
+        if both := {e.row["seed"] for e in setting} & {row["seed"] for row in rows}:
+            parser.error(f"rows that set a margin do not check it: {given.rows} has seeds {sorted(both)} too")
         write_whole(PATH, f"{written(setting, errors(rows)).to_json(indent=1)}\n".encode(), "the file")
     found = errors(rows)
     for error in sorted(found, key=lambda e: -abs(e.allocated))[: given.worst]:

@@ -60,6 +60,21 @@ def test_the_margin_is_the_least_step_above_all():
     assert dry.margin(dry.errors([row | {"reserved": math.floor(beyond)}])) == pytest.approx(0.0325)
 
 
+def test_the_domain_is_what_sets_and_checks_the_margin():
+    rows = [row for row in recorded() if row["workload"].get("dtype") != "float64"]
+    with_sinks, without = (
+        [row | {"seed": seed, "workload": row["workload"] | fields} for row in rows[:9]]
+        for seed, fields in ((3, {"sinks": True}), (2, {}))
+    )
+    plain, featured = dry.errors(rows[9:19]), dry.errors(with_sinks)
+    alone = dry.written(plain, dry.errors([*without, *with_sinks]))
+    assert alone.domain.features == ()
+    assert [draw.seed for draw in alone.checked_by] == [2, 3]
+    both = dry.written([*plain, *featured], dry.errors([row | {"seed": 4} for row in with_sinks]))
+    assert both.domain.features == ("sinks",)
+    assert [(draw.seed, draw.cases) for draw in both.set_by] == [(1, 10), (3, 9)]
+
+
 def test_rows_that_are_there_want_no_cuda_build(monkeypatch, tmp_path):
     monkeypatch.setattr(dry, "Batch", mock.Mock(side_effect=AssertionError))
     path = tmp_path / "rows.jsonl"
