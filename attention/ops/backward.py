@@ -17,13 +17,19 @@ Gradients = tuple[Tensor | None, ...]
 
 def once(run: Callable[..., Gradients]) -> Callable[..., Gradients]:
     """The `backward(ctx, *grads)` of `run(ctx, saved, *grads)`, which may be run again where memory runs
-    out: `ctx.buffers` are freed then. Gradients that are differentiated in their turn are refused."""
+    out: `ctx.buffers` are freed then; where those are None it is run once. Gradients that are differentiated
+    in their turn are refused."""
 
     @wraps(run)
     def backward(ctx: Any, *grads: Tensor | None) -> Gradients:
         saved = ctx.saved_tensors  # read once: a checkpoint gives them once
         with torch.no_grad():
-            gradients = with_emergency_release(lambda: run(ctx, saved, *grads), ctx.buffers, saved[0].device)
+            if ctx.buffers is None:
+                gradients = run(ctx, saved, *grads)
+            else:
+                gradients = with_emergency_release(
+                    lambda: run(ctx, saved, *grads), ctx.buffers, saved[0].device
+                )
         if not torch.is_grad_enabled():
             return gradients
         # create_graph=True; whether the graph is ever used shows later: by what the gradients came from, or
