@@ -243,8 +243,8 @@ def attend(
 def forward_pass(
     q: Tensor, k: Tensor, v: Tensor, problem: Problem, keeps_lse: bool, trains: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """(out, lse) of the problem without what autograd needs; `trains`: whether `backward_pass` follows. lse is
-    None unless the caller needs it."""
+    """(out, lse) of the problem; lse is None unless the caller needs it. `trains`: whether `backward_pass`
+    follows."""
     shape = problem.shape
     if problem.documents is not None:
         packed = document_calls.forward(q, k, v, problem.documents, shape, problem.scale)

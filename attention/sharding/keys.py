@@ -1,15 +1,15 @@
-"""Attention over shards by moving keys: every rank computes its own queries, over its own keys and over what it
-fetches of its peers, stage by stage; the parts meet by their log-sum-exp. Gradients of fetched keys go straight
-to their owner, who adds them stage by stage, in the same order each time.
+"""Attention over shards by moving keys: every rank computes its own queries, over its own keys and over what
+it fetches of its peers, stage by stage; the parts meet by their log-sum-exp. Gradients of fetched keys go
+straight to their owner, who adds them stage by stage, in the same order each time.
 
-Each stage is posted before the compute that can hide it. Keys are fetched again for the backward pass, so that
-nothing beside q, k, v, out and the log-sum-exp of the rank's own tokens is saved. Global queries, which see
-every key, travel to the keys instead.
+Each stage is posted before the compute that can hide it. Keys are fetched again for the backward pass, so
+that nothing beside q, k, v, out and the log-sum-exp of the rank's own tokens is saved. Global queries, which
+see every key, travel to the keys instead.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -20,20 +20,15 @@ from attention.ops.backward import Gradients, once
 from attention.ops.execute import Problem, Reserves, backward_pass, forward_pass
 from attention.ops.kernels import lse_dtype
 from attention.ops.learned_sinks import add_sinks, sinks_gradient
-from attention.ops.program import Tile
 from attention.out_of_memory import with_emergency_release
 from attention.pool import Buffers
-from attention.documents import Lengths
-from attention.sharding.needs import Source, deliveries, stages, visitors, visits
-from attention.sharding.parts import PartProgram, Rows, joined_rows, own_rows, source_rows
-from attention.sharding.shards import Shards
+from attention.sharding.parts import source_rows
+from attention.sharding.plan import FEW_PARTS, KeysPlan, Part, Stage
 from attention.sharding.sums import Output, Sum, lane_index
 from attention.sizes.shape import Shape
 
 Messages = Sequence[tuple[int, Tensor]]
 """Each with its peer."""
-FEW_PARTS = 2
-"""Parts that may meet in a query, or in a key's gradient, before their sum is kept in single precision."""
 
 
 class Pending(Protocol):
@@ -50,222 +45,42 @@ class Exchange(Protocol):
     ) -> Pending: ...
 
 
-class Part(NamedTuple):
-    """Some queries over the keys of one tensor."""
+class KeysProblem(NamedTuple):
+    """A rank's attention over shards, and what running it needs."""
 
-    queries: slice
-    """Tokens of the local q, or of the visiting one."""
-    problem: Problem
-
-
-class OwnPart(NamedTuple):
-    """Some own queries, or visiting ones, over a piece of the own keys."""
-
-    part: Part
-    keys: slice
-    """Tokens of the local k."""
-
-
-class Fetch(NamedTuple):
-    """Sources that are received into one tensor, with the parts that read it."""
-
-    sources: tuple[Source, ...]
-    rows: Rows
-    own: tuple[slice, slice] | None
-    """Rows of the tensor, and tokens of the local k, where own keys are copied in."""
-    parts: tuple[Part, ...]
-
-
-class Stage(NamedTuple):
-    """What a rank fetches, and what it sends to those who fetch it in the same stage."""
-
-    fetches: tuple[Fetch, ...]
-    deliveries: tuple[Source, ...]
-
-
-class Guest(NamedTuple):
-    """Queries that visit, by their owner, or own ones by whom they visit; `queries`: how many, or where they are
-    among the local ones."""
-
-    peer: int
-    queries: slice
-    parts: tuple[OwnPart, ...]
-
-
-class KeysPlan(NamedTuple):
-    """What a rank computes, fetches and sends in one attention over shards."""
-
-    shape: Shape
-    """Of the whole sequence."""
-    tokens: int
-    """Own tokens."""
-    own: tuple[OwnPart, ...]
-    stages: tuple[Stage, ...]
-    guests: tuple[Guest, ...]
-    """Visiting queries."""
-    hosts: tuple[Guest, ...]
-    """Own queries that visit, by where."""
-    locate: Callable[[Source], slice]
-    """Tokens of the local k that are a source's."""
-    wide_out: bool
-    """Whether more than `FEW_PARTS` meet in some query."""
-    wide_keys: bool
-    """Whether more than `FEW_PARTS` meet in the gradient of some key."""
-    travels_wide: bool
-    """Whether gradients travel in single precision."""
+    plan: KeysPlan
+    parts: tuple[Problem, ...]
+    """Of each part, by its number."""
     buffers: Buffers
 
 
-def keys_plan(
-    config: AttentionConfig,
-    shape: Shape,
-    shards: Shards,
-    rank: int,
-    make: Callable[[Shape], Iterable[Tile]],
-    documents: Lengths | None,
-    scale: float,
-    buffers: Buffers,
-) -> KeysPlan:
-    """The plan of a rank. `shape`: of the whole sequence, with chunks for a rank's tokens; `make` makes the
-    tiles of the whole sequence."""
-    causal = shape.causal
-    pieces = shards.pieces(rank)
-    starts = _starts(pieces)
-    visit_end = max((stop for _, _, stop in visitors(config, shards, rank, causal, documents)), default=0)
-
-    def part(queries: tuple[int, int], rows: Rows, place: slice) -> Part | None:
-        program = PartProgram(make, queries, rows, shape, documents)
-        if queries[0] >= queries[1] or not program.exists():
-            return None
-        reserves = Reserves(program.shape, program.extent, kinds=False)
-        problem = Problem(
+def keys_problem(plan: KeysPlan, config: AttentionConfig, scale: float, buffers: Buffers) -> KeysProblem:
+    """The problem of a plan."""
+    parts = {part.number: part for part in plan.all_parts()}
+    problems = tuple(
+        Problem(
             shape=program.shape,
             tiles=program.tiles,
-            reserves=reserves,
+            reserves=Reserves(program.shape, program.extent, kinds=False),
             scale=scale,
             covers=False,
             whole=False,
             buffers=buffers,
             hides=config.token_edges,
         )
-        return Part(place, problem)
-
-    def local(begin: int, end: int) -> slice:
-        return slice(starts(begin), starts(begin) + end - begin)
-
-    joins = is_joined(config)
-    own = []
-    for queries in () if joins else pieces:
-        for keys in pieces:
-            if made := part(queries, own_rows(*keys), local(*queries)):
-                own.append(OwnPart(made, local(*keys)))
-
-    def fetch(sources: Sequence[Source]) -> Fetch:
-        rows, copied = joined_rows(sources, pieces if joins else ())
-        parts = []
-        for begin, end in pieces:
-            first = max(begin, min(visit_end, end))
-            if made := part((first, end), rows, local(first, end)):
-                parts.append(made)
-        placed = None
-        if copied is not None:
-            placed = (slice(copied, copied + pieces[0][1] - pieces[0][0]), local(*pieces[0]))
-        return Fetch(tuple(sources), rows, placed, tuple(parts))
-
-    made_stages = []
-    given = deliveries(config, shards, rank, causal, documents)
-    for sources, sent in zip(stages(config, shards, rank, causal, documents), given, strict=True):
-        groups = [list(sources)] if joins else _adjoining(sources)
-        fetches = [fetch(group) for group in groups if group or (joins and pieces)]
-        made_stages.append(Stage(tuple(fetches), sent))
-    if joins and not made_stages and pieces:
-        made_stages.append(Stage((fetch(()),), ()))
-
-    guests = []
-    for peer, begin, end in visits(config, shards, rank, causal, documents):
-        over = [part((begin, end), own_rows(*keys), slice(0, end - begin)) for keys in pieces]
-        parts = tuple(OwnPart(one, local(*keys)) for one, keys in zip(over, pieces, strict=True) if one)
-        guests.append(Guest(peer, slice(0, end - begin), parts))
-    hosts = tuple(
-        Guest(peer, local(begin, end), ())
-        for peer, begin, end in visitors(config, shards, rank, causal, documents)
+        for program in (parts[number].program for number in range(len(parts)))
     )
-    met = [one.part.queries for one in own]
-    met += [one.queries for stage in made_stages for fetch in stage.fetches for one in fetch.parts]
-    met += [host.queries for host in hosts]
-    added = [one.keys for one in own] + [one.keys for guest in guests for one in guest.parts]
-    added += [local(*source[1:3]) for stage in made_stages for source in stage.deliveries]
-    return KeysPlan(
-        shape=shape,
-        tokens=shards.tokens(rank),
-        own=tuple(own),
-        stages=tuple(made_stages),
-        guests=tuple(guests),
-        hosts=hosts,
-        locate=lambda source: local(source.begin, source.end),
-        wide_out=_depth(met) > FEW_PARTS,
-        wide_keys=_depth(added) > FEW_PARTS,
-        travels_wide=travels_wide(config),
-        buffers=buffers,
-    )
-
-
-def travels_wide(config: AttentionConfig) -> bool:
-    """Whether gradients travel in single precision."""
-    sharding = getattr(config, "sharding", None)
-    return sharding is not None and sharding.travel == "float32"
-
-
-def is_joined(config: AttentionConfig) -> bool:
-    """Whether fetched and own keys lie in one tensor: those of lists, which would otherwise be cut row by row."""
-    pattern = config.pattern
-    return pattern is not None and pattern.pattern_type == "dilated_sparse"
-
-
-def _starts(pieces: Sequence[tuple[int, int]]) -> Callable[[int], int]:
-    """What gives the place of a token among those of the pieces."""
-
-    def start(token: int) -> int:
-        before = 0
-        for begin, end in pieces:
-            if begin <= token <= end and (token < end or end == pieces[-1][1]):
-                return before + token - begin
-            before += end - begin
-        raise AssertionError(f"token {token} is in none of {pieces}")
-
-    return start
-
-
-def _adjoining(sources: Sequence[Source]) -> list[list[Source]]:
-    """The sources, those together that adjoin and are whole."""
-    groups: list[list[Source]] = []
-    for source in sources:
-        last = groups[-1][-1] if groups else None
-        if last and last.end == source.begin and last.rate == source.rate == 1:
-            groups[-1].append(source)
-        else:
-            groups.append([source])
-    return groups
-
-
-def _depth(slices: Sequence[slice]) -> int:
-    """How many of the slices meet at most."""
-    edges = sorted([(one.start, 1) for one in slices] + [(one.stop, -1) for one in slices])
-    depth = most = 0
-    for _, change in edges:
-        depth += change
-        most = max(most, depth)
-    return most
+    return KeysProblem(plan, problems, buffers)
 
 
 def keys_attention(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, plan: KeysPlan, exchange: Exchange
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, problem: KeysProblem, exchange: Exchange
 ) -> Tensor:
     """out [B, own tokens, H, D] of own q, k and v, with gradients where those or sinks ask for them."""
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, sinks)):
-        out: Tensor = AttendShards.apply(q, k, v, sinks, plan, exchange)  # type: ignore[no-untyped-call]
+        out: Tensor = AttendShards.apply(q, k, v, sinks, problem, exchange)  # type: ignore[no-untyped-call]
         return out
-    return _forward(q, k, v, sinks, plan, exchange, trains=False)[0]
+    return _forward(q, k, v, sinks, problem, exchange, trains=False)[0]
 
 
 class AttendShards(torch.autograd.Function):
@@ -273,11 +88,17 @@ class AttendShards(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, plan: KeysPlan, exchange: Exchange
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sinks: Tensor | None,
+        problem: KeysProblem,
+        exchange: Exchange,
     ) -> Tensor:
-        out, lse = _forward(q, k, v, sinks, plan, exchange, trains=True)
+        out, lse = _forward(q, k, v, sinks, problem, exchange, trains=True)
         ctx.save_for_backward(q, k, v, out, lse, *(() if sinks is None else (sinks,)))
-        ctx.plan, ctx.exchange, ctx.buffers = plan, exchange, None  # messages are not sent twice
+        ctx.problem, ctx.exchange, ctx.buffers = problem, exchange, None  # messages are not sent twice
         ctx.set_materialize_grads(False)
         return out
 
@@ -288,10 +109,10 @@ class AttendShards(torch.autograd.Function):
         grad = torch.zeros_like(out) if grad is None else grad.contiguous()
         of_sinks = None
         if ctx.needs_input_grad[3] and out.shape[1]:
-            of_sinks = sinks_gradient(grad, out, lse, saved[5], _own_shape(ctx.plan))
+            of_sinks = sinks_gradient(grad, out, lse, saved[5], _own_shape(ctx.problem.plan))
         elif ctx.needs_input_grad[3]:
             of_sinks = torch.zeros_like(saved[5])
-        return *_backward(grad, saved[:5], ctx.plan, ctx.exchange), of_sinks, None, None
+        return *_backward(grad, saved[:5], ctx.problem, ctx.exchange), of_sinks, None, None
 
 
 def _own_shape(plan: KeysPlan) -> Shape:
@@ -299,18 +120,28 @@ def _own_shape(plan: KeysPlan) -> Shape:
 
 
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, plan: KeysPlan, exchange: Exchange, *, trains: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    problem: KeysProblem,
+    exchange: Exchange,
+    *,
+    trains: bool,
 ) -> tuple[Tensor, Tensor]:
     """(out, lse [B, own tokens, H])."""
+    plan = problem.plan
     q, k, v = (x.contiguous() for x in (q, k, v))
     total = Output(q, plan.wide_out)
 
     def attended(part: Part, queries: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         def run() -> tuple[Tensor, Tensor | None]:
             asking = queries[:, part.queries]
-            return forward_pass(asking, keys, values, part.problem, keeps_lse=True, trains=trains)
+            return forward_pass(
+                asking, keys, values, problem.parts[part.number], keeps_lse=True, trains=trains
+            )
 
-        out, lse = with_emergency_release(run, plan.buffers, q.device)
+        out, lse = with_emergency_release(run, problem.buffers, q.device)
         assert lse is not None
         return out, lse
 
@@ -353,9 +184,10 @@ def _forward(
 
 
 def _backward(
-    grad: Tensor, saved: Sequence[Tensor], plan: KeysPlan, exchange: Exchange
+    grad: Tensor, saved: Sequence[Tensor], problem: KeysProblem, exchange: Exchange
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) of own tokens."""
+    plan = problem.plan
     q, k, v, out, lse = (x.contiguous() for x in saved)
     travel = lse_dtype(k.dtype) if plan.travels_wide else k.dtype
     rows = (grad, q, out, lse)
@@ -366,9 +198,9 @@ def _backward(
         kept = (some[1], keys, values, some[2], some[3])
 
         def run() -> tuple[Tensor, Tensor, Tensor]:
-            return backward_pass(some[0], kept, part.problem, wide_keys=plan.travels_wide)
+            return backward_pass(some[0], kept, problem.parts[part.number], wide_keys=plan.travels_wide)
 
-        parts = with_emergency_release(run, plan.buffers, q.device)
+        parts = with_emergency_release(run, problem.buffers, q.device)
         for total, tokens, one in zip(to.sums, (part.queries, to.keys, to.keys), parts, strict=True):
             total.add(tokens, one)
 
@@ -489,7 +321,7 @@ class _Ahead:
                     sends += [(source.peer, item) for item in x[:, place]]
                 else:
                     lanes = lane_index(source, place.start, self._plan.shape, x.device)
-                    sends += [(source.peer, item.flatten(0, 1)[lanes.index]) for item in x]
+                    sends += [(source.peer, item.flatten(0, 1)[lanes.places]) for item in x]
         return sends
 
 

@@ -25,9 +25,9 @@ from attention.sizes.tiles import Extent
 
 class Rows(NamedTuple):
     """Where a source's keys lie in its tensor [rows, lanes, D]: token t of `runs` (first token, one past the
-    last, first row), which are in order, at row first row + (t - first token) // rate. At rate 1 a lane is a kv
-    head. At rate r it is a kv head for query heads h of one remainder h % r, and holds tokens of that remainder
-    alone: lanes are query heads where a group has no two of one remainder, else r for each kv head."""
+    last, first row), which are in order, at row first row + (t - first token) // rate. At rate 1 a lane is a
+    kv head. At rate r it is a kv head for query heads h of one remainder h % r, and holds tokens of that
+    remainder alone: lanes are query heads where a group has no two of one remainder, else r a kv head."""
 
     runs: tuple[tuple[int, int, int], ...]
     total: int
@@ -66,8 +66,8 @@ def source_rows(source: Source) -> Rows:
 
 
 def joined_rows(sources: Sequence[Source], pieces: Sequence[tuple[int, int]] = ()) -> tuple[Rows, int | None]:
-    """(rows of sources that ascend and have one rate, and of own `pieces` among them, in one tensor; the row at
-    which those begin, if there are any)."""
+    """(rows of sources that ascend and have one rate, and of own `pieces` among them, in one tensor; the row
+    at which those begin, if there are any)."""
     rate = sources[0].rate if sources else 1
     ranges = sorted([(begin, end) for _, begin, end, _ in sources] + list(pieces))
     runs: list[tuple[int, int, int]] = []

@@ -1,5 +1,5 @@
-"""Sums over what comes in parts: outputs that meet by their log-sum-exp, and gradients. What is added is widened a
-slab at a time, so that little is held beside the sums."""
+"""Sums over what comes in parts: outputs that meet by their log-sum-exp, and gradients. What is added is
+widened a slab at a time, so that little is held beside the sums."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ SLAB_TOKENS = 1024
 class Lanes(NamedTuple):
     """Where the lanes of a source at a rate above 1 lie."""
 
-    index: Tensor
-    """[rows, lanes]: places among tokens and kv heads of the owner's k [S, G, D], as one dimension; the last one's
+    places: Tensor
+    """[rows, lanes]: among tokens and kv heads of the owner's k [S, G, D], as one dimension; the last one's
     where a lane has a row less."""
     valid: Tensor
     """[rows, lanes], False there."""
@@ -47,12 +47,14 @@ class Output:
 
     def __init__(self, q: Tensor, wide: bool) -> None:
         """`wide`: whether it is kept in single precision until it ends."""
-        self._q, self._out, self._lse = q, None, None
+        self._q = q
+        self._out: Tensor | None = None
+        self._lse: Tensor | None = None
         self._dtype = lse_dtype(q.dtype) if wide else q.dtype
 
     def add(self, queries: slice, out: Tensor, lse: Tensor) -> None:
-        """Adds the output [B, n, H, D] of some queries over further keys, and its log-sum-exp [B, n, H]. They are
-        the sum's from then on."""
+        """Adds the output [B, n, H, D] of some queries over further keys, and its log-sum-exp [B, n, H]. They
+        are the sum's from then on."""
         if self._out is None and out.dtype == self._dtype and out.shape == self._q.shape:
             self._out, self._lse = out, lse
             return
@@ -77,8 +79,9 @@ class Sum:
     """A gradient that comes in parts."""
 
     def __init__(self, like: Tensor, wide: bool) -> None:
-        """`like`: what it is the gradient of; `wide`: whether it is kept in single precision until it ends."""
-        self._like, self._total = like, None
+        """`like`: what it is the gradient of; `wide`: whether it is kept in single precision till it ends."""
+        self._like = like
+        self._total: Tensor | None = None
         self._dtype = lse_dtype(like.dtype) if wide else like.dtype
 
     def add(self, tokens: slice, part: Tensor) -> None:
@@ -93,7 +96,7 @@ class Sum:
 
     def add_lanes(self, lanes: Lanes, part: Tensor) -> None:
         """Adds a part [B, rows, lanes, D]. No two of its places are the same."""
-        places = lanes.index[lanes.valid]
+        places = lanes.places[lanes.valid]
         for total, one in zip(self._sum(), part, strict=True):
             flat = total.view(-1, total.shape[2])
             flat[places] = (flat[places].to(lse_dtype(flat.dtype)) + one[lanes.valid]).to(flat.dtype)
