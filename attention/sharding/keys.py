@@ -56,21 +56,29 @@ class KeysProblem(NamedTuple):
 
 def keys_problem(plan: KeysPlan, config: AttentionConfig, scale: float, buffers: Buffers) -> KeysProblem:
     """The problem of a plan."""
-    parts = {part.number: part for part in plan.all_parts()}
-    problems = tuple(
-        Problem(
-            shape=program.shape,
-            tiles=program.tiles,
-            reserves=Reserves(program.shape, program.extent, kinds=False),
-            scale=scale,
-            covers=False,
-            whole=False,
-            buffers=buffers,
-            hides=config.token_edges,
-        )
-        for program in (parts[number].program for number in range(len(parts)))
-    )
+    parts = sorted(plan.all_parts(), key=lambda part: part.number)
+    problems = tuple(_part_problem(part, config, scale, buffers) for part in parts)
     return KeysProblem(plan, problems, buffers)
+
+
+def _part_problem(part: Part, config: AttentionConfig, scale: float, buffers: Buffers) -> Problem:
+    program = part.program
+    if part.whole is not None:
+        shape = part.whole.shape
+        covers = config.variant != "dilated" or any(rate == 1 for _, rate in config.branches)
+    else:
+        shape, covers = program.shape, False
+    return Problem(
+        shape=shape,
+        tiles=program.tiles,
+        reserves=Reserves(program.shape, program.extent, kinds=False),
+        scale=scale,
+        covers=covers,
+        whole=False,
+        buffers=buffers,
+        calls=part.whole.calls if part.whole else None,
+        hides=config.token_edges,
+    )
 
 
 def keys_attention(

@@ -258,3 +258,22 @@ def _cut(shards: Shards, ranges: Iterable[Range]) -> Iterator[Source]:
             if begin < stop:
                 yield Source(shards.holder(chunk - 1), begin, stop, rate)
             begin = max(begin, stop)
+
+
+def asking(
+    config: AttentionConfig, seq: int, queries: tuple[int, int], keys: tuple[int, int], causal: bool
+) -> tuple[int, int]:
+    """(first, one past the last) of some queries that may see one of some keys, given likewise: what is left
+    out sees none of them."""
+    begin, end = keys
+    first, stop = queries
+    if config.variant == "dilated":
+        hulls = _hulls(config, seq, begin, end)
+        first, stop = max(first, min(hull[0] for hull in hulls)), min(stop, max(hull[1] for hull in hulls))
+    elif config.variant == "block_sparse" and not is_dilated_sparse(config):
+        size, reach, shared = _window(config, seq, causal)
+        if begin >= shared:
+            stop = min(stop, ceil_div(end, size) * size + reach)
+            if causal or first >= shared:
+                first = max(first, begin // size * size - reach)
+    return (max(first, begin) if causal else first), stop

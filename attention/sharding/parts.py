@@ -65,9 +65,11 @@ def source_rows(source: Source) -> Rows:
     return Rows(((begin, end, 0),), -(-(end - begin) // rate), rate)
 
 
-def joined_rows(sources: Sequence[Source], pieces: Sequence[tuple[int, int]] = ()) -> tuple[Rows, int | None]:
+def joined_rows(
+    sources: Sequence[Source], pieces: Sequence[tuple[int, int]] = (), unit: int = 1
+) -> tuple[Rows, int | None]:
     """(rows of sources that ascend and have one rate, and of own `pieces` among them, in one tensor; the row
-    at which those begin, if there are any)."""
+    at which those begin, if there are any). Blocks of `unit` tokens of the sequence are blocks of rows."""
     rate = sources[0].rate if sources else 1
     ranges = sorted([(begin, end) for _, begin, end, _ in sources] + list(pieces))
     runs: list[tuple[int, int, int]] = []
@@ -76,6 +78,7 @@ def joined_rows(sources: Sequence[Source], pieces: Sequence[tuple[int, int]] = (
         if runs and runs[-1][1] == begin and rate == 1:
             runs[-1] = (runs[-1][0], end, runs[-1][2])
         else:
+            total += (begin - total) % unit
             runs.append((begin, end, total))
         total += -(-(end - begin) // rate)
     rows = Rows(tuple(runs), total, rate)
@@ -158,9 +161,9 @@ class PartProgram:
         if len(self.rows.runs) == 1:
             begin, _, row = self.rows.runs[0]
             return Gather(keys.blocks + (row - begin) // keys.size, keys.size, keys.heads)
-        begins, rows = (np.array([run[n] for run in self.rows.runs]) // keys.size for n in (0, 2))
-        runs = np.searchsorted(begins, keys.blocks, side="right") - 1
-        return Gather(keys.blocks + (rows - begins)[runs], keys.size, keys.heads)
+        begins, rows = (np.array([run[n] for run in self.rows.runs]) for n in (0, 2))
+        runs = np.searchsorted(begins, keys.blocks * keys.size, side="right") - 1
+        return Gather(keys.blocks + ((rows - begins) // keys.size)[runs], keys.size, keys.heads)
 
     def _lanes(self, queries: Span, keys: Span) -> tuple[int, int]:
         """(first lane, from one to the next) of a call's keys at a rate above 1."""

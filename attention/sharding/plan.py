@@ -8,9 +8,10 @@ from typing import NamedTuple
 
 from attention.config import AttentionConfig
 from attention.ops.program import Tile
-from attention.sharding.needs import Packing, Source, deliveries, stages, visitors, visits
+from attention.sharding.needs import Packing, Source, asking, deliveries, stages, visitors, visits
 from attention.sharding.parts import PartProgram, Rows, joined_rows, own_rows
 from attention.sharding.shards import Shards
+from attention.sharding.whole_parts import WholePart, whole_part
 from attention.sizes.shape import Shape
 
 FEW_PARTS = 2
@@ -25,6 +26,8 @@ class Part(NamedTuple):
     program: PartProgram
     number: int
     """Its place among the rank's parts."""
+    whole: WholePart | None = None
+    """What does it instead of the program, where kernels take whole calls."""
 
 
 class OwnPart(NamedTuple):
@@ -66,7 +69,7 @@ class KeysPlan(NamedTuple):
     """What a rank computes, fetches and sends in one attention over shards."""
 
     shape: Shape
-    """Of the whole sequence."""
+    """Of the whole sequence, with chunks for a rank's tokens."""
     tokens: int
     """Own tokens."""
     own: tuple[OwnPart, ...]
@@ -104,16 +107,23 @@ def keys_plan(
 ) -> KeysPlan:
     """The plan of a rank. `shape`: of the whole sequence, with chunks for a rank's tokens; `make` makes the
     tiles of the whole sequence."""
-    causal, numbers = shape.causal, count()
+    seq, causal, numbers = int(shape.seq), shape.causal, count()
     pieces = shards.pieces(rank)
     starts = _starts(pieces)
     visit_end = max((stop for _, _, stop in visitors(config, shards, rank, causal, documents)), default=0)
 
-    def part(queries: tuple[int, int], rows: Rows, place: slice) -> Part | None:
-        program = PartProgram(make, queries, rows, shape, documents)
-        if queries[0] >= queries[1] or not program.exists():
+    def part(queries: tuple[int, int], rows: Rows, begin: int) -> Part | None:
+        """Queries, of which local ones begin with token `begin`, over what lies in rows."""
+        tokens = rows.runs[0][0], rows.runs[-1][1]
+        first, stop = asking(config, seq, queries, tokens, causal)
+        if first >= stop:
             return None
-        return Part(place, program, next(numbers))
+        program = PartProgram(make, (first, stop), rows, shape._replace(windows="none"), documents)
+        if not program.exists():
+            return None
+        place = slice(begin + first - queries[0], begin + stop - queries[0])
+        whole = None if documents else whole_part(config, (first, stop), rows, shape)
+        return Part(place, program, next(numbers), whole)
 
     def local(begin: int, end: int) -> slice:
         return slice(starts(begin), starts(begin) + end - begin)
@@ -122,15 +132,16 @@ def keys_plan(
     own = []
     for queries in () if joins else pieces:
         for keys in pieces:
-            if made := part(queries, own_rows(*keys), local(*queries)):
+            if made := part(queries, own_rows(*keys), starts(queries[0])):
                 own.append(OwnPart(made, local(*keys)))
 
     def fetch(sources: Sequence[Source]) -> Fetch:
-        rows, copied = joined_rows(sources, pieces if joins else ())
+        unit = config.pattern.block_size if joins and config.pattern else 1
+        rows, copied = joined_rows(sources, pieces if joins else (), unit)
         parts = []
         for begin, end in pieces:
             first = max(begin, min(visit_end, end))
-            if made := part((first, end), rows, local(first, end)):
+            if made := part((first, end), rows, starts(first)):
                 parts.append(made)
         placed = None
         if copied is not None:
@@ -148,7 +159,7 @@ def keys_plan(
 
     guests = []
     for peer, begin, end in visits(config, shards, rank, causal, documents):
-        over = [part((begin, end), own_rows(*keys), slice(0, end - begin)) for keys in pieces]
+        over = [part((begin, end), own_rows(*keys), 0) for keys in pieces]
         parts = tuple(OwnPart(one, local(*keys)) for one, keys in zip(over, pieces, strict=True) if one)
         guests.append(Guest(peer, slice(0, end - begin), parts))
     hosts = tuple(
