@@ -22,7 +22,7 @@ from attention.ops.kernels import lse_dtype
 from attention.ops.learned_sinks import add_sinks, sinks_gradient
 from attention.out_of_memory import with_emergency_release
 from attention.pool import Buffers
-from attention.sharding.parts import source_rows
+from attention.sharding.parts import source_placement
 from attention.sharding.plan import FEW_PARTS, KeysPlan, Part, Stage
 from attention.sharding.sums import Output, Sum, lane_index
 from attention.sizes.shape import Shape
@@ -341,7 +341,7 @@ class _Back:
         self.answers: list[Tensor] = []
         self._room = []
         for source in stage.deliveries:
-            rows = source_rows(source)
+            rows = source_placement(source)
             size = (2, len(k), rows.total, rows.lanes(plan.shape), k.shape[3])
             self._room.append(k.new_empty(size, dtype=travel))
 

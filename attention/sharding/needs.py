@@ -102,6 +102,31 @@ def visitors(
     )
 
 
+def asking(
+    config: AttentionConfig, seq: int, queries: tuple[int, int], keys: tuple[int, int], causal: bool
+) -> tuple[int, int]:
+    """(first, one past the last) of some queries that may see one of some keys, given likewise: what is left
+    out sees none of them."""
+    sight, size = sight_of(config, seq, causal), 1
+    if config.pattern is not None and not config.token_edges:
+        size = config.pattern.block_size
+    (first, stop), (begin, end) = queries, keys
+    if begin >= sight.shared:
+        hulls = [
+            (
+                max(begin // length * length, begin // size * size - reach),
+                min(ceil_div(end, length) * length, ceil_div(end, size) * size + reach),
+            )
+            for length, _, reach in sight.bands
+        ]
+        stop = min(stop, max(hull[1] for hull in hulls))
+        if first >= global_queries(sight, causal):
+            first = max(first, min(hull[0] for hull in hulls))
+        else:
+            stop = max(stop, min(queries[1], global_queries(sight, causal)))
+    return (max(first, begin) if causal else first), stop
+
+
 # Stages
 
 
@@ -201,22 +226,3 @@ def _cut(shards: Shards, ranges: Iterable[Range]) -> Iterator[Source]:
             if begin < stop:
                 yield Source(shards.holder(chunk - 1), begin, stop, rate)
             begin = max(begin, stop)
-
-
-def asking(
-    config: AttentionConfig, seq: int, queries: tuple[int, int], keys: tuple[int, int], causal: bool
-) -> tuple[int, int]:
-    """(first, one past the last) of some queries that may see one of some keys, given likewise: what is left
-    out sees none of them."""
-    begin, end = keys
-    first, stop = queries
-    if config.variant == "dilated":
-        hulls = _hulls(config, seq, begin, end)
-        first, stop = max(first, min(hull[0] for hull in hulls)), min(stop, max(hull[1] for hull in hulls))
-    elif config.variant == "block_sparse" and not is_dilated_sparse(config):
-        size, reach, shared = _window(config, seq, causal)
-        if begin >= shared:
-            stop = min(stop, ceil_div(end, size) * size + reach)
-            if causal or first >= shared:
-                first = max(first, begin // size * size - reach)
-    return (max(first, begin) if causal else first), stop

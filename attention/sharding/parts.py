@@ -23,7 +23,7 @@ from attention.sizes.shape import Shape, Span
 from attention.sizes.tiles import Extent
 
 
-class Rows(NamedTuple):
+class Placement(NamedTuple):
     """Where a source's keys lie in its tensor [rows, lanes, D]: token t of `runs` (first token, one past the
     last, first row), which are in order, at row first row + (t - first token) // rate. At rate 1 a lane is a
     kv head. At rate r it is a kv head for query heads h of one remainder h % r, and holds tokens of that
@@ -54,20 +54,20 @@ def lanes_per_head(rate: int, repeat: int) -> int:
     return min(rate, repeat)
 
 
-def own_rows(begin: int, end: int) -> Rows:
+def own_placement(begin: int, end: int) -> Placement:
     """The rows of tokens begin..end, one after the other."""
-    return Rows(((begin, end, 0),), end - begin)
+    return Placement(((begin, end, 0),), end - begin)
 
 
-def source_rows(source: Source) -> Rows:
+def source_placement(source: Source) -> Placement:
     """The rows of one source."""
     begin, end, rate = source[1:]
-    return Rows(((begin, end, 0),), -(-(end - begin) // rate), rate)
+    return Placement(((begin, end, 0),), -(-(end - begin) // rate), rate)
 
 
-def joined_rows(
+def joined_placement(
     sources: Sequence[Source], pieces: Sequence[tuple[int, int]] = (), unit: int = 1
-) -> tuple[Rows, int | None]:
+) -> tuple[Placement, int | None]:
     """(rows of sources that ascend and have one rate, and of own `pieces` among them, in one tensor; the row
     at which those begin, if there are any). Blocks of `unit` tokens of the sequence are blocks of rows."""
     rate = sources[0].rate if sources else 1
@@ -81,7 +81,7 @@ def joined_rows(
             total += (begin - total) % unit
             runs.append((begin, end, total))
         total += -(-(end - begin) // rate)
-    rows = Rows(tuple(runs), total, rate)
+    rows = Placement(tuple(runs), total, rate)
     return rows, rows.row(pieces[0][0]) if pieces else None
 
 
@@ -92,7 +92,7 @@ class PartProgram:
         self,
         make: Callable[[Shape], Iterable[Tile]],
         queries: tuple[int, int],
-        rows: Rows,
+        rows: Placement,
         whole: Shape,
         documents: Sequence[Sequence[int]] | None = None,
     ) -> None:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from attention.config import AttentionConfig
 from attention.ops.program import Tile
 from attention.sharding.needs import Packing, Source, asking, deliveries, stages, visitors, visits
-from attention.sharding.parts import PartProgram, Rows, joined_rows, own_rows
+from attention.sharding.parts import PartProgram, Placement, joined_placement, own_placement
 from attention.sharding.shards import Shards
 from attention.sharding.whole_parts import WholePart, whole_part
 from attention.sizes.shape import Shape
@@ -42,7 +42,7 @@ class Fetch(NamedTuple):
     """Sources that are received into one tensor, with the parts that read it."""
 
     sources: tuple[Source, ...]
-    rows: Rows
+    rows: Placement
     own: tuple[slice, slice] | None
     """Rows of the tensor, and tokens of the local k, where own keys are copied in."""
     parts: tuple[Part, ...]
@@ -112,7 +112,7 @@ def keys_plan(
     starts = _starts(pieces)
     visit_end = max((stop for _, _, stop in visitors(config, shards, rank, causal, documents)), default=0)
 
-    def part(queries: tuple[int, int], rows: Rows, begin: int) -> Part | None:
+    def part(queries: tuple[int, int], rows: Placement, begin: int) -> Part | None:
         """Queries, of which local ones begin with token `begin`, over what lies in rows."""
         tokens = rows.runs[0][0], rows.runs[-1][1]
         first, stop = asking(config, seq, queries, tokens, causal)
@@ -132,12 +132,12 @@ def keys_plan(
     own = []
     for queries in () if joins else pieces:
         for keys in pieces:
-            if made := part(queries, own_rows(*keys), starts(queries[0])):
+            if made := part(queries, own_placement(*keys), starts(queries[0])):
                 own.append(OwnPart(made, local(*keys)))
 
     def fetch(sources: Sequence[Source]) -> Fetch:
         unit = config.pattern.block_size if joins and config.pattern else 1
-        rows, copied = joined_rows(sources, pieces if joins else (), unit)
+        rows, copied = joined_placement(sources, pieces if joins else (), unit)
         parts = []
         for begin, end in pieces:
             first = max(begin, min(visit_end, end))
@@ -159,7 +159,7 @@ def keys_plan(
 
     guests = []
     for peer, begin, end in visits(config, shards, rank, causal, documents):
-        over = [part((begin, end), own_rows(*keys), 0) for keys in pieces]
+        over = [part((begin, end), own_placement(*keys), 0) for keys in pieces]
         parts = tuple(OwnPart(one, local(*keys)) for one, keys in zip(over, pieces, strict=True) if one)
         guests.append(Guest(peer, slice(0, end - begin), parts))
     hosts = tuple(

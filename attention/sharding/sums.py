@@ -11,7 +11,7 @@ from torch import Tensor
 
 from attention.ops.kernels import lse_dtype
 from attention.sharding.needs import Source
-from attention.sharding.parts import lanes_per_head, source_rows
+from attention.sharding.parts import lanes_per_head, source_placement
 from attention.sizes.shape import Shape
 
 SLAB_TOKENS = 1024
@@ -35,7 +35,7 @@ def lane_index(source: Source, start: int, shape: Shape, device: torch.device) -
     each = lanes_per_head(rate, repeat)
     lanes = torch.arange(kv_heads * each, device=device)
     remainder = lanes % rate if each == repeat else lanes % each
-    rows = torch.arange(source_rows(source).total, device=device)
+    rows = torch.arange(source_placement(source).total, device=device)
     tokens = (remainder - begin) % rate + rows[:, None] * rate
     valid = tokens < end - begin
     index = (start + tokens.clamp_max(end - begin - 1)) * kv_heads + lanes // each

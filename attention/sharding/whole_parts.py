@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from attention.config import AttentionConfig
-from attention.sharding.parts import Rows
+from attention.sharding.parts import Placement
 from attention.sizes.shape import Shape
 from attention.sizes.whole_calls import WholeCall, whole_calls
 from attention.sizes.window import token_side
@@ -19,7 +19,7 @@ class WholePart(NamedTuple):
 
 
 def whole_part(
-    config: AttentionConfig, queries: tuple[int, int], rows: Rows, whole: Shape
+    config: AttentionConfig, queries: tuple[int, int], rows: Placement, whole: Shape
 ) -> WholePart | None:
     """The calls of queries (first, one past the last) over rows, where there are any; `whole`: the shape of
     the whole sequence."""
