@@ -1,0 +1,1 @@
+"""Attention whose sequence is shared by the ranks of a process group."""
