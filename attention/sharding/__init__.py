@@ -1,1 +1,1 @@
-"""Attention whose sequence is shared by the ranks of a process group."""
+"""Attention over several ranks: who holds which tokens, what is exchanged, and the module that does it."""
