@@ -63,6 +63,8 @@ class Transport:
         self.received: Counter[int] = Counter()
         self.failure: str | None = None
         """What closed the ring."""
+        self.calls = 0
+        """Forward calls that the ring has begun."""
         self._begun = time.monotonic()
         self._warm = False
         with suppress(RuntimeError):  # the word of a group before that had the same name
