@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from attention.config import AttentionConfig
-from attention.ops.backward import Gradients, once
+from attention.ops.backward import Gradients, final
 from attention.ops.execute import Problem, Reserves, backward_pass, forward_pass
 from attention.ops.kernels import lse_dtype
 from attention.ops.learned_sinks import add_sinks, sinks_gradient
@@ -106,21 +106,23 @@ class AttendShards(torch.autograd.Function):
     ) -> Tensor:
         out, lse = _forward(q, k, v, sinks, problem, exchange, trains=True)
         ctx.save_for_backward(q, k, v, out, lse, *(() if sinks is None else (sinks,)))
-        ctx.problem, ctx.exchange, ctx.buffers = problem, exchange, None  # messages are not sent twice
+        ctx.problem, ctx.exchange = problem, exchange
         ctx.set_materialize_grads(False)
         return out
 
     @staticmethod
-    @once
-    def backward(ctx: Any, saved: Sequence[Tensor], grad: Tensor | None) -> Gradients:
+    def backward(ctx: Any, grad: Tensor | None) -> Gradients:
+        saved = ctx.saved_tensors  # read once: a checkpoint gives them once
         out, lse = saved[3:5]
-        grad = torch.zeros_like(out) if grad is None else grad.contiguous()
-        of_sinks = None
-        if ctx.needs_input_grad[3] and out.shape[1]:
-            of_sinks = sinks_gradient(grad, out, lse, saved[5], _own_shape(ctx.problem.plan))
-        elif ctx.needs_input_grad[3]:
-            of_sinks = torch.zeros_like(saved[5])
-        return *_backward(grad, saved[:5], ctx.problem, ctx.exchange), of_sinks, None, None
+        with torch.no_grad():
+            grad = torch.zeros_like(out) if grad is None else grad.contiguous()
+            of_sinks = None
+            if ctx.needs_input_grad[3] and out.shape[1]:
+                of_sinks = sinks_gradient(grad, out, lse, saved[5], _own_shape(ctx.problem.plan))
+            elif ctx.needs_input_grad[3]:
+                of_sinks = torch.zeros_like(saved[5])
+            parts = _backward(grad, saved[:5], ctx.problem, ctx.exchange)
+        return final((*parts, of_sinks, None, None), (*saved, grad))
 
 
 def _own_shape(plan: KeysPlan) -> Shape:
