@@ -13,10 +13,10 @@ from torch.func import functional_call
 
 from attention.adaptive import AdaptiveAttention
 from attention.config import AttentionConfig, ShardingConfig
+from attention.decided import MOST
 from attention.documents import Lengths, document_lengths
 from attention.errors import AttentionPlannerError, InputError, UnavailableError
 from attention.features import NAMES
-from attention.decided import MOST
 from attention.inputs import check, refuse_unknown, shape_of
 from attention.module import Attention, eager, kept_layout
 from attention.ops import flex, kernels
@@ -115,10 +115,24 @@ class ShardedAttention(nn.Module):
         return self._part(slice(0, q.shape[2]), q.shape[2]).kernels(q, k, v, is_causal)
 
     def traffic(self, q: Tensor, k: Tensor, is_causal: bool = False) -> Traffic:
-        """What this rank and each peer send each other in a call over tensors such as these, own tokens or shapes
-        [batch, own tokens, heads, head_dim] on the meta device; all ranks call it. Its backward part is that of
-        training."""
-        PLACEHOLDER
+        """What this rank and its peers send each other in a call over own tokens such as these, which may be
+        on the meta device, and in its backward pass. All ranks call it, since each knows its tokens alone."""
+        shape = number_of(f"{q.dtype} {q.shape[0]} {tuple(q.shape[2:])} {tuple(k.shape[2:])} {is_causal}")
+        terms = {"pass": PASSES.index("traffic"), "dtype and shape beside the tokens": shape}
+        shards = self._dealt(agree(self.transport, terms, q.shape[1]))
+        return traffic(
+            self.config,
+            shards,
+            self.transport.rank,
+            is_causal,
+            batch=q.shape[0],
+            heads=q.shape[2],
+            kv_heads=k.shape[2],
+            head_dim=q.shape[3],
+            itemsize=q.element_size(),
+            training=True,
+            exchange=self._exchange(q, k, shards, is_causal),
+        )
 
     def shard(self, x: Tensor) -> Tensor:
         """This rank's tokens of x [batch, seq, ...], a copy."""
@@ -247,7 +261,7 @@ class ShardedAttention(nn.Module):
         size = (q.shape, k.shape, q.dtype, q.device, is_causal, lengths, shards, kernels.windows_of(q))
         problem = self._problems.get(size)
         if problem is None:
-            shape = shape_of(*map(_with_tokens, (q, k)), config, is_causal)
+            shape = shape_of(_with_tokens(q), _with_tokens(k), config, is_causal)
             whole = shape._replace(seq=int(shards.seq), origin=0, causal=is_causal, cudnn_from=0)
             layout = partial(kept_layout, config, self.scratch, whole)
             make = tiles_of(config, whole._replace(windows="none"), layout)

@@ -11,7 +11,7 @@ import numpy as np
 
 from attention.config import AttentionConfig
 from attention.layout import is_dilated_sparse, kept_columns
-from attention.sharding.ranges import Range, global_queries, seen, sight_of
+from attention.sharding.ranges import Range, global_queries, hull, seen, sight_of
 from attention.sharding.shards import Shards
 from attention.sizes.arrays import ceil_div
 
@@ -105,26 +105,18 @@ def visitors(
 def asking(
     config: AttentionConfig, seq: int, queries: tuple[int, int], keys: tuple[int, int], causal: bool
 ) -> tuple[int, int]:
-    """(first, one past the last) of some queries that may see one of some keys, given likewise: what is left
-    out sees none of them."""
-    sight, size = sight_of(config, seq, causal), 1
-    if config.pattern is not None and not config.token_edges:
-        size = config.pattern.block_size
+    """(first, one past the last) of those among some queries that may see one of some keys, both given
+    likewise: the others see none. None may if it is empty."""
+    sight, pattern = sight_of(config, seq, causal), config.pattern
+    size = 1 if pattern is None or config.token_edges else pattern.block_size
     (first, stop), (begin, end) = queries, keys
     if begin >= sight.shared:
-        hulls = [
-            (
-                max(begin // length * length, begin // size * size - reach),
-                min(ceil_div(end, length) * length, ceil_div(end, size) * size + reach),
-            )
-            for length, _, reach in sight.bands
-        ]
-        stop = min(stop, max(hull[1] for hull in hulls))
+        low, high = begin // size * size, ceil_div(end, size) * size
+        hulls = [hull(band, seq, low, high) for band in sight.bands]
+        stop = min(stop, max(last for _, last in hulls))
         if first >= global_queries(sight, causal):
-            first = max(first, min(hull[0] for hull in hulls))
-        else:
-            stop = max(stop, min(queries[1], global_queries(sight, causal)))
-    return (max(first, begin) if causal else first), stop
+            first = max(first, min(earliest for earliest, _ in hulls))
+    return max(first, begin) if causal else first, stop
 
 
 # Stages

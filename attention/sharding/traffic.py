@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import chain
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
 
 from attention.config import AttentionConfig
 from attention.sharding.needs import Packing, Stages, Visit, deliveries, stages, visitors, visits
-from attention.sharding.rows import source_rows
+from attention.sharding.ranges import global_queries, sight_of
+from attention.sharding.rows import rows_received, source_rows
 from attention.sharding.shards import Shards
 
 Bytes = dict[int, tuple[int, int]]
+Exchange = Literal["keys", "heads"]
 Counts = Counter[int]
 """By peer."""
 
@@ -38,7 +42,7 @@ def traffic(
     head_dim: int,
     itemsize: int,
     training: bool,
-    exchange: Literal["keys", "heads"],
+    exchange: Exchange,
     documents: Packing | None = None,
 ) -> Traffic:
     """The traffic of a rank, from sizes alone. `heads` and `kv_heads` are of the whole attention, and the
@@ -77,6 +81,29 @@ def traffic(
         forward = [(pair * itemsize, 0), (query * itemsize, query * itemsize + lse)]
         backward = [(pair * itemsize, pair * travel), (3 * query * itemsize + lse, query * travel)]
     return Traffic(_bytes(goods, forward), _bytes(goods, backward) if training else {})
+
+
+def fewer_bytes(
+    config: AttentionConfig,
+    shards: Shards,
+    causal: bool,
+    *,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    itemsize: int,
+) -> Exchange:
+    """The exchange that moves fewer bytes forward, of all ranks together: keys, unless the world divides the
+    kv heads and it is heads. Of dilated_sparse, keys count as an upper bound of them. Not for adaptive."""
+    if kv_heads % shards.world:
+        return "keys"
+    sight, ranks = sight_of(config, shards.seq, causal), np.arange(shards.world)
+    rows: Any = rows_received(sight, shards, ranks, causal, heads, kv_heads)  # type: ignore[arg-type]
+    keys = 2 * head_dim * itemsize * int(rows.sum())
+    visits = global_queries(sight, causal) * shards.chunk(shards.seq - 1)
+    keys += visits * heads * (2 * head_dim * itemsize + max(itemsize, 4))
+    numbers = (heads + kv_heads) * 2 * head_dim * (shards.world - 1) // shards.world
+    return "heads" if shards.seq * numbers * itemsize < keys else "keys"
 
 
 def _rows(stages: Stages, heads: int, kv_heads: int) -> Counts:
