@@ -1,29 +1,22 @@
-"""Which tokens a rank wants of its peers, and when. Imports no torch.
-
-A *range* (begin, end, rate) of tokens stands for all of them if rate is 1; otherwise, for each query head h,
-for those tokens p of it with p % rate == h % rate.
-"""
+"""Which tokens a rank wants of its peers, and when. Imports no torch."""
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
 
 from attention.config import AttentionConfig
-from attention.errors import ConfigError
 from attention.layout import is_dilated_sparse, kept_columns
+from attention.sharding.ranges import Range, global_queries, seen, sight_of
 from attention.sharding.shards import Shards
-from attention.sizes.arrays import Count, ceil_div, minimum
-from attention.sizes.window import window_blocks
+from attention.sizes.arrays import ceil_div
 
 Packing = Sequence[Sequence[int]]
 """Tokens of each document of each batch item, or of all items if there is one."""
-Range = tuple[int, int, int]
 
 
 class Source(NamedTuple):
@@ -90,9 +83,9 @@ def visits(
 ) -> tuple[Visit, ...]:
     """The queries of peers that a rank computes over its own keys: global tokens that see every key. Their
     owner merges what comes back; in its `stages` it fetches nothing for them."""
-    end = _global_queries(config, shards.seq, causal)
-    hulls = [_documents_of(documents, shards.seq, *piece) for piece in shards.pieces(rank)]
-    ranges = _disjoint([(begin, min(stop, end), 1, 0) for begin, stop in hulls if begin < end])
+    end = global_queries(sight_of(config, shards.seq, causal), causal)
+    hulls = (_documents_of(documents, shards.seq, *piece) for piece in shards.pieces(rank))
+    ranges = _merged((begin, min(stop, end), 1) for begin, stop in hulls)
     return tuple(Visit(*source[:3]) for source in _cut(shards, ranges) if source.peer != rank)
 
 
@@ -100,8 +93,6 @@ def visitors(
     config: AttentionConfig, shards: Shards, rank: int, causal: bool, documents: Packing | None = None
 ) -> tuple[Visit, ...]:
     """The `visits` of a rank's queries at its peers: their `peer` is who computes them."""
-    if not shards.pieces(rank) or shards.pieces(rank)[0][0] >= _global_queries(config, shards.seq, causal):
-        return ()
     others = (peer for peer in range(shards.world) if peer != rank)
     return tuple(
         visit._replace(peer=peer)
@@ -139,80 +130,21 @@ def _step(config: AttentionConfig, shards: Shards, causal: bool, rank: int, peer
 def _wanted(
     config: AttentionConfig, shards: Shards, rank: int, causal: bool, documents: Packing | None
 ) -> list[Range]:
-    """The tokens that the queries of a rank see, its own among them: ranges that ascend and are disjoint."""
-    wanted = []
+    """What the queries of a rank see, its own tokens among it: ranges that ascend and are disjoint, none of
+    them empty."""
+    sight = sight_of(config, shards.seq, causal)
+    wanted: list[Range] = []
     for piece in shards.pieces(rank):
-        begin, end = max(piece[0], _global_queries(config, shards.seq, causal)), piece[1]
+        begin, end = max(piece[0], global_queries(sight, causal)), piece[1]
         if begin < end:
             first, stop = _documents_of(documents, shards.seq, begin, end)
             permitted = first, min(stop, end) if causal else stop
-            wanted.append(_inside(_seen(config, shards.seq, begin, end, causal), [permitted]))
-    if len(wanted) < 2:
-        return wanted[0] if wanted else []
-    return _disjoint([(*part, 0) for ranges in wanted for part in ranges])
-
-
-def _global_queries(config: AttentionConfig, seq: int, causal: bool) -> int:
-    """The first tokens, which are queries that see every key and travel to them."""
-    return 0 if causal else _window(config, seq, causal)[2]
-
-
-def _window(config: AttentionConfig, seq: Count, causal: bool) -> tuple[Count, Count, Count]:
-    """(tokens a block, tokens that a window reaches beyond a query's block, global tokens). A window that
-    ends at the token is one of blocks of a token; other attentions have none, and no global tokens."""
-    pattern = config.pattern
-    if config.variant != "block_sparse" or pattern is None or is_dilated_sparse(config):
-        return 1, 0, 0
-    size = 1 if config.token_edges else pattern.block_size
-    tokens = pattern.global_tokens if pattern.pattern_type == "global_local" else 0
-    side, shared = window_blocks(pattern.local_window_size, tokens, size, ceil_div(seq, size), causal)
-    return size, side * size, minimum(shared * size, seq)
-
-
-def _seen(config: AttentionConfig, seq: int, begin: int, end: int, causal: bool) -> list[Range]:
-    """The tokens that the queries begin..end see, as ranges that ascend and are disjoint; if causal, some
-    behind the queries may be among them."""
-    if config.variant == "dense":
-        return [(0, seq, 1)]
-    if config.variant == "dilated":
-        return _disjoint(_hulls(config, seq, begin, end))
-    if config.variant == "adaptive":
-        raise ConfigError(
-            "variant 'adaptive' chooses its keys when it runs, so nobody knows before who needs which; use "
-            "exchange='heads'"
-        )
-    if is_dilated_sparse(config):
-        return _listed(config, seq, begin, end, causal)
-    size, reach, shared = _window(config, seq, causal)
-    first, stop = begin // size * size - reach, ceil_div(end, size) * size + reach
-    return _disjoint([(0, shared, 1, 0), (max(first, 0), min(stop, seq), 1, 0)])
-
-
-def _hulls(config: AttentionConfig, seq: int, begin: int, end: int) -> list[tuple[int, int, int, int]]:
-    """(begin, end, rate, period) of each branch of a dilated attention: where the segments of the queries
-    begin..end lie, and of how many tokens they are, or 0 if one is all."""
-    hulls = []
-    for length, rate in config.branches:
-        first, stop = begin // length * length, ceil_div(end, length) * length
-        hulls.append((first, min(stop, seq), rate, length if length < seq else 0))
-    return hulls
-
-
-def _disjoint(hulls: Iterable[tuple[int, int, int, int]]) -> list[Range]:
-    """The union of (begin, end, rate, period), of each the tokens p with p % period % rate == h % rate, as
-    ranges that ascend and are disjoint, of the rate that all of them have in common."""
-    hulls = [hull for hull in hulls if hull[0] < hull[1]]
-    ranges: list[Range] = []
-    for begin, end in pairwise(sorted({edge for hull in hulls for edge in hull[:2]})):
-        here = [hull for hull in hulls if hull[0] <= begin and end <= hull[1]]
-        rate = math.gcd(*(hull[2] for hull in here))
-        if any(period % rate for *_, period in here):
-            rate = 1
-        if ranges and ranges[-1][1:] == (begin, rate):
-            ranges[-1] = (ranges[-1][0], end, rate)
-        elif here:
-            ranges.append((begin, end, rate))
-    return ranges
+            if is_dilated_sparse(config):
+                ranges = _listed(config, shards.seq, begin, end, causal)
+            else:
+                ranges = seen(sight, shards.seq, begin, end)
+            wanted += _inside(ranges, [permitted])
+    return _merged(wanted)
 
 
 def _listed(config: AttentionConfig, seq: int, begin: int, end: int, causal: bool) -> list[Range]:
@@ -236,6 +168,17 @@ def _documents_of(documents: Packing | None, seq: int, begin: int, end: int) -> 
     firsts = (item[bisect_right(item, begin) - 1] for item in edges)
     lasts = (item[bisect_left(item, end)] for item in edges)
     return min(firsts), max(lasts)
+
+
+def _merged(ranges: Iterable[Range]) -> list[Range]:
+    """The ranges, none of them empty, those of one rate that meet as one."""
+    merged: list[Range] = []
+    for begin, end, rate in sorted(ranges):
+        if begin < end and merged and merged[-1][2] == rate and begin <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(end, merged[-1][1]), rate)
+        elif begin < end:
+            merged.append((begin, end, rate))
+    return merged
 
 
 def _inside(ranges: Iterable[Range], bounds: Sequence[tuple[int, int]]) -> list[Range]:

@@ -34,19 +34,19 @@ class Shards(NamedTuple):
         return 2 * self.world if self.zigzag else self.world
 
     @property
-    def _deal(self) -> tuple[Count, Count]:
+    def deal(self) -> tuple[Count, Count]:
         """(units of every chunk, chunks that have one more)."""
         units = ceil_div(self.seq, self.unit)
         return units // self.chunks, units % self.chunks
 
     def edge(self, chunk: Count) -> Count:
         """The token at which a chunk begins and the one before it ends."""
-        each, more = self._deal
+        each, more = self.deal
         return minimum((chunk * each + minimum(chunk, more)) * self.unit, self.seq)
 
     def chunk(self, token: Count) -> Count:
         """The chunk that a token is in."""
-        each, more = self._deal
+        each, more = self.deal
         unit = token // self.unit
         longer = more * (each + 1)
         return where(unit < longer, unit // (each + 1), more + (unit - longer) // maximum(each, 1))
@@ -58,6 +58,11 @@ class Shards(NamedTuple):
     def owner(self, token: Count) -> Count:
         """The rank that holds a token."""
         return self.holder(self.chunk(token))
+
+    @property
+    def fullest(self) -> Count:
+        """The most tokens that a rank holds."""
+        return maximum(self.tokens(0), self.tokens(self.world - 1))
 
     def tokens(self, rank: Count) -> Count:
         """How many tokens a rank holds."""

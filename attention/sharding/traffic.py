@@ -1,0 +1,107 @@
+"""How many bytes a rank and each of its peers send each other. Imports no torch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from typing import Literal, NamedTuple
+
+from attention.config import AttentionConfig
+from attention.sharding.needs import Packing, Stages, Visit, deliveries, stages, visitors, visits
+from attention.sharding.rows import source_rows
+from attention.sharding.shards import Shards
+
+Bytes = dict[int, tuple[int, int]]
+Counts = Counter[int]
+"""By peer."""
+
+
+class Traffic(NamedTuple):
+    """What a rank exchanges in a call: {peer: (bytes sent, bytes received)} of all peers that there is
+    anything for. What ranks say to agree on a call is not counted."""
+
+    forward: Bytes
+    backward: Bytes
+    """Empty without a backward pass."""
+
+
+def traffic(
+    config: AttentionConfig,
+    shards: Shards,
+    rank: int,
+    causal: bool,
+    *,
+    batch: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    itemsize: int,
+    training: bool,
+    exchange: Literal["keys", "heads"],
+    documents: Packing | None = None,
+) -> Traffic:
+    """The traffic of a rank, from sizes alone. `heads` and `kv_heads` are of the whole attention, and the
+    world divides both where heads are exchanged.
+
+    keys: forward, the keys and values of each source go to who fetches it. Queries that visit go to the keys,
+    and their output and log-sum-exp come back. Backward, keys and values are fetched again and their
+    gradients go to the owner. Visiting queries go again, with the output, its gradient and the log-sum-exp,
+    and their gradient comes back. Gradients travel in the type of the tensors, or where travel="float32" in
+    at least single precision.
+
+    heads: forward, each rank sends the queries, keys and values of its tokens to who has their heads, and
+    gets the output back. Backward, the gradient of the output goes there, and those of the others come back.
+    """
+    # (a rank's own to each peer, what each peer has for it), and for one of them the bytes that go there and
+    # those that come back for it.
+    goods: list[tuple[Counts, Counts]]
+    forward: list[tuple[int, int]]
+    if exchange == "heads":
+        part = batch * head_dim * itemsize
+        inputs, output = part * (heads + 2 * kv_heads) // shards.world, part * heads // shards.world
+        peers = [peer for peer in range(shards.world) if peer != rank]
+        own = Counter({peer: shards.tokens(rank) for peer in peers})
+        goods = [(own, Counter({peer: shards.tokens(peer) for peer in peers}))]
+        forward, backward = [(inputs, output)], [(output, inputs)]
+    else:
+        plan = config, shards, rank, causal, documents
+        goods = [
+            (_rows(deliveries(*plan), heads, kv_heads), _rows(stages(*plan), heads, kv_heads)),
+            (_queries(visitors(*plan)), _queries(visits(*plan))),
+        ]
+        wide = max(itemsize, 4)
+        sharding = getattr(config, "sharding", None)
+        travel = wide if sharding is not None and sharding.travel == "float32" else itemsize
+        pair, query, lse = 2 * batch * head_dim, batch * heads * head_dim, batch * heads * wide
+        forward = [(pair * itemsize, 0), (query * itemsize, query * itemsize + lse)]
+        backward = [(pair * itemsize, pair * travel), (3 * query * itemsize + lse, query * travel)]
+    return Traffic(_bytes(goods, forward), _bytes(goods, backward) if training else {})
+
+
+def _rows(stages: Stages, heads: int, kv_heads: int) -> Counts:
+    """The rows of all sources of each peer."""
+    rows: Counts = Counter()
+    for peer, begin, end, rate in chain.from_iterable(stages):
+        rows[peer] += source_rows(end - begin, rate, heads, kv_heads)
+    return rows
+
+
+def _queries(visits: Iterable[Visit]) -> Counts:
+    """The query tokens of all visits of each peer."""
+    tokens: Counts = Counter()
+    for peer, begin, end in visits:
+        tokens[peer] += end - begin
+    return tokens
+
+
+def _bytes(goods: Sequence[tuple[Counts, Counts]], costs: Sequence[tuple[int, int]]) -> Bytes:
+    """(sent, received) for each peer with anything to send or receive."""
+    sent: Counts = Counter()
+    received: Counts = Counter()
+    for (own, theirs), (there, back) in zip(goods, costs, strict=True):
+        for counts, going, coming in ((own, sent, received), (theirs, received, sent)):
+            for peer, count in counts.items():
+                going[peer] += count * there
+                coming[peer] += count * back
+    return {peer: (sent[peer], received[peer]) for peer in sorted(sent) if sent[peer] or received[peer]}
