@@ -88,8 +88,7 @@ def shards_of(config: AttentionConfig, seq: int, world: int) -> Shards:
     """How the tokens of an attention are dealt, causal or not. InputError without tokens or ranks."""
     if seq < 1 or world < 1:
         raise InputError(f"shards need at least 1 token and 1 rank, got seq={seq} and world={world}")
-    sharding = getattr(config, "sharding", None)
-    zigzag = sharding is not None and sharding.shards == "zigzag"
+    zigzag = config.sharding is not None and config.sharding.shards == "zigzag"
     return Shards(seq, world, _unit(config, seq, world), zigzag)
 
 
