@@ -23,7 +23,7 @@ from attention.ops.learned_sinks import add_sinks, sinks_gradient
 from attention.out_of_memory import with_emergency_release
 from attention.pool import Buffers
 from attention.sharding.parts import source_placement
-from attention.sharding.plan import FEW_PARTS, KeysPlan, Part, Stage
+from attention.sharding.plan import FEW_PARTS, FetchStage, KeysPlan, RankPart
 from attention.sharding.sums import Output, Sum, lane_index
 from attention.sizes.shape import Shape
 
@@ -31,7 +31,7 @@ Messages = Sequence[tuple[int, Tensor]]
 """Each with its peer."""
 
 
-class Pending(Protocol):
+class Posted(Protocol):
     """Messages on their way."""
 
     def wait(self) -> None: ...
@@ -42,7 +42,7 @@ class Exchange(Protocol):
 
     def exchange(
         self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]], step: str
-    ) -> Pending: ...
+    ) -> Posted: ...
 
 
 class KeysProblem(NamedTuple):
@@ -61,7 +61,7 @@ def keys_problem(plan: KeysPlan, config: AttentionConfig, scale: float, buffers:
     return KeysProblem(plan, problems, buffers)
 
 
-def _part_problem(part: Part, config: AttentionConfig, scale: float, buffers: Buffers) -> Problem:
+def _part_problem(part: RankPart, config: AttentionConfig, scale: float, buffers: Buffers) -> Problem:
     program = part.program
     if part.whole is not None:
         shape = part.whole.shape
@@ -144,7 +144,7 @@ def _forward(
     q, k, v = (x.contiguous() for x in (q, k, v))
     total = Output(q, plan.wide_out)
 
-    def attended(part: Part, queries: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    def attended(part: RankPart, queries: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         def run() -> tuple[Tensor, Tensor | None]:
             asking = queries[:, part.queries]
             return forward_pass(
@@ -203,7 +203,7 @@ def _backward(
     rows = (grad, q, out, lse)
     dq, dk, dv = Sum(q, plan.wide_out), Sum(k, plan.wide_keys), Sum(v, plan.wide_keys)
 
-    def add(part: Part, asking: Sequence[Tensor], keys: Tensor, values: Tensor, to: _Sums) -> None:
+    def add(part: RankPart, asking: Sequence[Tensor], keys: Tensor, values: Tensor, to: _Sums) -> None:
         some = [x[:, part.queries] for x in asking]
         kept = (some[1], keys, values, some[2], some[3])
 
@@ -289,7 +289,7 @@ class _Ahead:
     def __init__(self, k: Tensor, v: Tensor, plan: KeysPlan, exchange: Exchange, step: str) -> None:
         self._k, self._v, self._plan, self._exchange, self._step = k, v, plan, exchange, step
         self._number = 0
-        self._pending: Pending | None = None
+        self._pending: Posted | None = None
         self._room: list[tuple[Tensor, Tensor]] = []
 
     def post(self, sends: Messages = (), receives: Messages = ()) -> None:
@@ -322,7 +322,7 @@ class _Ahead:
         self.post()
         return room
 
-    def _deliveries(self, stage: Stage) -> list[tuple[int, Tensor]]:
+    def _deliveries(self, stage: FetchStage) -> list[tuple[int, Tensor]]:
         sends = []
         for source in stage.deliveries:
             place = self._plan.locate(source)
@@ -338,7 +338,7 @@ class _Ahead:
 class _Back:
     """Gradients of a stage on their way to the owners of its keys, and answers to queries that visit."""
 
-    def __init__(self, stage: Stage, plan: KeysPlan, k: Tensor, travel: torch.dtype) -> None:
+    def __init__(self, stage: FetchStage, plan: KeysPlan, k: Tensor, travel: torch.dtype) -> None:
         self._plan, self._deliveries = plan, stage.deliveries
         self.answers: list[Tensor] = []
         self._room = []

@@ -18,7 +18,7 @@ FEW_PARTS = 2
 """Parts that may meet in a query, or in a key's gradient, before their sum is kept in single precision."""
 
 
-class Part(NamedTuple):
+class RankPart(NamedTuple):
     """Some queries over the keys of one tensor."""
 
     queries: slice
@@ -33,7 +33,7 @@ class Part(NamedTuple):
 class OwnPart(NamedTuple):
     """Some own queries, or visiting ones, over a piece of the own keys."""
 
-    part: Part
+    part: RankPart
     keys: slice
     """Tokens of the local k."""
 
@@ -45,10 +45,10 @@ class Fetch(NamedTuple):
     rows: Placement
     own: tuple[slice, slice] | None
     """Rows of the tensor, and tokens of the local k, where own keys are copied in."""
-    parts: tuple[Part, ...]
+    parts: tuple[RankPart, ...]
 
 
-class Stage(NamedTuple):
+class FetchStage(NamedTuple):
     """What a rank fetches, and what it sends to those who fetch it in the same stage."""
 
     fetches: tuple[Fetch, ...]
@@ -73,7 +73,7 @@ class KeysPlan(NamedTuple):
     tokens: int
     """Own tokens."""
     own: tuple[OwnPart, ...]
-    stages: tuple[Stage, ...]
+    stages: tuple[FetchStage, ...]
     guests: tuple[Guest, ...]
     """Visiting queries."""
     hosts: tuple[Guest, ...]
@@ -87,7 +87,7 @@ class KeysPlan(NamedTuple):
     travels_wide: bool
     """Whether gradients travel in single precision."""
 
-    def all_parts(self) -> Iterator[Part]:
+    def all_parts(self) -> Iterator[RankPart]:
         """Its parts, once each."""
         for guest in self.guests:
             yield from (one.part for one in guest.parts)
@@ -112,7 +112,7 @@ def keys_plan(
     starts = _starts(pieces)
     visit_end = max((stop for _, _, stop in visitors(config, shards, rank, causal, documents)), default=0)
 
-    def part(queries: tuple[int, int], rows: Placement, begin: int) -> Part | None:
+    def part(queries: tuple[int, int], rows: Placement, begin: int) -> RankPart | None:
         """Queries, of which local ones begin with token `begin`, over what lies in rows."""
         tokens = rows.runs[0][0], rows.runs[-1][1]
         first, stop = asking(config, seq, queries, tokens, causal)
@@ -123,7 +123,7 @@ def keys_plan(
             return None
         place = slice(begin + first - queries[0], begin + stop - queries[0])
         whole = None if documents else whole_part(config, (first, stop), rows, shape)
-        return Part(place, program, next(numbers), whole)
+        return RankPart(place, program, next(numbers), whole)
 
     def local(begin: int, end: int) -> slice:
         return slice(starts(begin), starts(begin) + end - begin)
@@ -153,9 +153,9 @@ def keys_plan(
     for sources, sent in zip(stages(config, shards, rank, causal, documents), given, strict=True):
         groups = [list(sources)] if joins else _adjoining(sources)
         fetches = [fetch(group) for group in groups if group or (joins and pieces)]
-        made_stages.append(Stage(tuple(fetches), sent))
+        made_stages.append(FetchStage(tuple(fetches), sent))
     if joins and not made_stages and pieces:
-        made_stages.append(Stage((fetch(()),), ()))
+        made_stages.append(FetchStage((fetch(()),), ()))
 
     guests = []
     for peer, begin, end in visits(config, shards, rank, causal, documents):

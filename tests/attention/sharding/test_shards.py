@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attention.config import AdaptiveConfig, AttentionConfig, ShardingConfig, SparsePatternConfig
+from attention.config import AttentionConfig, ShardingConfig, SparsePatternConfig
 from attention.errors import InputError
 from attention.sharding.shards import Shards, shards_of
 
@@ -73,56 +73,42 @@ def block_sparse(pattern_type: str, edges: str = "block") -> AttentionConfig:
 
 
 @pytest.mark.parametrize(
-    "config",
-    [
-        block_sparse("local_window"),
-        block_sparse("local_window", "token"),
-        block_sparse("global_local"),
-        block_sparse("dilated_sparse"),
-        AttentionConfig(
-            variant="adaptive",
-            pattern=SparsePatternConfig(block_size=16),
-            adaptive=AdaptiveConfig(num_heads=2, head_dim=8),
-        ),
-    ],
-)
-def test_blocks_are_whole(config: AttentionConfig):
-    assert shards_of(config, 100, 3) == Shards(100, 3, unit=16)
-
-
-def dilated(*branches: tuple[int, int]) -> AttentionConfig:
-    lengths, rates = zip(*branches, strict=True)
-    return AttentionConfig(variant="dilated", segment_lengths=lengths, dilation_rates=rates)
-
-
-@pytest.mark.parametrize(
     "seq, world, unit",
     [
         (4096, 1, 4096),
-        (4096, 2, 2048),
-        (4096, 4, 1024),
         (4096, 8, 512),
-        (4096, 16, 1),  # 8 of 16 ranks would hold twice the mean
-        (17 * 512, 16, 1),  # 1,024 on the fullest rank, 544 on average
-        (34 * 1024, 32, 1),
-        (16 * 2048, 8, 4096),
-        (64 * 512 - 100, 32, 1024),  # as even as 17/16
+        (4096, 3, 64),  # 22 units of 64 on the fullest rank, 1,365 tokens on average
+        (17 * 512, 16, 32),
+        (30714, 4, 512),
+        (131072, 8, 16384),
+        (1 << 20, 3, 16384),
+        (52, 4, 1),
+        (3, 4, 1),
     ],
 )
-def test_segments_are_whole_where_ranks_stay_even(seq: int, world: int, unit: int):
-    config = dilated((512, 1), (1024, 2), (2048, 4), (4096, 8))
-    assert shards_of(config, seq, world) == Shards(seq, world, unit)
+def test_tokens_are_dealt_in_the_largest_powers_of_two_that_leave_ranks_even(seq: int, world: int, unit: int):
+    assert shards_of(AttentionConfig(variant="dense"), seq, world) == Shards(seq, world, unit)
 
 
-def test_a_segment_beyond_the_sequence_is_the_sequence():
-    assert shards_of(dilated((1 << 30, 1)), 100, 1).unit == 100
-    assert shards_of(dilated((1 << 30, 1)), 100, 2).unit == 1
+@given(st.integers(1, 5000), st.integers(1, 40))
+def test_no_rank_is_much_fuller_than_the_mean(seq: int, world: int):
+    shards = shards_of(AttentionConfig(variant="dense"), seq, world)
+    assert shards.unit == 1 or shards.tokens(0) * world * 16 <= seq * 17
 
 
-def test_dense_is_dealt_by_tokens():
-    assert shards_of(AttentionConfig(variant="dense"), 100, 3) == Shards(100, 3)
+def test_attentions_of_all_kinds_share_tokens():
+    pattern = SparsePatternConfig(pattern_type="local_window", block_size=24)
+    configs = (
+        AttentionConfig(variant="dense"),
+        AttentionConfig(variant="dilated", segment_lengths=(48, 480), dilation_rates=(1, 5)),
+        AttentionConfig(variant="block_sparse", pattern=pattern),
+    )
+    assert len({shards_of(config, 1000, 6) for config in configs}) == 1
+
+
+def test_zigzag_is_two_chunks_a_rank():
     zigzag = AttentionConfig(variant="dense", sharding=ShardingConfig(shards="zigzag"))
-    assert shards_of(zigzag, 100, 3) == Shards(100, 3, zigzag=True)
+    assert shards_of(zigzag, 4096, 4) == Shards(4096, 4, 512, zigzag=True)
 
 
 @pytest.mark.parametrize("seq, world", [(0, 2), (5, 0)])

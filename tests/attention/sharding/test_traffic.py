@@ -161,7 +161,7 @@ def test_heads_are_fewer_bytes_for_dense_attention_from_some_ranks_on():
 
 def test_ranks_without_tokens_exchange_no_keys_and_the_heads_of_others():
     config = listed(4, 1.0, (8, 1))
-    shards = shards_of(config, 9, 8)
+    shards = Shards(9, 8, unit=4)
     assert of(config, shards, 7, False) == Traffic({}, {})
     heads = of(config, shards, 7, False, "heads", kv_heads=8)
     assert set(heads.forward) == {0, 1, 2}
