@@ -202,7 +202,7 @@ class Attention(nn.Module):
         return flex.attend(q, k, v, mask, layout.block_size, self._scale(shape))
 
     def _layout(self, shape: Shape) -> Layout:
-        return _kept_layout(self.config, self.scratch, shape)
+        return kept_layout(self.config, self.scratch, shape)
 
     def _of_layout(self, problem: Problem, rows: Rows) -> Problem:
         """The problem with what comes from its layout, whose rows these are: lists of calls, or tiles."""
@@ -223,7 +223,7 @@ class Attention(nn.Module):
         """`_problem` of the last queries of a sequence, and of documents."""
         config = self.config
         branches = shape.within(config.branches) if config.variant != "dense" else ((shape.seq, 1),)
-        make = tiles_of(config, shape, partial(_kept_layout, config, self.scratch, shape))
+        make = tiles_of(config, shape, partial(kept_layout, config, self.scratch, shape))
         program = CutProgram(make, lengths or ((shape.seq,),), shape.origin)
         sparse = config.variant == "block_sparse"
         aligned = lengths is None and not shape.causal
@@ -279,7 +279,8 @@ class Attention(nn.Module):
         return problem, rows if calls is None else None
 
 
-def _kept_layout(config: AttentionConfig, buffers: Buffers, shape: Shape) -> Layout:
+def kept_layout(config: AttentionConfig, buffers: Buffers, shape: Shape) -> Layout:
+    """The layout of a config for a shape, from its cache."""
     layout: Layout = buffers.layouts.get(
         (config.pattern, config.branches, shape.seq, shape.causal),
         lambda: build_layout(config, shape.seq, shape.causal),

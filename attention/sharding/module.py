@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Hashable
 from functools import partial
 from typing import Any, Literal, NoReturn
 
@@ -12,16 +13,21 @@ from torch.func import functional_call
 
 from attention.adaptive import AdaptiveAttention
 from attention.config import AttentionConfig, ShardingConfig
+from attention.decided import MOST
 from attention.documents import Lengths, document_lengths
 from attention.errors import AttentionPlannerError, InputError, UnavailableError
 from attention.features import NAMES
-from attention.inputs import check, refuse_unknown
-from attention.module import Attention, eager
-from attention.ops import flex
+from attention.inputs import check, refuse_unknown, shape_of
+from attention.module import Attention, eager, kept_layout
+from attention.ops import flex, kernels
 from attention.pool import buffers_for
+from attention.programs import tiles_of
 from attention.sharding.agreement import PASSES, agree, check_tokens, number_of, refuse, terms_of_call
 from attention.sharding.heads import HeadExchange, ToHeads, ToTokens
+from attention.sharding.keys import KeysProblem, keys_attention, keys_problem
+from attention.sharding.plan import keys_plan
 from attention.sharding.shards import Shards, shards_of
+from attention.sharding.traffic import Traffic, fewer_bytes, traffic
 from attention.sharding.transport import Transport
 from attention.sizes.kernel_choice import KernelChoice
 
@@ -53,6 +59,7 @@ class ShardedAttention(nn.Module):
             twin = AdaptiveAttention(config)
             self.query_weight, self.key_weight = twin.query_weight, twin.key_weight
         self._parts: dict[tuple[int, int], Attention] = {}
+        self._problems: dict[Hashable, KeysProblem] = {}
 
     def extra_repr(self) -> str:
         return self.config.to_json()
@@ -106,6 +113,26 @@ class ShardedAttention(nn.Module):
     def kernels(self, q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) -> KernelChoice:
         """Which kernel a call over these tensors runs on, if they are whole; see `Attention.kernels`."""
         return self._part(slice(0, q.shape[2]), q.shape[2]).kernels(q, k, v, is_causal)
+
+    def traffic(self, q: Tensor, k: Tensor, is_causal: bool = False) -> Traffic:
+        """What this rank and its peers send each other in a call over own tokens such as these, which may be
+        on the meta device, and in its backward pass. All ranks call it, since each knows its tokens alone."""
+        shape = number_of(f"{q.dtype} {q.shape[0]} {tuple(q.shape[2:])} {tuple(k.shape[2:])} {is_causal}")
+        terms = {"pass": PASSES.index("traffic"), "dtype and shape beside the tokens": shape}
+        shards = self._dealt(agree(self.transport, terms, q.shape[1]))
+        return traffic(
+            self.config,
+            shards,
+            self.transport.rank,
+            is_causal,
+            batch=q.shape[0],
+            heads=q.shape[2],
+            kv_heads=k.shape[2],
+            head_dim=q.shape[3],
+            itemsize=q.element_size(),
+            training=True,
+            exchange=self._exchange(q, k, shards, is_causal),
+        )
 
     def shard(self, x: Tensor) -> Tensor:
         """This rank's tokens of x [batch, seq, ...], a copy."""
@@ -207,7 +234,17 @@ class ShardedAttention(nn.Module):
         """What this call exchanges."""
         if self.sharding.exchange != "auto":
             return self.sharding.exchange
-        return "heads" if self.config.variant == "adaptive" else "keys"
+        if self.config.variant == "adaptive":
+            return "heads"
+        return fewer_bytes(
+            self.config,
+            shards,
+            is_causal,
+            heads=q.shape[2],
+            kv_heads=k.shape[2],
+            head_dim=q.shape[3],
+            itemsize=q.element_size(),
+        )
 
     def _by_keys(
         self,
@@ -219,7 +256,22 @@ class ShardedAttention(nn.Module):
         lengths: Lengths | None,
         sinks: Tensor | None,
     ) -> Tensor:
-        raise UnavailableError("exchange='keys' is not in this version yet; use exchange='heads'")
+        """Each rank computes its tokens over its own keys and over those that it fetches."""
+        config, transport = self.config, self.transport
+        size = (q.shape, k.shape, q.dtype, q.device, is_causal, lengths, shards, kernels.windows_of(q))
+        problem = self._problems.get(size)
+        if problem is None:
+            shape = shape_of(_with_tokens(q), _with_tokens(k), config, is_causal)
+            whole = shape._replace(seq=int(shards.seq), origin=0, causal=is_causal, cudnn_from=0)
+            layout = partial(kept_layout, config, self.scratch, whole)
+            make = tiles_of(config, whole._replace(windows="none"), layout)
+            plan = keys_plan(config, whole, shards, transport.rank, make, lengths)
+            scale = config.scale or 1.0 / math.sqrt(q.shape[3])
+            problem = keys_problem(plan, config, scale, self.scratch)
+            while len(self._problems) >= MOST:
+                self._problems.pop(next(iter(self._problems)))
+            self._problems[size] = problem
+        return keys_attention(q, k, v, sinks, problem, transport)
 
     def _by_heads(
         self,

@@ -11,7 +11,7 @@ import numpy as np
 
 from attention.config import AttentionConfig
 from attention.layout import is_dilated_sparse, kept_columns
-from attention.sharding.ranges import Range, global_queries, seen, sight_of
+from attention.sharding.ranges import Range, global_queries, hull, seen, sight_of
 from attention.sharding.shards import Shards
 from attention.sizes.arrays import ceil_div
 
@@ -100,6 +100,21 @@ def visitors(
         for visit in visits(config, shards, peer, causal, documents)
         if visit.peer == rank
     )
+
+
+def asking(
+    config: AttentionConfig, seq: int, queries: tuple[int, int], keys: tuple[int, int], causal: bool
+) -> tuple[int, int]:
+    """(first, one past the last) of those among some queries that may see one of some keys, both given
+    likewise: the others see none. None may if it is empty."""
+    sight = sight_of(config, seq, causal)
+    (first, stop), (begin, end) = queries, keys
+    if begin >= sight.shared:
+        hulls = [hull(band, seq, begin, end) for band in sight.bands]
+        stop = min(stop, max(last for _, last in hulls))
+        if first >= global_queries(sight, causal):
+            first = max(first, min(earliest for earliest, _ in hulls))
+    return max(first, begin) if causal else first, stop
 
 
 # Stages

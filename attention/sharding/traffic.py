@@ -5,24 +5,26 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import chain
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
 
 from attention.config import AttentionConfig
 from attention.sharding.needs import Packing, Stages, Visit, deliveries, stages, visitors, visits
-from attention.sharding.rows import source_rows
+from attention.sharding.ranges import global_queries, sight_of
+from attention.sharding.rows import rows_received, source_rows
 from attention.sharding.shards import Shards
 
-Bytes = dict[int, tuple[int, int]]
-Counts = Counter[int]
-"""By peer."""
+PeerBytes = dict[int, tuple[int, int]]
+Exchanged = Literal["keys", "heads"]
 
 
 class Traffic(NamedTuple):
     """What a rank exchanges in a call: {peer: (bytes sent, bytes received)} of all peers that there is
     anything for. What ranks say to agree on a call is not counted."""
 
-    forward: Bytes
-    backward: Bytes
+    forward: PeerBytes
+    backward: PeerBytes
     """Empty without a backward pass."""
 
 
@@ -38,7 +40,7 @@ def traffic(
     head_dim: int,
     itemsize: int,
     training: bool,
-    exchange: Literal["keys", "heads"],
+    exchange: Exchanged,
     documents: Packing | None = None,
 ) -> Traffic:
     """The traffic of a rank, from sizes alone. `heads` and `kv_heads` are of the whole attention, and the
@@ -55,7 +57,7 @@ def traffic(
     """
     # (a rank's own to each peer, what each peer has for it), and for one of them the bytes that go there and
     # those that come back for it.
-    goods: list[tuple[Counts, Counts]]
+    goods: list[tuple[Counter[int], Counter[int]]]
     forward: list[tuple[int, int]]
     if exchange == "heads":
         part = batch * head_dim * itemsize
@@ -79,26 +81,49 @@ def traffic(
     return Traffic(_bytes(goods, forward), _bytes(goods, backward) if training else {})
 
 
-def _rows(stages: Stages, heads: int, kv_heads: int) -> Counts:
+def fewer_bytes(
+    config: AttentionConfig,
+    shards: Shards,
+    causal: bool,
+    *,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    itemsize: int,
+) -> Exchanged:
+    """The exchange that moves fewer bytes forward, of all ranks together: keys, unless the world divides the
+    kv heads and it is heads. Of dilated_sparse, keys count as an upper bound of them. Not for adaptive."""
+    if kv_heads % shards.world:
+        return "keys"
+    sight, ranks = sight_of(config, shards.seq, causal), np.arange(shards.world)
+    rows: Any = rows_received(sight, shards, ranks, causal, heads, kv_heads)  # type: ignore[arg-type]
+    keys = 2 * head_dim * itemsize * int(rows.sum())
+    visits = global_queries(sight, causal) * shards.chunk(shards.seq - 1)
+    keys += visits * heads * (2 * head_dim * itemsize + max(itemsize, 4))
+    numbers = (heads + kv_heads) * 2 * head_dim * (shards.world - 1) // shards.world
+    return "heads" if shards.seq * numbers * itemsize < keys else "keys"
+
+
+def _rows(stages: Stages, heads: int, kv_heads: int) -> Counter[int]:
     """The rows of all sources of each peer."""
-    rows: Counts = Counter()
+    rows: Counter[int] = Counter()
     for peer, begin, end, rate in chain.from_iterable(stages):
         rows[peer] += source_rows(end - begin, rate, heads, kv_heads)
     return rows
 
 
-def _queries(visits: Iterable[Visit]) -> Counts:
+def _queries(visits: Iterable[Visit]) -> Counter[int]:
     """The query tokens of all visits of each peer."""
-    tokens: Counts = Counter()
+    tokens: Counter[int] = Counter()
     for peer, begin, end in visits:
         tokens[peer] += end - begin
     return tokens
 
 
-def _bytes(goods: Sequence[tuple[Counts, Counts]], costs: Sequence[tuple[int, int]]) -> Bytes:
+def _bytes(goods: Sequence[tuple[Counter[int], Counter[int]]], costs: Sequence[tuple[int, int]]) -> PeerBytes:
     """(sent, received) for each peer with anything to send or receive."""
-    sent: Counts = Counter()
-    received: Counts = Counter()
+    sent: Counter[int] = Counter()
+    received: Counter[int] = Counter()
     for (own, theirs), (there, back) in zip(goods, costs, strict=True):
         for counts, going, coming in ((own, sent, received), (theirs, received, sent)):
             for peer, count in counts.items():
