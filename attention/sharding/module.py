@@ -228,7 +228,7 @@ class ShardedAttention(nn.Module):
 
     @property
     def _by_heads_alone(self) -> bool:
-        """Whether keys cannot move (those of chosen blocks, or to kernels of whole sequences) or shall not."""
+        """Whether keys cannot move, those of chosen blocks or to kernels of whole sequences, or shall not."""
         whole = self.config.variant == "adaptive" or self.config.backend not in ("auto", "sdpa")
         return whole or self.sharding.exchange == "heads"
 

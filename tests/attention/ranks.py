@@ -34,9 +34,10 @@ class Ranks:
 
     def __init__(self, world: int, store: str = "file", backend: str = "gloo") -> None:
         self.world = world
+        self.folder = tempfile.TemporaryDirectory()
         context = mp.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
-        address = f"file://{tempfile.mktemp()}" if store == "file" else f"tcp://127.0.0.1:{_free_port()}"
+        address = f"file://{self.folder.name}/store" if store == "file" else f"tcp://127.0.0.1:{_free_port()}"
         self.pipes: list[Connection] = []
         self.processes = []
         for rank in range(world):
@@ -92,6 +93,7 @@ class Ranks:
             process.join()
         for pipe in self.pipes:
             pipe.close()
+        self.folder.cleanup()
 
     def __enter__(self) -> Self:
         return self
