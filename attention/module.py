@@ -28,6 +28,7 @@ from attention.out_of_memory import with_emergency_release
 from attention.pool import Buffers, buffers_for
 from attention.programs import tiles_of
 from attention.sections import CutProgram
+from attention.sharding.traffic import Traffic
 from attention.sizes.kernel_choice import KernelChoice, kernel_choice
 from attention.sizes.list_calls import calls_of_rows
 from attention.sizes.row_bounds import Rows, rows_of
@@ -138,6 +139,10 @@ class Attention(nn.Module):
     def positions(self, seq: int) -> Tensor:
         """The places in a sequence of so many tokens that this rank's have."""
         return torch.arange(seq)
+
+    def traffic(self, q: Tensor, k: Tensor, is_causal: bool = False) -> Traffic:
+        """What this rank and others send each other in a call: nothing."""
+        return Traffic({}, {})
 
     @staticmethod
     def _lengths(documents: Tensor, k: Any) -> Lengths | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any, Final, NoReturn
 
 import torch
@@ -109,7 +110,7 @@ def terms_of_call(
     needs = [x is not None and trains and x.requires_grad for x in (q, k, v, sinks, scorer)]
     return {
         "pass": PASSES.index("forward"),
-        "config": number_of(config.to_json()),
+        "config": _number_of_config(config),
         "dtype": DTYPES.index(q.dtype),
         "device": DEVICES.index(q.device.type),
         "batch": q.shape[0],
@@ -121,6 +122,11 @@ def terms_of_call(
         "sinks": int(sinks is not None),
         "documents": 0 if lengths is None else number_of(repr(lengths)),
     }
+
+
+@lru_cache
+def _number_of_config(config: AttentionConfig) -> int:
+    return number_of(config.to_json())
 
 
 def number_of(text: str) -> int:

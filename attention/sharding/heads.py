@@ -100,7 +100,7 @@ class ToHeads(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Gradients:
         wanted = [grad for grad, need in zip(grads, ctx.needs_input_grad, strict=False) if need]
-        with torch.no_grad():
+        with torch.no_grad(), ctx.exchange.transport.whole("the backward pass"):
             back = iter(ctx.exchange.to_tokens(wanted, "exchanging gradients of heads of q, k and v"))
         gradients = [next(back) if need else None for need in ctx.needs_input_grad[:3]]
         return final((*gradients, None), grads)
@@ -116,6 +116,6 @@ class ToTokens(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Gradients:
-        with torch.no_grad():
+        with torch.no_grad(), ctx.exchange.transport.whole("the backward pass"):
             whole = ctx.exchange.to_heads([grad], "exchanging heads of the output's gradient")[0]
         return final((whole, None), [grad])

@@ -117,6 +117,14 @@ class ShardedAttention(nn.Module):
     def traffic(self, q: Tensor, k: Tensor, is_causal: bool = False) -> Traffic:
         """What this rank and its peers send each other in a call over own tokens such as these, which may be
         on the meta device, and in its backward pass. All ranks call it, since each knows its tokens alone."""
+        try:
+            if q.dim() != 4 or k.dim() != 4:
+                shapes = f"{tuple(q.shape)} and {tuple(k.shape)}"
+                raise InputError(f"q and k must be [batch, own tokens, heads, head_dim], got {shapes}")
+            if self._by_heads_alone:
+                self._check_heads(q.shape[2], k.shape[2])
+        except InputError as error:
+            self.refuse(error)
         shape = number_of(f"{q.dtype} {q.shape[0]} {tuple(q.shape[2:])} {tuple(k.shape[2:])} {is_causal}")
         terms = {"pass": PASSES.index("traffic"), "dtype and shape beside the tokens": shape}
         shards = self._dealt(agree(self.transport, terms, q.shape[1]))
@@ -214,9 +222,15 @@ class ShardedAttention(nn.Module):
             raise InputError(why)
         if self.config.backend == "flex":
             flex.resolve(self.config, q1, k1, is_causal)
-        if self.sharding.exchange == "heads" or self.config.variant == "adaptive":
+        if self._by_heads_alone:
             self._check_heads(q.shape[2], k.shape[2])
         return lengths
+
+    @property
+    def _by_heads_alone(self) -> bool:
+        """Whether keys cannot move, those of chosen blocks or to kernels of whole sequences, or shall not."""
+        whole = self.config.variant == "adaptive" or self.config.backend not in ("auto", "sdpa")
+        return whole or self.sharding.exchange == "heads"
 
     def _check_heads(self, heads: int, kv_heads: int) -> None:
         """Raises InputError unless the ranks can share heads."""
@@ -224,7 +238,7 @@ class ShardedAttention(nn.Module):
         if kv_heads % world == 0:
             return
         size = max(size for size in range(1, world + 1) if world % size == 0 and kv_heads % size == 0)
-        instead = "" if self.config.variant == "adaptive" else ", or exchange='keys'"
+        instead = ", or exchange='keys'" if self.sharding.exchange == "heads" else ""
         raise InputError(
             f"an exchange of heads needs kv_heads that are a multiple of the ranks, got kv_heads={kv_heads} "
             f"(of {heads} heads) and {world} ranks; use ring_size={size}{instead}"
@@ -232,10 +246,10 @@ class ShardedAttention(nn.Module):
 
     def _exchange(self, q: Tensor, k: Tensor, shards: Shards, is_causal: bool) -> Literal["keys", "heads"]:
         """What this call exchanges."""
-        if self.sharding.exchange != "auto":
-            return self.sharding.exchange
-        if self.config.variant == "adaptive":
+        if self._by_heads_alone:
             return "heads"
+        if self.sharding.exchange == "keys":
+            return "keys"
         return fewer_bytes(
             self.config,
             shards,

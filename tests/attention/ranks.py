@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import multiprocessing as mp
+import socket
 import sys
 import tempfile
 import traceback
@@ -28,21 +29,20 @@ class Failure(NamedTuple):
 
 
 class Ranks:
-    """`world` processes in which torch.distributed is initialised: over a file, or over the first rank's
-    port."""
+    """`world` processes in which torch.distributed is initialised: over a file, or over a port of the first
+    rank. With a backend for CUDA each has a card of its own."""
 
-    def __init__(self, world: int, store: str = "file") -> None:
+    def __init__(self, world: int, store: str = "file", backend: str = "gloo") -> None:
         self.world = world
+        self.folder = tempfile.TemporaryDirectory()
         context = mp.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
-        address = f"file://{tempfile.mktemp()}" if store == "file" else "tcp://127.0.0.1:0"
-        if store != "file":
-            address = f"tcp://127.0.0.1:{_free_port()}"
+        address = f"file://{self.folder.name}/store" if store == "file" else f"tcp://127.0.0.1:{_free_port()}"
         self.pipes: list[Connection] = []
         self.processes = []
         for rank in range(world):
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, world, address, there), daemon=True)
+            process = context.Process(target=_serve, args=(rank, world, address, backend, there), daemon=True)
             process.start()
             there.close()
             self.pipes.append(here)
@@ -93,6 +93,7 @@ class Ranks:
             process.join()
         for pipe in self.pipes:
             pipe.close()
+        self.folder.cleanup()
 
     def __enter__(self) -> Self:
         return self
@@ -108,8 +109,6 @@ def ready(rank: int) -> int:
 
 
 def _free_port() -> int:
-    import socket
-
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         return int(one.getsockname()[1])
@@ -127,12 +126,14 @@ def _module(path: str) -> ModuleType:
     return sys.modules[name]
 
 
-def _serve(rank: int, world: int, address: str, pipe: Connection) -> None:
+def _serve(rank: int, world: int, address: str, backend: str, pipe: Connection) -> None:
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world)
+    if "cuda" in backend:
+        torch.cuda.set_device(rank)
+    dist.init_process_group(backend, init_method=address, rank=rank, world_size=world)
     while True:
         try:
             path, name, args = pipe.recv()

@@ -183,6 +183,7 @@ def test_a_rank_that_is_alone_has_the_module_of_one_device(ring, twin, sharding)
     assert torch.equal(module.shard(q), q)
     assert torch.equal(module.gather(q), q)
     assert torch.equal(module.positions(5), torch.arange(5))
+    assert module.traffic(q, k, is_causal=True) == ({}, {})
 
 
 @pytest.mark.parametrize("variant", ["adaptive", "multihead"])

@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -23,6 +26,7 @@ from attention import (
     UnavailableError,
     build,
 )
+from attention.sharding import transport
 from attention.sharding.transport import Transport
 
 TIMEOUT = 2.0
@@ -127,6 +131,14 @@ def refused_by_all(rank: int) -> list[str]:
         with pytest.raises(InputError) as info:
             module(*inputs, **options)
         texts.append(str(info.value))
+    q, k, _ = inputs_of(module, heads=4, kv_heads=1)
+    for bad, text in (((q, k), "kv_heads=1"), ((q[0], k), r"got \(8, 4, 16\) and")):
+        with pytest.raises(InputError, match=text):
+            module.traffic(*bad)
+    with mock.patch.object(transport, "backends", return_value={"cuda": "nccl"}):
+        for call in (lambda: module(*inputs_of(module)), lambda: module.gather(torch.ones(1, 8))):
+            with pytest.raises(InputError, match=r"on cpu cannot be sent .* cuda:nccl"):
+                call()
     with pytest.raises(InputError, match="takes a tensor"):
         module.gather(torch.ones(3))
     with pytest.raises(InputError, match=r"ranks of \[8, 8\] tokens, got \[16, 0\]"):
@@ -327,3 +339,46 @@ def test_an_attention_that_some_ranks_do_not_build_is_an_error_in_time():
     assert isinstance(error, DistributedError)
     assert error.missing == (1,)
     assert "did not come together within 1 s" in str(error)
+
+
+PROGRAM = """
+import os, signal, sys, time
+import torch, torch.distributed as dist
+from attention import AttentionConfig, DistributedError, ShardingConfig, build
+
+dist.init_process_group("gloo")
+sharding = ShardingConfig(exchange="heads", timeout_s=2)
+module = build(AttentionConfig(variant="dense", sharding=sharding))
+x = module.shard(torch.ones(1, 12, 3, 8))
+module(x, x, x)
+if dist.get_rank() == 1:
+    if sys.argv[1] == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(60)
+begun = time.monotonic()
+try:
+    module(x, x, x)
+except DistributedError as error:
+    print(f"rank {error.rank} waited {time.monotonic() - begun:.1f} s for {error.peers}", flush=True)
+    raise
+"""
+
+
+@SLOW
+@pytest.mark.parametrize("fault", ["kill", "absent"])
+def test_torchrun_ends_with_an_error(tmp_path, fault: str):
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
+    begun = time.monotonic()
+    done = subprocess.run(
+        [*launcher, str(program), fault],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert done.returncode != 0
+    assert time.monotonic() - begun < 45
+    if fault == "absent":
+        assert "for (1,)" in done.stdout
