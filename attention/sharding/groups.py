@@ -3,12 +3,15 @@ ring."""
 
 from __future__ import annotations
 
+import hashlib
 import weakref
+from collections import Counter
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
 from attention.config import ShardingConfig
 from attention.errors import ConfigError, DistributedError
@@ -16,6 +19,9 @@ from attention.sharding.transport import Transport, backends
 
 # Layers share what ranks keep open for each other.
 _open: weakref.WeakKeyDictionary[Any, dict[tuple[int, float], Transport]] = weakref.WeakKeyDictionary()
+
+_serials: Counter[tuple[int, ...]] = Counter()
+"""How many rings of these ranks were opened: the same number on all of them."""
 
 
 def ring_of(process_group: Any, sharding: ShardingConfig) -> Transport | None:
@@ -77,23 +83,29 @@ def group_of(process_group: Any) -> dist.ProcessGroup | None:
 
 
 def _opened(group: dist.ProcessGroup, size: int, timeout_s: float) -> Transport:
-    """A ring's transport: a gloo group of its own, so that nobody else's messages are in its order and what
-    breaks there breaks nothing else; and the group itself for devices, because each communicator of NCCL
-    takes hundreds of megabytes."""
+    """A ring's transport: gloo of its own, so that nobody else's messages are in its order and what breaks
+    there breaks nothing else; and the group itself for devices, because each communicator of NCCL takes
+    hundreds of megabytes.
+
+    It is no group that torch knows: the names of those depend on how many a rank has made before, and ranks
+    of one ring may have made some with others."""
     rank = dist.get_rank(group)
     if rank < 0:
         raise ConfigError("this rank is not in the process group; build the attention on its ranks alone")
     first = rank - rank % size
-    ranks = dist.get_process_group_ranks(group)[first : first + size]
+    ranks = tuple(dist.get_process_group_ranks(group)[first : first + size])
+    serial = _serials[ranks] = _serials[ranks] + 1
+    name = hashlib.sha256(f"{ranks} {serial}".encode()).hexdigest()[:16]
+    store = PrefixStore(f"attention/{name}", _get_default_store())
     try:
-        own = dist.new_group(
-            ranks, timedelta(seconds=timeout_s), backend="gloo", use_local_synchronization=True
+        own = dist.ProcessGroupGloo(
+            PrefixStore("gloo", store), rank - first, size, timeout=timedelta(seconds=timeout_s)
         )
     except RuntimeError as error:
         me = dist.get_rank()
         others = tuple(rank for rank in ranks if rank != me)
         raise DistributedError(
-            f"rank {me}: ranks {ranks} did not come together within {timeout_s:g} s to build a sharded "
+            f"rank {me}: ranks {list(ranks)} did not come together within {timeout_s:g} s to build a sharded "
             f"attention; all of them build the same ones in the same order ({error})",
             rank=me,
             peers=others,
@@ -103,4 +115,4 @@ def _opened(group: dist.ProcessGroup, size: int, timeout_s: float) -> Transport:
             seconds=timeout_s,
         ) from error
     on_devices = any(kind != "cpu" and name != "gloo" for kind, name in backends(group).items())
-    return Transport(own, timeout_s, group if on_devices else None)
+    return Transport(own, ranks, store, timeout_s, group if on_devices else None)

@@ -23,7 +23,6 @@ from typing import Any, Final
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
 from attention.errors import DistributedError, InputError, shortened
 
@@ -50,14 +49,21 @@ class Transport:
     """
 
     def __init__(
-        self, group: dist.ProcessGroup, timeout_s: float, devices: dist.ProcessGroup | None = None
+        self,
+        group: Any,
+        ranks: Sequence[int],
+        store: dist.Store,
+        timeout_s: float,
+        devices: dist.ProcessGroup | None = None,
     ) -> None:
-        """`group`: a gloo group of the ring's ranks, for nothing but this. `devices`: the group for tensors
-        that are not the CPU's, of the ring's ranks and maybe others."""
+        """`group`: a ProcessGroupGloo between the ring's ranks, for nothing but this; `ranks`: those in the whole job;
+        `store`: where they leave word. `devices`: the group for tensors that are not the CPU's, of the ring's
+        ranks and maybe others."""
         self.group, self.devices, self.timeout_s = group, devices, timeout_s
-        self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
-        self.ranks = tuple(dist.get_process_group_ranks(group))
+        self.rank, self.world = group.rank(), group.size()
+        self.ranks = tuple(ranks)
         """The ring's ranks in the whole job."""
+        self._store = store
         self.sent: Counter[int] = Counter()
         """Bytes of payload sent to each peer; who counts clears it."""
         self.received: Counter[int] = Counter()
@@ -68,7 +74,7 @@ class Transport:
         self._begun = time.monotonic()
         self._warm = False
         with suppress(RuntimeError):  # the word of a group before that had the same name
-            self._store().delete_key(str(self.own))
+            self._store.delete_key(str(self.own))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Transport:
         return self
@@ -110,7 +116,7 @@ class Transport:
         # To each by itself and not by an all-gather: then it is known who did not come.
         own = [(peer, table[self.rank]) for peer in self.peers]
         others = [(peer, table[peer]) for peer in self.peers]
-        self._posted(own, others, step, self.group).wait()
+        self._posted(own, others, step).wait()
         self.begin()
         return [[int(number) for number in row] for row in table.tolist()]
 
@@ -124,10 +130,10 @@ class Transport:
 
     def unfit(self, device: torch.device) -> str | None:
         """Why tensors on a device cannot be sent; None if they can."""
-        group = self.group if self.devices is None else self.devices
-        backend = backends(group).get(device.type)
+        served = {"cpu": "gloo"} | ({} if self.devices is None else backends(self.devices))
+        backend = served.get(device.type)
         if backend is None or (device.type != "cpu" and backend == "gloo"):
-            names = ", ".join(f"{kind}:{name}" for kind, name in backends(group).items())
+            names = ", ".join(f"{kind}:{name}" for kind, name in served.items())
             return (
                 f"tensors on {device} cannot be sent over this process group, whose backends are {names}; "
                 "make one with init_process_group(backend='cpu:gloo,cuda:nccl'), or move the tensors"
@@ -163,9 +169,7 @@ class Transport:
         self._words(why, wait=0)
         # Gloo closes all connections of a group in which a wait has run out.
         with suppress(RuntimeError):
-            work = dist.irecv(torch.empty(1), self.ranks[self.peers[0]], self.group, NEVER_SENT)
-            if work is not None:
-                work.wait(SHORTEST)
+            self.group.recv([torch.empty(1)], self.peers[0], NEVER_SENT).wait(SHORTEST)
 
     def failed(self, pending: Pending, waiting: Sequence[int], why: str) -> DistributedError:
         """The error of a wait for peers that did not end; closes the ring."""
@@ -210,9 +214,10 @@ class Transport:
             seconds=seconds,
         )
 
-    def _checked(self, messages: Sequence[Message], step: str) -> dist.ProcessGroup:
-        """The group for the messages. Checked before anything is posted: gloo refuses a strided tensor when
-        others of the batch are on their way, and a later call would take those."""
+    def _checked(self, messages: Sequence[Message], step: str) -> dist.ProcessGroup | None:
+        """The group of devices that takes the messages, None for the ring's own. Checked before anything is
+        posted: gloo refuses a strided tensor when others of the batch are on their way, and a later call
+        would take those."""
         devices = {x.device for _, x in messages}
         if len(devices) > 1:
             raise ValueError(f"{step}: messages are on one device, got {sorted(map(str, devices))}")
@@ -226,22 +231,29 @@ class Transport:
                 raise InputError(why)
             if device.type != "cpu" and self.devices is not None:
                 return self.devices
-        return self.group
+        return None
 
     def _posted(
-        self, sends: Sequence[Message], receives: Sequence[Message], step: str, group: dist.ProcessGroup
+        self,
+        sends: Sequence[Message],
+        receives: Sequence[Message],
+        step: str,
+        devices: dist.ProcessGroup | None = None,
     ) -> Pending:
         if self.failure is not None:
             raise self._error(step, f"the ring is closed: {self.failure}; make a new process group")
         messages = [*receives, *sends]
         pending = Pending(self, step, [peer for peer, _ in messages], [x for _, x in messages])
-        if messages:
-            operations = [dist.P2POp(dist.irecv, x, self.ranks[peer], group) for peer, x in receives]
-            operations += [dist.P2POp(dist.isend, x, self.ranks[peer], group) for peer, x in sends]
-            try:
+        try:
+            if devices is None:
+                pending.works = [self.group.recv([x], peer, 0) for peer, x in receives]
+                pending.works += [self.group.send([x], peer, 0) for peer, x in sends]
+            elif messages:
+                operations = [dist.P2POp(dist.irecv, x, self.ranks[peer], devices) for peer, x in receives]
+                operations += [dist.P2POp(dist.isend, x, self.ranks[peer], devices) for peer, x in sends]
                 pending.works = dist.batch_isend_irecv(operations)
-            except RuntimeError as error:
-                raise self.failed(pending, pending.peers, str(error)) from error
+        except RuntimeError as error:
+            raise self.failed(pending, pending.peers, str(error)) from error
         return pending
 
     def _words(self, own: str, wait: float) -> dict[int, str] | None:
@@ -255,7 +267,7 @@ class Transport:
 
         def ask() -> None:
             with suppress(RuntimeError, ValueError):
-                store = self._store()
+                store = self._store
                 store.set(str(self.own), own)
                 while time.monotonic() < deadline and len(words) < len(others):
                     for rank in others:
@@ -268,10 +280,6 @@ class Transport:
         worker.start()
         worker.join(wait + SPARE)
         return dict(words) if answers else None
-
-    def _store(self) -> PrefixStore:
-        """Where ranks leave word."""
-        return PrefixStore(f"attention/{self.group.group_name}", _get_default_store())
 
 
 class Pending:

@@ -77,11 +77,11 @@ def block_sparse(pattern_type: str, edges: str = "block") -> AttentionConfig:
     [
         (4096, 1, 4096),
         (4096, 8, 512),
-        (4096, 3, 64),  # 22 units of 64 on the fullest rank, 1,365 tokens on average
-        (17 * 512, 16, 32),
+        (4096, 3, 128),
+        (17 * 512, 16, 64),
         (30714, 4, 512),
         (131072, 8, 16384),
-        (1 << 20, 3, 16384),
+        (1 << 20, 3, 32768),
         (52, 4, 1),
         (3, 4, 1),
     ],
