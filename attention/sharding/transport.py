@@ -52,16 +52,16 @@ class Transport:
         self,
         group: Any,
         ranks: Sequence[int],
-        store: dist.Store,
+        store: Any,
         timeout_s: float,
         devices: dist.ProcessGroup | None = None,
     ) -> None:
-        """`group`: a ProcessGroupGloo between the ring's ranks, for nothing but this; `ranks`: those in the whole job;
-        `store`: where they leave word. `devices`: the group for tensors that are not the CPU's, of the ring's
-        ranks and maybe others."""
+        """`group`: a ProcessGroupGloo between the ring's ranks, for nothing but this; `ranks`: those in the
+        whole job; `store`: where they leave word. `devices`: the group for tensors that are not the CPU's, of
+        the ring's ranks and maybe others."""
         self.group, self.devices, self.timeout_s = group, devices, timeout_s
-        self.rank, self.world = group.rank(), group.size()
-        self.ranks = tuple(ranks)
+        self.rank, self.world = int(group.rank()), int(group.size())
+        self.ranks: tuple[int, ...] = tuple(ranks)
         """The ring's ranks in the whole job."""
         self._store = store
         self.sent: Counter[int] = Counter()

@@ -12,7 +12,7 @@ from rank_cases import KINDS, numbers, on_one_device, random_config, random_docu
 
 from attention import ShardingConfig, build
 
-CASES = 30
+CASES = 16
 
 
 def case(rank: int, world: int, seed: str, exchange: str) -> str | None:

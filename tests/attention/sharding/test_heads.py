@@ -94,7 +94,7 @@ def check(ranks: Any, world: int, names: list[str], cases: list[dict[str, Any]])
 @pytest.mark.parametrize(
     "world, names",
     [
-        (2, list(IMPLEMENTATIONS)),
+        pytest.param(2, list(IMPLEMENTATIONS), marks=pytest.mark.slow),
         (4, ["dense", "dilated-4-beyond-heads", "global_local-token", "adaptive"]),
         pytest.param(4, list(IMPLEMENTATIONS), marks=pytest.mark.slow),
     ],

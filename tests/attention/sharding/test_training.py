@@ -119,7 +119,7 @@ def trained_by_fsdp(rank: int) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize("exchange", ["keys", "heads"])
+@pytest.mark.parametrize("exchange", ["keys", pytest.param("heads", marks=pytest.mark.slow)])
 def test_losses_are_those_of_one_device(exchange, ranks):
     wanted = losses_of_one_device()
     assert wanted[-1] < wanted[0] - 0.5
