@@ -130,7 +130,7 @@ class Transport:
 
     def unfit(self, device: torch.device) -> str | None:
         """Why tensors on a device cannot be sent; None if they can."""
-        served = {"cpu": "gloo"} | ({} if self.devices is None else backends(self.devices))
+        served = {"cpu": "gloo"} if self.devices is None else backends(self.devices)
         backend = served.get(device.type)
         if backend is None or (device.type != "cpu" and backend == "gloo"):
             names = ", ".join(f"{kind}:{name}" for kind, name in served.items())

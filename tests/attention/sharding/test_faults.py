@@ -135,7 +135,8 @@ def refused_by_all(rank: int) -> list[str]:
     for bad, text in (((q, k), "kv_heads=1"), ((q[0], k), r"got \(8, 4, 16\) and")):
         with pytest.raises(InputError, match=text):
             module.traffic(*bad)
-    with mock.patch.object(transport, "backends", return_value={"cuda": "nccl"}):
+    of_cuda = mock.patch.object(transport, "backends", return_value={"cuda": "nccl"})
+    with of_cuda, mock.patch.object(module.transport, "devices", object()):
         for call in (lambda: module(*inputs_of(module)), lambda: module.gather(torch.ones(1, 8))):
             with pytest.raises(InputError, match=r"on cpu cannot be sent .* cuda:nccl"):
                 call()
