@@ -10,10 +10,17 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from attention.config import AdaptiveConfig, AttentionConfig, MultiheadConfig, SparsePatternConfig
+from attention.config import (
+    AdaptiveConfig,
+    AttentionConfig,
+    MultiheadConfig,
+    ShardingConfig,
+    SparsePatternConfig,
+)
 from attention.errors import (
     AttentionPlannerError,
     ConfigError,
+    DistributedError,
     InputError,
     OutOfMemoryError,
     UnavailableError,
@@ -48,10 +55,12 @@ __all__ = [
     "AttentionPlannerError",
     "AttentionWeights",
     "ConfigError",
+    "DistributedError",
     "InputError",
     "Layout",
     "MultiheadConfig",
     "OutOfMemoryError",
+    "ShardingConfig",
     "SparsePatternConfig",
     "UnavailableError",
     "build",

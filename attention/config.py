@@ -10,7 +10,16 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Final, Literal, Self, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 from pydantic_core import from_json
 
 from attention.errors import ConfigError, shortened
@@ -25,6 +34,9 @@ PatternType = Literal["local_window", "global_local", "dilated_sparse"]
 Edges = Literal["block", "token"]
 Backend = Literal["auto", "sdpa", "flex", "flash", "cudnn"]
 Switch = Literal["auto", "on", "off"]
+ExchangeKind = Literal["auto", "keys", "heads"]
+ShardKind = Literal["contiguous", "zigzag"]
+Travel = Literal["auto", "float32"]
 
 PATTERN_TYPES: tuple[str, ...] = get_args(PatternType)
 
@@ -129,6 +141,8 @@ MOST_BRANCHES: Final = 16
 """Most branches of a config: finding the keys that several share takes a time that grows by factors with each
 further branch."""
 MOST_BYTES: Final = 1 << 60
+LONGEST_WAIT: Final = 12 * 3600
+"""Seconds."""
 
 Positive = Annotated[int, Field(ge=1)]
 Tokens = Annotated[int, Field(ge=1, le=MOST_TOKENS)]
@@ -207,6 +221,27 @@ class MultiheadConfig(Value):
         return self
 
 
+class ShardingConfig(Value):
+    """How one sequence is shared by the ranks of a process group, each of which holds some of its tokens."""
+
+    ring_size: Annotated[int, Field(ge=1, le=MOST_HEADS)] | None = None
+    """Ranks that share a sequence; None for all of the group. It divides the group, whose consecutive ranks
+    then form rings that are data-parallel to each other."""
+    exchange: ExchangeKind = "auto"
+    """What moves between ranks. `keys`: the keys and values that a rank's queries see. `heads`: all of q, k,
+    v and out, so that each rank has some heads of the whole sequence; kv_heads must be a multiple of the
+    ranks. `auto`: `heads` for adaptive attention and where fewer bytes move so, else `keys`."""
+    shards: ShardKind = "contiguous"
+    """`contiguous`: a run of tokens a rank. `zigzag`: two runs, one from the front and one from the back,
+    which evens out the work of causal dense attention; for variant `dense` alone."""
+    timeout_s: float = Field(default=600, ge=0.1, le=LONGEST_WAIT)
+    """Seconds that a call waits for other ranks before it is an error. With NCCL the group's own timeout ends
+    the process; this one holds for all else."""
+    travel: Travel = "auto"
+    """Numbers in which gradients of keys and values travel: `auto` for the type of k and v, or `float32`,
+    which doubles the bytes of 16-bit ones."""
+
+
 class AttentionConfig(Value):
     """One attention, completely: what it computes, on which backend, with how much scratch."""
 
@@ -244,6 +279,8 @@ class AttentionConfig(Value):
     """Layouts, indices and masks kept, each kind; 0 turns the caches off."""
     cache_bytes: int = Field(default=64 * MIB, ge=0, le=MOST_BYTES)
     """Bytes that each kind of cache may hold."""
+    sharding: ShardingConfig | None = None
+    """How the sequence is shared by the ranks of a process group; None for one device."""
 
     @property
     def branches(self) -> tuple[tuple[int, int], ...]:
@@ -275,10 +312,19 @@ class AttentionConfig(Value):
         changed |= {name for name in ("segment_lengths", "dilation_rates") if getattr(self, name)}
         return tuple(sorted(changed - reads))
 
+    @model_serializer(mode="wrap")
+    def _written(self, written: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """The fields, those that came later only where they are given."""
+        fields: dict[str, Any] = written(self)
+        if fields.get("sharding", self) is None:
+            del fields["sharding"]
+        return fields
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         _check_parts(self)
         _check_branches(self)
+        _check_sharding(self)
         return self
 
 
@@ -352,3 +398,27 @@ def _check_branches(config: AttentionConfig) -> None:
                     + (f"{below} or {above}" if below else f"{above}")
                     + ", or another block size"
                 )
+
+
+def _check_sharding(config: AttentionConfig) -> None:
+    """The attention can be shared as asked for."""
+    sharding = config.sharding
+    if sharding is None:
+        return
+    if sharding.shards == "zigzag" and config.variant != "dense":
+        raise ValueError(
+            f"shards='zigzag' is for variant 'dense', got variant {config.variant!r}, whose work is even "
+            "over runs of tokens; use shards='contiguous'"
+        )
+    if sharding.exchange != "keys":
+        return
+    if config.variant == "adaptive":
+        raise ValueError(
+            "exchange='keys' is not for variant 'adaptive', whose blocks are chosen from all of q and k; use "
+            "exchange='heads' or 'auto'"
+        )
+    if config.backend not in ("auto", "sdpa"):
+        raise ValueError(
+            f"exchange='keys' runs parts of a sequence, which backend={config.backend!r} does not; use "
+            "backend='auto' or 'sdpa', or exchange='heads'"
+        )

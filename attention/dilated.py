@@ -2,7 +2,7 @@
 
 Branch (s, r): head h takes positions p of each segment with (p mod s) mod r == h mod r. Those are
 tokens `segment + o + t r` for heads `o, o + r, ...`: a strided view, with nothing to copy. Dense
-attention is the branch (seq, 1).
+attention is the branch (seq, 1). Heads are counted from `first_head` of the shape on.
 
 Queries are cut into tiles, and a tile goes through all branches before the next tile begins, so
 that what is held at a time does not depend on the number of branches.
@@ -42,7 +42,7 @@ def _branch_calls(order: int, length: int, rate: int, start: int, stop: int, sha
             keys = queries._replace(head=0, heads=kv_heads, head_step=1)
         else:
             keys = queries._replace(head=head // repeat, head_step=period // repeat)
-        offset = head % rate
+        offset = (shape.first_head + head) % rate
         segment = start - start % length
         while segment < stop:
             whole = _whole_segments(segment, length, start, stop, shape.seq)

@@ -5,6 +5,7 @@ AttentionPlannerError
 +-- InputError           tensors that do not fit a configuration (also a ValueError)
 +-- UnavailableError     known, but not to be had here: a backend, a variant, a device
 +-- OutOfMemoryError     memory ran out, with requested and available bytes
++-- DistributedError     another rank did not do its part of a call     (also a RuntimeError)
 +-- StorageError         what was found could not be kept: a full disk, a database that is gone, a lock
 """
 
@@ -46,6 +47,41 @@ class OutOfMemoryError(AttentionPlannerError, MemoryError):
     def __reduce__(self) -> tuple[Any, ...]:
         # Keyword-only arguments do not survive pickling by themselves, and errors cross processes.
         return partial(type(self), requested=self.requested, available=self.available), self.args
+
+
+class DistributedError(AttentionPlannerError, RuntimeError):
+    """Another rank did not do its part of a call in time. Ranks are those of the whole job, as its launcher
+    numbers them."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        rank: int,
+        peers: tuple[int, ...],
+        missing: tuple[int, ...],
+        step: str,
+        nbytes: int,
+        seconds: float,
+    ) -> None:
+        super().__init__(message)
+        self.rank = rank
+        """The rank that tells."""
+        self.peers = peers
+        """Those that it waited for."""
+        self.missing = missing
+        """Those that were not heard of after it failed; the cause is among them, if it is a rank that died,
+        stopped or never came."""
+        self.step = step
+        """What it waited in."""
+        self.nbytes = nbytes
+        """Bytes that were to go to and come from those peers."""
+        self.seconds = seconds
+        """Time that it had waited."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        fields = ("rank", "peers", "missing", "step", "nbytes", "seconds")
+        return partial(type(self), **{name: getattr(self, name) for name in fields}), self.args
 
 
 def shortened(text: str, maximum: int) -> str:

@@ -15,30 +15,55 @@ import torch
 from torch import nn
 
 from attention.adaptive import AdaptiveAttention
-from attention.config import AdaptiveConfig, AttentionConfig, MultiheadConfig, SparsePatternConfig
+from attention.config import (
+    AdaptiveConfig,
+    AttentionConfig,
+    ExchangeKind,
+    MultiheadConfig,
+    ShardingConfig,
+    SparsePatternConfig,
+)
 from attention.errors import ConfigError, UnavailableError
 from attention.module import Attention
 from attention.multihead import MultiheadAttention
 
-_RING = (
-    "{name!r} shards the sequence over torch.distributed ranks, which this version does not have yet; "
-    "use {instead!r}, which computes the same function on one device"
-)
+EXCHANGES: dict[str, ExchangeKind] = {"ring": "keys", "distributed": "auto"}
+"""What moves in the kinds and variants that share a sequence."""
 
 
-def build(config: AttentionConfig, device: torch.device | str | None = None) -> nn.Module:
-    """The module that `config` describes, its parameters (if any) on `device`."""
+def build(
+    config: AttentionConfig, device: torch.device | str | None = None, process_group: Any = None
+) -> nn.Module:
+    """The module that `config` describes, its parameters (if any) on `device`.
+
+    With `config.sharding` it is shared by the ranks of `process_group`: a torch.distributed group, a
+    DeviceMesh of one dimension, or None for the default group. All of them build it. Where nothing is
+    initialised, or a rank is alone, it is the module of one device.
+    """
     if not isinstance(config, AttentionConfig):
         raise ConfigError(f"build takes an AttentionConfig, got {type(config).__name__}")
+    if process_group is not None and config.sharding is None:
+        raise ConfigError(
+            "process_group was given for a config without sharding, which is for one device; pass "
+            "sharding=ShardingConfig() to AttentionConfig, or no process_group"
+        )
     if device is not None:
         device = _device(device)
-    if config.multihead:
-        module: nn.Module = MultiheadAttention(config)
-    elif config.adaptive:
-        module = AdaptiveAttention(config)
-    else:
-        module = Attention(config)
+    attention = _attention(config, process_group)
+    module = MultiheadAttention(config, attention) if config.multihead else attention
     return module if device is None else module.to(device)
+
+
+def _attention(config: AttentionConfig, process_group: Any) -> nn.Module:
+    """The attention without projections."""
+    if config.sharding is not None and torch.distributed.is_available():
+        from attention.sharding.groups import ring_of
+        from attention.sharding.module import ShardedAttention
+
+        transport = ring_of(process_group, config.sharding)
+        if transport is not None:
+            return ShardedAttention(config, transport)
+    return AdaptiveAttention(config) if config.adaptive else Attention(config)
 
 
 def _device(device: torch.device | str) -> torch.device:
@@ -67,25 +92,29 @@ def create_dilated_attention(
     segment_lengths: Sequence[int],
     dilation_rates: Sequence[int],
     device: torch.device | str | None = None,
+    process_group: Any = None,
     **options: Any,
 ) -> nn.Module:
-    """Dilated attention. kind: "improved", or "ring" (not in this version).
+    """Dilated attention. kind: "improved" on one device, "ring" over the ranks of `process_group`, between
+    which keys move.
 
-    `options` are fields of AttentionConfig; `enable_memory_pool=True|False` is taken for `pool`.
+    `options` are fields of AttentionConfig; `enable_memory_pool=True|False` is taken for `pool`. Of "ring"
+    they may be fields of ShardingConfig, or all of those as `sharding=ShardingConfig(...)`.
 
-        create_dilated_attention("improved", segment_lengths=[2048, 4096], dilation_rates=[1, 2])
+    create_dilated_attention("improved", segment_lengths=[2048, 4096], dilation_rates=[1, 2])
+    create_dilated_attention("ring", segment_lengths=[2048, 4096], dilation_rates=[1, 2], ring_size=8)
     """
-    if kind == "ring":
-        raise UnavailableError(_RING.format(name="ring", instead="improved"))
-    if kind != "improved":
+    if kind not in ("improved", "ring"):
         raise ConfigError(f"kind must be 'improved' or 'ring', got {kind!r}")
+    options = _renamed(options)
     config = AttentionConfig(
         variant="dilated",
         segment_lengths=_sequence(segment_lengths),
         dilation_rates=_sequence(dilation_rates),
-        **_renamed(options),
+        sharding=_sharding(options, kind),
+        **options,
     )
-    return build(config, device)
+    return build(config, device, process_group)
 
 
 def create_block_sparse_attention(
@@ -95,20 +124,21 @@ def create_block_sparse_attention(
     dilation_rates: Sequence[int] = (),
     sparsity_ratio: float | None = None,
     device: torch.device | str | None = None,
+    process_group: Any = None,
     **options: Any,
 ) -> nn.Module:
-    """Block-sparse attention. variant: "base", "adaptive", "multihead", or "ring" and "distributed"
-    (not in this version).
+    """Block-sparse attention. variant: "base", "adaptive", "multihead"; or, over the ranks of
+    `process_group`, "ring", between which keys move, and "distributed", between which keys or heads do.
 
     Fields of SparsePatternConfig may stand among the options, or all together as
     `sparse_config=SparsePatternConfig(...)`; "adaptive" takes `num_heads` and `head_dim`, "multihead"
-    takes `embed_dim` and `num_heads`. The rest are fields of AttentionConfig.
+    takes `embed_dim` and `num_heads`. Fields of ShardingConfig may stand among those of "ring" and
+    "distributed", and for all variants together as `sharding=ShardingConfig(...)`. The rest are fields of
+    AttentionConfig.
 
-        create_block_sparse_attention("base", segment_lengths=[2048], dilation_rates=[1], sparsity_ratio=0.01)
+    create_block_sparse_attention("base", segment_lengths=[2048], dilation_rates=[1], sparsity_ratio=0.01)
     """
-    if variant in ("ring", "distributed"):
-        raise UnavailableError(_RING.format(name=variant, instead="base"))
-    if variant not in ("base", "adaptive", "multihead"):
+    if variant not in ("base", "adaptive", "multihead", *EXCHANGES):
         raise ConfigError(
             f"variant must be one of 'base', 'ring', 'adaptive', 'multihead', 'distributed', got {variant!r}"
         )
@@ -126,10 +156,11 @@ def create_block_sparse_attention(
         segment_lengths=_sequence(segment_lengths),
         dilation_rates=_sequence(dilation_rates),
         pattern=pattern,
+        sharding=_sharding(options, variant),
         **parts,
         **options,
     )
-    return build(config, device)
+    return build(config, device, process_group)
 
 
 def create_multihead_block_sparse(
@@ -176,6 +207,30 @@ def _fields_of(
 ) -> dict[str, Any]:
     """Moves the fields of `part` out of `options`."""
     return {**(defaults or {}), **{name: options.pop(name) for name in part.model_fields if name in options}}
+
+
+def _sharding(options: dict[str, Any], kind: str) -> ShardingConfig | None:
+    """How the sequence is shared, moved out of the options: whole, or by its fields where the kind shares
+    it."""
+    whole = options.pop("sharding", None)
+    if whole is not None and not isinstance(whole, ShardingConfig):
+        raise ConfigError(f"sharding must be a ShardingConfig, got {type(whole).__name__}")
+    if kind not in EXCHANGES:
+        return whole
+    fields = _fields_of(options, ShardingConfig)
+    if whole is not None and fields:
+        raise ConfigError(
+            f"sharding was given whole and by {', '.join(sorted(fields))}; put those into sharding"
+        )
+    sharding = whole or ShardingConfig(**fields)
+    if sharding.exchange == "auto":
+        return sharding.model_copy(update={"exchange": EXCHANGES[kind]})
+    if EXCHANGES[kind] not in ("auto", sharding.exchange):
+        raise ConfigError(
+            f"{kind!r} moves {EXCHANGES[kind]}, got exchange={sharding.exchange!r}; leave it out, or give "
+            "sharding=ShardingConfig(...) to a config of one's own and build that"
+        )
+    return sharding
 
 
 def _pattern(options: dict[str, Any], sparsity_ratio: float | None) -> SparsePatternConfig:

@@ -189,10 +189,16 @@ def _windows(q: Tensor, config: AttentionConfig, *, cut: bool, documents: bool) 
 
 
 def shape_of(
-    q: Tensor, k: Tensor, config: AttentionConfig, is_causal: bool, *, documents: bool = False
+    q: Tensor,
+    k: Tensor,
+    config: AttentionConfig,
+    is_causal: bool,
+    *,
+    documents: bool = False,
+    first_head: int = 0,
 ) -> Shape:
-    """The sizes that a program depends on. `documents`: whether there are several. A single query, the last,
-    is past nothing."""
+    """The sizes that a program depends on. `documents`: whether there are several; `first_head`: see `Shape`.
+    A single query, the last, is past nothing."""
     cpu = q.device.type == "cpu"
     cut = documents or q.shape[1] < k.shape[1]
     if cut and q.shape[1] == 1 and config.variant in ("dense", "dilated"):
@@ -217,4 +223,5 @@ def shape_of(
         windows=_windows(q, config, cut=cut, documents=documents),
         groups=cpu and not packs and cpu_takes_groups(),
         cudnn_from=0 if cut else cudnn.takes_from(q, k, is_causal, config.backend),
+        first_head=first_head,
     )

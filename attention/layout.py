@@ -115,6 +115,22 @@ def count_active(config: AttentionConfig, seq: int, causal: bool, *, block_size:
     return sum(repeats * int(branches.kept(rows, budget).sum()) for rows, repeats in branches.distinct_rows())
 
 
+def kept_columns(config: AttentionConfig, seq: int, causal: bool, rows: Ints) -> Ints:
+    """The blocks that some of `rows` keep, ascending, of a dilated_sparse config; in memory that grows with
+    what they reach."""
+    branches = BranchRows.of(config, _blocks(seq, _pattern(config).block_size), causal)
+    left, right = branches.select(rows, row_budget(config, seq))
+    low, high = int((rows - left).min()), int((rows + right).max()) + 1
+    kept = np.zeros(high - low, np.bool_)
+    for t, rate in enumerate(branches.rates.ravel().tolist()):
+        # Each row opens a progression at its first column and closes it behind its last one.
+        change = np.zeros(-(-(high - low) // rate) * rate + rate, np.int64)
+        np.add.at(change, rows - left[t] - low, 1)
+        np.add.at(change, rows + right[t] + rate - low, -1)
+        kept |= change.reshape(-1, rate).cumsum(axis=0).ravel()[: high - low] > 0
+    return np.flatnonzero(kept) + low
+
+
 def row_budget(config: AttentionConfig, seq: int) -> int:
     """Blocks that a row may keep: max(1, floor(sparsity_ratio * blocks + 0.5))."""
     pattern = _pattern(config)

@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Callable, Hashable
 from functools import partial
-from typing import Any, TypeVar, cast
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from attention.out_of_memory import with_emergency_release
 from attention.pool import Buffers, buffers_for
 from attention.programs import tiles_of
 from attention.sections import CutProgram
+from attention.sharding.traffic import Traffic
 from attention.sizes.kernel_choice import KernelChoice, kernel_choice
 from attention.sizes.list_calls import calls_of_rows
 from attention.sizes.row_bounds import Rows, rows_of
@@ -67,9 +68,14 @@ class Attention(nn.Module):
     value.
     """
 
-    def __init__(self, config: AttentionConfig) -> None:
+    shares = False
+    """Whether its tokens are some of a sequence, of which other ranks have the rest."""
+
+    def __init__(self, config: AttentionConfig, first_head: int = 0) -> None:
+        """`first_head`: which of the attention's query heads the first one of its calls is, if they have some
+        of them alone."""
         super().__init__()
-        self.config = config
+        self.config, self.first_head = config, first_head
         self.scratch = buffers_for(config)
         self.decisions = Decisions()
         steady_heap()
@@ -111,12 +117,32 @@ class Attention(nn.Module):
         capability = torch.cuda.get_device_capability(q.device) if q.device.type == "cuda" else None
         return kernel_choice(
             self.config,
-            shape_of(q, k, self.config, is_causal),
+            shape_of(q, k, self.config, is_causal, first_head=self.first_head),
             capability,
             flex=flex.resolve(self.config, q, k, is_causal) == "flex",
             flash_is_built=flash_is_built(),
             activated=activated_flash(),
         )
+
+    def refuse(self, error: Exception) -> NoReturn:
+        """Raises the error of a call."""
+        raise error
+
+    def shard(self, x: Tensor) -> Tensor:
+        """The tokens of x [batch, seq, ...] that this rank holds: all, where it shares no sequence."""
+        return x
+
+    def gather(self, x: Tensor) -> Tensor:
+        """The whole of x [batch, own tokens, ...], without its gradient."""
+        return x.detach()
+
+    def positions(self, seq: int) -> Tensor:
+        """The places in a sequence of so many tokens that this rank's have."""
+        return torch.arange(seq)
+
+    def traffic(self, q: Tensor, k: Tensor, is_causal: bool = False) -> Traffic:
+        """What this rank and others send each other in a call: nothing."""
+        return Traffic({}, {})
 
     @staticmethod
     def _lengths(documents: Tensor, k: Any) -> Lengths | None:
@@ -132,7 +158,9 @@ class Attention(nn.Module):
         """What checked inputs decide, kept by their signature."""
         cut = lengths is not None or q.shape[1] < k.shape[1]
         backend = "sdpa" if cut else flex.resolve(self.config, q, k, is_causal)
-        shape = shape_of(q, k, self.config, is_causal, documents=lengths is not None)
+        shape = shape_of(
+            q, k, self.config, is_causal, documents=lengths is not None, first_head=self.first_head
+        )
         tiled = cut and shape.windows == "none"
         made = self._cut_problem(shape, lengths) if tiled else self._problem(shape, lengths)
         decided = Decided(self.config, self.scratch, backend, shape, *made, kernels.windows_of(q), cut=cut)
@@ -179,7 +207,7 @@ class Attention(nn.Module):
         return flex.attend(q, k, v, mask, layout.block_size, self._scale(shape))
 
     def _layout(self, shape: Shape) -> Layout:
-        return _kept_layout(self.config, self.scratch, shape)
+        return kept_layout(self.config, self.scratch, shape)
 
     def _of_layout(self, problem: Problem, rows: Rows) -> Problem:
         """The problem with what comes from its layout, whose rows these are: lists of calls, or tiles."""
@@ -200,7 +228,7 @@ class Attention(nn.Module):
         """`_problem` of the last queries of a sequence, and of documents."""
         config = self.config
         branches = shape.within(config.branches) if config.variant != "dense" else ((shape.seq, 1),)
-        make = tiles_of(config, shape, partial(_kept_layout, config, self.scratch, shape))
+        make = tiles_of(config, shape, partial(kept_layout, config, self.scratch, shape))
         program = CutProgram(make, lengths or ((shape.seq,),), shape.origin)
         sparse = config.variant == "block_sparse"
         aligned = lengths is None and not shape.causal
@@ -256,7 +284,8 @@ class Attention(nn.Module):
         return problem, rows if calls is None else None
 
 
-def _kept_layout(config: AttentionConfig, buffers: Buffers, shape: Shape) -> Layout:
+def kept_layout(config: AttentionConfig, buffers: Buffers, shape: Shape) -> Layout:
+    """The layout of a config for a shape, from its cache."""
     layout: Layout = buffers.layouts.get(
         (config.pattern, config.branches, shape.seq, shape.causal),
         lambda: build_layout(config, shape.seq, shape.causal),

@@ -7,20 +7,19 @@ only when asked for, and as active blocks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from attention.adaptive import AdaptiveAttention
 from attention.config import AttentionConfig
 from attention.documents import document_lengths
-from attention.errors import InputError
+from attention.errors import AttentionPlannerError, InputError, OutOfMemoryError
 from attention.features import Feature
 from attention.inputs import check_features, refuse_transforms
-from attention.module import Attention, eager
+from attention.module import eager
 from attention.ops.backward import Gradients, once
 from attention.ops.weights import AttentionWeights
 from attention.out_of_memory import with_emergency_release
@@ -34,7 +33,8 @@ class MultiheadAttention(nn.Module):
     query, key and value are [batch, seq, embed_dim], or [seq, embed_dim]. `documents`: whole numbers
     [batch, seq], or [seq], equal ones in runs; tokens see none but those of their own number (packed
     sequences, padding). `sinks`: [num_heads], a logit each, which joins the softmax of every query without a
-    value.
+    value. Where ranks share a sequence, query, key and value are a rank's own tokens, and the gradient of the
+    parameters is the sum over the ring of what each rank gets.
     """
 
     batch_first = True
@@ -43,14 +43,15 @@ class MultiheadAttention(nn.Module):
     # itself; it stays out where this is false.
     _qkv_same_embed_dim = False
 
-    def __init__(self, config: AttentionConfig) -> None:
+    def __init__(self, config: AttentionConfig, attention: nn.Module) -> None:
+        """`attention`: what `config` says without its projections."""
         super().__init__()
         assert config.multihead is not None
         sizes = config.multihead
         self.config = config
         self.embed_dim, self.num_heads, self.head_dim = sizes.embed_dim, sizes.num_heads, sizes.head_dim
         self.kv_heads = sizes.kv_heads or sizes.num_heads
-        self.attention = AdaptiveAttention(config) if config.adaptive else Attention(config)
+        self.attention: Any = attention
         rows = self.embed_dim + 2 * self.kv_heads * self.head_dim
         self.in_proj_weight = nn.Parameter(torch.empty(rows, self.embed_dim))
         self.in_proj_bias = nn.Parameter(torch.zeros(rows)) if sizes.bias else None
@@ -75,23 +76,45 @@ class MultiheadAttention(nn.Module):
         sinks: Tensor | None = None,
     ) -> tuple[Tensor, AttentionWeights | None]:
         """`attn_mask` is taken only with `is_causal=True`, as torch's hint that it is the causal one."""
-        if key_padding_mask is not None or (attn_mask is not None and not is_causal):
-            raise InputError(
-                "masks are given by the config's pattern and is_causal; got a "
-                f"{'key_padding_mask' if key_padding_mask is not None else 'attn_mask'}: drop it, and "
-                "give padding as documents of its own: documents="
-            )
-        self._check(query, key, value)
         wanted = need_weights or return_attention_weights
-        if isinstance(documents, Tensor) and query.dim() == 2:
-            documents = documents[None]
-        self._check_features(query, documents, sinks, wanted)
+        refuse: Callable[[Exception], NoReturn] = self.attention.refuse
+        try:
+            if key_padding_mask is not None or (attn_mask is not None and not is_causal):
+                raise InputError(
+                    "masks are given by the config's pattern and is_causal; got a "
+                    f"{'key_padding_mask' if key_padding_mask is not None else 'attn_mask'}: drop it, and "
+                    "give padding as documents of its own: documents="
+                )
+            self._check(query, key, value)
+            if isinstance(documents, Tensor) and query.dim() == 2:
+                documents = documents[None]
+            if not self.attention.shares:  # which checks its own, for all ranks
+                self._check_features(query, documents, sinks, wanted)
+        except AttentionPlannerError as error:
+            refuse(error)
         extras = (documents, sinks)
-        return with_emergency_release(
-            lambda: self._whole(query, key, value, is_causal, wanted, average_attn_weights, extras),
-            self.attention.scratch,
-            query.device,
-        )
+
+        def run() -> tuple[Tensor, AttentionWeights | None]:
+            return self._whole(query, key, value, is_causal, wanted, average_attn_weights, extras)
+
+        if self.attention.shares:  # what was exchanged is not done again
+            return run()
+        return with_emergency_release(run, self.attention.scratch, query.device)
+
+    def shard(self, x: Tensor) -> Tensor:
+        """The tokens of x [batch, seq, ...] that this rank holds."""
+        tokens: Tensor = self.attention.shard(x)
+        return tokens
+
+    def gather(self, x: Tensor) -> Tensor:
+        """The whole of x [batch, own tokens, ...], on all ranks, without its gradient."""
+        whole: Tensor = self.attention.gather(x)
+        return whole
+
+    def positions(self, seq: int) -> Tensor:
+        """The places in a sequence of so many tokens that this rank's have."""
+        places: Tensor = self.attention.positions(seq)
+        return places
 
     def _whole(
         self,
@@ -140,7 +163,7 @@ class MultiheadAttention(nn.Module):
                 raise InputError(f"{name} must be a tensor, got {type(x).__name__}")
             if x.dim() not in (2, 3) or x.shape[-1] != self.embed_dim:
                 raise InputError(f"{name} must be [batch, seq, {self.embed_dim}], got shape {tuple(x.shape)}")
-            if 0 in x.shape:
+            if 0 in (x.shape[:-2] if self.attention.shares else x.shape):
                 raise InputError(
                     f"{name} must not be empty, got shape {tuple(x.shape)}; pass at least 1 token"
                 )
@@ -180,11 +203,21 @@ class MultiheadAttention(nn.Module):
         documents: Tensor | None,
         sinks: Tensor | None,
     ) -> tuple[Tensor, AttentionWeights | None]:
-        q, k, v = self._project(query, key, value)
+        q, k, v = self._locally(lambda: self._project(query, key, value), query.device)
         result = self.attention(q, k, v, is_causal, wanted, documents, sinks)
         del q, k, v  # unless autograd saved them, before the output is projected
         out, weights = result if isinstance(result, tuple) else (result, None)
         return self.out_proj(out.flatten(2)), weights
+
+    def _locally(self, run: Callable[[], tuple[Tensor, ...]], device: torch.device) -> tuple[Tensor, ...]:
+        """`run()`, before anything is exchanged; other ranks are told where memory runs out."""
+        if not self.attention.shares:
+            return run()
+        try:
+            return with_emergency_release(run, self.attention.scratch, device)
+        except OutOfMemoryError as error:
+            refuse: Callable[[Exception], NoReturn] = self.attention.refuse
+            refuse(error)
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         """q, k and v, [batch, seq, heads or kv_heads, head_dim]."""

@@ -27,8 +27,7 @@ FEW_RUNS = 4
 
 
 class TokenSection(NamedTuple):
-    """Queries `start` to `stop` of a sequence, which see no keys but `begin` to `end`, their own among
-    them."""
+    """Queries `start` to `stop` of a sequence, which see no keys but `begin` to `end`."""
 
     start: int
     stop: int
@@ -140,7 +139,7 @@ def _of_view(call: Call, cut: _View) -> list[Call]:
         return part(first, stop, begin, end)
     if call.mask == "band":
         return _of_band(call, cut)
-    if call.mask == "diagonal" and stop - first > 1:
+    if call.mask == "diagonal" and stop - first > 1 and end >= stop + call.edge:
         # The last keys that the queries see are their own.
         return part(first, stop, begin, stop + call.edge)
     # A triangle: query t sees keys up to t + edge.
@@ -159,9 +158,11 @@ def _of_band(call: Call, cut: _View) -> list[Call]:
     keys = call.keys
     assert isinstance(keys, Span)
     first, stop, begin, end = cut
+    # A query that sees none of the keys has no place in a call: kernels give it a log-sum-exp of their own.
+    first, stop = max(first, call.column + begin - call.band), min(stop, call.column + end)
     begin = max(begin, first - call.column)
     end = min(end, stop + call.band - call.column)
-    if begin >= end:
+    if begin >= end or first >= stop:
         return []
     queries, column = stop - first, call.column + begin - first
     whole = column >= queries - 1 and column + end - begin - 1 <= call.band

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
 
@@ -24,15 +24,19 @@ def once(run: Callable[..., Gradients]) -> Callable[..., Gradients]:
         saved = ctx.saved_tensors  # read once: a checkpoint gives them once
         with torch.no_grad():
             gradients = with_emergency_release(lambda: run(ctx, saved, *grads), ctx.buffers, saved[0].device)
-        if not torch.is_grad_enabled():
-            return gradients
-        # create_graph=True; whether the graph is ever used shows later: by what the gradients came from, or
-        # by the anchor where that asks for none.
-        anchor = torch.empty(0, requires_grad=True)
-        sources = (anchor, *saved, *(x for x in grads if x is not None))
-        return tuple(None if x is None else _Once.apply(x, *sources) for x in gradients)  # type: ignore[no-untyped-call]
+        return final(gradients, (*saved, *grads))
 
     return backward
+
+
+def final(gradients: Gradients, sources: Sequence[Tensor | None]) -> Gradients:
+    """The gradients, made from these, which are refused where they are differentiated in their turn."""
+    if not torch.is_grad_enabled():
+        return gradients
+    # create_graph=True; whether the graph is ever used shows later: by what the gradients came from, or
+    # by the anchor where that asks for none.
+    anchors = (torch.empty(0, requires_grad=True), *(x for x in sources if x is not None))
+    return tuple(None if x is None else _Once.apply(x, *anchors) for x in gradients)  # type: ignore[no-untyped-call]
 
 
 class _Once(torch.autograd.Function):

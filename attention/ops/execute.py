@@ -201,7 +201,7 @@ class Attend(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, problem: Problem
     ) -> tuple[Tensor, Tensor]:
-        out, lse = _forward(q, k, v, problem, keeps_lse=True, trains=True)
+        out, lse = forward_pass(q, k, v, problem, keeps_lse=True, trains=True)
         if sinks is not None:
             assert lse is not None
             add_sinks(out, lse, sinks, problem.shape)
@@ -221,7 +221,7 @@ class Attend(torch.autograd.Function):
         of_sinks = None
         if ctx.needs_input_grad[3]:
             of_sinks = sinks_gradient(grad, saved[3], saved[4], saved[5], ctx.problem.shape)
-        return *_gradients(grad, saved[:5], ctx.problem), of_sinks, None
+        return *backward_pass(grad, saved[:5], ctx.problem), of_sinks, None
 
 
 def attend(
@@ -233,16 +233,18 @@ def attend(
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, sinks)):
         result: tuple[Tensor, Tensor] = Attend.apply(q, k, v, sinks, problem)  # type: ignore[no-untyped-call]
         return result
-    out, lse = _forward(q, k, v, problem, keeps_lse or sinks is not None, trains=False)
+    out, lse = forward_pass(q, k, v, problem, keeps_lse or sinks is not None, trains=False)
     if sinks is not None:
         assert lse is not None
         add_sinks(out, lse, sinks, problem.shape)
     return out, lse if keeps_lse else None
 
 
-def _forward(
+def forward_pass(
     q: Tensor, k: Tensor, v: Tensor, problem: Problem, keeps_lse: bool, trains: bool
 ) -> tuple[Tensor, Tensor | None]:
+    """(out, lse) of the problem; lse is None unless the caller needs it. `trains`: whether `backward_pass`
+    follows."""
     shape = problem.shape
     if problem.documents is not None:
         packed = document_calls.forward(q, k, v, problem.documents, shape, problem.scale)
@@ -386,27 +388,29 @@ def _merge(total: Tensor, total_lse: Tensor, part: Tensor, part_lse: Tensor, scr
     total_lse.copy_(lse)
 
 
-def _gradients(grad: Tensor, saved: Sequence[Tensor], problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+def backward_pass(
+    grad: Tensor, saved: Sequence[Tensor], problem: Problem, *, wide_keys: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) from the gradient of out and what forward saved: q, k, v, out and lse. They are computed
-    without masks where those let something through."""
+    without masks where those let something through. `wide_keys`: dk and dv of tiles in single precision."""
     if problem.documents is not None:
         return document_calls.backward(grad, saved, problem.documents, problem.shape, problem.scale)
     if problem.calls is not None:
         return whole_calls.backward(grad, saved, problem.calls, problem.shape, problem.scale, problem.covers)
     if problem.lists is not None:
         return list_calls.backward(grad, saved, problem.lists, problem.shape, problem.scale)
-    gradients = _backward(grad, saved, problem)
+    gradients = _backward(grad, saved, problem, wide_keys)
     if not (problem.shape.causal or problem.hides) or _is_clean(*gradients):
         return gradients
     del gradients
-    return _backward(grad, saved, problem, masks=False)
+    return _backward(grad, saved, problem, wide_keys, masks=False)
 
 
 def _backward(
-    grad: Tensor, saved: Sequence[Tensor], problem: Problem, masks: bool = True
+    grad: Tensor, saved: Sequence[Tensor], problem: Problem, wide_keys: bool, masks: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v, out, lse = saved
-    if problem.whole and not problem.shape.widens and masks:
+    if problem.whole and not problem.shape.widens and masks:  # which sums nothing
         heads_first = (x.transpose(1, 2) for x in (grad, q, k, v, out, lse))
         grads = kernels.backward(*heads_first, scale=problem.scale, causal=problem.shape.causal)
         dq, dk, dv = (x.transpose(1, 2) for x in grads)
@@ -414,7 +418,12 @@ def _backward(
     reserve = problem.reserves.backward()
     shape = reserve.shape
     dq = (torch.empty if problem.covers else torch.zeros)(q.shape, dtype=q.dtype, device=q.device)
-    dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
+    sums_dtype = kernels.lse_dtype(k.dtype) if wide_keys else k.dtype
+    dk, dv = (torch.zeros(x.shape, dtype=sums_dtype, device=x.device) for x in (k, v))
+    if wide_keys:
+        reserve = reserve._replace(
+            sizes={**reserve.sizes, "slab": reserve.sizes["slab"] * (sums_dtype.itemsize // k.element_size())}
+        )
     # A CPU's fused backward gets single precision instead of 16 bits.
     wide = kernels.lse_dtype(q.dtype) if shape.widens else q.dtype
     if masks:
@@ -425,13 +434,14 @@ def _backward(
     with begun.scratch as scratch:
         for b in range(q.shape[0]):
             sums = (dk[b], dv[b])
-            if sums_in_full(shape):
+            in_full = sums_in_full(shape) and not wide_keys
+            if in_full:
                 size, dtype = dk.shape[1:], kernels.lse_dtype(dk.dtype)
                 sums = (scratch.get("dk", size, dtype).zero_(), scratch.get("dv", size, dtype).zero_())
             item = _BackwardItem(grad[b], q[b], k[b], v[b], out[b], lse[b], dq[b], *sums)
             for tile in problem.tiles(b, shape):
                 _backward_tile(tile if masks else maskless(tile, shape), item, begun)
-            if sums_in_full(shape):
+            if in_full:
                 dk[b].copy_(sums[0])
                 dv[b].copy_(sums[1])
     return dq, dk, dv

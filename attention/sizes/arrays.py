@@ -108,6 +108,21 @@ def lcm(a: Count, b: Count) -> Count:
     return _numpy().lcm(a, b)  # type: ignore[no-any-return]
 
 
+def gcd(a: Count, b: Count) -> Count:
+    """The greatest common divisor; of 0 and a number, that number."""
+    if type(a) is int and type(b) is int:
+        return math.gcd(a, b)
+    return _numpy().gcd(a, b)  # type: ignore[no-any-return]
+
+
+def ascending(*counts: Count) -> Sequence[Count]:
+    """The arguments from the smallest to the largest, of arrays entry by entry."""
+    if any(map(_many, counts)):
+        numpy = _numpy()
+        return numpy.sort(numpy.stack(numpy.broadcast_arrays(*counts)), axis=0)  # type: ignore[no-any-return]
+    return sorted(counts)
+
+
 def _many(count: Count) -> bool:
     """Whether `count` is an array or a scalar of NumPy."""
     return hasattr(count, "dtype")

@@ -95,6 +95,8 @@ class Shape(NamedTuple):
     """Queries, and keys, from which whole calls go to cuDNN's attention; 0 for none."""
     origin: Count = 0
     """Token of the sequence at which its queries begin; they go to its end."""
+    first_head: Count = 0
+    """Which of the attention's query heads its first one is, where it has some of them alone."""
 
     @property
     def queries(self) -> Count:
@@ -249,7 +251,7 @@ class Shape(NamedTuple):
     def within(self, branches: tuple[tuple[Count, Count], ...]) -> tuple[tuple[Count, Count], ...]:
         """The branches with lengths and rates that this sequence can tell apart: a segment longer than
         it, or a rate beyond all its positions and heads, means the same as one just as large."""
-        limit = maximum(self.seq, self.heads)
+        limit = maximum(self.seq, self.first_head + self.heads)
         return tuple((minimum(length, self.seq), minimum(rate, limit)) for length, rate in branches)
 
     def is_whole(self, branches: tuple[tuple[Count, Count], ...]) -> Count:

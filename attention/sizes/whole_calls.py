@@ -79,7 +79,7 @@ def has_cudnn(capability: tuple[int, int], head_dim: int, itemsize: int) -> bool
 
 class WholeCall(NamedTuple):
     """Calls that differ by their offset alone: that of offset o begins o tokens later, and has heads o,
-    o + `period`, ..."""
+    o + `period`, ... It begins as many more tokens later as the shape's `first_head` says, modulo `step`."""
 
     name: str
     start: Count
@@ -201,7 +201,8 @@ class WholeCall(NamedTuple):
         repeat = shape.heads // shape.kv_heads
         shared = repeat % self.period == 0
         for offset in range(self.offsets):
-            shift, key_shift = (offset + self.turn) % self.step, offset % self.step
+            place = shape.first_head + offset
+            shift, key_shift = (place + self.turn) % self.step, place % self.step
             queries, keys = (
                 _places(self.length - shift, self.step),
                 _places(self.key_length - key_shift, self.step),

@@ -1,0 +1,372 @@
+"""Attention over shards by moving keys: every rank computes its own queries, over its own keys and over what
+it fetches of its peers, stage by stage; the parts meet by their log-sum-exp. Gradients of fetched keys go
+straight to their owner, who adds them stage by stage, in the same order each time.
+
+Each stage is posted before the compute that can hide it. Keys are fetched again for the backward pass, so
+that nothing beside q, k, v, out and the log-sum-exp of the rank's own tokens is saved. Global queries, which
+see every key, travel to the keys instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from attention.config import AttentionConfig
+from attention.ops.backward import Gradients, final
+from attention.ops.execute import Problem, Reserves, backward_pass, forward_pass
+from attention.ops.kernels import lse_dtype
+from attention.ops.learned_sinks import add_sinks, sinks_gradient
+from attention.out_of_memory import with_emergency_release
+from attention.pool import Buffers
+from attention.sharding.parts import source_placement
+from attention.sharding.plan import FEW_PARTS, FetchStage, KeysPlan, RankPart
+from attention.sharding.sums import Output, Sum, lane_index
+from attention.sizes.shape import Shape
+
+Messages = Sequence[tuple[int, Tensor]]
+"""Each with its peer."""
+
+
+class Posted(Protocol):
+    """Messages on their way."""
+
+    def wait(self) -> None: ...
+
+
+class Exchange(Protocol):
+    """What carries messages between the ranks of a group; see `attention.sharding.transport`."""
+
+    def exchange(
+        self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]], step: str
+    ) -> Posted: ...
+
+
+class KeysProblem(NamedTuple):
+    """A rank's attention over shards, and what running it needs."""
+
+    plan: KeysPlan
+    parts: tuple[Problem, ...]
+    """Of each part, by its number."""
+    buffers: Buffers
+
+
+def keys_problem(plan: KeysPlan, config: AttentionConfig, scale: float, buffers: Buffers) -> KeysProblem:
+    """The problem of a plan."""
+    parts = sorted(plan.all_parts(), key=lambda part: part.number)
+    problems = tuple(_part_problem(part, config, scale, buffers) for part in parts)
+    return KeysProblem(plan, problems, buffers)
+
+
+def _part_problem(part: RankPart, config: AttentionConfig, scale: float, buffers: Buffers) -> Problem:
+    program = part.program
+    if part.whole is not None:
+        shape = part.whole.shape
+        covers = config.variant != "dilated" or any(rate == 1 for _, rate in config.branches)
+    else:
+        shape, covers = program.shape, False
+    return Problem(
+        shape=shape,
+        tiles=program.tiles,
+        reserves=Reserves(program.shape, program.extent, kinds=False),
+        scale=scale,
+        covers=covers,
+        whole=False,
+        buffers=buffers,
+        calls=part.whole.calls if part.whole else None,
+        hides=config.token_edges,
+    )
+
+
+def keys_attention(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, problem: KeysProblem, exchange: Exchange
+) -> Tensor:
+    """out [B, own tokens, H, D] of own q, k and v, with gradients where those or sinks ask for them."""
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, sinks)):
+        out: Tensor = AttendShards.apply(q, k, v, sinks, problem, exchange)  # type: ignore[no-untyped-call]
+        return out
+    return _forward(q, k, v, sinks, problem, exchange, trains=False)[0]
+
+
+class AttendShards(torch.autograd.Function):
+    """out [B, own tokens, H, D]. Its backward exchanges whatever gradient comes."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sinks: Tensor | None,
+        problem: KeysProblem,
+        exchange: Exchange,
+    ) -> Tensor:
+        out, lse = _forward(q, k, v, sinks, problem, exchange, trains=True)
+        ctx.save_for_backward(q, k, v, out, lse, *(() if sinks is None else (sinks,)))
+        ctx.problem, ctx.exchange = problem, exchange
+        ctx.set_materialize_grads(False)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> Gradients:
+        saved = ctx.saved_tensors  # read once: a checkpoint gives them once
+        out, lse = saved[3:5]
+        with torch.no_grad():
+            grad = torch.zeros_like(out) if grad is None else grad.contiguous()
+            of_sinks = None
+            if ctx.needs_input_grad[3] and out.shape[1]:
+                of_sinks = sinks_gradient(grad, out, lse, saved[5], _own_shape(ctx.problem.plan))
+            elif ctx.needs_input_grad[3]:
+                of_sinks = torch.zeros_like(saved[5])
+            parts = _backward(grad, saved[:5], ctx.problem, ctx.exchange)
+        return final((*parts, of_sinks, None, None), (*saved, grad))
+
+
+def _own_shape(plan: KeysPlan) -> Shape:
+    return plan.shape._replace(seq=plan.tokens, origin=0)
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    problem: KeysProblem,
+    exchange: Exchange,
+    *,
+    trains: bool,
+) -> tuple[Tensor, Tensor]:
+    """(out, lse [B, own tokens, H])."""
+    plan = problem.plan
+    q, k, v = (x.contiguous() for x in (q, k, v))
+    total = Output(q, plan.wide_out)
+
+    def attended(part: RankPart, queries: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        def run() -> tuple[Tensor, Tensor | None]:
+            asking = queries[:, part.queries]
+            return forward_pass(
+                asking, keys, values, problem.parts[part.number], keeps_lse=True, trains=trains
+            )
+
+        out, lse = with_emergency_release(run, problem.buffers, q.device)
+        assert lse is not None
+        return out, lse
+
+    guests = _guests(plan, [q])
+    ahead = _Ahead(k, v, plan, exchange, "forward")
+    ahead.post(_to_hosts(plan, [q]), _of_guests(plan, guests))
+    for own in plan.own:
+        total.add(own.part.queries, *attended(own.part, q, k[:, own.keys], v[:, own.keys]))
+    answers = [_like_rows(q[:, host.queries]) for host in plan.hosts]
+    returned = None
+    for number, stage in enumerate(plan.stages):
+        fetched = ahead.arrived()
+        if number == 0 and (plan.guests or plan.hosts):
+            sends = []
+            for guest, (asking,) in zip(plan.guests, guests, strict=True):
+                visiting = Output(asking, len(guest.parts) > FEW_PARTS)
+                for own in guest.parts:
+                    keys, values = k[:, own.keys], v[:, own.keys]
+                    visiting.add(own.part.queries, *attended(own.part, asking, keys, values))
+                sends += [(guest.peer, x) for one in visiting.ended() for x in one]
+            receives = [
+                (host.peer, x)
+                for host, answer in zip(plan.hosts, answers, strict=True)
+                for one in answer
+                for x in one
+            ]
+            returned = exchange.exchange(sends, receives, "forward, answers to visiting queries")
+        for fetch, (keys, values) in zip(stage.fetches, fetched, strict=True):
+            for part in fetch.parts:
+                total.add(part.queries, *attended(part, q, keys, values))
+        del fetched
+    if returned is not None:
+        returned.wait()
+    for host, answer in zip(plan.hosts, answers, strict=True):
+        total.add(host.queries, *answer)
+    out, lse = total.ended()
+    if sinks is not None and out.shape[1]:
+        add_sinks(out, lse, sinks, _own_shape(plan))
+    return out, lse
+
+
+def _backward(
+    grad: Tensor, saved: Sequence[Tensor], problem: KeysProblem, exchange: Exchange
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv) of own tokens."""
+    plan = problem.plan
+    q, k, v, out, lse = (x.contiguous() for x in saved)
+    travel = lse_dtype(k.dtype) if plan.travels_wide else k.dtype
+    rows = (grad, q, out, lse)
+    dq, dk, dv = Sum(q, plan.wide_out), Sum(k, plan.wide_keys), Sum(v, plan.wide_keys)
+
+    def add(part: RankPart, asking: Sequence[Tensor], keys: Tensor, values: Tensor, to: _Sums) -> None:
+        some = [x[:, part.queries] for x in asking]
+        kept = (some[1], keys, values, some[2], some[3])
+
+        def run() -> tuple[Tensor, Tensor, Tensor]:
+            return backward_pass(some[0], kept, problem.parts[part.number], wide_keys=plan.travels_wide)
+
+        parts = with_emergency_release(run, problem.buffers, q.device)
+        for total, tokens, one in zip(to.sums, (part.queries, to.keys, to.keys), parts, strict=True):
+            total.add(tokens, one)
+
+    guests = _guests(plan, rows)
+    ahead = _Ahead(k, v, plan, exchange, "backward")
+    ahead.post(_to_hosts(plan, rows), _of_guests(plan, guests))
+    for own in plan.own:
+        add(own.part, rows, k[:, own.keys], v[:, own.keys], _Sums((dq, dk, dv), own.keys))
+    back = None
+    for number, stage in enumerate(plan.stages):
+        fetched = ahead.arrived()
+        sends: list[tuple[int, Tensor]] = []
+        for fetch, (keys, values) in zip(stage.fetches, fetched, strict=True):
+            wide = len(fetch.parts) > FEW_PARTS or plan.travels_wide
+            sums = _Sums((dq, Sum(keys, wide), Sum(values, wide)), slice(0, keys.shape[1]))
+            for part in fetch.parts:
+                add(part, rows, keys, values, sums)
+            ended = [one.ended(travel) for one in sums.sums[1:]]
+            if fetch.own is not None:
+                dk.add(fetch.own[1], ended[0][:, fetch.own[0]])
+                dv.add(fetch.own[1], ended[1][:, fetch.own[0]])
+            for source in fetch.sources:
+                sends += [(source.peer, x) for one in ended for x in one[:, fetch.rows.of(*source[1:3])]]
+        if back is not None:
+            back.take(dq, dk, dv)
+        back = _Back(stage, plan, k, travel)
+        if number == 0:
+            back.answers = [q.new_empty(q[:, host.queries].shape) for host in plan.hosts]
+            for guest, asking in zip(plan.guests, guests, strict=True):
+                visiting = Sum(asking[1], len(guest.parts) > FEW_PARTS)
+                for own in guest.parts:
+                    sums = _Sums((visiting, dk, dv), own.keys)
+                    add(own.part, asking, k[:, own.keys], v[:, own.keys], sums)
+                sends += [(guest.peer, x) for x in visiting.ended()]
+        back.post(sends, exchange)
+        del fetched, sends
+    if back is not None:
+        back.take(dq, dk, dv)
+    return dq.ended(), dk.ended(), dv.ended()
+
+
+def _guests(plan: KeysPlan, rows: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Where visiting queries, and what comes with them, are received."""
+    return [[x.new_empty(len(x), guest.queries.stop, *x.shape[2:]) for x in rows] for guest in plan.guests]
+
+
+def _of_guests(plan: KeysPlan, guests: Sequence[Sequence[Tensor]]) -> Messages:
+    return [
+        (guest.peer, x)
+        for guest, given in zip(plan.guests, guests, strict=True)
+        for one in given
+        for x in one
+    ]
+
+
+def _to_hosts(plan: KeysPlan, rows: Sequence[Tensor]) -> Messages:
+    return [(host.peer, x) for host in plan.hosts for one in rows for x in one[:, host.queries]]
+
+
+def _like_rows(q: Tensor) -> tuple[Tensor, Tensor]:
+    """Room for out and lse of queries."""
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
+
+
+class _Sums(NamedTuple):
+    """Where a part's gradients go."""
+
+    sums: tuple[Sum, Sum, Sum]
+    keys: slice
+    """Tokens of those of k and v."""
+
+
+class _Ahead:
+    """Fetches stages, each posted before the one before it is worked on."""
+
+    def __init__(self, k: Tensor, v: Tensor, plan: KeysPlan, exchange: Exchange, step: str) -> None:
+        self._k, self._v, self._plan, self._exchange, self._step = k, v, plan, exchange, step
+        self._number = 0
+        self._pending: Posted | None = None
+        self._room: list[tuple[Tensor, Tensor]] = []
+
+    def post(self, sends: Messages = (), receives: Messages = ()) -> None:
+        """Posts the next stage, if there is one, with further messages."""
+        stages, self._room, self._pending = self._plan.stages, [], None
+        if self._number >= len(stages):
+            return
+        stage = stages[self._number]
+        sends = [*self._deliveries(stage), *sends]
+        own = (self._k, self._v)
+        arriving: list[tuple[int, Tensor]] = []
+        for fetch in stage.fetches:
+            size = (len(own[0]), fetch.rows.total, fetch.rows.lanes(self._plan.shape), own[0].shape[3])
+            room = own[0].new_empty(size), own[0].new_empty(size)
+            if fetch.own is not None:
+                for into, x in zip(room, own, strict=True):
+                    into[:, fetch.own[0]].copy_(x[:, fetch.own[1]])
+            self._room.append(room)
+            for source in fetch.sources:
+                arriving += [(source.peer, x) for one in room for x in one[:, fetch.rows.of(*source[1:3])]]
+        step = f"{self._step}, keys of stage {self._number + 1} of {len(stages)}"
+        self._number += 1
+        self._pending = self._exchange.exchange(sends, [*arriving, *receives], step)
+
+    def arrived(self) -> list[tuple[Tensor, Tensor]]:
+        """(k, v) of each fetch of the stage that was posted, when it is there; the next one is posted."""
+        if self._pending is not None:
+            self._pending.wait()
+        room = self._room
+        self.post()
+        return room
+
+    def _deliveries(self, stage: FetchStage) -> list[tuple[int, Tensor]]:
+        sends = []
+        for source in stage.deliveries:
+            place = self._plan.locate(source)
+            for x in (self._k, self._v):
+                if source.rate == 1:
+                    sends += [(source.peer, item) for item in x[:, place]]
+                else:
+                    lanes = lane_index(source, place.start, self._plan.shape, x.device)
+                    sends += [(source.peer, item.flatten(0, 1)[lanes.places]) for item in x]
+        return sends
+
+
+class _Back:
+    """Gradients of a stage on their way to the owners of its keys, and answers to queries that visit."""
+
+    def __init__(self, stage: FetchStage, plan: KeysPlan, k: Tensor, travel: torch.dtype) -> None:
+        self._plan, self._deliveries = plan, stage.deliveries
+        self.answers: list[Tensor] = []
+        self._room = []
+        for source in stage.deliveries:
+            rows = source_placement(source)
+            size = (2, len(k), rows.total, rows.lanes(plan.shape), k.shape[3])
+            self._room.append(k.new_empty(size, dtype=travel))
+
+    def post(self, sends: Messages, exchange: Exchange) -> None:
+        receives = [
+            (source.peer, x)
+            for source, room in zip(self._deliveries, self._room, strict=True)
+            for x in room.flatten(0, 1)
+        ]
+        receives += [
+            (host.peer, x) for host, one in zip(self._plan.hosts, self.answers, strict=False) for x in one
+        ]
+        self._pending = exchange.exchange(sends, receives, "backward, gradients to the owners of keys")
+
+    def take(self, dq: Sum, dk: Sum, dv: Sum) -> None:
+        """Adds what arrived."""
+        self._pending.wait()
+        for source, room in zip(self._deliveries, self._room, strict=True):
+            place = self._plan.locate(source)
+            for total, part in zip((dk, dv), room, strict=True):
+                if source.rate == 1:
+                    total.add(place, part)
+                else:
+                    total.add_lanes(lane_index(source, place.start, self._plan.shape, part.device), part)
+        for host, one in zip(self._plan.hosts, self.answers, strict=False):
+            dq.add(host.queries, one)

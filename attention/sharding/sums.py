@@ -1,0 +1,138 @@
+"""Sums over what comes in parts: outputs that meet by their log-sum-exp, and gradients. What is added is
+widened a slab at a time, so that little is held beside the sums."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from attention.ops.kernels import lse_dtype
+from attention.sharding.needs import Source
+from attention.sharding.parts import lanes_per_head, source_placement
+from attention.sizes.shape import Shape
+
+SLAB_TOKENS = 1024
+"""Tokens of a batch item that are widened at a time."""
+
+
+class Lanes(NamedTuple):
+    """Where the lanes of a source at a rate above 1 lie."""
+
+    places: Tensor
+    """[rows, lanes]: among tokens and kv heads of the owner's k [S, G, D], as one dimension; the last one's
+    where a lane has a row less."""
+    valid: Tensor
+    """[rows, lanes], False there."""
+
+
+def lane_index(source: Source, start: int, shape: Shape, device: torch.device) -> Lanes:
+    """The places of a source whose first token is the owner's `start`-th; `shape`: of the whole sequence."""
+    begin, end, rate = source[1:]
+    kv_heads, repeat = int(shape.kv_heads), int(shape.heads // shape.kv_heads)
+    each = lanes_per_head(rate, repeat)
+    lanes = torch.arange(kv_heads * each, device=device)
+    remainder = lanes % rate if each == repeat else lanes % each
+    rows = torch.arange(source_placement(source).total, device=device)
+    tokens = (remainder - begin) % rate + rows[:, None] * rate
+    valid = tokens < end - begin
+    index = (start + tokens.clamp_max(end - begin - 1)) * kv_heads + lanes // each
+    return Lanes(index, valid)
+
+
+class Output:
+    """The output of queries, and its log-sum-exp, over keys that come in parts."""
+
+    def __init__(self, q: Tensor, wide: bool) -> None:
+        """`wide`: whether it is kept in single precision until it ends."""
+        self._q = q
+        self._out: Tensor | None = None
+        self._lse: Tensor | None = None
+        self._dtype = lse_dtype(q.dtype) if wide else q.dtype
+
+    def add(self, queries: slice, out: Tensor, lse: Tensor) -> None:
+        """Adds the output [B, n, H, D] of some queries over further keys, and its log-sum-exp [B, n, H]. They
+        are the sum's from then on."""
+        if self._out is None and out.dtype == self._dtype and out.shape == self._q.shape:
+            self._out, self._lse = out, lse
+            return
+        total, total_lse = self._sums()
+        for b, part in _slabs(out):
+            _merge(total[b, queries][part], total_lse[b, queries][part], out[b, part], lse[b, part])
+
+    def ended(self) -> tuple[Tensor, Tensor]:
+        """(out, lse)."""
+        out, lse = self._sums()
+        return _converted(out, self._q.dtype), lse.contiguous()
+
+    def _sums(self) -> tuple[Tensor, Tensor]:
+        if self._out is None or self._lse is None:
+            self._out = torch.zeros(self._q.shape, dtype=self._dtype, device=self._q.device)
+            size, dtype = self._q.shape[:3], lse_dtype(self._q.dtype)
+            self._lse = torch.full(size, -torch.inf, dtype=dtype, device=self._q.device)
+        return self._out, self._lse
+
+
+class Sum:
+    """A gradient that comes in parts."""
+
+    def __init__(self, like: Tensor, wide: bool) -> None:
+        """`like`: what it is the gradient of; `wide`: whether it is kept in single precision till it ends."""
+        self._like = like
+        self._total: Tensor | None = None
+        self._dtype = lse_dtype(like.dtype) if wide else like.dtype
+
+    def add(self, tokens: slice, part: Tensor) -> None:
+        """Adds to the gradient of some tokens. A part of all may be the sum's from then on."""
+        alone = part.untyped_storage().nbytes() == part.nbytes
+        if self._total is None and alone and part.dtype == self._dtype and part.shape == self._like.shape:
+            self._total = part
+            return
+        total = self._sum()[:, tokens]
+        for b, some in _slabs(part):
+            _add(total[b, some], part[b, some])
+
+    def add_lanes(self, lanes: Lanes, part: Tensor) -> None:
+        """Adds a part [B, rows, lanes, D]. No two of its places are the same."""
+        places = lanes.places[lanes.valid]
+        for total, one in zip(self._sum(), part, strict=True):
+            flat = total.view(-1, total.shape[2])
+            flat[places] = (flat[places].to(lse_dtype(flat.dtype)) + one[lanes.valid]).to(flat.dtype)
+
+    def ended(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The gradient, in its own type or another."""
+        return _converted(self._sum(), dtype or self._like.dtype).contiguous()
+
+    def _sum(self) -> Tensor:
+        if self._total is None:
+            self._total = torch.zeros(self._like.shape, dtype=self._dtype, device=self._like.device)
+        return self._total
+
+
+def _slabs(part: Tensor) -> Iterator[tuple[int, slice]]:
+    for b in range(len(part)):
+        for begin in range(0, part.shape[1], SLAB_TOKENS):
+            yield b, slice(begin, begin + SLAB_TOKENS)
+
+
+def _converted(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x if x.dtype == dtype else x.to(dtype)
+
+
+def _add(total: Tensor, part: Tensor) -> None:
+    if total.dtype == part.dtype:
+        total.add_(part)
+        return
+    wide = lse_dtype(total.dtype)
+    total.copy_(total.to(wide).add_(part.to(wide)))
+
+
+def _merge(total: Tensor, total_lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
+    """total <- the attention over both sets of keys, in place; [n, H, D] and [n, H]."""
+    wide = total_lse.dtype
+    share = torch.sub(part_lse, total_lse).nan_to_num_(0.0, torch.inf, -torch.inf)  # nothing met nothing
+    total_lse.copy_(torch.logaddexp(total_lse, part_lse))
+    sum_ = total.to(wide).mul_(share.neg().sigmoid_()[..., None])
+    total.copy_(sum_.addcmul_(part.to(wide), share.sigmoid_()[..., None]))

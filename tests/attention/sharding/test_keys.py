@@ -1,0 +1,92 @@
+"""Attention by moving keys equals that of one device: ranks are threads here (`rank_threads.py`)."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from flash import flash_attention
+from rank_cases import KINDS, on_one_device, random_config, random_documents, random_tensors
+from rank_threads import attended
+
+from attention import AttentionConfig, SparsePatternConfig
+
+FAST, WIDE = 40, 600
+
+
+def assert_is_of_one_device(seed: str) -> None:
+    rng = random.Random(seed)
+    kind = rng.choice(KINDS)
+    config, world = random_config(rng, kind), rng.choice((1, 2, 3, 4, 5, 8))
+    seq, causal = rng.choice((1, 3, 7, 17, 40, 63, 64, 100, 203)), rng.random() < 0.5
+    tensors = random_tensors(rng, seq, rng.choice((4, 8)), torch.float64)
+    documents = random_documents(rng, len(tensors[0]), seq) if rng.random() < 0.3 else None
+    sinks = torch.randn(tensors[0].shape[2], dtype=torch.float64) if rng.random() < 0.3 else None
+    got, _ = attended(config, world, tensors, causal, documents, sinks, zigzag=kind == "zigzag")
+    wanted = on_one_device(config, tensors, causal, documents, sinks)
+    for name, a, b, bar in zip(
+        ("out", "dq", "dk", "dv", "dsinks"), got, wanted, [1e-12, *[1e-10] * 4], strict=False
+    ):
+        assert (a - b).abs().max() <= bar * b.abs().max().clamp(min=1), (seed, name, kind, world, seq, causal)
+
+
+@pytest.mark.parametrize("number", range(FAST))
+def test_random_cases_are_those_of_one_device(number):
+    assert_is_of_one_device(f"fast {number}")
+
+
+@pytest.mark.slow
+def test_many_random_cases_are_those_of_one_device():
+    for number in range(WIDE):
+        assert_is_of_one_device(f"wide {number}")
+
+
+@pytest.mark.parametrize("number", range(20))
+def test_whole_calls_of_a_gpu_are_those_of_one_device(number):
+    with flash_attention("any"):
+        assert_is_of_one_device(f"flash {number}")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("kind", KINDS)
+def test_low_precision_is_as_near_as_one_device(kind, dtype):
+    """By the norm of errors, over 5 ranks: within 1.6 of what one device's own rounding does."""
+    rng = random.Random(f"{kind} {dtype}")
+    config = random_config(rng, kind)
+    for causal in (False, True):
+        tensors = random_tensors(rng, 203, 16, dtype)
+        exact = on_one_device(config, [x.double() for x in tensors], causal)
+        rounded = on_one_device(config, tensors, causal)
+        got, _ = attended(config, 5, tensors, causal, zigzag=kind == "zigzag")
+        for a, b, wanted in zip(got, rounded, exact, strict=True):
+            error, own = ((x.double() - wanted).norm() / wanted.norm() for x in (a, b))
+            assert error <= 1.6 * max(own, torch.finfo(dtype).eps / 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_causal_window_sends_the_same_whatever_the_length_and_the_world(dtype):
+    pattern = SparsePatternConfig(
+        pattern_type="local_window", block_size=16, local_window_size=64, edges="token"
+    )
+    config = AttentionConfig(variant="block_sparse", pattern=pattern)
+    sent = set()
+    for world, seq in ((3, 512), (4, 512), (8, 1024), (4, 2048)):
+        tensors = random_tensors(random.Random(0), seq, 8, dtype)
+        sent.add(max(sum(count.values()) for count in attended(config, world, tensors, True)[1]))
+    batch, _, kv_heads, dim = tensors[1].shape
+    halo = batch * 64 * kv_heads * dim * dtype.itemsize
+    # Keys and values forward, both again backward to the next rank, and their gradients to the one before.
+    assert sent == {6 * halo}
+
+
+def test_keys_that_nobody_may_see_are_not_read():
+    """NaN in what a window hides does not come through messages."""
+    pattern = SparsePatternConfig(pattern_type="local_window", block_size=8, local_window_size=16)
+    config = AttentionConfig(variant="block_sparse", pattern=pattern)
+    tensors = random_tensors(random.Random(1), 96, 8, torch.float64)
+    clean, _ = attended(config, 3, tensors, True)
+    tensors[1][:, :8], tensors[2][:, :8] = torch.nan, torch.inf
+    spoilt, _ = attended(config, 3, tensors, True)
+    assert torch.equal(clean[0][:, 32:], spoilt[0][:, 32:])
+    assert spoilt[0][:, :8].isnan().any()
