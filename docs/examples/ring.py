@@ -1,4 +1,4 @@
-"""Trains a model whose sequences are shared by all ranks. `torchrun --nproc-per-node 2 docs/examples/ring.py`"""
+"""Trains a model whose sequences all ranks share: torchrun --nproc-per-node 2 docs/examples/ring.py"""
 
 import os
 
