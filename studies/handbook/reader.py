@@ -26,7 +26,7 @@ from optuna.exceptions import ExperimentalWarning
 from attention.errors import AttentionPlannerError
 
 ROOT: Final = Path(__file__).resolve().parents[2]
-PROGRAMS: Final = {"planner": "-m planner", "python": ""}
+PROGRAMS: Final = {"planner": "-m planner", "python": "", "torchrun": "-m torch.distributed.run"}
 """Programs in a reader's .venv/bin, and the options of Python that they stand for."""
 TIMEOUT: Final = 120
 REASONS: Final = (
