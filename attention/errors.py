@@ -70,8 +70,8 @@ class DistributedError(AttentionPlannerError, RuntimeError):
         self.peers = peers
         """Those that it waited for."""
         self.missing = missing
-        """Those that were not heard of after it failed; the cause is among them, if it is a rank that died,
-        stopped or never came."""
+        """Those that were not heard of in the moment after it failed; the cause is among them, if it is a
+        rank that died, stopped or never came. Others may still wait, or compute, and not know yet."""
         self.step = step
         """What it waited in."""
         self.nbytes = nbytes

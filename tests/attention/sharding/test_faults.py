@@ -272,8 +272,8 @@ def test_a_rank_that_fails_is_one_error_on_all_others_in_time(fault, large, vict
         assert error.nbytes > 0
         if fault == "raise":
             assert f"rank {victim} raised ZeroDivisionError" in str(error)
-        elif store == "file":  # who answers is not missing
-            assert error.missing == (victim,)
+        elif store == "file":  # beside others, maybe, that do not know yet
+            assert victim in error.missing
     if fault == "raise":
         assert isinstance(results[victim][1], ZeroDivisionError)
     if store != "file":  # nobody can be asked, and one of them at least waited for the host
