@@ -20,8 +20,8 @@ from attention.sharding.transport import Transport, backends
 # Layers share what ranks keep open for each other.
 _open: weakref.WeakKeyDictionary[Any, dict[tuple[int, float], Transport]] = weakref.WeakKeyDictionary()
 
-_serials: Counter[tuple[int, ...]] = Counter()
-"""How many rings of these ranks were opened: the same number on all of them."""
+_serials: weakref.WeakKeyDictionary[Any, Counter[tuple[int, ...]]] = weakref.WeakKeyDictionary()
+"""How many rings of these ranks were opened in a job: the same number on all of them."""
 
 
 def ring_of(process_group: Any, sharding: ShardingConfig) -> Transport | None:
@@ -94,8 +94,9 @@ def _opened(group: dist.ProcessGroup, size: int, timeout_s: float) -> Transport:
         raise ConfigError("this rank is not in the process group; build the attention on its ranks alone")
     first = rank - rank % size
     ranks = tuple(dist.get_process_group_ranks(group)[first : first + size])
-    serial = _serials[ranks] = _serials[ranks] + 1
-    name = hashlib.sha256(f"{ranks} {serial}".encode()).hexdigest()[:16]
+    opened = _serials.setdefault(dist.group.WORLD, Counter())
+    opened[ranks] += 1
+    name = hashlib.sha256(f"{ranks} {opened[ranks]}".encode()).hexdigest()[:16]
     store = PrefixStore(f"attention/{name}", _get_default_store())
     try:
         own = dist.ProcessGroupGloo(

@@ -10,6 +10,7 @@ see every key, travel to the keys instead.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -43,6 +44,10 @@ class Exchange(Protocol):
     def exchange(
         self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]], step: str
     ) -> Posted: ...
+
+    def whole(self, step: str) -> AbstractContextManager[None]:
+        """What is done between exchanges: an error in it lets peers know."""
+        ...
 
 
 class KeysProblem(NamedTuple):
@@ -114,7 +119,7 @@ class AttendShards(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None) -> Gradients:
         saved = ctx.saved_tensors  # read once: a checkpoint gives them once
         out, lse = saved[3:5]
-        with torch.no_grad():
+        with torch.no_grad(), ctx.exchange.whole("the backward pass"):
             grad = torch.zeros_like(out) if grad is None else grad.contiguous()
             of_sinks = None
             if ctx.needs_input_grad[3] and out.shape[1]:
