@@ -4,7 +4,6 @@ widened a slab at a time, so that little is held beside the sums."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,28 +17,27 @@ SLAB_TOKENS = 1024
 """Tokens of a batch item that are widened at a time."""
 
 
-class Lanes(NamedTuple):
-    """Where the lanes of a source at a rate above 1 lie."""
+def packed(x: Tensor, source: Source, start: int, shape: Shape) -> Tensor:
+    """The rows [B, rows, lanes, D] of a source at a rate above 1 of its owner's x [B, S, G, D], in which its
+    first token is the `start`-th; `shape`: of the whole sequence."""
+    rows = source_placement(source)
+    sent = x.new_empty(len(x), rows.total, rows.lanes(shape), x.shape[3])
+    for lane, (tokens, head) in enumerate(_lanes(source, start, shape)):
+        count = len(range(tokens.start, tokens.stop, tokens.step))
+        sent[:, :count, lane].copy_(x[:, tokens, head])
+        sent[:, count:, lane].zero_()
+    return sent
 
-    places: Tensor
-    """[rows, lanes]: among tokens and kv heads of the owner's k [S, G, D], as one dimension; the last one's
-    where a lane has a row less."""
-    valid: Tensor
-    """[rows, lanes], False there."""
 
-
-def lane_index(source: Source, start: int, shape: Shape, device: torch.device) -> Lanes:
-    """The places of a source whose first token is the owner's `start`-th; `shape`: of the whole sequence."""
+def _lanes(source: Source, start: int, shape: Shape) -> Iterator[tuple[slice, int]]:
+    """(tokens, kv head) of the owner's x that each lane of a source has. No two have the same."""
     begin, end, rate = source[1:]
-    kv_heads, repeat = int(shape.kv_heads), int(shape.heads // shape.kv_heads)
+    repeat = int(shape.heads // shape.kv_heads)
     each = lanes_per_head(rate, repeat)
-    lanes = torch.arange(kv_heads * each, device=device)
-    remainder = lanes % rate if each == repeat else lanes % each
-    rows = torch.arange(source_placement(source).total, device=device)
-    tokens = (remainder - begin) % rate + rows[:, None] * rate
-    valid = tokens < end - begin
-    index = (start + tokens.clamp_max(end - begin - 1)) * kv_heads + lanes // each
-    return Lanes(index, valid)
+    for lane in range(int(shape.kv_heads) * each):
+        remainder = lane % rate if each == repeat else lane % each
+        first = start + (remainder - begin) % rate
+        yield slice(first, max(start + end - begin, first), rate), lane // each
 
 
 class Output:
@@ -63,8 +61,9 @@ class Output:
             _merge(total[b, queries][part], total_lse[b, queries][part], out[b, part], lse[b, part])
 
     def ended(self) -> tuple[Tensor, Tensor]:
-        """(out, lse)."""
+        """(out, lse), once."""
         out, lse = self._sums()
+        self._out = None  # the sum is gone when it is converted
         return _converted(out, self._q.dtype), lse.contiguous()
 
     def _sums(self) -> tuple[Tensor, Tensor]:
@@ -94,16 +93,17 @@ class Sum:
         for b, some in _slabs(part):
             _add(total[b, some], part[b, some])
 
-    def add_lanes(self, lanes: Lanes, part: Tensor) -> None:
-        """Adds a part [B, rows, lanes, D]. No two of its places are the same."""
-        places = lanes.places[lanes.valid]
-        for total, one in zip(self._sum(), part, strict=True):
-            flat = total.view(-1, total.shape[2])
-            flat[places] = (flat[places].to(lse_dtype(flat.dtype)) + one[lanes.valid]).to(flat.dtype)
+    def add_lanes(self, source: Source, start: int, shape: Shape, part: Tensor) -> None:
+        """Adds a part [B, rows, lanes, D] of a source at a rate above 1, as it is `packed`."""
+        total = self._sum()
+        for lane, (tokens, head) in enumerate(_lanes(source, start, shape)):
+            some = total[:, tokens, head]
+            _add(some, part[:, : some.shape[1], lane])
 
     def ended(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The gradient, in its own type or another."""
-        return _converted(self._sum(), dtype or self._like.dtype).contiguous()
+        """The gradient, in its own type or another, once."""
+        total, self._total = self._sum(), None  # the sum is gone when it is converted
+        return _converted(total, dtype or self._like.dtype).contiguous()
 
     def _sum(self) -> Tensor:
         if self._total is None:

@@ -4,7 +4,7 @@ import pytest
 
 from attention import AttentionConfig, ConfigError, ShardingConfig, SparsePatternConfig
 from attention.config import AdaptiveConfig
-from planner.rings import Ring, exchange_of, refuse_sharing, ring_of
+from planner.ranks.ring import Ring, exchange_of, refuse_sharing, ring_of
 from planner.workload import Workload
 
 DENSE = AttentionConfig(variant="dense")
