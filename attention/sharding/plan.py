@@ -13,9 +13,13 @@ from attention.sharding.parts import PartProgram, Placement, joined_placement, o
 from attention.sharding.shards import Shards
 from attention.sharding.whole_parts import WholePart, whole_part
 from attention.sizes.shape import Shape
+from attention.sizes.whole_calls import floor_bytes
 
 FEW_PARTS = 2
 """Parts that may meet in a query, or in a key's gradient, before their sum is kept in single precision."""
+SLAB_SHARE, SLAB_TOKENS = 256, 16
+"""Where parts are added to a sum, slabs are widened one after the other: of at most one part in so many of
+the rank's q, k, v and out, but not of fewer tokens than this."""
 
 
 class Part(NamedTuple):
@@ -86,6 +90,13 @@ class KeysPlan(NamedTuple):
     """Whether more than `FEW_PARTS` meet in the gradient of some key."""
     travels_wide: bool
     """Whether gradients travel in single precision."""
+
+    @property
+    def slab_tokens(self) -> int:
+        """Tokens of a batch item that are widened at a time."""
+        shape = self.shape._replace(seq=self.tokens, origin=0)
+        token = shape.heads * shape.head_dim * shape.wide
+        return max(int(floor_bytes(shape) // (SLAB_SHARE * token)), SLAB_TOKENS)
 
     def all_parts(self) -> Iterator[Part]:
         """Its parts, once each."""
