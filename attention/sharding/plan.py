@@ -115,9 +115,11 @@ def keys_plan(
     rank: int,
     make: Callable[[Shape], Iterable[Tile]],
     documents: Packing | None,
+    *,
+    looks: bool = True,
 ) -> KeysPlan:
     """The plan of a rank. `shape`: of the whole sequence, with chunks for a rank's tokens; `make` makes the
-    tiles of the whole sequence."""
+    tiles of the whole sequence. Unless it `looks` at those, there may be parts without any."""
     seq, causal, numbers = int(shape.seq), shape.causal, count()
     pieces = shards.pieces(rank)
     starts = _starts(pieces)
@@ -130,7 +132,7 @@ def keys_plan(
         if first >= stop:
             return None
         program = PartProgram(make, (first, stop), rows, shape._replace(windows="none"), documents)
-        if not program.exists():
+        if looks and not program.exists():
             return None
         place = slice(begin + first - queries[0], begin + stop - queries[0])
         whole = None if documents else whole_part(config, (first, stop), rows, shape)

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
-from typing import NamedTuple
+from typing import Any, Final, NamedTuple
+
+import numpy as np
 
 from attention.config import AttentionConfig
 from attention.layout import build_layout
 from attention.programs import tiles_of
-from attention.sharding.plan import KeysPlan, keys_plan
+from attention.sharding.plan import KeysPlan, Part, Stage, keys_plan
+from attention.sharding.ranges import sight_of
+from attention.sharding.rows import most_of_one, rows_received
 from attention.sharding.shards import Shards, shards_of
-from planner.configs import columns_of
-from planner.memory.dispatch import attention_of, case_of, plan_of, shape_of
+from attention.sizes.shape import Shape
+from attention.sizes.tiles import Extent
+from planner.configs import Columns, columns_of
+from planner.memory.dispatch import attention_of, bounded_cut, case_of, plan_of, shape_of
 from planner.memory.machines import Machine
 from planner.memory.plans import multihead, tiles
 from planner.memory.plans.head_exchange import head_exchange
@@ -20,6 +27,13 @@ from planner.memory.plans.tiles import Case
 from planner.memory.table import Plan, PlanTable
 from planner.ranks.ring import exchange_of, ring_of
 from planner.workload import Workload
+
+FEW_RANKS: Final = 8
+"""Up to so many, all are planned."""
+MOST_RANKS, MOST_TOKENS, MOST_LISTED = 16, 1 << 17, 1 << 16
+"""Ranks, tokens, and blocks that a layout lists, up to which the calls of the ranks' programs are looked at;
+beyond, their sizes are bounded in closed form."""
+LIKE_STAGES: Final = 3
 
 
 class RankPlan(NamedTuple):
@@ -31,10 +45,38 @@ class RankPlan(NamedTuple):
 
 
 def fullest_rank(config: AttentionConfig, workload: Workload, machine: Machine) -> RankPlan:
-    """The plan with the highest peak of all ranks."""
+    """The plan with the highest peak: of all ranks, or where they are many, of those that hold or fetch most
+    and of some others."""
+    ranks = _fullest(config, workload)
+    return max(
+        (rank_plan(config, workload, machine, rank) for rank in ranks), key=lambda one: one.plan.peak()[1]
+    )
+
+
+def _fullest(config: AttentionConfig, workload: Workload) -> list[int]:
+    """Ranks among which that with the highest peak is looked for."""
     world = ring_of(config, workload).world
-    plans = (rank_plan(config, workload, machine, rank) for rank in range(world))
-    return max(plans, key=lambda one: one.plan.peak()[1])
+    if exchange_of(config, workload) == "heads":
+        return sorted({0, world - 1})  # they differ in tokens alone
+    if world <= FEW_RANKS and not _is_vast(config, workload):
+        return list(range(world))
+    shards, causal = shards_of(config, workload.seq, world), workload.causal
+    sight, ranks = sight_of(config, workload.seq, causal), np.arange(world)
+    sizes: tuple[Any, ...] = (sight, shards, ranks, causal, workload.heads, workload.groups)
+    counts = (rows_received(*sizes), most_of_one(*sizes))
+    most = {int(np.argmax(np.broadcast_to(count, world))) for count in counts}
+    return sorted(most | {0, min(1, world - 1), world // 2, max(world - 2, 0), world - 1})
+
+
+def _is_vast(config: AttentionConfig, workload: Workload) -> bool:
+    """Whether the calls of the ranks' programs are too many to look at."""
+    if workload.seq > MOST_TOKENS or ring_of(config, workload).world > MOST_RANKS:
+        return True
+    columns = columns_of(config, workload.seq)
+    if columns.variant != "block_sparse" or columns.token_edges:
+        return False
+    rows: Any = columns.rows(workload.causal)
+    return bool(max(rows.span, rows.lists) * -(-workload.seq // rows.size) > MOST_LISTED)
 
 
 def rank_plan(
@@ -50,13 +92,17 @@ def rank_plan(
     case = _own_case(alone, whole, machine, int(shards.tokens(rank)))
     if exchange_of(config, workload) == "heads":
         return RankPlan(_by_heads(alone, whole, machine, case, shards, rank, warm=warm), world - 1)
-    plan = rank_keys_plan(config, whole, machine, shards, rank)
+    vast = _is_vast(config, workload)
+    plan = _keys_plan(config, whole, machine, shards, rank, looks=not vast)
+    bound = None
+    if vast:
+        plan, bound = _shortened(plan), _bound(columns_of(config, whole.seq), plan.shape)
     kept = Kept(config.pool, config.pool_bytes, config.cache_entries, config.cache_bytes)
     table = PlanTable()
     if warm:
-        _by_keys(config, PlanTable(), case, whole, plan, kept)
+        _by_keys(config, PlanTable(), case, whole, plan, kept, bound)
         kept.before(table)
-    _by_keys(config, table, case, whole, plan, kept)
+    _by_keys(config, table, case, whole, plan, kept, bound)
     return RankPlan(table.done(), len(_peers(plan)))
 
 
@@ -75,8 +121,8 @@ def _own_case(config: AttentionConfig, whole: Workload, machine: Machine, tokens
     return case._replace(shape=case.shape._replace(seq=tokens, causal=whole.causal, cudnn_from=0))
 
 
-def rank_keys_plan(
-    config: AttentionConfig, whole: Workload, machine: Machine, shards: Shards, rank: int
+def _keys_plan(
+    config: AttentionConfig, whole: Workload, machine: Machine, shards: Shards, rank: int, *, looks: bool
 ) -> KeysPlan:
     """What a rank computes, fetches and sends, as `attention.sharding.module` has it."""
     tokens = max(int(shards.tokens(rank)), 1)
@@ -86,14 +132,60 @@ def rank_keys_plan(
     layout = cache(lambda: build_layout(config, whole.seq, whole.causal))
     make = tiles_of(config, shape._replace(windows="none"), layout)
     documents = None if whole.documents is None else (whole.documents,)
-    return keys_plan(config, shape, shards, rank, make, documents)
+    return keys_plan(config, shape, shards, rank, make, documents, looks=looks)
+
+
+def _shortened(plan: KeysPlan) -> KeysPlan:
+    """The plan with no more than three stages in succession that are alike: what is alive is the same in all
+    that follow."""
+    kept: list[Stage] = []
+    runs = 0
+    for stage in plan.stages:
+        runs = runs + 1 if kept and _sizes(stage) == _sizes(kept[-1]) else 1
+        if runs <= LIKE_STAGES:
+            kept.append(stage)
+    return plan._replace(stages=tuple(kept))
+
+
+def _sizes(stage: Stage) -> tuple[Any, ...]:
+    fetches = [
+        (fetch.rows.total, fetch.rows.rate, [len(range(*_ends(part.queries))) for part in fetch.parts])
+        for fetch in stage.fetches
+    ]
+    return fetches, [(source.end - source.begin, source.rate) for source in stage.deliveries]
+
+
+def _ends(tokens: slice) -> tuple[int, int]:
+    return tokens.start, tokens.stop
+
+
+def _bound(columns: Columns, shape: Shape) -> Callable[[Part, Shape], Extent]:
+    """A bound of the sizes of a part's calls, for the shape of its forward or backward pass."""
+    extent_of = bounded_cut(columns, shape._replace(windows="none"))
+
+    def bound(part: Part, part_shape: Shape) -> Extent:
+        rows, queries = part.program.rows, part.queries.stop - part.queries.start
+        whole = part_shape._replace(
+            seq=shape.seq, origin=shape.seq - queries, kv_heads=shape.kv_heads, windows="none"
+        )
+        extent = extent_of(whole)
+        kinds = tuple(kind._replace(keys=min(kind.keys, rows.total)) for kind in extent.kinds)
+        return extent._replace(kinds=tuple(kind for kind in kinds if kind.exists))
+
+    return bound
 
 
 def _by_keys(
-    config: AttentionConfig, table: PlanTable, case: Case, whole: Workload, plan: KeysPlan, kept: Kept
+    config: AttentionConfig,
+    table: PlanTable,
+    case: Case,
+    whole: Workload,
+    plan: KeysPlan,
+    kept: Kept,
+    bound: Callable[[Part, Shape], Extent] | None,
 ) -> None:
     def attend(table: PlanTable, case: Case) -> None:
-        key_exchange(table, case, plan, kept)
+        key_exchange(table, case, plan, kept, bound)
 
     _planned(config, table, case, whole, attend)
 

@@ -135,16 +135,24 @@ class _Rank(NamedTuple):
         return self.w if self.plan.travels_wide else self.e
 
 
-def key_exchange(table: PlanTable, case: Case, plan: KeysPlan, kept: Kept) -> None:
+def key_exchange(
+    table: PlanTable,
+    case: Case,
+    plan: KeysPlan,
+    kept: Kept,
+    bound: Callable[[Part, Shape], Extent] | None = None,
+) -> None:
     """An attention of a rank over its own keys and those that it fetches: forward, and in training backward.
-    `case`: of its own tokens. q, k and v are there; `kept` is what calls before have left."""
+    `case`: of its own tokens. q, k and v are there; `kept` is what calls before have left. `bound`: of the
+    sizes of a part's calls, where these are not looked at themselves."""
+    parts = {part.number: part for part in plan.all_parts()}
 
     @cache
     def extent(number: int, backward: bool) -> Extent:
         program = parts[number].program
-        return program.extent(program.shape.backward() if backward else program.shape)
+        shape = program.shape.backward() if backward else program.shape
+        return program.extent(shape) if bound is None else bound(parts[number], shape)
 
-    parts = {part.number: part for part in plan.all_parts()}
     rank = _Rank(table, case, plan, kept, lambda part, backward: extent(part.number, backward))
     _forward(rank)
     if plan.tokens:
@@ -247,7 +255,7 @@ def _packed(number: int) -> str:
 
 
 def _fetched(number: int, place: int) -> str:
-    return f"keys fetched in stage {number + 1}" + f" ({place + 1})" * (place > 0)
+    return f"keys of fetch {place + 1}, stage {number + 1}"
 
 
 class _Output:
@@ -435,7 +443,7 @@ def _back(rank: _Rank, number: int, stage: Stage) -> None:
 
 
 def _arriving(number: int, place: int) -> str:
-    return f"gradients that arrive of stage {number + 1} ({place + 1})"
+    return f"gradients that arrive of delivery {place + 1}, stage {number + 1}"
 
 
 def _take(rank: _Rank, number: int, own: tuple[_Sum, _Sum, _Sum]) -> None:
