@@ -71,7 +71,7 @@ def deliveries(
     staged: list[list[Source]] = [[] for _ in range(_steps(config, shards, causal))]
     own = shards.pieces(rank)
     for peer in range(shards.world):
-        if peer != rank and own:
+        if peer != rank and own and _may_want(config, shards, peer, causal, own):
             wanted = _wanted(config, shards, peer, causal, documents)
             sources = _cut(shards, _inside(wanted, own))
             staged[_step(config, shards, causal, peer, rank)] += [s._replace(peer=peer) for s in sources]
@@ -162,6 +162,17 @@ def _wanted(
                 ranges = seen(sight, shards.seq, begin, end)
             wanted += _inside(ranges, [permitted])
     return _merged(wanted)
+
+
+def _may_want(
+    config: AttentionConfig, shards: Shards, rank: int, causal: bool, tokens: Sequence[tuple[int, int]]
+) -> bool:
+    """Whether the queries of a rank may see some tokens: of lists, which are long to make, by their reach."""
+    if not is_dilated_sparse(config):
+        return True
+    sight = sight_of(config, shards.seq, causal)
+    reach = [reached for piece in shards.pieces(rank) for reached in seen(sight, shards.seq, *piece)]
+    return any(begin < high and low < end for begin, end, _ in reach for low, high in tokens)
 
 
 def _listed(config: AttentionConfig, seq: int, begin: int, end: int, causal: bool) -> list[Range]:
