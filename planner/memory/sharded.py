@@ -19,7 +19,7 @@ from attention.sizes.shape import Shape
 from attention.sizes.tiles import Extent
 from planner.configs import Columns, columns_of
 from planner.memory.dispatch import attention_of, bounded_cut, case_of, plan_of, shape_of
-from planner.memory.machines import Machine
+from planner.memory.machines import Cpu, Machine
 from planner.memory.plans import multihead, tiles
 from planner.memory.plans.head_exchange import head_exchange
 from planner.memory.plans.key_exchange import Kept, key_exchange
@@ -28,6 +28,8 @@ from planner.memory.table import Plan, PlanTable
 from planner.ranks.ring import exchange_of, ring_of
 from planner.workload import Workload
 
+AGREED: Final = 32
+"""Numbers of each rank; see `attention.sharding.transport`."""
 FEW_RANKS: Final = 8
 """Up to so many, all are planned."""
 MOST_RANKS, MOST_TOKENS, MOST_LISTED = 16, 1 << 17, 1 << 16
@@ -100,9 +102,9 @@ def rank_plan(
     kept = Kept(config.pool, config.pool_bytes, config.cache_entries, config.cache_bytes)
     table = PlanTable()
     if warm:
-        _by_keys(config, PlanTable(), case, whole, plan, kept, bound)
+        _by_keys(config, PlanTable(), case, whole, plan, kept, bound, world)
         kept.before(table)
-    _by_keys(config, table, case, whole, plan, kept, bound)
+    _by_keys(config, table, case, whole, plan, kept, bound, world)
     return RankPlan(table.done(), len(_peers(plan)))
 
 
@@ -183,15 +185,25 @@ def _by_keys(
     plan: KeysPlan,
     kept: Kept,
     bound: Callable[[Part, Shape], Extent] | None,
+    world: int,
 ) -> None:
     def attend(table: PlanTable, case: Case) -> None:
+        _agree(table, case, world)
         key_exchange(table, case, plan, kept, bound)
 
     _planned(config, table, case, whole, attend)
 
 
+def _agree(table: PlanTable, case: Case, world: int) -> None:
+    """Adds what ranks tell each other before a call, which is on the host."""
+    if isinstance(case.machine, Cpu):
+        table.phase("agreeing on the call")
+        table.add("terms of the call", "comm_buffers", (8 * AGREED * world, 8 * AGREED), "256 W and 256")
+        table.free("terms of the call")
+
+
 def _planned(
-    config: AttentionConfig, table: PlanTable, case: Case, whole: Workload, attend: multihead.Attend
+    config: AttentionConfig, table: PlanTable, case: Case, whole: Workload, attend: multihead.AttentionAdder
 ) -> None:
     """Adds what a rank is given, its attention, and what is around that."""
     if whole.documents is not None:
@@ -229,6 +241,7 @@ def _by_heads(
             others = (world - 1) * heads * whole.head_dim * (part.adaptive.score_dim or whole.head_dim)
             nbytes = others * whole.itemsize
             table.kept("other heads of the scorer", "parameters", (nbytes, nbytes), "2 H D E e (W - 1) / W")
+        _agree(table, case, world)
         own = twin._replace(shape=shape, warm=warm, runs=case.runs, run=case.run)
         head_exchange(table, case, own, world, attention)
         if part.adaptive is not None and table.holds("dq"):

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from attention.sizes.arrays import Count
-from planner.memory.plans.multihead import GRADIENT, PROJECTED, Attend
+from planner.memory.plans.multihead import GRADIENT, PROJECTED, AttentionAdder
 from planner.memory.plans.tiles import Case
 from planner.memory.table import PlanTable, PrefixedTable
 
@@ -26,7 +26,7 @@ class _Stream(NamedTuple):
     """Bytes of own heads of all tokens."""
 
 
-def head_exchange(table: PlanTable, case: Case, twin: Case, world: int, attend: Attend) -> None:
+def head_exchange(table: PlanTable, case: Case, twin: Case, world: int, attend: AttentionAdder) -> None:
     """An attention of a rank over its heads of the whole sequence: forward, and in training backward. `case`:
     of its own tokens of all heads, `twin` of its heads of all tokens, which `attend` adds. q, k and v are
     there."""

@@ -20,7 +20,7 @@ from planner.memory.plans import tiles, whole_calls
 from planner.memory.plans.tiles import Case
 from planner.memory.table import PlanTable, PrefixedTable
 
-Mask = tuple[int, int, bool, int]
+MaskSize = tuple[int, int, bool, int]
 """(queries, keys, whether it is a band, bytes of a number)."""
 End = Callable[[], None]
 """Ends the use of a buffer."""
@@ -34,9 +34,9 @@ class Kept:
         self._cache_entries, self._cache_bytes = cache_entries, cache_bytes
         self.arenas: list[int] = []
         """Bytes of each buffer, the one used last at the end."""
-        self.masks: dict[Mask, int] = {}
+        self.masks: dict[MaskSize, int] = {}
         """Bytes of each that is kept, the one used last at the end."""
-        self._seen: set[Mask] = set()
+        self._seen: set[MaskSize] = set()
 
     def before(self, table: PlanTable) -> None:
         """Adds what calls before have left."""
@@ -70,7 +70,7 @@ class Kept:
 
         return end
 
-    def mask(self, table: PlanTable, mask: Mask) -> End:
+    def mask(self, table: PlanTable, mask: MaskSize) -> End:
         """Adds a pass's mask; returns what ends its use."""
         queries, keys, _, number = mask
         nbytes = queries * keys * number
@@ -90,7 +90,7 @@ def _arena_name(nbytes: int) -> str:
     return f"arena of {nbytes:,} bytes kept by the pool"
 
 
-def _mask_name(mask: Mask) -> str:
+def _mask_name(mask: MaskSize) -> str:
     return f"mask of {mask[0]:,} by {mask[1]:,}, kept"
 
 

@@ -14,14 +14,14 @@ from planner.memory.cuda_kernels import largest
 from planner.memory.plans.tiles import Case, given, products
 from planner.memory.table import PlanTable, PrefixedTable
 
-Attend = Callable[[PlanTable, Case], None]
+AttentionAdder = Callable[[PlanTable, Case], None]
 """Adds an attention over q, k and v that are there."""
 PROJECTED = ("projected q", "projected k", "projected v")
 GRADIENT = "gradient of the attention"
 COMPACT = "output without padding"
 
 
-def multihead(table: PlanTable, case: Case, attend: Attend, *, bias: bool, checkpoint: bool) -> None:
+def multihead(table: PlanTable, case: Case, attend: AttentionAdder, *, bias: bool, checkpoint: bool) -> None:
     """Input projections, attention, output projection, and in training their gradients. `attend` adds the
     attention itself. `checkpoint`: backward repeats the forward pass, of which nothing was saved."""
     _inputs(table, case, bias)
