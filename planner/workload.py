@@ -7,7 +7,16 @@ from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from attention.config import MOST_TOKENS, AttentionConfig, Channels, Heads, Tokens, Value, as_tuple
+from attention.config import (
+    MOST_HEADS,
+    MOST_TOKENS,
+    AttentionConfig,
+    Channels,
+    Heads,
+    Tokens,
+    Value,
+    as_tuple,
+)
 from attention.errors import ConfigError
 from attention.features import NAMES, Feature, together, unfit_feature
 from attention.sizes.arrays import Count, ceil_div
@@ -22,6 +31,7 @@ ITEMSIZE: Final[dict[str, int]] = {"float16": 2, "bfloat16": 2, "float32": 4, "f
 MOST_BATCH: Final = 1 << 20
 MOST_COUNTED: Final = 1 << 30
 """Tokens, where the weights are asked for: their blocks are counted row by row."""
+MOST_GPUS: Final = MOST_HEADS
 MOST_DOCUMENTS: Final = 1 << 16
 """Documents of a sequence: each is a call of the program at least, and a plan looks at every call."""
 
@@ -32,8 +42,8 @@ class Workload(Value):
     """One call of an attention: q [batch, queries, heads, head_dim]; k and v [batch, seq, ...] with
     `kv_heads` heads.
 
-    Fields that came later (`queries`, `documents`, `sinks`) are written as JSON where they are given, so that
-    what was written before, and fingerprints of it, stay as they are.
+    Fields that came later (`queries`, `documents`, `sinks`, `gpus`) are written as JSON where they are given,
+    so that what was written before, and fingerprints of it, stay as they are.
     """
 
     seq: Tokens
@@ -59,6 +69,8 @@ class Workload(Value):
     all: no token sees one of another document. Padding is a document too. None for one document."""
     sinks: bool = False
     """Whether each head has a learned sink: a logit that joins its softmax without a value."""
+    gpus: Annotated[int, Field(ge=1, le=MOST_GPUS)] = 1
+    """Devices that share the call, a rank on each: `seq` and `batch` are of all together."""
 
     @property
     def itemsize(self) -> int:
@@ -116,7 +128,7 @@ class Workload(Value):
     def _written(self, written: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """The fields, those that came later only where they are given."""
         fields: dict[str, Any] = written(self)
-        return {name: value for name, value in fields.items() if name not in _LATER or value}
+        return {name: value for name, value in fields.items() if value != _LATER.get(name, _ALWAYS)}
 
     @model_validator(mode="after")
     def _divides(self) -> Self:
@@ -161,7 +173,9 @@ class Workload(Value):
             raise ValueError("weights=True is for one document; leave out documents or weights")
 
 
-_LATER: Final = frozenset({"queries", "documents", "sinks"})
+_ALWAYS: Final = object()
+_LATER: Final = {"queries": None, "documents": None, "sinks": False, "gpus": 1}
+"""Fields that came later, each with what it is where it is not given."""
 
 
 def features_of(workload: Workload) -> tuple[Feature, ...]:

@@ -3,7 +3,7 @@ back."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from attention.ops.backward import Gradients, final
 from attention.out_of_memory import with_emergency_release
 from attention.pool import Buffers
 from attention.sharding.shards import Shards
-from attention.sharding.transport import Transport
+from attention.sharding.transport import Message, Transport
 
 
 class HeadExchange(NamedTuple):
@@ -23,7 +23,7 @@ class HeadExchange(NamedTuple):
     transport: Transport
     shards: Shards
     buffers: Buffers
-    """What is freed where memory runs out. All is allocated before anything is sent."""
+    """What is freed where memory runs out. All of a part is allocated before anything of it is sent."""
 
     def heads(self, rank: int, count: int) -> slice:
         """The heads of a rank, of so many in all."""
@@ -31,62 +31,61 @@ class HeadExchange(NamedTuple):
         return slice(rank * share, (rank + 1) * share)
 
     def to_heads(self, parts: Sequence[Tensor], step: str) -> list[Tensor]:
-        """For each part a rank's heads of all tokens. Tokens of a rank lie together in memory, those of
-        several batch items too, so that they are received where they stay."""
-        return with_emergency_release(lambda: self._to_heads(parts, step), self.buffers, parts[0].device)
-
-    def _to_heads(self, parts: Sequence[Tensor], step: str) -> list[Tensor]:
-        transport, own = self.transport, self.shards.pieces(self.transport.rank)
-        sends, receives, wholes = [], [], []
-        for x in parts:
-            batch, _, heads, dim = x.shape
-            whole = x.new_empty(int(self.shards.seq), batch, heads // transport.world, dim)
-            begin = 0
-            for start, stop in own:
-                piece = x[:, begin : begin + stop - start].transpose(0, 1)
-                begin += stop - start
-                whole[start:stop].copy_(piece[:, :, self.heads(transport.rank, heads)])
-                sends += [
-                    (peer, piece[:, :, self.heads(peer, heads)].contiguous()) for peer in transport.peers
-                ]
-            receives += [
-                (peer, whole[start:stop])
-                for peer in transport.peers
-                for start, stop in self.shards.pieces(peer)
-            ]
-            wholes.append(whole.transpose(0, 1))
-        transport.exchange(sends, receives, step).wait()
-        return wholes
+        """For each part a rank's heads of all tokens. Batch items are messages of their own, which are
+        received where they stay. Parts are sent one after the other, so that no two are packed at a time."""
+        return [self._retried(self._to_heads, part, step) for part in parts]
 
     def to_tokens(self, wholes: Sequence[Tensor], step: str) -> list[Tensor]:
         """`to_heads`, back."""
-        return with_emergency_release(lambda: self._to_tokens(wholes, step), self.buffers, wholes[0].device)
+        return [self._retried(self._to_tokens, whole, step) for whole in wholes]
 
-    def _to_tokens(self, wholes: Sequence[Tensor], step: str) -> list[Tensor]:
-        transport, own = self.transport, self.shards.pieces(self.transport.rank)
-        sends, receives, parts, places = [], [], [], []
-        for whole in wholes:
-            batch, _, share, dim = whole.shape
-            heads = share * transport.world
-            part = whole.new_empty(batch, int(self.shards.tokens(transport.rank)), heads, dim)
-            sends += [
-                (peer, whole[:, start:stop].transpose(0, 1).contiguous())
-                for peer in transport.peers
-                for start, stop in self.shards.pieces(peer)
-            ]
-            begin = 0
-            for start, stop in own:
-                piece = part[:, begin : begin + stop - start]
-                begin += stop - start
-                piece[:, :, self.heads(transport.rank, heads)].copy_(whole[:, start:stop])
-                for peer in transport.peers:
-                    places.append(piece[:, :, self.heads(peer, heads)].transpose(0, 1))
-                    receives.append((peer, whole.new_empty(places[-1].shape)))
-            parts.append(part)
+    def _retried(self, run: Callable[[Tensor, str], Tensor], x: Tensor, step: str) -> Tensor:
+        return with_emergency_release(lambda: run(x, step), self.buffers, x.device)
+
+    def _to_heads(self, x: Tensor, step: str) -> Tensor:
+        transport = self.transport
+        batch, _, heads, dim = x.shape
+        whole = x.new_empty(batch, int(self.shards.seq), heads // transport.world, dim)
+        sends: list[Message] = []
+        for (start, stop), piece in self._pieces(x):
+            whole[:, start:stop].copy_(piece[:, :, self.heads(transport.rank, heads)])
+            for peer in transport.peers:
+                sends += [(peer, item) for item in piece[:, :, self.heads(peer, heads)].contiguous()]
+        receives = [(peer, item) for peer, tokens in self._peers_tokens() for item in whole[:, tokens]]
         transport.exchange(sends, receives, step).wait()
-        for place, (_, x) in zip(places, receives, strict=True):
+        return whole
+
+    def _to_tokens(self, whole: Tensor, step: str) -> Tensor:
+        transport = self.transport
+        batch, _, share, dim = whole.shape
+        heads = share * transport.world
+        part = whole.new_empty(batch, int(self.shards.tokens(transport.rank)), heads, dim)
+        whole = whole.contiguous()
+        sends = [(peer, item) for peer, tokens in self._peers_tokens() for item in whole[:, tokens]]
+        receives: list[Message] = []
+        arriving: list[tuple[Tensor, Tensor]] = []
+        for (start, stop), piece in self._pieces(part):
+            piece[:, :, self.heads(transport.rank, heads)].copy_(whole[:, start:stop])
+            for peer in transport.peers:
+                place = piece[:, :, self.heads(peer, heads)]
+                arriving.append((place, whole.new_empty(place.shape)))
+                receives += [(peer, item) for item in arriving[-1][1]]
+        transport.exchange(sends, receives, step).wait()
+        for place, x in arriving:
             place.copy_(x)
-        return parts
+        return part
+
+    def _pieces(self, x: Tensor) -> Iterator[tuple[tuple[int, int], Tensor]]:
+        """The (begin, end) of own pieces in the sequence, and what of x [B, own tokens, ...] they are."""
+        begin = 0
+        for start, stop in self.shards.pieces(self.transport.rank):
+            yield (start, stop), x[:, begin : begin + stop - start]
+            begin += stop - start
+
+    def _peers_tokens(self) -> Iterator[tuple[int, slice]]:
+        """Of each peer the tokens of its pieces."""
+        for peer in self.transport.peers:
+            yield from ((peer, slice(*piece)) for piece in self.shards.pieces(peer))
 
 
 class ToHeads(torch.autograd.Function):

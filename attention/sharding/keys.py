@@ -24,12 +24,13 @@ from attention.ops.learned_sinks import add_sinks, sinks_gradient
 from attention.out_of_memory import with_emergency_release
 from attention.pool import Buffers
 from attention.sharding.parts import source_placement
-from attention.sharding.plan import FEW_PARTS, FetchStage, KeysPlan, RankPart
-from attention.sharding.sums import Output, Sum, lane_index
+from attention.sharding.plan import FEW_PARTS, FetchStage, Guest, KeysPlan, RankPart
+from attention.sharding.sums import Output, Sum, packed
 from attention.sizes.shape import Shape
 
 Messages = Sequence[tuple[int, Tensor]]
 """Each with its peer."""
+KeysAndValues = tuple[Tensor, Tensor]
 
 
 class Posted(Protocol):
@@ -147,7 +148,7 @@ def _forward(
     """(out, lse [B, own tokens, H])."""
     plan = problem.plan
     q, k, v = (x.contiguous() for x in (q, k, v))
-    total = Output(q, plan.wide_out)
+    total = Output(q, plan.wide_out, plan.slab_tokens)
 
     def attended(part: RankPart, queries: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         def run() -> tuple[Tensor, Tensor | None]:
@@ -166,28 +167,38 @@ def _forward(
     for own in plan.own:
         total.add(own.part.queries, *attended(own.part, q, k[:, own.keys], v[:, own.keys]))
     answers = [_like_rows(q[:, host.queries]) for host in plan.hosts]
+
+    def over_guests() -> Pending:
+        """Sends what visiting queries asked for."""
+        sends = []
+        for guest, (asking,) in zip(plan.guests, guests, strict=True):
+            visiting = Output(asking, len(guest.parts) > FEW_PARTS, plan.slab_tokens)
+            for own in guest.parts:
+                keys, values = k[:, own.keys], v[:, own.keys]
+                visiting.add(own.part.queries, *attended(own.part, asking, keys, values))
+            sends += [(guest.peer, x) for one in visiting.ended() for x in one]
+        guests.clear()
+        receives = [
+            (host.peer, x)
+            for host, answer in zip(plan.hosts, answers, strict=True)
+            for one in answer
+            for x in one
+        ]
+        return exchange.exchange(sends, receives, "forward, answers to visiting queries")
+
+    def over_fetched(stage: FetchStage, fetched: list[KeysAndValues]) -> None:
+        for fetch in stage.fetches:
+            keys, values = fetched.pop(0)
+            for part in fetch.parts:
+                total.add(part.queries, *attended(part, q, keys, values))
+
     returned = None
     for number, stage in enumerate(plan.stages):
         fetched = ahead.arrived()
         if number == 0 and (plan.guests or plan.hosts):
-            sends = []
-            for guest, (asking,) in zip(plan.guests, guests, strict=True):
-                visiting = Output(asking, len(guest.parts) > FEW_PARTS)
-                for own in guest.parts:
-                    keys, values = k[:, own.keys], v[:, own.keys]
-                    visiting.add(own.part.queries, *attended(own.part, asking, keys, values))
-                sends += [(guest.peer, x) for one in visiting.ended() for x in one]
-            receives = [
-                (host.peer, x)
-                for host, answer in zip(plan.hosts, answers, strict=True)
-                for one in answer
-                for x in one
-            ]
-            returned = exchange.exchange(sends, receives, "forward, answers to visiting queries")
-        for fetch, (keys, values) in zip(stage.fetches, fetched, strict=True):
-            for part in fetch.parts:
-                total.add(part.queries, *attended(part, q, keys, values))
-        del fetched
+            returned = over_guests()
+        # What was fetched is gone before the stage after the next is posted.
+        over_fetched(stage, fetched)
     if returned is not None:
         returned.wait()
     for host, answer in zip(plan.hosts, answers, strict=True):
@@ -206,7 +217,8 @@ def _backward(
     q, k, v, out, lse = (x.contiguous() for x in saved)
     travel = lse_dtype(k.dtype) if plan.travels_wide else k.dtype
     rows = (grad, q, out, lse)
-    dq, dk, dv = Sum(q, plan.wide_out), Sum(k, plan.wide_keys), Sum(v, plan.wide_keys)
+    slab = plan.slab_tokens
+    dq, dk, dv = Sum(q, plan.wide_out, slab), Sum(k, plan.wide_keys, slab), Sum(v, plan.wide_keys, slab)
 
     def add(part: RankPart, asking: Sequence[Tensor], keys: Tensor, values: Tensor, to: _Sums) -> None:
         some = [x[:, part.queries] for x in asking]
@@ -215,43 +227,59 @@ def _backward(
         def run() -> tuple[Tensor, Tensor, Tensor]:
             return backward_pass(some[0], kept, problem.parts[part.number], wide_keys=plan.travels_wide)
 
-        parts = with_emergency_release(run, problem.buffers, q.device)
-        for total, tokens, one in zip(to.sums, (part.queries, to.keys, to.keys), parts, strict=True):
-            total.add(tokens, one)
+        parts = list(with_emergency_release(run, problem.buffers, q.device))
+        for total, tokens in zip(to.sums, (part.queries, to.keys, to.keys), strict=True):
+            total.add(tokens, parts.pop(0))
 
     guests = _guests(plan, rows)
     ahead = _Ahead(k, v, plan, exchange, "backward")
     ahead.post(_to_hosts(plan, rows), _of_guests(plan, guests))
     for own in plan.own:
         add(own.part, rows, k[:, own.keys], v[:, own.keys], _Sums((dq, dk, dv), own.keys))
-    back = None
-    for number, stage in enumerate(plan.stages):
-        fetched = ahead.arrived()
-        sends: list[tuple[int, Tensor]] = []
-        for fetch, (keys, values) in zip(stage.fetches, fetched, strict=True):
+
+    def over_fetched(stage: FetchStage, fetched: list[KeysAndValues]) -> list[tuple[int, Tensor]]:
+        """The gradients of what was fetched, for their owners."""
+        sends = []
+        for fetch in stage.fetches:
+            keys, values = fetched.pop(0)
             wide = len(fetch.parts) > FEW_PARTS or plan.travels_wide
-            sums = _Sums((dq, Sum(keys, wide), Sum(values, wide)), slice(0, keys.shape[1]))
+            some = (dq, Sum(keys, wide, slab), Sum(values, wide, slab))
+            sums = _Sums(some, slice(0, keys.shape[1]))
             for part in fetch.parts:
                 add(part, rows, keys, values, sums)
+            del keys, values
             ended = [one.ended(travel) for one in sums.sums[1:]]
             if fetch.own is not None:
                 dk.add(fetch.own[1], ended[0][:, fetch.own[0]])
                 dv.add(fetch.own[1], ended[1][:, fetch.own[0]])
             for source in fetch.sources:
                 sends += [(source.peer, x) for one in ended for x in one[:, fetch.rows.of(*source[1:3])]]
+        return sends
+
+    def over_guests() -> list[tuple[int, Tensor]]:
+        """The gradients of visiting queries, for their owners."""
+        sends = []
+        for guest, asking in zip(plan.guests, guests, strict=True):
+            visiting = Sum(asking[1], len(guest.parts) > FEW_PARTS, slab)
+            for own in guest.parts:
+                sums = _Sums((visiting, dk, dv), own.keys)
+                add(own.part, asking, k[:, own.keys], v[:, own.keys], sums)
+            sends += [(guest.peer, x) for x in visiting.ended()]
+        guests.clear()
+        return sends
+
+    back = None
+    for number, stage in enumerate(plan.stages):
+        fetched = ahead.arrived()
+        sends = over_fetched(stage, fetched)
         if back is not None:
             back.take(dq, dk, dv)
-        back = _Back(stage, plan, k, travel)
+        hosts = plan.hosts if number == 0 else ()
         if number == 0:
-            back.answers = [q.new_empty(q[:, host.queries].shape) for host in plan.hosts]
-            for guest, asking in zip(plan.guests, guests, strict=True):
-                visiting = Sum(asking[1], len(guest.parts) > FEW_PARTS)
-                for own in guest.parts:
-                    sums = _Sums((visiting, dk, dv), own.keys)
-                    add(own.part, asking, k[:, own.keys], v[:, own.keys], sums)
-                sends += [(guest.peer, x) for x in visiting.ended()]
+            sends += over_guests()
+        back = _Back(stage, hosts, plan, q, k, travel)
         back.post(sends, exchange)
-        del fetched, sends
+        del sends
     if back is not None:
         back.take(dq, dk, dv)
     return dq.ended(), dk.ended(), dv.ended()
@@ -332,20 +360,20 @@ class _Ahead:
         for source in stage.deliveries:
             place = self._plan.locate(source)
             for x in (self._k, self._v):
-                if source.rate == 1:
-                    sends += [(source.peer, item) for item in x[:, place]]
-                else:
-                    lanes = lane_index(source, place.start, self._plan.shape, x.device)
-                    sends += [(source.peer, item.flatten(0, 1)[lanes.places]) for item in x]
+                sent = x[:, place] if source.rate == 1 else packed(x, source, place.start, self._plan.shape)
+                sends += [(source.peer, item) for item in sent]
         return sends
 
 
 class _Back:
     """Gradients of a stage on their way to the owners of its keys, and answers to queries that visit."""
 
-    def __init__(self, stage: FetchStage, plan: KeysPlan, k: Tensor, travel: torch.dtype) -> None:
-        self._plan, self._deliveries = plan, stage.deliveries
-        self.answers: list[Tensor] = []
+    def __init__(
+        self, stage: FetchStage, hosts: Sequence[Guest], plan: KeysPlan, q: Tensor, k: Tensor, travel: torch.dtype
+    ) -> None:
+        """`hosts`: what answers."""
+        self._plan, self._deliveries, self._hosts = plan, stage.deliveries, hosts
+        self._answers = [q.new_empty(q[:, host.queries].shape) for host in hosts]
         self._room = []
         for source in stage.deliveries:
             rows = source_placement(source)
@@ -359,19 +387,20 @@ class _Back:
             for x in room.flatten(0, 1)
         ]
         receives += [
-            (host.peer, x) for host, one in zip(self._plan.hosts, self.answers, strict=False) for x in one
+            (host.peer, x) for host, one in zip(self._hosts, self._answers, strict=True) for x in one
         ]
         self._pending = exchange.exchange(sends, receives, "backward, gradients to the owners of keys")
 
     def take(self, dq: Sum, dk: Sum, dv: Sum) -> None:
-        """Adds what arrived."""
+        """Adds what arrived, which is gone then."""
         self._pending.wait()
-        for source, room in zip(self._deliveries, self._room, strict=True):
-            place = self._plan.locate(source)
+        for source in self._deliveries:
+            room, place = self._room.pop(0), self._plan.locate(source)
             for total, part in zip((dk, dv), room, strict=True):
                 if source.rate == 1:
                     total.add(place, part)
                 else:
-                    total.add_lanes(lane_index(source, place.start, self._plan.shape, part.device), part)
-        for host, one in zip(self._plan.hosts, self.answers, strict=False):
-            dq.add(host.queries, one)
+                    total.add_lanes(source, place.start, self._plan.shape, part)
+            del room, part
+        for host in self._hosts:
+            dq.add(host.queries, self._answers.pop(0))

@@ -4,7 +4,6 @@ widened a slab at a time, so that little is held beside the sums."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,40 +13,37 @@ from attention.sharding.needs import Source
 from attention.sharding.parts import lanes_per_head, source_placement
 from attention.sizes.shape import Shape
 
-SLAB_TOKENS = 1024
-"""Tokens of a batch item that are widened at a time."""
+
+def packed(x: Tensor, source: Source, start: int, shape: Shape) -> Tensor:
+    """The rows [B, rows, lanes, D] of a source at a rate above 1 of its owner's x [B, S, G, D], in which its
+    first token is the `start`-th; `shape`: of the whole sequence."""
+    rows = source_placement(source)
+    sent = x.new_empty(len(x), rows.total, rows.lanes(shape), x.shape[3])
+    for lane, (tokens, head) in enumerate(_lanes(source, start, shape)):
+        count = len(range(tokens.start, tokens.stop, tokens.step))
+        sent[:, :count, lane].copy_(x[:, tokens, head])
+        sent[:, count:, lane].zero_()
+    return sent
 
 
-class Lanes(NamedTuple):
-    """Where the lanes of a source at a rate above 1 lie."""
-
-    places: Tensor
-    """[rows, lanes]: among tokens and kv heads of the owner's k [S, G, D], as one dimension; the last one's
-    where a lane has a row less."""
-    valid: Tensor
-    """[rows, lanes], False there."""
-
-
-def lane_index(source: Source, start: int, shape: Shape, device: torch.device) -> Lanes:
-    """The places of a source whose first token is the owner's `start`-th; `shape`: of the whole sequence."""
+def _lanes(source: Source, start: int, shape: Shape) -> Iterator[tuple[slice, int]]:
+    """(tokens, kv head) of the owner's x that each lane of a source has. No two have the same."""
     begin, end, rate = source[1:]
-    kv_heads, repeat = int(shape.kv_heads), int(shape.heads // shape.kv_heads)
+    repeat = int(shape.heads // shape.kv_heads)
     each = lanes_per_head(rate, repeat)
-    lanes = torch.arange(kv_heads * each, device=device)
-    remainder = lanes % rate if each == repeat else lanes % each
-    rows = torch.arange(source_placement(source).total, device=device)
-    tokens = (remainder - begin) % rate + rows[:, None] * rate
-    valid = tokens < end - begin
-    index = (start + tokens.clamp_max(end - begin - 1)) * kv_heads + lanes // each
-    return Lanes(index, valid)
+    for lane in range(int(shape.kv_heads) * each):
+        remainder = lane % rate if each == repeat else lane % each
+        first = start + (remainder - begin) % rate
+        yield slice(first, max(start + end - begin, first), rate), lane // each
 
 
 class Output:
     """The output of queries, and its log-sum-exp, over keys that come in parts."""
 
-    def __init__(self, q: Tensor, wide: bool) -> None:
-        """`wide`: whether it is kept in single precision until it ends."""
-        self._q = q
+    def __init__(self, q: Tensor, wide: bool, slab_tokens: int) -> None:
+        """`wide`: whether it is kept in single precision until it ends; `slab_tokens`: how many are widened
+        at a time."""
+        self._q, self._slab_tokens = q, slab_tokens
         self._out: Tensor | None = None
         self._lse: Tensor | None = None
         self._dtype = lse_dtype(q.dtype) if wide else q.dtype
@@ -59,12 +55,13 @@ class Output:
             self._out, self._lse = out, lse
             return
         total, total_lse = self._sums()
-        for b, part in _slabs(out):
+        for b, part in _slabs(out, self._slab_tokens):
             _merge(total[b, queries][part], total_lse[b, queries][part], out[b, part], lse[b, part])
 
     def ended(self) -> tuple[Tensor, Tensor]:
-        """(out, lse)."""
+        """(out, lse), once."""
         out, lse = self._sums()
+        self._out = None  # the sum is gone when it is converted
         return _converted(out, self._q.dtype), lse.contiguous()
 
     def _sums(self) -> tuple[Tensor, Tensor]:
@@ -78,43 +75,45 @@ class Output:
 class Sum:
     """A gradient that comes in parts."""
 
-    def __init__(self, like: Tensor, wide: bool) -> None:
-        """`like`: what it is the gradient of; `wide`: whether it is kept in single precision till it ends."""
-        self._like = like
+    def __init__(self, like: Tensor, wide: bool, slab_tokens: int) -> None:
+        """`like`: what it is the gradient of; `wide` and `slab_tokens`: as those of an output."""
+        self._slab_tokens = slab_tokens
+        self._shape, self._device, self._own_dtype = like.shape, like.device, like.dtype
         self._total: Tensor | None = None
         self._dtype = lse_dtype(like.dtype) if wide else like.dtype
 
     def add(self, tokens: slice, part: Tensor) -> None:
         """Adds to the gradient of some tokens. A part of all may be the sum's from then on."""
         alone = part.untyped_storage().nbytes() == part.nbytes
-        if self._total is None and alone and part.dtype == self._dtype and part.shape == self._like.shape:
+        if self._total is None and alone and part.dtype == self._dtype and part.shape == self._shape:
             self._total = part
             return
         total = self._sum()[:, tokens]
-        for b, some in _slabs(part):
+        for b, some in _slabs(part, self._slab_tokens):
             _add(total[b, some], part[b, some])
 
-    def add_lanes(self, lanes: Lanes, part: Tensor) -> None:
-        """Adds a part [B, rows, lanes, D]. No two of its places are the same."""
-        places = lanes.places[lanes.valid]
-        for total, one in zip(self._sum(), part, strict=True):
-            flat = total.view(-1, total.shape[2])
-            flat[places] = (flat[places].to(lse_dtype(flat.dtype)) + one[lanes.valid]).to(flat.dtype)
+    def add_lanes(self, source: Source, start: int, shape: Shape, part: Tensor) -> None:
+        """Adds a part [B, rows, lanes, D] of a source at a rate above 1, as it is `packed`."""
+        total = self._sum()
+        for lane, (tokens, head) in enumerate(_lanes(source, start, shape)):
+            some = total[:, tokens, head]
+            _add(some, part[:, : some.shape[1], lane])
 
     def ended(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The gradient, in its own type or another."""
-        return _converted(self._sum(), dtype or self._like.dtype).contiguous()
+        """The gradient, in its own type or another, once."""
+        total, self._total = self._sum(), None  # the sum is gone when it is converted
+        return _converted(total, dtype or self._own_dtype).contiguous()
 
     def _sum(self) -> Tensor:
         if self._total is None:
-            self._total = torch.zeros(self._like.shape, dtype=self._dtype, device=self._like.device)
+            self._total = torch.zeros(self._shape, dtype=self._dtype, device=self._device)
         return self._total
 
 
-def _slabs(part: Tensor) -> Iterator[tuple[int, slice]]:
+def _slabs(part: Tensor, tokens: int) -> Iterator[tuple[int, slice]]:
     for b in range(len(part)):
-        for begin in range(0, part.shape[1], SLAB_TOKENS):
-            yield b, slice(begin, begin + SLAB_TOKENS)
+        for begin in range(0, part.shape[1], tokens):
+            yield b, slice(begin, begin + tokens)
 
 
 def _converted(x: Tensor, dtype: torch.dtype) -> Tensor:

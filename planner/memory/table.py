@@ -5,6 +5,7 @@ Bytes are ints, or NumPy arrays for many candidates at once. The peak is the lar
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -128,14 +129,18 @@ class PlanTable:
 
     def __init__(self) -> None:
         self._phases: list[str] = [START]
+        self._named: Counter[str] = Counter()
         self._lines: list[tuple[str, str, tuple[Count, ...], str, int, int | None]] = []
         self._open: dict[str, int] = {}
         self._before: set[int] = set()
         self._again: list[tuple[int, int]] = []
 
     def phase(self, name: str) -> None:
-        """Begins a phase: buffers that are added from now on are alive from it on."""
-        self._phases.append(name)
+        """Begins a phase: buffers that are added from now on are alive from it on. A name that was there
+        before gets a number."""
+        self._named[name] += 1
+        count = self._named[name]
+        self._phases.append(name if count == 1 else f"{name} ({count})")
 
     def again(self, name: str) -> None:
         """The phases from this one to the present one come more than once; what begins in them is freed in
@@ -164,9 +169,18 @@ class PlanTable:
             *line, _ = self._lines[place]
             self._lines[place] = (*line, len(self._phases))  # type: ignore[assignment]
 
+    def rename(self, old: str, name: str, component: str) -> None:
+        """A buffer becomes another one, of another component maybe."""
+        place = self._open[name] = self._open.pop(old)
+        self._lines[place] = (name, component, *self._lines[place][2:])
+
     def holds(self, name: str) -> bool:
         """Whether a buffer was added and not freed."""
         return name in self._open
+
+    def free_held(self, *names: str) -> None:
+        """`free` of those that are there."""
+        self.free(*(name for name in names if self.holds(name)))
 
     def nbytes(self, name: str) -> Count:
         """Bytes of a buffer that was added and not freed."""
@@ -181,3 +195,51 @@ class PlanTable:
         )
         there = tuple(x for x in buffers if not (type(x.bytes) is int and x.bytes == 0))
         return Plan(phases, there, tuple(self._again))
+
+
+KEPT: Final = ("memory_pool", "pattern_cache")
+"""Components that a pass leaves behind, whoever needs its results."""
+
+
+class PrefixedTable(PlanTable):
+    """Adds the plan of a part of a call to a table, under names of its own."""
+
+    def __init__(self, table: PlanTable, prefix: str) -> None:
+        super().__init__()
+        self._table, self._prefix = table, prefix
+        self._alive: list[str] = []
+
+    def phase(self, name: str) -> None:
+        self._table.phase(self._prefix + name)
+
+    def again(self, name: str) -> None:
+        self._table.again(self._prefix + name)
+
+    def add(self, name: str, component: str, count: Tensors, formula: str) -> None:
+        self._table.add(self._prefix + name, component, count, formula)
+        if component not in KEPT:
+            self._alive.append(name)
+
+    def lasting(self, name: str, component: str, count: Tensors, formula: str) -> None:
+        self._table.lasting(name, component, count, formula)
+
+    def kept(self, name: str, component: str, count: Tensors, formula: str) -> None:
+        self._table.kept(name, component, count, formula)
+
+    def free(self, *names: str) -> None:
+        self._alive = [name for name in self._alive if name not in names]
+        self._table.free(*(self._prefix + name for name in names))
+
+    def rename(self, old: str, name: str, component: str) -> None:
+        self._alive = [one for one in self._alive if one != old] + [name]
+        self._table.rename(self._prefix + old, self._prefix + name, component)
+
+    def holds(self, name: str) -> bool:
+        return self._table.holds(self._prefix + name)
+
+    def nbytes(self, name: str) -> Count:
+        return self._table.nbytes(self._prefix + name)
+
+    def end(self, *spared: str) -> None:
+        """Frees all but these and what pool and caches keep."""
+        self.free(*(name for name in self._alive if name not in spared))

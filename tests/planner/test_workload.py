@@ -27,8 +27,9 @@ def test_the_floor_of_fewer_queries_has_their_q_and_out_and_all_keys():
 
 def test_what_came_later_is_written_where_it_is_given():
     plain = Workload(seq=10)
-    assert not {"queries", "documents", "sinks"} & json.loads(plain.to_json()).keys()
-    workload = Workload(seq=10, queries=2, documents=(4, 6), sinks=True)
+    assert not {"queries", "documents", "sinks", "gpus"} & json.loads(plain.to_json()).keys()
+    workload = Workload(seq=10, queries=1, documents=(4, 6), sinks=True, gpus=4)
+    assert {"queries": 1, "sinks": True, "gpus": 4}.items() <= json.loads(workload.to_json()).items()
     assert Workload.from_json(workload.to_json()) == workload
     assert not workload.is_plain
     assert plain.is_plain
@@ -61,7 +62,8 @@ def test_round_trip():
 @pytest.mark.parametrize(
     "fields",
     [{"seq": 0}, {"seq": -1}, {"seq": 1.0}, {"seq": True}, {"seq": 8, "batch": 0}, {"seq": 8, "kv_heads": 3},
-     {"seq": 8, "dtype": "int8"}, {"seq": 8, "mode": "eval"}, {"seq": 8, "sequence": 1}, {}],
+     {"seq": 8, "dtype": "int8"}, {"seq": 8, "mode": "eval"}, {"seq": 8, "sequence": 1}, {},
+     {"seq": 8, "gpus": 0}],
 )  # list of small dicts  # fmt: skip
 def test_nonsense_is_refused(fields):
     with pytest.raises(ConfigError, match="Workload"):
@@ -73,6 +75,7 @@ def test_nonsense_is_refused(fields):
     [
         {"batch": 1 << 41},
         {"heads": 1 << 24},
+        {"gpus": 1 << 17},
         {"heads": 4, "kv_heads": 1 << 50},
         {"head_dim": 1 << 41},
         {"seq": 1 << 41},

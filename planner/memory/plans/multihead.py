@@ -12,16 +12,16 @@ from collections.abc import Callable
 from attention.sizes.arrays import Count, maximum
 from planner.memory.cuda_kernels import largest
 from planner.memory.plans.tiles import Case, given, products
-from planner.memory.table import PlanTable, Tensors
+from planner.memory.table import PlanTable, PrefixedTable
 
-KEPT = ("memory_pool", "pattern_cache")
-"""Components that a forward pass leaves behind, whoever needs its results."""
+AttentionAdder = Callable[[PlanTable, Case], None]
+"""Adds an attention over q, k and v that are there."""
+PROJECTED = ("projected q", "projected k", "projected v")
+GRADIENT = "gradient of the attention"
 COMPACT = "output without padding"
 
 
-def multihead(
-    table: PlanTable, case: Case, attend: Callable[[PlanTable, Case], None], *, bias: bool, checkpoint: bool
-) -> None:
+def multihead(table: PlanTable, case: Case, attend: AttentionAdder, *, bias: bool, checkpoint: bool) -> None:
     """Input projections, attention, output projection, and in training their gradients. `attend` adds the
     attention itself. `checkpoint`: backward repeats the forward pass, of which nothing was saved."""
     _inputs(table, case, bias)
@@ -29,7 +29,7 @@ def multihead(
     case = case._replace(runs=1 + repeats)
     e = case.shape.itemsize
     if repeats:
-        first = _Unsaved(table, "unsaved ")
+        first = PrefixedTable(table, "unsaved ")
         _project(first, case)
         attend(first, case._replace(turn=lambda _: False))
         first.end("out")
@@ -48,7 +48,7 @@ def multihead(
         table.phase("backward, output projection")
         if repeats:
             _compact(table, case, "out")
-        table.add("gradient of the attention", "gradients", case.channels * e, "B S E e")
+        table.add(GRADIENT, "gradients", case.channels * e, "B S E e")
         _product(table, case, _tokens(case), width, width)
         if bias:
             _gradients(table, case, "output projection", (width,), bias)
@@ -57,11 +57,10 @@ def multihead(
 
     attend(table, case._replace(turn=turn))
     if not case.trains:
-        table.free("projected q", "projected k", "projected v")
+        table.free(*PROJECTED)
         _result(table, case, "out")
         return
-    table.free("projected q", "projected k", "projected v", "gradient of the attention")
-    table.free(*(name for name in ("out", "log-sum-exp") if table.holds(name)))
+    table.free_held(*PROJECTED, GRADIENT, "out", "log-sum-exp")
     table.phase("backward, input projections")
     table.add("gradient of the input", "gradients", case.channels * e, "B S E e")
     _product(table, case, _tokens(case), _width(case), _width(case))
@@ -161,37 +160,3 @@ def _product(
 def _scratch(table: PlanTable, count: Count) -> None:
     table.add("product scratch", "workspace", count, "of the library; see planner/memory/onednn/gemm.py")
     table.free("product scratch")
-
-
-class _Unsaved(PlanTable):
-    """Adds a forward pass of which nothing is saved to a table, under names of its own."""
-
-    def __init__(self, table: PlanTable, prefix: str) -> None:
-        super().__init__()
-        self._table, self._prefix = table, prefix
-        self._alive: list[str] = []
-
-    def phase(self, name: str) -> None:
-        self._table.phase(self._prefix + name)
-
-    def again(self, name: str) -> None:
-        self._table.again(self._prefix + name)
-
-    def add(self, name: str, component: str, count: Tensors, formula: str) -> None:
-        self._table.add(self._prefix + name, component, count, formula)
-        if component not in KEPT:
-            self._alive.append(name)
-
-    def lasting(self, name: str, component: str, count: Tensors, formula: str) -> None:
-        self._table.lasting(name, component, count, formula)
-
-    def kept(self, name: str, component: str, count: Tensors, formula: str) -> None:
-        self._table.kept(name, component, count, formula)
-
-    def free(self, *names: str) -> None:
-        self._alive = [name for name in self._alive if name not in names]
-        self._table.free(*(self._prefix + name for name in names))
-
-    def end(self, *spared: str) -> None:
-        """Frees all but these and what pool and caches keep."""
-        self.free(*(name for name in self._alive if name not in spared))

@@ -1,0 +1,1 @@
+"""Calls that several GPUs share: a rank on each."""
