@@ -141,7 +141,7 @@ MOST_BRANCHES: Final = 16
 """Most branches of a config: finding the keys that several share takes a time that grows by factors with each
 further branch."""
 MOST_BYTES: Final = 1 << 60
-LONGEST_WAIT: Final = 365 * 24 * 3600
+LONGEST_WAIT: Final = 12 * 3600
 """Seconds."""
 
 Positive = Annotated[int, Field(ge=1)]

@@ -50,8 +50,6 @@ FIELDS: Final[Mapping[str, Callable[[int], str]]] = {
 }
 """What is equal on all ranks, and how a value of it is said."""
 
-Terms = Mapping[str, int]
-
 
 def refuse(transport: Transport, error: Exception) -> NoReturn:
     """Raises the error of this rank's call, and lets the others know, who refuse theirs in `agree`."""
@@ -59,9 +57,9 @@ def refuse(transport: Transport, error: Exception) -> NoReturn:
     raise error
 
 
-def agree(transport: Transport, terms: Terms, tokens: int = 0) -> list[int]:
-    """The tokens of each rank, if all of them come with the same terms. Otherwise, and where one of them
-    refuses, it is an InputError on all ranks, which says who has what."""
+def agree(transport: Transport, terms: Mapping[str, int], tokens: int = 0) -> list[int]:
+    """The tokens of each rank, if all of them come with the same `terms`, numbers by the names of `FIELDS`.
+    Otherwise, and where one of them refuses, it is an InputError on all ranks, which says who has what."""
     fields = [terms.get(name, 0) for name in FIELDS]
     rows = transport.agree([0, tokens, *fields])
     refusing = [transport.ranks[rank] for rank, row in enumerate(rows) if row[0]]

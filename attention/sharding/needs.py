@@ -107,12 +107,10 @@ def asking(
 ) -> tuple[int, int]:
     """(first, one past the last) of those among some queries that may see one of some keys, both given
     likewise: the others see none. None may if it is empty."""
-    sight, pattern = sight_of(config, seq, causal), config.pattern
-    size = 1 if pattern is None or config.token_edges else pattern.block_size
+    sight = sight_of(config, seq, causal)
     (first, stop), (begin, end) = queries, keys
     if begin >= sight.shared:
-        low, high = begin // size * size, ceil_div(end, size) * size
-        hulls = [hull(band, seq, low, high) for band in sight.bands]
+        hulls = [hull(band, seq, begin, end) for band in sight.bands]
         stop = min(stop, max(last for _, last in hulls))
         if first >= global_queries(sight, causal):
             first = max(first, min(earliest for earliest, _ in hulls))

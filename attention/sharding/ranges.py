@@ -25,6 +25,8 @@ class Band(NamedTuple):
     length: Count
     rate: Count
     reach: Count
+    size: Count = 1
+    """Tokens of a block."""
 
 
 class Sight(NamedTuple):
@@ -89,11 +91,13 @@ def sight(
         # A rate beyond this reaches all blocks, and the product stays small.
         most = ceil_div(blocks, maximum(others, 1))
         pairs = zip(lengths, rates, strict=True)
-        return Sight(tuple(Band(minimum(n, seq), 1, minimum(r, most) * others * size) for n, r in pairs))
+        return Sight(
+            tuple(Band(minimum(n, seq), 1, minimum(r, most) * others * size, size) for n, r in pairs)
+        )
     block = 1 if edges == "token" else size
     tokens = global_tokens if kind == "global_local" else 0
     side, shared = window_blocks(window, tokens, block, ceil_div(seq, block), causal)
-    return Sight((Band(seq, 1, side * block),), minimum(shared * block, seq))
+    return Sight((Band(seq, 1, side * block, block),), minimum(shared * block, seq))
 
 
 def global_queries(sight: Sight, causal: bool) -> Count:
@@ -104,13 +108,14 @@ def global_queries(sight: Sight, causal: bool) -> Count:
 def hull(band: Band, seq: Count, begin: Count, end: Count) -> tuple[Count, Count]:
     """(first, one past the last) of the tokens that the tokens begin..end see through a band, and that see
     them, if not causal."""
-    first = maximum(begin // band.length * band.length, begin - band.reach)
-    return first, minimum(ceil_div(end, band.length) * band.length, end + band.reach, seq)
+    low, high = begin // band.size * band.size, ceil_div(end, band.size) * band.size
+    first = maximum(begin // band.length * band.length, low - band.reach)
+    return first, minimum(ceil_div(end, band.length) * band.length, high + band.reach, seq)
 
 
 def seen(sight: Sight, seq: Count, begin: Count, end: Count) -> list[Range]:
-    """What the queries begin..end, whole blocks but for the last one, see to either side: ranges that ascend
-    and are disjoint, some of them empty.
+    """What the queries begin..end see to either side, and those that share blocks with them: ranges that
+    ascend and are disjoint, some of them empty.
 
     A band reaches from the begin of the segment of the first query to the end of that of the last one. Where
     bands meet, the rate is the greatest common divisor of theirs, and 1 if segments are no multiple of it.

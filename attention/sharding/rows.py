@@ -96,7 +96,7 @@ def most_of_one(
 def rows_sent(sight: Sight, shards: Shards, rank: Count, causal: bool, kv_heads: Count) -> Count:
     """Rows that a rank of contiguous shards sends to all its peers, of windows, with or without global
     tokens, and of dense attention."""
-    ((_, _, reach),) = sight.bands
+    ((_, _, reach, _),) = sight.bands
     seq, apart = shards.seq, global_queries(sight, causal)
     begin, end = shards.edge(rank), shards.edge(rank + 1)
     ranks = shards.chunk(seq - 1) + 1

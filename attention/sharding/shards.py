@@ -11,8 +11,8 @@ from attention.errors import InputError
 from attention.sizes.arrays import Count, Ints, ceil_div, maximum, minimum, where
 
 FULLEST: Final = (17, 16)
-"""A rank may hold so much more than the mean, as a fraction, for the sake of shards that end where segments
-do."""
+"""A rank may hold so much more than the mean, as a fraction, for the sake of shards that end where blocks and
+segments do."""
 
 
 class Shards(NamedTuple):
@@ -85,20 +85,19 @@ class Shards(NamedTuple):
 
 
 def shards_of(config: AttentionConfig, seq: int, world: int) -> Shards:
-    """How the tokens of an attention are dealt, causal or not. InputError without tokens or ranks."""
+    """How the tokens of an attention are dealt, causal or not: by their number alone, so that layers of
+    different kinds share them, unless one of them is zigzag. InputError without tokens or ranks."""
     if seq < 1 or world < 1:
         raise InputError(f"shards need at least 1 token and 1 rank, got seq={seq} and world={world}")
-    sharding = getattr(config, "sharding", None)
-    zigzag = sharding is not None and sharding.shards == "zigzag"
-    return Shards(seq, world, _unit(config, seq, world), zigzag)
+    zigzag = config.sharding is not None and config.sharding.shards == "zigzag"
+    return Shards(seq, world, _unit(seq, 2 * world if zigzag else world), zigzag)
 
 
-def _unit(config: AttentionConfig, seq: int, world: int) -> int:
-    """Blocks stay whole, and segments where that leaves no rank much fuller than others."""
-    if config.pattern is not None:
-        return config.pattern.block_size
+def _unit(seq: int, chunks: int) -> int:
+    """The largest power of two that leaves no chunk much longer than others: most blocks and segments are
+    then whole, or divide what a rank holds."""
     above, below = FULLEST
-    for length in sorted({min(length, seq) for length in config.segment_lengths}, reverse=True):
-        if Shards(seq, world, length).tokens(0) * world * below <= seq * above:
-            return length
-    return 1
+    unit = 1 << (ceil_div(seq, chunks).bit_length() - 1)
+    while unit > 1 and ceil_div(ceil_div(seq, unit), chunks) * unit * chunks * below > seq * above:
+        unit //= 2
+    return unit

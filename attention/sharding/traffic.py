@@ -15,18 +15,16 @@ from attention.sharding.ranges import global_queries, sight_of
 from attention.sharding.rows import rows_received, source_rows
 from attention.sharding.shards import Shards
 
-Bytes = dict[int, tuple[int, int]]
-Exchange = Literal["keys", "heads"]
-Counts = Counter[int]
-"""By peer."""
+PeerBytes = dict[int, tuple[int, int]]
+Exchanged = Literal["keys", "heads"]
 
 
 class Traffic(NamedTuple):
     """What a rank exchanges in a call: {peer: (bytes sent, bytes received)} of all peers that there is
     anything for. What ranks say to agree on a call is not counted."""
 
-    forward: Bytes
-    backward: Bytes
+    forward: PeerBytes
+    backward: PeerBytes
     """Empty without a backward pass."""
 
 
@@ -42,7 +40,7 @@ def traffic(
     head_dim: int,
     itemsize: int,
     training: bool,
-    exchange: Exchange,
+    exchange: Exchanged,
     documents: Packing | None = None,
 ) -> Traffic:
     """The traffic of a rank, from sizes alone. `heads` and `kv_heads` are of the whole attention, and the
@@ -59,7 +57,7 @@ def traffic(
     """
     # (a rank's own to each peer, what each peer has for it), and for one of them the bytes that go there and
     # those that come back for it.
-    goods: list[tuple[Counts, Counts]]
+    goods: list[tuple[Counter[int], Counter[int]]]
     forward: list[tuple[int, int]]
     if exchange == "heads":
         part = batch * head_dim * itemsize
@@ -92,7 +90,7 @@ def fewer_bytes(
     kv_heads: int,
     head_dim: int,
     itemsize: int,
-) -> Exchange:
+) -> Exchanged:
     """The exchange that moves fewer bytes forward, of all ranks together: keys, unless the world divides the
     kv heads and it is heads. Of dilated_sparse, keys count as an upper bound of them. Not for adaptive."""
     if kv_heads % shards.world:
@@ -106,26 +104,26 @@ def fewer_bytes(
     return "heads" if shards.seq * numbers * itemsize < keys else "keys"
 
 
-def _rows(stages: Stages, heads: int, kv_heads: int) -> Counts:
+def _rows(stages: Stages, heads: int, kv_heads: int) -> Counter[int]:
     """The rows of all sources of each peer."""
-    rows: Counts = Counter()
+    rows: Counter[int] = Counter()
     for peer, begin, end, rate in chain.from_iterable(stages):
         rows[peer] += source_rows(end - begin, rate, heads, kv_heads)
     return rows
 
 
-def _queries(visits: Iterable[Visit]) -> Counts:
+def _queries(visits: Iterable[Visit]) -> Counter[int]:
     """The query tokens of all visits of each peer."""
-    tokens: Counts = Counter()
+    tokens: Counter[int] = Counter()
     for peer, begin, end in visits:
         tokens[peer] += end - begin
     return tokens
 
 
-def _bytes(goods: Sequence[tuple[Counts, Counts]], costs: Sequence[tuple[int, int]]) -> Bytes:
+def _bytes(goods: Sequence[tuple[Counter[int], Counter[int]]], costs: Sequence[tuple[int, int]]) -> PeerBytes:
     """(sent, received) for each peer with anything to send or receive."""
-    sent: Counts = Counter()
-    received: Counts = Counter()
+    sent: Counter[int] = Counter()
+    received: Counter[int] = Counter()
     for (own, theirs), (there, back) in zip(goods, costs, strict=True):
         for counts, going, coming in ((own, sent, received), (theirs, received, sent)):
             for peer, count in counts.items():

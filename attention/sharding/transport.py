@@ -29,7 +29,7 @@ from attention.errors import DistributedError, InputError, shortened
 
 AGREED: Final = 32
 """Whole numbers that ranks agree on at a time, at most."""
-GRACE, SPARE = 0.5, 0.1
+GRACE, SPARE = 0.3, 0.1
 """Seconds in which ranks that failed wait for each other's word, and for an answer of the store."""
 RAISED: Final = " raised "
 """In the word of a rank whose own error ended the call."""

@@ -7,7 +7,7 @@ import multiprocessing as mp
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as wait_for
 from pathlib import Path
@@ -54,11 +54,11 @@ class Ranks:
         for pipe in self.pipes:
             pipe.send((function.__code__.co_filename, function.__name__, args))
 
-    def results(self, patience: float = PATIENCE) -> list[Any]:
-        """What each rank returned: a `Failure` if it raised, None if it is gone or has not answered in
-        time."""
+    def results(self, patience: float = PATIENCE, stopped: Collection[int] = ()) -> list[Any]:
+        """What each rank returned: a `Failure` if it raised, None if it is gone, has not answered in time or
+        is `stopped`."""
         results: list[Any] = [None] * self.world
-        waiting = dict(zip(self.pipes, range(self.world), strict=True))
+        waiting = {pipe: rank for rank, pipe in enumerate(self.pipes) if rank not in stopped}
         while waiting and (ready := wait_for(list(waiting), patience)):
             for pipe in ready:
                 assert isinstance(pipe, Connection)

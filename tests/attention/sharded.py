@@ -56,9 +56,9 @@ configs = st.one_of(
 
 
 @st.composite
-def cases(draw):
-    """(config, shards, causal, documents)"""
-    config, seq, world = draw(configs), draw(st.integers(1, 120)), draw(st.integers(1, 8))
+def cases(draw, tokens: int = 120):
+    """(config, shards, causal, documents), of up to so many tokens."""
+    config, seq, world = draw(configs), draw(st.integers(1, tokens)), draw(st.integers(1, 8))
     shards = shards_of(config, seq, world)
     if config.variant == "dense":
         shards = shards._replace(zigzag=draw(st.booleans()))

@@ -20,10 +20,11 @@ from attention.config import (
     AdaptiveConfig,
     AttentionConfig,
     MultiheadConfig,
+    ShardingConfig,
     SparsePatternConfig,
     Value,
 )
-from attention.errors import AttentionPlannerError, ConfigError, OutOfMemoryError
+from attention.errors import AttentionPlannerError, ConfigError, DistributedError, OutOfMemoryError
 
 BRANCHES: dict[str, Any] = {"segment_lengths": [2048, 4096], "dilation_rates": [1, 2]}
 LOCAL: dict[str, Any] = {"pattern_type": "local_window"}
@@ -45,6 +46,7 @@ VALID: dict[str, dict[str, Any]] = {
     "dilated_sparse": {"variant": "block_sparse", "pattern": {}, **BRANCHES},
     "adaptive": {"variant": "adaptive", "pattern": {}, "adaptive": SCORER},
     "multihead": {"variant": "dense", "multihead": PROJECTIONS},
+    "sharded": {"variant": "dense", "sharding": {}},
 }
 
 
@@ -79,6 +81,19 @@ def branch_lists(draw: st.DrawFn, multiple: int = 1) -> dict[str, list[int]]:
     """Branches whose lengths are multiples of a block and whose rates fit their segments."""
     lengths = [multiple * n for n in draw(st.lists(st.integers(1, 1 << 12), min_size=1, max_size=4))]
     return {"segment_lengths": lengths, "dilation_rates": [draw(st.integers(1, n)) for n in lengths]}
+
+
+@st.composite
+def shardings(draw: st.DrawFn, variant: str, backend: str) -> ShardingConfig:
+    by_keys = variant != "adaptive" and backend in ("auto", "sdpa")
+    fields = some_of(
+        ring_size=optional(st.integers(1, 1 << 16)),
+        exchange=st.sampled_from(["auto", "heads", *(["keys"] if by_keys else [])]),
+        shards=st.sampled_from(["contiguous", *(["zigzag"] if variant == "dense" else [])]),
+        timeout_s=st.integers(1, 600) | st.floats(0.1, 600.0),
+        travel=st.sampled_from(["auto", "float32"]),
+    )
+    return ShardingConfig(**draw(fields))
 
 
 @st.composite
@@ -124,6 +139,8 @@ def configs(draw: st.DrawFn) -> AttentionConfig:
             head_dim=heads.head_dim if heads else draw(st.integers(1, 256)),
             **draw(some_of(score_dim=sizes)),
         )
+    if draw(st.booleans()):
+        kwargs["sharding"] = draw(shardings(variant, kwargs.get("backend", "auto")))
     return AttentionConfig(variant=variant, **kwargs)
 
 
@@ -168,8 +185,27 @@ def test_inert_names_existing_fields_in_order(config: AttentionConfig):
 @pytest.mark.parametrize("kind", VALID)
 def test_json_holds_every_field_and_the_schema_version(kind: str):
     data = json.loads(AttentionConfig(**VALID[kind]).to_json())
-    assert data.keys() == AttentionConfig.model_fields.keys()
+    assert data.keys() == AttentionConfig.model_fields.keys() - ({"sharding"} - VALID[kind].keys())
     assert data["schema_version"] == SCHEMA_VERSION == 1
+
+
+def test_json_of_a_config_for_one_device_says_nothing_of_ranks():
+    """Records and fingerprints of before depend on it."""
+    assert AttentionConfig(variant="dense").to_json() == (
+        '{"schema_version":1,"variant":"dense","segment_lengths":[],"dilation_rates":[],"pattern":null,'
+        '"adaptive":null,"multihead":null,"uncovered":"refuse","scale":null,"backend":"auto",'
+        '"workspace_bytes":16777216,"pool":"auto","pool_bytes":null,"cache_entries":100,"cache_bytes":67108864}'
+    )
+    assert "sharding" not in AttentionConfig(variant="dense").model_dump()
+    shared = AttentionConfig(variant="dense", sharding=ShardingConfig(ring_size=8))
+    assert json.loads(shared.to_json())["sharding"] == {
+        "ring_size": 8,
+        "exchange": "auto",
+        "shards": "contiguous",
+        "timeout_s": 600.0,
+        "travel": "auto",
+    }
+    assert shared.model_copy(update={"sharding": None}) == AttentionConfig(variant="dense")
 
 
 @pytest.mark.parametrize("kind", VALID)
@@ -193,6 +229,7 @@ def test_different_configs_differ():
         (SparsePatternConfig(), "block_size"),
         (AdaptiveConfig(**SCORER), "score_dim"),
         (MultiheadConfig(**PROJECTIONS), "bias"),
+        (ShardingConfig(), "ring_size"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Value) else value,
 )
@@ -205,7 +242,9 @@ def test_frozen(value: Value, field: str):
     assert value.to_json() == before
 
 
-@pytest.mark.parametrize("kind", [AttentionConfig, SparsePatternConfig, AdaptiveConfig, MultiheadConfig])
+@pytest.mark.parametrize(
+    "kind", [AttentionConfig, SparsePatternConfig, AdaptiveConfig, MultiheadConfig, ShardingConfig]
+)
 def test_keyword_only(kind: type[Value]):
     with pytest.raises(TypeError, match="positional"):
         kind("dense")  # type: ignore[misc]
@@ -216,7 +255,10 @@ def test_defaults_are_the_documented_ones():
     assert (config.backend, config.pool, config.uncovered) == ("auto", "auto", "refuse")
     assert (config.workspace_bytes, config.cache_bytes) == (16 * 2**20, 64 * 2**20)
     assert config.cache_entries == 100
-    assert config.scale is config.pool_bytes is config.multihead is None
+    assert config.scale is config.pool_bytes is config.multihead is config.sharding is None
+    sharding = ShardingConfig()
+    assert (sharding.ring_size, sharding.exchange, sharding.shards) == (None, "auto", "contiguous")
+    assert (sharding.timeout_s, sharding.travel) == (600, "auto")
     pattern = SparsePatternConfig()
     assert (pattern.pattern_type, pattern.sparsity_ratio, pattern.block_size) == ("dilated_sparse", 0.1, 128)
     assert (pattern.local_window_size, pattern.global_tokens) == (512, 64)
@@ -231,6 +273,10 @@ def test_multihead_head_dim():
 
 def with_pattern(**fields: Any) -> dict[str, Any]:
     return {"variant": "block_sparse", "pattern": LOCAL | fields}
+
+
+def sharded(**fields: Any) -> dict[str, Any]:
+    return {"variant": "dense", "sharding": fields}
 
 
 # id: (what is asked for, words that the message must hold: the field, what arrived, what to do).
@@ -258,6 +304,25 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
     "block_size_zero": (with_pattern(block_size=0), ["block_size", "equal to 1", "got 0"]),
     "window_negative": (with_pattern(local_window_size=-1), ["local_window_size", "equal to 1", "got -1"]),
     "global_tokens_zero": (with_pattern(global_tokens=0), ["global_tokens", "equal to 1", "got 0"]),
+    "ring_of_none": (sharded(ring_size=0), ["sharding.ring_size", "equal to 1", "got 0"]),
+    "ring_as_text": (sharded(ring_size="8"), ["sharding.ring_size", "integer", "'8'"]),
+    "unknown_exchange": (sharded(exchange="ring"), ["sharding.exchange", "'keys'", "'heads'", "got 'ring'"]),
+    "unknown_shards": (sharded(shards="striped"), ["sharding.shards", "'zigzag'", "got 'striped'"]),
+    "unknown_travel": (sharded(travel="bfloat16"), ["sharding.travel", "'float32'", "got 'bfloat16'"]),
+    "no_time": (sharded(timeout_s=0), ["sharding.timeout_s", "equal to 0.1", "got 0"]),
+    "all_time": (sharded(timeout_s=1e6), ["sharding.timeout_s", "43200", "got 1000000"]),
+    "zigzag_of_windows": (
+        with_pattern() | sharded(shards="zigzag") | {"variant": "block_sparse"},
+        ["'zigzag'", "'dense'", "'block_sparse'", "'contiguous'"],
+    ),
+    "keys_of_adaptive": (
+        VALID["adaptive"] | {"sharding": {"exchange": "keys"}},
+        ["'keys'", "'adaptive'", "'heads' or 'auto'"],
+    ),
+    "keys_by_one_kernel": (
+        {"variant": "dense", "backend": "flash", "sharding": {"exchange": "keys"}},
+        ["'keys'", "'flash'", "'auto' or 'sdpa'", "'heads'"],
+    ),
     "scale_nan": ({"variant": "dense", "scale": math.nan}, ["scale", "finite", "nan"]),
     "scale_inf": ({"variant": "dense", "scale": math.inf}, ["scale", "finite", "inf"]),
     "scale_zero": ({"variant": "dense", "scale": 0.0}, ["scale", "greater than 0", "got 0.0"]),
@@ -519,6 +584,14 @@ def test_a_segment_shorter_than_a_block_is_offered_one_length():
 def test_out_of_memory_survives_a_process_boundary():
     error = pickle.loads(pickle.dumps(OutOfMemoryError("no room", requested=2, available=1)))
     assert (str(error), error.requested, error.available) == ("no room", 2, 1)
+
+
+def test_errors_of_ranks_survive_a_process_boundary():
+    fields = {"rank": 2, "peers": (0, 1), "missing": (1,), "step": "stage 3", "nbytes": 64, "seconds": 1.5}
+    error = pickle.loads(pickle.dumps(DistributedError("rank 2 waited", **fields)))
+    assert isinstance(error, AttentionPlannerError)
+    assert isinstance(error, RuntimeError)
+    assert (str(error), vars(error)) == ("rank 2 waited", fields)
 
 
 def test_pydantics_own_ways_in_are_checked_too():

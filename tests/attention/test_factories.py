@@ -8,6 +8,7 @@ from conformance import check_float64, qkv
 
 from attention import (
     AttentionConfig,
+    ShardingConfig,
     SparsePatternConfig,
     build,
     create_block_sparse_attention,
@@ -142,6 +143,55 @@ def test_a_config_builds_the_same_module_again(make):
 def test_parameters_are_made_on_the_device_asked_for(make):
     assert all(p.device.type == "cpu" for p in make().parameters())
     assert all(p.device.type == "meta" for p in build(make().config, device="meta").parameters())
+
+
+RINGS = {
+    "ring": (
+        lambda: create_dilated_attention("ring", segment_lengths=[64], dilation_rates=[1], ring_size=8),
+        lambda: create_dilated_attention(segment_lengths=[64], dilation_rates=[1]),
+        ShardingConfig(ring_size=8, exchange="keys"),
+    ),
+    "ring of blocks": (
+        lambda: create_block_sparse_attention("ring", pattern_type="local_window", travel="float32"),
+        lambda: create_block_sparse_attention(pattern_type="local_window"),
+        ShardingConfig(exchange="keys", travel="float32"),
+    ),
+    "distributed": (
+        lambda: create_block_sparse_attention(
+            "distributed", pattern_type="local_window", sharding=ShardingConfig(timeout_s=7)
+        ),
+        lambda: create_block_sparse_attention(pattern_type="local_window"),
+        ShardingConfig(timeout_s=7),
+    ),
+    "distributed by heads": (
+        lambda: create_block_sparse_attention(
+            "distributed", segment_lengths=[256], dilation_rates=[1], exchange="heads"
+        ),
+        lambda: create_block_sparse_attention(segment_lengths=[256], dilation_rates=[1]),
+        ShardingConfig(exchange="heads"),
+    ),
+}
+
+
+@pytest.mark.parametrize("ring, twin, sharding", RINGS.values(), ids=RINGS.keys())
+def test_a_rank_that_is_alone_has_the_module_of_one_device(ring, twin, sharding):
+    module, alone = ring(), twin()
+    assert type(module) is type(alone)
+    assert module.config == alone.config.model_copy(update={"sharding": sharding})
+    q, k, v = qkv(100)
+    assert torch.equal(module(q, k, v, is_causal=True), alone(q, k, v, is_causal=True))
+    assert torch.equal(module.shard(q), q)
+    assert torch.equal(module.gather(q), q)
+    assert torch.equal(module.positions(5), torch.arange(5))
+
+
+@pytest.mark.parametrize("variant", ["adaptive", "multihead"])
+def test_any_variant_takes_sharding(variant):
+    sizes = {"embed_dim": 32} if variant == "multihead" else {"head_dim": 8}
+    options = {"num_heads": 4, "segment_lengths": [128], "dilation_rates": [1], **sizes}
+    module = create_block_sparse_attention(variant, **options, sharding=ShardingConfig())
+    assert type(module) is type(create_block_sparse_attention(variant, **options))
+    assert torch.equal(module.positions(5), torch.arange(5))
 
 
 def test_options_in_any_sequence_type():

@@ -14,6 +14,7 @@ from attention import (
     ConfigError,
     InputError,
     MultiheadConfig,
+    ShardingConfig,
     SparsePatternConfig,
     UnavailableError,
     build,
@@ -399,6 +400,26 @@ BAD_CONFIGS = {
         lambda: create_block_sparse_attention("base", **BRANCH, embed_dim=64),
         "embed_dim: no such option",
     ),
+    "sharding whole and by fields": (
+        lambda: create_dilated_attention("ring", **BRANCH, ring_size=8, sharding=ShardingConfig()),
+        "given whole and by ring_size",
+    ),
+    "sharding of another type": (
+        lambda: create_dilated_attention("ring", **BRANCH, sharding={"ring_size": 8}),
+        "sharding must be a ShardingConfig, got dict",
+    ),
+    "a ring of heads": (
+        lambda: create_block_sparse_attention("ring", **BRANCH, exchange="heads"),
+        "'ring' moves keys, got exchange='heads'",
+    ),
+    "a group for one device": (
+        lambda: create_dilated_attention(**BRANCH, process_group="all"),
+        "process_group was given for a config without sharding",
+    ),
+    "a group before there is one": (
+        lambda: create_dilated_attention("ring", **BRANCH, process_group="all"),
+        "torch.distributed is not initialised",
+    ),
     "build from a dict": (lambda: build({"variant": "dense"}), "build takes an AttentionConfig, got dict"),
 }
 
@@ -407,15 +428,3 @@ BAD_CONFIGS = {
 def test_configs_that_cannot_be_right_are_refused(bad):
     call, message = bad
     assert_refused(call, ConfigError, message)
-
-
-LATER = {
-    "ring": lambda: create_dilated_attention("ring", segment_lengths=[8], dilation_rates=[1], ring_size=8),
-    "sparse ring": lambda: create_block_sparse_attention("ring", **BRANCH),
-    "distributed": lambda: create_block_sparse_attention("distributed", **BRANCH),
-}
-
-
-@pytest.mark.parametrize("call", LATER.values(), ids=LATER.keys())
-def test_sharded_variants_are_known_and_said_to_come(call):
-    assert_refused(call, UnavailableError, "which this version does not have yet")

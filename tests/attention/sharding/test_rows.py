@@ -37,10 +37,20 @@ def is_even(config, shards) -> bool:
     return config.pattern is None or config.pattern.pattern_type != "dilated_sparse"
 
 
-@settings(max_examples=60)
-@given(cases(), groups)
+@settings(max_examples=50)
+@given(cases(60), groups)
 def test_closed_forms_equal_the_sum_of_sources(case, group):
-    config, shards, causal, _ = case
+    check_rows(*case, group)
+
+
+@pytest.mark.slow
+@settings(max_examples=3000)
+@given(cases(200), groups)
+def test_closed_forms_equal_the_sum_of_sources_widely(case, group):
+    check_rows(*case, group)
+
+
+def check_rows(config, shards, causal, _, group):
     expected, view = moved(config, shards, causal, *group), sight_of(config, shards.seq, causal)
     for rank in range(shards.world):
         between = [rows_between(view, shards, rank, peer, causal, *group) for peer in range(shards.world)]
@@ -56,7 +66,6 @@ def test_closed_forms_equal_the_sum_of_sources(case, group):
             assert most == expected[rank].max()
 
 
-@settings(max_examples=200)
 @given(cases(), groups)
 def test_what_windows_send_is_what_their_peers_receive(case, group):
     config, shards, causal, _ = case
@@ -133,16 +142,15 @@ def test_many_attentions_are_each_of_them(causal):
 def test_ten_thousand_candidates_on_a_thousand_ranks_take_no_time():
     lengths = [np.full(10_000, 2048 << n) + np.arange(10_000) // 5000 for n in range(5)]
     view = sight("dilated", None, 1 << 24, False, lengths=lengths, rates=[1 << n for n in range(5)])
-    shards, started = Shards(1 << 24, 1024, 2048), time.perf_counter()
-    for rank in (0, 500, 1023):
-        assert (most_of_one(view, shards, rank, False, 8, 8) >= 0).all()
-    assert time.perf_counter() - started < 2
-    started = time.perf_counter()
+    shards, started = Shards(1 << 24, 1024, 2048), time.process_time()
+    assert (most_of_one(view, shards, 500, False, 8, 8) >= 0).all()
+    assert time.process_time() - started < 2
+    started = time.process_time()
     ranks = np.arange(1024)
     view = sight_of(longnet(2048, 14), 100_000_000, True)
     between = rows_between(view, Shards(100_000_000, 1024), ranks[:, None], ranks, True, 8, 8)
     assert (between.sum(axis=1) == rows_received(view, Shards(100_000_000, 1024), ranks, True, 8, 8)).all()
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5
 
 
 def test_lists_are_bounded_by_their_segments_and_their_farthest_block():

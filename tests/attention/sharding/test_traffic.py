@@ -11,7 +11,7 @@ from sharded import DENSE, cases, listed, longnet, windowed
 
 from attention.sharding.needs import stages
 from attention.sharding.shards import Shards, shards_of
-from attention.sharding.traffic import Traffic, traffic
+from attention.sharding.traffic import Traffic, fewer_bytes, traffic
 
 SIZES = {"batch": 2, "heads": 8, "kv_heads": 4, "head_dim": 16, "itemsize": 2}
 
@@ -131,6 +131,39 @@ def test_heads_move_all_of_them_once():
     part = 2 * 16 * 2
     assert ragged.forward[0] == (256 * 4 * part + 257 * 2 * part, 257 * 4 * part + 256 * 2 * part)
     assert ragged.backward[0] == (256 * 2 * part + 257 * 4 * part, 257 * 2 * part + 256 * 4 * part)
+
+
+@given(cases(), st.sampled_from([(8, 8), (8, 4), (12, 2)]))
+def test_the_exchange_of_fewer_bytes_is_that_of_which_all_ranks_send_fewer(case, group):
+    config, shards, causal, _ = case
+    if config.pattern is not None and config.pattern.pattern_type == "dilated_sparse":
+        return
+    heads, kv_heads = group
+    sizes = {"heads": heads, "kv_heads": kv_heads, "head_dim": 16, "itemsize": 2}
+    total = {
+        exchange: sum(
+            sent
+            for rank in range(shards.world)
+            for sent, _ in of(
+                config, shards, rank, causal, exchange, False, batch=1, **sizes
+            ).forward.values()
+        )
+        for exchange in ("keys", "heads")
+    }
+    chosen = fewer_bytes(config, shards, causal, **sizes)
+    if kv_heads % shards.world:
+        assert chosen == "keys"
+    elif config.variant != "dilated":
+        assert chosen == ("heads" if total["heads"] < total["keys"] else "keys")
+
+
+def test_heads_are_fewer_bytes_for_dense_attention_from_some_ranks_on():
+    """From W > 1 + H / K on, where keys are not causal."""
+    for world in (2, 4, 8):
+        some = {"heads": 32, "kv_heads": 8, "head_dim": 128, "itemsize": 2}
+        chosen = fewer_bytes(DENSE, Shards(1 << 20, world), False, **some)
+        assert chosen == ("heads" if world > 5 else "keys")
+    assert fewer_bytes(windowed(128, 4096), Shards(1 << 20, 8, 128), True, **some) == "keys"
 
 
 def test_ranks_without_tokens_exchange_no_keys_and_the_heads_of_others():
