@@ -5,13 +5,14 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from attention.config import AttentionConfig
 from attention.layout import is_dilated_sparse, kept_columns
 from attention.sharding.ranges import Range, global_queries, hull, seen, sight_of
+from attention.sharding.rows import rows_between
 from attention.sharding.shards import Shards
 from attention.sizes.arrays import ceil_div
 
@@ -69,12 +70,13 @@ def deliveries(
     """What a rank sends in each of the `stages` of its peers: sources whose `peer` is who fetches them, and
     whose tokens are the rank's own. The peer's sources of a stage ascend, and so do the peers."""
     staged: list[list[Source]] = [[] for _ in range(_steps(config, shards, causal))]
-    own = shards.pieces(rank)
-    for peer in range(shards.world):
-        if peer != rank and own:
-            wanted = _wanted(config, shards, peer, causal, documents)
-            sources = _cut(shards, _inside(wanted, own))
-            staged[_step(config, shards, causal, peer, rank)] += [s._replace(peer=peer) for s in sources]
+    sight, ranks, own = sight_of(config, shards.seq, causal), np.arange(shards.world), shards.pieces(rank)
+    # An upper bound, so that of many ranks those that fetch nothing here are not asked what they want.
+    rows: Any = rows_between(sight, shards, ranks, rank, causal, 1, 1)  # type: ignore[arg-type]
+    for peer in np.flatnonzero(rows).tolist():
+        wanted = _wanted(config, shards, peer, causal, documents)
+        sources = _cut(shards, _inside(wanted, own))
+        staged[_step(config, shards, causal, peer, rank)] += [s._replace(peer=peer) for s in sources]
     return tuple(map(tuple, staged))
 
 

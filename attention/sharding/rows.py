@@ -67,7 +67,7 @@ def most_of_one(
     sight: Sight, shards: Shards, rank: Count, causal: bool, heads: Count, kv_heads: Count
 ) -> Count:
     """The most rows that a rank receives of one peer: an upper bound, and what the nearest peer sends where
-    segments and shards are multiples of each other and of the rates."""
+    shards are equal, and segments and shards multiples of each other and of the rates."""
     total = rows_received(sight, shards, rank, causal, heads, kv_heads)
     if shards.zigzag:
         return minimum(total, shards.fullest * kv_heads)

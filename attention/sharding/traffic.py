@@ -73,8 +73,7 @@ def traffic(
             (_queries(visitors(*plan)), _queries(visits(*plan))),
         ]
         wide = max(itemsize, 4)
-        sharding = getattr(config, "sharding", None)
-        travel = wide if sharding is not None and sharding.travel == "float32" else itemsize
+        travel = wide if config.sharding and config.sharding.travel == "float32" else itemsize
         pair, query, lse = 2 * batch * head_dim, batch * heads * head_dim, batch * heads * wide
         forward = [(pair * itemsize, 0), (query * itemsize, query * itemsize + lse)]
         backward = [(pair * itemsize, pair * travel), (3 * query * itemsize + lse, query * travel)]

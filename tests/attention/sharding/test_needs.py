@@ -55,7 +55,7 @@ def test_a_rank_fetches_what_its_queries_see_and_global_queries_visit_their_keys
 
 
 @pytest.mark.slow
-@settings(max_examples=5000)
+@settings(max_examples=2000)
 @given(cases(200))
 def test_a_rank_fetches_what_its_queries_see_widely(case):
     check_needs(*case)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attention.config import AdaptiveConfig, AttentionConfig, SparsePatternConfig
+from attention.config import AdaptiveConfig, AttentionConfig, ShardingConfig, SparsePatternConfig
 from attention.errors import InputError
 from attention.sharding.shards import Shards, shards_of
 
@@ -121,6 +121,8 @@ def test_a_segment_beyond_the_sequence_is_the_sequence():
 
 def test_dense_is_dealt_by_tokens():
     assert shards_of(AttentionConfig(variant="dense"), 100, 3) == Shards(100, 3)
+    zigzag = AttentionConfig(variant="dense", sharding=ShardingConfig(shards="zigzag"))
+    assert shards_of(zigzag, 100, 3) == Shards(100, 3, zigzag=True)
 
 
 @pytest.mark.parametrize("seq, world", [(0, 2), (5, 0)])
@@ -130,5 +132,5 @@ def test_no_shards_of_nothing(seq: int, world: int):
 
 
 def test_shards_needs_and_traffic_import_no_torch():
-    code = "import sys, attention.sharding.needs; assert 'torch' not in sys.modules"
+    code = "import sys, attention.sharding.traffic; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

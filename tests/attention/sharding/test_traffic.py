@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from sharded import DENSE, cases, listed, longnet, windowed
 
+from attention.config import ShardingConfig
 from attention.sharding.needs import stages
 from attention.sharding.shards import Shards, shards_of
 from attention.sharding.traffic import Traffic, fewer_bytes, traffic
@@ -69,17 +68,11 @@ def test_a_window_moves_its_halo_forward_and_twice_and_its_gradient_back():
     assert of(windowed(64, 256), shards, 1, True, training=False) == Traffic(mine.forward, {})
 
 
-def travelling(config):
-    """A config whose gradients travel in single precision; its other fields are what traffic reads."""
-    names = ("variant", "pattern", "segment_lengths", "dilation_rates", "branches", "token_edges")
-    parts = {name: getattr(config, name) for name in names}
-    return SimpleNamespace(**parts, sharding=SimpleNamespace(shards="contiguous", travel="float32"))
-
-
 @pytest.mark.parametrize("itemsize, travel", [(2, 4), (4, 4), (8, 8)])
 def test_gradients_travel_in_single_precision_where_that_is_asked_for(itemsize, travel):
     shards, tokens = Shards(4096, 4, unit=64), 2 * 256 * 2 * 4 * 16
-    mine = of(travelling(windowed(64, 256)), shards, 1, True, itemsize=itemsize)
+    config = windowed(64, 256).model_copy(update={"sharding": ShardingConfig(travel="float32")})
+    mine = of(config, shards, 1, True, itemsize=itemsize)
     assert mine.forward == {0: (0, tokens * itemsize), 2: (tokens * itemsize, 0)}
     assert mine.backward[0] == (tokens * travel, tokens * itemsize)
 
