@@ -40,7 +40,7 @@ def test_a_newer_generation_is_faster():
 def test_a_link_is_found_however_it_is_written():
     assert find(" NVLink4 ") is NVLINK
     assert find("InfiniBand") is NDR
-    with pytest.raises(ConfigError, match="link 'nvlink9' is not known; there are nvlink2, .*, gloo"):
+    with pytest.raises(ConfigError, match=r"link 'nvlink9' is not known; there are nvlink2, .*, gloo"):
         find("nvlink9")
 
 
