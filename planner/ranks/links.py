@@ -18,6 +18,7 @@ from planner.gpus import Gpu
 
 _DATA: Final = Path(__file__).parents[1] / "data" / "links.json"
 PLANNED: Final = "published figures, not measured here"
+MEASURED: Final = "figures of one small machine"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,11 @@ class Link:
     beta_source: str
     collectives: float = 1.0
     """The share of `beta` that is left where all ranks exchange with all, packing among it."""
+
+    @property
+    def is_published(self) -> bool:
+        """Whether the figures are others', or derived from those."""
+        return not self.beta_source.startswith("measured")
 
     def seconds(self, peers: int, nbytes: float, *, all_to_all: bool = False) -> float:
         """Seconds of an exchange with so many peers, of so many bytes in the direction that has more."""

@@ -3,14 +3,14 @@ hidden behind computing. Imports no torch.
 
 T = sum over steps of max(compute, alpha x messages + bytes / beta of what is on its way meanwhile)
 
-The longest rank's counts. That an exchange slows the kernels that hide it is not in it, nor that ranks wait
-for a slower one at each stage.
+The longest rank's counts. On a CPU nothing hides. That an exchange slows the kernels that hide it is not in
+it, nor that ranks wait for a slower one at each stage.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -19,12 +19,13 @@ from attention.sharding.ranges import sight_of
 from attention.sharding.rows import rows_received
 from attention.sharding.shards import Shards, shards_of
 from attention.sharding.traffic import Exchanged, PeerBytes
-from planner.calibration import Costs, Rates
-from planner.memory.machines import Machine
+from planner.calibration import Rates
+from planner.memory.machines import Cpu, Machine
 from planner.ranks.links import Network
 from planner.ranks.ring import ring_of
 from planner.speed.rank_work import RankWork, Steps, work_of_rank
 from planner.speed.seconds import check, kernel_of, pass_seconds
+from planner.speed.work import gpu_kernel
 from planner.workload import Workload
 
 FEW_RANKS = 16
@@ -34,22 +35,22 @@ FEW_RANKS = 16
 class PassTime(NamedTuple):
     """Seconds of a pass of one rank, and the bytes that it sends and receives."""
 
-    seconds: float
     compute: float
-    exchange: float
-    """Seconds in which its links are busy."""
+    hidden: float
+    """Seconds of the exchange in which it computes."""
+    exposed: float
+    """Seconds in which it waits for the exchange."""
     sent: int
     received: int
 
     @property
-    def exposed(self) -> float:
-        """Seconds in which it waits for what it exchanges."""
-        return max(self.seconds - self.compute, 0.0)
+    def exchange(self) -> float:
+        """Seconds in which its links are busy."""
+        return self.hidden + self.exposed
 
     @property
-    def hidden(self) -> float:
-        """Seconds of the exchange in which it computes."""
-        return max(self.exchange - self.exposed, 0.0)
+    def seconds(self) -> float:
+        return self.compute + self.exposed
 
 
 class RankTime(NamedTuple):
@@ -70,22 +71,23 @@ class RankTime(NamedTuple):
 
 
 def longest_rank(
-    config: AttentionConfig, workload: Workload, machine: Machine, rates: Rates, network: Network
+    config: AttentionConfig, workload: Workload, machine: Machine, rates: Rates | None, network: Network
 ) -> RankTime:
-    """The rank of a ring that takes longest. ConfigError as of `planner.speed.seconds.seconds`."""
-    check(workload, machine, rates)
+    """The rank of a ring that takes longest; of a device without rates, the one that exchanges longest.
+    ConfigError as of `planner.speed.seconds.seconds`."""
+    if rates is not None:
+        check(workload, machine, rates)
     world = ring_of(config, workload).world
     shards = shards_of(config, workload.seq, world)
-    kernel = kernel_of(rates)
+    kernel = kernel_of(rates) if rates is not None else gpu_kernel(1)
     times = []
-    ranks = ranks_of(config, shards, workload, network)
+    ranks, node = ranks_of(config, shards, workload, network), network.node or 1
     for rank in ranks:
         work = work_of_rank(config, workload, machine, kernel, rank)
         # Rings of other ranks may lie in nodes otherwise.
-        places = {ring * world % (network.node or 1) for ring in range(min(workload.gpus // world, world))}
-        times.append(
-            max((_time(work, workload, rates, network, rank, place) for place in places), key=_longer)
-        )
+        firsts = {ring * world % node for ring in range(min(workload.gpus // world, node))}
+        placed = [_time(work, workload, machine, rates, network, rank, first) for first in firsts]
+        times.append(max(placed, key=_longer))
     slowest = max(times, key=_longer)
     passes = [[one.forward for one in times], [one.backward for one in times if one.backward]]
     forward, backward = (
@@ -115,23 +117,31 @@ def _longer(time: RankTime) -> float:
 
 
 def _time(
-    work: RankWork, workload: Workload, rates: Rates, network: Network, rank: int, first: int
+    work: RankWork,
+    workload: Workload,
+    machine: Machine,
+    rates: Rates | None,
+    network: Network,
+    rank: int,
+    first: int,
 ) -> RankTime:
     """The time of a rank of a ring whose first GPU is the `first` of a node."""
     to_all = work.exchange == "heads"
 
-    def timed(steps: Steps, costs: Costs) -> PassTime:
-        seconds = compute = exchange = 0.0
-        for step in steps:
-            computing = float(pass_seconds(step.totals, costs, rates))
-            moving = exchange_seconds(step.exchanges, network, rank, first, all_to_all=to_all)
-            seconds += max(computing, moving)
-            compute, exchange = compute + computing, exchange + moving
-        pairs = [one for step in steps for each in step.exchanges for one in each.values()]
-        return PassTime(seconds, compute, exchange, *(sum(one[way] for one in pairs) for way in (0, 1)))
+    def timed(steps: Steps, step: Literal["forward", "backward"]) -> PassTime:
+        costs = rates.costs(step, workload.dtype) if rates else {}
+        compute = hidden = exposed = 0.0
+        for one in steps:
+            computing = float(pass_seconds(one.totals, costs, rates)) if rates else 0.0
+            moving = exchange_seconds(one.exchanges, network, rank, first, all_to_all=to_all)
+            # The cores that would compute meanwhile are those that carry messages.
+            behind = 0.0 if isinstance(machine, Cpu) else min(computing, moving)
+            compute, hidden, exposed = compute + computing, hidden + behind, exposed + moving - behind
+        pairs = [pair for one in steps for peers in one.exchanges for pair in peers.values()]
+        return PassTime(compute, hidden, exposed, *(sum(pair[way] for pair in pairs) for way in (0, 1)))
 
-    forward = timed(work.forward, rates.costs("forward", workload.dtype))
-    backward = timed(work.backward, rates.costs("backward", workload.dtype)) if work.backward else None
+    forward = timed(work.forward, "forward")
+    backward = timed(work.backward, "backward") if work.backward else None
     return RankTime(rank, work.exchange, forward, backward, ((0, 0), (0, 0)), 1)
 
 

@@ -78,10 +78,19 @@ def test_the_bytes_of_all_steps_are_the_traffic(name, causal, fields):
     for rank in range(4):
         work = work_of_rank(config, workload, CPU, KERNEL, rank)
         expected = traffic(
-            config, shards, rank, causal, batch=2, heads=8, kv_heads=4, head_dim=32,
-            itemsize=workload.itemsize, training=True, exchange=exchange_of(config, workload),
+            config,
+            shards,
+            rank,
+            causal,
+            batch=2,
+            heads=8,
+            kv_heads=4,
+            head_dim=32,
+            itemsize=workload.itemsize,
+            training=True,
+            exchange=exchange_of(config, workload),
             documents=(workload.documents,) if workload.documents else None,
-        )  # rows of sizes # fmt: skip
+        )
         for steps, peers in zip((work.forward, work.backward), expected, strict=True):
             sent, received = Counter(), Counter()
             for step in steps:
