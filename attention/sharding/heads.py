@@ -3,7 +3,7 @@ back."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from attention.ops.backward import Gradients, final
 from attention.out_of_memory import with_emergency_release
 from attention.pool import Buffers
 from attention.sharding.shards import Shards
-from attention.sharding.transport import Transport
+from attention.sharding.transport import Message, Transport
 
 
 class HeadExchange(NamedTuple):
@@ -31,9 +31,8 @@ class HeadExchange(NamedTuple):
         return slice(rank * share, (rank + 1) * share)
 
     def to_heads(self, parts: Sequence[Tensor], step: str) -> list[Tensor]:
-        """For each part a rank's heads of all tokens. Tokens of a rank lie together in memory, those of
-        several batch items too, so that they are received where they stay. Parts are sent one after the
-        other, so that no two are packed at a time."""
+        """For each part a rank's heads of all tokens. Batch items are messages of their own, which are
+        received where they stay. Parts are sent one after the other, so that no two are packed at a time."""
         return [self._retried(self._to_heads, part, step) for part in parts]
 
     def to_tokens(self, wholes: Sequence[Tensor], step: str) -> list[Tensor]:
@@ -44,43 +43,49 @@ class HeadExchange(NamedTuple):
         return with_emergency_release(lambda: run(x, step), self.buffers, x.device)
 
     def _to_heads(self, x: Tensor, step: str) -> Tensor:
-        transport, own = self.transport, self.shards.pieces(self.transport.rank)
+        transport = self.transport
         batch, _, heads, dim = x.shape
-        whole = x.new_empty(int(self.shards.seq), batch, heads // transport.world, dim)
-        sends, begin = [], 0
-        for start, stop in own:
-            piece = x[:, begin : begin + stop - start].transpose(0, 1)
-            begin += stop - start
-            whole[start:stop].copy_(piece[:, :, self.heads(transport.rank, heads)])
-            sends += [(peer, piece[:, :, self.heads(peer, heads)].contiguous()) for peer in transport.peers]
-        receives = [
-            (peer, whole[start:stop]) for peer in transport.peers for start, stop in self.shards.pieces(peer)
-        ]
+        whole = x.new_empty(batch, int(self.shards.seq), heads // transport.world, dim)
+        sends: list[Message] = []
+        for (start, stop), piece in self._pieces(x):
+            whole[:, start:stop].copy_(piece[:, :, self.heads(transport.rank, heads)])
+            for peer in transport.peers:
+                sends += [(peer, item) for item in piece[:, :, self.heads(peer, heads)].contiguous()]
+        receives = [(peer, item) for peer, tokens in self._peers_tokens() for item in whole[:, tokens]]
         transport.exchange(sends, receives, step).wait()
-        return whole.transpose(0, 1)
+        return whole
 
     def _to_tokens(self, whole: Tensor, step: str) -> Tensor:
-        transport, own = self.transport, self.shards.pieces(self.transport.rank)
+        transport = self.transport
         batch, _, share, dim = whole.shape
         heads = share * transport.world
         part = whole.new_empty(batch, int(self.shards.tokens(transport.rank)), heads, dim)
-        sends = [
-            (peer, whole[:, start:stop].transpose(0, 1).contiguous())
-            for peer in transport.peers
-            for start, stop in self.shards.pieces(peer)
-        ]
-        receives, places, begin = [], [], 0
-        for start, stop in own:
-            piece = part[:, begin : begin + stop - start]
-            begin += stop - start
+        whole = whole.contiguous()
+        sends = [(peer, item) for peer, tokens in self._peers_tokens() for item in whole[:, tokens]]
+        receives: list[Message] = []
+        arriving: list[tuple[Tensor, Tensor]] = []
+        for (start, stop), piece in self._pieces(part):
             piece[:, :, self.heads(transport.rank, heads)].copy_(whole[:, start:stop])
             for peer in transport.peers:
-                places.append(piece[:, :, self.heads(peer, heads)].transpose(0, 1))
-                receives.append((peer, whole.new_empty(places[-1].shape)))
+                place = piece[:, :, self.heads(peer, heads)]
+                arriving.append((place, whole.new_empty(place.shape)))
+                receives += [(peer, item) for item in arriving[-1][1]]
         transport.exchange(sends, receives, step).wait()
-        for place, (_, x) in zip(places, receives, strict=True):
+        for place, x in arriving:
             place.copy_(x)
         return part
+
+    def _pieces(self, x: Tensor) -> Iterator[tuple[tuple[int, int], Tensor]]:
+        """The (begin, end) of own pieces in the sequence, and what of x [B, own tokens, ...] they are."""
+        begin = 0
+        for start, stop in self.shards.pieces(self.transport.rank):
+            yield (start, stop), x[:, begin : begin + stop - start]
+            begin += stop - start
+
+    def _peers_tokens(self) -> Iterator[tuple[int, slice]]:
+        """Of each peer the tokens of its pieces."""
+        for peer in self.transport.peers:
+            yield from ((peer, slice(*piece)) for piece in self.shards.pieces(peer))
 
 
 class ToHeads(torch.autograd.Function):

@@ -143,7 +143,7 @@ def _forward(
     """(out, lse [B, own tokens, H])."""
     plan = problem.plan
     q, k, v = (x.contiguous() for x in (q, k, v))
-    total = Output(q, plan.wide_out)
+    total = Output(q, plan.wide_out, plan.slab_tokens)
 
     def attended(part: Part, queries: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         def run() -> tuple[Tensor, Tensor | None]:
@@ -167,7 +167,7 @@ def _forward(
         """Sends what visiting queries asked for."""
         sends = []
         for guest, (asking,) in zip(plan.guests, guests, strict=True):
-            visiting = Output(asking, len(guest.parts) > FEW_PARTS)
+            visiting = Output(asking, len(guest.parts) > FEW_PARTS, plan.slab_tokens)
             for own in guest.parts:
                 keys, values = k[:, own.keys], v[:, own.keys]
                 visiting.add(own.part.queries, *attended(own.part, asking, keys, values))
@@ -212,7 +212,8 @@ def _backward(
     q, k, v, out, lse = (x.contiguous() for x in saved)
     travel = lse_dtype(k.dtype) if plan.travels_wide else k.dtype
     rows = (grad, q, out, lse)
-    dq, dk, dv = Sum(q, plan.wide_out), Sum(k, plan.wide_keys), Sum(v, plan.wide_keys)
+    slab = plan.slab_tokens
+    dq, dk, dv = Sum(q, plan.wide_out, slab), Sum(k, plan.wide_keys, slab), Sum(v, plan.wide_keys, slab)
 
     def add(part: Part, asking: Sequence[Tensor], keys: Tensor, values: Tensor, to: _Sums) -> None:
         some = [x[:, part.queries] for x in asking]
@@ -237,7 +238,8 @@ def _backward(
         for fetch in stage.fetches:
             keys, values = fetched.pop(0)
             wide = len(fetch.parts) > FEW_PARTS or plan.travels_wide
-            sums = _Sums((dq, Sum(keys, wide), Sum(values, wide)), slice(0, keys.shape[1]))
+            some = (dq, Sum(keys, wide, slab), Sum(values, wide, slab))
+            sums = _Sums(some, slice(0, keys.shape[1]))
             for part in fetch.parts:
                 add(part, rows, keys, values, sums)
             del keys, values
@@ -253,7 +255,7 @@ def _backward(
         """The gradients of visiting queries, for their owners."""
         sends = []
         for guest, asking in zip(plan.guests, guests, strict=True):
-            visiting = Sum(asking[1], len(guest.parts) > FEW_PARTS)
+            visiting = Sum(asking[1], len(guest.parts) > FEW_PARTS, slab)
             for own in guest.parts:
                 sums = _Sums((visiting, dk, dv), own.keys)
                 add(own.part, asking, k[:, own.keys], v[:, own.keys], sums)

@@ -60,6 +60,7 @@ class ShardedAttention(nn.Module):
             self.query_weight, self.key_weight = twin.query_weight, twin.key_weight
         self._parts: dict[tuple[int, int], Attention] = {}
         self._problems: dict[Hashable, KeysProblem] = {}
+        kernels.steady_heap()
 
     def extra_repr(self) -> str:
         return self.config.to_json()
@@ -304,8 +305,9 @@ class ShardedAttention(nn.Module):
                 self._parts[key] = Attention(config, own.start)
             else:
                 share = config.adaptive.model_copy(update={"num_heads": own.stop - own.start})
-                with torch.random.fork_rng(devices=()):  # its parameters are never read
-                    self._parts[key] = AdaptiveAttention(config.model_copy(update={"adaptive": share}))
+                with torch.random.fork_rng(devices=()):
+                    part = AdaptiveAttention(config.model_copy(update={"adaptive": share}))
+                self._parts[key] = part.to("meta")  # its parameters are never read
         return self._parts[key]
 
 

@@ -13,9 +13,13 @@ from attention.sharding.parts import PartProgram, Placement, joined_placement, o
 from attention.sharding.shards import Shards
 from attention.sharding.whole_parts import WholePart, whole_part
 from attention.sizes.shape import Shape
+from attention.sizes.whole_calls import floor_bytes
 
 FEW_PARTS = 2
 """Parts that may meet in a query, or in a key's gradient, before their sum is kept in single precision."""
+SLAB_SHARE, SLAB_TOKENS = 256, 16
+"""Where parts are added to a sum, slabs are widened one after the other: of at most one part in so many of
+the rank's q, k, v and out, but not of fewer tokens than this."""
 
 
 class Part(NamedTuple):
@@ -87,6 +91,13 @@ class KeysPlan(NamedTuple):
     travels_wide: bool
     """Whether gradients travel in single precision."""
 
+    @property
+    def slab_tokens(self) -> int:
+        """Tokens of a batch item that are widened at a time."""
+        shape = self.shape._replace(seq=self.tokens, origin=0)
+        token = shape.heads * shape.head_dim * shape.wide
+        return max(int(floor_bytes(shape) // (SLAB_SHARE * token)), SLAB_TOKENS)
+
     def all_parts(self) -> Iterator[Part]:
         """Its parts, once each."""
         for guest in self.guests:
@@ -104,9 +115,11 @@ def keys_plan(
     rank: int,
     make: Callable[[Shape], Iterable[Tile]],
     documents: Packing | None,
+    *,
+    looks: bool = True,
 ) -> KeysPlan:
     """The plan of a rank. `shape`: of the whole sequence, with chunks for a rank's tokens; `make` makes the
-    tiles of the whole sequence."""
+    tiles of the whole sequence. Unless it `looks` at those, there may be parts without any."""
     seq, causal, numbers = int(shape.seq), shape.causal, count()
     pieces = shards.pieces(rank)
     starts = _starts(pieces)
@@ -119,7 +132,7 @@ def keys_plan(
         if first >= stop:
             return None
         program = PartProgram(make, (first, stop), rows, shape._replace(windows="none"), documents)
-        if not program.exists():
+        if looks and not program.exists():
             return None
         place = slice(begin + first - queries[0], begin + stop - queries[0])
         whole = None if documents else whole_part(config, (first, stop), rows, shape)

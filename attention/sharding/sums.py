@@ -13,9 +13,6 @@ from attention.sharding.needs import Source
 from attention.sharding.parts import lanes_per_head, source_placement
 from attention.sizes.shape import Shape
 
-SLAB_TOKENS = 1024
-"""Tokens of a batch item that are widened at a time."""
-
 
 def packed(x: Tensor, source: Source, start: int, shape: Shape) -> Tensor:
     """The rows [B, rows, lanes, D] of a source at a rate above 1 of its owner's x [B, S, G, D], in which its
@@ -43,9 +40,10 @@ def _lanes(source: Source, start: int, shape: Shape) -> Iterator[tuple[slice, in
 class Output:
     """The output of queries, and its log-sum-exp, over keys that come in parts."""
 
-    def __init__(self, q: Tensor, wide: bool) -> None:
-        """`wide`: whether it is kept in single precision until it ends."""
-        self._q = q
+    def __init__(self, q: Tensor, wide: bool, slab_tokens: int) -> None:
+        """`wide`: whether it is kept in single precision until it ends; `slab_tokens`: how many are widened
+        at a time."""
+        self._q, self._slab_tokens = q, slab_tokens
         self._out: Tensor | None = None
         self._lse: Tensor | None = None
         self._dtype = lse_dtype(q.dtype) if wide else q.dtype
@@ -57,7 +55,7 @@ class Output:
             self._out, self._lse = out, lse
             return
         total, total_lse = self._sums()
-        for b, part in _slabs(out):
+        for b, part in _slabs(out, self._slab_tokens):
             _merge(total[b, queries][part], total_lse[b, queries][part], out[b, part], lse[b, part])
 
     def ended(self) -> tuple[Tensor, Tensor]:
@@ -77,20 +75,21 @@ class Output:
 class Sum:
     """A gradient that comes in parts."""
 
-    def __init__(self, like: Tensor, wide: bool) -> None:
-        """`like`: what it is the gradient of; `wide`: whether it is kept in single precision till it ends."""
-        self._like = like
+    def __init__(self, like: Tensor, wide: bool, slab_tokens: int) -> None:
+        """`like`: what it is the gradient of; `wide` and `slab_tokens`: as those of an output."""
+        self._slab_tokens = slab_tokens
+        self._shape, self._device, self._own_dtype = like.shape, like.device, like.dtype
         self._total: Tensor | None = None
         self._dtype = lse_dtype(like.dtype) if wide else like.dtype
 
     def add(self, tokens: slice, part: Tensor) -> None:
         """Adds to the gradient of some tokens. A part of all may be the sum's from then on."""
         alone = part.untyped_storage().nbytes() == part.nbytes
-        if self._total is None and alone and part.dtype == self._dtype and part.shape == self._like.shape:
+        if self._total is None and alone and part.dtype == self._dtype and part.shape == self._shape:
             self._total = part
             return
         total = self._sum()[:, tokens]
-        for b, some in _slabs(part):
+        for b, some in _slabs(part, self._slab_tokens):
             _add(total[b, some], part[b, some])
 
     def add_lanes(self, source: Source, start: int, shape: Shape, part: Tensor) -> None:
@@ -103,18 +102,18 @@ class Sum:
     def ended(self, dtype: torch.dtype | None = None) -> Tensor:
         """The gradient, in its own type or another, once."""
         total, self._total = self._sum(), None  # the sum is gone when it is converted
-        return _converted(total, dtype or self._like.dtype).contiguous()
+        return _converted(total, dtype or self._own_dtype).contiguous()
 
     def _sum(self) -> Tensor:
         if self._total is None:
-            self._total = torch.zeros(self._like.shape, dtype=self._dtype, device=self._like.device)
+            self._total = torch.zeros(self._shape, dtype=self._dtype, device=self._device)
         return self._total
 
 
-def _slabs(part: Tensor) -> Iterator[tuple[int, slice]]:
+def _slabs(part: Tensor, tokens: int) -> Iterator[tuple[int, slice]]:
     for b in range(len(part)):
-        for begin in range(0, part.shape[1], SLAB_TOKENS):
-            yield b, slice(begin, begin + SLAB_TOKENS)
+        for begin in range(0, part.shape[1], tokens):
+            yield b, slice(begin, begin + tokens)
 
 
 def _converted(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -6,6 +6,7 @@ A config is columns of one: which implementation runs, and which plan is its, is
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -40,13 +41,36 @@ def plan_of(config: AttentionConfig, workload: Workload, machine: Machine, *, wa
     columns = columns_of(config, workload.seq)
     apart = bool(goes_apart(columns, workload, machine))
     returned = returned_weights(config, workload) if workload.weights else None
-    cut = None
-    if is_cut(columns, workload):
-        shape = shape_of(columns, workload, machine)
-        if shape.windows == "none":
-            vast = is_vast(columns, shape.causal)
-            cut = bounded_cut(columns, shape) if vast else cut_program(config, workload, shape).extent
+    cut = _cut_of(config, columns, workload, machine)
     return planned(columns, workload, machine, apart=apart, returned=returned, warm=warm, cut=cut)
+
+
+def attention_of(
+    config: AttentionConfig, workload: Workload, machine: Machine
+) -> tuple[tiles.Case, Callable[[PlanTable, tiles.Case], None]]:
+    """The case of one device's call, and what adds the attention alone over q, k and v that are there."""
+    columns = columns_of(config, workload.seq)
+    apart = bool(goes_apart(columns, workload, machine))
+    cut = _cut_of(config, columns, workload, machine)
+    if cut is None and is_cut(columns, workload):
+        cut = bounded_cut(columns, shape_of(columns, workload, machine))
+    return (
+        case_of(columns, workload, machine),
+        lambda table, case: _attention(table, case, columns, apart, cut),
+    )
+
+
+def _cut_of(
+    config: AttentionConfig, columns: Columns, workload: Workload, machine: Machine
+) -> ExtentOf | None:
+    """The sizes of one config's program, where that is cut."""
+    if not is_cut(columns, workload):
+        return None
+    shape = shape_of(columns, workload, machine)
+    if shape.windows != "none":
+        return None
+    vast = is_vast(columns, shape.causal)
+    return bounded_cut(columns, shape) if vast else cut_program(config, workload, shape).extent
 
 
 def planned(

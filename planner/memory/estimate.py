@@ -20,12 +20,14 @@ from planner.calibration import Bound, Calibration, bound_of, of_this_torch, shi
 from planner.memory import cuda_process
 from planner.memory.allocator import replay, smallest_cap
 from planner.memory.allocator_settings import AllocatorSettings
-from planner.memory.cuda_process import Display
+from planner.memory.cuda_process import DeviceLine, Display
 from planner.memory.dispatch import kernel_of, plan_of
 from planner.memory.dry_runs import dry_bound
 from planner.memory.launches import launches_of
 from planner.memory.machines import Cpu, Cuda, Machine, this_cpu, units_of
+from planner.memory.nccl import nccl_share
 from planner.memory.table import COMPONENTS, Plan
+from planner.ranks.ring import likest, refuse_sharing
 from planner.workload import Dtype, Workload, refuse_features
 
 SCHEMA_VERSION: Final = 1
@@ -55,7 +57,8 @@ Texts = Annotated[tuple[str, ...], BeforeValidator(as_tuple)]
 
 
 class MemoryEstimate(Value):
-    """The memory of one call, in training with its backward: a first call, pool and caches empty."""
+    """The memory of one call, in training with its backward: a first call, pool and caches empty. Where GPUs
+    share it, that of the one which needs most."""
 
     schema_version: Literal[1] = SCHEMA_VERSION
     config: AttentionConfig
@@ -114,6 +117,7 @@ def estimate(
     float32 beside 16-bit q, k and v takes more. Documents are taken to be numbered in int32.
     """
     refuse_features(config, workload)
+    refuse_sharing(config, workload)
     if device == "cpu":
         return _on_cpu(config, workload, calibration, threads)
     gpu = gpus.find(device) if isinstance(device, str) else device
@@ -163,10 +167,11 @@ def _on_cpu(
         raise ConfigError("backend='flex' runs on CUDA only; use backend='auto' for device='cpu'")
     _refuse_kernel(config, workload, None, "the CPU")
     machine = machine_of("cpu", workload.dtype, threads)
-    plan = plan_of(config, workload, machine)
+    plan, _ = _rank_plan(config, workload, machine)
     at, allocated = plan.peak()
     chosen = calibration or calibration_for("cpu", machine, workload.dtype)
-    bound = bound_of(chosen, config, workload, allocated, explicit=calibration is not None)
+    one = likest(config, workload) if workload.gpus > 1 else workload
+    bound = bound_of(chosen, config, one, allocated, explicit=calibration is not None)
     return MemoryEstimate(
         config=config,
         workload=workload,
@@ -181,7 +186,7 @@ def _on_cpu(
         at=at,
         lines=_lines(plan, at),
         notes=bound.notes,
-        kernel=str(kernel_of(config, workload, machine)),
+        kernel=str(kernel_of(config, one, machine)),
     )
 
 
@@ -196,20 +201,23 @@ def _on_gpu(
     explicit: bool,
 ) -> MemoryEstimate:
     _refuse_unfit(config, workload, gpu)
-    plan = plan_of(config, workload, machine)
+    plan, peers = _rank_plan(config, workload, machine)
+    shared = nccl_share(peers)
+    outside += (DeviceLine("NCCL", "context", shared.likely, shared.source, False),)
     events = list(plan.events())
     outcome = replay(events, settings)
     at, _ = plan.peak()
     context = int(cuda_process.total(outside))
     cap = smallest_cap(events, settings)
     lost = outcome.peak_reserved + context
-    bound = dry_bound(config, workload, outcome.peak_reserved, context)
+    one = likest(config, workload) if workload.gpus > 1 else workload
+    bound = dry_bound(config, one, outcome.peak_reserved, context)
     if calibration is not None and (explicit or of_this_torch(calibration)):
-        bound = bound_of(calibration, config, workload, lost, explicit=explicit, device=gpu.key)
+        bound = bound_of(calibration, config, one, lost, explicit=explicit, device=gpu.key)
     components = plan.components(at)
     components["context"] = context
-    kernel = kernel_of(config, workload, machine)
-    launches = launches_of(config, workload, machine)
+    kernel = kernel_of(config, one, machine)
+    launches = launches_of(config, workload, machine) if workload.gpus == 1 else None
     named = tuple(
         Line(name=line.name, component=line.component, bytes=int(line.bytes), source=line.source)
         for line in outside
@@ -223,7 +231,7 @@ def _on_gpu(
         reserved=outcome.peak_reserved,
         device=outcome.peak_reserved + context,
         needed=cap + context,
-        upper=bound.upper,
+        upper=bound.upper + shared.most - shared.likely,
         confidence=bound.confidence,
         components={name: components[name] for name in COMPONENTS if components.get(name)},
         at=at,
@@ -232,6 +240,15 @@ def _on_gpu(
         kernel=str(kernel),
         launches=None if launches is None else int(launches.number),
     )
+
+
+def _rank_plan(config: AttentionConfig, workload: Workload, machine: Machine) -> tuple[Plan, int]:
+    """(the plan of the only rank, or of the one with the highest peak, how many others it exchanges with)."""
+    if workload.gpus == 1:
+        return plan_of(config, workload, machine), 0
+    from planner.memory.sharded import fullest_rank  # NumPy, which plans of one device do not need
+
+    return fullest_rank(config, workload, machine)
 
 
 def _refuse_unfit(config: AttentionConfig, workload: Workload, gpu: gpus.Gpu) -> None:

@@ -5,6 +5,7 @@ Bytes are ints, or NumPy arrays for many candidates at once. The peak is the lar
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -110,13 +111,17 @@ class PlanTable:
 
     def __init__(self) -> None:
         self._phases: list[str] = [START]
+        self._named: Counter[str] = Counter()
         self._lines: list[tuple[str, str, tuple[Count, ...], str, int, int | None]] = []
         self._open: dict[str, int] = {}
         self._before: set[int] = set()
 
     def phase(self, name: str) -> None:
-        """Begins a phase: buffers that are added from now on are alive from it on."""
-        self._phases.append(name)
+        """Begins a phase: buffers that are added from now on are alive from it on. A name that was there
+        before gets a number."""
+        self._named[name] += 1
+        count = self._named[name]
+        self._phases.append(name if count == 1 else f"{name} ({count})")
 
     def add(self, name: str, component: str, count: Tensors, formula: str) -> None:
         """A buffer that is alive from the present phase until it is freed, or to the end."""
@@ -140,6 +145,11 @@ class PlanTable:
             *line, _ = self._lines[place]
             self._lines[place] = (*line, len(self._phases))  # type: ignore[assignment]
 
+    def rename(self, old: str, name: str, component: str) -> None:
+        """A buffer becomes another one, of another component maybe."""
+        place = self._open[name] = self._open.pop(old)
+        self._lines[place] = (name, component, *self._lines[place][2:])
+
     def holds(self, name: str) -> bool:
         """Whether a buffer was added and not freed."""
         return name in self._open
@@ -156,3 +166,48 @@ class PlanTable:
             for n, (name, component, tensors, formula, first, stop) in enumerate(self._lines)
         )
         return Plan(phases, tuple(x for x in buffers if not (type(x.bytes) is int and x.bytes == 0)))
+
+
+KEPT: Final = ("memory_pool", "pattern_cache")
+"""Components that a pass leaves behind, whoever needs its results."""
+
+
+class PrefixedTable(PlanTable):
+    """Adds the plan of a part of a call to a table, under names of its own."""
+
+    def __init__(self, table: PlanTable, prefix: str) -> None:
+        super().__init__()
+        self._table, self._prefix = table, prefix
+        self._alive: list[str] = []
+
+    def phase(self, name: str) -> None:
+        self._table.phase(self._prefix + name)
+
+    def add(self, name: str, component: str, count: Tensors, formula: str) -> None:
+        self._table.add(self._prefix + name, component, count, formula)
+        if component not in KEPT:
+            self._alive.append(name)
+
+    def lasting(self, name: str, component: str, count: Tensors, formula: str) -> None:
+        self._table.lasting(name, component, count, formula)
+
+    def kept(self, name: str, component: str, count: Tensors, formula: str) -> None:
+        self._table.kept(name, component, count, formula)
+
+    def free(self, *names: str) -> None:
+        self._alive = [name for name in self._alive if name not in names]
+        self._table.free(*(self._prefix + name for name in names))
+
+    def rename(self, old: str, name: str, component: str) -> None:
+        self._alive = [one for one in self._alive if one != old] + [name]
+        self._table.rename(self._prefix + old, self._prefix + name, component)
+
+    def holds(self, name: str) -> bool:
+        return self._table.holds(self._prefix + name)
+
+    def nbytes(self, name: str) -> Count:
+        return self._table.nbytes(self._prefix + name)
+
+    def end(self, *spared: str) -> None:
+        """Frees all but these and what pool and caches keep."""
+        self.free(*(name for name in self._alive if name not in spared))

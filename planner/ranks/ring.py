@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from attention.config import AttentionConfig, ShardingConfig
 from attention.errors import ConfigError
@@ -78,3 +78,19 @@ def exchange_of(config: AttentionConfig, workload: Workload) -> Literal["keys", 
         head_dim=workload.head_dim,
         itemsize=workload.itemsize,
     )
+
+
+def likest(config: AttentionConfig, workload: Workload) -> Workload:
+    """The call of one device that is most like that of the rank with most tokens: own heads of the whole
+    sequence, or own tokens."""
+    world, batch = ring_of(config, workload)
+    alone: dict[str, Any] = {"batch": batch, "gpus": 1}
+    if world == 1:
+        return workload.model_copy(update=alone)
+    if exchange_of(config, workload) == "heads":
+        heads = {"heads": workload.heads // world, "kv_heads": workload.groups // world}
+        return workload.model_copy(update=alone | heads)
+    from attention.sharding.shards import shards_of
+
+    tokens = int(shards_of(config, workload.seq, world).fullest)
+    return workload.model_copy(update=alone | {"seq": tokens, "documents": None})

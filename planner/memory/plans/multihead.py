@@ -12,16 +12,14 @@ from collections.abc import Callable
 from attention.sizes.arrays import Count, maximum
 from planner.memory.cuda_kernels import largest
 from planner.memory.plans.tiles import Case, given, products
-from planner.memory.table import PlanTable, Tensors
+from planner.memory.table import PlanTable, PrefixedTable
 
-KEPT = ("memory_pool", "pattern_cache")
-"""Components that a forward pass leaves behind, whoever needs its results."""
+Attend = Callable[[PlanTable, Case], None]
+"""Adds an attention over q, k and v that are there."""
 COMPACT = "output without padding"
 
 
-def multihead(
-    table: PlanTable, case: Case, attend: Callable[[PlanTable, Case], None], *, bias: bool, checkpoint: bool
-) -> None:
+def multihead(table: PlanTable, case: Case, attend: Attend, *, bias: bool, checkpoint: bool) -> None:
     """Input projections, attention, output projection, and in training their gradients. `attend` adds the
     attention itself. `checkpoint`: backward repeats the forward pass, of which nothing was saved."""
     _inputs(table, case, bias)
@@ -29,7 +27,7 @@ def multihead(
     case = case._replace(runs=1 + repeats)
     e = case.shape.itemsize
     if repeats:
-        first = _Unsaved(table, "unsaved ")
+        first = PrefixedTable(table, "unsaved ")
         _project(first, case)
         attend(first, case._replace(turn=lambda _: False))
         first.end("out")
@@ -161,34 +159,3 @@ def _product(
 def _scratch(table: PlanTable, count: Count) -> None:
     table.add("product scratch", "workspace", count, "of the library; see planner/memory/onednn/gemm.py")
     table.free("product scratch")
-
-
-class _Unsaved(PlanTable):
-    """Adds a forward pass of which nothing is saved to a table, under names of its own."""
-
-    def __init__(self, table: PlanTable, prefix: str) -> None:
-        super().__init__()
-        self._table, self._prefix = table, prefix
-        self._alive: list[str] = []
-
-    def phase(self, name: str) -> None:
-        self._table.phase(self._prefix + name)
-
-    def add(self, name: str, component: str, count: Tensors, formula: str) -> None:
-        self._table.add(self._prefix + name, component, count, formula)
-        if component not in KEPT:
-            self._alive.append(name)
-
-    def lasting(self, name: str, component: str, count: Tensors, formula: str) -> None:
-        self._table.lasting(name, component, count, formula)
-
-    def kept(self, name: str, component: str, count: Tensors, formula: str) -> None:
-        self._table.kept(name, component, count, formula)
-
-    def free(self, *names: str) -> None:
-        self._alive = [name for name in self._alive if name not in names]
-        self._table.free(*(self._prefix + name for name in names))
-
-    def end(self, *spared: str) -> None:
-        """Frees all but these and what pool and caches keep."""
-        self.free(*(name for name in self._alive if name not in spared))

@@ -268,18 +268,37 @@ def program(table: PlanTable, case: Case, extent_of: Callable[[Shape], Extent]) 
             mask.there,
             "attention/sizes/tiles.py Extent.mask",
         )
+
+    def begin() -> None:
+        table.add("out", "output", case.channels * e, "B S H D e")
+        table.add(
+            "log-sum-exp",
+            "saved_for_backward" if case.trains else "temp_buffers",
+            case.lse_bytes * keeps,
+            "B S H w",
+        )
+        table.add("forward arena", "workspace", size - there, "attention/sizes/tiles.py forward_sizes")
+        _make(table, "causal mask", mask)
+
+    forward_calls(table, case, extent, begin)
+    table.free("causal mask")
+    _leave(table, "forward arena", POOLED, pool_size - there)
+    join_sinks(table, case)
+    if keeps and not case.trains:
+        table.free("log-sum-exp")
+    if case.goes_back(table):
+        sinks_gradient(table, case)
+        program_backward(table, case, extent_of, arena, other)
+
+
+def forward_calls(table: PlanTable, case: Case, extent: Extent, begin: Callable[[], None]) -> None:
+    """The calls of a forward pass over tiles, whose largest sizes are given; `begin` adds what all share, in
+    the first of their phases."""
+    shape, e = case.shape, case.shape.itemsize
     for number, kind in enumerate(_in_order(case, _most(case, extent, shape))):
         table.phase(f"forward, {kind.name}")
         if number == 0:
-            table.add("out", "output", case.channels * e, "B S H D e")
-            table.add(
-                "log-sum-exp",
-                "saved_for_backward" if case.trains else "temp_buffers",
-                case.lse_bytes * keeps,
-                "B S H w",
-            )
-            table.add("forward arena", "workspace", size - there, "attention/sizes/tiles.py forward_sizes")
-            _make(table, "causal mask", mask)
+            begin()
         call = _call(extent, kind, kind.views, kind.keys, shape)._replace(
             unmasked=_unmasked(kind, kind.keys, shape), sizes=kind.sizes
         )
@@ -299,14 +318,6 @@ def program(table: PlanTable, case: Case, extent_of: Callable[[Shape], Extent]) 
         scratch = [count * kind.exists for count in most]
         table.add(f"{kind.name}: scratch", "workspace", scratch, "of the kernel, or of the merge")
         table.free(result, f"{kind.name}: scratch", f"{kind.name}: hidden positions")
-    table.free("causal mask")
-    _leave(table, "forward arena", POOLED, pool_size - there)
-    join_sinks(table, case)
-    if keeps and not case.trains:
-        table.free("log-sum-exp")
-    if case.goes_back(table):
-        sinks_gradient(table, case)
-        program_backward(table, case, extent_of, arena, other)
 
 
 def _most(case: Case, extent: Extent, shape: Shape) -> tuple[Kind, ...]:
@@ -378,24 +389,36 @@ def program_backward(
             "a pool's buffer, of the call before",
         )
         there = maximum(there, pool_size)
-    number = shape.wide if shape.widens else e
     _, mask = _masks(case, extent_of)
+
+    def begin() -> None:
+        table.add("dq", "gradients", case.channels * e, "B S H D e")
+        table.add("dk", "gradients", case.kv_channels * e, "B S G D e")
+        table.add("dv", "gradients", case.kv_channels * e, "B S G D e")
+        table.add(
+            "backward arena",
+            "workspace",
+            size - there * (size > 0),
+            "attention/sizes/tiles.py backward_sizes",
+        )
+        _make(table, "causal mask of backward", mask)
+
+    backward_calls(table, case, extent, begin)
+    table.free("causal mask of backward")
+    _leave(table, "backward arena", f"backward {POOLED}", maximum(pool_size - there, 0))
+
+
+def backward_calls(table: PlanTable, case: Case, extent: Extent, begin: Callable[[], None]) -> None:
+    """The calls of a backward pass over tiles, as `forward_calls`; `extent`: cut for that pass."""
+    shape, e = case.shape.backward(), case.shape.itemsize
+    number = shape.wide if shape.widens else e
     ordered = _in_order(case, _most(case, extent, shape))
     by_name = dict(zip((kind.name for kind in extent.kinds), pieces(extent, shape), strict=True))
     for n, kind in enumerate(ordered):
         piece = by_name[kind.name]
         table.phase(f"backward, {kind.name}")
         if n == 0:
-            table.add("dq", "gradients", case.channels * e, "B S H D e")
-            table.add("dk", "gradients", case.kv_channels * e, "B S G D e")
-            table.add("dv", "gradients", case.kv_channels * e, "B S G D e")
-            table.add(
-                "backward arena",
-                "workspace",
-                size - there * (size > 0),
-                "attention/sizes/tiles.py backward_sizes",
-            )
-            _make(table, "causal mask of backward", mask)
+            begin()
         call = _call(extent, kind, piece.views, piece.keys, shape, number)
         call = call._replace(unmasked=_unmasked(kind, piece.keys, shape))
         if shape.widens:
@@ -436,8 +459,6 @@ def program_backward(
         table.free(copies)
         if kind.gathers:
             table.free(f"{kind.name}: places")
-    table.free("causal mask of backward")
-    _leave(table, "backward arena", f"backward {POOLED}", maximum(pool_size - there, 0))
 
 
 def _hidden(table: PlanTable, kind: Kind, count: Count, shape: Shape) -> None:

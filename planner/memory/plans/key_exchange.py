@@ -1,0 +1,555 @@
+"""The memory plan of a rank that shares a sequence by moving keys; see `attention/sharding/keys.py`, whose
+steps these are. Imports no torch.
+
+Letters as in `planner/memory/plans/tiles.py`, of the rank's own tokens; R rows of L lanes of what is fetched
+or sent, Q queries of a part or of a visit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import NamedTuple
+
+from attention.sharding.parts import Placement, source_placement
+from attention.sharding.plan import FEW_PARTS, Fetch, Guest, KeysPlan, Part, Stage
+from attention.sizes.arena import arena_bytes, bucket_bytes
+from attention.sizes.shape import Shape
+from attention.sizes.tiles import Extent, backward_sizes, forward_sizes
+from planner.memory.plans import tiles, whole_calls
+from planner.memory.plans.tiles import Case
+from planner.memory.table import PlanTable, PrefixedTable
+
+Mask = tuple[int, int, bool, int]
+"""(queries, keys, whether it is a band, bytes of a number)."""
+End = Callable[[], None]
+"""Ends the use of a buffer."""
+
+
+class Kept:
+    """What a pool and a cache of masks hold: of the parts of a rank before this one, and of calls before."""
+
+    def __init__(self, pool: str, pool_bytes: int | None, cache_entries: int, cache_bytes: int) -> None:
+        self._pool, self._pool_bytes = pool, pool_bytes
+        self._cache_entries, self._cache_bytes = cache_entries, cache_bytes
+        self.arenas: list[int] = []
+        """Bytes of each buffer, the one used last at the end."""
+        self.masks: dict[Mask, int] = {}
+        """Bytes of each that is kept, the one used last at the end."""
+        self._seen: set[Mask] = set()
+
+    def before(self, table: PlanTable) -> None:
+        """Adds what calls before have left."""
+        for nbytes in self.arenas:
+            table.add(_arena_name(nbytes), "memory_pool", nbytes, "a pool's buffer, of the call before")
+        for mask, nbytes in self.masks.items():
+            table.add(_mask_name(mask), "pattern_cache", nbytes, "attention/sizes/tiles.py Extent.mask")
+
+    def begin(self, table: PlanTable, own: int, other: int, seq: int, formula: str) -> End:
+        """Adds a pass's arena over so many keys, `other` being that of the training step's other pass;
+        returns what ends its use."""
+        pooled = bool(tiles.pooled(self._pool, self._pool_bytes, seq))
+        nbytes = int(bucket_bytes(max(own, other))) if pooled else own
+        if not own:
+            return lambda: None
+        if pooled and nbytes in self.arenas:
+            self.arenas.remove(nbytes)  # to be the last
+            self.arenas.append(nbytes)
+            return lambda: None
+        table.add("arena", "workspace", nbytes, formula)
+
+        def end() -> None:
+            table.free("arena")
+            if not pooled or (self._pool_bytes is not None and nbytes > self._pool_bytes):
+                return
+            table.phase("arena kept")
+            self.arenas.append(nbytes)
+            table.add(_arena_name(nbytes), "memory_pool", nbytes, "a pool's buffer, for what follows")
+            while self._pool_bytes is not None and sum(self.arenas) > self._pool_bytes:
+                table.free(_arena_name(self.arenas.pop(0)))
+
+        return end
+
+    def mask(self, table: PlanTable, mask: Mask) -> End:
+        """Adds a pass's mask; returns what ends its use."""
+        queries, keys, _, number = mask
+        nbytes = queries * keys * number
+        if not nbytes or mask in self.masks:
+            return lambda: None
+        formula = "attention/sizes/tiles.py Extent.mask"
+        if self._cache_entries and mask in self._seen and nbytes <= self._cache_bytes:
+            self.masks[mask] = nbytes
+            table.add(_mask_name(mask), "pattern_cache", nbytes, formula)
+            return lambda: None
+        self._seen.add(mask)
+        table.add("mask", "masks", nbytes, formula)
+        return lambda: table.free("mask")
+
+
+def _arena_name(nbytes: int) -> str:
+    return f"arena of {nbytes:,} bytes kept by the pool"
+
+
+def _mask_name(mask: Mask) -> str:
+    return f"mask of {mask[0]:,} by {mask[1]:,}, kept"
+
+
+class _Rank(NamedTuple):
+    """What the steps of a rank's plan need."""
+
+    table: PlanTable
+    case: Case
+    """Of the rank's own tokens."""
+    plan: KeysPlan
+    kept: Kept
+    extent: Callable[[Part, bool], Extent]
+    """The largest sizes of a part's calls, forward or backward."""
+
+    @property
+    def e(self) -> int:
+        return self.case.shape.itemsize
+
+    @property
+    def w(self) -> int:
+        return self.case.shape.wide
+
+    def rows(self, queries: int) -> int:
+        """Queries of all batch items and heads."""
+        return int(self.case.batch * queries * self.case.shape.heads)
+
+    def numbers(self, queries: int) -> int:
+        """Numbers of so many queries, or of their output."""
+        return self.rows(queries) * int(self.case.shape.head_dim)
+
+    def key_numbers(self, rows: int, lanes: int) -> int:
+        """Numbers of so many rows of keys."""
+        return int(self.case.batch * rows * lanes * self.case.shape.head_dim)
+
+    def placed(self, rows: Placement) -> int:
+        """Numbers of keys that lie so."""
+        return self.key_numbers(rows.total, rows.lanes(self.plan.shape))
+
+    @property
+    def travel(self) -> int:
+        """Bytes of a number of a gradient that travels."""
+        return self.w if self.plan.travels_wide else self.e
+
+
+def key_exchange(
+    table: PlanTable,
+    case: Case,
+    plan: KeysPlan,
+    kept: Kept,
+    bound: Callable[[Part, Shape], Extent] | None = None,
+) -> None:
+    """An attention of a rank over its own keys and those that it fetches: forward, and in training backward.
+    `case`: of its own tokens. q, k and v are there; `kept` is what calls before have left. `bound`: of the
+    sizes of a part's calls, where these are not looked at themselves."""
+    parts = {part.number: part for part in plan.all_parts()}
+
+    @cache
+    def extent(number: int, backward: bool) -> Extent:
+        program = parts[number].program
+        shape = program.shape.backward() if backward else program.shape
+        return program.extent(shape) if bound is None else bound(parts[number], shape)
+
+    rank = _Rank(table, case, plan, kept, lambda part, backward: extent(part.number, backward))
+    _forward(rank)
+    if plan.tokens:
+        tiles.join_sinks(table, case)
+    if not case.trains:
+        table.free("log-sum-exp")
+    elif case.goes_back(table):
+        if plan.tokens:
+            tiles.sinks_gradient(table, case)
+        _backward(rank)
+
+
+def _forward(rank: _Rank) -> None:
+    """Up to out and its log-sum-exp."""
+    table, plan, e = rank.table, rank.plan, rank.e
+    total = _Output(rank, plan.tokens, plan.wide_out, "out", "log-sum-exp")
+    table.phase("forward, first messages")
+    guests = [rank.numbers(guest.queries.stop) * e for guest in plan.guests]
+    table.add("visiting queries", "comm_buffers", guests, "B Q H D e")
+    ahead = _Ahead(rank, "forward")
+    ahead.post()
+    for own in plan.own:
+        total.add(own.part, "own keys")
+    answers = [_answer(rank, host) for host in plan.hosts]
+    table.phase("forward, own keys done")
+    table.add("answers to own queries", "comm_buffers", _flat(answers), "B Q H (D e + w)")
+    answers_sent = False
+    for number, stage in enumerate(plan.stages):
+        ahead.arrived(number)
+        if number == 0 and (plan.guests or plan.hosts):
+            answers_sent = True
+            for place, guest in enumerate(plan.guests):
+                names = f"answer {place + 1}", f"answer {place + 1}, log-sum-exp"
+                visiting = _Output(rank, guest.queries.stop, len(guest.parts) > FEW_PARTS, *names)
+                for own in guest.parts:
+                    visiting.add(own.part, "visiting queries")
+                visiting.end()
+            table.free("visiting queries")
+        for place, fetch in enumerate(stage.fetches):
+            for part in fetch.parts:
+                total.add(part, f"keys of stage {number + 1}")
+            ahead.used(number, place)
+    if not answers_sent:
+        table.free("visiting queries")
+    for place, _ in enumerate(plan.guests if answers_sent else ()):
+        table.free(f"answer {place + 1}", f"answer {place + 1}, log-sum-exp")
+    for host in plan.hosts:
+        total.merge(len(range(host.queries.start, host.queries.stop)))
+    total.end()
+    table.free("answers to own queries")
+
+
+def _answer(rank: _Rank, host: Guest) -> tuple[int, int]:
+    queries = host.queries.stop - host.queries.start
+    return rank.numbers(queries) * rank.e, rank.rows(queries) * rank.w
+
+
+def _flat(pairs: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    return tuple(nbytes for pair in pairs for nbytes in pair)
+
+
+class _Ahead:
+    """What is fetched ahead, as `attention.sharding.keys` does it: lines of the stage that is used and of the
+    next one."""
+
+    def __init__(self, rank: _Rank, step: str) -> None:
+        self._rank, self._step, self._number = rank, step, 0
+
+    def post(self) -> None:
+        rank, table, stages = self._rank, self._rank.table, self._rank.plan.stages
+        if self._number >= len(stages):
+            return
+        stage, number = stages[self._number], self._number
+        self._number += 1
+        sent = [
+            rank.placed(source_placement(source)) * rank.e
+            for source in stage.deliveries
+            for _ in range(2 * (source.rate > 1))
+        ]
+        table.add(_packed(number), "comm_buffers", sent, "B R L D e")
+        for place, fetch in enumerate(stage.fetches):
+            nbytes = rank.placed(fetch.rows) * rank.e
+            table.add(_fetched(number, place), "ring", (nbytes, nbytes), "2 B R L D e")
+
+    def arrived(self, number: int) -> None:
+        """The stage is there, and the next one is posted."""
+        table = self._rank.table
+        table.free(_packed(number))
+        table.phase(f"{self._step}, stage {number + 1} arrived")
+        self.post()
+
+    def used(self, number: int, place: int) -> None:
+        """A fetch of the stage is not read any more."""
+        self._rank.table.free(_fetched(number, place))
+        self._rank.table.phase(f"{self._step}, stage {number + 1}, fetch {place + 1} used")
+
+
+def _packed(number: int) -> str:
+    return f"keys packed for stage {number + 1}"
+
+
+def _fetched(number: int, place: int) -> str:
+    return f"keys of fetch {place + 1}, stage {number + 1}"
+
+
+class _Output:
+    """Lines of `attention.sharding.sums.Output`."""
+
+    def __init__(self, rank: _Rank, tokens: int, wide: bool, name: str, lse_name: str) -> None:
+        self._rank, self._tokens = rank, tokens
+        self._name, self._lse_name = name, lse_name
+        self._number = rank.w if wide else rank.e
+        self._sum: str | None = None
+
+    def add(self, part: Part, name: str) -> None:
+        """Adds a part, which is computed first."""
+        rank, table = self._rank, self._rank.table
+        queries = part.queries.stop - part.queries.start
+        out, lse = _part_forward(rank, part, f"{name}: ")
+        if self._sum is None and self._number == rank.e and queries == self._tokens:
+            table.rename(out, self._name, self._component("output"))
+            table.rename(lse, self._lse_name, self._component("saved_for_backward"))
+            self._sum = self._name
+            return
+        self.merge(queries)
+        table.free(out, lse)
+        table.phase(f"{name} merged")
+
+    def merge(self, queries: int) -> None:
+        """Merges the output of queries that is there."""
+        rank, table = self._rank, self._rank.table
+        table.phase(f"{self._name}, merging")
+        self._begin()
+        rows = min(rank.plan.slab_tokens, queries) * int(rank.case.shape.heads)
+        share, slab = rows * rank.w, rows * int(rank.case.shape.head_dim) * rank.w
+        total, part = slab * (self._number < rank.w), slab * (rank.e < rank.w)
+        name = f"scratch of the merge, {self._name}"
+        table.add(name, "workspace", (share, total, max(share, part)), "T H w, and twice T H D w in 16 bits")
+        table.free(name)
+
+    def end(self) -> None:
+        """The sum is complete."""
+        rank, table = self._rank, self._rank.table
+        self._begin()
+        if self._number > rank.e:
+            table.phase(f"{self._name}, rounded")
+            nbytes = rank.numbers(self._tokens) * rank.e
+            table.add(self._name, self._component("output"), nbytes, "B S H D e")
+            assert self._sum is not None
+            table.free(self._sum)
+
+    def _begin(self) -> None:
+        rank, table = self._rank, self._rank.table
+        if self._sum is not None:
+            return
+        wide = self._number > rank.e
+        self._sum = f"{self._name} in single precision" if wide else self._name
+        nbytes = rank.numbers(self._tokens) * self._number
+        component = "temp_buffers" if wide else self._component("output")
+        table.add(self._sum, component, nbytes, "B S H D w" if wide else "B S H D e")
+        lse = rank.rows(self._tokens) * rank.w
+        table.add(self._lse_name, self._component("saved_for_backward"), lse, "B S H w")
+
+    def _component(self, own: str) -> str:
+        """That of own results; visitors' travel."""
+        if self._name != "out":
+            return "comm_buffers"
+        return own if own == "output" or self._rank.case.trains else "temp_buffers"
+
+
+def _part_forward(rank: _Rank, part: Part, prefix: str) -> tuple[str, str]:
+    """Computes a part; names of its output and log-sum-exp."""
+    table, case = PrefixedTable(rank.table, prefix), rank.case
+    names = f"{prefix}out", f"{prefix}log-sum-exp"
+    if part.whole is not None:
+        own = case._replace(shape=part.whole.shape, trains=False)
+        whole_calls.forward(table, own, part.whole.calls)
+        return names
+    shape, queries = part.program.shape, part.queries.stop - part.queries.start
+    extent = rank.extent(part, False)
+    ends: list[End] = []
+
+    def begin() -> None:
+        table.add("out", "temp_buffers", rank.numbers(queries) * rank.e, "B Q H D e")
+        table.add("log-sum-exp", "temp_buffers", rank.rows(queries) * rank.w, "B Q H w")
+        forward, backward = _arenas(rank, part)
+        formula = "attention/sizes/tiles.py forward_sizes"
+        ends.append(rank.kept.begin(rank.table, forward, backward, int(shape.seq), formula))
+        ends.append(rank.kept.mask(rank.table, (*_ints(extent.mask), extent.band, rank.e)))
+
+    tiles.forward_calls(table, case._replace(shape=shape), extent, begin)
+    for end in reversed(ends):
+        end()
+    return names
+
+
+def _ints(pair: tuple[object, object]) -> tuple[int, int]:
+    return int(pair[0]), int(pair[1])  # type: ignore[call-overload]
+
+
+def _arenas(rank: _Rank, part: Part) -> tuple[int, int]:
+    """Bytes that the forward pass and the backward pass of a part reserve."""
+    shape: Shape = part.program.shape
+    forward = int(arena_bytes(forward_sizes(rank.extent(part, False), shape, keeps_lse=True)))
+    if not rank.case.trains:
+        return forward, 0
+    return forward, int(arena_bytes(backward_sizes(rank.extent(part, True), shape.backward())))
+
+
+def _backward(rank: _Rank) -> None:
+    """From the gradient of out to dq, dk and dv."""
+    table, plan, e, w = rank.table, rank.plan, rank.e, rank.w
+    heads, kv_heads = int(rank.case.shape.heads), int(rank.case.shape.kv_heads)
+    dq = _Sum(rank, "dq", plan.tokens, heads, plan.wide_out, "gradients")
+    dk, dv = (_Sum(rank, name, plan.tokens, kv_heads, plan.wide_keys, "gradients") for name in ("dk", "dv"))
+    table.phase("backward, first messages")
+    guests = [
+        nbytes
+        for guest in plan.guests
+        for nbytes in (*[rank.numbers(guest.queries.stop) * e] * 3, rank.rows(guest.queries.stop) * w)
+    ]
+    table.add("visiting queries and gradients", "comm_buffers", guests, "B Q H (3 D e + w)")
+    ahead = _Ahead(rank, "backward")
+    ahead.post()
+    for own in plan.own:
+        _part_backward(rank, own.part, "own keys: ", (dq, dk, dv))
+    travelling: list[str] = []
+    for number, stage in enumerate(plan.stages):
+        ahead.arrived(number)
+        sent: list[str] = []
+        for place, fetch in enumerate(stage.fetches):
+            sent += _fetch_backward(rank, number, place, fetch, (dq, dk, dv), ahead)
+        if number:
+            _take(rank, number - 1, (dq, dk, dv))
+            table.free(*travelling)
+            table.phase(f"backward, stage {number}, gradients taken")
+        travelling = sent
+        if number == 0:
+            for place, guest in enumerate(plan.guests):
+                name = f"gradient of visiting queries {place + 1}"
+                wide = len(guest.parts) > FEW_PARTS
+                visiting = _Sum(rank, name, guest.queries.stop, heads, wide, "comm_buffers")
+                for own in guest.parts:
+                    _part_backward(rank, own.part, "visiting queries: ", (visiting, dk, dv))
+                visiting.end(e)
+                travelling.append(name)
+        if number == 0:
+            table.free("visiting queries and gradients")
+        table.phase(f"backward, stage {number + 1}, gradients sent")
+        _back(rank, number, stage)
+    if plan.stages:
+        _take(rank, len(plan.stages) - 1, (dq, dk, dv))
+        table.free(*travelling)
+    else:
+        table.free("visiting queries and gradients")
+    for total in (dq, dk, dv):
+        total.end(e)
+
+
+def _fetch_backward(
+    rank: _Rank, number: int, place: int, fetch: Fetch, own: tuple[_Sum, _Sum, _Sum], ahead: _Ahead
+) -> list[str]:
+    """The gradients of what was fetched; names of those, which travel."""
+    plan = rank.plan
+    wide = len(fetch.parts) > FEW_PARTS or plan.travels_wide
+    names = [f"{name} of {_fetched(number, place)}" for name in ("dk", "dv")]
+    lanes = fetch.rows.lanes(plan.shape)
+    dk, dv = (_Sum(rank, name, fetch.rows.total, lanes, wide, "comm_buffers") for name in names)
+    for part in fetch.parts:
+        _part_backward(rank, part, f"keys of stage {number + 1}: ", (own[0], dk, dv))
+    ahead.used(number, place)
+    for one in (dk, dv):
+        one.end(rank.travel)
+    if fetch.own is not None:
+        for total in own[1:]:
+            total.merge(plan.tokens, rank.travel)
+    return names
+
+
+def _back(rank: _Rank, number: int, stage: Stage) -> None:
+    """Adds where gradients of own keys, and in the first stage of own queries, arrive."""
+    hosts = rank.plan.hosts if number == 0 else ()
+    nbytes = [rank.numbers(host.queries.stop - host.queries.start) * rank.e for host in hosts]
+    rank.table.add("gradients of own queries that arrive", "comm_buffers", nbytes, "B Q H D e")
+    for place, source in enumerate(stage.deliveries):
+        room = 2 * rank.placed(source_placement(source)) * rank.travel
+        rank.table.add(_arriving(number, place), "comm_buffers", room, "2 B R L D e, or w")
+
+
+def _arriving(number: int, place: int) -> str:
+    return f"gradients that arrive of delivery {place + 1}, stage {number + 1}"
+
+
+def _take(rank: _Rank, number: int, own: tuple[_Sum, _Sum, _Sum]) -> None:
+    """Adds what arrived of a stage."""
+    plan, table = rank.plan, rank.table
+    for place, source in enumerate(plan.stages[number].deliveries):
+        rows = source.end - source.begin if source.rate == 1 else 0
+        for total in own[1:]:
+            total.merge(rows, rank.travel, lane_tokens=-(-(source.end - source.begin) // source.rate))
+        table.free(_arriving(number, place))
+        table.phase(f"backward, stage {number + 1}, gradients {place + 1} added")
+    for host in plan.hosts if number == 0 else ():
+        own[0].merge(host.queries.stop - host.queries.start, rank.e)
+    table.free("gradients of own queries that arrive")
+    table.phase(f"backward, stage {number + 1}, all gradients added")
+
+
+class _Sum:
+    """Lines of `attention.sharding.sums.Sum`, of R rows and L lanes."""
+
+    def __init__(self, rank: _Rank, name: str, rows: int, lanes: int, wide: bool, component: str) -> None:
+        self._rank, self._name, self._rows, self._lanes = rank, name, rows, lanes
+        self._component = component
+        self._number = rank.w if wide else rank.e
+        self._sum: str | None = None
+
+    def add(self, part: str, rows: int, number: int) -> None:
+        """Adds a part of that name, which is gone then."""
+        table = self._rank.table
+        if self._sum is None and number == self._number and rows == self._rows:
+            name = self._name if number == self._rank.e else f"{self._name} in single precision"
+            table.rename(part, name, self._component)
+            self._sum = name
+            return
+        self.merge(rows, number)
+        table.free(part)
+
+    def merge(self, rows: int, number: int, lane_tokens: int = 0) -> None:
+        """Adds so many rows of a part that is there, or tokens of one lane at a time."""
+        rank, table = self._rank, self._rank.table
+        table.phase(f"{self._name}, adding")
+        self._begin()
+        slab = min(rank.plan.slab_tokens, rows) * self._lanes * int(rank.case.shape.head_dim)
+        if not rows:
+            slab = rank.key_numbers(lane_tokens, 1)
+        name = f"scratch of the sum, {self._name}"
+        table.add(name, "workspace", slab * rank.w * (number != self._number), "T L D w")
+        table.free(name)
+
+    def end(self, number: int) -> None:
+        """The sum is complete, and has numbers of so many bytes."""
+        table = self._rank.table
+        self._begin()
+        assert self._sum is not None
+        if self._sum == self._name:
+            return
+        if number == self._number:
+            table.rename(self._sum, self._name, self._component)
+            return
+        table.phase(f"{self._name}, rounded")
+        table.add(self._name, self._component, self._nbytes(number), "B R L D e")
+        table.free(self._sum)
+
+    def _begin(self) -> None:
+        if self._sum is None:
+            wide = self._number > self._rank.e
+            self._sum = f"{self._name} in single precision" if wide else self._name
+            component = "temp_buffers" if wide else self._component
+            self._rank.table.add(self._sum, component, self._nbytes(self._number), "B R L D e, or w")
+
+    def _nbytes(self, number: int) -> int:
+        return self._rank.key_numbers(self._rows, self._lanes) * number
+
+
+def _part_backward(rank: _Rank, part: Part, prefix: str, sums: tuple[_Sum, _Sum, _Sum]) -> None:
+    """Computes a part's gradients and adds them."""
+    table, case = PrefixedTable(rank.table, prefix), rank.case
+    queries, rows = part.queries.stop - part.queries.start, part.program.rows
+    number = rank.travel
+    if part.whole is not None:
+        number = rank.e
+        whole_calls.backward(table, case._replace(shape=part.whole.shape), part.whole.calls)
+    else:
+        shape = part.program.shape
+        extent = rank.extent(part, True)
+        ends: list[End] = []
+
+        def begin() -> None:
+            table.add("dq", "temp_buffers", rank.numbers(queries) * rank.e, "B Q H D e")
+            for name in ("dk", "dv"):
+                table.add(name, "temp_buffers", rank.placed(rows) * number, "B R L D e, or w")
+            back = shape.backward()
+            sizes = backward_sizes(extent, back)
+            sizes["slab"] = sizes["slab"] * (number // rank.e)
+            own, other = int(arena_bytes(sizes)), _arenas(rank, part)[0]
+            formula = "attention/sizes/tiles.py backward_sizes"
+            ends.append(rank.kept.begin(rank.table, own, other, int(shape.seq), formula))
+            in_kernel = shape.wide if shape.widens else rank.e
+            ends.append(rank.kept.mask(rank.table, (*_ints(extent.mask), extent.band, in_kernel)))
+
+        tiles.backward_calls(table, case._replace(shape=shape), extent, begin)
+        for end in reversed(ends):
+            end()
+    counts = (queries, rows.total, rows.total)
+    for total, name, count, size in zip(
+        sums, ("dq", "dk", "dv"), counts, (rank.e, number, number), strict=True
+    ):
+        total.add(prefix + name, count, size)
+    rank.table.phase(f"{prefix}gradients added")

@@ -1,0 +1,241 @@
+"""The memory plan of a rank that shares sequences with others. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+
+from attention.config import AttentionConfig
+from attention.layout import build_layout
+from attention.programs import tiles_of
+from attention.sharding.plan import KeysPlan, Part, Stage, keys_plan
+from attention.sharding.ranges import sight_of
+from attention.sharding.rows import most_of_one, rows_received
+from attention.sharding.shards import Shards, shards_of
+from attention.sizes.shape import Shape
+from attention.sizes.tiles import Extent
+from planner.configs import Columns, columns_of
+from planner.memory.dispatch import attention_of, bounded_cut, case_of, plan_of, shape_of
+from planner.memory.machines import Machine
+from planner.memory.plans import multihead, tiles
+from planner.memory.plans.head_exchange import head_exchange
+from planner.memory.plans.key_exchange import Kept, key_exchange
+from planner.memory.plans.tiles import Case
+from planner.memory.table import Plan, PlanTable
+from planner.ranks.ring import exchange_of, ring_of
+from planner.workload import Workload
+
+FEW_RANKS: Final = 8
+"""Up to so many, all are planned."""
+MOST_RANKS, MOST_TOKENS, MOST_LISTED = 16, 1 << 17, 1 << 16
+"""Ranks, tokens, and blocks that a layout lists, up to which the calls of the ranks' programs are looked at;
+beyond, their sizes are bounded in closed form."""
+LIKE_STAGES: Final = 3
+
+
+class RankPlan(NamedTuple):
+    """The plan of a rank."""
+
+    plan: Plan
+    peers: int
+    """Ranks that it sends to or hears from."""
+
+
+def fullest_rank(config: AttentionConfig, workload: Workload, machine: Machine) -> RankPlan:
+    """The plan with the highest peak: of all ranks, or where they are many, of those that hold or fetch most
+    and of some others."""
+    ranks = _fullest(config, workload)
+    return max(
+        (rank_plan(config, workload, machine, rank) for rank in ranks), key=lambda one: one.plan.peak()[1]
+    )
+
+
+def _fullest(config: AttentionConfig, workload: Workload) -> list[int]:
+    """Ranks among which that with the highest peak is looked for."""
+    world = ring_of(config, workload).world
+    if exchange_of(config, workload) == "heads":
+        return sorted({0, world - 1})  # they differ in tokens alone
+    if world <= FEW_RANKS and not _is_vast(config, workload):
+        return list(range(world))
+    shards, causal = shards_of(config, workload.seq, world), workload.causal
+    sight, ranks = sight_of(config, workload.seq, causal), np.arange(world)
+    sizes: tuple[Any, ...] = (sight, shards, ranks, causal, workload.heads, workload.groups)
+    counts = (rows_received(*sizes), most_of_one(*sizes))
+    most = {int(np.argmax(np.broadcast_to(count, world))) for count in counts}
+    return sorted(most | {0, min(1, world - 1), world // 2, max(world - 2, 0), world - 1})
+
+
+def _is_vast(config: AttentionConfig, workload: Workload) -> bool:
+    """Whether the calls of the ranks' programs are too many to look at."""
+    if workload.seq > MOST_TOKENS or ring_of(config, workload).world > MOST_RANKS:
+        return True
+    columns = columns_of(config, workload.seq)
+    if columns.variant != "block_sparse" or columns.token_edges:
+        return False
+    rows: Any = columns.rows(workload.causal)
+    return bool(max(rows.span, rows.lists) * -(-workload.seq // rows.size) > MOST_LISTED)
+
+
+def rank_plan(
+    config: AttentionConfig, workload: Workload, machine: Machine, rank: int, *, warm: bool = False
+) -> RankPlan:
+    """The plan of one call of a rank, and in training of its backward. `warm`: of a second equal call."""
+    world, batch = ring_of(config, workload)
+    whole = workload.model_copy(update={"batch": batch, "gpus": 1})
+    if world == 1:
+        return RankPlan(plan_of(config, whole, machine, warm=warm), 0)
+    shards = shards_of(config, workload.seq, world)
+    alone = config.model_copy(update={"sharding": None})
+    case = _own_case(alone, whole, machine, int(shards.tokens(rank)))
+    if exchange_of(config, workload) == "heads":
+        return RankPlan(_by_heads(alone, whole, machine, case, shards, rank, warm=warm), world - 1)
+    vast = _is_vast(config, workload)
+    plan = _keys_plan(config, whole, machine, shards, rank, looks=not vast)
+    bound = None
+    if vast:
+        plan, bound = _shortened(plan), _bound(columns_of(config, whole.seq), plan.shape)
+    kept = Kept(config.pool, config.pool_bytes, config.cache_entries, config.cache_bytes)
+    table = PlanTable()
+    if warm:
+        _by_keys(config, PlanTable(), case, whole, plan, kept, bound)
+        kept.before(table)
+    _by_keys(config, table, case, whole, plan, kept, bound)
+    return RankPlan(table.done(), len(_peers(plan)))
+
+
+def _peers(plan: KeysPlan) -> set[int]:
+    """Those that a rank sends to or hears from."""
+    sources = [source for stage in plan.stages for fetch in stage.fetches for source in fetch.sources]
+    sources += [source for stage in plan.stages for source in stage.deliveries]
+    peers = {source.peer for source in sources}
+    return peers | {guest.peer for guest in (*plan.guests, *plan.hosts)}
+
+
+def _own_case(config: AttentionConfig, whole: Workload, machine: Machine, tokens: int) -> Case:
+    """The case of a rank's own tokens of all heads."""
+    own = whole.model_copy(update={"seq": max(tokens, 1), "documents": None})
+    case = case_of(columns_of(config, own.seq), own, machine)
+    return case._replace(shape=case.shape._replace(seq=tokens, causal=whole.causal, cudnn_from=0))
+
+
+def _keys_plan(
+    config: AttentionConfig, whole: Workload, machine: Machine, shards: Shards, rank: int, *, looks: bool
+) -> KeysPlan:
+    """What a rank computes, fetches and sends, as `attention.sharding.module` has it."""
+    tokens = max(int(shards.tokens(rank)), 1)
+    own = whole.model_copy(update={"seq": tokens, "documents": None})
+    shape = shape_of(columns_of(config, tokens), own, machine)
+    shape = shape._replace(seq=whole.seq, origin=0, causal=whole.causal, cudnn_from=0)
+    layout = cache(lambda: build_layout(config, whole.seq, whole.causal))
+    make = tiles_of(config, shape._replace(windows="none"), layout)
+    documents = None if whole.documents is None else (whole.documents,)
+    return keys_plan(config, shape, shards, rank, make, documents, looks=looks)
+
+
+def _shortened(plan: KeysPlan) -> KeysPlan:
+    """The plan with no more than three stages in succession that are alike: what is alive is the same in all
+    that follow."""
+    kept: list[Stage] = []
+    runs = 0
+    for stage in plan.stages:
+        runs = runs + 1 if kept and _sizes(stage) == _sizes(kept[-1]) else 1
+        if runs <= LIKE_STAGES:
+            kept.append(stage)
+    return plan._replace(stages=tuple(kept))
+
+
+def _sizes(stage: Stage) -> tuple[Any, ...]:
+    fetches = [
+        (fetch.rows.total, fetch.rows.rate, [len(range(*_ends(part.queries))) for part in fetch.parts])
+        for fetch in stage.fetches
+    ]
+    return fetches, [(source.end - source.begin, source.rate) for source in stage.deliveries]
+
+
+def _ends(tokens: slice) -> tuple[int, int]:
+    return tokens.start, tokens.stop
+
+
+def _bound(columns: Columns, shape: Shape) -> Callable[[Part, Shape], Extent]:
+    """A bound of the sizes of a part's calls, for the shape of its forward or backward pass."""
+    extent_of = bounded_cut(columns, shape._replace(windows="none"))
+
+    def bound(part: Part, part_shape: Shape) -> Extent:
+        rows, queries = part.program.rows, part.queries.stop - part.queries.start
+        whole = part_shape._replace(
+            seq=shape.seq, origin=shape.seq - queries, kv_heads=shape.kv_heads, windows="none"
+        )
+        extent = extent_of(whole)
+        kinds = tuple(kind._replace(keys=min(kind.keys, rows.total)) for kind in extent.kinds)
+        return extent._replace(kinds=tuple(kind for kind in kinds if kind.exists))
+
+    return bound
+
+
+def _by_keys(
+    config: AttentionConfig,
+    table: PlanTable,
+    case: Case,
+    whole: Workload,
+    plan: KeysPlan,
+    kept: Kept,
+    bound: Callable[[Part, Shape], Extent] | None,
+) -> None:
+    def attend(table: PlanTable, case: Case) -> None:
+        key_exchange(table, case, plan, kept, bound)
+
+    _planned(config, table, case, whole, attend)
+
+
+def _planned(
+    config: AttentionConfig, table: PlanTable, case: Case, whole: Workload, attend: multihead.Attend
+) -> None:
+    """Adds what a rank is given, its attention, and what is around that."""
+    if whole.documents is not None:
+        table.add("documents", "qkv", case.batch * whole.seq * tiles.NUMBER, "4 B S, in int32")
+    outer = config.multihead
+    if outer is None:
+        tiles.inputs(table, case)
+        attend(table, case)
+    else:
+        multihead.multihead(table, case, attend, bias=outer.bias, checkpoint=outer.checkpoint)
+
+
+def _by_heads(
+    config: AttentionConfig,
+    whole: Workload,
+    machine: Machine,
+    case: Case,
+    shards: Shards,
+    rank: int,
+    *,
+    warm: bool,
+) -> Plan:
+    world = int(shards.world)
+    heads, kv_heads = whole.heads // world, whole.groups // world
+    share = whole.model_copy(update={"heads": heads, "kv_heads": kv_heads})
+    part = config.model_copy(update={"multihead": None})
+    if part.adaptive is not None:
+        scorer = part.adaptive.model_copy(update={"num_heads": heads})
+        part = part.model_copy(update={"adaptive": scorer})
+    twin, attention = attention_of(part, share, machine)
+    shape = twin.shape._replace(first_head=rank * heads)
+
+    def attend(table: PlanTable, case: Case) -> None:
+        if part.adaptive is not None and not case.run:
+            others = (world - 1) * heads * whole.head_dim * (part.adaptive.score_dim or whole.head_dim)
+            nbytes = others * whole.itemsize
+            table.kept("other heads of the scorer", "parameters", (nbytes, nbytes), "2 H D E e (W - 1) / W")
+        own = twin._replace(shape=shape, warm=warm, runs=case.runs, run=case.run)
+        head_exchange(table, case, own, world, attention)
+        if part.adaptive is not None and table.holds("dq"):
+            table.phase("backward, gradients of all heads of the scorer")
+            nbytes = heads * world * whole.head_dim * (part.adaptive.score_dim or whole.head_dim)
+            table.add("gradients of the scorer", "gradients", [nbytes * whole.itemsize] * 2, "2 H D E e")
+
+    table = PlanTable()
+    _planned(config, table, case, whole, attend)
+    return table.done()
