@@ -56,8 +56,10 @@ def estimate(
 ) -> int:
     """Predict the memory of one attention, without running it.
 
-    No GPU is needed. The peak is shown share by share, with an upper bound and how certain that is. With
-    --gpus it is that of the GPU that needs most, beside what GPUs exchange and the seconds that takes.
+    No GPU is needed. The peak is shown share by share, with an upper bound and how certain that is.
+
+    With --gpus it is that of the GPU that needs most, beside what GPUs exchange and the seconds that takes:
+    add --device h100-sxm --gpus 16 --link nvlink4,ndr --node 8.
     """
     from planner.api import estimate as predict
 
