@@ -82,6 +82,18 @@ def _between_projections(
 # An exchange of heads.
 
 
+def heads_exchange(whole: Workload, shards: Shards, rank: int, count: int, *, gathers: bool) -> PeerBytes:
+    """An exchange of so many heads a rank: those of all tokens for all of own tokens, or (not `gathers`) the
+    other way round."""
+    own, part = int(shards.tokens(rank)), whole.batch * count * whole.head_dim * whole.itemsize
+    peers: PeerBytes = {}
+    for peer in range(int(shards.world)):
+        sent, received = own * part, int(shards.tokens(peer)) * part
+        if peer != rank and (sent or received):
+            peers[peer] = (sent, received) if gathers else (received, sent)
+    return peers
+
+
 def _by_heads(
     config: AttentionConfig, whole: Workload, machine: Machine, kernel: Kernel, shards: Shards, rank: int
 ) -> tuple[Steps, Steps]:
@@ -93,13 +105,7 @@ def _by_heads(
     work = work_of(columns, share, machine, kernel, apart=apart)
 
     def waiting(count: int, *, gathers: bool) -> RankStep:
-        """An exchange of so many heads: of own tokens for those of others, or the other way round."""
-        own, part = int(shards.tokens(rank)), whole.batch * count * whole.head_dim * whole.itemsize
-        peers: PeerBytes = {}
-        for peer in range(world):
-            sent, received = own * part, int(shards.tokens(peer)) * part
-            if peer != rank and (sent or received):
-                peers[peer] = (sent, received) if gathers else (received, sent)
+        peers = heads_exchange(whole, shards, rank, count, gathers=gathers)
         return RankStep(_totals(), (peers,) if peers else ())
 
     def between(gathered: Sequence[int], totals: Totals, returned: Sequence[int]) -> Steps:

@@ -17,7 +17,7 @@ import numpy as np
 from attention.config import AttentionConfig
 from attention.layout import is_dilated_sparse, kept_columns
 from attention.sharding.ranges import Band, Sight, global_queries, sight_of
-from attention.sizes.arrays import Amount, Count, maximum, minimum
+from attention.sizes.arrays import Amount, Count, any_of, maximum, minimum
 from planner.sampling import golden
 
 SAMPLES: Final = 32
@@ -41,7 +41,7 @@ def pairs(
         sum(
             _listed(config, seq, causal, asking, seen)
             if is_dilated_sparse(config)
-            else _seen(sight_of(config, seq, causal), causal, asking, seen)
+            else pairs_seen(sight_of(config, seq, causal), causal, asking, seen)
             for asking, seen in _together(queries, keys, documents)
         )
     )
@@ -59,8 +59,8 @@ def _together(
             yield asking, seen
 
 
-def _seen(sight: Sight, causal: bool, queries: Tokens, keys: Tokens) -> Amount:
-    """Pairs of all but dilated_sparse; also of arrays of many."""
+def pairs_seen(sight: Sight, causal: bool, queries: tuple[Count, Count], keys: tuple[Count, Count]) -> Amount:
+    """Pairs of all but dilated_sparse; tokens and sight may be arrays that broadcast, for many attentions."""
     (first, stop), (begin, end) = queries, keys
     apart = global_queries(sight, causal)
     total: Amount = 0
@@ -78,7 +78,7 @@ def _seen(sight: Sight, causal: bool, queries: Tokens, keys: Tokens) -> Amount:
 
 def _band(band: Band, causal: bool, first: Count, stop: Count, begin: Count, end: Count) -> Amount:
     """Pairs that one band shows."""
-    if band.size == 1 and band.reach >= band.length:
+    if not any_of(band.reach < band.length):
 
         def before(query: Count, key: Count) -> Amount:
             return _segments(band.length, causal, query, key)
