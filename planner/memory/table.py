@@ -154,6 +154,10 @@ class PlanTable:
         """Whether a buffer was added and not freed."""
         return name in self._open
 
+    def free_held(self, *names: str) -> None:
+        """`free` of those that are there."""
+        self.free(*(name for name in names if self.holds(name)))
+
     def nbytes(self, name: str) -> Count:
         """Bytes of a buffer that was added and not freed."""
         return sum(self._lines[self._open[name]][2])

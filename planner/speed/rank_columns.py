@@ -176,9 +176,8 @@ def _by_keys(
         total: Amount = 0
         for tiled, called, costs, returns in passes:
             mine = shared(tiled, inside, rows) | {"tokens": tiled["tokens"] * rows}
-            ours: Amount = np.where(
-                twin, pass_seconds(called, costs, rates), pass_seconds(mine, costs, rates)
-            )
+            either = pass_seconds(called, costs, rates), pass_seconds(mine, costs, rates)
+            ours: Amount = np.where(twin, *either)
             rest = shared(tiled, fetched, asking) | {"passes": 0, "tokens": tiled["tokens"] * asking}
             if calls:  # whole calls of a kernel with such windows, one for each peer
                 rest = shared(called, fetched / inside, asking / rows)

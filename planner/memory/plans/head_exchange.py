@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from attention.sizes.arrays import Count
-from planner.memory.plans.multihead import Attend
+from planner.memory.plans.multihead import GRADIENT, PROJECTED, Attend
 from planner.memory.plans.tiles import Case
 from planner.memory.table import PlanTable, PrefixedTable
 
@@ -36,25 +36,31 @@ def head_exchange(table: PlanTable, case: Case, twin: Case, world: int, attend: 
     inputs = {"q": queries, "k": keys, "v": keys}
     for name, stream in inputs.items():
         _to_heads(table, name, stream, world)
+    saves = case.trains and (case.runs == 1 or case.run > 0)  # a checkpoint's first pass saves nothing
     went_back = False
 
     def turn(_: PlanTable) -> bool:
         nonlocal went_back
+        if not saves:
+            return False
         _to_tokens(table, "out", "output", queries, world)
+        table.free_held(*PROJECTED)  # which nobody has saved
         went_back = case.goes_back(table)
         if went_back:
+            if table.holds(GRADIENT):  # the projection has been through with its input
+                table.free("out")
             _to_heads(table, "gradient of out", queries, world)
+            table.free_held(GRADIENT)
         return went_back
 
     attend(PrefixedTable(table, OWN), twin._replace(turn=turn))
-    if not case.trains:
+    if not saves:
         table.free(*(OWN + name for name in inputs))
         _to_tokens(table, "out", "output", queries, world)
-        table.free(f"{OWN}out")
+        table.free_held(f"{OWN}out", f"{OWN}log-sum-exp")
     if not went_back:
         return
-    saved = [OWN + name for name in (*inputs, "gradient of out", "out", "log-sum-exp")]
-    table.free(*(name for name in saved if table.holds(name)))
+    table.free_held(*(OWN + name for name in (*inputs, "gradient of out", "out", "log-sum-exp")))
     for name, stream in inputs.items():
         _to_tokens(table, f"d{name}", "gradients", stream, world)
 

@@ -16,6 +16,8 @@ from planner.memory.table import PlanTable, PrefixedTable
 
 Attend = Callable[[PlanTable, Case], None]
 """Adds an attention over q, k and v that are there."""
+PROJECTED = ("projected q", "projected k", "projected v")
+GRADIENT = "gradient of the attention"
 COMPACT = "output without padding"
 
 
@@ -46,7 +48,7 @@ def multihead(table: PlanTable, case: Case, attend: Attend, *, bias: bool, check
         table.phase("backward, output projection")
         if repeats:
             _compact(table, case, "out")
-        table.add("gradient of the attention", "gradients", case.channels * e, "B S E e")
+        table.add(GRADIENT, "gradients", case.channels * e, "B S E e")
         _product(table, case, _tokens(case), width, width)
         if bias:
             _gradients(table, case, "output projection", (width,), bias)
@@ -55,11 +57,10 @@ def multihead(table: PlanTable, case: Case, attend: Attend, *, bias: bool, check
 
     attend(table, case._replace(turn=turn))
     if not case.trains:
-        table.free("projected q", "projected k", "projected v")
+        table.free(*PROJECTED)
         _result(table, case, "out")
         return
-    table.free("projected q", "projected k", "projected v", "gradient of the attention")
-    table.free(*(name for name in ("out", "log-sum-exp") if table.holds(name)))
+    table.free_held(*PROJECTED, GRADIENT, "out", "log-sum-exp")
     table.phase("backward, input projections")
     table.add("gradient of the input", "gradients", case.channels * e, "B S E e")
     _product(table, case, _tokens(case), _width(case), _width(case))
