@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from planner.answers.dry_run import DryRun
     from planner.answers.recommendation import Recommendation
+    from planner.answers.shared import SharedEstimate, Sharing
     from planner.answers.tuned import Tuned
-    from planner.api import calibrate, recommend, tune
+    from planner.api import calibrate, estimate, recommend, tune
     from planner.calibration import Calibration
     from planner.measuring.measure import Measurement, measure
-    from planner.memory.estimate import MemoryEstimate, estimate, max_sequence
+    from planner.memory.estimate import MemoryEstimate, max_sequence
     from planner.programs.run import dry_run
     from planner.quality.profiles import Profile
     from planner.question.space import Space
@@ -26,6 +27,8 @@ __all__ = [
     "NothingFitsError",
     "Profile",
     "Recommendation",
+    "SharedEstimate",
+    "Sharing",
     "Space",
     "Tuned",
     "Workload",
@@ -46,12 +49,14 @@ _HOMES = {
     "NothingFitsError": "planner.search.relax",
     "Profile": "planner.quality.profiles",
     "Recommendation": "planner.answers.recommendation",
+    "SharedEstimate": "planner.answers.shared",
+    "Sharing": "planner.answers.shared",
     "Space": "planner.question.space",
     "Tuned": "planner.answers.tuned",
     "Workload": "planner.workload",
     "calibrate": "planner.api",
     "dry_run": "planner.programs.run",
-    "estimate": "planner.memory.estimate",
+    "estimate": "planner.api",
     "max_sequence": "planner.memory.estimate",
     "measure": "planner.measuring.measure",
     "recommend": "planner.api",

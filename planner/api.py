@@ -1,5 +1,5 @@
-"""The front door: `recommend`, `tune` and `calibrate`. Imports no torch, and all that a function needs only
-when it is called.
+"""The front door: `estimate`, `recommend`, `tune` and `calibrate`. Imports no torch, and all that a function
+needs only when it is called.
 
 recommend(vram="8GB", seq=131072).build()
 """
@@ -13,12 +13,67 @@ from typing import TYPE_CHECKING, Any, Unpack
 from planner.question.runs import CALIBRATION_RUNS, TRIAL_RUNS, TRIAL_TIMEOUT, TUNING_TRIALS
 
 if TYPE_CHECKING:
+    from attention.config import AttentionConfig
     from planner.answers.recommendation import Recommendation
     from planner.answers.tuned import Tuned
     from planner.calibration import Calibration
+    from planner.gpus import Gpu
     from planner.measuring.measure import Device
+    from planner.memory.cuda_process import Display
+    from planner.memory.estimate import MemoryEstimate
     from planner.question.asked import Asked, Sampler
     from planner.search.tune import Measure, TuningProgress
+    from planner.workload import Workload
+
+
+def estimate(
+    config: AttentionConfig,
+    workload: Workload,
+    device: str | Gpu = "cpu",
+    *,
+    link: str | None = None,
+    node: int | None = None,
+    calibration: Calibration | None = None,
+    allocator: str = "",
+    display: Display = "headless",
+    others_bytes: int = 0,
+    context_bytes: int | None = None,
+    threads: int | None = None,
+    dry: bool = False,
+) -> MemoryEstimate:
+    """Predicts the memory of a config on a workload, without running it and without a GPU.
+
+    `device`: "cpu" or a GPU (`planner gpus` lists them). `calibration`: in place of the shipped one;
+    one of another device or torch is used with a note. `allocator`: as PYTORCH_CUDA_ALLOC_CONF has it.
+    `display`, `others_bytes`, `context_bytes`: what else is on the card. `threads`: a CPU's; None
+    for those that torch would take in a fresh process (OMP_NUM_THREADS, or the cores that this one may run
+    on), not what torch.set_num_threads was told in this one. `dry`: of a dry run, where cuDNN is not there.
+
+    A module is taken to be of the workload's dtype, its parameters too (`module.to(dtype)`): a scorer left in
+    float32 beside 16-bit q, k and v takes more. Documents are taken to be numbered in int32.
+
+    Where GPUs share the call (`workload.gpus`), the memory is that of the one that needs most, and the answer
+    is a `SharedEstimate`, whose `sharing` has what they exchange and the seconds that takes. `link`: what
+    joins them, "nvlink4", or for nodes of `node` GPUs "nvlink4,ndr"; None for what such devices usually have.
+    """
+    from planner.answers.shared import refuse_idle_links, with_sharing
+    from planner.memory.estimate import estimate as predicted
+
+    if workload.gpus == 1:
+        refuse_idle_links(link, node)
+    prediction = predicted(
+        config,
+        workload,
+        device,
+        calibration=calibration,
+        allocator=allocator,
+        display=display,
+        others_bytes=others_bytes,
+        context_bytes=context_bytes,
+        threads=threads,
+        dry=dry,
+    )
+    return with_sharing(prediction, device, link=link, node=node, calibration=calibration, threads=threads)
 
 
 def recommend(

@@ -164,7 +164,7 @@ def keys_plan(
     made_stages = []
     given = deliveries(config, shards, rank, causal, documents)
     for sources, sent in zip(stages(config, shards, rank, causal, documents), given, strict=True):
-        groups = [list(sources)] if joins else _adjoining(sources)
+        groups = [list(sources)] if joins else adjoining(sources)
         fetches = [fetch(group) for group in groups if group or (joins and pieces)]
         made_stages.append(FetchStage(tuple(fetches), sent))
     if joins and not made_stages and pieces:
@@ -224,7 +224,7 @@ def _starts(pieces: Sequence[tuple[int, int]]) -> Callable[[int], int]:
     return start
 
 
-def _adjoining(sources: Sequence[Source]) -> list[list[Source]]:
+def adjoining(sources: Sequence[Source]) -> list[list[Source]]:
     """The sources, those together that adjoin and are whole."""
     groups: list[list[Source]] = []
     for source in sources:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from attention.config import AttentionConfig
 from attention.errors import ConfigError
+from planner.answers.shared import SharedEstimate
 from planner.files import read_json
 from planner.measuring.measure import Measurement
 from planner.memory.estimate import MemoryEstimate, estimate
@@ -60,7 +61,7 @@ def side(path: Path, estimated: Callable[[AttentionConfig], MemoryEstimate]) -> 
         )
     try:
         if "components" in data:
-            return Side(MemoryEstimate(**data))
+            return Side((SharedEstimate if "sharing" in data else MemoryEstimate)(**data))
         if "environment" not in data:
             config = AttentionConfig(**data)
         else:
@@ -107,6 +108,9 @@ def _shares(memory: MemoryEstimate) -> dict[str, int]:
 def _flat(memory: MemoryEstimate) -> dict[str, Any]:
     """All settings of an estimate's question, by dotted name."""
     settings: dict[str, Any] = {"device": memory.on}
+    if isinstance(memory, SharedEstimate):
+        sharing = memory.sharing
+        settings |= {name: getattr(sharing, name) for name in ("link", "node", "exchange", "shards", "ring")}
     for value in (memory.config, memory.workload):
         for name, entry in value.model_dump(mode="json").items():
             if isinstance(entry, Mapping):

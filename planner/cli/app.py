@@ -35,6 +35,7 @@ from planner.cli.options import (
     say,
 )
 from planner.cli.options_choose import Allowed, Card, Conditions, build_card, build_conditions, build_space
+from planner.cli.options_ranks import Ranks, build_ranks
 from planner.cli.options_show import Pictured, View, build_pictured, build_view
 from planner.files import reading_once
 from planner.workload import Workload
@@ -96,6 +97,7 @@ _BUILDERS: Final[dict[Any, Callable[..., Any]]] = {
     Workload: build_workload,
     AnyLength: build_any_length,
     Place: build_place,
+    Ranks: build_ranks,
     Card: build_card,
     GivenSizes: build_sizes,
     Unweighted: build_unweighted,

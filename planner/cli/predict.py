@@ -12,6 +12,7 @@ from attention.config import AttentionConfig
 from attention.errors import ConfigError
 from planner.cli.app import DONE, NOTHING_FITS, command, ink, print_data
 from planner.cli.options import AnyLength, Format, Given, GivenSizes, Place, flags, say
+from planner.cli.options_ranks import Ranks
 from planner.units import parse_bytes, parse_count
 from planner.workload import Workload
 
@@ -44,6 +45,7 @@ def estimate(
     *,
     option_names: Given,
     workload: Workload,
+    ranks: Ranks,
     config: AttentionConfig,
     place: Place,
     lines: Annotated[bool, typer.Option("--lines", help="Show every buffer alive at the peak.")] = False,
@@ -55,10 +57,14 @@ def estimate(
     """Predict the memory of one attention, without running it.
 
     No GPU is needed. The peak is shown share by share, with an upper bound and how certain that is.
-    """
-    from planner.memory.estimate import estimate as predict
 
-    prediction = predict(config, workload, place.device, **place.options)
+    With --gpus it is that of the GPU that needs most, beside what GPUs exchange and the seconds that takes:
+    add --device h100-sxm --gpus 16 --link nvlink4,ndr --node 8.
+    """
+    from planner.api import estimate as predict
+
+    workload = ranks.shared(workload)
+    prediction = predict(config, workload, place.device, **ranks.links, **place.options)
     if plot is not None:
         from planner.report.plot.estimate import plot as draw
 
@@ -83,6 +89,7 @@ def max_seq(
         str, typer.Option(metavar="SIZE", help="Memory to fit: 8GB, 7.75GiB.", show_default=False)
     ],
     workload: AnyLength,
+    ranks: Ranks,
     config: AttentionConfig,
     place: Place,
     format: Format = "table",
@@ -90,12 +97,17 @@ def max_seq(
     """Find the longest sequence that fits.
 
     It is a multiple of the block size, and fits at the upper bound. If not even one block fits, the exit code
-    is 3, and the options with which one would fit are printed.
+    is 3, and the options with which one would fit are printed. With --gpus the budget is that of each.
     """
+    from planner.answers.shared import with_sharing
     from planner.question.relaxation import spelt
     from planner.search.longest import longest
 
-    answer = longest(config, workload, parse_bytes(vram, "--vram"), place.device, place.options)
+    sized_workload = ranks.shared(workload)
+    answer = longest(config, sized_workload, parse_bytes(vram, "--vram"), place.device, place.options)
+    if answer.fits is not None:
+        shared = with_sharing(answer.fits, place.device, **ranks.links, **place.options)
+        answer = answer._replace(fits=shared)
     fits, changes = answer.fits, [spelt(change, exactly=True) for change in answer.relaxations]
     if format == "table":
         from planner.report.text.estimate import longest_text
@@ -125,6 +137,7 @@ def compare(
         str | None, typer.Option(metavar="TOKENS", help="Tokens: 131072, 128K or 1M; for configs.")
     ] = None,
     workload: GivenSizes,
+    ranks: Ranks,
     place: Place,
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw both side by side, as .png or .svg.")
@@ -137,17 +150,17 @@ def compare(
     """
     from planner.answers.comparison import compare as differences
     from planner.answers.comparison import side
+    from planner.api import estimate as predict
     from planner.memory.estimate import MemoryEstimate
-    from planner.memory.estimate import estimate as predict
     from planner.report.text.compare import comparison_data, comparison_text
 
     def estimated(config: AttentionConfig) -> MemoryEstimate:
         if seq is None and workload.documents is None:
             raise ConfigError("a config needs --seq, e.g. --seq 128K")
-        sized_workload = workload
+        sized_workload = ranks.shared(workload)
         if seq is not None:
-            sized_workload = workload.model_copy(update={"seq": parse_count(seq, "--seq")})
-        return predict(config, sized_workload, place.device, **place.options)
+            sized_workload = sized_workload.model_copy(update={"seq": parse_count(seq, "--seq")})
+        return predict(config, sized_workload, place.device, **ranks.links, **place.options)
 
     used: list[AttentionConfig] = []
 

@@ -220,7 +220,12 @@ def measurement_of(
 
 def check_sizes(config: AttentionConfig, workload: Workload) -> None:
     """ConfigError unless the parts of a config that name sizes name those of the workload, and it takes what
-    the workload has."""
+    the workload has; and for several GPUs, for which there are plans alone."""
+    if workload.gpus > 1:
+        raise ConfigError(
+            f"a measurement is of one device, and the workload of {workload.gpus} GPUs; leave out gpus, or "
+            "predict it with planner.estimate"
+        )
     refuse_features(config, workload)
     sizes = {"heads": workload.heads, "head_dim": workload.head_dim}
     named: list[tuple[str, dict[str, int]]] = []

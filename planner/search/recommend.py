@@ -14,8 +14,6 @@ from attention.sizes.flex_tiles import unfit_sizes
 from attention.sizes.kernel_choice import ON_CUDA_ONLY, unfit_card
 from planner import gpus
 from planner.answers.recommendation import Pick, Quality, Recommendation, Role, Search
-from planner.calibration import Rates
-from planner.memory.estimate import calibration_for, machine_of
 from planner.memory.machines import Cuda
 from planner.quality.profiles import Profile
 from planner.question.asked import LAYERS, MIN_MASS, TRIALS, Asked, Gates, Objective
@@ -32,7 +30,7 @@ from planner.search.relax import NothingFitsError, relaxations
 from planner.search.samplers import check_sampler
 from planner.search.scenario import Scenario
 from planner.search.solve import SAME, Solved, enumerate_grid, exact, order, pareto, passing
-from planner.speed.rates import default_rates
+from planner.speed.rates import speed_rates_of
 from planner.storage.study import Storage
 from planner.units import parse_bytes, parse_count
 from planner.workload import Workload, refuse_features
@@ -225,19 +223,6 @@ def check_features(scenario: Scenario, space: Space) -> None:
         if variant == "dilated":
             parts |= {"segment_lengths": (64,), "dilation_rates": (1,)}
         refuse_features(AttentionConfig(variant=variant, backend=backend, **parts), workload)
-
-
-def speed_rates_of(card: Any, workload: Workload, options: dict[str, Any]) -> Rates:
-    """Measured rates of the device, where a calibration has them for the dtype; else documented defaults."""
-    machine = machine_of(card, workload.dtype, options.get("threads"))
-    calibration = options.get("calibration") or calibration_for(card, machine, workload.dtype)
-    if (
-        calibration is not None
-        and calibration.speed is not None
-        and workload.dtype in calibration.speed.rates.forward
-    ):
-        return calibration.speed.rates
-    return default_rates(card if isinstance(card, gpus.Gpu) else machine)
 
 
 def better(scenario: Scenario, old: Point | None, new: Point | None) -> Point | None:

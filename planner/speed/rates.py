@@ -19,13 +19,15 @@ Defaults are not measured on the device they are for, and say so. Where they com
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Mapping
+from typing import Any, Final
 
 from attention.errors import ConfigError
 from planner.calibration import Costs, Rates
 from planner.gpus import Gpu
+from planner.memory.estimate import calibration_for, machine_of
 from planner.memory.machines import Cpu, Machine
-from planner.workload import ITEMSIZE
+from planner.workload import ITEMSIZE, Workload
 
 NOT_MEASURED: Final = "documented defaults: not measured"
 
@@ -115,6 +117,20 @@ def _gpu_costs(gpu: Gpu, dtype: str, peak: float, bandwidth: float) -> tuple[Cos
         "passes": 30 * OPERATOR,
     }
     return ahead, behind
+
+
+def speed_rates_of(card: Any, workload: Workload, options: Mapping[str, Any]) -> Rates:
+    """Measured rates of the device, where a calibration has them for the dtype; else documented defaults.
+    `options`: of `planner.estimate`."""
+    machine = machine_of(card, workload.dtype, options.get("threads"))
+    calibration = options.get("calibration") or calibration_for(card, machine, workload.dtype)
+    if (
+        calibration is not None
+        and calibration.speed is not None
+        and workload.dtype in calibration.speed.rates.forward
+    ):
+        return calibration.speed.rates
+    return default_rates(card if isinstance(card, Gpu) else machine)
 
 
 CPU_BANDWIDTH: Final = 8e9

@@ -58,7 +58,7 @@ def utilisation(columns: Columns, workload: Workload, machine: Machine, rates: R
 
 def _each(columns: Columns, workload: Workload, machine: Machine, rates: Rates, figure: Any) -> Floats:
     """figure(part, workload, machine, rates, apart) of all candidates, by parts that are computed alike."""
-    _check(workload, machine, rates)
+    check(workload, machine, rates)
     figures = np.empty(len(columns))
     for start in range(0, len(figures), AT_ONCE):
         part = columns if len(figures) <= AT_ONCE else columns.take(slice(start, start + AT_ONCE))
@@ -75,13 +75,14 @@ def _each(columns: Columns, workload: Workload, machine: Machine, rates: Rates, 
 
 def _predicted(columns: Columns, workload: Workload, machine: Machine, rates: Rates, apart: bool) -> Amount:
     work = work_of(columns, workload, machine, kernel_of(rates), apart=apart)
-    total = _pass(work.forward, rates.costs("forward", workload.dtype), rates)
+    total = pass_seconds(work.forward, rates.costs("forward", workload.dtype), rates)
     if work.backward is not None:
-        total = total + _pass(work.backward, rates.costs("backward", workload.dtype), rates)
+        total = total + pass_seconds(work.backward, rates.costs("backward", workload.dtype), rates)
     return total
 
 
-def _pass(total: Totals, costs: Costs, rates: Rates) -> Amount:
+def pass_seconds(total: Totals, costs: Costs, rates: Rates) -> Amount:
+    """Seconds of a pass's totals, or of a part of them, at the costs of that pass."""
     host: Amount = 0
     device: Amount = 0
     for name, cost in costs.items():
@@ -113,7 +114,8 @@ def kernel_of(rates: Rates) -> Kernel:
     return (cpu_kernel if rates.device == "cpu" else gpu_kernel)(rates.workers)
 
 
-def _check(workload: Workload, machine: Machine, rates: Rates) -> None:
+def check(workload: Workload, machine: Machine, rates: Rates) -> None:
+    """ConfigError where the seconds of such calls are not predicted with these rates."""
     if workload.weights:
         raise ConfigError("the speed of weights=True is not predicted; leave weights out, or measure it")
     if isinstance(machine, Cpu) != (rates.device == "cpu"):
@@ -123,4 +125,13 @@ def _check(workload: Workload, machine: Machine, rates: Rates) -> None:
         )
 
 
-__all__ = ["Rates", "default_rates", "kernel_of", "seconds", "seconds_of", "utilisation"]
+__all__ = [
+    "Rates",
+    "check",
+    "default_rates",
+    "kernel_of",
+    "pass_seconds",
+    "seconds",
+    "seconds_of",
+    "utilisation",
+]

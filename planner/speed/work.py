@@ -10,14 +10,14 @@ Letters: N views, H heads, T queries and K keys of a call, D channels.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
 from attention.sizes.adaptive import gate_part
 from attention.sizes.arrays import Amount, any_of, ceil_div, maximum, minimum, where
 from attention.sizes.learned_sinks import slab_tokens
 from attention.sizes.shape import Shape
-from attention.sizes.whole_calls import backward_cut, forward_cut
+from attention.sizes.whole_calls import CallPart, WholeCall, backward_cut, forward_cut
 from planner.configs import Columns
 from planner.documents import parts
 from planner.memory.dispatch import calls_of, lists_of, shape_of, window_of
@@ -226,13 +226,24 @@ class Work(NamedTuple):
     """Totals of the backward pass; None in inference."""
 
 
-def work_of(columns: Columns, workload: Workload, machine: Machine, kernel: Kernel, *, apart: bool) -> Work:
+def work_of(
+    columns: Columns,
+    workload: Workload,
+    machine: Machine,
+    kernel: Kernel,
+    *,
+    apart: bool,
+    like: Shape | None = None,
+) -> Work:
     """The work of candidates of which `goes_apart` holds for all or for none; `workload.seq` is not read.
+    `like`: a shape whose limits are taken in place of the machine's.
 
     Closed forms for one config too: where fewer tokens ask, a share of what all would do by their pairs
     (`planner/speed/last_queries.py`), and of documents the sum of what each would do by itself.
     """
     shape = shape_of(columns, workload, machine)
+    if like is not None:
+        shape = shape._replace(windows=like.windows, cudnn_from=like.cudnn_from, chunk=like.chunk)
     if len(workload.documents or ()) < 2:
         return _with_sinks(_work(columns, workload, machine, kernel, apart, shape), workload, shape)
     total: Work | None = None
@@ -242,6 +253,32 @@ def work_of(columns: Columns, workload: Workload, machine: Machine, kernel: Kern
         total = _summed(total, work, part.copies)
     assert total is not None
     return _with_sinks(total, workload, shape)
+
+
+def work_of_calls(
+    parts: Sequence[WholeCall], shape: Shape, batch: int, kernel: Kernel, *, trains: bool
+) -> Work:
+    """The work of whole calls over `batch` tensors of one shape; see `attention.ops.whole_calls`."""
+
+    def program(shape: Shape, cut_of: Callable[[WholeCall, Shape], CallPart]) -> list[Calls]:
+        return calls.whole_calls(parts, shape, batch, kernel.key_block, cut_of).calls
+
+    ahead = _all_items(forward(program(shape, forward_cut), 0, shape, kernel), batch, False, 1)
+    if not trains:
+        return Work(ahead, None)
+    back = shape.backward()
+    total = backward(program(back, backward_cut), 0, back, kernel, whole=True)
+    return Work(ahead, _all_items(total, batch, False, 1))
+
+
+def shared(total: Totals, pairs: Amount, rows: Amount) -> Totals:
+    """What of totals so large a share of the pairs and of the queries has, of its calls those of one tile at
+    least."""
+    one_tile: Amount = 1 / maximum(total["tiles"], 1)
+    calls = maximum(rows, one_tile)
+    shares = dict.fromkeys(("work", "pairs", "keys", "queries", "summed", "gathered", "widened"), pairs)
+    shares |= dict.fromkeys(("launches", "gathers", "tiles"), calls) | {"merged": rows}
+    return {name: count * shares.get(name, 1) for name, count in total.items()}
 
 
 def _summed(total: Work | None, work: Work, times: int) -> Work:
@@ -311,14 +348,7 @@ def _work(
 def _share(total: Totals, columns: Columns, shape: Shape, kernel: Kernel) -> None:
     """Leaves of totals of a whole sequence what its last queries have."""
     pairs: Amount = pairs_share(columns, shape)
-    rows: Amount = shape.queries / shape.seq
-    one_tile: Amount = 1 / maximum(total["tiles"], 1)
-    calls = maximum(rows, one_tile)
-    for name in ("work", "pairs", "keys", "queries", "summed", "gathered", "widened"):
-        total[name] = total[name] * pairs
-    for name in ("launches", "gathers", "tiles"):
-        total[name] = total[name] * calls
-    total["merged"] = total["merged"] * rows
+    total.update(shared(total, pairs, shape.queries / shape.seq))
     # A call of fewer queries than a block of the kernel's reads as many keys.
     untyped: Any = columns
     usual = untyped.block_size if columns.variant == "block_sparse" else minimum(shape.tile_tokens, shape.seq)

@@ -23,7 +23,7 @@ from planner.quality.profiles import DEFAULT, PRESETS
 from planner.quality.reach import layers
 from planner.question.dimensions import attention_kind
 from planner.report.plot.figure import BLUE, GREEN, ORANGE, RED
-from planner.search.recommend import speed_rates_of
+from planner.speed.rates import speed_rates_of
 from planner.speed.seconds import seconds_of
 from planner.workload import Dtype, Workload
 from studies.bench.panels import Curves, Panel, ReadRow, Series

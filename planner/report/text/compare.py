@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from planner.answers.comparison import Comparison
+from planner.answers.comparison import Comparison, Side
+from planner.answers.shared import SharedEstimate, Sharing
 from planner.units import format_bytes
 
 
@@ -25,13 +26,28 @@ def comparison_data(comparison: Comparison) -> dict[str, Any]:
             for name in ("allocated", "reserved", "device", "needed", "upper", "at")
         },
         "measured": pair(each.measured for each in sides),
+        **_sharing_data(comparison),
     }
+
+
+def _sharing_data(comparison: Comparison) -> dict[str, Any]:
+    """How either is shared, where one is."""
+    both = [_sharing(each) for each in (comparison.a, comparison.b)]
+    if not any(both):
+        return {}
+    data = (one and one.model_dump(mode="json") for one in both)
+    return {"sharing": dict(zip("ab", data, strict=True))}
+
+
+def _sharing(side: Side) -> Sharing | None:
+    return side.estimate.sharing if isinstance(side.estimate, SharedEstimate) else None
 
 
 def comparison_text(comparison: Comparison, names: tuple[str, str]) -> str:
     """A comparison as text of at most 80 columns."""
     from planner.report.text import words
     from planner.report.text.estimate import label, wrapped
+    from planner.report.text.shared import time_text, traffic_of
 
     a, b = comparison.a.estimate, comparison.b.estimate
     head = [
@@ -46,6 +62,15 @@ def comparison_text(comparison: Comparison, names: tuple[str, str]) -> str:
     figures["upper bound"] = (a.upper, b.upper)
     if comparison.a.measured and comparison.b.measured:
         figures["measured"] = (comparison.a.measured, comparison.b.measured)
+    shared = []
+    if (one := _sharing(comparison.a)) and (two := _sharing(comparison.b)):
+        for way, ours, theirs in zip(("sent", "received"), traffic_of(one), traffic_of(two), strict=True):
+            shared.append(_row(f"{way} by a GPU", ours, theirs))
+        if one.seconds is not None and two.seconds is not None:
+            change = f"x {two.seconds / one.seconds:.3g}"
+            shared.append(
+                f"{'seconds':<38}{time_text(one.seconds):>13}{time_text(two.seconds):>13}{change:>14}"
+            )
     buffers = []
     for buffer in comparison.buffers:
         buffers += [_row(buffer.name, buffer.a, buffer.b), *wrapped(buffer.formula, "    ", first="    ")]
@@ -55,6 +80,7 @@ def comparison_text(comparison: Comparison, names: tuple[str, str]) -> str:
         [f"{'component':<38}{'A':>13}{'B':>13}{'B - A':>14}", *rows],
         ["buffers at the peak that differ", *buffers] if buffers else ["all buffers at the peak are alike"],
         [_row(name, *both) for name, both in figures.items()],
+        *([shared] if shared else []),
     ]
     return "\n\n".join("\n".join(part) for part in parts)
 

@@ -7,9 +7,11 @@ import textwrap
 from collections.abc import Iterable
 from typing import Final, NamedTuple
 
+from planner.answers.shared import SharedEstimate
 from planner.memory.estimate import MemoryEstimate
 from planner.question.relaxation import spelt
 from planner.report.text import words
+from planner.report.text.shared import sharing_rows
 from planner.search.longest import Longest
 from planner.units import format_bytes
 
@@ -54,10 +56,17 @@ def estimate_text(estimate: MemoryEstimate, budget: int | None, *, lines: bool, 
         _waterfall(estimate, ink),
         _pairs(_figures(estimate) + _budget(estimate, budget)),
     ]
+    if isinstance(estimate, SharedEstimate):
+        parts.append(_pairs(sharing_rows(estimate)))
     if lines:
         parts.append(_lines(estimate))
-    parts.append([line for note in estimate.notes for line in wrapped(f"note: {note}", "  ")])
+    parts.append([line for note in _notes(estimate) for line in wrapped(f"note: {note}", "  ")])
     return "\n\n".join("\n".join(part) for part in parts if part)
+
+
+def _notes(estimate: MemoryEstimate) -> tuple[str, ...]:
+    shared = estimate.sharing.notes if isinstance(estimate, SharedEstimate) else ()
+    return (*estimate.notes, *shared)
 
 
 def _waterfall(estimate: MemoryEstimate, ink: str) -> list[str]:
@@ -133,10 +142,13 @@ def longest_text(answer: Longest) -> str:
             ("upper bound", _bytes(answer.fits.upper)),
             ("", answer.fits.confidence),
         ]
+        if isinstance(answer.fits, SharedEstimate):
+            rows += sharing_rows(answer.fits)
     what = "next block" if answer.fits else "one block"
     rows += [(what, f"{beyond.workload.seq:,} tokens: {_bytes(beyond.upper)}")]
     rows += [("would fit", spelt(change, exactly=True)) for change in answer.relaxations]
-    notes = [line for note in beyond.notes for line in wrapped(f"note: {note}", "  ")]
+    more = answer.fits.sharing.notes if isinstance(answer.fits, SharedEstimate) else ()
+    notes = [line for note in (*beyond.notes, *more) for line in wrapped(f"note: {note}", "  ")]
     return "\n\n".join("\n".join(part) for part in (head, _pairs(rows), notes) if part)
 
 
