@@ -168,7 +168,7 @@ def _forward(
         total.add(own.part.queries, *attended(own.part, q, k[:, own.keys], v[:, own.keys]))
     answers = [_like_rows(q[:, host.queries]) for host in plan.hosts]
 
-    def over_guests() -> Pending:
+    def over_guests() -> Posted:
         """Sends what visiting queries asked for."""
         sends = []
         for guest, (asking,) in zip(plan.guests, guests, strict=True):
@@ -369,7 +369,13 @@ class _Back:
     """Gradients of a stage on their way to the owners of its keys, and answers to queries that visit."""
 
     def __init__(
-        self, stage: FetchStage, hosts: Sequence[Guest], plan: KeysPlan, q: Tensor, k: Tensor, travel: torch.dtype
+        self,
+        stage: FetchStage,
+        hosts: Sequence[Guest],
+        plan: KeysPlan,
+        q: Tensor,
+        k: Tensor,
+        travel: torch.dtype,
     ) -> None:
         """`hosts`: what answers."""
         self._plan, self._deliveries, self._hosts = plan, stage.deliveries, hosts

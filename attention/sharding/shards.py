@@ -8,7 +8,7 @@ import numpy as np
 
 from attention.config import AttentionConfig
 from attention.errors import InputError
-from attention.sizes.arrays import Count, Ints, ceil_div, maximum, minimum, where
+from attention.sizes.arrays import Count, Ints, any_of, ceil_div, maximum, minimum, where
 
 FULLEST: Final = (17, 16)
 """A rank may hold so much more than the mean, as a fraction, for the sake of shards that end where blocks and
@@ -90,14 +90,16 @@ def shards_of(config: AttentionConfig, seq: int, world: int) -> Shards:
     if seq < 1 or world < 1:
         raise InputError(f"shards need at least 1 token and 1 rank, got seq={seq} and world={world}")
     zigzag = config.sharding is not None and config.sharding.shards == "zigzag"
-    return Shards(seq, world, _unit(seq, 2 * world if zigzag else world), zigzag)
+    return Shards(seq, world, int(unit_of(seq, 2 * world if zigzag else world)), zigzag)
 
 
-def _unit(seq: int, chunks: int) -> int:
+def unit_of(seq: Count, chunks: Count) -> Count:
     """The largest power of two that leaves no chunk much longer than others: most blocks and segments are
     then whole, or divide what a rank holds."""
     above, below = FULLEST
-    unit = 1 << (ceil_div(seq, chunks).bit_length() - 1)
-    while unit > 1 and ceil_div(ceil_div(seq, unit), chunks) * unit * chunks * below > seq * above:
-        unit //= 2
-    return unit
+    mean, largest, unit = ceil_div(seq, chunks), 0 * seq + 1, 1
+    while any_of(unit <= mean):
+        even = ceil_div(ceil_div(seq, unit), chunks) * unit * chunks * below <= seq * above
+        largest = where((unit <= mean) & even, unit, largest)
+        unit *= 2
+    return largest

@@ -11,7 +11,7 @@ import numpy as np
 from attention.config import AttentionConfig
 from attention.layout import build_layout
 from attention.programs import tiles_of
-from attention.sharding.plan import KeysPlan, RankPart, FetchStage, keys_plan
+from attention.sharding.plan import FetchStage, KeysPlan, RankPart, keys_plan
 from attention.sharding.ranges import sight_of
 from attention.sharding.rows import most_of_one, rows_received
 from attention.sharding.shards import Shards, shards_of

@@ -25,7 +25,7 @@ from planner.configs import columns_of
 from planner.memory.dispatch import goes_apart, shape_of
 from planner.memory.machines import Machine
 from planner.ranks.ring import exchange_of, ring_of, sharding_of
-from planner.speed.rectangles import Tokens, pairs
+from planner.speed.rectangles import TokenRange, pairs
 from planner.speed.work import NAMES, Kernel, Totals, Work, shared, work_of, work_of_calls
 from planner.workload import Workload
 
@@ -139,13 +139,13 @@ class _Parts:
         self.trains = whole.mode == "training"
         self._of_calls: dict[WholePart, Work] = {}
 
-    def queries_of(self, queries: Tokens, rows: Placement) -> Tokens | None:
+    def queries_of(self, queries: TokenRange, rows: Placement) -> TokenRange | None:
         """Those of some queries that may see what lies in rows."""
         tokens = rows.runs[0][0], rows.runs[-1][1]
         first, stop = asking(self.config, self._whole.seq, queries, tokens, self._whole.causal)
         return (first, stop) if first < stop else None
 
-    def work(self, queries: Tokens, rows: Placement, *, merges: bool) -> Work | None:
+    def work(self, queries: TokenRange, rows: Placement, *, merges: bool) -> Work | None:
         """The work of queries over rows, where there is some; `merges`: into what those queries have."""
         whole, asked = self._whole, self.queries_of(queries, rows)
         if asked is None:

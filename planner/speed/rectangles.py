@@ -23,7 +23,7 @@ from planner.sampling import golden
 SAMPLES: Final = 32
 """Rows of blocks that stand for all of some queries."""
 
-Tokens = tuple[int, int]
+TokenRange = tuple[int, int]
 """(first, one past the last)."""
 
 
@@ -31,8 +31,8 @@ def pairs(
     config: AttentionConfig,
     seq: int,
     causal: bool,
-    queries: Tokens,
-    keys: Tokens,
+    queries: TokenRange,
+    keys: TokenRange,
     documents: tuple[int, ...] | None = None,
 ) -> float:
     """Pairs of one head, on average, of some queries and some keys of a sequence of `seq` tokens.
@@ -48,8 +48,8 @@ def pairs(
 
 
 def _together(
-    queries: Tokens, keys: Tokens, documents: tuple[int, ...] | None
-) -> Iterator[tuple[Tokens, Tokens]]:
+    queries: TokenRange, keys: TokenRange, documents: tuple[int, ...] | None
+) -> Iterator[tuple[TokenRange, TokenRange]]:
     """(queries, keys) of each document, of those that have some of both."""
     ends = [*accumulate(documents)] if documents else [max(queries[1], keys[1])]
     for begin, end in zip([0, *ends], ends, strict=False):
@@ -129,7 +129,7 @@ def _up_to(apart: Count, query: Count, key: Count) -> Amount:
     return below(apart + query) - below(apart)
 
 
-def _listed(config: AttentionConfig, seq: int, causal: bool, queries: Tokens, keys: Tokens) -> float:
+def _listed(config: AttentionConfig, seq: int, causal: bool, queries: TokenRange, keys: TokenRange) -> float:
     """Pairs of dilated_sparse."""
     assert config.pattern is not None
     size = config.pattern.block_size

@@ -12,7 +12,7 @@ from functools import cache
 from typing import NamedTuple
 
 from attention.sharding.parts import Placement, source_placement
-from attention.sharding.plan import FEW_PARTS, Fetch, Guest, KeysPlan, RankPart, FetchStage
+from attention.sharding.plan import FEW_PARTS, Fetch, FetchStage, Guest, KeysPlan, RankPart
 from attention.sizes.arena import arena_bytes, bucket_bytes
 from attention.sizes.shape import Shape
 from attention.sizes.tiles import Extent, backward_sizes, forward_sizes

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from attention.config import AttentionConfig, ShardingConfig, SparsePatternConfig
 from attention.errors import InputError
-from attention.sharding.shards import Shards, shards_of
+from attention.sharding.shards import Shards, shards_of, unit_of
 
 some_shards = st.builds(
     Shards, seq=st.integers(1, 60), world=st.integers(1, 9), unit=st.integers(1, 20), zigzag=st.booleans()
@@ -94,6 +94,13 @@ def test_tokens_are_dealt_in_the_largest_powers_of_two_that_leave_ranks_even(seq
 def test_no_rank_is_much_fuller_than_the_mean(seq: int, world: int):
     shards = shards_of(AttentionConfig(variant="dense"), seq, world)
     assert shards.unit == 1 or shards.tokens(0) * world * 16 <= seq * 17
+
+
+def test_units_of_many_sequences_are_those_of_each():
+    seqs = np.array([1, 3, 52, 4096, 30714, 131072, 1 << 20])
+    for world in (1, 3, 8):
+        units = [Shards(int(seq), world, unit_of(int(seq), world)).unit for seq in seqs]
+        assert unit_of(seqs, world).tolist() == units
 
 
 def test_attentions_of_all_kinds_share_tokens():

@@ -31,7 +31,7 @@ from planner.memory.sharded import rank_plan
 from planner.ranks.ring import likest
 from planner.workload import Workload
 
-FAST, WIDE = 6, 40
+FAST, WIDE = 4, 40
 ADAPTIVE = 32 << 10
 """Above its bound an adaptive attention may take so much: on one device it takes 19 KB more than its plan."""
 KINDS = ("dense", "zigzag", "dilated", "local_window", "global_local", "dilated_sparse", "adaptive")
