@@ -79,6 +79,8 @@ class Domain(Value):
                 outside.append(f"{what} {value}")
         if workload.seq > self.longest:
             outside.append(f"{workload.seq:,} tokens (measured up to {self.longest:,})")
+        if workload.gpus > 1:
+            outside.append(f"{workload.gpus} ranks")
         outside += [
             NAMES[feature]
             for feature in features_of(workload)

@@ -171,7 +171,8 @@ def _on_cpu(
     at, allocated = plan.peak()
     chosen = calibration or calibration_for("cpu", machine, workload.dtype)
     one = likest(config, workload) if workload.gpus > 1 else workload
-    bound = bound_of(chosen, config, one, allocated, explicit=calibration is not None)
+    ranks = one.model_copy(update={"gpus": workload.gpus})
+    bound = bound_of(chosen, config, ranks, allocated, explicit=calibration is not None)
     return MemoryEstimate(
         config=config,
         workload=workload,
@@ -211,9 +212,10 @@ def _on_gpu(
     cap = smallest_cap(events, settings)
     lost = outcome.peak_reserved + context
     one = likest(config, workload) if workload.gpus > 1 else workload
-    bound = dry_bound(config, one, outcome.peak_reserved, context)
+    ranks = one.model_copy(update={"gpus": workload.gpus})
+    bound = dry_bound(config, ranks, outcome.peak_reserved, context)
     if calibration is not None and (explicit or of_this_torch(calibration)):
-        bound = bound_of(calibration, config, one, lost, explicit=explicit, device=gpu.key)
+        bound = bound_of(calibration, config, ranks, lost, explicit=explicit, device=gpu.key)
     components = plan.components(at)
     components["context"] = context
     kernel = kernel_of(config, one, machine)
