@@ -12,7 +12,7 @@ from rank_cases import KINDS, numbers, on_one_device, random_config, random_docu
 
 from attention import ShardingConfig, build
 
-CASES = 16
+CASES = 8
 
 
 def case(rank: int, world: int, seed: str, exchange: str) -> str | None:
@@ -69,7 +69,7 @@ def cases(rank: int, world: int, seed: str, count: int, exchange: str) -> list[s
 
 
 @pytest.mark.parametrize("exchange", ["keys", "heads"])
-@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize("world", [1, 3, 4])
 def test_ranks_compute_what_one_device_does(world, exchange, ranks):
     assert [*chain(*ranks(world).run(cases, world, "fast", CASES, exchange))] == []
 

@@ -12,7 +12,7 @@ from rank_threads import attended
 
 from attention import AttentionConfig, SparsePatternConfig
 
-FAST, WIDE = 40, 600
+FAST, WIDE = 20, 600
 
 
 def assert_is_of_one_device(seed: str) -> None:
@@ -42,13 +42,13 @@ def test_many_random_cases_are_those_of_one_device():
         assert_is_of_one_device(f"wide {number}")
 
 
-@pytest.mark.parametrize("number", range(20))
+@pytest.mark.parametrize("number", range(10))
 def test_whole_calls_of_a_gpu_are_those_of_one_device(number):
     with flash_attention("any"):
         assert_is_of_one_device(f"flash {number}")
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_low_precision_is_as_near_as_one_device(kind, dtype):
     """By the norm of errors, over 5 ranks: within 1.6 of what one device's own rounding does."""

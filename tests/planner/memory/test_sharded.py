@@ -216,7 +216,7 @@ def checked(results: list[Rows]) -> list[Peak]:
     return rows
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [3, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_rank_takes_what_is_planned(world, groups):
     checked(groups(world).run(random_peaks, world, f"fast {world}", FAST, 1024))
 
