@@ -101,7 +101,8 @@ class ShardedAttention(nn.Module):
         with transport.whole("the forward pass"):
             transport.warm_up(q.device)
             if exchange == "keys":
-                out = self._by_keys(q, k, v, shards, is_causal, lengths, sinks)
+                packing = lengths if lengths and any(len(item) > 1 for item in lengths) else None
+                out = self._by_keys(q, k, v, shards, is_causal, packing, sinks)
             else:
                 out = self._by_heads(q, k, v, shards, is_causal, documents, sinks)
         result: Tensor = BeforeBackward.apply(out, begin)  # type: ignore[no-untyped-call]

@@ -11,6 +11,7 @@ from attention.ops.program import Tile
 from attention.sharding.needs import Packing, Source, asking, deliveries, stages, visitors, visits
 from attention.sharding.parts import PartProgram, Placement, joined_placement, own_placement
 from attention.sharding.shards import Shards
+from attention.sharding.traffic import travels_wide
 from attention.sharding.whole_parts import WholePart, whole_part
 from attention.sizes.shape import Shape
 from attention.sizes.whole_calls import floor_bytes
@@ -196,12 +197,6 @@ def keys_plan(
         wide_keys=_depth(added) > FEW_PARTS,
         travels_wide=travels_wide(config),
     )
-
-
-def travels_wide(config: AttentionConfig) -> bool:
-    """Whether gradients travel in single precision."""
-    sharding = getattr(config, "sharding", None)
-    return sharding is not None and sharding.travel == "float32"
 
 
 def is_joined(config: AttentionConfig) -> bool:

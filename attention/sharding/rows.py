@@ -93,40 +93,6 @@ def most_of_one(
     return minimum(total, most + minimum(sight.shared, shards.fullest) * kv_heads)
 
 
-def rows_sent(sight: Sight, shards: Shards, rank: Count, causal: bool, kv_heads: Count) -> Count:
-    """Rows that a rank of contiguous shards, which are of whole blocks, sends to all its peers, of windows,
-    with or without global tokens, and of dense attention."""
-    ((_, _, reach, _),) = sight.bands
-    seq, apart = shards.seq, global_queries(sight, causal)
-    begin, end = shards.edge(rank), shards.edge(rank + 1)
-    ranks = shards.chunk(seq - 1) + 1
-    # Global tokens go to all that ask for keys: those behind, or those that have more than global queries.
-    asking = ranks - 1 - rank if causal else ranks - shards.chunk(apart) - (shards.chunk(apart) <= rank)
-    asking = where(apart < seq, asking, 0)
-    total = maximum(minimum(end, sight.shared) - begin, 0) * asking
-    # Token t goes to the ranks behind up to that of token t + reach, and to those before from t - reach on.
-    begin = minimum(maximum(begin, sight.shared), end)
-    cut = minimum(maximum(seq - reach, begin), end)
-    total = total + (end - cut) * (ranks - 1) - (end - begin) * rank
-    total = total + _chunks_before(shards, minimum(cut + reach, seq))
-    total = total - _chunks_before(shards, minimum(begin + reach, seq))
-    if not causal:
-        cut = minimum(maximum(apart + reach, begin), end)
-        total = total + (end - begin) * rank - (cut - begin) * shards.chunk(minimum(apart, seq - 1))
-        total = total - _chunks_before(shards, maximum(end - reach, 0))
-        total = total + _chunks_before(shards, maximum(cut - reach, 0))
-    return total * kv_heads
-
-
-def _chunks_before(shards: Shards, token: Count) -> Count:
-    """The sum of the chunks that the tokens before one are in."""
-    each, more = shards.deal
-    chunk = shards.chunk(maximum(token - 1, 0))
-    longer = minimum(chunk, more)
-    before = each * (chunk * (chunk - 1) // 2) + longer * (longer - 1) // 2
-    return before * shards.unit + chunk * (token - shards.edge(chunk))
-
-
 def _wanted(sight: Sight, shards: Shards, rank: Count, causal: bool) -> list[Range]:
     """What the queries of a rank see, its own tokens among it; ranges that ascend, some of them empty."""
     begin, end = shards.edge(rank), shards.edge(rank + 1)

@@ -28,6 +28,11 @@ class Traffic(NamedTuple):
     """Empty without a backward pass."""
 
 
+def travels_wide(config: AttentionConfig) -> bool:
+    """Whether gradients travel in single precision."""
+    return config.sharding is not None and config.sharding.travel == "float32"
+
+
 def traffic(
     config: AttentionConfig,
     shards: Shards,
@@ -73,7 +78,7 @@ def traffic(
             (_queries(visitors(*plan)), _queries(visits(*plan))),
         ]
         wide = max(itemsize, 4)
-        travel = wide if config.sharding and config.sharding.travel == "float32" else itemsize
+        travel = wide if travels_wide(config) else itemsize
         pair, query, lse = 2 * batch * head_dim, batch * heads * head_dim, batch * heads * wide
         forward = [(pair * itemsize, 0), (query * itemsize, query * itemsize + lse)]
         backward = [(pair * itemsize, pair * travel), (3 * query * itemsize + lse, query * travel)]

@@ -78,12 +78,11 @@ def with_sharing(
     node: int | None = None,
     calibration: Calibration | None = None,
     threads: int | None = None,
-    **_: Any,
 ) -> MemoryEstimate:
     """The estimate, of several GPUs with how they share the call.
 
-    `device`, `calibration`, `threads`: as the estimate was made with; what else it was made with changes
-    nothing here. `link`, `node`: see `planner.ranks.links.network_of`; ConfigError where there is one GPU.
+    `device`, `calibration`, `threads`: as the estimate was made with. `link`, `node`: see
+    `planner.ranks.links.network_of`; ConfigError where there is one GPU.
     """
     config, workload = estimate.config, estimate.workload
     if workload.gpus == 1:

@@ -106,7 +106,8 @@ def max_seq(
     sized_workload = ranks.shared(workload)
     answer = longest(config, sized_workload, parse_bytes(vram, "--vram"), place.device, place.options)
     if answer.fits is not None:
-        shared = with_sharing(answer.fits, place.device, **ranks.links, **place.options)
+        read = {name: place.options.get(name) for name in ("calibration", "threads")}
+        shared = with_sharing(answer.fits, place.device, **ranks.links, **read)
         answer = answer._replace(fits=shared)
     fits, changes = answer.fits, [spelt(change, exactly=True) for change in answer.relaxations]
     if format == "table":

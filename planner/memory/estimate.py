@@ -105,17 +105,8 @@ def estimate(
     threads: int | None = None,
     dry: bool = False,
 ) -> MemoryEstimate:
-    """Predicts the memory of a config on a workload, without running it and without a GPU.
-
-    `device`: "cpu" or a GPU (`planner gpus` lists them). `calibration`: in place of the shipped one;
-    one of another device or torch is used with a note. `allocator`: as PYTORCH_CUDA_ALLOC_CONF has it.
-    `display`, `others_bytes`, `context_bytes`: what else is on the card. `threads`: a CPU's; None
-    for those that torch would take in a fresh process (OMP_NUM_THREADS, or the cores that this one may run
-    on), not what torch.set_num_threads was told in this one. `dry`: of a dry run, where cuDNN is not there.
-
-    A module is taken to be of the workload's dtype, its parameters too (`module.to(dtype)`): a scorer left in
-    float32 beside 16-bit q, k and v takes more. Documents are taken to be numbered in int32.
-    """
+    """The memory of a config on a workload; see `planner.api.estimate` for what it takes. Where GPUs share
+    the call it is that of the one that needs most."""
     refuse_features(config, workload)
     refuse_sharing(config, workload)
     if device == "cpu":

@@ -151,14 +151,10 @@ def _shortened(plan: KeysPlan) -> KeysPlan:
 
 def _sizes(stage: FetchStage) -> tuple[Any, ...]:
     fetches = [
-        (fetch.rows.total, fetch.rows.rate, [len(range(*_ends(part.queries))) for part in fetch.parts])
+        (fetch.rows.total, fetch.rows.rate, [part.queries.stop - part.queries.start for part in fetch.parts])
         for fetch in stage.fetches
     ]
     return fetches, [(source.end - source.begin, source.rate) for source in stage.deliveries]
-
-
-def _ends(tokens: slice) -> tuple[int, int]:
-    return tokens.start, tokens.stop
 
 
 def _bound(columns: Columns, shape: Shape) -> Callable[[RankPart, Shape], Extent]:

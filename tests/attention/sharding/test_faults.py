@@ -235,10 +235,8 @@ def faulty_call(rank: int, fault: str, large: bool, victim: int) -> Outcome:
 
         module.transport.exchange = fail
     result = outcome(lambda: megabytes(module.transport) if large else module(*x))
-    begun = time.monotonic()
     with pytest.raises(DistributedError, match="the ring is closed"):
         module(*x)
-    assert time.monotonic() - begun < 0.5
     return result
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -270,7 +269,6 @@ def test_lists_reach_no_further_than_their_rows(config, seq):
 
 
 def test_a_hundred_million_tokens_on_a_thousand_ranks():
-    started = time.process_time()
     for config in (
         DENSE,
         windowed(128, 4096, 64),
@@ -279,5 +277,6 @@ def test_a_hundred_million_tokens_on_a_thousand_ranks():
     ):
         shards = shards_of(config, 100_000_000, 1024)
         for rank in (0, 511, 1023):
-            assert stages(config, shards, rank, True) is not None
-    assert time.process_time() - started < 5
+            sources = [source for stage in stages(config, shards, rank, True) for source in stage]
+            assert bool(sources) == (rank > 0)
+            assert all(source.end <= shards.edge(rank) for source in sources)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -12,7 +10,7 @@ from sharded import DENSE, cases, dilated, listed, longnet, windowed
 
 from attention.sharding.needs import stages
 from attention.sharding.ranges import Band, Sight, sight, sight_of
-from attention.sharding.rows import most_of_one, rows_between, rows_received, rows_sent, source_rows
+from attention.sharding.rows import most_of_one, rows_between, rows_received, source_rows
 from attention.sharding.shards import Shards, shards_of
 
 groups = st.sampled_from([(4, 4), (8, 2), (6, 1)])
@@ -67,24 +65,6 @@ def check_rows(config, shards, causal, _, group):
             assert 0 <= most - expected[rank].max() <= group[1]
 
 
-@given(cases(), groups)
-def test_what_windows_send_is_what_their_peers_receive(case, group):
-    config, shards, causal, _ = case
-    view = sight_of(config, shards.seq, causal)
-    if (
-        shards.zigzag
-        or len(view.bands) > 1
-        or view.bands[0].length < shards.seq
-        or config.variant == "dilated"
-        or shards.unit % view.bands[0].size
-    ):
-        return
-    expected = moved(config, shards, causal, *group).sum(axis=0)
-    if config.pattern is None or config.pattern.pattern_type != "dilated_sparse":
-        for rank in range(shards.world):
-            assert rows_sent(view, shards, rank, causal, group[1]) == expected[rank]
-
-
 @pytest.mark.parametrize("world", [4, 8, 16])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("alpha", [2, 4])
@@ -131,28 +111,28 @@ def test_many_attentions_are_each_of_them(causal):
     )
     dealt = Shards(4000, worlds, sizes)
     received = rows_received(many, dealt, worlds // 2, causal, 8, 2)
-    sent = rows_sent(many, dealt, worlds // 2, causal, 2)
     for n, (window, size, world) in enumerate(
         zip(windows.tolist(), sizes.tolist(), worlds.tolist(), strict=True)
     ):
         config = windowed(size, window, window // 10)
-        view, shards = sight_of(config, 4000, causal), shards_of(config, 4000, world)
+        view, shards = sight_of(config, 4000, causal), Shards(4000, world, size)
         assert received[n] == rows_received(view, shards, world // 2, causal, 8, 2)
-        assert sent[n] == rows_sent(view, shards, world // 2, causal, 2)
 
 
-def test_ten_thousand_candidates_on_a_thousand_ranks_take_no_time():
+def test_ten_thousand_candidates_are_bounded_at_once():
     lengths = [np.full(10_000, 2048 << n) + np.arange(10_000) // 5000 for n in range(5)]
     view = sight("dilated", None, 1 << 24, False, lengths=lengths, rates=[1 << n for n in range(5)])
-    shards, started = Shards(1 << 24, 1024, 2048), time.process_time()
-    assert (most_of_one(view, shards, 500, False, 8, 8) >= 0).all()
-    assert time.process_time() - started < 2
-    started = time.process_time()
-    ranks = np.arange(1024)
+    shards = Shards(1 << 24, 1024, 2048)
+    most = most_of_one(view, shards, 500, False, 8, 8)
+    assert most.shape == (10_000,)
+    assert (most <= rows_received(view, shards, 500, False, 8, 8)).all()
+
+
+def test_what_each_of_a_thousand_ranks_receives_is_of_all_its_peers():
+    ranks, shards = np.arange(1024), Shards(100_000_000, 1024)
     view = sight_of(longnet(2048, 14), 100_000_000, True)
-    between = rows_between(view, Shards(100_000_000, 1024), ranks[:, None], ranks, True, 8, 8)
-    assert (between.sum(axis=1) == rows_received(view, Shards(100_000_000, 1024), ranks, True, 8, 8)).all()
-    assert time.process_time() - started < 5
+    between = rows_between(view, shards, ranks[:, None], ranks, True, 8, 8)
+    assert (between.sum(axis=1) == rows_received(view, shards, ranks, True, 8, 8)).all()
 
 
 def test_lists_are_bounded_by_their_segments_and_their_farthest_block():
