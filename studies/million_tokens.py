@@ -1,8 +1,8 @@
 """What do one and ten million tokens need? `planner study million-tokens`
 
 One million tokens in one process on the CPU: resident memory, and time a token against 131,072 tokens in the
-same run. What GPUs need for one and ten million, predicted. How many cards that takes with the sequence
-sharded over a ring of them, by arithmetic: ring attention is not here yet.
+same run. What one GPU would need for one and ten million, predicted. How many cards share one, ten or a
+hundred million, predicted from the plans of their ranks.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -18,7 +19,8 @@ from typing import Any, Final, NamedTuple
 
 import torch
 
-from attention import AttentionConfig, build
+from attention import AttentionConfig, ShardingConfig, build
+from planner.bisection import largest
 from planner.gpus import Gpu, find
 from planner.memory.estimate import MemoryEstimate, estimate
 from planner.report.plot.figure import BLUE, INK, MUTED, ORANGE, RED, named, title, tokens
@@ -36,6 +38,10 @@ CARD: Final = "h100-sxm"
 """The card whose kernels and context predictions are of, however large they get."""
 RING: Final = ("gtx1080", "rtx4090", "h100-sxm")
 """Cards of 8, 24 and 80 GB."""
+SHARED: Final = ("dense", "dilated", "local_window")
+"""Attentions that cards share."""
+SHARED_COUNTS: Final = (*COUNTS, 100 * MILLION)
+SHARED_DTYPES: Final[tuple[Dtype, ...]] = ("float16", "float32")
 MEASURED: Final = ("local_window", "dilated_sparse")
 ALL: Final = 1.0
 """Share of the blocks that dilated_sparse may keep where it is measured: all that its branches reach, so
@@ -135,38 +141,33 @@ def predicted_row(kind: str, config: AttentionConfig, seq: int) -> Row:
     }
 
 
-def ring_bytes(tokens_a_rank: int, dtype: Dtype, mode: Mode) -> int:
-    """Bytes of a rank of a ring, by arithmetic: no such attention is here to be measured.
+def cards_needed(config: AttentionConfig, seq: int, dtype: Dtype, mode: Mode, gpu: Gpu) -> int:
+    """The fewest of a card whose ranks are predicted to fit: 1 where one does without sharing."""
 
-    With L tokens a rank, H heads and D channels a head, six blocks of L H D numbers forward (q, k, v, the
-    incoming k and v, out), an accumulator of 4 L H D bytes and 4 L H of log-sum-exp. Training has the
-    gradient of each block besides.
-    """
-    numbers = tokens_a_rank * HEADS * HEAD_DIM
-    blocks = 6 if mode == "inference" else 12
-    return blocks * numbers * ITEMSIZE[dtype] + 4 * numbers + 4 * tokens_a_rank * HEADS
+    def is_short(count: int) -> bool:
+        workload = Workload(seq=seq, dtype=dtype, mode=mode, gpus=count)
+        predicted: MemoryEstimate = estimate(config, workload, gpu)
+        return predicted.upper > gpu.usable_bytes
 
-
-def cards_needed(seq: int, dtype: Dtype, mode: Mode, gpu: Gpu) -> int:
-    """The fewest of a card: 1 if dilated attention is predicted to fit it, else the smallest ring whose ranks
-    have room for their blocks beside the context."""
-    alone: MemoryEstimate = estimate(one_of_each()["dilated"], Workload(seq=seq, dtype=dtype, mode=mode), gpu)
-    if alone.upper <= gpu.usable_bytes:
-        return 1
-    room = gpu.usable_bytes - alone.components["context"]
-    return max(-(-seq // (room // ring_bytes(1, dtype, mode))), 2)
+    enough = 1
+    while is_short(enough):
+        enough *= 2
+    return largest(is_short, enough // 2, enough) + 1
 
 
-def ring_row(seq: int, dtype: Dtype, mode: Mode) -> Row:
-    """How many cards of each size."""
+def ring_row(kind: str, seq: int, mode: Mode) -> Row:
+    """How many cards of each size share a sequence, keys being exchanged."""
+    config = one_of_each()[kind].model_copy(update={"sharding": ShardingConfig(exchange="keys")})
     cards = {name: find(name) for name in RING}
     return {
         "part": "ring",
+        "attention": kind,
         "seq": seq,
-        "dtype": dtype,
         "mode": mode,
-        "a_token": ring_bytes(1, dtype, mode),
-        "cards": {card.name: cards_needed(seq, dtype, mode, card) for card in cards.values()},
+        "cards": {
+            card.name: {dtype: cards_needed(config, seq, dtype, mode, card) for dtype in SHARED_DTYPES}
+            for card in cards.values()
+        },
     }
 
 
@@ -199,9 +200,9 @@ def steps(scope: Scope) -> list[Job]:
         for seq in COUNTS
     ]
     ring: list[Job] = [
-        (f"ring, {tokens(seq)} {dtype} {mode}", partial(ring_row, seq, dtype, mode))
-        for seq in COUNTS
-        for dtype in ("float16", "float32")
+        (f"ring, {kind}, {tokens(seq)} {mode}", partial(ring_row, kind, seq, mode))
+        for seq in (COUNTS[:1] if scope.quick else SHARED_COUNTS)
+        for kind in SHARED
         for mode in MODES
     ]
     return [*measured, *predicted, *ring, *((claim.what, partial(claim_row, claim)) for claim in CLAIMS)]
@@ -265,22 +266,26 @@ def predicted_table(rows: Results) -> str:
 
 
 def ring_table(rows: Results) -> str:
-    """Markdown: the number of cards of a ring, by arithmetic."""
+    """Markdown: the number of cards that share a sequence."""
     rows = of_part(rows, "ring")
     names = list(rows[0]["cards"])
     return markdown(
         (
             [
                 tokens(row["seq"]),
-                row["dtype"],
+                row["attention"],
                 row["mode"],
-                f"{row['a_token']:,}",
-                *(str(row["cards"][name]) for name in names),
+                *(_counts(row["cards"][name]) for name in names),
             ]
             for row in rows
         ),
-        ["tokens", "dtype", "mode", "ring's bytes a token, arithmetic", *names],
+        ["tokens", "attention", "mode", *names],
     )
+
+
+def _counts(cards: Mapping[str, int]) -> str:
+    """The cards of 16 and of 32 bits."""
+    return " / ".join(f"{count:,}" for count in cards.values())
 
 
 def seeds_table(rows: Results) -> str:
@@ -373,18 +378,17 @@ def _draw_measured(axes: Any, rows: Results) -> None:
 def _draw_ring(axes: Any, rows: Results) -> None:
     """A table: it is a few whole numbers."""
     names = list(rows[0]["cards"])
-    lines = list(dict.fromkeys((row["seq"], row["mode"]) for row in rows))
+    lines = [row for row in rows if row["attention"] == SHARED[0]]
     for at, name in enumerate(names):
         axes.text(at, -0.9, name.removeprefix("NVIDIA ").replace("GeForce ", ""), ha="center", color=MUTED)
-        for place, line in enumerate(lines):
-            pair = [row["cards"][name] for row in rows if (row["seq"], row["mode"]) == line]
-            axes.text(at, place, " | ".join(map(str, pair)), ha="center", va="center", color=INK)
-    axes.set_yticks(range(len(lines)), [f"{tokens(seq)}, {mode}" for seq, mode in lines])
+        for place, row in enumerate(lines):
+            axes.text(at, place, _counts(row["cards"][name]), ha="center", va="center", color=INK)
+    axes.set_yticks(range(len(lines)), [f"{tokens(row['seq'])}, {row['mode']}" for row in lines])
     axes.set(
         xticks=[],
         xlim=(-0.6, len(names) - 0.4),
         ylim=(len(lines) - 0.5, -1.2),
-        title="cards of a ring, 16 | 32 bits, by arithmetic",
+        title=f"cards that share {SHARED[0]} attention, 16 / 32 bits",
     )
     axes.spines[["left", "bottom"]].set_visible(False)
     axes.tick_params(left=False)
@@ -408,18 +412,28 @@ def findings(rows: Results) -> Findings:
     held = rounded_up(fullest["resident"] / 1e9, 2)
     million = [row for row in of_part(rows, "predicted") if row["seq"] == MILLION]
     needs = sorted(row["upper"]["float16 inference"] / 1e9 for row in million)
-    ten = [row for row in of_part(rows, "ring") if row["seq"] == COUNTS[-1] and row["dtype"] == "float16"]
-    forward = next(row["cards"] for row in ten if row["mode"] == "inference")
+    rings = of_part(rows, "ring")
+    most = max(row["seq"] for row in rings)
+    shared = [row for row in rings if row["seq"] == most and row["mode"] == "training"]
     return Findings(
         "Asked: what do one and ten million tokens need, by attention, dtype and mode, and how many cards?",
         f"Found: {ran[0]['seq']:,} tokens ran in one process with {held:.2f} GB "
         f"resident at most, q, k, v and out alone being {fullest['floor'] / 1e9:.2f}, in {slowest:.2f} times "
         f"the time a token that {fullest['short']:,} take, or less; a million in float16 is predicted to "
-        f"need {needs[0]:.1f} to {needs[-1]:.1f} GB of a GPU for inference; if ring attention, which is not "
-        "here yet, shared ten million for that, they would take by arithmetic "
-        f"{' or '.join(f'{count} {name}' for name, count in forward.items())}.",
+        f"need {needs[0]:.1f} to {needs[-1]:.1f} GB of a GPU for inference; to share {most:,} in training "
+        f"takes {_shared_words(shared)}.",
         _beside(rows),
     )
+
+
+def _shared_words(rows: Results) -> str:
+    """The cards that share a sequence in float16, in words."""
+    words = []
+    for name in rows[0]["cards"]:
+        counts = sorted({row["cards"][name]["float16"] for row in rows})
+        span = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
+        words.append(f"{span} {name}")
+    return " or ".join(words)
 
 
 def _met(row: Row) -> bool:

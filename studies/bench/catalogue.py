@@ -4,12 +4,9 @@
 from __future__ import annotations
 
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from attention.errors import ConfigError
-
-if TYPE_CHECKING:
-    pass
 
 QUESTIONS: Final[dict[str, str]] = {
     "config-impact": "Does configuration B need twice the memory of configuration A?",
@@ -25,6 +22,8 @@ QUESTIONS: Final[dict[str, str]] = {
     "implementations": "Which attention is fastest and which leanest at 16K tokens?",
     "max-sequence": "How long a sequence fits 1 to 80 GB, by attention?",
     "million-tokens": "What do one and ten million tokens need?",
+    "scaling": "What do 1 to 1,024 GPUs hold, exchange and take?",
+    "ring-measured": "What do ranks send, hold and compute, measured?",
     "practical-limits": "Which attention for which length on cards of 8 to 80 GB?",
     "accuracy": "How far are predictions of memory and time from measurements?",
     "model-speed": "How fast are the planner's own models?",

@@ -1,9 +1,10 @@
-"""`planner study million-tokens`: a small run in place of a million, predictions, the ring's arithmetic."""
+"""`planner study million-tokens`: a small run in place of a million, predictions, cards that share."""
 
 import pytest
 import torch
 from matplotlib.figure import Figure
 
+from attention import ShardingConfig
 from planner.gpus import find
 from planner.memory.estimate import estimate
 from planner.workload import Workload
@@ -34,10 +35,7 @@ def rows():
         for seq in million.COUNTS
     ]
     ring = [
-        million.ring_row(seq, dtype, mode)
-        for seq in million.COUNTS
-        for dtype in ("float16", "float32")
-        for mode in million.MODES
+        million.ring_row(kind, million.MILLION, mode) for kind in million.SHARED for mode in million.MODES
     ]
     return [measured, *predicted, *ring, *map(million.claim_row, million.CLAIMS)]
 
@@ -58,28 +56,17 @@ def test_what_is_predicted_is_the_planners_estimate():
     assert row["upper"]["float16 training"] == row["upper"]["bfloat16 training"]
 
 
-@pytest.mark.parametrize("mode, blocks", [("inference", 6), ("training", 12)])
-def test_a_ranks_bytes_are_blocks_accumulator_and_log_sum_exp(mode, blocks):
-    block = 1000 * million.HEADS * million.HEAD_DIM
-    found = million.ring_bytes(1000, "float16", mode)
-    assert found == blocks * 2 * block + 4 * block + 4 * 1000 * million.HEADS
+def test_as_few_cards_as_have_room():
+    card, shared = find("gtx1080"), DILATED.model_copy(update={"sharding": ShardingConfig(exchange="keys")})
+    found = million.cards_needed(shared, million.MILLION, "float32", "training", card)
 
+    def needed(cards: int) -> int:
+        workload = Workload(seq=million.MILLION, dtype="float32", mode="training", gpus=cards)
+        return estimate(shared, workload, card).upper
 
-@pytest.mark.parametrize("seq", million.COUNTS)
-def test_as_few_cards_as_have_room(seq):
-    card = find("gtx1080")
-    found = million.cards_needed(seq, "float32", "training", card)
-    context = estimate(DILATED, Workload(seq=1), card).components["context"]
-
-    def rank(cards: int) -> int:
-        return context + million.ring_bytes(-(-seq // cards), "float32", "training")
-
-    assert rank(found) <= card.usable_bytes < rank(found - 1)
-
-
-def test_one_card_where_one_is_enough_and_two_where_a_ring_of_one_would_be():
-    assert million.cards_needed(1024, "float16", "inference", find("gtx1080")) == 1
-    assert million.cards_needed(million.MILLION, "float16", "training", find("gtx1080")) == 2
+    assert found > 1
+    assert needed(found) <= card.usable_bytes < needed(found - 1)
+    assert million.cards_needed(shared, 1024, "float16", "inference", card) == 1
 
 
 def test_a_quick_run_measures_no_million():
@@ -93,7 +80,7 @@ def test_a_quick_run_measures_no_million():
 def test_tables_show_each_part(rows):
     assert "| local_window | 1,024 | 2.33 | 1.86 | 3.0 | 1.50 x that at 256 |" in million.million_table(rows)
     assert "inference, float16 or bfloat16, GB" in million.predicted_table(rows)
-    assert million.ring_table(rows).count("\n") == 9
+    assert million.ring_table(rows).count("\n") == 7
     assert "| block-sparse, multihead | 33.68 | multihead |" in million.seeds_table(rows)
 
 
@@ -104,15 +91,20 @@ def test_the_picture_has_predictions_a_measured_run_and_the_rings(rows):
     assert (one.get_title(), ten.get_title()) == ("1,048,576 tokens", "10,485,760 tokens")
     assert "GB, predicted" in one.get_xlabel()
     assert "resident, GB" in measured.get_xlabel()
-    assert "by arithmetic" in ring.get_title()
-    assert "11 | 20" in [text.get_text() for text in ring.texts]
+    assert ring.get_title() == "cards that share dense attention, 16 / 32 bits"
+    cards = next(row["cards"]["NVIDIA GeForce GTX 1080"] for row in rows if row["part"] == "ring")
+    assert f"{cards['float16']} / {cards['float32']}" in [text.get_text() for text in ring.texts]
 
 
 def test_the_sentences_have_the_rows_figures(rows):
     findings = million.findings(rows)
     assert "1,024 tokens ran in one process with 2.50 GB resident at most" in findings.answer
     assert "in 1.50 times the time a token that 256 take" in findings.answer
-    assert "by arithmetic 11 NVIDIA GeForce GTX 1080" in findings.answer
+    shared = [row["cards"]["NVIDIA GeForce GTX 1080"]["float16"] for row in rows if row.get("cards")][1::2]
+    assert (
+        f"to share 1,048,576 in training takes {min(shared)} to {max(shared)} NVIDIA GeForce GTX 1080"
+        in findings.answer
+    )
     base = next(row for row in rows if row.get("what") == "block-sparse, base")
     assert f" GB; {base['allocated'] / 1e9:.2f} predicted)" in findings.original
     assert "18 TB" in findings.original
