@@ -264,7 +264,8 @@ def _exchanged(rows: Results) -> str:
         moved = f"; a causal window sends {span} MiB on each number of ranks"
     return (
         f"; in {said} of {len(rows)} cases every rank sent what `traffic` says, to the byte{moved}; outputs "
-        f"are within {out:.0e} of those of one device and gradients within {gradients:.0e}, in double precision"
+        f"are within {out:.0e} of those of one device and gradients within {gradients:.0e}, in double "
+        "precision"
     )
 
 
