@@ -214,7 +214,7 @@ def draw(figure: Any, rows: Results) -> None:
         line = [row for row in rows if row["attention"] == name]
         color, marker = KINDS[line[0]["kind"]]
         style = {"color": color, "marker": marker, "markersize": 6}
-        style |= {"linestyle": {"heads": ":", "ring": "--"}.get(name.rpartition(" ")[2], "-")}
+        style |= {"linestyle": ":" if "heads" in name else "--" if "zigzag" in name else "-"}
         worlds = [row["world"] for row in line]
         peaks.plot(worlds, [row["peak"] / row["floor"] for row in line], label=name, **style)
         sent.plot(worlds, [row["sent"] / 2**20 for row in line], **style)
@@ -227,7 +227,7 @@ def draw(figure: Any, rows: Results) -> None:
         axes.minorticks_off()
         axes.set_xlabel("ranks")
         axes.grid(axis="y")
-    peaks.set(ylabel="peak of the fullest rank, of the floor of one device", ylim=(0, None))
+    peaks.set(ylabel="peak of the fullest rank / floor", ylim=(0, None))
     sent.set(ylabel="sent by the rank that sends most, MiB", ylim=(0, None))
     figure.legend(loc="outside lower center", ncols=4)
     title(

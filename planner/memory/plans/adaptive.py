@@ -14,6 +14,7 @@ from attention.sizes.arrays import Count, maximum
 from attention.sizes.list_calls import ListCalls
 from attention.sizes.row_bounds import chosen_rows
 from attention.sizes.tiles import pieces, sparse_extent
+from planner.memory.machines import Cuda
 from planner.memory.plans import tiles
 from planner.memory.plans.list_calls import list_calls
 from planner.memory.plans.tiles import Case
@@ -117,7 +118,9 @@ def _learn(table: PlanTable, case: Case, scorer: Scorer) -> None:
     table.phase("backward, projections")
     gradients = (half * shape.itemsize, half * shape.itemsize)
     table.add("gradients of the projections", "gradients", gradients, "2 H D E e")
-    table.free("gradient of the scores", "chosen blocks")
+    table.free("gradient of the scores")
+    if isinstance(case.machine, Cuda):  # a CPU's attention reads the lists from there
+        table.free("chosen blocks")
     if scorer.casts:
         table.free("sums of the projections' gradients")
 
