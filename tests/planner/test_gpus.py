@@ -40,7 +40,7 @@ def test_the_cards_people_have_are_there():
         "a100-sxm4-80gb", "rtxa4000", "rtxa5000", "rtxa6000", "rtx4050laptop", "rtx4060", "rtx4060ti-16gb",
         "rtx4070", "rtx4070ti", "rtx4080", "rtx4090", "l4", "l40s", "rtx6000ada", "h100-pcie", "h100-sxm",
         "h200", "gh200", "rtx5060", "rtx5070", "rtx5080", "rtx5090", "b200", "gb200", "rtxpro6000",
-        "gtx1050ti", "gtx1650", "gtxtitanx", "titanx-pascal", "titanv", "quadrogp100", "p4", "gtx980ti",
+        "gtx1050ti", "gtx1650", "gtxtitanx", "titanx-pascal", "titanv", "gp100", "p4", "gtx980ti",
         "a2", "a16", "rtxa2000-6gb", "rtxa4500", "rtxa5500", "rtx2000ada", "rtx5000ada", "rtx3060-8gb",
         "rtx3060laptop", "rtx4090laptop", "rtx5070laptop", "rtx5050", "rtxpro4000", "rtxpro5000",
         "rtxpro6000maxq", "pro6000server", "a800-sxm4-80gb", "h800-sxm", "h20", "l20", "rtx4090d",
