@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 GIB: Final = 1 << 30
 _DATA = Path(__file__).with_name("data") / "gpus.json"
 _NOISE = re.compile(r"nvidia|geforce|tesla|\(r\)|\(tm\)|[^a-z0-9]")
+_SIZE = re.compile(r"[ -]\d+ ?gb$", re.IGNORECASE)
 _NOT_CUDA: Final = {
     "AMD": r"amd.*|.*(instinct|radeon).*|mi\d{2,3}[a-z]?|rx(vega)?\d{2,4}(xtx?|gre|m|s)?|"
     r"[5-9]\d\d0(xtx?|gre)|w[67]\d00|gfx\d+\w*|.*strixhalo|8060s",
@@ -112,6 +113,16 @@ def matching(name: str) -> tuple[Gpu, ...]:
     if not cards:
         raise _unknown(name, wanted, [])
     return cards
+
+
+def of_device(name: str, total_bytes: int | None) -> Gpu:
+    """The card that CUDA calls `name` and says to have so many bytes: where a card is sold with several
+    memories, all of which CUDA calls the same, that with the nearest. ConfigError as in `find`."""
+    if total_bytes is None:
+        return find(name)
+    bare = _plain(_SIZE.sub("", name))
+    alike = [gpu for gpu in known() if bare and _plain(_SIZE.sub("", gpu.name)) == bare] or matching(name)
+    return min(alike, key=lambda gpu: abs(gpu.usable_bytes - total_bytes))
 
 
 def generic(vram_bytes: int) -> Gpu:

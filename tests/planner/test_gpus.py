@@ -204,6 +204,25 @@ def test_a_name_of_several_cards_is_refused(name: str, count: int):
         find(name)
 
 
+@pytest.mark.parametrize(
+    "name, total, key",
+    [
+        ("NVIDIA GeForce RTX 4060 Ti", 16_718_495_744, "rtx4060ti-16gb"),
+        ("NVIDIA GeForce RTX 4060 Ti", 8_585_216_000, "rtx4060ti-8gb"),
+        ("NVIDIA GeForce RTX 3060", 12_622_168_064, "rtx3060"),
+        ("NVIDIA GeForce RTX 3060", 8_589_410_304, "rtx3060-8gb"),
+        ("NVIDIA GeForce RTX 3080 Laptop GPU", 16_700_000_000, "3080laptop16gb"),
+        ("Orin", 65_877_000_000, "agx-orin-64gb"),
+        ("NVIDIA A100-SXM4-80GB", 85_092_990_976, "a100-sxm4-80gb"),
+        ("NVIDIA H200", None, "h200"),
+    ],
+)
+def test_the_card_that_is_there_is_known_by_its_memory_too(name: str, total: int | None, key: str):
+    assert gpus.of_device(name, total).key == key
+    with pytest.raises(ConfigError, match="not known"):
+        gpus.of_device("NVIDIA RTX 9999", total)
+
+
 @pytest.mark.parametrize("name", ["", " ", "NVIDIA", "GeForce", "?", "RTX 3065 Laptop GPU", "x" * 10_000])
 def test_no_card_is_made_up(name: str):
     with pytest.raises(ConfigError) as caught:
