@@ -19,10 +19,11 @@ from typing import Any, Final
 
 from attention.errors import AttentionPlannerError, UnavailableError
 from planner.files import make_folder
+from planner.measuring.measure import Device
 from studies.bench.records import Row, as_json, progress, write
 from studies.gpu.page import page
 from studies.gpu.results import SAME, calibrated, is_current
-from studies.gpu.steps import Device, Step, Tools, known_card, steps
+from studies.gpu.steps import PlannedRow, Tools, known_card, steps
 from studies.gpu.worker import Worker, short
 
 CLOSING: Final = 0.03
@@ -79,14 +80,14 @@ def begin(path: Path, command: str, facts: Row) -> Row:
     return {"command": command, "environment": facts, "sessions": sessions, "rows": rows}
 
 
-def is_done(content: Row, step: Step) -> bool:
+def is_done(content: Row, step: PlannedRow) -> bool:
     """Whether there is a row of this step that was made with what is here now."""
     row = content["rows"].get(step.label)
     return row is not None and is_current(content, row)
 
 
 def carry_out(
-    content: Row, todo: Sequence[Step], tools: Tools, seconds: float, keep: Callable[[Row], None]
+    content: Row, todo: Sequence[PlannedRow], tools: Tools, seconds: float, keep: Callable[[Row], None]
 ) -> bool:
     """Makes the rows that are not there, one after the other for so many seconds; `keep` gets the content
     after each. Whether it was interrupted."""
@@ -128,7 +129,7 @@ def carry_out(
     return interrupted
 
 
-def _made(step: Step, tools: Tools, left: float) -> Row | None:
+def _made(step: PlannedRow, tools: Tools, left: float) -> Row | None:
     """The row of a step, whatever it meets; None if the end of the run cut it off."""
     try:
         with within(min(step.seconds, left)):
@@ -143,7 +144,7 @@ def _made(step: Step, tools: Tools, left: float) -> Row | None:
         return {"outcome": "error", "message": f"{type(error).__name__}: {short(error)}"}
 
 
-def run(device: Device, minutes: float, out: Path, chosen: Callable[[Step], bool] | None = None) -> Row:
+def run(device: Device, minutes: float, out: Path, chosen: Callable[[PlannedRow], bool] | None = None) -> Row:
     """A run on a device, its data and page in the folder `out`; what it has by its end. `chosen`: which of
     the steps there are."""
     begun = monotonic()

@@ -18,7 +18,7 @@ from attention.errors import AttentionPlannerError, ConfigError
 from planner import gpus
 from planner.fitting.calibrate import REPETITIONS, plan_runs, plan_timed
 from planner.fitting.samples import Sample
-from planner.measuring.measure import Measurement
+from planner.measuring.measure import Device, Measurement
 from planner.measuring.server import Batch
 from planner.memory.estimate import estimate
 from planner.workload import Mode, Workload
@@ -27,11 +27,11 @@ from studies.bench.records import DATA, OK, Row
 from studies.gpu import checks
 from studies.gpu.worker import Worker
 
-Device = Literal["cpu", "cuda"]
-Part = Literal["checks", "peers", "length", "memory", "dry runs", "calibration"]
+Subject = Literal["checks", "peers", "length", "memory", "dry runs", "calibration"]
 CHECK_SECONDS, ROW_SECONDS, COMPILED_SECONDS = 60.0, 60.0, 120.0
 """Seconds that a row may take; FlexAttention compiles for a minute."""
-MEASURED_SECONDS: Final = 60.0
+MEASURED_SECONDS, SERVER_SECONDS = 60.0, 30.0
+"""Seconds of a measured run, which ends it by itself, and of its server, which starts for some."""
 SEED: Final = 19
 MEMORY_RUNS: Final = 60
 """Measured bytes; a fifth of them is what a calibration is fitted to."""
@@ -85,10 +85,10 @@ class Tools:
 
 
 @dataclass(frozen=True)
-class Step:
+class PlannedRow:
     """One row that there is to be."""
 
-    part: Part
+    part: Subject
     name: str
     seconds: float
     """Seconds that it may take."""
@@ -101,9 +101,9 @@ class Step:
         return f"{self.part}: {self.name}"
 
 
-def steps(device: Device, card: gpus.Gpu | None) -> list[Step]:
+def steps(device: Device, card: gpus.Gpu | None) -> list[PlannedRow]:
     """All steps on a device; `card`: what the GPU is known as, if it is."""
-    parts: dict[str, list[Step]] = {
+    parts: dict[str, list[PlannedRow]] = {
         "checks": list(_checks(device)),
         "peers": list(_peers(device)),
         "length": list(_lengths(device)),
@@ -124,10 +124,10 @@ def _asks(function: str, module: str, **arguments: Any) -> Callable[[Tools], Row
     return lambda tools: tools.worker.ask(f"studies.gpu.{module}", function, device=tools.device, **arguments)
 
 
-def _checks(device: Device) -> Iterator[Step]:
+def _checks(device: Device) -> Iterator[PlannedRow]:
     for name, config, workload in checks.cases():
         compiled = config.backend == "flex"
-        yield Step(
+        yield PlannedRow(
             "checks",
             name,
             COMPILED_SECONDS if compiled else CHECK_SECONDS,
@@ -135,7 +135,7 @@ def _checks(device: Device) -> Iterator[Step]:
         )
 
 
-def _peers(device: Device) -> Iterator[Step]:
+def _peers(device: Device) -> Iterator[PlannedRow]:
     default: dict[str, Any] = {} if device == "cpu" else {"dtype": "bfloat16"}
     for sizes in DENSE[device]:
         workload = Workload(**{**default, **sizes})
@@ -145,7 +145,7 @@ def _peers(device: Device) -> Iterator[Step]:
             f"{workload.head_dim}, {workload.dtype}{', causal' * workload.causal}, {workload.mode}"
         )
         make = _asks("dense", "timings", workload=workload.model_dump(mode="json"))
-        yield Step("peers", name, COMPILED_SECONDS, make, {"kind": "dense"})
+        yield PlannedRow("peers", name, COMPILED_SECONDS, make, {"kind": "dense"})
     if device == "cpu":  # where FlexAttention compiles C++ for a minute
         return
     for step in ("forward", "training"):
@@ -160,12 +160,12 @@ def _peers(device: Device) -> Iterator[Step]:
                 "seq": 16_384,
                 "step": step,
             }
-            yield Step(
+            yield PlannedRow(
                 "peers", f"{pattern}, {step}", COMPILED_SECONDS, _asks("blocks", "timings", **given), given
             )
 
 
-def _lengths(device: Device) -> Iterator[Step]:
+def _lengths(device: Device) -> Iterator[PlannedRow]:
     """Attentions by length, in inference and then in training; the shorter first, for all."""
     named = one_of_each()
     dtype: dict[str, Any] = {"dtype": "float32" if device == "cpu" else "bfloat16"}
@@ -174,7 +174,7 @@ def _lengths(device: Device) -> Iterator[Step]:
         for seq in LENGTHS[device]:
             for name in ("dense", "local_window", "dilated", "dilated_sparse", "adaptive"):
                 workload = Workload(seq=seq, mode=mode, **{**SHARED, **dtype})
-                yield Step(
+                yield PlannedRow(
                     "length",
                     f"{name}, {seq:,} tokens, {mode}",
                     ROW_SECONDS,
@@ -183,7 +183,7 @@ def _lengths(device: Device) -> Iterator[Step]:
                 )
 
 
-def _memory(device: Device) -> Iterator[Step]:
+def _memory(device: Device) -> Iterator[PlannedRow]:
     """Those that a calibration is fitted to and those held out, by turns."""
     fitted, held_out = plan_runs(device, SEED, MEMORY_RUNS)
     share = len(held_out) // len(fitted)
@@ -195,7 +195,7 @@ def _memory(device: Device) -> Iterator[Step]:
             yield _measured("memory", f"held out {number}.{place}", other, timed=False)
 
 
-def _calibration(device: Device) -> Iterator[Step]:
+def _calibration(device: Device) -> Iterator[PlannedRow]:
     """Three that seconds are fitted to, then one held out, so that some of both are there at any time."""
     fitted, held_out = plan_timed(device, SEED)
     threes = [fitted[n : n + 3] for n in range(0, len(fitted), 3)]
@@ -206,12 +206,14 @@ def _calibration(device: Device) -> Iterator[Step]:
             yield _measured("calibration", f"held out {number}", other, timed=True)
 
 
-def _measured(part: Part, name: str, sample: Sample, *, timed: bool) -> Step:
+def _measured(part: Subject, name: str, sample: Sample, *, timed: bool) -> PlannedRow:
     def make(tools: Tools) -> Row:
         return row_of(tools.batch(timed).measure(*sample))
 
     described = f"{name}: {sample.config.variant}, {sample.workload.seq:,} tokens, {sample.workload.mode}"
-    return Step(part, described, MEASURED_SECONDS, make, {"held_out": name.startswith("held out")})
+    return PlannedRow(
+        part, described, MEASURED_SECONDS + SERVER_SECONDS, make, {"held_out": name.startswith("held out")}
+    )
 
 
 def row_of(measurement: Measurement) -> Row:
@@ -255,11 +257,11 @@ def recorded_dry_runs(card: gpus.Gpu) -> Iterator[Row]:
             yield row
 
 
-def _dry(card: gpus.Gpu) -> Iterator[Step]:
+def _dry(card: gpus.Gpu) -> Iterator[PlannedRow]:
     for recorded in recorded_dry_runs(card):
         sample = Sample(AttentionConfig(**recorded["config"]), Workload(**recorded["workload"]))
         step = _measured("dry runs", f"{recorded['case']} on {recorded['card']}", sample, timed=False)
-        yield Step(
+        yield PlannedRow(
             step.part,
             step.name,
             step.seconds,

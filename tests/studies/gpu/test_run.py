@@ -15,7 +15,7 @@ from studies.gpu import run
 from studies.gpu.__main__ import main
 from studies.gpu.results import SAME
 from studies.gpu.run import TimeUpError, begin, carry_out, is_done, within
-from studies.gpu.steps import Step, Tools
+from studies.gpu.steps import PlannedRow, Tools
 from studies.gpu.worker import Worker
 
 FACTS = {
@@ -45,8 +45,8 @@ def sleeps(tools: Tools) -> dict:
     return {"outcome": "ok"}
 
 
-def step(name: str, make=ok, seconds: float = 60.0) -> Step:
-    return Step("checks", name, seconds, make)
+def step(name: str, make=ok, seconds: float = 60.0) -> PlannedRow:
+    return PlannedRow("checks", name, seconds, make)
 
 
 @pytest.fixture
