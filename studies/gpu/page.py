@@ -85,10 +85,7 @@ def _missing(content: Row) -> str:
     count = len(content["missing"])
     if not count:
         return "All of it ran."
-    return (
-        f"Not reached, for lack of time: {count} rows, the first `{content['missing'][0]}`; the same command "
-        "goes on there."
-    )
+    return f"Not reached: {count} rows, the first `{content['missing'][0]}`; the same command goes on there."
 
 
 def _checks(rows: Sequence[Row]) -> str:
@@ -191,7 +188,7 @@ def _bytes(rows: Sequence[Row]) -> str:
     if not body:
         return ""
     above = above_the_bound([*of_part(rows, "memory"), *of_part(rows, "dry runs")])
-    lines = [f"- {row['name']}: {taken(row):,} bytes" for row in above]
+    lines = [f"- {row['name']}: {taken(row):,} bytes, of {row['predicted']['upper']:,}" for row in above]
     bound = (
         "No run took more than its upper bound."
         if not above

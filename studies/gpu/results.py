@@ -73,7 +73,7 @@ def off(row: Row, name: str, beside: str = "predicted") -> float:
 def bytes_summary(rows: Sequence[Row], beside: str) -> Row:
     """How near bytes come to those measured, over the rows that have both."""
     there = [row for row in rows if row["outcome"] == OK and beside in row]
-    names = [name for name in ("allocated", "reserved") if all(row["measurement"][name] for row in there)]
+    names = [name for name in ("allocated", "reserved") if all(row["measurement"].get(name) for row in there)]
     summary: Row = {"cases": len(there)}
     for name in names if there else ():
         errors = [off(row, name, beside) for row in there]
@@ -90,7 +90,8 @@ def bytes_summary(rows: Sequence[Row], beside: str) -> Row:
 def taken(row: Row) -> int:
     """Bytes that a bound is held to: what the card lost, on a CPU what was allocated."""
     measured = row["measurement"]
-    return int(measured["device_peak"] or measured["reserved"] or measured["allocated"])
+    names = ("device_peak", "reserved", "allocated")
+    return int(next(measured[name] for name in names if measured.get(name)))
 
 
 def above_the_bound(rows: Sequence[Row]) -> list[Row]:

@@ -219,7 +219,10 @@ def _measured(part: Subject, name: str, sample: Sample, *, timed: bool) -> Plann
 def row_of(measurement: Measurement) -> Row:
     """A measurement as a row, with what is predicted of its bytes; of a card that is not known, or where the
     library refuses to plan, nothing is."""
-    row: Row = {"outcome": measurement.kind, "measurement": measurement.model_dump(mode="json")}
+    row: Row = {
+        "outcome": measurement.kind,
+        "measurement": measurement.model_dump(mode="json", exclude_defaults=True),
+    }
     if measurement.message:
         row["message"] = measurement.message[:300]
     place = measurement.environment

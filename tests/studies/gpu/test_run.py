@@ -167,7 +167,7 @@ def test_the_command_says_what_it_wrote_and_stops_when_the_minutes_are_over(tmp_
     assert main(["--minutes", "0.005", "--out", str(tmp_path)]) == 0
     assert capsys.readouterr().out.startswith("1 rows, 0 wrong or failed, 1 not reached\nwrote ")
     page = (tmp_path / "gpu.cuda-nvidia-h200.md").read_text()
-    assert "Not reached, for lack of time: 1 rows, the first `checks: b`" in page
+    assert "Not reached: 1 rows, the first `checks: b`" in page
     monkeypatch.setattr(run, "steps", lambda *_: [step("b", interrupted)])
     assert main(["--minutes", "1", "--out", str(tmp_path)]) == 130
     monkeypatch.setattr(run, "steps", lambda *_: [step("b", fails)])

@@ -156,4 +156,4 @@ def test_the_page_names_what_went_wrong_and_what_is_older(whole):
     shown = page(content_of({"a": above, "b": failed, "c": older}))
     assert "- checks: dense: **wrong**, dq: error 1 of 0.1" in shown
     assert "1 more rows are of other code" in shown
-    assert f"Above the upper bound:\n\n- {row['name']}: 1,000,000,000,000 bytes" in shown
+    assert f"Above the upper bound:\n\n- {row['name']}: 1,000,000,000,000 bytes, of " in shown
