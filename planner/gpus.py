@@ -24,6 +24,17 @@ if TYPE_CHECKING:
 GIB: Final = 1 << 30
 _DATA = Path(__file__).with_name("data") / "gpus.json"
 _NOISE = re.compile(r"nvidia|geforce|tesla|\(r\)|\(tm\)|[^a-z0-9]")
+_SIZE = re.compile(r"[ -]\d+ ?gb$", re.IGNORECASE)
+_NOT_CUDA: Final = {
+    "AMD": r"amd.*|.*(instinct|radeon).*|mi\d{2,3}[a-z]?|rx(vega)?\d{2,4}(xtx?|gre|m|s)?|"
+    r"[5-9]\d\d0(xtx?|gre)|w[67]\d00|gfx\d+\w*|.*strixhalo|8060s",
+    "Intel": r"intel.*|arc.*|a[357][1578]0m?|b5[78]0|gaudi\d?|datacentergpu.*|max1[15]\d0|irisxe|flex1[47]0",
+    "Apple": r"apple.*|m\d(pro|max|ultra)?(\d+core)?",
+    "Google": r"google.*|(cloud)?tpu.*|v\d(e|p|litepod.*)",
+    "Amazon": r"(aws)?(trainium|inferentia|trn|inf)\d?.*",
+    "Huawei": r"(huawei)?ascend.*",
+}
+"""What is not NVIDIA's, by maker: patterns of whole names, plain."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,13 +48,13 @@ class Gpu:
     name: str
     """Name as CUDA reports it."""
     architecture: str
-    """Pascal, Volta, Turing, Ampere, Ada, Hopper or Blackwell."""
+    """Maxwell, Pascal, Volta, Turing, Ampere, Ada, Hopper or Blackwell."""
     capability: tuple[int, int]
     """CUDA compute capability."""
     nominal_bytes: int
     """Memory as sold. The 8 GB on a box are 8 GiB: 8,589,934,592 bytes."""
     memory_type: str
-    """GDDR or HBM generation; empty where not known."""
+    """GDDR, HBM or LPDDR generation, the last shared with the system; empty where not known."""
     ecc: bool
     """Whether error correction is on as shipped. GDDR pays for it with a sixteenth of the memory."""
     usable_bytes: int
@@ -54,7 +65,8 @@ class Gpu:
     """Bytes a second of the card's memory."""
     rates: Mapping[str, float | None] = field(hash=False)
     """Peak dense FLOP/s by dtype: 16-bit on tensor cores with float32 accumulation where there are any,
-    float32 and float64 without them. None where not known or not native (bfloat16 below 8.0)."""
+    float32 and float64 without them. None where not known or not native (bfloat16 below 8.0, float16
+    below 6.0)."""
     sm_count: int | None
     """Streaming multiprocessors."""
     l2_bytes: int | None
@@ -74,12 +86,14 @@ def find(name: str) -> Gpu:
     """The card called `name`: by key, alias or full name, or by a prefix that only one card has.
 
     Case, spaces, dashes and the words NVIDIA, GeForce and Tesla do not matter; nor does a leading RTX or
-    GTX. A name that fits no card or several is a `ConfigError` that names the nearest.
+    GTX. A name that fits no card or several is a `ConfigError` that names the nearest; of what is not
+    NVIDIA's it says that.
     """
     wanted = _plain(name)
     exact = [gpu for gpu in known() if wanted in _forms(gpu)]
     if len(exact) == 1:
         return exact[0]
+    _refuse_others(name, wanted)
     begun = [gpu for gpu in known() if wanted and any(form.startswith(wanted) for form in _forms(gpu))]
     if len(begun) == 1:
         return begun[0]
@@ -93,10 +107,22 @@ def matching(name: str) -> tuple[Gpu, ...]:
     """
     wanted = _plain(name)
     exact = tuple(gpu for gpu in known() if wanted in _forms(gpu))
+    if not exact:
+        _refuse_others(name, wanted)
     cards = exact or tuple(gpu for gpu in known() if any(wanted in form for form in _forms(gpu)))
     if not cards:
         raise _unknown(name, wanted, [])
     return cards
+
+
+def of_device(name: str, total_bytes: int | None) -> Gpu:
+    """The card that CUDA calls `name` and says to have so many bytes: where a card is sold with several
+    memories, all of which CUDA calls the same, that with the nearest. ConfigError as in `find`."""
+    if total_bytes is None:
+        return find(name)
+    bare = _plain(_SIZE.sub("", name))
+    alike = [gpu for gpu in known() if bare and _plain(_SIZE.sub("", gpu.name)) == bare] or matching(name)
+    return min(alike, key=lambda gpu: abs(gpu.usable_bytes - total_bytes))
 
 
 def generic(vram_bytes: int) -> Gpu:
@@ -164,12 +190,31 @@ def native_bfloat16(gpu: Gpu) -> bool:
 def torch_builds(gpu: Gpu) -> str:
     """A phrase that names the PyTorch builds with kernels for this card."""
     if gpu.capability < (7, 0):
-        return "PyTorch up to 2.14, in the cu126 builds: later ones have no kernels for Pascal"
+        return f"PyTorch up to 2.14, in the cu126 builds: later ones have no kernels for {gpu.architecture}"
     if gpu.capability < (7, 5):
         return "the cu126 builds of PyTorch: CUDA 13 has no kernels for Volta"
+    if gpu.capability == (8, 7):
+        return "NVIDIA's builds of PyTorch for Jetson: those of PyTorch do not run on its driver"
+    if gpu.capability == (11, 0):
+        return "PyTorch 2.9 or newer, in the cu130 builds or newer, for aarch64"
     if gpu.capability >= (10, 0):
         return "PyTorch 2.7 or newer, in the cu128 builds or newer"
     return "any build of PyTorch for CUDA"
+
+
+def caution(gpu: Gpu) -> str | None:
+    """What one has to know of this card before relying on a prediction for it; None if nothing."""
+    if "Laptop" in gpu.name:
+        return (
+            f"a laptop's maker sets the power of {gpu.name} and with it the speed: seconds are those of the "
+            "lowest clock that is listed, and may be half as many; calibrate on the laptop"
+        )
+    if gpu.memory_type.startswith("LPDDR"):
+        return (
+            f"the memory of {gpu.name} is the system's: what the system and its programs hold is not the "
+            "GPU's; say how much with --others (others_bytes)"
+        )
+    return None
 
 
 def _gpu(row: Mapping[str, Any], rows: list[dict[str, Any]]) -> Gpu:
@@ -199,23 +244,25 @@ def _gpu(row: Mapping[str, Any], rows: list[dict[str, Any]]) -> Gpu:
 def _derive(row: Mapping[str, Any], rows: list[dict[str, Any]]) -> tuple[int, str]:
     """Usable bytes by the usable share of a reported card of the same kind of memory.
 
-    That is the next smaller card of the same architecture (or as large), else of any; of several the one
-    with the least share. Smaller, because drivers keep a larger share of a smaller card.
+    That is the next smaller card of the same architecture (or as large), else of any, else the smallest
+    larger; of several the one with the least share. Smaller, because drivers keep a larger share of a
+    smaller card.
     """
-    alike = [
-        other
-        for other in rows
-        if other["usable_bytes"] and _memory(other) == _memory(row) and other["memory_gb"] <= row["memory_gb"]
-    ]
-    near = [other for other in alike if other["architecture"] == row["architecture"]]
-    model = max(near or alike, key=lambda other: (other["memory_gb"], -_share(other)))
+    alike = [other for other in rows if other["usable_bytes"] and _memory(other) == _memory(row)]
+    smaller = [other for other in alike if other["memory_gb"] <= row["memory_gb"]]
+    near = [other for other in smaller if other["architecture"] == row["architecture"]]
+    if smaller:
+        model = max(near or smaller, key=lambda other: (other["memory_gb"], -_share(other)))
+    else:
+        model = min(alike, key=lambda other: (other["memory_gb"], _share(other)))
     usable = row["memory_gb"] * model["usable_bytes"] // model["memory_gb"]
     return usable >> 20 << 20, f"derived: the share that {model['name']} reports, {_share(model):.1%}"
 
 
 def _memory(row: Mapping[str, Any]) -> str:
-    if row["memory_type"].startswith("HBM"):
-        return "HBM"
+    for kind in ("HBM", "LPDDR"):
+        if row["memory_type"].startswith(kind):
+            return kind
     return "GDDR and error correction" if row["ecc"] else "GDDR"
 
 
@@ -232,6 +279,18 @@ def _forms(gpu: Gpu) -> frozenset[str]:
     """All ways to write a card's name, plain."""
     forms = {_plain(name) for name in (gpu.key, gpu.name, *gpu.aliases)}
     return frozenset(forms | {form[3:] for form in forms if form[:3] in ("rtx", "gtx")})
+
+
+def _refuse_others(name: str, wanted: str) -> None:
+    """ConfigError where a name is that of another maker's."""
+    if re.search("nvidia|geforce|tesla|quadro", name.lower()):
+        return
+    for maker, pattern in _NOT_CUDA.items():
+        if re.fullmatch(pattern, wanted[:60]):
+            raise ConfigError(
+                f"{name[:60]!r} is {maker}'s and not an NVIDIA card: CUDA alone is known here, and no "
+                "prediction of memory or seconds would hold for it; `planner gpus` lists the cards"
+            )
 
 
 def _unknown(name: str, wanted: str, several: list[Gpu]) -> ConfigError:

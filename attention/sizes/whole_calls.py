@@ -47,9 +47,9 @@ PART_SHARE, PART_WORKSPACES = 32, 3
 
 FLASH_CHANNELS = 256
 """The most that flash attention takes."""
-NARROW_SHARED_MEMORY = ((8, 6), (8, 9), (12, 0), (12, 1))
+NARROW_SHARED_MEMORY = ((8, 6), (8, 7), (8, 9), (12, 0), (12, 1))
 """Capabilities whose multiprocessors have too little of it for flash attention's backward over 193 to 224
-channels; see sdp_utils.cpp of PyTorch."""
+channels, or are between two such (8.7); see sdp_utils.cpp of PyTorch."""
 
 
 def has_flash(capability: tuple[int, int], head_dim: int, itemsize: int) -> bool:

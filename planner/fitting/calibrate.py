@@ -65,11 +65,11 @@ def calibrated(
     fitted, held_out = plan_runs(device, seed, runs)
     from planner.measuring.server import Batch
 
-    timed, timed_apart = _timed_runs(device, seed) if speed else ([], [])
+    timed, timed_apart = plan_timed(device, seed) if speed else ([], [])
     total = runs + len(timed) + len(timed_apart)
     with Batch(device, timeout=TIMEOUT, threads=threads) as batch:
-        start = _start(batch.measure)
-        key = _key(device, start)
+        start = start_run(batch.measure)
+        key = key_of(device, start)
         path = own_path(key) if path is None else Path(path)
         records_path = Path(f"{path}.records.jsonl")
         make_folder(path, "the calibration")
@@ -95,19 +95,26 @@ def calibrated(
         measured[len(fitted) :],
         command + (f" --threads {threads}" if threads else "") + ("" if speed else " --no-speed"),
     )
-    if any(m.kind == "ok" for m in seconds[: len(timed)]):
-        from planner.fitting.speed import speed_fit
-
-        calibration = calibration.model_copy(
-            update={"speed": speed_fit(seconds[: len(timed)], seconds[len(timed) :])}
-        )
+    calibration = with_speed(calibration, seconds[: len(timed)], seconds[len(timed) :])
     save(calibration, path)
     with contextlib.suppress(OSError):
         records_path.unlink(missing_ok=True)
     return calibration
 
 
-def _timed_runs(device: Device, seed: int) -> tuple[list[Sample], list[Sample]]:
+def with_speed(
+    calibration: Calibration, timed: Sequence[Measurement], timed_apart: Sequence[Measurement]
+) -> Calibration:
+    """The calibration with seconds fitted to runs and held to others; as it is where none of the runs has
+    any."""
+    if not any(m.kind == "ok" for m in timed):
+        return calibration
+    from planner.fitting.speed import speed_fit
+
+    return calibration.model_copy(update={"speed": speed_fit(timed, timed_apart)})
+
+
+def plan_timed(device: Device, seed: int) -> tuple[list[Sample], list[Sample]]:
     """(runs to fit seconds to, held-out ones)."""
     from planner.fitting import speed
 
@@ -297,7 +304,7 @@ def _names(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(set(names)))
 
 
-def _start(run: Callable[..., Measurement]) -> Measurement:
+def start_run(run: Callable[..., Measurement]) -> Measurement:
     """A run that cannot fail, and so says what is wrong with the device if it does."""
     from attention.config import AttentionConfig
     from planner.workload import Workload
@@ -310,13 +317,13 @@ def _start(run: Callable[..., Measurement]) -> Measurement:
     return measurement
 
 
-def _key(device: Device, start: Measurement) -> str:
+def key_of(device: Device, start: Measurement) -> str:
     """`cpu`, or the key of the GPU."""
     if device == "cpu":
         return "cpu"
     from planner import gpus
 
-    return gpus.find(start.environment.device or "").key
+    return gpus.of_device(start.environment.device or "", start.environment.device_bytes).key
 
 
 def _earlier_runs(records_path: Path, start: Measurement, repetitions: int = 1) -> RecordedRuns:

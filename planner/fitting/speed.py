@@ -61,7 +61,8 @@ def machine_of(measurement: Measurement) -> Machine:
         here = this_cpu(measurement.workload.dtype)
         units = here.units if where.capability is None else units_of(where.capability)
         return replace(here, threads=where.threads or here.threads, units=units)
-    return Cuda(gpus.find(where.device or "").capability, cudnn=where.kernel == "cudnn")
+    card = gpus.of_device(where.device or "", where.device_bytes)
+    return Cuda(card.capability, cudnn=where.kernel == "cudnn")
 
 
 STEPS: Final[tuple[Literal["forward", "backward"], ...]] = ("forward", "backward")
@@ -179,7 +180,8 @@ def defaults_for(measurement: Measurement) -> Rates:
     machine = machine_of(measurement)
     if isinstance(machine, Cpu):
         return default_cpu_rates(machine)
-    return default_rates(gpus.find(measurement.environment.device or ""))
+    where = measurement.environment
+    return default_rates(gpus.of_device(where.device or "", where.device_bytes))
 
 
 def _work(m: Measurement, rates: Rates) -> Work:

@@ -341,7 +341,7 @@ class BackwardTile(NamedTuple):
 
 def efficient_tile(head_dim: int, itemsize: int, capability: tuple[int, int]) -> BackwardTile:
     """The kernel that is chosen, by what fits into a multiprocessor's shared memory."""
-    roomy = capability in ((8, 0), (8, 7), (9, 0), (10, 0), (10, 3))
+    roomy = capability in ((8, 0), (8, 7), (9, 0), (10, 0), (10, 3), (11, 0))
     if itemsize == 4:
         return BackwardTile(128 if roomy and head_dim > 64 else 64, 64, keeps=False, delta=False)
     if head_dim <= 64:
@@ -425,6 +425,11 @@ def largest(stages: tuple[tuple[Count, ...], ...], unit: int = 1) -> tuple[Count
     return best
 
 
+FEWER_THREADS = ((8, 6), (8, 7), (8, 9), (11, 0), (12, 0), (12, 1))
+"""Capabilities with 1,536 threads a multiprocessor where the others but 7.5 have 2,048; see CUDA's
+programming guide."""
+
+
 def column_sum(
     rows: int, columns: int, itemsize: int, capability: tuple[int, int], multiprocessors: int
 ) -> tuple[int, int]:
@@ -448,9 +453,7 @@ def column_sum(
         blocks = ceil_div(across, width)
     else:
         return 0, 0
-    threads_there = (
-        1024 if capability == (7, 5) else 1536 if capability in ((8, 6), (8, 9), (12, 0)) else 2048
-    )
+    threads_there = 1024 if capability == (7, 5) else 1536 if capability in FEWER_THREADS else 2048
     target = multiprocessors * (threads_there // (width * height))
     if each_thread < 256 or blocks > target:
         return 0, 0

@@ -98,7 +98,7 @@ def blas_workspace(capability: tuple[int, int]) -> DeviceLine:
 
     `CUBLAS_WORKSPACE_CONFIG` is taken to be unset.
     """
-    large = capability >= (9, 0)
+    large = capability[0] in (9, 10, 12)  # not Thor's 11, by dry runs of torch 2.13
     each = 32 * MIB if large else 4096 * 1024 * 2 + 16 * 1024 * 8
     source = "CUDABlas handle pool of PyTorch: " + (
         "32 MiB for Hopper, and for Blackwell since pytorch #175344 (8,519,680 bytes before)"

@@ -211,6 +211,7 @@ def _on_gpu(
     components["context"] = context
     kernel = kernel_of(config, one, machine)
     launches = launches_of(config, workload, machine) if workload.gpus == 1 else None
+    notes = bound.notes + (CUDNN_NOTES if kernel.kernel == "cudnn" else ())
     named = tuple(
         Line(name=line.name, component=line.component, bytes=int(line.bytes), source=line.source)
         for line in outside
@@ -229,7 +230,7 @@ def _on_gpu(
         components={name: components[name] for name in COMPONENTS if components.get(name)},
         at=at,
         lines=_lines(plan, at) + named,
-        notes=bound.notes + (CUDNN_NOTES if kernel.kernel == "cudnn" else ()),
+        notes=(*notes, *filter(None, [gpus.caution(gpu)])),
         kernel=str(kernel),
         launches=None if launches is None else int(launches.number),
     )

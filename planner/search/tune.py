@@ -618,8 +618,8 @@ def present_gpu() -> str:
     from planner import gpus
     from planner.measuring.measure import measure
 
-    measurement = measure(AttentionConfig(variant="dense"), Workload(seq=64), "cuda", memory=False)
-    return gpus.find(measurement.environment.device or "").key
+    where = measure(AttentionConfig(variant="dense"), Workload(seq=64), "cuda", memory=False).environment
+    return gpus.of_device(where.device or "", where.device_bytes).key
 
 
 def default_storage(name: str) -> str:

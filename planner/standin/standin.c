@@ -71,9 +71,9 @@ static size_t number(const char *variable, size_t otherwise) {
 /* Shared memory and threads of a multiprocessor, by compute capability (CUDA's programming guide). */
 static void limits(void) {
     static const struct { int capability; size_t most, sm; int threads; } known[] = {
-        {60, 48, 64, 2048}, {61, 48, 96, 2048}, {70, 96, 96, 2048}, {75, 64, 64, 1024}, {80, 163, 164, 2048},
+        {50, 48, 64, 2048}, {52, 48, 96, 2048}, {60, 48, 64, 2048}, {61, 48, 96, 2048}, {70, 96, 96, 2048}, {75, 64, 64, 1024}, {80, 163, 164, 2048},
         {86, 99, 100, 1536}, {87, 163, 164, 1536}, {89, 99, 100, 1536}, {90, 227, 228, 2048},
-        {100, 227, 228, 2048}, {120, 99, 100, 1536}};
+        {100, 227, 228, 2048}, {110, 227, 228, 1536}, {120, 99, 100, 1536}};
     int capability = card.major * 10 + card.minor;
     card.shared_block = 48 << 10;
     for (size_t i = 0; i < sizeof known / sizeof *known; i++)

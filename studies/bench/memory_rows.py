@@ -35,7 +35,9 @@ def measured(config: AttentionConfig, workload: Workload, batch: Batch) -> Row:
     second (`warm`) call; these are None if it did not run, and `outcome` says why."""
     measurement = batch.measure(config, workload)
     place = measurement.environment
-    on = "cpu" if measurement.device == "cpu" else place.device or measurement.device
+    on: str | gpus.Gpu = "cpu"
+    if measurement.device != "cpu":
+        on = gpus.of_device(place.device or measurement.device, place.device_bytes)
     return {
         **_shares(estimate(config, workload, on, threads=place.threads)),
         "outcome": measurement.message or measurement.kind,

@@ -15,7 +15,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from planner.gpus import GIB, Gpu, backends, torch_builds
+from planner.gpus import GIB, Gpu, backends, caution, torch_builds
 from planner.measuring.measure import Measurement
 from planner.report.text.formats import Plain
 from planner.report.text.words import attention, task
@@ -52,6 +52,7 @@ def gpu_data(gpu: Gpu) -> dict[str, Plain]:
         "rates": dict(gpu.rates),
         "backends": {dtype: list(backends(gpu, dtype)) for dtype in DTYPES},
         "torch": torch_builds(gpu),
+        "caution": caution(gpu),
     }
 
 
@@ -82,6 +83,7 @@ def gpu_card(gpu: Gpu) -> RenderableType:
         ("kernels", "\n".join(kernels)),
         ("PyTorch", torch_builds(gpu)),
         ("source", gpu.source),
+        *([("caution", warned)] if (warned := caution(gpu)) else []),
     ]
     return Group(Text(gpu.name, style="bold"), _pairs(rows))
 

@@ -10,7 +10,7 @@ from attention import AttentionConfig, SparsePatternConfig, build
 from attention.errors import ConfigError
 from attention.inputs import shape_of
 from attention.sizes.kernel_choice import kernel_choice
-from attention.sizes.whole_calls import CUDNN_TOKENS
+from attention.sizes.whole_calls import CUDNN_TOKENS, has_flash
 from planner import estimate, recommend
 from planner.question.space import Space
 from planner.workload import Workload
@@ -185,3 +185,14 @@ def test_calls_are_those_that_are_made_where_queries_are_fewer(queries, causal, 
     module(q, k, v, causal)
     assert module.kernels(q, k, v, causal).calls in (len(made), None)
     assert (module.kernels(q, k, v, causal).calls is None) == (len(made) > 1)
+
+
+@pytest.mark.parametrize("capability", [(8, 6), (8, 7), (8, 9), (12, 0), (12, 1)])
+def test_cards_between_those_with_little_shared_memory_are_refused_by_torch_as_they_are(capability):
+    assert [has_flash(capability, channels, 2) for channels in (192, 200, 224, 232)] == [
+        True,
+        False,
+        False,
+        True,
+    ]
+    assert has_flash((9, 0), 200, 2)

@@ -351,6 +351,19 @@ def test_progress_is_shown_on_terminals_only_and_never_in_the_data(calls):
 # ---- gpus
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("recommend", "--gpu", "MI300X", "--seq", "1K"),
+        ("estimate", "--device", "MI300X", "--variant", "dense", "--seq", "1K"),
+        ("max-seq", "--vram", "8GB", "--device", "MI300X", "--variant", "dense"),
+        ("gpus", "--name", "MI300X"),
+    ],
+)
+def test_a_card_that_is_not_nvidias_is_refused_by_name(arguments):
+    assert refused(planner(*arguments)).startswith("'MI300X' is AMD's and not an NVIDIA card")
+
+
 def test_gpus_lists_all_or_those_of_a_name():
     every = json.loads(planner("gpus", "--format", "json").stdout)
     some = json.loads(planner("gpus", "--name", "RTX 40", "--format", "json").stdout)

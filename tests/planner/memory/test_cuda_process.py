@@ -69,6 +69,9 @@ def test_nonsense_about_the_device_is_refused(wrong):
         ((9, 0), 32 * MIB),
         ((10, 0), 32 * MIB),
         ((12, 0), 32 * MIB),
+        ((10, 3), 32 * MIB),
+        ((11, 0), 8_519_680),
+        ((12, 1), 32 * MIB),
     ],
 )
 def test_library_workspaces_by_capability(capability, each):

@@ -181,3 +181,10 @@ def test_a_budget_may_be_text():
 def test_refusals_say_what_to_do(config, workload, device, options, said):
     with pytest.raises(ConfigError, match=said):
         estimate(config, Workload(seq=4096, **workload), device, **options)
+
+
+def test_what_a_card_is_to_be_taken_with_is_a_note():
+    dense, workload = AttentionConfig(variant="dense"), Workload(seq=128)
+    for name in ("rtx4070laptop", "gb10"):
+        assert gpus.caution(gpus.find(name)) in estimate(dense, workload, name).notes
+    assert not any("laptop" in note for note in estimate(dense, workload, "rtx4070").notes)

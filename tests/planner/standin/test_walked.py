@@ -92,3 +92,42 @@ def test_a_study(name: str, walk, tmp_path):
     ended = walk("study", name, "--quick", "--device", "cuda", "--out", "studied")
     assert ended.exit_code == 0, ended
     assert {path.suffix for path in (tmp_path / "studied").iterdir()} >= {".json", ".md", ".svg"}
+
+
+GPU_DAY = """
+from collections import Counter
+from pathlib import Path
+from studies.gpu.run import run
+
+seen = Counter()
+
+
+def first_two(step):
+    seen[step.part] += 1
+    return step.part != "peers" and seen[step.part] <= 2  # those compile for a minute
+
+
+run("cuda", 20, Path("found"), first_two)
+"""
+
+
+def test_the_command_for_a_gpu(dry_build: object, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """What it computes is nothing, for kernels do nothing; all that it asks of CUDA, drivers and processes is
+    asked."""
+    monkeypatch.setenv(WALKED, "1")
+    monkeypatch.setenv("PYTHONPATH", str(TESTS.parent), prepend=":")
+    monkeypatch.chdir(tmp_path)
+    ended = planner.dry_run([sys.executable, "-c", GPU_DAY], gpu="rtx3050")
+    assert ended.exit_code == 0, ended
+    (path,) = (tmp_path / "found").glob("*.json")
+    data = json.loads(path.read_text())
+    assert data["environment"]["device"] == "NVIDIA GeForce RTX 3050"
+    assert data["missing"] == []
+    rows = list(data["rows"].values())
+    assert len(rows) == 10
+    reasons = [(row["name"], row["outcome"], row.get("message")) for row in rows]
+    assert {row["outcome"] for row in rows if row["part"] != "checks"} == {"ok"}, reasons
+    assert rows[0]["kernel"].startswith("flash"), reasons
+    for row in rows:
+        if row["part"] == "dry runs":  # of the same card, run dry once more
+            assert row["measurement"]["allocated"] == row["dry"]["allocated"]
