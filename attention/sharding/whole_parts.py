@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from attention.config import AttentionConfig
@@ -54,6 +55,11 @@ def whole_part(
         for call in cut_calls(calls, queries, (begin, end))
     )
     return WholePart(shape, tuple(call for call in placed if next(call.spans(shape), None)))
+
+
+def joining(calls: Sequence[WholeCall]) -> tuple[WholeCall, ...]:
+    """The calls as those are whose results are added to others: none is all that there is."""
+    return tuple(call._replace(first=False) for call in calls)
 
 
 def is_twin(config: AttentionConfig, begin: int, end: int) -> bool:

@@ -77,6 +77,21 @@ def test_low_precision_is_as_near_as_one_device(kind, dtype):
             assert error <= 1.6 * max(own, torch.finfo(dtype).eps / 4)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_whole_calls_in_low_precision_are_as_near_as_one_device(kind):
+    rng = random.Random(f"{kind} flash")
+    config = random_config(rng, kind)
+    for causal in (False, True):
+        tensors = random_tensors(rng, 203, 16, torch.bfloat16)
+        exact = on_one_device(config, [x.double() for x in tensors], causal)
+        with flash_attention():
+            rounded = on_one_device(config, tensors, causal)
+            got, _ = attended(config, 5, tensors, causal, zigzag=kind == "zigzag")
+        for a, b, wanted in zip(got, rounded, exact, strict=True):
+            error, own = ((x.double() - wanted).norm() / wanted.norm() for x in (a, b))
+            assert error <= 1.6 * max(own, torch.finfo(torch.bfloat16).eps / 4)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_causal_window_sends_the_same_whatever_the_length_and_the_world(dtype):
     pattern = SparsePatternConfig(
