@@ -16,8 +16,8 @@ from attention.sizes.whole_calls import WholeCall
 def cut_calls(
     calls: Sequence[WholeCall], queries: tuple[int, int], keys: tuple[int, int]
 ) -> tuple[WholeCall, ...]:
-    """What some queries do of a sequence's calls, which are of ints, over some keys, both given as (first, one
-    past the last): the same tokens, or none of them. Tokens are counted as they were."""
+    """What some queries do of a sequence's calls, which are of ints, over some keys: the same tokens, or none
+    of them, both given as (first, one past the last). Tokens are counted as they were."""
     parts = [part for call in calls if call.exists for part in _parts(call, queries, keys)]
     return tuple(part._replace(first=part.first or not n) for n, part in enumerate(parts))
 

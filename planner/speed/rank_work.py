@@ -27,7 +27,7 @@ from planner.memory.dispatch import goes_apart, shape_of
 from planner.memory.machines import Machine
 from planner.ranks.ring import exchange_of, ring_of, sharding_of
 from planner.speed.rectangles import TokenRange, pairs
-from planner.speed.work import NAMES, Kernel, Totals, Work, shared, work_of, work_of_calls
+from planner.speed.work import NAMES, Kernel, Totals, Work, cudnn_faster, shared, work_of, work_of_calls
 from planner.workload import Workload
 
 
@@ -131,9 +131,10 @@ class _Parts:
         self.config, self._whole, self._kernel = config, whole, kernel
         own = whole.model_copy(update={"seq": max(tokens, 1), "documents": None})
         shape = shape_of(columns_of(config, own.seq), own, machine)
-        self._shape = shape._replace(seq=whole.seq, origin=0, causal=whole.causal, cudnn_from=0)
+        self._shape = shape._replace(seq=whole.seq, origin=0, causal=whole.causal)
+        self._cudnn_faster = cudnn_faster(machine)
         columns = replace(columns_of(config, whole.seq), multihead=None)
-        tiled = self._shape._replace(windows="none")
+        tiled = self._shape._replace(windows="none", cudnn_from=0)
         self._all = work_of(columns, whole, machine, kernel, apart=False, like=tiled)
         everything = (0, whole.seq)
         self._pairs = pairs(config, whole.seq, whole.causal, everything, everything, whole.documents)
@@ -174,7 +175,9 @@ class _Parts:
     def _of_whole(self, part: WholePart, merges: bool) -> Work:
         batch, shape = self._whole.batch, part.shape
         calls = joining(part.calls) if merges else part.calls
-        ahead, back = work_of_calls(calls, shape, batch, self._kernel, trains=self.trains)
+        ahead, back = work_of_calls(
+            calls, shape, batch, self._kernel, trains=self.trains, faster=self._cudnn_faster
+        )
         queries = sum(call.offsets * call.views * call.queries * call.heads(shape) for call in calls)
         keys = sum(call.offsets * call.views * call.keys * call.kv_heads(shape) for call in calls)
         each = batch * shape.head_dim

@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 from flash import flash_attention
+from played_cudnn import cudnn_attention
 from rank_cases import KINDS, on_one_device, random_config, random_documents, random_tensors
 from rank_threads import attended
 
@@ -59,6 +60,23 @@ def test_lists_of_blocks_that_shards_cut_are_read_where_they_are():
 def test_whole_calls_of_a_gpu_are_those_of_one_device(number):
     with flash_attention("any"):
         assert_is_of_one_device(f"flash {number}")
+
+
+@pytest.mark.parametrize("number", range(6))
+def test_calls_of_cudnns_attention_are_those_of_one_device(number):
+    with cudnn_attention():
+        assert_is_of_one_device(f"cudnn {number}")
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_dense_parts_go_to_cudnns_attention(causal):
+    tensors = random_tensors(random.Random(3), 96, 8, torch.bfloat16)
+    config = AttentionConfig(variant="dense")
+    with cudnn_attention(least=16) as counts:
+        attended(config, 3, tensors, causal)
+    # Each rank's own part, and one for each source.
+    parts = 3 + (3 if causal else 6)
+    assert counts["forward"] == counts["backward"] >= parts
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
