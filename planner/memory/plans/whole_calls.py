@@ -232,7 +232,8 @@ def _kernel_call(
     # Operands are views [N, T, H, D] of [S, H, D], and the log-sum-exp is one [N, H, T] of [H, S].
     operands = ((heads == 1) | (call.period == 1)) * ((queries == 1) | (call.step * shape.heads == heads))
     operands = operands * ((views == 1) | (call.view_step * shape.heads == queries * heads))
-    rows = ((queries == 1) | (call.step == 1)) * ((heads == 1) | (call.period * shape.queries == queries))
+    row = shape.queries if case.lse_row is None else case.lse_row
+    rows = ((queries == 1) | (call.step == 1)) * ((heads == 1) | (call.period * row == queries))
     rows = rows * ((views == 1) | (call.view_step == heads * queries))
     return KernelCall(
         views,
