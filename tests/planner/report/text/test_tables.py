@@ -55,7 +55,7 @@ def test_rows_say_what_the_data_says():
         "RTX 4060                rtx4060          8   7.75   272  30.2  30.2  15.1 0.236",
         "",
         "Blackwell, compute capability 10.0; fp16 by cudnn, flash, efficient, flex, plain",
-        "B100                    b100           192 190.24 8,000 1,750 1,750     -     -",
+        "B100                    b100           192 190.24 8,000 1,750 1,750    60    30",
         "",
         "GiB: as sold; usable: GiB that CUDA reports. fp16 to fp64: peak TFLOP/s.",
     ]
