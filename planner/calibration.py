@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, NamedTuple
+from typing import Annotated, Any, Final, Literal, NamedTuple, Self
 
-from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from attention.config import AttentionConfig, Value, as_tuple
 from attention.errors import AttentionPlannerError, ConfigError
@@ -109,6 +109,16 @@ class Rates(Value):
     """FLOP/s by dtype, to which utilisation is relative."""
     bandwidth: Annotated[float, Field(gt=0)]
     """Bytes a second of the device's memory."""
+
+    @model_validator(mode="after")
+    def _of_today(self) -> Self:
+        """Refuses a GPU's rates of before its kernels were told apart: they had one cost of `work` for
+        all."""
+        if self.device != "cpu" and any("work" in costs for costs in self.forward.values()):
+            raise ConfigError(
+                f"its speeds of {self.device} are of an earlier version, which did not tell kernels apart"
+            )
+        return self
 
     def costs(self, step: Literal["forward", "backward"], dtype: str) -> Costs:
         """Costs of a pass in a dtype; ConfigError if there are none."""

@@ -29,8 +29,8 @@ from attention.sizes.whole_calls import has_flash
 from planner.gpus import Gpu
 from planner.workload import ITEMSIZE
 
-Step = Literal["forward", "backward"]
-STEPS: Final[tuple[Step, Step]] = ("forward", "backward")
+Direction = Literal["forward", "backward"]
+STEPS: Final[tuple[Direction, Direction]] = ("forward", "backward")
 KERNELS: Final = ("flash2", "cudnn", "efficient64", "efficient128", "efficient256", "flex", "plain")
 """FlashAttention-2, cuDNN's attention, the efficient kernel as it is compiled for up to 64, up to 128 and
 more channels, compiled FlexAttention, and matrix products."""
@@ -50,6 +50,9 @@ multiprocessors."""
 BEHIND: Final = 0.5
 """Share of a longest tile by which the last multiprocessor ends after the others under a causal mask: what
 list scheduling of tiles loses on average."""
+
+ABOVE_PEAK: Final = 1.1
+"""Times a card's peak that a kernel may reach: cards boost beyond the clock that their peak is of."""
 
 COEFFICIENTS: Final = Path(__file__).parents[1] / "data" / "gpu_seconds.json"
 Coefficients = Mapping[str, float]
@@ -108,7 +111,7 @@ def causal_keys(keys: Amount, step: int = KEY_STEP) -> Amount:
 
 def call_units(
     kernel: str,
-    step: Step,
+    step: Direction,
     *,
     lanes: Amount,
     kv_lanes: Amount,
@@ -149,7 +152,7 @@ def card_class(gpu: Gpu) -> str:
     return names[major]
 
 
-def terms(kernel: str, step: Step, gpu: Gpu, dtype: str, known: Coefficients) -> list[Term]:
+def terms(kernel: str, step: Direction, gpu: Gpu, dtype: str, known: Coefficients) -> list[Term]:
     """The terms of what the kernel's units cost on a card with known peaks. Those of backward are in units of
     forward's costs, for which `known` has the coefficients; FlexAttention's in FlashAttention-2's."""
     family = family_of(kernel)
@@ -157,10 +160,10 @@ def terms(kernel: str, step: Step, gpu: Gpu, dtype: str, known: Coefficients) ->
     launch = Term(f"{family} {step} calls", "calls", 1e-6 * LAUNCHES.get((family, step), 1))
     kind = card_class(gpu)
     if family == "flex":
-        same = _costs(terms("flash2", step, gpu, dtype, known), known)
+        same = kernel_costs("flash2", step, gpu, dtype, known)
         return [Term(f"flex {step} times", unit, cost) for unit, cost in same.items()]
     if step == "backward":
-        ahead = _costs(terms(kernel, "forward", gpu, dtype, known), known)
+        ahead = _forward_costs(kernel, gpu, dtype, known)
         wide = " wide" if kernel == "efficient256" else ""
         work = Term(f"{family} backward work{wide} {kind}", "work", ahead["work"])
         return [work, Term(f"{family} backward pairs", "pairs", ahead["pairs"]), memory, launch]
@@ -223,11 +226,24 @@ def _costs(parts: list[Term], known: Coefficients) -> dict[str, float]:
     return costs
 
 
+def _forward_costs(kernel: str, gpu: Gpu, dtype: str, known: Coefficients) -> dict[str, float]:
+    """Forward's costs: with 128 channels at most so much faster than the peak, which the coefficients of a
+    generation would not keep on a card with few tensor cores for its clock, such as an H20."""
+    costs = _costs(terms(kernel, "forward", gpu, dtype, known), known)
+    peak = gpu.rates.get(dtype) if dtype != "float32" and gpu.capability >= (7, 0) else None
+    if peak:
+        costs["work"] = max(costs["work"], 4 / (ABOVE_PEAK * peak) - costs["pairs"] / 128)
+    return costs
+
+
 def kernel_costs(
-    kernel: str, step: Step, gpu: Gpu, dtype: str, known: Coefficients | None = None
+    kernel: str, step: Direction, gpu: Gpu, dtype: str, known: Coefficients | None = None
 ) -> dict[str, float]:
     """Seconds of each of UNITS of a kernel's call on a card; ConfigError where its peaks are not known."""
-    return _costs(terms(kernel, step, gpu, dtype, known or coefficients()), known or coefficients())
+    known = coefficients() if known is None else known
+    if step == "forward" and kernel != "flex":
+        return _forward_costs(kernel, gpu, dtype, known)
+    return _costs(terms(kernel, step, gpu, dtype, known), known)
 
 
 class Fitted(NamedTuple):
@@ -253,7 +269,7 @@ def coefficients() -> Coefficients:
     return fitted().coefficients
 
 
-def range_of(kernel: str, step: Step, gpu: Gpu, dtype: str) -> tuple[float, float]:
+def range_of(kernel: str, step: Direction, gpu: Gpu, dtype: str) -> tuple[float, float]:
     """(low, high) of published / predicted of a kernel on a card: of its kind's held-out errors, each from a
     fit without the file that it is of; where no measurement of such a card tells about it, those of others in
     that place."""
@@ -262,7 +278,7 @@ def range_of(kernel: str, step: Step, gpu: Gpu, dtype: str) -> tuple[float, floa
     return found.ranges[UNSEEN if names & found.unseen else f"{family_of(kernel)} {step}"]
 
 
-class KernelCall(NamedTuple):
+class SequenceCall(NamedTuple):
     """One call of a kernel over whole sequences."""
 
     kernel: str
@@ -277,7 +293,7 @@ class KernelCall(NamedTuple):
     window: int | None = None
     """Keys behind a query that it sees, and unless causal as many ahead; None for all."""
 
-    def units(self, step: Step, gpu: Gpu) -> dict[str, Amount]:
+    def units(self, step: Direction, gpu: Gpu) -> dict[str, Amount]:
         """Of its forward or its backward."""
         left = self.window
         right = 0 if self.causal else left
@@ -295,7 +311,9 @@ class KernelCall(NamedTuple):
         )
 
 
-def kernel_seconds(call: KernelCall, step: Step, gpu: Gpu, known: Coefficients | None = None) -> Amount:
+def kernel_seconds(
+    call: SequenceCall, step: Direction, gpu: Gpu, known: Coefficients | None = None
+) -> Amount:
     """Seconds of the card for one call's forward or backward, its host's part apart."""
     costs = kernel_costs(call.kernel, step, gpu, call.dtype, known)
     return sum(count * costs[unit] for unit, count in call.units(step, gpu).items())

@@ -26,7 +26,7 @@ from planner.memory.dispatch import goes_apart, shape_of
 from planner.memory.machines import Machine
 from planner.ranks.ring import exchange_of, ring_of, sharding_of
 from planner.speed.rectangles import TokenRange, pairs
-from planner.speed.work import NAMES, Kernel, Totals, Work, shared, work_of, work_of_calls
+from planner.speed.work import NAMES, Kernel, Totals, Work, kernel_on, shared, work_of, work_of_calls
 from planner.workload import Workload
 
 
@@ -55,6 +55,7 @@ def work_of_rank(
 ) -> RankWork:
     """The work of a rank of a ring in one call, and in training in its backward."""
     world, batch = ring_of(config, workload)
+    kernel = kernel_on(machine, kernel, workload)
     whole = workload.model_copy(update={"batch": batch, "gpus": 1})
     shards = shards_of(config, workload.seq, world)
     exchange = exchange_of(config, workload)

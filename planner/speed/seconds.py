@@ -25,7 +25,7 @@ from planner.configs import Columns, columns_of
 from planner.memory.dispatch import goes_apart
 from planner.memory.machines import Cpu, Cuda, Machine
 from planner.speed.rates import HOST, default_rates
-from planner.speed.work import Kernel, Totals, Work, cpu_kernel, gpu_kernel, work_of
+from planner.speed.work import Kernel, Totals, Work, cpu_kernel, gpu_kernel, multiply_adds, work_of
 from planner.workload import Workload
 
 AT_ONCE = 8192
@@ -98,13 +98,13 @@ def _light(columns: Columns, workload: Workload, machine: Machine, rates: Rates,
     if isinstance(machine, Cuda):
         machine = replace(machine, cudnn=False)
     work: Work = work_of(columns, workload, machine, kernel_of(rates)._replace(workers=1), apart=apart)
-    computing = 4 * (work.forward["work"] + work.forward["flex"]) / rates.peak[workload.dtype]
+    computing = 4 * multiply_adds(work.forward) / rates.peak[workload.dtype]
     nbytes = work.forward["tokens"] * workload.itemsize
     if work.backward is not None:
         # A CPU's 16-bit backward computes in single precision.
         narrow = rates.device == "cpu" and workload.itemsize == 2
         peak = rates.peak.get("float32" if narrow else workload.dtype, rates.peak[workload.dtype])
-        computing = computing + 10 * (work.backward["work"] + work.backward["flex"]) / peak
+        computing = computing + 10 * multiply_adds(work.backward) / peak
         nbytes = nbytes * 2
     return np.maximum(computing, nbytes / rates.bandwidth)
 

@@ -16,17 +16,22 @@ from attention.config import Value
 from attention.errors import ConfigError
 from planner.files import read_bytes
 from planner.gpus import Gpu, backends, find
-from planner.speed.gpu_kernels import Coefficients, KernelCall, Step, efficient_kernel, kernel_seconds
+from planner.speed.gpu_kernels import (
+    ABOVE_PEAK,
+    Coefficients,
+    Direction,
+    SequenceCall,
+    efficient_kernel,
+    kernel_seconds,
+)
 from planner.workload import Dtype
 
 PUBLISHED: Final = Path(__file__).with_name("published.csv")
 COUNTS: Final = ("batch", "heads", "kv_heads", "head_dim", "seq")
-ABOVE_PEAK: Final = 1.15
-"""Times a card's peak that a measurement may reach: cards boost beyond the clock that their peak is of."""
 BACKENDS: Final = {"flash2": "flash"}
 """Kernels that `planner.gpus.backends` calls otherwise."""
 
-Count = Annotated[int, Field(ge=1)]
+Whole = Annotated[int, Field(ge=1)]
 
 
 _card = cache(find)
@@ -41,13 +46,13 @@ class Published(Value):
     """A key of `planner/data/gpus.json`."""
     kernel: Literal["flash2", "cudnn", "efficient", "flex"]
     dtype: Dtype
-    batch: Count
-    heads: Count
-    kv_heads: Count
-    head_dim: Count
-    seq: Count
+    batch: Whole
+    heads: Whole
+    kv_heads: Whole
+    head_dim: Whole
+    seq: Whole
     causal: bool
-    window: Count | None
+    window: Whole | None
     """Keys behind a query that it sees; None for all."""
     step: Literal["forward", "backward", "both"]
     ms: Annotated[float, Field(gt=0)]
@@ -78,7 +83,7 @@ class Published(Value):
         return self.ms / 1e3
 
     @property
-    def steps(self) -> tuple[Step, ...]:
+    def steps(self) -> tuple[Direction, ...]:
         return ("forward", "backward") if self.step == "both" else (self.step,)
 
     @property
@@ -98,10 +103,10 @@ class Published(Value):
         return pairs * self.head_dim * sum(4.0 if step == "forward" else 10.0 for step in self.steps)
 
     @property
-    def call(self) -> KernelCall:
+    def call(self) -> SequenceCall:
         """The kernel's call."""
         kernel = efficient_kernel(self.head_dim) if self.kernel == "efficient" else self.kernel
-        return KernelCall(
+        return SequenceCall(
             kernel,
             self.dtype,
             self.batch,

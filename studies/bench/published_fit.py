@@ -32,7 +32,7 @@ from planner.speed.gpu_kernels import (
     STEPS,
     UNSEEN,
     Coefficients,
-    Step,
+    Direction,
     family_of,
     terms,
 )
@@ -106,7 +106,7 @@ class _Fact(NamedTuple):
 
     row: Published
     gpu: Gpu
-    units: dict[Step, dict[str, float]]
+    units: dict[Direction, dict[str, float]]
 
 
 def fitted(rows: Sequence[Published]) -> dict[str, float]:
@@ -150,7 +150,7 @@ def _is_times(name: str) -> bool:
     return name.endswith(" times")
 
 
-def _step(facts: Sequence[_Fact], family: str, step: Step, found: Coefficients) -> dict[str, float]:
+def _step(facts: Sequence[_Fact], family: str, step: Direction, found: Coefficients) -> dict[str, float]:
     """The coefficients of a step of a family, the others being as they were found."""
     names = names_of(family, step)
     at = {name: index for index, name in enumerate(names)}
@@ -164,7 +164,7 @@ def _step(facts: Sequence[_Fact], family: str, step: Step, found: Coefficients) 
     return dict(zip(names, _solved(matrix, target, names, found).tolist(), strict=True))
 
 
-def _parts(fact: _Fact, step: Step, found: Coefficients) -> Iterator[tuple[str, float]]:
+def _parts(fact: _Fact, step: Direction, found: Coefficients) -> Iterator[tuple[str, float]]:
     """(coefficient, seconds for 1 of it) of a row. In `forward` those of a backward in units of forward's
     costs are forward's, so many times."""
     kernel, dtype = fact.row.call.kernel, fact.row.dtype
@@ -179,7 +179,7 @@ def _parts(fact: _Fact, step: Step, found: Coefficients) -> Iterator[tuple[str, 
 
 
 @cache
-def names_of(family: str, step: Step) -> tuple[str, ...]:
+def names_of(family: str, step: Direction) -> tuple[str, ...]:
     """The coefficients of a family's step on all known cards."""
     names: set[str] = set()
     for gpu, kernel, dtype in product(known(), KERNELS, get_args(Dtype)):
@@ -257,10 +257,10 @@ def seen_of(rows: Iterable[Published]) -> set[str]:
     return {name for row in rows for name in coefficients_of(row)}
 
 
-Range = tuple[float, float]
+RatioRange = tuple[float, float]
 
 
-def ranges(rows: Sequence[HeldOut], level: float) -> dict[str, Range]:
+def ranges(rows: Sequence[HeldOut], level: float) -> dict[str, RatioRange]:
     """(low, high) of published / predicted of so large a share of each class, each file of the sources
     counting alike; of a class of few rows or one file that of all."""
     everyone = _quantiles(rows, level)
@@ -272,7 +272,7 @@ def ranges(rows: Sequence[HeldOut], level: float) -> dict[str, Range]:
     return found
 
 
-def _quantiles(rows: Sequence[HeldOut], level: float) -> Range:
+def _quantiles(rows: Sequence[HeldOut], level: float) -> RatioRange:
     counts = Counter(row.row.source for row in rows)
     weights = np.array([1 / counts[row.row.source] for row in rows])
     ratios = np.array([row.row.seconds / row.predicted for row in rows])
