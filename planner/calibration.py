@@ -156,6 +156,20 @@ class SpeedFit(Value):
         )
 
 
+class Prediction(Value):
+    """Seconds of a warm call, in training with its backward, and how sure they are."""
+
+    seconds: Annotated[float, Field(gt=0)]
+    low: Annotated[float, Field(gt=0)]
+    """The seconds are not below this and not above `high` in four calls of five: by held-out runs of the
+    device's calibration, on a GPU without one by published measurements; judgement where there is neither."""
+    high: Annotated[float, Field(gt=0)]
+    launches: Annotated[int, Field(ge=0)] | None = None
+    """Kernels that the attention launches on a GPU; None where nobody counted them."""
+    source: str = ""
+    """Where the seconds come from."""
+
+
 class Calibration(Value):
     """Platform terms of a device and how far predictions were off on held-out runs."""
 

@@ -26,8 +26,9 @@ from planner.fitting.speed_runs import LONGER, timing_samples
 from planner.measuring.measure import Device, Measurement, check_timed
 from planner.memory.dispatch import goes_apart
 from planner.memory.machines import Cpu, Cuda, Machine, this_cpu, units_of
+from planner.speed.call_time import kernel_of
 from planner.speed.rates import HOST, default_cpu_rates, default_rates, with_double
-from planner.speed.seconds import kernel_of, seconds_of, utilisation
+from planner.speed.seconds import seconds_of, utilisation
 from planner.speed.work import Work, work_of
 
 RUNS: Final = 168

@@ -154,13 +154,15 @@ def card_class(gpu: Gpu) -> str:
 
 def terms(kernel: str, step: Direction, gpu: Gpu, dtype: str, known: Coefficients) -> list[Term]:
     """The terms of what the kernel's units cost on a card with known peaks. Those of backward are in units of
-    forward's costs, for which `known` has the coefficients; FlexAttention's in FlashAttention-2's."""
+    forward's costs, for which `known` has the coefficients; FlexAttention's in FlashAttention-2's, in float32
+    in the efficient kernel's."""
     family = family_of(kernel)
     memory = Term(f"{family} {step} numbers", "numbers", ITEMSIZE[dtype] / _known(gpu, gpu.bandwidth))
     launch = Term(f"{family} {step} calls", "calls", 1e-6 * LAUNCHES.get((family, step), 1))
     kind = card_class(gpu)
     if family == "flex":
-        same = kernel_costs("flash2", step, gpu, dtype, known)
+        like = "efficient128" if dtype == "float32" else "flash2"
+        same = kernel_costs(like, step, gpu, dtype, known)
         return [Term(f"flex {step} times", unit, cost) for unit, cost in same.items()]
     if step == "backward":
         ahead = _forward_costs(kernel, gpu, dtype, known)
@@ -171,12 +173,12 @@ def terms(kernel: str, step: Direction, gpu: Gpu, dtype: str, known: Coefficient
 
 
 def _forward(kernel: str, family: str, kind: str, gpu: Gpu, dtype: str) -> list[Term]:
-    single = _known(gpu, gpu.rates["float32"])
+    single = _known(gpu, gpu.rates.get("float32"))
     lanes = 64 if gpu.capability in ((6, 0), (7, 0), (7, 5), (8, 0)) else 128
     cycle = 2 * lanes / single
     """Seconds of a clock cycle, shared by all multiprocessors."""
     name = f"{family} forward"
-    half = gpu.rates["float16"]
+    half = gpu.rates.get("float16")
     if family == "cudnn":
         tensor = kind.removesuffix(" ultra")
         return [
@@ -199,7 +201,7 @@ def _forward(kernel: str, family: str, kind: str, gpu: Gpu, dtype: str) -> list[
         )
         return [work, Term(f"{name} pairs {kind}", "pairs", cycle)]
     # In float32 three products in TF32, which has half the rate of 16 bits, make one.
-    peak = _known(gpu, half) / (6 if dtype == "float32" else 1)
+    peak = (half / 6 if half else single) if dtype == "float32" else _known(gpu, half)
     memory = "large" if gpu.capability in ((8, 0), (9, 0), (10, 0), (10, 3)) else "small"
     one = " single" * (dtype == "float32")
     if kernel == "efficient256":

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from typing import Any, Final, cast
 
 from attention.errors import ConfigError
-from planner.calibration import Costs, Rates
+from planner.calibration import Costs, Rates, SpeedFit
 from planner.gpus import Gpu, backends
 from planner.memory.estimate import calibration_for, machine_of
 from planner.memory.machines import Cpu, Machine
@@ -57,7 +57,7 @@ def default_rates(device: Gpu | Machine) -> Rates:
         )
     return Rates(
         device=gpu.key,
-        source=f"{NOT_MEASURED}; {gpu.name}",
+        source=f"{NOT_MEASURED} here, kernels as published; {gpu.name}",
         workers=gpu.sm_count or 1,
         forward=ahead,
         backward=behind,
@@ -120,15 +120,20 @@ def _kernels(gpu: Gpu, dtype: str, step: Direction, peak: float, bandwidth: floa
 def speed_rates_of(card: Any, workload: Workload, options: Mapping[str, Any]) -> Rates:
     """Measured rates of the device, where a calibration has them for the dtype; else documented defaults.
     `options`: of `planner.estimate`."""
+    fit = speed_fit_of(card, workload, options)
+    if fit is not None:
+        return fit.rates
+    return default_rates(
+        card if isinstance(card, Gpu) else machine_of(card, workload.dtype, options.get("threads"))
+    )
+
+
+def speed_fit_of(card: Any, workload: Workload, options: Mapping[str, Any]) -> SpeedFit | None:
+    """What a calibration says of the device's speed in the workload's dtype; None where there is none."""
     machine = machine_of(card, workload.dtype, options.get("threads"))
     calibration = options.get("calibration") or calibration_for(card, machine, workload.dtype)
-    if (
-        calibration is not None
-        and calibration.speed is not None
-        and workload.dtype in calibration.speed.rates.forward
-    ):
-        return calibration.speed.rates
-    return default_rates(card if isinstance(card, Gpu) else machine)
+    fit = calibration.speed if calibration is not None else None
+    return fit if fit is not None and workload.dtype in fit.rates.forward else None
 
 
 CPU_BANDWIDTH: Final = 8e9

@@ -18,14 +18,14 @@ from typing import Any
 import numpy as np
 
 from attention.config import AttentionConfig
-from attention.errors import ConfigError
 from attention.sizes.arrays import Amount, Floats
-from planner.calibration import Costs, Rates
+from planner.calibration import Rates
 from planner.configs import Columns, columns_of
 from planner.memory.dispatch import goes_apart
-from planner.memory.machines import Cpu, Cuda, Machine
-from planner.speed.rates import HOST, default_rates
-from planner.speed.work import Kernel, Totals, Work, cpu_kernel, gpu_kernel, multiply_adds, work_of
+from planner.memory.machines import Cuda, Machine
+from planner.speed.call_time import check, kernel_of, pass_seconds
+from planner.speed.rates import default_rates
+from planner.speed.work import Work, multiply_adds, work_of
 from planner.workload import Workload
 
 AT_ONCE = 8192
@@ -81,18 +81,6 @@ def _predicted(columns: Columns, workload: Workload, machine: Machine, rates: Ra
     return total
 
 
-def pass_seconds(total: Totals, costs: Costs, rates: Rates) -> Amount:
-    """Seconds of a pass's totals, or of a part of them, at the costs of that pass."""
-    host: Amount = 0
-    device: Amount = 0
-    for name, cost in costs.items():
-        if name in HOST:
-            host = host + cost * total[name]
-        else:
-            device = device + cost * total[name]
-    return host + device if rates.device == "cpu" else np.maximum(host, device)
-
-
 def _light(columns: Columns, workload: Workload, machine: Machine, rates: Rates, apart: bool) -> Amount:
     # With one worker none is idle, and every kernel has as much to compute.
     if isinstance(machine, Cuda):
@@ -109,29 +97,4 @@ def _light(columns: Columns, workload: Workload, machine: Machine, rates: Rates,
     return np.maximum(computing, nbytes / rates.bandwidth)
 
 
-def kernel_of(rates: Rates) -> Kernel:
-    """How the rates' device cuts a call."""
-    return (cpu_kernel if rates.device == "cpu" else gpu_kernel)(rates.workers)
-
-
-def check(workload: Workload, machine: Machine, rates: Rates) -> None:
-    """ConfigError where the seconds of such calls are not predicted with these rates."""
-    if workload.weights:
-        raise ConfigError("the speed of weights=True is not predicted; leave weights out, or measure it")
-    if isinstance(machine, Cpu) != (rates.device == "cpu"):
-        kind = "a CPU" if isinstance(machine, Cpu) else "a GPU"
-        raise ConfigError(
-            f"the rates are of {rates.device}, the machine is {kind}; give rates of that machine"
-        )
-
-
-__all__ = [
-    "Rates",
-    "check",
-    "default_rates",
-    "kernel_of",
-    "pass_seconds",
-    "seconds",
-    "seconds_of",
-    "utilisation",
-]
+__all__ = ["Rates", "default_rates", "seconds", "seconds_of", "utilisation"]
