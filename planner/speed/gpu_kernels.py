@@ -199,7 +199,9 @@ def _forward(kernel: str, family: str, kind: str, gpu: Gpu, dtype: str) -> list[
             "work",
             4 / (_known(gpu, half) if tensors else single),
         )
-        return [work, Term(f"{name} pairs {kind}", "pairs", cycle)]
+        # Pascal computes in float32, and converts what it reads in 16 bits.
+        half_pairs = " half" if kind == "pascal" and dtype != "float32" else ""
+        return [work, Term(f"{name} pairs {kind}{half_pairs}", "pairs", cycle)]
     # In float32 three products in TF32, which has half the rate of 16 bits, make one.
     peak = (half / 6 if half else single) if dtype == "float32" else _known(gpu, half)
     memory = "large" if gpu.capability in ((8, 0), (9, 0), (10, 0), (10, 3)) else "small"

@@ -66,6 +66,7 @@ LIKE: Final = (
     (" blackwell", " hopper"),
     (" hopper", " ampere"),
     ("work pascal", "work volta single"),
+    ("pairs pascal half", "pairs pascal"),
     ("pairs pascal", "pairs volta"),
     ("work volta single", "work volta"),
     ("pairs volta", "pairs 64 large"),
