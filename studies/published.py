@@ -216,4 +216,5 @@ STUDY = Study(
     draw,
     findings,
     devices=("cpu",),
+    independent=True,
 )
