@@ -42,6 +42,9 @@ from studies.bench.published import BACKENDS, Published, read_published
 FAMILIES: Final = ("flash2", "cudnn", "efficient", "flex")
 ALIKE: Final = 0.1
 """Weight of a coefficient being as its like, beside a row's of 1."""
+ALIKE_SOFTMAX: Final = 0.02
+"""The same of what softmax costs: generations differ in their units for exponentials more than in how well
+they multiply."""
 ALIKE_MULTIPLE: Final = 0.5
 """The same of a backward's cost in units of forward's, which differs less."""
 COVERED: Final = 0.8
@@ -204,6 +207,13 @@ def like_of(name: str, names: Container[str]) -> str | None:
     return next((other for other in alike if other != name and other in names), None)
 
 
+def _weight(name: str) -> float:
+    """Of a coefficient being as its like, beside a row's of 1."""
+    if _is_multiple(name):
+        return ALIKE_MULTIPLE
+    return ALIKE_SOFTMAX if " pairs " in name else ALIKE
+
+
 def _solved(relative: Floats, target: Floats, names: Sequence[str], found: Coefficients) -> Floats:
     likes = [like_of(name, found) for name in names]
     at = {name: index for index, name in enumerate(names)}
@@ -215,7 +225,7 @@ def _solved(relative: Floats, target: Floats, names: Sequence[str], found: Coeff
                 continue
             of_like = x[at[like]] if like in at else found[like]
             size = max(x[index], of_like, 1e-9)
-            weight = (ALIKE_MULTIPLE if _is_multiple(names[index]) else ALIKE) / size
+            weight = _weight(names[index]) / size
             prior[index, index] = weight
             if like in at:
                 prior[index, at[like]] = -weight
