@@ -9,8 +9,8 @@ if TYPE_CHECKING:
     from planner.answers.recommendation import Recommendation
     from planner.answers.shared import SharedEstimate, Sharing
     from planner.answers.tuned import Tuned
-    from planner.api import calibrate, estimate, recommend, tune
-    from planner.calibration import Calibration
+    from planner.api import calibrate, estimate, predict_time, recommend, tune
+    from planner.calibration import Calibration, Prediction
     from planner.measuring.measure import Measurement, measure
     from planner.memory.estimate import MemoryEstimate, max_sequence
     from planner.programs.run import dry_run
@@ -25,6 +25,7 @@ __all__ = [
     "Measurement",
     "MemoryEstimate",
     "NothingFitsError",
+    "Prediction",
     "Profile",
     "Recommendation",
     "SharedEstimate",
@@ -37,6 +38,7 @@ __all__ = [
     "estimate",
     "max_sequence",
     "measure",
+    "predict_time",
     "recommend",
     "tune",
 ]
@@ -47,6 +49,7 @@ _HOMES = {
     "Measurement": "planner.measuring.measure",
     "MemoryEstimate": "planner.memory.estimate",
     "NothingFitsError": "planner.search.relax",
+    "Prediction": "planner.calibration",
     "Profile": "planner.quality.profiles",
     "Recommendation": "planner.answers.recommendation",
     "SharedEstimate": "planner.answers.shared",
@@ -59,6 +62,7 @@ _HOMES = {
     "estimate": "planner.api",
     "max_sequence": "planner.memory.estimate",
     "measure": "planner.measuring.measure",
+    "predict_time": "planner.api",
     "recommend": "planner.api",
     "tune": "planner.api",
 }

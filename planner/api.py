@@ -1,5 +1,5 @@
-"""The front door: `estimate`, `recommend`, `tune` and `calibrate`. Imports no torch, and all that a function
-needs only when it is called.
+"""The front door: `estimate`, `predict_time`, `recommend`, `tune` and `calibrate`. Imports no torch, and all
+that a function needs only when it is called.
 
 recommend(vram="8GB", seq=131072).build()
 """
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from attention.config import AttentionConfig
     from planner.answers.recommendation import Recommendation
     from planner.answers.tuned import Tuned
-    from planner.calibration import Calibration
+    from planner.calibration import Calibration, Prediction
     from planner.gpus import Gpu
     from planner.measuring.measure import Device
     from planner.memory.cuda_process import Display
@@ -56,6 +56,7 @@ def estimate(
     is a `SharedEstimate`, whose `sharing` has what they exchange and the seconds that takes. `link`: what
     joins them, "nvlink4", or for nodes of `node` GPUs "nvlink4,ndr"; None for what such devices usually have.
     """
+    from planner.answers.prediction import with_time
     from planner.answers.shared import refuse_idle_links, with_sharing
     from planner.memory.estimate import estimate as predicted
 
@@ -73,7 +74,32 @@ def estimate(
         threads=threads,
         dry=dry,
     )
-    return with_sharing(prediction, device, link=link, node=node, calibration=calibration, threads=threads)
+    shared = with_sharing(prediction, device, link=link, node=node, calibration=calibration, threads=threads)
+    return with_time(shared, device, calibration=calibration, threads=threads, dry=dry)
+
+
+def predict_time(
+    config: AttentionConfig,
+    workload: Workload,
+    device: str | Gpu = "cpu",
+    *,
+    link: str | None = None,
+    node: int | None = None,
+    calibration: Calibration | None = None,
+    threads: int | None = None,
+) -> Prediction:
+    """Predicts the seconds of a warm call, in training with its backward, and the range that they are in with
+    four calls of five. `device` and the options: as of `estimate`.
+
+    Seconds rest on the device's calibration; without one on documented defaults, which for the attention
+    kernels of GPUs are fitted to published measurements. Where GPUs share the call, it is the time of the one
+    that takes longest. ConfigError where nothing is known of the device's speed, and for `weights=True`.
+    """
+    from planner.answers.prediction import predicted_time
+
+    return predicted_time(
+        config, workload, device, link=link, node=node, calibration=calibration, threads=threads
+    )
 
 
 def recommend(

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, NamedTuple
+from typing import Annotated, Any, Final, Literal, NamedTuple, Self
 
-from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from attention.config import AttentionConfig, Value, as_tuple
 from attention.errors import AttentionPlannerError, ConfigError
@@ -110,6 +110,16 @@ class Rates(Value):
     bandwidth: Annotated[float, Field(gt=0)]
     """Bytes a second of the device's memory."""
 
+    @model_validator(mode="after")
+    def _of_today(self) -> Self:
+        """Refuses a GPU's rates of before its kernels were told apart: they had one cost of `work` for
+        all."""
+        if self.device != "cpu" and any("work" in costs for costs in self.forward.values()):
+            raise ConfigError(
+                f"its speeds of {self.device} are of an earlier version, which did not tell kernels apart"
+            )
+        return self
+
     def costs(self, step: Literal["forward", "backward"], dtype: str) -> Costs:
         """Costs of a pass in a dtype; ConfigError if there are none."""
         by_dtype: dict[str, Costs] = getattr(self, step)
@@ -144,6 +154,20 @@ class SpeedFit(Value):
             f"{self.median_error:.1%} (median), rank correlation {self.rank_correlation:.3f}, where repeated "
             f"calls spread by {self.noise:.1%}"
         )
+
+
+class Prediction(Value):
+    """Seconds of a warm call, in training with its backward, and how sure they are."""
+
+    seconds: Annotated[float, Field(gt=0)]
+    low: Annotated[float, Field(gt=0)]
+    """The seconds are not below this and not above `high` in four calls of five: by held-out runs of the
+    device's calibration, on a GPU without one by published measurements; judgement where there is neither."""
+    high: Annotated[float, Field(gt=0)]
+    launches: Annotated[int, Field(ge=0)] | None = None
+    """Kernels that the attention launches on a GPU; None where nobody counted them."""
+    source: str = ""
+    """Where the seconds come from."""
 
 
 class Calibration(Value):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-import numpy as np
-from numpy.typing import NDArray
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 GOLDEN: Final = 0.6180339887498949
 """Multiples of it fall evenly into every interval, modulo 1 (Weyl): without a period that residues could
@@ -19,4 +20,6 @@ def golden(number: Any, start: float = 0.0) -> Any:
 
 def stratified(places: NDArray[np.float64]) -> NDArray[np.float64]:
     """[n], one point of each of n strata of width 1; `places` [n], where in it, from 0 to 1."""
+    import numpy as np  # which `golden` of a number does not need
+
     return np.arange(places.size) + places

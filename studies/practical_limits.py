@@ -17,7 +17,7 @@ from planner.gpus import find
 from planner.question.asked import MIN_MASS, TRIALS
 from planner.question.dimensions import attention_kind
 from planner.report.plot.figure import KINDS, MUTED, title, tokens
-from planner.report.text.recommend import seconds
+from planner.report.text.times import seconds
 from planner.search.relax import NothingFitsError
 from planner.workload import Mode
 from studies.bench.records import Job, Row, markdown

@@ -19,7 +19,7 @@ from planner.gpus import find
 from planner.memory.estimate import machine_of
 from planner.question.dimensions import attention_kind
 from planner.report.plot.figure import KINDS, MUTED, TEXT, title
-from planner.report.text.recommend import seconds
+from planner.report.text.times import seconds
 from planner.speed.rates import speed_rates_of
 from planner.speed.seconds import seconds_of
 from planner.workload import Mode, Workload

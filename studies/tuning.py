@@ -17,7 +17,7 @@ from planner import tune
 from planner.answers.tuned import Trial
 from planner.question.dimensions import attention_kind
 from planner.report.plot.figure import KINDS, RED, named, title
-from planner.report.text.recommend import seconds
+from planner.report.text.times import seconds
 from planner.report.text.words import sizes
 from studies.bench.records import Job, Row, markdown
 from studies.bench.study import Findings, Results, Scope, Study

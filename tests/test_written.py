@@ -34,7 +34,14 @@ QUESTION = {
 --trials 3 --runs 1 --storage STORAGE --study lengths`."""
 
 
-LATER = (("kernel", ""), ("edges", "block"), ("launches", None))
+LATER = (
+    ("kernel", ""),
+    ("edges", "block"),
+    ("launches", None),
+    ("time", None),
+    ("low", None),
+    ("high", None),
+)
 """Fields that came later, and what they are where nothing was said."""
 
 

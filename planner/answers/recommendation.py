@@ -39,6 +39,9 @@ class Pick(Value):
     seconds: float
     mass: float
     layers: int | None
+    low: float | None = None
+    """The range that the seconds are probably in; see `planner.calibration.Prediction`."""
+    high: float | None = None
     launches: int | None = None
     """Kernels that a call launches on a GPU; see `MemoryEstimate`."""
 
@@ -127,6 +130,9 @@ class Recommendation(Value):
     memory: MemoryEstimate
     seconds: float
     """Predicted seconds of one call, in training with its backward pass."""
+    low: float | None = None
+    """The range that they are probably in; see `planner.calibration.Prediction`."""
+    high: float | None = None
     quality: Quality
     why: Why
     alternatives: Picks

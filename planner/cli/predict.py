@@ -54,7 +54,7 @@ def estimate(
     ] = None,
     format: Format = "table",
 ) -> int:
-    """Predict the memory of one attention, without running it.
+    """Predict the memory and the time of one attention, without running it.
 
     No GPU is needed. The peak is shown share by share, with an upper bound and how certain that is.
 
@@ -145,7 +145,7 @@ def compare(
     ] = None,
     format: Format = "table",
 ) -> int:
-    """Compare the memory of two attentions, buffer by buffer.
+    """Compare the memory, buffer by buffer, and the time of two attentions.
 
     Sizes and device are for configs; estimates and measurements have their own.
     """

@@ -26,8 +26,9 @@ from planner.fitting.speed_runs import LONGER, timing_samples
 from planner.measuring.measure import Device, Measurement, check_timed
 from planner.memory.dispatch import goes_apart
 from planner.memory.machines import Cpu, Cuda, Machine, this_cpu, units_of
+from planner.speed.call_time import kernel_of
 from planner.speed.rates import HOST, default_cpu_rates, default_rates, with_double
-from planner.speed.seconds import kernel_of, seconds_of, utilisation
+from planner.speed.seconds import seconds_of, utilisation
 from planner.speed.work import Work, work_of
 
 RUNS: Final = 168
@@ -38,6 +39,8 @@ PRIOR: Final = 0.03
 """Weight of a default beside a run's of 1."""
 ROUNDS: Final = 8
 """Rounds of reweighting."""
+SIDES: Final = 4
+"""Rounds of telling what a GPU's runs waited for."""
 SHARED: Final = (*HOST, "scored", "ranked", "gated")
 """Units whose cost does not depend on the dtype."""
 
@@ -97,9 +100,26 @@ def fit(measurements: Sequence[Measurement]) -> Rates:
     matrix, units = _units(rows)
     seconds = np.array([m.seconds for m in good])
     expected = np.array([_cost(start, unit) for unit in units])
-    scale = float(np.median(seconds / np.maximum(matrix @ expected, 1e-12)))
-    coefficients = _fitted(matrix / seconds[:, None], expected * scale)
+    coefficients = expected
+    # A GPU's host and device run side by side: which of them a run waited for follows from the costs.
+    for _ in range(1 if start.device == "cpu" else SIDES):
+        waited = matrix if start.device == "cpu" else _waited(matrix, units, coefficients)
+        scale = float(np.median(seconds / np.maximum(waited @ expected, 1e-12)))
+        coefficients = _fitted(waited / seconds[:, None], expected * scale)
     return _rates(start, dict(zip(units, coefficients, strict=True)), rows)
+
+
+def _waited(matrix: Floats, units: Sequence[Coefficient], costs: Floats) -> Floats:
+    """The units of each pass that take longer at these costs, of the host or of the device; 0 of the
+    others."""
+    waited = matrix.copy()
+    for step in STEPS:
+        host = np.array([unit.step == step and unit.name in HOST for unit in units])
+        device = np.array([unit.step == step for unit in units]) & ~host
+        waits_for_host = matrix @ (costs * host) > matrix @ (costs * device)
+        waited[np.ix_(waits_for_host, device)] = 0
+        waited[np.ix_(~waits_for_host, host)] = 0
+    return waited
 
 
 def held_out_errors(rates: Rates, measurements: Iterable[Measurement]) -> Floats:

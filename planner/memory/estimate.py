@@ -16,7 +16,7 @@ from attention.sizes.flex_tiles import unfit_sizes
 from attention.sizes.kernel_choice import unfit_kernel
 from planner import gpus
 from planner.bisection import largest
-from planner.calibration import Bound, Calibration, bound_of, of_this_torch, shipped
+from planner.calibration import Bound, Calibration, Prediction, bound_of, of_this_torch, shipped
 from planner.memory import cuda_process
 from planner.memory.allocator import replay, smallest_cap
 from planner.memory.allocator_settings import AllocatorSettings
@@ -33,8 +33,8 @@ from planner.workload import Dtype, Workload, refuse_features
 SCHEMA_VERSION: Final = 1
 CUDNN_NOTES: Final = (
     "the memory of cuDNN's attention is planned as that of flash attention, which runs where torch does not "
-    "take it, and an allowance; its seconds are predicted as flash attention's by a factor from published "
-    "measurements; nobody has measured either here",
+    "take it, and an allowance; its seconds are predicted from published measurements; nobody has measured "
+    "either here",
 )
 MULTIPROCESSORS: Final = 148
 """Of cards of which the number is not known, all of them large: as a B200 has."""
@@ -90,6 +90,10 @@ class MemoryEstimate(Value):
     launches: int | None = None
     """Kernels that the attention launches on a GPU, in training with its backward; None where nobody counted
     them."""
+    time: (
+        Annotated[Prediction, BeforeValidator(lambda x: Prediction(**x) if isinstance(x, dict) else x)] | None
+    ) = None
+    """The call's seconds; None where they are not predicted."""
 
 
 def estimate(

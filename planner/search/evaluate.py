@@ -24,6 +24,8 @@ from planner.quality import reach
 from planner.search.gates import MASS, MEMORY, REACH, SECONDS
 from planner.search.scenario import Scenario
 from planner.speed import seconds as speed
+from planner.speed.call_time import seconds_and_range
+from planner.speed.rates import speed_fit_of
 
 CLEARLY: Final = 1e-9
 """By more than this a mass is below the gate, whatever was rounded on the way."""
@@ -126,6 +128,9 @@ class Point(NamedTuple):
     config: AttentionConfig
     memory: MemoryEstimate
     seconds: float
+    low: float
+    """The range that the seconds are probably in; see `planner.calibration.Prediction`."""
+    high: float
     mass: float
     layers: int | None
     """Until the last token hears of all; None for never."""
@@ -157,11 +162,14 @@ def point(scenario: Scenario, config: AttentionConfig, seq: int) -> Point:
 
 
 def _point(scenario: Scenario, config: AttentionConfig, seq: int) -> Point:
-    workload = scenario.at(seq)
+    workload, card = scenario.at(seq), scenario.card
+    fit = speed_fit_of(card, workload, scenario.options)
+    of_card = None if isinstance(card, str) else card
+    time = seconds_and_range(config, workload, scenario.machine, scenario.rates, of_card, fit)
     return Point(
         config,
         memory_of(scenario, config, seq),
-        seconds_of(scenario, config, seq),
+        *time,
         quality.mass_of(config, workload, scenario.profile),
         reach.layers(config, workload),
     )

@@ -280,6 +280,8 @@ def _answer(
         reserve=reserved,
         memory=best.memory,
         seconds=best.seconds,
+        low=best.low,
+        high=best.high,
         quality=Quality(profile=scenario.profile.name, mass=best.mass, layers=best.layers),
         why=explain(scenario, solved, best),
         alternatives=picks,

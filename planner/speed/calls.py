@@ -23,6 +23,7 @@ from attention.sizes.shape import WIDE, Shape
 from attention.sizes.tiles import grouped_heads
 from attention.sizes.token_tiles import TokenRows, TokenWindow, token_rows
 from attention.sizes.whole_calls import CallPart, WholeCall, by_cudnn, forward_cut
+from planner.speed.gpu_kernels import visible_keys
 from planner.speed.row_runs import Run, rounded_up
 
 
@@ -52,8 +53,10 @@ class Calls(NamedTuple):
     summed: Amount = 0
     """Of a call that the kernel gets as it is in backward: its rows of dk, of which as many are of dv, that
     are added to what is there."""
-    faster: Amount = 1
-    """Times as fast as its kernel another one is that runs it."""
+    cudnn: Amount = 0
+    """1 if cuDNN's attention runs it."""
+    held: Amount | None = None
+    """Keys that lie under it where a query sees `keys` of them by its mask; None for `keys`."""
 
     @property
     def kv_heads(self) -> Amount:
@@ -80,11 +83,9 @@ def whole_calls(
     batch: int,
     kernel_keys: int,
     cut_of: Callable[[WholeCall, Shape], CallPart],
-    cudnn_faster: float = 1,
 ) -> Program:
     """Calls over the whole sequence by the kernel's own masks; `kernel_keys`: those that it takes at a
-    time; `cut_of`: how calls are cut in this pass; `cudnn_faster`: times as fast as flash attention cuDNN's
-    is. See `attention/ops/whole_calls.py`."""
+    time; `cut_of`: how calls are cut in this pass. See `attention/ops/whole_calls.py`."""
     kinds = []
     for call in calls:
         cut = cut_of(call, shape)
@@ -105,8 +106,10 @@ def whole_calls(
                 _visible(call, queries, keys, kernel_keys),
                 causal=(call.left is None and call.right is not None) * 1,
                 later=int(not call.first),
+                groups=where(cut.views < views, kv_heads, kv_heads / rounded_up(kv_heads, cut.kv_heads)),
                 summed=(1 - call.covers(shape)) * views * keys * kv_heads / parts,
-                faster=1 + (cudnn_faster - 1) * by_cudnn(call, shape),
+                cudnn=by_cudnn(call, shape) * 1,
+                held=keys,
             )
         )
     return Program(kinds, 0)
@@ -151,16 +154,13 @@ def over_lists(
 
 
 def _visible(call: WholeCall, queries: Amount, keys: Amount, kernel_keys: int) -> Amount:
-    """Keys that a query sees of a call on average, as the kernel computes them: half a step of its keys more
-    at each edge of a window. Those of a causal mask alone are counted where it is applied."""
+    """Keys that a query sees of a call on average, as the kernel computes them. Those of a causal mask alone
+    are counted where it is applied."""
     if call.left is None:
         return keys
-    left, right = minimum(call.left, keys - 1), keys - 1 if call.right is None else minimum(call.right, keys)
     if call.right is None:  # the triangle behind, as the causal one is
         return (keys + kernel_keys) / 2
-    # Near either end of the sequence a window is cut: by half of its side's keys on average.
-    cut = (left * (left + 1) + right * (right + 1)) / 2 / queries
-    return minimum(maximum(left + right + 1 - cut, 1) + kernel_keys, keys)
+    return visible_keys(queries, keys, call.left, call.right, kernel_keys)
 
 
 def flex(runs: Sequence[Run], rows: Rows, shape: Shape, batch: int) -> Program:
@@ -169,7 +169,8 @@ def flex(runs: Sequence[Run], rows: Rows, shape: Shape, batch: int) -> Program:
     width: Amount = 0
     for run in runs:
         width = width + run.rows * run.width
-    return Program([Calls(1, batch, shape.heads, shape.seq, width / blocks * rows.size)], 0)
+    seen = width / blocks * rows.size
+    return Program([Calls(1, batch, shape.heads, shape.seq, seen, groups=shape.kv_heads, held=shape.seq)], 0)
 
 
 def dilated(branches: Sequence[tuple[Amount, Amount]], shape: Shape) -> Program:

@@ -32,7 +32,7 @@ from planner.speed.work import (
     Kernel,
     Totals,
     Work,
-    cudnn_faster,
+    kernel_on,
     shared,
     work_of,
     work_of_calls,
@@ -66,6 +66,7 @@ def work_of_rank(
 ) -> RankWork:
     """The work of a rank of a ring in one call, and in training in its backward."""
     world, batch = ring_of(config, workload)
+    kernel = kernel_on(machine, kernel, workload)
     whole = workload.model_copy(update={"batch": batch, "gpus": 1})
     shards = shards_of(config, workload.seq, world)
     exchange = exchange_of(config, workload)
@@ -142,7 +143,6 @@ class _Parts:
         own = whole.model_copy(update={"seq": max(tokens, 1), "documents": None})
         shape = shape_of(columns_of(config, own.seq), own, machine)
         self._shape = shape._replace(seq=whole.seq, origin=0, causal=whole.causal)
-        self._cudnn_faster = cudnn_faster(machine)
         columns = replace(columns_of(config, whole.seq), multihead=None)
         tiled = self._shape._replace(windows="none", cudnn_from=0)
         self._all = work_of(columns, whole, machine, kernel, apart=False, like=tiled)
@@ -193,9 +193,7 @@ class _Parts:
     def _of_whole(self, part: WholePart, merges: bool) -> Work:
         batch, shape = self._whole.batch, part.shape
         calls = joining(part.calls) if merges else part.calls
-        ahead, back = work_of_calls(
-            calls, shape, batch, self._kernel, trains=self.trains, faster=self._cudnn_faster
-        )
+        ahead, back = work_of_calls(calls, shape, batch, self._kernel, trains=self.trains)
         queries = sum(call.offsets * call.views * call.queries * call.heads(shape) for call in calls)
         keys = sum(call.offsets * call.views * call.keys * call.kv_heads(shape) for call in calls)
         each = batch * shape.head_dim

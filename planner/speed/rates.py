@@ -1,33 +1,29 @@
 """Seconds that a unit of work costs on a device: fitted to measurements, or documented defaults. No torch.
 
-Defaults are not measured on the device they are for, and say so. Where they come from:
+Defaults are not measured here on the device they are for, and say so. Where they come from:
 
-- FlashAttention-2 on an A100 reaches 50 to 73% of peak forward (arXiv 2307.08691, abstract): here 61% at 64
-  channels a head and 72% at 128 for long calls, backward 53% and 60%.
-- The same kernel on Hopper, in torch's SDPA: 287 to 304 TFLOP/s forward at 128 channels on an H100
-  (pytorch/benchmark#2296), 30% of its peak; data centre Blackwell is assumed to be no faster than that H100
-  for each FLOP/s more, half as much again.
-- The efficient kernel is assumed to be as FlashAttention-1 was: 25 to 40% of peak (the same abstract).
-- float32 runs on CUDA cores at half their peak: assumption. Below compute capability 7.0, float16 runs at
-  float32's rate / 2.3 where its own is lower still (deepspeech.pytorch#55, a Titan X Pascal).
-- Compiled FlexAttention: 90% of FlashAttention-2 forward, 85% backward (PyTorch's blog, A100).
-- A PyTorch operator takes 5 to 25 microseconds of the host's time, a launch among it a few: 5 here, times the
-  operators that a call, a tile and a gather consist of. The host's time hides behind the device's, or the
-  other way round: the longer of both counts.
+- Attention kernels of GPUs: fitted to published measurements, see `planner/speed/gpu_kernels.py`. Matrix
+  products in float64, for which nobody published any: half the peak, scores in memory.
+- A PyTorch operator takes 5 to 25 microseconds of the host's time: 5 here, times the operators that a call, a
+  tile and a gather consist of. Torch's own attention takes 10 to 14 on the host of a V100
+  (KaigeZheng/SDPA-Benchmark), a dense call here 1.4 to 2.9 times as long (docs/explanation/speed.md). The
+  host's time hides behind the device's, or the other way round: the longer of both counts.
+- What surrounds a kernel on a GPU: its reads and writes at the memory's bandwidth.
 - CPUs: what one thread of an AMD EPYC took, fitted to 250 runs on a busy machine; see `default_cpu_rates`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from attention.errors import ConfigError
-from planner.calibration import Costs, Rates
-from planner.gpus import Gpu
+from planner.calibration import Costs, Rates, SpeedFit
+from planner.gpus import Gpu, backends
 from planner.memory.estimate import calibration_for, machine_of
 from planner.memory.machines import Cpu, Machine
-from planner.workload import ITEMSIZE, Workload
+from planner.speed.gpu_kernels import KERNELS, Direction, family_of, kernel_costs
+from planner.workload import ITEMSIZE, Dtype, Workload
 
 NOT_MEASURED: Final = "documented defaults: not measured"
 
@@ -49,8 +45,8 @@ def default_rates(device: Gpu | Machine) -> Rates:
     bandwidth = gpu.bandwidth or 0.0
     for dtype in ITEMSIZE:
         peak = gpu.rates.get(dtype)
-        if dtype == "float16" and gpu.capability < (7, 0) and gpu.rates.get("float32"):
-            peak = max(peak or 0.0, (gpu.rates["float32"] or 0.0) / 2.3)
+        if dtype == "float16" and gpu.capability < (7, 0):  # kernels there compute in float32
+            peak = gpu.rates.get("float32")
         if not peak or not bandwidth:
             continue
         peaks[dtype] = peak
@@ -61,7 +57,7 @@ def default_rates(device: Gpu | Machine) -> Rates:
         )
     return Rates(
         device=gpu.key,
-        source=f"{NOT_MEASURED}; {gpu.name}",
+        source=f"{NOT_MEASURED} here, kernels as published; {gpu.name}",
         workers=gpu.sm_count or 1,
         forward=ahead,
         backward=behind,
@@ -73,64 +69,71 @@ def default_rates(device: Gpu | Machine) -> Rates:
 def _gpu_costs(gpu: Gpu, dtype: str, peak: float, bandwidth: float) -> tuple[Costs, Costs]:
     size = ITEMSIZE[dtype]
     single = gpu.rates.get("float32") or peak
-    modern = gpu.capability >= (8, 0)
-    if dtype in ("float16", "bfloat16") and modern:
-        # 1 / utilisation = a + p / D: softmax costs as much for few channels as for many.
-        (a, p), (back_a, back_p) = (1.14, 32.0), (1.45, 28.0)
-        share = {9: 0.42, 10: 0.21}.get(gpu.capability[0], 1.0)
-    elif dtype in ("float16", "bfloat16"):
-        (a, p), (back_a, back_p), share = (2.5, 32.0), (3.3, 32.0), 1.0
-    else:
-        (a, p), (back_a, back_p), share = (2.0, 0.0), (2.5, 0.0), 1.0
-    unit = 1 / (peak * share)
     beside = {
         "gathered": 4 * size / bandwidth,
         # A part is written, subtracted and added in place: seven reads and writes of a number.
         "merged": (7 * size if size < 8 else 3 * size + 7 * 4) / bandwidth,
         "summed": 2 * (size + 2 * max(size, 4)) / bandwidth,
-        "tokens": 3 * size / bandwidth,
+        "sunk": size / bandwidth,
         "matmul": 2 / (0.7 * peak),
         "scored": 2 / (0.5 * single),
         "ranked": 160 / bandwidth,
         "gated": 40 / bandwidth,
     }
-    if dtype == "float64":  # scores in memory, some eight times over
-        beside["pairs"] = 8 * size / bandwidth
-        p = back_p = 0.0
-    ahead = beside | {
-        "work": 4 * a * unit,
-        "flex": 4 * a * unit / 0.9,
-        "pairs": beside.get("pairs", 4 * p * unit),
-        "launches": 8 * OPERATOR,
+    ahead = {
+        **beside,
+        **_kernels(gpu, dtype, "forward", peak, bandwidth),
+        "launches": 4 * OPERATOR,
         "gathers": 15 * OPERATOR,
         "tiles": 4 * OPERATOR,
-        "passes": 20 * OPERATOR,
+        "passes": 4 * OPERATOR,
     }
-    behind = beside | {
-        "work": 10 * back_a * unit,
-        "flex": 10 * back_a * unit / 0.85,
-        "pairs": 2 * beside.get("pairs", 5 * back_p * unit),
-        "launches": 16 * OPERATOR,
+    behind = {
+        **beside,
+        **_kernels(gpu, dtype, "backward", peak, bandwidth),
+        "launches": 8 * OPERATOR,
         "gathers": 25 * OPERATOR,
         "gates": 25 * OPERATOR,
         "tiles": 4 * OPERATOR,
-        "passes": 30 * OPERATOR,
+        "passes": 6 * OPERATOR,
     }
     return ahead, behind
+
+
+def _kernels(gpu: Gpu, dtype: str, step: Direction, peak: float, bandwidth: float) -> Costs:
+    """Costs of the units of all kernels that run a dtype on a card."""
+    if dtype == "float64":  # products at half the peak, and scores in memory some eight times over
+        times = 1 if step == "forward" else 2
+        return {
+            "plain.work": (8 if step == "forward" else 25) / peak,
+            "plain.pairs": 8 * times * ITEMSIZE[dtype] / bandwidth,
+        }
+    kernels = set(backends(gpu, cast(Dtype, dtype)))
+    return {
+        f"{kernel}.{unit}": cost
+        for kernel in KERNELS
+        if {"flash2": "flash"}.get(kernel, family_of(kernel)) in kernels - {"plain"}
+        for unit, cost in kernel_costs(kernel, step, gpu, dtype).items()
+    }
 
 
 def speed_rates_of(card: Any, workload: Workload, options: Mapping[str, Any]) -> Rates:
     """Measured rates of the device, where a calibration has them for the dtype; else documented defaults.
     `options`: of `planner.estimate`."""
+    fit = speed_fit_of(card, workload, options)
+    if fit is not None:
+        return fit.rates
+    return default_rates(
+        card if isinstance(card, Gpu) else machine_of(card, workload.dtype, options.get("threads"))
+    )
+
+
+def speed_fit_of(card: Any, workload: Workload, options: Mapping[str, Any]) -> SpeedFit | None:
+    """What a calibration says of the device's speed in the workload's dtype; None where there is none."""
     machine = machine_of(card, workload.dtype, options.get("threads"))
     calibration = options.get("calibration") or calibration_for(card, machine, workload.dtype)
-    if (
-        calibration is not None
-        and calibration.speed is not None
-        and workload.dtype in calibration.speed.rates.forward
-    ):
-        return calibration.speed.rates
-    return default_rates(card if isinstance(card, Gpu) else machine)
+    fit = calibration.speed if calibration is not None else None
+    return fit if fit is not None and workload.dtype in fit.rates.forward else None
 
 
 CPU_BANDWIDTH: Final = 8e9

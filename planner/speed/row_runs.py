@@ -8,8 +8,6 @@ import math
 from collections.abc import Sequence
 from typing import Final, Literal, NamedTuple
 
-import numpy as np
-
 from attention.config import PatternType
 from attention.sizes.arrays import Amount, any_of, ceil_div, lcm, maximum, minimum, row_blocks, where
 from attention.sizes.row_bounds import Rows
@@ -170,10 +168,18 @@ def _offsets(
 
 def rounded_down(value: Amount) -> Amount:
     """The largest whole number up to a float or up to each of an array: faster than dividing ints."""
-    return np.floor(value) if isinstance(value, np.ndarray) else float(math.floor(value))
+    if isinstance(value, int | float):
+        return float(math.floor(value))
+    import numpy as np  # which a single config does not need
+
+    return np.floor(value)
 
 
 def rounded_up(a: Amount, b: Amount) -> Amount:
     """a / b rounded up, of numbers below 2^53."""
     share = a / b
-    return np.ceil(share) if isinstance(share, np.ndarray) else float(math.ceil(share))
+    if isinstance(share, int | float):
+        return float(math.ceil(share))
+    import numpy as np
+
+    return np.ceil(share)

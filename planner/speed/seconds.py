@@ -18,14 +18,14 @@ from typing import Any
 import numpy as np
 
 from attention.config import AttentionConfig
-from attention.errors import ConfigError
 from attention.sizes.arrays import Amount, Floats
-from planner.calibration import Costs, Rates
+from planner.calibration import Rates
 from planner.configs import Columns, columns_of
 from planner.memory.dispatch import goes_apart
-from planner.memory.machines import Cpu, Cuda, Machine
-from planner.speed.rates import HOST, default_rates
-from planner.speed.work import Kernel, Totals, Work, cpu_kernel, gpu_kernel, work_of
+from planner.memory.machines import Cuda, Machine
+from planner.speed.call_time import check, kernel_of, pass_seconds
+from planner.speed.rates import default_rates
+from planner.speed.work import Work, multiply_adds, work_of
 from planner.workload import Workload
 
 AT_ONCE = 8192
@@ -81,57 +81,20 @@ def _predicted(columns: Columns, workload: Workload, machine: Machine, rates: Ra
     return total
 
 
-def pass_seconds(total: Totals, costs: Costs, rates: Rates) -> Amount:
-    """Seconds of a pass's totals, or of a part of them, at the costs of that pass."""
-    host: Amount = 0
-    device: Amount = 0
-    for name, cost in costs.items():
-        if name in HOST:
-            host = host + cost * total[name]
-        else:
-            device = device + cost * total[name]
-    return host + device if rates.device == "cpu" else np.maximum(host, device)
-
-
 def _light(columns: Columns, workload: Workload, machine: Machine, rates: Rates, apart: bool) -> Amount:
     # With one worker none is idle, and every kernel has as much to compute.
     if isinstance(machine, Cuda):
         machine = replace(machine, cudnn=False)
     work: Work = work_of(columns, workload, machine, kernel_of(rates)._replace(workers=1), apart=apart)
-    computing = 4 * (work.forward["work"] + work.forward["flex"]) / rates.peak[workload.dtype]
+    computing = 4 * multiply_adds(work.forward) / rates.peak[workload.dtype]
     nbytes = work.forward["tokens"] * workload.itemsize
     if work.backward is not None:
         # A CPU's 16-bit backward computes in single precision.
         narrow = rates.device == "cpu" and workload.itemsize == 2
         peak = rates.peak.get("float32" if narrow else workload.dtype, rates.peak[workload.dtype])
-        computing = computing + 10 * (work.backward["work"] + work.backward["flex"]) / peak
+        computing = computing + 10 * multiply_adds(work.backward) / peak
         nbytes = nbytes * 2
     return np.maximum(computing, nbytes / rates.bandwidth)
 
 
-def kernel_of(rates: Rates) -> Kernel:
-    """How the rates' device cuts a call."""
-    return (cpu_kernel if rates.device == "cpu" else gpu_kernel)(rates.workers)
-
-
-def check(workload: Workload, machine: Machine, rates: Rates) -> None:
-    """ConfigError where the seconds of such calls are not predicted with these rates."""
-    if workload.weights:
-        raise ConfigError("the speed of weights=True is not predicted; leave weights out, or measure it")
-    if isinstance(machine, Cpu) != (rates.device == "cpu"):
-        kind = "a CPU" if isinstance(machine, Cpu) else "a GPU"
-        raise ConfigError(
-            f"the rates are of {rates.device}, the machine is {kind}; give rates of that machine"
-        )
-
-
-__all__ = [
-    "Rates",
-    "check",
-    "default_rates",
-    "kernel_of",
-    "pass_seconds",
-    "seconds",
-    "seconds_of",
-    "utilisation",
-]
+__all__ = ["Rates", "default_rates", "seconds", "seconds_of", "utilisation"]

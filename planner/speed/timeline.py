@@ -23,8 +23,8 @@ from planner.calibration import Rates
 from planner.memory.machines import Cpu, Machine
 from planner.ranks.links import Network
 from planner.ranks.ring import ring_of
+from planner.speed.call_time import check, kernel_of, pass_seconds
 from planner.speed.rank_work import RankWork, Steps, work_of_rank
-from planner.speed.seconds import check, kernel_of, pass_seconds
 from planner.speed.work import gpu_kernel
 from planner.workload import Workload
 

@@ -25,6 +25,15 @@ from planner.memory.dispatch import calls_of, lists_of, shape_of, window_of
 from planner.memory.machines import Cuda, Machine
 from planner.speed import calls
 from planner.speed.calls import Calls, Program
+from planner.speed.gpu_kernels import (
+    KERNELS,
+    KEY_STEP,
+    UNIT_NAMES,
+    Direction,
+    call_units,
+    causal_keys,
+    kernel_name,
+)
 from planner.speed.last_queries import pairs_share
 from planner.speed.row_runs import Run, rounded_down, rounded_up, runs_of
 from planner.workload import Workload
@@ -32,30 +41,27 @@ from planner.workload import Workload
 FLEX_TILE: Final = 64
 """Tokens a block with which FlexAttention reaches half of its rate. Assumption: tiles of fewer tokens fill
 matrix units less. Compiled for a CPU in bfloat16 it is steeper: 204, 311, 468 GFLOP/s at 64, 128, 256."""
-
-CUDNN_FASTER: Final = {9: 1.5, 10: 3.0}
-"""Times as fast as flash attention cuDNN's is, by the major of the card's capability: medians of published
-measurements, forward and backward, are 1.3 with 64 channels and 1.7 with 128 on Hopper, 3.1 with 128 on a
-GB200 (benchmark/sdpa_benchmark_training of NVIDIA/cudnn-frontend, over those of FlashAttention-2). Not
-measured here."""
+FLEX_BLOCK: Final = 128
+"""Tokens of the blocks with which its published seconds were measured."""
 
 NAMES: Final = (
     "work", "pairs", "keys", "queries", "merged", "summed", "gathered", "widened", "launches", "gathers",
-    "tiles", "tokens", "matmul", "scored", "ranked", "gated", "gates", "flex", "passes",
-)  # 19 names, in the rows in which the docstring explains them  # fmt: skip
+    "tiles", "tokens", "matmul", "scored", "ranked", "gated", "gates", "sunk", "passes", *UNIT_NAMES,
+)  # in the rows in which the docstring explains them  # fmt: skip
 """Names of the totals. Numbers are of the tensors' type unless it says otherwise.
 
 `work`: N H T K D, a multiply-add forward for q k^T and one for the weighted sum, what idle workers could
-have done included, and of cuDNN's calls as much as flash attention does in their time. `pairs`: N H T K,
-likewise. `keys`: N H K D for each block of queries that reads them.
+have done included. `pairs`: N H T K, likewise. `keys`: N H K D for each block of queries that reads them.
 `queries`: N H T D for each block of keys that updates them. `merged`: numbers of out that are merged into
 earlier parts. `summed`: numbers of dk, and as many of dv, added to what is there. `gathered`: numbers of k,
 and as many of v, copied by list. `widened`: numbers converted to single precision. `launches`: kernel calls.
 `gathers`: calls over lists. `tiles`. `tokens`: numbers of q, k, v and out. `matmul`: multiply-adds of the
 projections around it. Of adaptive: `scored`, multiply-adds beside the attention, in single precision;
-`ranked`, pairs of blocks; `gated`, pairs of tokens in the gate's backward; `gates`, its steps. `flex`: `work`
-of compiled FlexAttention, which is not in `work`, and as much again at FLEX_TILE tokens a block.
-`passes`: 1."""
+`ranked`, pairs of blocks; `gated`, pairs of tokens in the gate's backward; `gates`, its steps. `sunk`:
+numbers that learned sinks read and write beside a GPU's kernels. `passes`: 1.
+
+`work`, `pairs`, `keys` and `queries` are a CPU's kernel's. Those of a GPU have
+`planner.speed.gpu_kernels.UNITS` each, such as `flash2.work`."""
 
 Totals = dict[str, Amount]
 
@@ -69,8 +75,8 @@ class Kernel(NamedTuple):
     """(from so many queries, queries a block), descending."""
     key_block: int
     """Keys that are computed at a time."""
-    shares_keys: bool = False
-    """Whether the workers share the blocks of keys of a backward call too, beside its views and heads."""
+    gpu: str = ""
+    """Of `planner.speed.gpu_kernels.KERNELS`, the one that calls run on; empty on a CPU."""
 
     def query_block(self, queries: Amount) -> Amount:
         """Queries a block in a call of `queries`."""
@@ -85,9 +91,16 @@ def cpu_kernel(threads: int) -> Kernel:
     return Kernel(threads, ((768, 256), (192, 64), (0, 32)), 512)
 
 
-def gpu_kernel(multiprocessors: int) -> Kernel:
-    """flash and efficient kernels: 64 or 128 queries a thread block, as many keys at a time."""
-    return Kernel(multiprocessors, ((0, 128),), 128, shares_keys=True)
+def gpu_kernel(multiprocessors: int, name: str = "flash2") -> Kernel:
+    """A kernel of a GPU; see `planner.speed.gpu_kernels`."""
+    return Kernel(multiprocessors, ((0, 128),), KEY_STEP, name)
+
+
+def kernel_on(machine: Machine, kernel: Kernel, workload: Workload) -> Kernel:
+    """The kernel as the machine runs calls of the workload."""
+    if not isinstance(machine, Cuda):
+        return kernel
+    return kernel._replace(gpu=kernel_name(machine.capability, workload.head_dim, workload.itemsize))
 
 
 def forward(kinds: Iterable[Calls], tiles: Amount, shape: Shape, kernel: Kernel) -> Totals:
@@ -98,16 +111,11 @@ def forward(kinds: Iterable[Calls], tiles: Amount, shape: Shape, kernel: Kernel)
         lanes = call.views * call.heads
         blocks = rounded_up(call.queries, kernel.query_block(call.queries))
         launches = call.number * call.spans
-        _add_kernel(
-            total,
-            call,
-            launches,
-            lanes,
-            maximum(call.views // 1, 1) * call.heads * blocks,
-            call.keys,
-            kernel,
-            dim,
-        )
+        if kernel.gpu:
+            _add_gpu_kernel(total, call, launches, call.views, call.keys, kernel, dim, "forward")
+        else:
+            items = maximum(call.views // 1, 1) * call.heads * blocks
+            _add_kernel(total, call, launches, lanes, items, call.keys, kernel, dim)
         total["merged"] = total["merged"] + launches * call.later * lanes * call.queries * dim
         if any_of(call.unit > 0):
             total["gathers"] = total["gathers"] + call.number
@@ -125,8 +133,10 @@ def backward(
     for call in _present(kinds):
         if whole:
             lanes = call.views * call.heads
-            items = lanes * (rounded_up(call.keys, kernel.key_block) if kernel.shares_keys else 1)
-            _add_kernel(total, call, call.number, lanes, items, call.keys, kernel, dim)
+            if kernel.gpu:
+                _add_gpu_kernel(total, call, call.number, call.views, call.keys, kernel, dim, "backward")
+            else:
+                _add_kernel(total, call, call.number, lanes, lanes, call.keys, kernel, dim)
             total["summed"] = total["summed"] + call.number * call.summed * dim
             if any_of(call.unit > 0):
                 total["gathers"] = total["gathers"] + call.number
@@ -151,10 +161,11 @@ def backward(
         together = call.views / groups
         lanes = call.heads * together
         launches = call.number * call.spans * groups * cuts
-        items = maximum(together // 1, 1) * call.heads
-        if kernel.shares_keys:
-            items = items * rounded_up(keys, kernel.key_block)
-        _add_kernel(total, call, launches, lanes, items, keys, kernel, dim)
+        if kernel.gpu:
+            _add_gpu_kernel(total, call, launches, together, keys, kernel, dim, "backward")
+        else:
+            items = maximum(together // 1, 1) * call.heads
+            _add_kernel(total, call, launches, lanes, items, keys, kernel, dim)
         every = call.number * call.heads * call.views
         every_key = call.number * call.kv_heads * call.views
         total["summed"] = total["summed"] + every_key * call.spans * call.keys * dim
@@ -201,7 +212,7 @@ def _add_kernel(
         halves = full * (full + 1) / 2 * kernel.key_block**2 + (keys - full * kernel.key_block) * keys
         visible = where(call.causal, halves / keys, keys)
     idle = rounded_up(items, kernel.workers) * kernel.workers / items
-    pairs = launches * lanes * call.queries * visible * idle / call.faster
+    pairs = launches * lanes * call.queries * visible * idle
     total["work"] = total["work"] + pairs * dim
     total["pairs"] = total["pairs"] + pairs
     total["keys"] = total["keys"] + launches * lanes * blocks * visible * dim
@@ -209,6 +220,44 @@ def _add_kernel(
         total["queries"] + launches * lanes * call.queries * rounded_up(keys, kernel.key_block) * dim
     )
     total["launches"] = total["launches"] + launches
+
+
+def _add_gpu_kernel(
+    total: Totals,
+    call: Calls,
+    launches: Amount,
+    views: Amount,
+    keys: Amount,
+    kernel: Kernel,
+    dim: Amount,
+    step: Direction,
+) -> None:
+    """Adds what a GPU's kernel does in `launches` calls of so many views over `keys` keys that a query
+    sees."""
+    held = keys if call.held is None else call.held
+    visible = where(call.causal, causal_keys(keys), keys) if any_of(call.causal) else keys
+    for name, share in ((kernel.gpu, 1 - call.cudnn), ("cudnn", call.cudnn)):
+        if any_of(share > 0):
+            units = call_units(
+                name,
+                step,
+                lanes=views * call.heads,
+                kv_lanes=views * call.kv_heads,
+                queries=call.queries,
+                keys=held,
+                visible=visible,
+                causal=call.causal,
+                head_dim=dim,
+                workers=kernel.workers,
+            )
+            for unit, count in units.items():
+                total[f"{name}.{unit}"] = total[f"{name}.{unit}"] + launches * share * count
+    total["launches"] = total["launches"] + launches
+
+
+def multiply_adds(total: Totals) -> Amount:
+    """`work` of all kernels."""
+    return total["work"] + sum(total[f"{kernel}.work"] for kernel in KERNELS)
 
 
 def _empty(shape: Shape, tiles: Amount) -> Totals:
@@ -242,33 +291,29 @@ def work_of(
     Closed forms for one config too: where fewer tokens ask, a share of what all would do by their pairs
     (`planner/speed/last_queries.py`), and of documents the sum of what each would do by itself.
     """
+    kernel = kernel_on(machine, kernel, workload)
     shape = shape_of(columns, workload, machine)
     if like is not None:
         shape = shape._replace(windows=like.windows, cudnn_from=like.cudnn_from, chunk=like.chunk)
     if len(workload.documents or ()) < 2:
-        return _with_sinks(_work(columns, workload, machine, kernel, apart, shape), workload, shape)
+        work = _work(columns, workload, kernel, apart, shape)
+        return _with_sinks(work, workload, shape, bool(kernel.gpu))
     total: Work | None = None
     for part in parts(columns, workload):
         own = shape_of(part.columns, part.workload, machine)._replace(windows=shape.windows, cudnn_from=0)
-        work = _work(part.columns, part.workload, machine, kernel, False, own)
+        work = _work(part.columns, part.workload, kernel, False, own)
         total = _summed(total, work, part.copies)
     assert total is not None
-    return _with_sinks(total, workload, shape)
-
-
-def cudnn_faster(machine: Machine) -> float:
-    """Times as fast as flash attention cuDNN's is on a machine that has it."""
-    return CUDNN_FASTER.get(machine.capability[0], 1.0) if isinstance(machine, Cuda) else 1.0
+    return _with_sinks(total, workload, shape, bool(kernel.gpu))
 
 
 def work_of_calls(
-    parts: Sequence[WholeCall], shape: Shape, batch: int, kernel: Kernel, *, trains: bool, faster: float
+    parts: Sequence[WholeCall], shape: Shape, batch: int, kernel: Kernel, *, trains: bool
 ) -> Work:
-    """The work of whole calls over `batch` tensors of one shape; see `attention.ops.whole_calls`. `faster`:
-    times as fast as flash attention cuDNN's is."""
+    """The work of whole calls over `batch` tensors of one shape; see `attention.ops.whole_calls`."""
 
     def program(shape: Shape, cut_of: Callable[[WholeCall, Shape], CallPart]) -> Program:
-        return calls.whole_calls(parts, shape, batch, kernel.key_block, cut_of, faster)
+        return calls.whole_calls(parts, shape, batch, kernel.key_block, cut_of)
 
     behind = program(shape.backward(), backward_cut) if trains else None
     return _of_programs(program(shape, forward_cut), behind, shape, batch, kernel)
@@ -303,6 +348,9 @@ def shared(total: Totals, pairs: Amount, rows: Amount) -> Totals:
     calls = maximum(rows, one_tile)
     shares = dict.fromkeys(("work", "pairs", "keys", "queries", "summed", "gathered", "widened"), pairs)
     shares |= dict.fromkeys(("launches", "gathers", "tiles"), calls) | {"merged": rows}
+    # Of a kernel's numbers those of k and v go with the pairs, those of q and out with the rows.
+    of_units = {"work": pairs, "pairs": pairs, "numbers": (pairs + rows) / 2, "calls": calls}
+    shares |= {name: of_units[name.partition(".")[2]] for name in UNIT_NAMES}
     return {name: count * shares.get(name, 1) for name, count in total.items()}
 
 
@@ -318,7 +366,7 @@ def _summed(total: Work | None, work: Work, times: int) -> Work:
     return Work(added(total.forward, work.forward), work.backward and added(total.backward, work.backward))
 
 
-def _with_sinks(work: Work, workload: Workload, shape: Shape) -> Work:
+def _with_sinks(work: Work, workload: Workload, shape: Shape, on_gpu: bool) -> Work:
     """The work and what learned sinks take: out is read and written once more, and in backward with its
     gradient read, in slabs."""
     if not workload.sinks:
@@ -326,20 +374,20 @@ def _with_sinks(work: Work, workload: Workload, shape: Shape) -> Work:
     numbers = 2 * workload.batch * shape.queries * shape.heads * shape.head_dim
     slabs = workload.batch * rounded_up(shape.queries, slab_tokens(shape))
     for total in filter(None, work):
-        total["tokens"] = total["tokens"] + numbers
+        name = "sunk" if on_gpu else "tokens"
+        total[name] = total[name] + numbers
         total["tiles"] = total["tiles"] + slabs
     return work
 
 
-def _work(
-    columns: Columns, workload: Workload, machine: Machine, kernel: Kernel, apart: bool, shape: Shape
-) -> Work:
+def _work(columns: Columns, workload: Workload, kernel: Kernel, apart: bool, shape: Shape) -> Work:
     """The work of one document, whose sizes are `shape`."""
     untyped: Any = columns
+    if apart and columns.variant == "block_sparse":
+        kernel = kernel._replace(gpu="flex")
     asks = workload.queries is not None and any_of(shape.origin > 0)
     outer, trains = columns.multihead, workload.mode == "training"
-    faster = cudnn_faster(machine)
-    program, once = _program(columns, shape, apart, workload.batch, kernel, faster)
+    program, once = _program(columns, shape, apart, workload.batch, kernel)
     total = forward(program.calls, program.tiles, shape, kernel)
     few = calls_of(columns, shape) is not None
     if asks and not (once or few):  # whole calls are those of the last queries
@@ -350,9 +398,7 @@ def _work(
     if not trains:
         return Work(ahead, None)
     back = shape.backward()
-    program, once = _program(
-        columns, back, apart and not shape.widens, workload.batch, kernel, faster, backward=True
-    )
+    program, once = _program(columns, back, apart and not shape.widens, workload.batch, kernel, backward=True)
     few = calls_of(columns, shape) is not None or lists_of(columns, shape) is not None
     total = backward(program.calls, program.tiles, back, kernel, whole=once or few)
     if asks and not (once or few):
@@ -382,14 +428,7 @@ def _share(total: Totals, columns: Columns, shape: Shape, kernel: Kernel) -> Non
 
 
 def _program(
-    columns: Columns,
-    shape: Shape,
-    apart: bool,
-    batch: int,
-    kernel: Kernel,
-    cudnn_faster: float,
-    *,
-    backward: bool = False,
+    columns: Columns, shape: Shape, apart: bool, batch: int, kernel: Kernel, *, backward: bool = False
 ) -> tuple[Program, bool]:
     """The program of a pass, of all queries of the sequence unless it is one call, and whether it takes the
     whole batch at once."""
@@ -397,7 +436,7 @@ def _program(
     parts = None if apart else calls_of(columns, shape)
     if parts is not None:
         cut_of = backward_cut if backward else forward_cut
-        return calls.whole_calls(parts, shape, batch, kernel.key_block, cut_of, cudnn_faster), False
+        return calls.whole_calls(parts, shape, batch, kernel.key_block, cut_of), False
     lists = None if apart else lists_of(columns, shape)
     if columns.variant == "adaptive":
         rows = columns.rows(shape.causal)
@@ -439,10 +478,11 @@ def _chosen(kept: Amount, shape: Shape, size: Amount) -> list[Run]:
 
 def _beside(total: Totals, columns: Columns, shape: Shape, times: int, apart: bool) -> None:
     """Adds the matrix products beside an attention, which backward has twice: a scorer's, and those of
-    the projections around it. Work of FlexAttention gets a name of its own."""
+    the projections around it. FlexAttention's work takes longer in small blocks."""
     untyped: Any = columns
     if apart and columns.variant == "block_sparse":
-        total["flex"], total["work"] = total["work"] * (1 + FLEX_TILE / untyped.block_size), 0
+        slower = maximum((1 + FLEX_TILE / untyped.block_size) / (1 + FLEX_TILE / FLEX_BLOCK), 1)
+        total["flex.work"] = total["flex.work"] * slower
     if columns.variant == "adaptive":
         rows = columns.rows(shape.causal)
         products, ranked = calls.scoring(rows, shape, columns.score_dim or shape.head_dim)
@@ -456,7 +496,7 @@ def _beside(total: Totals, columns: Columns, shape: Shape, times: int, apart: bo
 def _all_items(total: Totals, batch: int, once: bool, times: int) -> Totals:
     """Totals of all batch items, where the kernel's figures are of one (`once`: of all), and of `times`
     passes."""
-    kernels = ("tokens", "matmul", "scored", "ranked", "gated", "gates") if once else NAMES[:-1]
+    kernels = ("tokens", "matmul", "scored", "ranked", "gated", "gates") if once else NAMES
     every = {name: count * (batch if name in kernels else 1) for name, count in total.items()}
     every["passes"] = 1
     return {name: count * times for name, count in every.items()}

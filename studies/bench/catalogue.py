@@ -32,6 +32,7 @@ QUESTIONS: Final[dict[str, str]] = {
     "tuning": "Does tuning find something as fast as the models' pick, or faster?",
     "min-mass": "What does attention mass cost, and why is the gate at 0.8?",
     "pareto": "What can be had for less memory, less time or less mass?",
+    "published": "How far are predicted seconds of GPU kernels from what others published?",
     "peers": "How fast and how lean is each attention against FlexAttention and dense SDPA?",
 }
 """In the order in which `all` runs them and lists show them."""

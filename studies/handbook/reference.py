@@ -19,12 +19,14 @@ import attention
 import planner
 from attention.config import AdaptiveConfig, AttentionConfig, PatternType, SparsePatternConfig
 from attention.features import Feature, unfit_feature
+from attention.sizes.whole_calls import CUDNN_CAPABILITIES
 from planner.cli.app import app
 from planner.cli.main import main
 from planner.gpus import Gpu, find
 from planner.quality.profiles import ASSUMED, DEFAULT, PRESETS
 from planner.question.space import MAX_BRANCHES, Space
 from planner.search import candidates
+from planner.speed.gpu_kernels import kernel_name
 from planner.speed.rates import default_rates
 from studies.bench.records import markdown
 
@@ -308,9 +310,11 @@ def rates_table() -> str:
 def _rates_row(gpu: Gpu) -> list[str]:
     rates = default_rates(gpu)
     shares = []
+    cudnn = gpu.capability[0] in CUDNN_CAPABILITIES
     for costs, flops in ((rates.forward["float16"], 4), (rates.backward["float16"], 10)):
         for width in WIDTHS:
-            seconds = costs["work"] * width + costs["pairs"]
+            kernel = "cudnn" if cudnn else kernel_name(gpu.capability, width, 2)
+            seconds = costs[f"{kernel}.work"] * width + costs[f"{kernel}.pairs"]
             shares.append(f"{flops * width / seconds / rates.peak['float16']:.0%}")
     return [gpu.name, ".".join(map(str, gpu.capability)), *shares]
 

@@ -12,7 +12,8 @@ from planner.report.page.charts import SHAPES, Axis, Mark, delta, pair, points
 from planner.report.page.html import Heading, Html, Section, join, page, pairs, table, tag
 from planner.report.page.sections import budget, launches_column, layout, program, provenance, tiles
 from planner.report.text import words
-from planner.report.text.recommend import changed, dimension, reasons, searched, seconds, shape
+from planner.report.text.recommend import changed, dimension, reasons, searched, shape
+from planner.report.text.times import seconds
 from planner.units import format_bytes
 
 MAXIMUM_ROWS: Final = 100

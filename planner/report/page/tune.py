@@ -11,7 +11,8 @@ from planner.report.page.charts import SHAPES, Axis, Mark, points
 from planner.report.page.html import Heading, Section, join, page, pairs, table, tag
 from planner.report.page.sections import budget, launches_column, layout, program, provenance, tiles
 from planner.report.text import words
-from planner.report.text.recommend import seconds, shape
+from planner.report.text.recommend import shape
+from planner.report.text.times import seconds
 from planner.report.text.tune import named, outcome
 from planner.units import format_bytes
 

@@ -97,7 +97,7 @@ def draw_waterfall(figure: Any, estimate: MemoryEstimate, budget: int | None) ->
 
 
 def draw_pareto(figure: Any, answer: Recommendation) -> None:
-    from planner.report.text.recommend import seconds
+    from planner.report.text.times import seconds
 
     figure.set_size_inches(8, 5.2)
     axes = figure.add_subplot()

@@ -7,6 +7,8 @@ from typing import Any
 
 from planner.answers.comparison import Comparison, Side
 from planner.answers.shared import SharedEstimate, Sharing
+from planner.calibration import Prediction
+from planner.report.text.times import are_apart, seconds, span
 from planner.units import format_bytes
 
 
@@ -26,6 +28,7 @@ def comparison_data(comparison: Comparison) -> dict[str, Any]:
             for name in ("allocated", "reserved", "device", "needed", "upper", "at")
         },
         "measured": pair(each.measured for each in sides),
+        "time": pair(each.estimate.time and each.estimate.time.model_dump(mode="json") for each in sides),
         **_sharing_data(comparison),
     }
 
@@ -47,7 +50,7 @@ def comparison_text(comparison: Comparison, names: tuple[str, str]) -> str:
     """A comparison as text of at most 80 columns."""
     from planner.report.text import words
     from planner.report.text.estimate import label, wrapped
-    from planner.report.text.shared import time_text, traffic_of
+    from planner.report.text.shared import traffic_of
 
     a, b = comparison.a.estimate, comparison.b.estimate
     head = [
@@ -66,11 +69,7 @@ def comparison_text(comparison: Comparison, names: tuple[str, str]) -> str:
     if (one := _sharing(comparison.a)) and (two := _sharing(comparison.b)):
         for way, ours, theirs in zip(("sent", "received"), traffic_of(one), traffic_of(two), strict=True):
             shared.append(_row(f"{way} by a GPU", ours, theirs))
-        if one.seconds is not None and two.seconds is not None:
-            change = f"x {two.seconds / one.seconds:.3g}"
-            shared.append(
-                f"{'seconds':<38}{time_text(one.seconds):>13}{time_text(two.seconds):>13}{change:>14}"
-            )
+    shared += _times(a.time, b.time)
     buffers = []
     for buffer in comparison.buffers:
         buffers += [_row(buffer.name, buffer.a, buffer.b), *wrapped(buffer.formula, "    ", first="    ")]
@@ -83,6 +82,21 @@ def comparison_text(comparison: Comparison, names: tuple[str, str]) -> str:
         *([shared] if shared else []),
     ]
     return "\n\n".join("\n".join(part) for part in parts)
+
+
+def _times(one: Prediction | None, other: Prediction | None) -> list[str]:
+    """Seconds of both and their ranges, and whether they can be told apart; none where one has none."""
+    if one is None or other is None:
+        return []
+    cells = [(seconds(one.seconds), seconds(other.seconds), f"x {other.seconds / one.seconds:.3g}")]
+    cells.append((span(one.low, one.high), span(other.low, other.high), ""))
+    names = ("time of a call", "probably")
+    rows = [
+        f"{name:<25.24}{a:>19}{b:>19}{change:>15}".rstrip()
+        for name, (a, b, change) in zip(names, cells, strict=True)
+    ]
+    alike = one.seconds != other.seconds and not are_apart(one, other)
+    return [*rows, *["The times of A and B cannot be told apart."] * alike]
 
 
 def _row(name: str, a: int, b: int) -> str:

@@ -12,6 +12,7 @@ from planner.memory.estimate import MemoryEstimate
 from planner.question.relaxation import spelt
 from planner.report.text import words
 from planner.report.text.shared import sharing_rows
+from planner.report.text.times import predicted
 from planner.search.longest import Longest
 from planner.units import format_bytes
 
@@ -102,6 +103,8 @@ def _figures(estimate: MemoryEstimate) -> list[tuple[str, str]]:
         rows += [("kernel", kernel), ("", why)]
     if estimate.launches is not None:
         rows.append(("launches", launches(estimate.launches)))
+    if (time := estimate.time) is not None and not isinstance(estimate, SharedEstimate):
+        rows += [("time", predicted(time.seconds, time.low, time.high)), ("", time.source)]
     return rows
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import combinations
 from typing import TYPE_CHECKING, NamedTuple
 
 from attention.config import MIB, AttentionConfig
@@ -11,6 +12,7 @@ from planner.question.dimensions import attention_kind
 from planner.report.text import words
 from planner.report.text.estimate import WIDTH, label, launches, waterfall, wrapped
 from planner.report.text.snippet import snippet
+from planner.report.text.times import are_apart, predicted, seconds, span
 from planner.units import format_bytes
 
 if TYPE_CHECKING:
@@ -54,7 +56,7 @@ def _answer(answer: Recommendation) -> list[str]:
             * (answer.reserve > 0),
         ),
         ("", answer.memory.confidence),
-        ("time", f"{seconds(answer.seconds)} a call, predicted"),
+        ("time", predicted(answer.seconds, answer.low, answer.high)),
         ("attends to", f"{quality.mass:.1%} of dense attention's mass, profile {quality.profile!r}"),
         ("reach", reach(quality.layers)),
         ("calibration", answer.calibration),
@@ -85,16 +87,6 @@ def shape(config: AttentionConfig) -> str:
     return "; ".join(parts)
 
 
-def seconds(value: float) -> str:
-    """Seconds with a unit: 4,560 s, 1.23 s, 45.6 ms or 789 us."""
-    if 999.5 <= value < 1e9:
-        return f"{value:,.0f} s"
-    for factor, unit in ((1, "s"), (1e3, "ms"), (1e6, "us")):
-        if value * factor >= 1 or unit == "us":
-            return f"{value * factor:.3g} {unit}"
-    raise AssertionError
-
-
 def reach(layers: int | None) -> str:
     """Reach in words; None: never."""
     if layers is None:
@@ -112,11 +104,30 @@ def _picks(picks: Sequence[Pick]) -> list[str]:
         ("tokens", [f"{pick.seq:,}" for pick in picks]),
         ("memory", [format_bytes(pick.upper) for pick in picks]),
         ("time", [seconds(pick.seconds) for pick in picks]),
+        *_probably(picks),
         ("mass", [f"{pick.mass:.1%}" for pick in picks]),
         ("layers", [str(pick.layers) if pick.layers else "never" for pick in picks]),
         *_launches(picks),
     ]
-    return [f"{name:<{NAME}}" + "".join(f"{cell:<22.21}" for cell in cells).rstrip() for name, cells in rows]
+    lines = [f"{name:<{NAME}}" + "".join(f"{cell:<22.21}" for cell in cells).rstrip() for name, cells in rows]
+    return [*lines, *(wrapped(alike, "") if (alike := not_told_apart(picks)) else ())]
+
+
+def _probably(picks: Sequence[Pick]) -> Iterator[tuple[str, list[str]]]:
+    """A row of the ranges that times are in, where they have any."""
+    ranges = [span(pick.low, pick.high) for pick in picks]
+    if any(ranges):
+        yield "probably", [one or "-" for one in ranges]
+
+
+def not_told_apart(picks: Sequence[Pick]) -> str:
+    """A sentence on different picks of which nobody can say which is faster; empty where there are none."""
+    pairs = [
+        f"{one.role} and {other.role}"
+        for one, other in combinations(picks, 2)
+        if one.config != other.config and not are_apart(one, other)
+    ]
+    return f"The times of {', of '.join(pairs)} cannot be told apart." if pairs else ""
 
 
 def _launches(picks: Sequence[Pick]) -> Iterator[tuple[str, list[str]]]:

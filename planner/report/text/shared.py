@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from planner.answers.shared import SharedEstimate, SharedPass, Sharing
+from planner.report.text.times import span
 from planner.units import format_bytes
 
 
@@ -22,7 +23,9 @@ def sharing_rows(estimate: SharedEstimate) -> list[tuple[str, str]]:
         rows.append(("" if number else "traffic", f"{traffic}, at most, by a GPU"))
     if sharing.seconds is None:
         return [*rows, ("time", sharing.speed)]
-    rows.append(("time", f"{time_text(sharing.seconds)}, of GPU {sharing.rank:,}, which takes longest"))
+    probably = f", probably {span(time.low, time.high)}" if (time := estimate.time) else ""
+    longest = f"of GPU {sharing.rank:,}, which takes longest"
+    rows.append(("time", f"{time_text(sharing.seconds)}{probably}, {longest}"))
     rows += [("", f"{name} {_pass(one)}") for name, one in passes]
     return [*rows, ("", sharing.speed)]
 

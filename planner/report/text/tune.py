@@ -5,7 +5,8 @@ from __future__ import annotations
 from planner.answers.tuned import Trial, Tuned
 from planner.question.dimensions import attention_kind
 from planner.report.text import words
-from planner.report.text.recommend import pairs, seconds, shape
+from planner.report.text.recommend import pairs, shape
+from planner.report.text.times import seconds
 from planner.search.tune import TuningProgress
 from planner.units import format_bytes
 

@@ -16,11 +16,12 @@ import typer
 from typer.testing import CliRunner
 
 from attention import AdaptiveConfig, AttentionConfig, SparsePatternConfig, UnavailableError
+from planner.api import estimate
 from planner.cli.main import app
 from planner.gpus import generic
 from planner.measuring import records
 from planner.measuring.measure import Environment, Measurement
-from planner.memory.estimate import MemoryEstimate, estimate, max_sequence
+from planner.memory.estimate import MemoryEstimate, max_sequence
 from planner.report.text.formats import as_yaml
 from planner.workload import Workload
 

@@ -19,9 +19,10 @@ from planner.fitting.speed import (
     speed_fit,
     speed_runs,
 )
+from planner.gpus import find
 from planner.measuring.measure import Environment, Measurement
 from planner.memory.machines import Cpu
-from planner.speed.rates import default_cpu_rates
+from planner.speed.rates import default_cpu_rates, default_rates
 from planner.speed.seconds import seconds_of
 
 PLACE = Environment(
@@ -186,3 +187,37 @@ def test_a_cpu_is_the_one_that_was_measured_wherever_it_is_fitted(monkeypatch, r
     assert units("AVX512, AMX") == {"bfloat16"}
     assert units("AVX512, AMX with float16") == {"bfloat16", "float16"}
     assert units(None) == here.units
+
+
+def test_a_gpus_costs_are_recovered_where_host_and_device_run_side_by_side():
+    place = PLACE.model_copy(
+        update={"device": "NVIDIA GeForce RTX 4090", "capability": "8.9", "threads": None}
+    )
+    start = default_rates(find("rtx4090"))
+    rng = np.random.default_rng(1)
+    factors = {name: rng.uniform(0.6, 1.8) for name in start.backward["float16"]}
+    steps = {
+        step: {
+            dtype: {name: cost * factors.get(name, 1.0) for name, cost in costs.items()}
+            for dtype, costs in getattr(start, step).items()
+        }
+        for step in ("forward", "backward")
+    }
+    truth = start.model_copy(update=steps)
+    runs = []
+    for config, workload in speed_runs("cuda", 0, 70):
+        run = Measurement(
+            config=config,
+            workload=workload,
+            device="cuda",
+            kind="ok",
+            seconds=1.0,
+            spread=0.0,
+            runs=7,
+            environment=place,
+        )
+        seconds = float(seconds_of(config, workload, machine_of(run), truth))
+        runs.append(run.model_copy(update={"seconds": seconds}))
+    rates = fit(runs[:56])
+    before, after = (np.median(np.abs(held_out_errors(each, runs[56:]))) for each in (start, rates))
+    assert after < 0.04 < before

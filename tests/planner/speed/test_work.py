@@ -179,7 +179,7 @@ def test_flex_is_one_call_where_its_lists_are_short_beside_the_floor():
     for at, apart in enumerate((True, False)):
         one = columns_of(columns.config(at, workload), int(seq[at]))
         work = work_of(one, workload, ampere, gpu_kernel(100), apart=apart)
-        assert (work.forward["flex"] > 0, work.forward["work"] > 0) == (apart, not apart)
+        assert (work.forward["flex.work"] > 0, work.forward["flash2.work"] > 0) == (apart, not apart)
 
 
 def test_a_causal_kernel_computes_whole_blocks_of_keys():
@@ -231,20 +231,23 @@ def test_a_checkpoint_runs_the_forward_twice():
     assert totals[0].forward["matmul"] == 256 * 512 * 512 * 4
 
 
-@pytest.mark.parametrize("capability, faster", [((9, 0), 1.5), ((10, 3), 3.0), ((8, 0), 1.0), ((12, 0), 1.0)])
-def test_cudnns_calls_count_what_flash_attention_does_in_their_time(capability, faster):
+@pytest.mark.parametrize("capability, takes", [((9, 0), 1), ((10, 3), 1), ((8, 0), 0), ((12, 0), 0)])
+def test_cudnns_calls_are_those_that_flash_attention_has_without_it(capability, takes):
     workload = Workload(seq=1, heads=8, kv_heads=2, dtype="bfloat16", mode="training", causal=True)
     window = Columns("block_sparse", "local_window", seq=4096, block_size=64, window=512)
     several = np.array([256, 4096])
-    for columns, ratio in ((Columns("dense", seq=several), np.array([1.0, faster])), (window, 1.0)):
+    for columns, share in ((Columns("dense", seq=several), np.array([0, takes])), (window, 0)):
         flash, here = (
             work_of(columns, workload, Cuda(capability, cudnn=cudnn), gpu_kernel(100), apart=False)
             for cudnn in (False, True)
         )
         for one, other in ((flash.forward, here.forward), (flash.backward, here.backward)):
             for name in NAMES:
-                expected = np.asarray(one[name]) / (ratio if name in ("work", "pairs") else 1)
-                np.testing.assert_allclose(other[name], expected, err_msg=name)
+                kernel, _, unit = name.partition(".")
+                expected = np.asarray(one[f"flash2.{unit}" if kernel == "cudnn" else name])
+                expected = expected * {"cudnn": share, "flash2": 1 - np.asarray(share)}.get(kernel, 1)
+                # Of few tiles flash attention splits the keys, and cuDNN's is not known to.
+                np.testing.assert_allclose(other[name], expected, err_msg=name, rtol=0.5)
 
 
 @pytest.mark.parametrize("causal", [False, True])

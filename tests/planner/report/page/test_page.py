@@ -22,8 +22,8 @@ from planner.files import write_whole
 from planner.question.space import Space
 from planner.report.page.answer import MAXIMUM_BYTES, page_of
 from planner.report.page.html import Html, join, tag
-from planner.report.text.recommend import seconds
 from planner.report.text.snippet import snippet
+from planner.report.text.times import seconds
 from planner.units import format_bytes
 from planner.workload import Workload
 

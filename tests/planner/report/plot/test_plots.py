@@ -21,7 +21,7 @@ from planner.report.places import Box, Name, placed
 from planner.report.plot.compare import change, draw_comparison, rows_of
 from planner.report.plot.estimate import draw_pareto, draw_waterfall
 from planner.report.plot.figure import drawn
-from planner.report.text.recommend import seconds
+from planner.report.text.times import seconds
 from planner.report.ticks import linear_ticks, log_ticks
 from planner.units import format_bytes
 from planner.workload import Workload

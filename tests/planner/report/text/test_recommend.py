@@ -2,7 +2,7 @@
 
 import pytest
 
-from planner.report.text.recommend import seconds
+from planner.report.text.times import seconds
 
 
 @pytest.mark.parametrize(
