@@ -24,6 +24,7 @@ from attention.sharding.whole_parts import WholePart, whole_part
 from planner.configs import columns_of
 from planner.memory.dispatch import goes_apart, shape_of
 from planner.memory.machines import Machine
+from planner.memory.sharded import is_vast
 from planner.ranks.ring import exchange_of, ring_of, sharding_of
 from planner.speed.rectangles import TokenRange, pairs
 from planner.speed.work import NAMES, Kernel, Totals, Work, shared, work_of, work_of_calls
@@ -205,7 +206,8 @@ def _by_keys(
         if not joins
     ]
     fetched: list[list[Work | None]] = []
-    taken = stages(*plan)
+    looks = not is_vast(config, whole.model_copy(update={"gpus": shards.world}))
+    taken = stages(*plan, looks=looks)
     for sources in taken:
         unit = config.pattern.block_size if joins and config.pattern else 1
         groups = [list(sources)] if joins else adjoining(sources)
@@ -232,7 +234,7 @@ def _by_keys(
     asked = _peer_bytes(_queries(going), _queries(coming), 1)
     keys = [
         (_rows(given, whole), _rows(sources, whole))
-        for given, sources in zip(deliveries(*plan), taken, strict=True)
+        for given, sources in zip(deliveries(*plan, looks=looks), taken, strict=True)
     ]
 
     def fetches(nbytes: int) -> list[PeerBytes]:
