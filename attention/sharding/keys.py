@@ -69,17 +69,12 @@ def keys_problem(plan: KeysPlan, config: AttentionConfig, scale: float, buffers:
 
 def _part_problem(part: RankPart, config: AttentionConfig, scale: float, buffers: Buffers) -> Problem:
     program = part.program
-    if part.whole is not None:
-        shape = part.whole.shape
-        covers = config.variant != "dilated" or any(rate == 1 for _, rate in config.branches)
-    else:
-        shape, covers = program.shape, False
     return Problem(
-        shape=shape,
+        shape=part.whole.shape if part.whole else program.shape,
         tiles=program.tiles,
         reserves=Reserves(program.shape, program.extent, kinds=False),
         scale=scale,
-        covers=covers,
+        covers=part.whole.covers if part.whole else False,
         whole=False,
         buffers=buffers,
         calls=part.whole.calls if part.whole else None,

@@ -134,10 +134,10 @@ def keys_plan(
         if first >= stop:
             return None
         program = PartProgram(make, (first, stop), rows, shape._replace(windows="none"), documents)
-        if looks and not program.exists():
+        whole = None if documents else whole_part(config, (first, stop), rows, shape)
+        if not whole.calls if whole is not None else looks and not program.exists():
             return None
         place = slice(begin + first - queries[0], begin + stop - queries[0])
-        whole = None if documents else whole_part(config, (first, stop), rows, shape)
         return RankPart(place, program, next(numbers), whole)
 
     def local(begin: int, end: int) -> slice:

@@ -152,6 +152,8 @@ class _Parts:
         if asked is None:
             return None
         part = None if whole.documents else whole_part(self.config, asked, rows, self._shape)
+        if part is not None and not part.calls:
+            return None
         if part is not None:
             work = self._of_part(part)
         else:

@@ -42,6 +42,19 @@ def test_many_random_cases_are_those_of_one_device():
         assert_is_of_one_device(f"wide {number}")
 
 
+def test_lists_of_blocks_that_shards_cut_are_read_where_they_are():
+    """Shards begin at tokens 68 and 136, inside of blocks of 16."""
+    pattern = SparsePatternConfig(
+        pattern_type="global_local", block_size=16, local_window_size=100, global_tokens=40
+    )
+    config = AttentionConfig(variant="block_sparse", pattern=pattern, workspace_bytes=1 << 16)
+    tensors = random_tensors(random.Random(0), 203, 8, torch.float64)
+    documents = ((127, 2, 74),) * len(tensors[0])
+    got, _ = attended(config, 3, tensors, True, documents)
+    for a, b in zip(got, on_one_device(config, tensors, True, documents), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+
+
 @pytest.mark.parametrize("number", range(10))
 def test_whole_calls_of_a_gpu_are_those_of_one_device(number):
     with flash_attention("any"):
