@@ -68,6 +68,15 @@ def shardings(columns: Columns, workload: Workload) -> tuple[ShardingConfig, ...
     return tuple(found)
 
 
+def way_text(sharding: ShardingConfig) -> str:
+    """How ranks share a sequence, in words: `keys, zigzag, in rings of 4`; `none` where each has its own."""
+    if sharding.ring_size == 1:
+        return "none"
+    zigzag = ", zigzag" * (sharding.shards == "zigzag")
+    rings = f", in rings of {sharding.ring_size:,}" if sharding.ring_size else ""
+    return sharding.exchange + zigzag + rings
+
+
 def share_of(columns: Columns, workload: Workload) -> Workload:
     """The call of one device that a rank's own kernels compute, its tokens aside: the sequences of its ring,
     and its heads where those are exchanged."""

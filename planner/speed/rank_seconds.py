@@ -19,16 +19,17 @@ from attention.sharding.ranges import Sight, hull
 from attention.sharding.rows import rows_received
 from attention.sharding.shards import Shards
 from attention.sizes.arrays import Amount, Count, Floats, maximum, minimum, where
+from attention.sizes.shape import Shape
 from planner.calibration import Rates
 from planner.configs import Columns
-from planner.memory.dispatch import goes_apart, shape_of
+from planner.memory.dispatch import calls_of, goes_apart, shape_of
 from planner.memory.machines import Cpu, Machine
 from planner.memory.rank_peaks import shards_of_columns, sight_of_columns
 from planner.ranks.links import Network
 from planner.ranks.ring import exchanges_heads, ring_of, sharding_of, share_of
 from planner.speed.rectangles import pairs_seen
 from planner.speed.seconds import check, kernel_of, pass_seconds
-from planner.speed.work import Totals, Work, shared, work_of
+from planner.speed.work import NAMES, Totals, Work, shared, work_of
 from planner.workload import Workload
 
 
@@ -64,7 +65,7 @@ def _passes(columns: Columns, share: Workload, machine: Machine, rates: Rates) -
 def _timed(work: Work, share: Workload, rates: Rates) -> Floats:
     """[2, candidates], seconds of a forward and of a backward pass."""
     seconds = [pass_seconds(work.forward, rates.costs("forward", share.dtype), rates), 0.0]
-    if work.backward is not None:
+    if work.backward is not None and share.mode == "training":
         seconds[1] = pass_seconds(work.backward, rates.costs("backward", share.dtype), rates)
     return np.stack(np.broadcast_arrays(*(np.atleast_1d(one) for one in seconds)))
 
@@ -191,8 +192,8 @@ def _met(columns: Columns, share: Workload, shards: Shards, rank: int) -> _Met:
 
 
 def _moved(network: Network, world: int, peers: Amount, nbytes: Amount) -> Amount:
-    """Seconds of messages of so many bytes in all, of so many peers. Those of a rank at the edge of a node are
-    in another one, if they are few."""
+    """Seconds of messages of so many bytes in all, of so many peers. Those of a rank at the edge of a node
+    are in another one, if they are few."""
     if network.between is None or network.node is None or world <= network.node:
         return network.inside.seconds(peers, nbytes)
     each = nbytes / maximum(peers, 1)
@@ -206,9 +207,28 @@ def _parts(
 ) -> tuple[Floats, Floats]:
     """Seconds [own parts, parts over what is fetched] of a rank, forward and backward."""
     tokens: Any = maximum(shards.tokens(rank), 1)
-    alone = share.model_copy(update={"documents": None})
-    shape, kernel = shape_of(columns, alone, machine)._replace(cudnn_from=0), kernel_of(rates)
-    tiles = work_of(columns, share, machine, kernel, apart=False, like=shape._replace(windows="none"))
+    shape, kernel = shape_of(columns, share, machine)._replace(cudnn_from=0), kernel_of(rates)
+    calls = None if share.documents is not None else calls_of(columns, shape)
+
+    def work(columns: Columns, like: Shape) -> Work:
+        return work_of(columns, share, machine, kernel, apart=False, like=like)
+
+    def twin() -> Floats:
+        """Of the whole attention, were it of calls over as many tokens as a rank has."""
+        alike = replace(columns, seq=tokens // (1 + shards.zigzag))
+        sights = (sight_of_columns(alike, share.causal), met.sight)
+        pairs = [
+            pairs_seen(sight, share.causal, (0, end), (0, end))
+            for sight, end in zip(sights, (alike.seq, shards.seq), strict=True)
+        ]
+        return _timed(work(alike, shape), share, rates) * (pairs[1] / maximum(pairs[0], 1))
+
+    if calls is not None and shape.windows == "any":  # all parts are whole calls
+        moves = columns.variant == "dense" or columns.pattern_type == "local_window"
+        each = twin() if moves else _timed(work(columns, shape), share, rates)
+        own, fetched = each * met.own, each * met.fetched + _merged(met.asked, share, rates)
+        return np.stack([own[0], fetched[0]]), np.stack([own[1], fetched[1]])
+    tiles = work(columns, shape._replace(windows="none"))
 
     def part(pairs: Amount, rows: Amount, passes: int) -> Floats:
         def portion(total: Totals) -> Totals:
@@ -216,25 +236,23 @@ def _parts(
 
         return _timed(Work(portion(tiles.forward), tiles.backward and portion(tiles.backward)), share, rates)
 
-    # Of windows a part is a strip, of so many queries.
-    asked = met.asked / np.asarray(shards.seq)
-    own = part(met.own, tokens / np.asarray(shards.seq), 1) * (met.own > 0)
-    fetched = part(met.fetched, asked, 0) * (met.fetched > 0)
-    if share.documents is None and shape.windows != "none":
-        pieces: Any = tokens // (1 + shards.zigzag)
-        alike = replace(columns, seq=pieces)
-        whole = _timed(work_of(alike, alone, machine, kernel, apart=False, like=shape), share, rates)
-        sight = sight_of_columns(alike, share.causal)
-        ends = (0, pieces)
-        pairs = pairs_seen(met.sight, share.causal, (0, shards.seq), (0, shards.seq))
-        each = whole * (pairs / maximum(pairs_seen(sight, share.causal, ends, ends), 1))
-        is_twin = np.asarray(_is_twin(columns, shards, rank), bool)
-        own = np.where(is_twin, each * met.own, own)
-        if shape.windows == "any" and (
-            columns.variant == "dense" or (columns.pattern_type == "local_window" and columns.token_edges)
-        ):
-            fetched = each * met.fetched
+    seq: Any = np.asarray(shards.seq)
+    own = part(met.own, tokens / seq, 1) * (met.own > 0)
+    fetched = part(met.fetched, met.asked / seq, 0) * (met.fetched > 0)
+    if columns.pattern_type != "dilated_sparse":
+        fetched = fetched + _merged(met.asked, share, rates)
+    if calls is not None:  # own parts that see what a sequence of their own would are whole calls
+        own = np.where(np.asarray(_is_twin(columns, shards, rank), bool), twin() * met.own, own)
     return np.stack([own[0], fetched[0]]), np.stack([own[1], fetched[1]])
+
+
+def _merged(asked: Amount, share: Workload, rates: Rates) -> Floats:
+    """[2, candidates], seconds in which parts of so many queries are added to what is there, forward and
+    backward."""
+    numbers = share.batch * np.atleast_1d(asked) * share.heads * share.head_dim
+    nothing: Totals = dict.fromkeys(NAMES, 0)
+    added = Work(nothing | {"merged": numbers}, nothing | {"summed": numbers / 2})
+    return _timed(added, share, rates)
 
 
 def _is_twin(columns: Columns, shards: Shards, rank: int) -> Any:
