@@ -57,16 +57,19 @@ def fullest_rank(config: AttentionConfig, workload: Workload, machine: Machine) 
 def _fullest(config: AttentionConfig, workload: Workload) -> list[int]:
     """Ranks among which that with the highest peak is looked for."""
     world = ring_of(config, workload).world
-    if exchange_of(config, workload) == "heads":
-        return sorted({0, world - 1})  # they differ in tokens alone
+    shards, causal = shards_of(config, workload.seq, world), workload.causal
+    if exchange_of(config, workload) == "heads":  # they differ in tokens alone
+        return [max(0, world - 1, key=shards.tokens)]
     if world <= FEW_RANKS and not is_vast(config, workload):
         return list(range(world))
-    shards, causal = shards_of(config, workload.seq, world), workload.causal
     sight, ranks = sight_of(config, workload.seq, causal), np.arange(world)
     sizes: tuple[Any, ...] = (sight, shards, ranks, causal, workload.heads, workload.groups)
     counts = (rows_received(*sizes), most_of_one(*sizes))
     most = {int(np.argmax(np.broadcast_to(count, world))) for count in counts}
-    return sorted(most | {0, min(1, world - 1), world // 2, max(world - 2, 0), world - 1})
+    some = {world // 2, max(world - 2, 0), world - 1}
+    if not causal or sight.shared:  # else the first ranks fetch least, and their keys are not everybody's
+        some |= {0, min(1, world - 1)}
+    return sorted(most | some)
 
 
 def is_vast(config: AttentionConfig, workload: Workload) -> bool:

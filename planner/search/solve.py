@@ -20,7 +20,7 @@ from attention.config import AttentionConfig
 from attention.sizes.arrays import Floats, Ints
 from planner.bisection import largest
 from planner.configs import Columns, columns_of
-from planner.quality.mass import shape_of
+from planner.quality.mass import distinct, shape_of
 from planner.search import evaluate
 from planner.search.evaluate import Figures, Point
 from planner.search.scenario import Scenario
@@ -205,7 +205,16 @@ def _first_of_ranks(scenario: Scenario, table: Table, ordered: Ints) -> Point | 
     def is_wanted(index: int) -> bool:
         family = table.family(index)
         fits = scenario.free_length or memory[index] * off.get(family, 1.0) <= scenario.budget
-        return family not in passed and fits
+        if family in passed or not fits:
+            return False
+        if best is None or scenario.objective != "speed" or not _may_be_better(scenario, table, index, best):
+            return True
+        # Whether it is slower is told sooner than how far it reaches.
+        config, seq = table.config(index, scenario), int(table.seq[index])
+        if evaluate.seconds_of(scenario, config, seq) < best.seconds:
+            return True
+        passed.add(family)
+        return False
 
     for index in _reaching_in_order(scenario, table, ordered, is_wanted):
         if best is not None and (len(passed) == FAMILIES or not _may_be_better(scenario, table, index, best)):
@@ -270,19 +279,30 @@ def _reaching_in_order(
 ) -> Iterator[int]:
     """Candidates that pass the gate of reach, in the order of `ordered`: checked in growing chunks where
     there is a formula, and where it takes a search one by one, of those that are wanted by then."""
+    known: dict[Any, bool] = {}  # candidates that differ in what is not of the pattern reach as far
     start, size = 0, FIRST_LOOK
     while start < ordered.size:
         chunk = ordered[start : start + size]
-        verdicts = np.full(chunk.size, None, object)
+        verdicts, patterns = np.full(chunk.size, None, object), np.full(chunk.size, None, object)
         for mine, columns in table.apart(chunk):
             if evaluate.searches_reach(columns):
-                verdicts[np.flatnonzero(mine)[~evaluate.may_reach(scenario, columns)]] = False
+                places = np.flatnonzero(mine)
+                verdicts[places[~evaluate.may_reach(scenario, columns)]] = False
+                rows, back = distinct(columns)
+                kind = columns.variant, columns.pattern_type
+                names = [(*kind, *row) for row in rows.tolist()]
+                for place, which in zip(places.tolist(), back.tolist(), strict=True):
+                    patterns[place] = names[which]
             else:
                 verdicts[mine] = evaluate.reaching(scenario, columns)
         for at, passes in enumerate(verdicts):
             if not is_wanted(int(chunk[at])):
                 continue
-            if table.reaching(scenario, chunk[at : at + 1])[0] if passes is None else passes:
+            if passes is None:
+                if patterns[at] not in known:
+                    known[patterns[at]] = bool(table.reaching(scenario, chunk[at : at + 1])[0])
+                passes = known[patterns[at]]
+            if passes:
                 yield int(chunk[at])
         start, size = start + size, min(2 * size, 1024)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import NamedTuple
 
 from attention.config import AttentionConfig
@@ -132,13 +133,18 @@ class _Parts:
         own = whole.model_copy(update={"seq": max(tokens, 1), "documents": None})
         shape = shape_of(columns_of(config, own.seq), own, machine)
         self._shape = shape._replace(seq=whole.seq, origin=0, causal=whole.causal, cudnn_from=0)
-        columns = replace(columns_of(config, whole.seq), multihead=None)
-        tiled = self._shape._replace(windows="none")
-        self._all = work_of(columns, whole, machine, kernel, apart=False, like=tiled)
-        everything = (0, whole.seq)
-        self._pairs = pairs(config, whole.seq, whole.causal, everything, everything, whole.documents)
+        self._machine = machine
         self.trains = whole.mode == "training"
         self._of_calls: dict[WholePart, Work] = {}
+
+    @cached_property
+    def _all(self) -> tuple[Work, float]:
+        """(work, pairs) of one device's tiles, of which other parts than whole calls have a share."""
+        whole, everything = self._whole, (0, self._whole.seq)
+        columns = replace(columns_of(self.config, whole.seq), multihead=None)
+        tiled = self._shape._replace(windows="none")
+        work = work_of(columns, whole, self._machine, self._kernel, apart=False, like=tiled)
+        return work, pairs(self.config, whole.seq, whole.causal, everything, everything, whole.documents)
 
     def queries_of(self, queries: TokenRange, rows: Placement) -> TokenRange | None:
         """Those of some queries that may see what lies in rows."""
@@ -163,7 +169,7 @@ class _Parts:
             )
             if not count:
                 return None
-            work = self._share(count / self._pairs, (asked[1] - asked[0]) / whole.seq)
+            work = self._share(count / self._all[1], (asked[1] - asked[0]) / whole.seq)
         numbers = whole.batch * (asked[1] - asked[0]) * whole.heads * whole.head_dim
         ahead, back = work
         more = {"passes": 0, "merged": ahead["merged"] + numbers * merges}
@@ -186,7 +192,8 @@ class _Parts:
         def share(total: Totals) -> Totals:
             return shared(total, count, rows) | {"tokens": total["tokens"] * rows}
 
-        return Work(share(self._all.forward), self._all.backward and share(self._all.backward))
+        forward, backward = self._all[0]
+        return Work(share(forward), backward and share(backward))
 
 
 def _by_keys(
