@@ -33,6 +33,8 @@ CLOSE: Final = 8
 """Candidates whose exact lengths are compared."""
 FAMILIES: Final = 4
 """Families of candidates that ranks share of which one is looked at exactly."""
+STEPS: Final = 16
+"""Most lengths that are tried for a candidate of ranks."""
 OFF: Final = 2.0
 """Times by which arrays may have too many seconds of ranks."""
 SAME: Final = 0.005
@@ -217,7 +219,8 @@ def _first_of_ranks(scenario: Scenario, table: Table, ordered: Ints) -> Point | 
         return False
 
     for index in _reaching_in_order(scenario, table, ordered, is_wanted):
-        if best is not None and (len(passed) == FAMILIES or not _may_be_better(scenario, table, index, best)):
+        enough = len(passed) == FAMILIES * (1 + scenario.free_length)
+        if best is not None and (enough or not _may_be_better(scenario, table, index, best)):
             break
         point = exact(scenario, table, index)
         if point is not None:
@@ -267,11 +270,38 @@ def _longest_exactly(scenario: Scenario, config: AttentionConfig, maximum: int) 
     high = maximum // unit
     if fits(high):
         return high * unit
+    if scenario.network is not None:
+        return _near_longest(scenario, config, max(least, 1) * unit, high * unit, unit)
     # What arrays said is near: step back from it, further each time.
     low, step = high - 1, 1
     while low > 0 and not fits(low):
         high, low, step = low, max(low - 2 * step, 0), 2 * step
     return largest(fits, low, high) * unit
+
+
+def _near_longest(scenario: Scenario, config: AttentionConfig, least: int, beyond: int, unit: int) -> int:
+    """A length of at most `SAME` below the longest that fits, of ranks, whose plans take a while; 0 for none.
+    `beyond` does not fit. Memory is about linear in the length."""
+
+    def upper(seq: int) -> int:
+        return evaluate.memory_of(scenario, config, seq).upper
+
+    if least >= beyond or upper(least) > scenario.budget:
+        return 0
+    low, below, high, above = least, upper(least), beyond, upper(beyond)
+    for step in range(STEPS):
+        if high - low <= max(unit, SAME * low):
+            break
+        share = 0.5 if step % 3 == 2 else (scenario.budget - below) / max(above - below, 1)
+        # A little below where it should be, so that mostly what is found fits.
+        seq = low + int((high - low) * min(max(share, 0.02), 0.98) * 0.998) // unit * unit
+        seq = min(max(seq, low + unit), high - unit)
+        found = upper(seq)
+        if found <= scenario.budget:
+            low, below = seq, found
+        else:
+            high, above = seq, found
+    return low
 
 
 def _reaching_in_order(
