@@ -90,8 +90,8 @@ def with_sharing(
         refuse_idle_links(link, node)
         return estimate
     refuse_sharing(config, workload)
-    card = gpus.find(device) if isinstance(device, str) and device != "cpu" else device
-    network = network_of(workload.gpus, card, link, node)  # type: ignore[arg-type]
+    card: Any = gpus.find(device) if isinstance(device, str) and device != "cpu" else device
+    network = network_of(workload.gpus, card, link, node)
     return shared_over(estimate, card, network, {"calibration": calibration, "threads": threads})
 
 

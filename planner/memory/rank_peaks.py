@@ -112,7 +112,8 @@ def _by_keys(columns: Columns, share: Workload, machine: Machine, world: int) ->
         # Its own part is the attention of one device over its tokens, where blocks begin with them.
         begins = columns.variant == "dense" or columns.token_edges
         whole = begins | (shards.edge(rank) % np.asarray(columns.block_size) == 0)
-        own = where(whole, peaks(replace(columns, seq=tokens), alone, machine), own)
+        alike: Any = peaks(replace(columns, seq=tokens), alone, machine)
+        own = where(whole, alike, own)
     near = _neighbours(columns, share, shards, rank)
     pair = 2 * share.batch * share.head_dim * share.itemsize
     fetched, next_fetched = pair * near.rows, pair * near.next_rows
@@ -212,7 +213,7 @@ def _neighbours(columns: Columns, share: Workload, shards: Shards, rank: int) ->
         second = rank - 2 if causal else rank + 1
         there = 0 <= second < world
         more = rows_between(seen, shards, rank, second, causal, heads, groups) if there else 0 * nearest
-        wide = before > 1
+        wide: Count = before > 1
         return _Neighbours(nearest, more, nearest, asked, before + after, wide, after > 1)
     rows = rows_received(seen, shards, rank, causal, heads, groups)
     if columns.pattern_type == "dilated_sparse":

@@ -69,7 +69,8 @@ def _peaks(scenario: Scenario, columns: Columns) -> tuple[Ints, Any, Any]:
     if isinstance(scenario.card, str):
         return found, 0, 0
     shares = [nccl_share(count) for count in range(int(peers.max()) + 1)]
-    return found, *(np.array([share[which] for share in shares])[peers] for which in (0, 1))
+    likely, most = (np.array([share[which] for share in shares])[peers] for which in (0, 1))
+    return found, likely, most
 
 
 def times(scenario: Scenario, columns: Columns) -> Floats:

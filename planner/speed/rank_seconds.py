@@ -215,13 +215,15 @@ def _parts(
 
     def twin() -> Floats:
         """Of the whole attention, were it of calls over as many tokens as a rank has."""
-        alike = replace(columns, seq=tokens // (1 + shards.zigzag))
+        length: Any = tokens // (1 + shards.zigzag)
+        alike = replace(columns, seq=length)
         sights = (sight_of_columns(alike, share.causal), met.sight)
         pairs = [
             pairs_seen(sight, share.causal, (0, end), (0, end))
-            for sight, end in zip(sights, (alike.seq, shards.seq), strict=True)
+            for sight, end in zip(sights, (length, shards.seq), strict=True)
         ]
-        return _timed(work(alike, shape), share, rates) * (pairs[1] / maximum(pairs[0], 1))
+        whole: Floats = _timed(work(alike, shape), share, rates) * (pairs[1] / maximum(pairs[0], 1))
+        return whole
 
     if calls is not None and shape.windows == "any":  # all parts are whole calls
         moves = columns.variant == "dense" or columns.pattern_type == "local_window"
