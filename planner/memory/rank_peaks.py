@@ -193,13 +193,19 @@ def _neighbours(columns: Columns, share: Workload, shards: Shards, rank: int) ->
     causal, heads, groups = share.causal, share.heads, share.groups
     seen, world, seq = sight_of_columns(columns, causal), int(shards.world), shards.seq
     if columns.variant == "dense":
-        rows = groups * shards.tokens(rank - 1 if rank else 1)
+        rows, next_rows = (groups * shards.tokens((rank - back) % world) for back in (1, 2))
         stages = min(rank, world - 1) if causal and not shards.zigzag else world - 1
         asked = shards.edge(shards.chunks - rank) - shards.edge(shards.chunks - 1 - rank)
         asked = asked if shards.zigzag else shards.tokens(rank)
         after = world - 1 - rank if causal else world - 1
         return _Neighbours(
-            rows, rows * (stages > 1), rows, asked, world - 1, stages > 1, not shards.zigzag and after > 1
+            rows,
+            next_rows * (stages > 1),
+            rows,
+            asked,
+            world - 1,
+            stages > 1,
+            not shards.zigzag and after > 1,
         )
     begin, end = shards.edge(rank), shards.edge(rank + 1)
     hulls = [hull(band, seq, begin, end) for band in seen.bands]

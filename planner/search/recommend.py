@@ -344,6 +344,10 @@ def _front(scenario: Scenario, solved: Solved, best: Point) -> tuple[tuple[Pick,
     different = {point.config: point for point in shown if point}
     roles: tuple[Role, ...] = ("fastest", "balanced", "widest")
     picked = [exactly(int(here[at])) for at in chosen]
+    if scenario.network is not None:  # whose seconds arrays know within a factor
+        every = list(different.values())
+        figures = ([getattr(one, name) for one in every] for name in ("seconds", "mass", "seq"))
+        picked = [every[at] for at in three(*map(np.array, figures))]
     picks = [pick(point, role) for point, role in zip(picked, roles, strict=True) if point]
     front = [pick(point) for point in sorted(different.values(), key=lambda point: point.seconds)]
     # Arrays know memory a little less exactly than `exact`, by which some are surpassed after all.

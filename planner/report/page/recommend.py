@@ -14,7 +14,7 @@ from planner.report.page.html import Heading, Html, Section, join, page, pairs, 
 from planner.report.page.sections import budget, launches_column, layout, program, provenance, tiles
 from planner.report.text import words
 from planner.report.text.estimate import notes
-from planner.report.text.recommend import changed, dimension, each_of, reasons, searched, seconds, shape
+from planner.report.text.recommend import budgeted, changed, dimension, reasons, searched, seconds, shape
 from planner.report.text.shared import sharing_rows
 from planner.units import format_bytes
 
@@ -25,7 +25,8 @@ _AIM: Final = {"speed": "The fastest attention", "seq": "The longest sequence", 
 
 def recommend_page(answer: Recommendation, verified: Sequence[Verified]) -> str:
     """The page of a recommendation as one file of HTML."""
-    where = f"{words.task(answer.workload)}, on {answer.on}"
+    each = f"{answer.workload.gpus:,} x " if answer.workload.gpus > 1 else ""
+    where = f"{words.task(answer.workload)}, on {each}{answer.on}"
     head = join(
         [
             tag("p", f"{_AIM[answer.objective]} within {format_bytes(answer.budget)}", class_="kicker"),
@@ -71,11 +72,7 @@ def _tiles(answer: Recommendation, verified: Sequence[Verified]) -> Html:
     return tiles(
         [
             *([length] if answer.objective == "seq" else []),
-            (
-                "memory",
-                format_bytes(answer.memory.upper),
-                f"at most, of {format_bytes(answer.budget)}{each_of(answer)}",
-            ),
+            ("memory", format_bytes(answer.memory.upper), f"at most, of {budgeted(answer)}"),
             ("time", seconds(answer.seconds), time),
             ("mass", f"{quality.mass:.1%}", f"of dense attention's, profile {quality.profile!r}"),
             ("reach", layers, "until every token is reached"),

@@ -130,7 +130,7 @@ def draw_pareto(figure: Any, answer: Recommendation) -> None:
     if len(lengths) > 1:
         below = f"{lengths[0]:,} to {lengths[-1]:,} tokens, {words.sizes(answer.workload)}"
     if isinstance(answer.memory, SharedEstimate):
-        below += f"\n{exchanged(answer.memory.sharing)}"
+        below += f"\n{answer.workload.gpus:,} GPUs, each of which {exchanged(answer.memory.sharing)}"
     title(figure, f"Pareto front of memory, time and mass, on {answer.on}", below)
     figure.legend(
         loc="outside lower left",

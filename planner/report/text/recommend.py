@@ -52,7 +52,7 @@ def _answer(answer: Recommendation) -> list[str]:
         ("config", shape(answer.config)),
         (
             "memory",
-            f"{format_bytes(answer.memory.upper)} at most, of {format_bytes(answer.budget)}{each_of(answer)}; "
+            f"{format_bytes(answer.memory.upper)} at most, of {budgeted(answer)}; "
             f"{format_bytes(left)} left"
             + f", {format_bytes(answer.reserve)} reserved"
             * (answer.reserve > 0),
@@ -114,9 +114,10 @@ def reach(layers: int | None) -> str:
     return f"every token that causality permits, within {layers} layer{'s' * (layers != 1)}"
 
 
-def each_of(answer: Recommendation) -> str:
-    """That the budget is of each of several GPUs."""
-    return f" of each of {answer.workload.gpus:,} GPUs" if answer.workload.gpus > 1 else ""
+def budgeted(answer: Recommendation) -> str:
+    """The budget, which is that of each of several GPUs."""
+    each = f" of each of {answer.workload.gpus:,} GPUs" if answer.workload.gpus > 1 else ""
+    return format_bytes(answer.budget) + each
 
 
 def _picks(picks: Sequence[Pick]) -> list[str]:

@@ -36,14 +36,14 @@ def _pass(one: SharedPass) -> str:
 
 
 def exchanged(sharing: Sharing) -> str:
-    """What a GPU exchanges at most, and how much of the time that takes is hidden, in one line."""
+    """What a GPU does to exchange at most, and how much of the time that takes is hidden, in one line."""
     sent, received = traffic_of(sharing)
-    line = f"a GPU sends {format_bytes(sent)} and receives {format_bytes(received)} at most"
+    line = f"sends up to {format_bytes(sent)}, receives {format_bytes(received)}"
     if sharing.seconds is None:
         return line
     passes = [one for one in (sharing.forward, sharing.backward) if one]
     hidden, exposed = (time_text(sum(getattr(one, name) for one in passes)) for name in ("hidden", "exposed"))
-    return f"{line}; {hidden} of that are hidden, {exposed} exposed"
+    return f"{line}: {hidden} hidden, {exposed} exposed"
 
 
 def traffic_of(sharing: Sharing) -> tuple[int, int]:

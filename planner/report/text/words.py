@@ -29,8 +29,7 @@ def sizes(workload: Workload) -> str:
 
 
 def features(workload: Workload) -> str:
-    """What a workload has beyond its sizes, each after a comma: fewer queries, documents, sinks,
-    several GPUs."""
+    """What a workload has beyond its sizes, each after a comma: fewer queries, documents, sinks."""
     parts = []
     if workload.query_tokens < workload.seq:
         parts.append("the last token asks" if workload.queries == 1 else f"the last {workload.queries:,} ask")
@@ -39,6 +38,4 @@ def features(workload: Workload) -> str:
         parts.append(f"{count:,} document" + "s" * (count != 1))
     if workload.sinks:
         parts.append("sinks")
-    if workload.gpus > 1:
-        parts.append(f"{workload.gpus:,} GPUs")
     return "".join(f", {part}" for part in parts)
