@@ -12,18 +12,17 @@ from collections.abc import Iterator, Sequence
 from attention.sizes.arrays import ceil_div
 from attention.sizes.whole_calls import WholeCall
 
-TokenRange = tuple[int, int]
-"""(first, one past the last)."""
 
-
-def cut_calls(calls: Sequence[WholeCall], queries: TokenRange, keys: TokenRange) -> tuple[WholeCall, ...]:
+def cut_calls(
+    calls: Sequence[WholeCall], queries: tuple[int, int], keys: tuple[int, int]
+) -> tuple[WholeCall, ...]:
     """What some queries do of a sequence's calls, which are of ints, over some keys: the same tokens, or none
-    of them. Tokens are counted as they were."""
+    of them, both given as (first, one past the last). Tokens are counted as they were."""
     parts = [part for call in calls if call.exists for part in _parts(call, queries, keys)]
     return tuple(part._replace(first=part.first or not n) for n, part in enumerate(parts))
 
 
-def _parts(call: WholeCall, queries: TokenRange, keys: TokenRange) -> Iterator[WholeCall]:
+def _parts(call: WholeCall, queries: tuple[int, int], keys: tuple[int, int]) -> Iterator[WholeCall]:
     (first, stop), (begin, end) = queries, keys
     length, seen = call.length, call.key_length
     some = _views(call, (first - length + 1, stop), (begin - seen + 1, end))
@@ -39,7 +38,7 @@ def _parts(call: WholeCall, queries: TokenRange, keys: TokenRange) -> Iterator[W
         yield part._replace(name=call.name if not number else f"{call.name}, {number + 1}")
 
 
-def _views(call: WholeCall, queries: TokenRange, keys: TokenRange) -> range:
+def _views(call: WholeCall, queries: tuple[int, int], keys: tuple[int, int]) -> range:
     """The views whose first query and first key are of such tokens."""
     views = range(call.views)
     for start, (low, high) in ((call.start, queries), (call.key_start, keys)):
@@ -58,7 +57,7 @@ def _moved(call: WholeCall, view: int) -> WholeCall:
     return call._replace(start=call.start + shift, key_start=call.key_start + shift, views=1)
 
 
-def _cut(call: WholeCall, queries: TokenRange, keys: TokenRange) -> WholeCall | None:
+def _cut(call: WholeCall, queries: tuple[int, int], keys: tuple[int, int]) -> WholeCall | None:
     """A view's queries and keys among some; None where they see none of each other."""
     first, stop = max(queries[0], call.start), min(queries[1], call.start + call.length)
     begin, end = max(keys[0], call.key_start), min(keys[1], call.key_start + call.key_length)

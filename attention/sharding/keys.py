@@ -9,7 +9,7 @@ see every key, travel to the keys instead.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
 
@@ -17,15 +17,20 @@ import torch
 from torch import Tensor
 
 from attention.config import AttentionConfig
+from attention.layout import Layout
 from attention.ops.backward import Gradients, final
 from attention.ops.execute import Problem, Reserves, backward_pass, forward_pass
 from attention.ops.kernels import lse_dtype
 from attention.ops.learned_sinks import add_sinks, sinks_gradient
+from attention.ops.list_calls import BlockLists, shared_lists
 from attention.out_of_memory import with_emergency_release
 from attention.pool import Buffers
+from attention.sharding.part_calls import Sums, join_backward, join_forward
 from attention.sharding.parts import source_placement
-from attention.sharding.plan import FEW_PARTS, FetchStage, Guest, KeysPlan, RankPart
+from attention.sharding.plan import FetchStage, Guest, KeysPlan, RankPart, all_if_many
 from attention.sharding.sums import Output, Sum, packed
+from attention.sharding.whole_parts import ListedPart
+from attention.sizes.arrays import Ints
 from attention.sizes.shape import Shape
 
 Messages = Sequence[tuple[int, Tensor]]
@@ -60,17 +65,21 @@ class KeysProblem(NamedTuple):
     buffers: Buffers
 
 
-def keys_problem(plan: KeysPlan, config: AttentionConfig, scale: float, buffers: Buffers) -> KeysProblem:
-    """The problem of a plan."""
+def keys_problem(
+    plan: KeysPlan, config: AttentionConfig, layout: Callable[[], Layout], scale: float, buffers: Buffers
+) -> KeysProblem:
+    """The problem of a plan. `layout`: of the whole sequence, asked for where parts are lists."""
     parts = sorted(plan.all_parts(), key=lambda part: part.number)
-    problems = tuple(_part_problem(part, config, scale, buffers) for part in parts)
+    problems = tuple(_part_problem(part, config, layout, scale, buffers) for part in parts)
     return KeysProblem(plan, problems, buffers)
 
 
-def _part_problem(part: RankPart, config: AttentionConfig, scale: float, buffers: Buffers) -> Problem:
-    program = part.program
+def _part_problem(
+    part: RankPart, config: AttentionConfig, layout: Callable[[], Layout], scale: float, buffers: Buffers
+) -> Problem:
+    program, calls = part.program, part.whole or part.listed
     return Problem(
-        shape=part.whole.shape if part.whole else program.shape,
+        shape=calls.shape if calls else program.shape,
         tiles=program.tiles,
         reserves=Reserves(program.shape, program.extent, kinds=False),
         scale=scale,
@@ -78,8 +87,21 @@ def _part_problem(part: RankPart, config: AttentionConfig, scale: float, buffers
         whole=False,
         buffers=buffers,
         calls=part.whole.calls if part.whole else None,
+        lists=_lists(part.listed, layout()) if part.listed else None,
         hides=config.token_edges,
     )
+
+
+def _lists(part: ListedPart, layout: Layout) -> BlockLists:
+    """The lists of a part."""
+    shared, first = shared_lists(layout, part.calls), part.first
+    stop = first + sum(int(group.rows) for group in part.calls.groups)
+
+    def blocks(item: int, lanes: range, rows: range) -> Ints:
+        some = shared.blocks(item, lanes, range(first + rows.start, first + rows.stop))
+        return part.rows.blocks(some, layout.block_size)
+
+    return BlockLists(part.calls, shared.counts[:, :, first:stop], blocks)
 
 
 def keys_attention(
@@ -145,33 +167,36 @@ def _forward(
     q, k, v = (x.contiguous() for x in (q, k, v))
     total = Output(q, plan.wide_out, plan.slab_tokens)
 
-    def attended(part: RankPart, queries: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    def add(part: RankPart, queries: Tensor, keys: Tensor, values: Tensor, to: Output) -> None:
+        one = problem.parts[part.number]
+        asking = queries[:, part.queries]
+        if one.calls is not None:
+            join_forward(asking, keys, values, one, part.queries, to)
+            return
+
         def run() -> tuple[Tensor, Tensor | None]:
-            asking = queries[:, part.queries]
-            return forward_pass(
-                asking, keys, values, problem.parts[part.number], keeps_lse=True, trains=trains
-            )
+            return forward_pass(asking, keys, values, one, keeps_lse=True, trains=trains)
 
         out, lse = with_emergency_release(run, problem.buffers, q.device)
         assert lse is not None
-        return out, lse
+        to.add(part.queries, out, lse)
 
     guests = _guests(plan, [q])
     ahead = _Ahead(k, v, plan, exchange, "forward")
     ahead.post(_to_hosts(plan, [q]), _of_guests(plan, guests))
     for own in plan.own:
-        total.add(own.part.queries, *attended(own.part, q, k[:, own.keys], v[:, own.keys]))
+        add(own.part, q, k[:, own.keys], v[:, own.keys], total)
     answers = [_like_rows(q[:, host.queries]) for host in plan.hosts]
 
     def over_guests() -> Posted:
         """Sends what visiting queries asked for."""
         sends = []
         for guest, (asking,) in zip(plan.guests, guests, strict=True):
-            visiting = Output(asking, len(guest.parts) > FEW_PARTS, plan.slab_tokens)
+            wide = all_if_many(len(guest.parts), asking.shape[1])
+            visiting = Output(asking, wide, plan.slab_tokens)
             for own in guest.parts:
-                keys, values = k[:, own.keys], v[:, own.keys]
-                visiting.add(own.part.queries, *attended(own.part, asking, keys, values))
-            sends += [(guest.peer, x) for one in visiting.ended() for x in one]
+                add(own.part, asking, k[:, own.keys], v[:, own.keys], visiting)
+            sends += [(guest.peer, x) for one in visiting.ended() for x in one.contiguous()]
         guests.clear()
         receives = [
             (host.peer, x)
@@ -185,7 +210,7 @@ def _forward(
         for fetch in stage.fetches:
             keys, values = fetched.pop(0)
             for part in fetch.parts:
-                total.add(part.queries, *attended(part, q, keys, values))
+                add(part, q, keys, values, total)
 
     returned = None
     for number, stage in enumerate(plan.stages):
@@ -209,41 +234,45 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) of own tokens."""
     plan = problem.plan
-    q, k, v, out, lse = (x.contiguous() for x in saved)
+    q, k, v, out = (x.contiguous() for x in saved[:4])
+    lse = saved[4]
     travel = lse_dtype(k.dtype) if plan.travels_wide else k.dtype
     rows = (grad, q, out, lse)
     slab = plan.slab_tokens
     dq, dk, dv = Sum(q, plan.wide_out, slab), Sum(k, plan.wide_keys, slab), Sum(v, plan.wide_keys, slab)
 
-    def add(part: RankPart, asking: Sequence[Tensor], keys: Tensor, values: Tensor, to: _Sums) -> None:
+    def add(part: RankPart, asking: Sequence[Tensor], keys: Tensor, values: Tensor, to: Sums) -> None:
+        one = problem.parts[part.number]
         some = [x[:, part.queries] for x in asking]
         kept = (some[1], keys, values, some[2], some[3])
+        if one.calls is not None:
+            join_backward(some[0], kept, one, part.queries, to)
+            return
 
         def run() -> tuple[Tensor, Tensor, Tensor]:
-            return backward_pass(some[0], kept, problem.parts[part.number], wide_keys=plan.travels_wide)
+            return backward_pass(some[0], kept, one, wide_keys=plan.travels_wide)
 
-        parts = list(with_emergency_release(run, problem.buffers, q.device))
-        for total, tokens in zip(to.sums, (part.queries, to.keys, to.keys), strict=True):
-            total.add(tokens, parts.pop(0))
+        to.add(part.queries, list(with_emergency_release(run, problem.buffers, q.device)))
 
     guests = _guests(plan, rows)
     ahead = _Ahead(k, v, plan, exchange, "backward")
     ahead.post(_to_hosts(plan, rows), _of_guests(plan, guests))
     for own in plan.own:
-        add(own.part, rows, k[:, own.keys], v[:, own.keys], _Sums((dq, dk, dv), own.keys))
+        add(own.part, rows, k[:, own.keys], v[:, own.keys], Sums(dq, dk, dv, own.keys))
 
     def over_fetched(stage: FetchStage, fetched: list[KeysAndValues]) -> list[tuple[int, Tensor]]:
         """The gradients of what was fetched, for their owners."""
         sends = []
         for fetch in stage.fetches:
             keys, values = fetched.pop(0)
-            wide = len(fetch.parts) > FEW_PARTS or plan.travels_wide
-            some = (dq, Sum(keys, wide, slab), Sum(values, wide, slab))
-            sums = _Sums(some, slice(0, keys.shape[1]))
+            wide = all_if_many(len(fetch.parts), keys.shape[1])
+            if plan.travels_wide:
+                wide = ((0, keys.shape[1]),)
+            sums = Sums(dq, Sum(keys, wide, slab), Sum(values, wide, slab), slice(0, keys.shape[1]))
             for part in fetch.parts:
                 add(part, rows, keys, values, sums)
             del keys, values
-            ended = [one.ended(travel) for one in sums.sums[1:]]
+            ended = [one.ended(travel) for one in (sums.dk, sums.dv)]
             if fetch.own is not None:
                 dk.add(fetch.own[1], ended[0][:, fetch.own[0]])
                 dv.add(fetch.own[1], ended[1][:, fetch.own[0]])
@@ -255,10 +284,9 @@ def _backward(
         """The gradients of visiting queries, for their owners."""
         sends = []
         for guest, asking in zip(plan.guests, guests, strict=True):
-            visiting = Sum(asking[1], len(guest.parts) > FEW_PARTS, slab)
+            visiting = Sum(asking[1], all_if_many(len(guest.parts), guest.queries.stop), slab)
             for own in guest.parts:
-                sums = _Sums((visiting, dk, dv), own.keys)
-                add(own.part, asking, k[:, own.keys], v[:, own.keys], sums)
+                add(own.part, asking, k[:, own.keys], v[:, own.keys], Sums(visiting, dk, dv, own.keys))
             sends += [(guest.peer, x) for x in visiting.ended()]
         guests.clear()
         return sends
@@ -295,20 +323,13 @@ def _of_guests(plan: KeysPlan, guests: Sequence[Sequence[Tensor]]) -> Messages:
 
 
 def _to_hosts(plan: KeysPlan, rows: Sequence[Tensor]) -> Messages:
-    return [(host.peer, x) for host in plan.hosts for one in rows for x in one[:, host.queries]]
+    asked = ((host.peer, one[:, host.queries]) for host in plan.hosts for one in rows)
+    return [(peer, x.contiguous()) for peer, one in asked for x in one]
 
 
 def _like_rows(q: Tensor) -> tuple[Tensor, Tensor]:
     """Room for out and lse of queries."""
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
-
-
-class _Sums(NamedTuple):
-    """Where a part's gradients go."""
-
-    sums: tuple[Sum, Sum, Sum]
-    keys: slice
-    """Tokens of those of k and v."""
 
 
 class _Ahead:

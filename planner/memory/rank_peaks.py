@@ -88,7 +88,7 @@ def _by_heads(columns: Columns, workload: Workload, share: Workload, machine: Ma
         some = columns if which.size == len(columns) else columns.take(which)
         tokens: Any = shards_of_columns(some, world).tokens(0)
         case = case_of(replace(some, seq=tokens), own, machine)
-        case = case._replace(shape=case.shape._replace(causal=share.causal, cudnn_from=0))
+        case = case._replace(shape=case.shape._replace(causal=share.causal))
         twin, attention = attention_of_columns(some, share, machine, apart=apart)
         table = PlanTable()
         tiles.inputs(table, case)
@@ -108,8 +108,10 @@ def _by_keys(columns: Columns, share: Workload, machine: Machine, world: int) ->
     if share.documents is not None:  # which may keep ranks apart
         return RankPeaks(nobody + sizes.floor, nobody)
     own: Count = sizes.floor
-    if columns.variant == "dense" or columns.pattern_type == "local_window":
-        # Its own part is the attention of one device over its tokens, where blocks begin with them.
+    cuts = share.mode == "training" and machine.windows(share.head_dim, share.itemsize) == "any"
+    if (columns.variant == "dense" or columns.pattern_type == "local_window") and not cuts:
+        # Its own part is the attention of one device over its tokens, where blocks begin with them; but for
+        # a backward pass of whole calls, of which those of a rank's parts are shorter.
         begins = columns.variant == "dense" or columns.token_edges
         whole = begins | (shards.edge(rank) % np.asarray(columns.block_size) == 0)
         alike: Any = peaks(replace(columns, seq=tokens), alone, machine)
@@ -119,16 +121,12 @@ def _by_keys(columns: Columns, share: Workload, machine: Machine, world: int) ->
     fetched, next_fetched = pair * near.rows, pair * near.next_rows
     if columns.pattern_type == "dilated_sparse":  # own keys are copied to what is fetched
         return RankPeaks(nobody + sizes.floor + 2 * sizes.keys + fetched, nobody + near.peers)
-    meeting = sizes.floor + fetched + next_fetched
-    meeting = meeting + (sizes.wider(sizes.query) * near.wide_out) + near.asked * sizes.a_query
+    meeting = sizes.floor + fetched + next_fetched + sizes.wider(share.heads * near.wide_out)
     if sizes.trains:
-        meeting = meeting + sizes.wider(2 * sizes.keys) * near.wide_keys
+        meeting = meeting + sizes.wider(2 * share.groups * near.wide_keys)
         meeting = meeting + pair * near.nearest_rows * sizes.travel // share.itemsize
-        if columns.variant == "dense" or columns.token_edges:
-            # Where kernels take whole calls, a part takes about what as large a share of its own does.
-            met = minimum(near.asked, near.nearest_rows // share.groups, tokens)
-            meeting = meeting + maximum(own - sizes.floor, 0) * met // (tokens + tokens // 8)
-    return RankPeaks(nobody + maximum(own + fetched, meeting * (near.asked > 0)), nobody + near.peers)
+    least = maximum(own + fetched, meeting * (near.rows > 0))
+    return RankPeaks(nobody + least, nobody + near.peers)
 
 
 def _looked_at(columns: Columns, causal: bool, world: int) -> int:
@@ -141,15 +139,12 @@ def _looked_at(columns: Columns, causal: bool, world: int) -> int:
 class _Sizes(NamedTuple):
     """Bytes of a rank."""
 
-    query: Count
-    """Of q, as of out."""
+    token: Count
+    """Of a token of one head."""
     keys: Count
     """Of k, as of v."""
     floor: Count
-    """Of what is there when all is computed: q, k, v, out, its log-sum-exp, and the gradients of all but
-    the last."""
-    a_query: Count
-    """Of a part's result for one query: out and log-sum-exp forward, or if it trains dq."""
+    """Of what is there when all is computed: q, k, v, out, its log-sum-exp, and their gradients."""
     itemsize: int
     wide: int
     travel: int
@@ -161,14 +156,12 @@ class _Sizes(NamedTuple):
         e, w, trains = share.itemsize, max(share.itemsize, 4), share.mode == "training"
         token = share.batch * share.head_dim * e
         query, keys = tokens * token * share.heads, tokens * token * share.groups
-        lse = share.batch * share.heads * w
-        floor = (2 * query + 2 * keys) * (1 + trains) + lse * tokens
-        a_query = token * share.heads + lse * (not trains)
-        return cls(query, keys, floor, a_query, e, w, w if travels_wide else e, trains)
+        floor = (2 * query + 2 * keys) * (1 + trains) + share.batch * share.heads * w * tokens
+        return cls(token, keys, floor, e, w, w if travels_wide else e, trains)
 
-    def wider(self, nbytes: Count) -> Count:
-        """What so many bytes take more in single precision."""
-        return nbytes * self.wide // self.itemsize - nbytes
+    def wider(self, tokens: Count) -> Count:
+        """What so many tokens of a head take more in single precision."""
+        return self.token * tokens * self.wide // self.itemsize - self.token * tokens
 
 
 class _Neighbours(NamedTuple):
@@ -179,55 +172,54 @@ class _Neighbours(NamedTuple):
     next_rows: Count
     """Rows that it fetches in the second stage."""
     nearest_rows: Count
-    """Rows that it fetches of the nearest rank."""
-    asked: Count
-    """Own queries that see those."""
+    """Rows that it fetches of the nearest rank, where their gradients are there with all else."""
     peers: Count
     wide_out: Count
-    """Whether more than two parts meet in some of its queries, else 0."""
+    """Own queries in which more than two parts meet, at least."""
     wide_keys: Count
-    """Whether more than two gradients meet in some of its keys, else 0."""
+    """Own keys in whose gradients more than two parts meet, at least."""
 
 
 def _neighbours(columns: Columns, share: Workload, shards: Shards, rank: int) -> _Neighbours:
     causal, heads, groups = share.causal, share.heads, share.groups
     seen, world, seq = sight_of_columns(columns, causal), int(shards.world), shards.seq
+    tokens = shards.tokens(rank)
     if columns.variant == "dense":
         rows, next_rows = (groups * shards.tokens((rank - back) % world) for back in (1, 2))
-        stages = min(rank, world - 1) if causal and not shards.zigzag else world - 1
-        asked = shards.edge(shards.chunks - rank) - shards.edge(shards.chunks - 1 - rank)
-        asked = asked if shards.zigzag else shards.tokens(rank)
+        stages = rank if causal and not shards.zigzag else world - 1
         after = world - 1 - rank if causal else world - 1
-        return _Neighbours(
-            rows,
-            next_rows * (stages > 1),
-            rows,
-            asked,
-            world - 1,
-            stages > 1,
-            not shards.zigzag and after > 1,
-        )
+        wide_keys = tokens * (after > 1 and not shards.zigzag)
+        return _Neighbours(rows, next_rows * (stages > 1), rows, world - 1, tokens * (stages > 1), wide_keys)
     begin, end = shards.edge(rank), shards.edge(rank + 1)
-    hulls = [hull(band, seq, begin, end) for band in seen.bands]
-    first, last = minimum(*(one for one, _ in hulls), end), maximum(*(one for _, one in hulls), begin)
+    first, last = _hull(seen, seq, begin, end)
     before = rank - shards.chunk(minimum(first, maximum(end - 1, 0)))
     after = shards.chunk(maximum(last - 1, begin)) - rank
-    back = [hull(band, seq, shards.edge(rank - 1), begin) for band in seen.bands]
-    nearest = rows_between(seen, shards, rank, rank - 1, causal, heads, groups)
-    asked = (minimum(end, maximum(*(one for _, one in back), begin)) - begin) * (nearest > 0)
     if columns.variant == "dilated":
+        nearest = rows_between(seen, shards, rank, rank - 1, causal, heads, groups)
         second = rank - 2 if causal else rank + 1
         there = 0 <= second < world
         more = rows_between(seen, shards, rank, second, causal, heads, groups) if there else 0 * nearest
-        wide: Count = before > 1
-        return _Neighbours(nearest, more, nearest, asked, before + after, wide, after > 1)
+        asked, giving = 0 * begin, 0 * begin
+        if rank > 1:
+            asked = minimum(_hull(seen, seq, shards.edge(rank - 2), shards.edge(rank - 1))[1], end) - begin
+        if rank + 2 < world:
+            giving = end - maximum(_hull(seen, seq, shards.edge(rank + 2), shards.edge(rank + 3))[0], begin)
+        wide = (_at_least(asked, tokens), _at_least(giving, tokens))
+        return _Neighbours(nearest, more, nearest, before + after, *wide)
     rows = rows_received(seen, shards, rank, causal, heads, groups)
-    if columns.pattern_type == "dilated_sparse":
-        rows = rows * 0
-    wide = 0 * asked
-    if causal and columns.pattern_type == "global_local":
-        # Its own keys, those of the window, and the first ones, which adjoin neither.
-        wide = (seen.shared > 0) * (asked > 0) * (first > seen.shared)
-        asked, nearest = where(wide, end - begin, asked), where(wide, 0, nearest)
     peers = (before > 0) * 1 + (after > 0)
-    return _Neighbours(rows, 0 * rows, nearest, asked, peers, wide, 0 * wide)
+    if columns.pattern_type == "dilated_sparse":  # of which that is an upper bound
+        rows = rows * 0
+    nearest = rows * (columns.pattern_type == "local_window")
+    return _Neighbours(rows, 0 * rows, nearest, peers, 0 * rows, 0 * rows)
+
+
+def _hull(seen: Sight, seq: Count, begin: Count, end: Count) -> tuple[Count, Count]:
+    """`attention.sharding.ranges.hull` of all bands."""
+    hulls = [hull(band, seq, begin, end) for band in seen.bands]
+    return minimum(*(one for one, _ in hulls), end), maximum(*(one for _, one in hulls), begin)
+
+
+def _at_least(wide: Count, tokens: Count) -> Count:
+    """Tokens that are kept in single precision where so many need it: all, where those are most."""
+    return where(2 * wide > tokens, tokens, maximum(wide, 0))

@@ -22,7 +22,7 @@ from attention.sizes.arrays import Amount, Count, Floats, maximum, minimum, wher
 from attention.sizes.shape import Shape
 from planner.calibration import Rates
 from planner.configs import Columns
-from planner.memory.dispatch import calls_of, goes_apart, shape_of
+from planner.memory.dispatch import calls_of, goes_apart, lists_of, shape_of
 from planner.memory.machines import Cpu, Machine
 from planner.memory.rank_peaks import shards_of_columns, sight_of_columns
 from planner.ranks.links import Network
@@ -207,7 +207,7 @@ def _parts(
 ) -> tuple[Floats, Floats]:
     """Seconds [own parts, parts over what is fetched] of a rank, forward and backward."""
     tokens: Any = maximum(shards.tokens(rank), 1)
-    shape, kernel = shape_of(columns, share, machine)._replace(cudnn_from=0), kernel_of(rates)
+    shape, kernel = shape_of(columns, share, machine), kernel_of(rates)
     calls = None if share.documents is not None else calls_of(columns, shape)
 
     def work(columns: Columns, like: Shape) -> Work:
@@ -230,7 +230,12 @@ def _parts(
         each = twin() if moves else _timed(work(columns, shape), share, rates)
         own, fetched = each * met.own, each * met.fetched + _merged(met.asked, share, rates)
         return np.stack([own[0], fetched[0]]), np.stack([own[1], fetched[1]])
-    tiles = work(columns, shape._replace(windows="none"))
+    lists = None if share.documents is not None else lists_of(columns, shape)
+    if lists is not None:  # where shards end with blocks, as they mostly do
+        listed = _timed(work(columns, shape), share, rates) * met.fetched
+        nothing = np.zeros_like(listed)
+        return np.stack([nothing[0], listed[0]]), np.stack([nothing[1], listed[1]])
+    tiles = work(columns, shape._replace(windows="none", cudnn_from=0))
 
     def part(pairs: Amount, rows: Amount, passes: int) -> Floats:
         def portion(total: Totals) -> Totals:

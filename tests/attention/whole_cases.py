@@ -7,7 +7,7 @@ from conformance import IMPLEMENTATIONS, LEAST_WORKSPACE
 from flash import hidden
 
 from attention import AttentionConfig, SparsePatternConfig
-from attention.ops.whole_calls import _parts
+from attention.ops.whole_calls import parts
 from attention.sizes.shape import Shape, chunk_tokens
 
 WHOLE = {
@@ -54,7 +54,7 @@ def met(calls, shape: Shape, cut_of) -> np.ndarray:
         if not call.exists:
             continue
         here = np.zeros_like(counts)
-        for queries, keys in _parts(call, shape, cut_of(call, shape)):
+        for _, _, queries, keys in parts([call], shape, 1, cut_of):
             sees = ~hidden(queries.length, keys.length, call.left, call.right).numpy()
             assert sees.any(axis=1).all(), "a query that sees nothing would have no log-sum-exp"
             assert queries.heads % keys.heads == 0

@@ -65,6 +65,8 @@ class Case(NamedTuple):
     """Whether the caller gives the tokens' documents."""
     sequences: int = 0
     """Documents of all batch items where flash attention takes them in one call, else 0."""
+    lse_row: Count | None = None
+    """Numbers of the log-sum-exp from one head to the next, where those are not the queries'."""
 
     @property
     def needs_lse(self) -> bool:

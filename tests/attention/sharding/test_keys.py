@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 from flash import flash_attention
+from played_cudnn import cudnn_attention
 from rank_cases import KINDS, on_one_device, random_config, random_documents, random_tensors
 from rank_threads import attended
 
@@ -61,6 +62,23 @@ def test_whole_calls_of_a_gpu_are_those_of_one_device(number):
         assert_is_of_one_device(f"flash {number}")
 
 
+@pytest.mark.parametrize("number", range(6))
+def test_calls_of_cudnns_attention_are_those_of_one_device(number):
+    with cudnn_attention():
+        assert_is_of_one_device(f"cudnn {number}")
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_dense_parts_go_to_cudnns_attention(causal):
+    tensors = random_tensors(random.Random(3), 96, 8, torch.bfloat16)
+    config = AttentionConfig(variant="dense")
+    with cudnn_attention(least=16) as counts:
+        attended(config, 3, tensors, causal)
+    # Each rank's own part, and one for each source.
+    parts = 3 + (3 if causal else 6)
+    assert counts["forward"] == counts["backward"] >= parts
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_low_precision_is_as_near_as_one_device(kind, dtype):
@@ -75,6 +93,21 @@ def test_low_precision_is_as_near_as_one_device(kind, dtype):
         for a, b, wanted in zip(got, rounded, exact, strict=True):
             error, own = ((x.double() - wanted).norm() / wanted.norm() for x in (a, b))
             assert error <= 1.6 * max(own, torch.finfo(dtype).eps / 4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_whole_calls_in_low_precision_are_as_near_as_one_device(kind):
+    rng = random.Random(f"{kind} flash")
+    config = random_config(rng, kind)
+    for causal in (False, True):
+        tensors = random_tensors(rng, 203, 16, torch.bfloat16)
+        exact = on_one_device(config, [x.double() for x in tensors], causal)
+        with flash_attention():
+            rounded = on_one_device(config, tensors, causal)
+            got, _ = attended(config, 5, tensors, causal, zigzag=kind == "zigzag")
+        for a, b, wanted in zip(got, rounded, exact, strict=True):
+            error, own = ((x.double() - wanted).norm() / wanted.norm() for x in (a, b))
+            assert error <= 1.6 * max(own, torch.finfo(torch.bfloat16).eps / 4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
