@@ -19,6 +19,7 @@ from attention.sharding.ranges import Sight, hull
 from attention.sharding.rows import rows_received
 from attention.sharding.shards import Shards
 from attention.sizes.arrays import Amount, Count, Floats, maximum, minimum, where
+from attention.sizes.list_calls import calls_of_rows
 from attention.sizes.shape import Shape
 from planner.calibration import Rates
 from planner.configs import Columns
@@ -29,7 +30,7 @@ from planner.ranks.links import Network
 from planner.ranks.ring import exchanges_heads, ring_of, sharding_of, share_of
 from planner.speed.rectangles import pairs_seen
 from planner.speed.seconds import check, kernel_of, pass_seconds
-from planner.speed.work import NAMES, Totals, Work, shared, work_of
+from planner.speed.work import NAMES, Kernel, Totals, Work, shared, work_of, work_of_lists
 from planner.workload import Workload
 
 
@@ -151,6 +152,8 @@ class _Met(NamedTuple):
     """The share of them that is of own queries and fetched keys."""
     asked: Amount
     """Queries of all parts over fetched keys."""
+    fetched_tokens: Count
+    """Tokens that are fetched, or more, of dilated_sparse."""
     stages: Count
     """Ranks that it fetches from, where that comes in stages; else 1."""
 
@@ -161,7 +164,8 @@ def _met(columns: Columns, share: Workload, shards: Shards, rank: int) -> _Met:
     if (
         columns.pattern_type == "dilated_sparse"
     ):  # of which rows are alike, and own keys are among the fetched
-        return _Met(sight, 0.0 * tokens, tokens / np.asarray(seq), tokens, 1)
+        fetched_tokens = rows_received(sight, shards, rank, causal, 1, 1)
+        return _Met(sight, 0.0 * tokens, tokens / np.asarray(seq), tokens, fetched_tokens, 1)
     chunks = [rank, int(shards.chunks) - 1 - rank] if shards.zigzag else [rank]
     pieces = [(shards.edge(one), shards.edge(one + 1)) for one in chunks]
     every = (0, seq)
@@ -174,7 +178,7 @@ def _met(columns: Columns, share: Workload, shards: Shards, rank: int) -> _Met:
     fetched = sum(pairs(piece, every) for piece in pieces) - own
     if columns.variant == "dense":
         stages = rank if causal and not shards.zigzag else world - 1
-        return _Met(sight, own / whole, fetched / whole, tokens * stages, stages)
+        return _Met(sight, own / whole, fetched / whole, tokens * stages, 0, stages)
     begin, end = pieces[0]
     hulls = [hull(band, seq, begin, end) for band in sight.bands]
     first, last = minimum(*(one for one, _ in hulls), end), maximum(*(one for _, one in hulls), begin)
@@ -186,9 +190,9 @@ def _met(columns: Columns, share: Workload, shards: Shards, rank: int) -> _Met:
         after = [hull(band, seq, end, shards.edge(min(rank + 2, world))) for band in sight.bands]
         asked_behind = end - maximum(begin, minimum(*(one for one, _ in after), end))
         every_asked = asked * before + asked_behind * behind
-        return _Met(sight, own / whole, fetched / whole, every_asked, before + behind)
+        return _Met(sight, own / whole, fetched / whole, every_asked, 0, before + behind)
     sides = asked * (1 if causal else 2) + tokens * minimum(sight.shared, 1)
-    return _Met(sight, own / whole, fetched / whole, sides * (fetched > 0), 1)
+    return _Met(sight, own / whole, fetched / whole, sides * (fetched > 0), 0, 1)
 
 
 def _moved(network: Network, world: int, peers: Amount, nbytes: Amount) -> Amount:
@@ -232,7 +236,7 @@ def _parts(
         return np.stack([own[0], fetched[0]]), np.stack([own[1], fetched[1]])
     lists = None if share.documents is not None else lists_of(columns, shape)
     if lists is not None:  # where shards end with blocks, as they mostly do
-        listed = _timed(work(columns, shape), share, rates) * met.fetched
+        listed = _listed(columns, share, shape, kernel, rates, tokens, met)
         nothing = np.zeros_like(listed)
         return np.stack([nothing[0], listed[0]]), np.stack([nothing[1], listed[1]])
     tiles = work(columns, shape._replace(windows="none", cudnn_from=0))
@@ -251,6 +255,20 @@ def _parts(
     if calls is not None:  # own parts that see what a sequence of their own would are whole calls
         own = np.where(np.asarray(_is_twin(columns, shards, rank), bool), twin() * met.own, own)
     return np.stack([own[0], fetched[0]]), np.stack([own[1], fetched[1]])
+
+
+def _listed(
+    columns: Columns, share: Workload, shape: Shape, kernel: Kernel, rates: Rates, tokens: Any, met: _Met
+) -> Floats:
+    """[2, candidates], seconds of a rank's part over lists of blocks: as large as its widest row all of
+    them."""
+    rows = columns.rows(share.causal)
+    keys = tokens + met.fetched_tokens
+    own = shape._replace(seq=keys, origin=keys - tokens)
+    calls = calls_of_rows(rows, own, (keys - tokens) // rows.size)
+    width = maximum(rows.lists, rows.span)
+    work = work_of_lists(calls, width, own, share.batch, kernel, trains=share.mode == "training")
+    return _timed(work, share, rates)
 
 
 def _merged(asked: Amount, share: Workload, rates: Rates) -> Floats:

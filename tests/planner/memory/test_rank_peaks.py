@@ -53,7 +53,7 @@ def test_it_is_at_most_that_of_the_plan_and_by_heads_that(machine, task):
             shares.append(found.least[at] / peak)
             if exchanges_heads(columns):
                 assert found.least[at] == peak, config
-    assert np.median(shares) > 0.7
+    assert np.median(shares) > 0.6
 
 
 def test_it_is_the_same_of_one_candidate_and_of_many():

@@ -17,8 +17,8 @@ from planner.speed.timeline import longest_rank
 from planner.workload import Workload
 
 SIZES = {"heads": 8, "kv_heads": 4, "head_dim": 64}
-WITHIN = 3
-"""Times by which the two may differ, where launches are what takes time; mostly it is by little."""
+WITHIN = 5
+"""Times by which the two may differ, mostly where launches are what takes time."""
 
 
 @pytest.mark.parametrize(
