@@ -107,3 +107,10 @@ def test_the_command_repeats_it():
 def test_what_cannot_be_is_refused(options, why):
     with pytest.raises(ConfigError, match=why):
         planner.recommend(gpu="h100-sxm", seq="64K", **options)
+
+
+def test_tuning_runs_on_one_device():
+    with pytest.raises(
+        ConfigError, match=r"gpus=8; leave gpus out, or choose for several with planner\.recommend"
+    ):
+        planner.tune("1GB", "4K", gpus=8)
