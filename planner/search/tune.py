@@ -86,8 +86,8 @@ def tuned(
         raise ConfigError(f"trials must be at least 1 and whole, got {trials!r}")
     if options.get("gpus", 1) != 1:
         raise ConfigError(
-            f"tuning runs on one device, and gpus={options['gpus']}; leave gpus out, or choose for several with "
-            "planner.recommend"
+            f"tuning runs on one device, and gpus={options['gpus']}; leave gpus out, or choose for several "
+            "with planner.recommend"
         )
     check_sampler(sampler)
     check_timed(device)
