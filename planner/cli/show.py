@@ -63,17 +63,17 @@ def show(
 def _show_shared(
     config: AttentionConfig, view: Workload, plot: Path | None, format: Format, option_names: frozenset[str]
 ) -> int:
-    from planner.report.sharing import shared, shared_data
+    from planner.report.ranks import shared, shared_data
 
     if "profile" in option_names:
         say("note: without effect with several GPUs: --profile")
     found = shared(config, view)
     if plot is not None:
-        from planner.report.plot.sharing import plot_shared
+        from planner.report.plot.ranks import plot_shared
 
         plot_shared(found, plot)
     if format == "table":
-        from planner.report.text.sharing import shared_text
+        from planner.report.text.ranks import shared_text
 
         typer.echo(shared_text(found, ink()))
     else:

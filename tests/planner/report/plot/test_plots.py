@@ -21,8 +21,8 @@ from planner.report.places import Box, Name, placed
 from planner.report.plot.compare import change, draw_comparison, rows_of
 from planner.report.plot.estimate import draw_pareto, draw_waterfall
 from planner.report.plot.figure import drawn
-from planner.report.plot.sharing import draw_shared
-from planner.report.sharing import shared
+from planner.report.plot.ranks import draw_shared
+from planner.report.ranks import shared
 from planner.report.text.recommend import seconds
 from planner.report.ticks import linear_ticks, log_ticks
 from planner.units import format_bytes

@@ -7,7 +7,7 @@ from typing import Any
 
 from planner.report.plot.estimate import bytes_unit
 from planner.report.plot.figure import BLUE, GRID, TEXT, title, tokens, written
-from planner.report.sharing import Shared
+from planner.report.ranks import Shared
 from planner.report.text import words
 from planner.report.text.shared import ring_text
 

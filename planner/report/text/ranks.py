@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from planner.report.sharing import Shared
+from planner.report.ranks import Shared
 from planner.report.text import words
 from planner.report.text.estimate import wrapped
 from planner.report.text.layout import PLAIN, SHADES
