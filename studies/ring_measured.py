@@ -33,7 +33,7 @@ HEADS, KV_HEADS, HEAD_DIM = 8, 4, 64
 TIMEOUT: Final = 120.0
 
 
-class Shared(NamedTuple):
+class SharedAttention(NamedTuple):
     """An attention that ranks share, and how."""
 
     name: str
@@ -46,7 +46,7 @@ def shared(config: AttentionConfig, exchange: ExchangeKind, **sharding: Any) -> 
     )
 
 
-def attentions() -> list[Shared]:
+def attentions() -> list[SharedAttention]:
     """The attentions, with the ways of sharing that there are for them."""
     dense = AttentionConfig(variant="dense")
     window = sparse(kind="local_window", block=128, edges="token", local_window_size=1023)
@@ -55,14 +55,14 @@ def attentions() -> list[Shared]:
     )
     lists = sparse((2048, 8192), (1, 4), block=128, sparsity_ratio=0.05)
     return [
-        Shared("dense, ring", shared(dense, "keys")),
-        Shared("dense, zigzag ring", shared(dense, "keys", shards="zigzag")),
-        Shared("dense, heads", shared(dense, "heads")),
-        Shared("local_window", shared(window, "keys")),
-        Shared("global_local", shared(global_local, "keys")),
-        Shared("dilated", shared(dilated((1024, 4096, 16_384), (1, 4, 16)), "keys")),
-        Shared("dilated_sparse", shared(lists, "keys")),
-        Shared("adaptive, heads", shared(adaptive(128, 0.05), "heads")),
+        SharedAttention("dense, ring", shared(dense, "keys")),
+        SharedAttention("dense, zigzag ring", shared(dense, "keys", shards="zigzag")),
+        SharedAttention("dense, heads", shared(dense, "heads")),
+        SharedAttention("local_window", shared(window, "keys")),
+        SharedAttention("global_local", shared(global_local, "keys")),
+        SharedAttention("dilated", shared(dilated((1024, 4096, 16_384), (1, 4, 16)), "keys")),
+        SharedAttention("dilated_sparse", shared(lists, "keys")),
+        SharedAttention("adaptive, heads", shared(adaptive(128, 0.05), "heads")),
     ]
 
 
@@ -134,7 +134,7 @@ def differences(config: AttentionConfig, seq: int) -> Row:
     return {"out": shares[0], "gradients": max(shares[1:])}
 
 
-def measured_row(attention: Shared, world: int, seq: int, exact: int) -> Row:
+def measured_row(attention: SharedAttention, world: int, seq: int, exact: int) -> Row:
     """The figures of all ranks: those of the one with most, beside what is planned."""
     rows = run_on_ranks(
         world, f"{__name__}:rank_row", config=attention.config.model_dump(mode="json"), seq=seq, exact=exact

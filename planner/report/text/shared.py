@@ -7,6 +7,11 @@ from planner.report.text.times import span
 from planner.units import format_bytes
 
 
+def ring_text(gpus: int, ring: int) -> str:
+    """GPUs and rings in words: 8 GPUs; 8 GPUs in 2 rings of 4."""
+    return f"{gpus:,} GPUs" + f" in {gpus // ring:,} rings of {ring:,}" * (ring < gpus)
+
+
 def sharing_rows(estimate: SharedEstimate) -> list[tuple[str, str]]:
     """(what, its figures) of the ranks, links, bytes and seconds."""
     sharing, gpus = estimate.sharing, estimate.workload.gpus
@@ -36,6 +41,17 @@ def _pass(one: SharedPass) -> str:
         time_text(figure or 0.0) for figure in (one.seconds, one.exchange, one.hidden, one.exposed)
     )
     return f"{seconds}: the exchange takes {exchange}, of which {hidden} are hidden and {exposed} exposed"
+
+
+def exchanged(sharing: Sharing) -> str:
+    """What a GPU does to exchange at most, and how much of the time that takes is hidden, in one line."""
+    sent, received = traffic_of(sharing)
+    line = f"sends up to {format_bytes(sent)}, receives {format_bytes(received)}"
+    if sharing.seconds is None:
+        return line
+    passes = [one for one in (sharing.forward, sharing.backward) if one]
+    hidden, exposed = (time_text(sum(getattr(one, name) for one in passes)) for name in ("hidden", "exposed"))
+    return f"{line}: {hidden} hidden, {exposed} exposed"
 
 
 def traffic_of(sharing: Sharing) -> tuple[int, int]:
