@@ -69,8 +69,7 @@ def of_many(
 ) -> Prediction:
     """That of a call which takes ranks so long: as sure, relative to it, as the call of one device is."""
     one, source = _seconds(config, workload.model_copy(update={"gpus": 1}), card, machine, options)
-    times = seconds / one.seconds
-    return Prediction(seconds=seconds, low=one.low * times, high=one.high * times, source=source)
+    return Prediction(**one.around(seconds)._asdict(), source=source)
 
 
 def _seconds(

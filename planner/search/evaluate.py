@@ -195,7 +195,10 @@ def _point(scenario: Scenario, config: AttentionConfig, seq: int) -> Point:
     workload, card = scenario.at(seq), scenario.card
     fit = speed_fit_of(card, workload, scenario.options)
     of_card = None if isinstance(card, str) else card
-    time = seconds_and_range(config, workload, scenario.machine, scenario.rates, of_card, fit)
+    one = workload.model_copy(update={"gpus": 1})
+    time = seconds_and_range(config, one, scenario.machine, scenario.rates, of_card, fit)
+    if scenario.network is not None:
+        time = time.around(seconds_of(scenario, config, seq))
     return Point(
         config,
         memory_of(scenario, config, seq),

@@ -37,6 +37,11 @@ class TimeRange(NamedTuple):
     low: float
     high: float
 
+    def around(self, seconds: float) -> TimeRange:
+        """Other seconds, as sure relative to them: those of ranks that share the call."""
+        times = seconds / self.seconds
+        return TimeRange(seconds, self.low * times, self.high * times)
+
 
 def seconds_and_range(
     config: AttentionConfig,
