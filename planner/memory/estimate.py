@@ -26,7 +26,7 @@ from planner.memory.dry_runs import dry_bound
 from planner.memory.launches import launches_of
 from planner.memory.machines import Cpu, Cuda, Machine, this_cpu, units_of
 from planner.memory.nccl import nccl_share
-from planner.memory.table import COMPONENTS, Plan
+from planner.memory.table import COMPONENTS, Plan, RankPlan
 from planner.ranks.ring import likest, refuse_sharing
 from planner.workload import Dtype, Workload, refuse_features
 
@@ -104,13 +104,15 @@ def estimate(
     context_bytes: int | None = None,
     threads: int | None = None,
     dry: bool = False,
+    rank: int | None = None,
 ) -> MemoryEstimate:
     """The memory of a config on a workload; see `planner.api.estimate` for what it takes. Where GPUs share
-    the call it is that of the one that needs most."""
+    the call it is that of the one that needs most, or of a `rank` of its ring. `dry`: as a dry run has it,
+    where cuDNN and NCCL are not there."""
     refuse_features(config, workload)
     refuse_sharing(config, workload)
     if device == "cpu":
-        return _on_cpu(config, workload, calibration, threads)
+        return _on_cpu(config, workload, calibration, threads, rank)
     gpu = gpus.find(device) if isinstance(device, str) else device
     explicit = calibration is not None
     machine = machine_of(gpu, workload.dtype, None)
@@ -125,7 +127,10 @@ def estimate(
         if config.backend == "cudnn":
             raise ConfigError("backend='cudnn' has no dry run: cuDNN is not there; use backend='auto'")
         machine = replace(machine, cudnn=False)
-    return _on_gpu(config, workload, gpu, machine, calibration, settings, outside, explicit)
+    _refuse_unfit(config, workload, gpu)
+    plan, peers = _rank_plan(config, workload, machine, rank)
+    ranked = RankPlan(plan, 0 if dry else peers)
+    return _on_gpu(config, workload, gpu, machine, calibration, settings, outside, explicit, ranked)
 
 
 @overload
@@ -152,13 +157,17 @@ def calibration_for(device: Literal["cpu"] | gpus.Gpu, machine: Machine, dtype: 
 
 
 def _on_cpu(
-    config: AttentionConfig, workload: Workload, calibration: Calibration | None, threads: int | None
+    config: AttentionConfig,
+    workload: Workload,
+    calibration: Calibration | None,
+    threads: int | None,
+    rank: int | None,
 ) -> MemoryEstimate:
     if config.backend == "flex":
         raise ConfigError("backend='flex' runs on CUDA only; use backend='auto' for device='cpu'")
     _refuse_kernel(config, workload, None, "the CPU")
     machine = machine_of("cpu", workload.dtype, threads)
-    plan, _ = _rank_plan(config, workload, machine)
+    plan = _rank_plan(config, workload, machine, rank).plan
     at, allocated = plan.peak()
     chosen = calibration or calibration_for("cpu", machine, workload.dtype)
     one = likest(config, workload) if workload.gpus > 1 else workload
@@ -191,10 +200,9 @@ def _on_gpu(
     settings: AllocatorSettings,
     outside: tuple[cuda_process.DeviceLine, ...],
     explicit: bool,
+    ranked: RankPlan,
 ) -> MemoryEstimate:
-    _refuse_unfit(config, workload, gpu)
-    plan, peers = _rank_plan(config, workload, machine)
-    shared = nccl_share(peers)
+    plan, shared = ranked.plan, nccl_share(ranked.peers)
     outside += (DeviceLine("NCCL", "context", shared.likely, shared.source, False),)
     events = list(plan.events())
     outcome = replay(events, settings)
@@ -235,13 +243,17 @@ def _on_gpu(
     )
 
 
-def _rank_plan(config: AttentionConfig, workload: Workload, machine: Machine) -> tuple[Plan, int]:
-    """(the plan of the only rank, or of the one with the highest peak, how many others it exchanges with)."""
+def _rank_plan(
+    config: AttentionConfig, workload: Workload, machine: Machine, rank: int | None
+) -> RankPlan:
+    """The plan of a rank, by default of the one with the highest peak."""
     if workload.gpus == 1:
-        return plan_of(config, workload, machine), 0
-    from planner.memory.sharded import fullest_rank  # NumPy, which plans of one device do not need
+        return RankPlan(plan_of(config, workload, machine), 0)
+    from planner.memory import sharded  # NumPy, which plans of one device do not need
 
-    return fullest_rank(config, workload, machine)
+    if rank is None:
+        return sharded.fullest_rank(config, workload, machine)
+    return sharded.rank_plan(config, workload, machine, rank)
 
 
 def _refuse_unfit(config: AttentionConfig, workload: Workload, gpu: gpus.Gpu) -> None:

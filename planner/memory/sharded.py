@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import numpy as np
 
@@ -24,7 +24,7 @@ from planner.memory.plans import multihead, tiles
 from planner.memory.plans.head_exchange import head_exchange
 from planner.memory.plans.key_exchange import Kept, key_exchange
 from planner.memory.plans.tiles import Case
-from planner.memory.table import Plan, PlanTable
+from planner.memory.table import Plan, PlanTable, RankPlan
 from planner.ranks.ring import exchange_of, ring_of
 from planner.workload import Workload
 
@@ -36,14 +36,6 @@ MOST_RANKS, MOST_TOKENS, MOST_LISTED = 16, 1 << 17, 1 << 16
 """Ranks, tokens, and blocks that a layout lists, up to which the calls of the ranks' programs are looked at;
 beyond, their sizes are bounded in closed form."""
 LIKE_STAGES: Final = 3
-
-
-class RankPlan(NamedTuple):
-    """The plan of a rank."""
-
-    plan: Plan
-    peers: int
-    """Ranks that it sends to or hears from."""
 
 
 def fullest_rank(config: AttentionConfig, workload: Workload, machine: Machine) -> RankPlan:
