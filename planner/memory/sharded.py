@@ -18,6 +18,7 @@ from attention.sharding.shards import Shards, shards_of
 from attention.sizes.shape import Shape
 from attention.sizes.tiles import Extent
 from planner.configs import Columns, columns_of
+from planner.memory.cuda_process import FLOAT32
 from planner.memory.dispatch import attention_of, bounded_cut, case_of, plan_of, shape_of
 from planner.memory.machines import Cpu, Machine
 from planner.memory.plans import multihead, tiles
@@ -94,9 +95,9 @@ def rank_plan(
     kept = Kept(config.pool, config.pool_bytes, config.cache_entries, config.cache_bytes)
     table = PlanTable()
     if warm:
-        _by_keys(config, PlanTable(), case, whole, plan, kept, bound, world)
+        _by_keys(config, PlanTable(), case, whole, plan, kept, bound, world, warm=False)
         kept.before(table)
-    _by_keys(config, table, case, whole, plan, kept, bound, world)
+    _by_keys(config, table, case, whole, plan, kept, bound, world, warm=warm)
     return RankPlan(table.done(), len(_peers(plan)))
 
 
@@ -174,20 +175,33 @@ def _by_keys(
     kept: Kept,
     bound: Callable[[RankPart, Shape], Extent] | None,
     world: int,
+    *,
+    warm: bool,
 ) -> None:
     def attend(table: PlanTable, case: Case) -> None:
-        _agree(table, case, world)
+        _agree(table, case, world, warm=warm)
         key_exchange(table, case, plan, kept, bound)
 
     _planned(config, table, case, whole, attend)
 
 
-def _agree(table: PlanTable, case: Case, world: int) -> None:
-    """Adds what ranks tell each other before a call, which is on the host."""
+def _agree(table: PlanTable, case: Case, world: int, *, warm: bool) -> None:
+    """Adds what a call takes before anything is exchanged: what ranks tell each other, on the host; without
+    tokens, ones to be checked in their place; on a GPU what opens the communicator of a first call."""
+    shape, e = case.shape, case.shape.itemsize
+    if not shape.seq:
+        table.phase("checking the call")
+        some = [case.batch * n * shape.head_dim * e for n in (shape.heads, shape.kv_heads, shape.kv_heads)]
+        table.add("a token of q, k and v", "temp_buffers", some, "B H D e, and B G D e: for a rank without any")
+        table.free("a token of q, k and v")
     if isinstance(case.machine, Cpu):
         table.phase("agreeing on the call")
         table.add("terms of the call", "comm_buffers", (8 * AGREED * world, 8 * AGREED), "256 W and 256")
         table.free("terms of the call")
+    elif not (warm or case.run):
+        table.phase("opening the communicator")
+        table.add("first message", "comm_buffers", FLOAT32, "a number")
+        table.free("first message")
 
 
 def _planned(
@@ -229,7 +243,7 @@ def _by_heads(
             others = (world - 1) * heads * whole.head_dim * (part.adaptive.score_dim or whole.head_dim)
             nbytes = others * whole.itemsize
             table.kept("other heads of the scorer", "parameters", (nbytes, nbytes), "2 H D E e (W - 1) / W")
-        _agree(table, case, world)
+        _agree(table, case, world, warm=warm)
         own = twin._replace(shape=shape, warm=warm, runs=case.runs, run=case.run)
         head_exchange(table, case, own, world, attention)
         if part.adaptive is not None and table.holds("dq"):

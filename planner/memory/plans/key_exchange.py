@@ -154,9 +154,10 @@ def key_exchange(
         return program.extent(shape) if bound is None else bound(parts[number], shape)
 
     rank = _Rank(table, case, plan, kept, lambda part, backward: extent(part.number, backward))
-    _forward(rank)
+    left = _forward(rank)
     if plan.tokens:
         tiles.join_sinks(table, case)
+    table.free(*left)
     if not case.trains:
         table.free("log-sum-exp")
     elif case.goes_back(table):
@@ -165,8 +166,8 @@ def key_exchange(
         _backward(rank)
 
 
-def _forward(rank: _Rank) -> None:
-    """Up to out and its log-sum-exp."""
+def _forward(rank: _Rank) -> tuple[str, ...]:
+    """Up to out and its log-sum-exp; names of what is there until the pass ends."""
     table, plan, e = rank.table, rank.plan, rank.e
     total = _Output(rank, plan.tokens, plan.wide_out, "out", "log-sum-exp")
     table.phase("forward, first messages")
@@ -189,7 +190,7 @@ def _forward(rank: _Rank) -> None:
                 visiting = _Output(rank, guest.queries.stop, len(guest.parts) > FEW_PARTS, *names)
                 for own in guest.parts:
                     visiting.add(own.part, "visiting queries")
-                visiting.end()
+                table.free(*visiting.end())
             table.free("visiting queries")
         for place, fetch in enumerate(stage.fetches):
             for part in fetch.parts:
@@ -201,8 +202,9 @@ def _forward(rank: _Rank) -> None:
         table.free(f"answer {place + 1}", f"answer {place + 1}, log-sum-exp")
     for host in plan.hosts:
         total.merge(len(range(host.queries.start, host.queries.stop)))
-    total.end()
+    left = total.end()
     table.free("answers to own queries")
+    return left
 
 
 def _answer(rank: _Rank, host: Guest) -> tuple[int, int]:
@@ -266,6 +268,8 @@ class _Output:
         self._name, self._lse_name = name, lse_name
         self._number = rank.w if wide else rank.e
         self._sum: str | None = None
+        self._is_turned = False
+        """Whether the log-sum-exp is a kernel's, which has heads before tokens."""
 
     def add(self, part: RankPart, name: str) -> None:
         """Adds a part, which is computed first."""
@@ -275,7 +279,7 @@ class _Output:
         if self._sum is None and self._number == rank.e and queries == self._tokens:
             table.rename(out, self._name, self._component("output"))
             table.rename(lse, self._lse_name, self._component("saved_for_backward"))
-            self._sum = self._name
+            self._sum, self._is_turned = self._name, part.whole is not None
             return
         self.merge(queries)
         table.free(out, lse)
@@ -293,8 +297,8 @@ class _Output:
         table.add(name, "workspace", (share, total, max(share, part)), "T H w, and twice T H D w in 16 bits")
         table.free(name)
 
-    def end(self) -> None:
-        """The sum is complete."""
+    def end(self) -> tuple[str, ...]:
+        """The sum is complete; names of what is there until the pass ends."""
         rank, table = self._rank, self._rank.table
         self._begin()
         if self._number > rank.e:
@@ -303,6 +307,16 @@ class _Output:
             table.add(self._name, self._component("output"), nbytes, "B S H D e")
             assert self._sum is not None
             table.free(self._sum)
+        nbytes = rank.rows(self._tokens) * rank.w
+        one_piece = table.nbytes(self._lse_name) == nbytes
+        in_order = rank.case.shape.heads == 1 and (rank.case.batch == 1 or one_piece)
+        if not self._is_turned or in_order or (one_piece and self._tokens == 1):
+            return ()
+        table.phase(f"{self._name}, log-sum-exp in order")
+        turned = f"{self._lse_name}, heads first"
+        table.rename(self._lse_name, turned, "temp_buffers")
+        table.add(self._lse_name, self._component("saved_for_backward"), nbytes, "B S H w")
+        return (turned,)
 
     def _begin(self) -> None:
         rank, table = self._rank, self._rank.table
@@ -465,7 +479,7 @@ class _Sum:
     """Lines of `attention.sharding.sums.Sum`, of R rows and L lanes."""
 
     def __init__(self, rank: _Rank, name: str, rows: int, lanes: int, wide: bool, component: str) -> None:
-        self._rank, self._name, self._rows, self._lanes = rank, name, rows, lanes
+        self._rank, self._name, self.rows, self._lanes = rank, name, rows, lanes
         self._component = component
         self._number = rank.w if wide else rank.e
         self._sum: str | None = None
@@ -473,7 +487,7 @@ class _Sum:
     def add(self, part: str, rows: int, number: int) -> None:
         """Adds a part of that name, which is gone then."""
         table = self._rank.table
-        if self._sum is None and number == self._number and rows == self._rows:
+        if self._sum is None and number == self._number and rows == self.rows:
             name = self._name if number == self._rank.e else f"{self._name} in single precision"
             table.rename(part, name, self._component)
             self._sum = name
@@ -515,7 +529,7 @@ class _Sum:
             self._rank.table.add(self._sum, component, self._nbytes(self._number), "B R L D e, or w")
 
     def _nbytes(self, number: int) -> int:
-        return self._rank.key_numbers(self._rows, self._lanes) * number
+        return self._rank.key_numbers(self.rows, self._lanes) * number
 
 
 def _part_backward(rank: _Rank, part: RankPart, prefix: str, sums: tuple[_Sum, _Sum, _Sum]) -> None:
@@ -525,7 +539,8 @@ def _part_backward(rank: _Rank, part: RankPart, prefix: str, sums: tuple[_Sum, _
     number = rank.travel
     if part.whole is not None:
         number = rank.e
-        whole_calls.backward(table, case._replace(shape=part.whole.shape), part.whole.calls)
+        own = case._replace(shape=part.whole.shape, among=sums[0].rows)
+        whole_calls.backward(table, own, part.whole.calls)
     else:
         shape = part.program.shape
         extent = rank.extent(part, True)
