@@ -27,6 +27,7 @@ from planner.memory.launches import launches_of
 from planner.memory.machines import Cpu, Cuda, Machine, this_cpu, units_of
 from planner.memory.nccl import nccl_share
 from planner.memory.table import COMPONENTS, Plan, RankPlan
+from planner.ranks.links import network_of
 from planner.ranks.ring import likest, refuse_sharing
 from planner.workload import Dtype, Workload, refuse_features
 
@@ -128,7 +129,7 @@ def estimate(
             raise ConfigError("backend='cudnn' has no dry run: cuDNN is not there; use backend='auto'")
         machine = replace(machine, cudnn=False)
     _refuse_unfit(config, workload, gpu)
-    plan, peers = _rank_plan(config, workload, machine, rank)
+    plan, peers = _rank_plan(config, workload, machine, rank, settings)
     ranked = RankPlan(plan, 0 if dry else peers)
     return _on_gpu(config, workload, gpu, machine, calibration, settings, outside, explicit, ranked)
 
@@ -202,7 +203,7 @@ def _on_gpu(
     explicit: bool,
     ranked: RankPlan,
 ) -> MemoryEstimate:
-    plan, shared = ranked.plan, nccl_share(ranked.peers)
+    plan, shared = ranked.plan, nccl_share(ranked.peers, network_of(workload.gpus, gpu))
     outside += (DeviceLine("NCCL", "context", shared.likely, shared.source, False),)
     events = list(plan.events())
     outcome = replay(events, settings)
@@ -212,7 +213,7 @@ def _on_gpu(
     lost = outcome.peak_reserved + context
     one = likest(config, workload) if workload.gpus > 1 else workload
     ranks = one.model_copy(update={"gpus": workload.gpus})
-    bound = dry_bound(config, ranks, outcome.peak_reserved, context)
+    bound = dry_bound(config, workload, outcome.peak_reserved, context)
     if calibration is not None and (explicit or of_this_torch(calibration)):
         bound = bound_of(calibration, config, ranks, lost, explicit=explicit, device=gpu.key)
     components = plan.components(at)
@@ -244,15 +245,24 @@ def _on_gpu(
 
 
 def _rank_plan(
-    config: AttentionConfig, workload: Workload, machine: Machine, rank: int | None
+    config: AttentionConfig,
+    workload: Workload,
+    machine: Machine,
+    rank: int | None,
+    settings: AllocatorSettings | None = None,
 ) -> RankPlan:
-    """The plan of a rank, by default of the one with the highest peak."""
+    """The plan of a rank, by default of the one that needs most: of what the caching allocator holds, if it
+    has `settings`, or else of what is allocated."""
     if workload.gpus == 1:
         return RankPlan(plan_of(config, workload, machine), 0)
     from planner.memory import sharded  # NumPy, which plans of one device do not need
 
+    def taken(plan: Plan) -> tuple[int, int]:
+        reserved = 0 if settings is None else replay(list(plan.events()), settings).peak_reserved
+        return reserved, plan.peak()[1]
+
     if rank is None:
-        return sharded.fullest_rank(config, workload, machine)
+        return sharded.fullest_rank(config, workload, machine, taken)
     return sharded.rank_plan(config, workload, machine, rank)
 
 

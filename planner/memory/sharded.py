@@ -39,13 +39,14 @@ beyond, their sizes are bounded in closed form."""
 LIKE_STAGES: Final = 3
 
 
-def fullest_rank(config: AttentionConfig, workload: Workload, machine: Machine) -> RankPlan:
-    """The plan with the highest peak: of all ranks, or where they are many, of those that hold or fetch most
-    and of some others."""
+def fullest_rank(
+    config: AttentionConfig, workload: Workload, machine: Machine, taken: Callable[[Plan], Any]
+) -> RankPlan:
+    """The plan of which most is `taken`: of all ranks, or where they are many, of those that hold or fetch
+    most and of some others."""
     ranks = _fullest(config, workload)
-    return max(
-        (rank_plan(config, workload, machine, rank) for rank in ranks), key=lambda one: one.plan.peak()[1]
-    )
+    plans = (rank_plan(config, workload, machine, rank) for rank in ranks)
+    return max(plans, key=lambda one: taken(one.plan))
 
 
 def _fullest(config: AttentionConfig, workload: Workload) -> list[int]:
@@ -192,7 +193,9 @@ def _agree(table: PlanTable, case: Case, world: int, *, warm: bool) -> None:
     if not shape.seq:
         table.phase("checking the call")
         some = [case.batch * n * shape.head_dim * e for n in (shape.heads, shape.kv_heads, shape.kv_heads)]
-        table.add("a token of q, k and v", "temp_buffers", some, "B H D e, and B G D e: for a rank without any")
+        table.add(
+            "a token of q, k and v", "temp_buffers", some, "B H D e, and B G D e: for a rank without any"
+        )
         table.free("a token of q, k and v")
     if isinstance(case.machine, Cpu):
         table.phase("agreeing on the call")

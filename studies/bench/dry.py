@@ -34,7 +34,7 @@ from planner.fitting.samples import samples
 from planner.measuring.dry import PREFIX
 from planner.measuring.server import Batch
 from planner.memory.dispatch import goes_apart
-from planner.memory.dry_runs import FLOAT64, PATH, SEGMENT, SEGMENTS, DryCases, DryRuns
+from planner.memory.dry_runs import FLOAT64, PATH, SEGMENT, SEGMENTS, Checked, DryCases, DryRuns
 from planner.memory.estimate import MemoryEstimate, estimate, machine_of
 from planner.standin.install import torch_for
 from planner.standin.interpreter import interpreter
@@ -63,6 +63,10 @@ STEP: Final = 0.0025
 """The margin is a multiple of this share: the least that no case exceeds."""
 FLEX_SHARE: Final = 0.25
 """Share of the block-sparse cases that may go by compiled FlexAttention, which takes seconds to compile."""
+RANKS_SHORTEST: Final = 128
+"""Tokens of a case that ranks share, at least."""
+RANKS_TIMES: Final = 4
+"""Such a case may have so many times the bytes, of which each rank has its share."""
 RANKS_SECONDS: Final = 600.0
 """For all ranks of a case."""
 
@@ -88,9 +92,10 @@ def cases(
     floor = min(gpus.find(card).usable_bytes for card in CARDS) // FLOOR_SHARE
     drawn = samples(
         seed,
+        shortest=RANKS_SHORTEST if ranks else 1,
         longest=LONGEST,
         work=float("inf"),
-        floor_bytes=floor,
+        floor_bytes=floor * (RANKS_TIMES if ranks else 1),
         steps=STEPS,
         head_dims=HEAD_DIMS,
         batches=BATCHES,
@@ -151,11 +156,16 @@ def measured(case: DryCase, batch: Batch) -> Row:
 
 def measured_ranks(case: DryCase, zygote: Zygote) -> list[Row]:
     """A row of each rank of a case; one of how it failed."""
-    sample = {"config": case.config.model_dump(mode="json"), "workload": case.workload.model_dump(mode="json")}
+    sample = {
+        "config": case.config.model_dump(mode="json"),
+        "workload": case.workload.model_dump(mode="json"),
+    }
     end = zygote.run(dry_ranks.__name__, "peaks", sample, gpu=gpus.find(case.card), timeout=RANKS_SECONDS)
     if end.kind != "ok":
         return [{**_asked(case), "kind": end.kind, "message": str(end.value)[-300:]}]
-    return [{**_asked(case), "kind": "ok", "message": "", "rank": n, **row} for n, row in enumerate(end.value)]
+    return [
+        {**_asked(case), "kind": "ok", "message": "", "rank": n, **row} for n, row in enumerate(end.value)
+    ]
 
 
 def case_of(row: Row) -> DryCase:
@@ -301,7 +311,7 @@ def _taken_for(error: Error) -> float:
     return predicted * (FLOAT64 if error.case.workload.dtype == "float64" else 1)
 
 
-def written(setting: Sequence[Error], checking: Sequence[Error]) -> DryRuns:
+def checked(setting: Sequence[Error], checking: Sequence[Error]) -> Checked:
     """What `planner/data/dry-runs.json` has, of two sets of cases, each of one draw or several."""
     share = margin(setting)
 
@@ -319,7 +329,7 @@ def written(setting: Sequence[Error], checking: Sequence[Error]) -> DryRuns:
         one, other = ({value for e in found for value in values(e)} for found in (setting, checking))
         return tuple(sorted(one & other))
 
-    return DryRuns(
+    return Checked(
         torch=checking[-1].row["torch"],
         cards=in_both(lambda e: (e.case.card,)),
         domain=Domain(
@@ -328,11 +338,22 @@ def written(setting: Sequence[Error], checking: Sequence[Error]) -> DryRuns:
             modes=in_both(lambda e: (e.case.workload.mode,)),
             longest=LONGEST,
             features=in_both(lambda e: {*features_of(e.case.workload)} - {"weights"}),
+            ranks=min(max(e.case.workload.gpus for e in found) for found in (setting, checking)),
         ),
         margin=share,
         set_by=draws(setting),
         checked_by=draws(checking),
     )
+
+
+def write_runs(runs: Checked) -> None:
+    """Puts the runs in the file, those of ranks beside those of one GPU that are there, or the other way."""
+    there = DryRuns.from_json(PATH.read_bytes())
+    if runs.domain.ranks > 1:
+        made = there.model_copy(update={"ranks": runs})
+    else:
+        made = DryRuns(**dict(runs), ranks=there.ranks)
+    write_whole(PATH, f"{made.to_json(indent=1)}\n".encode(), "the file")
 
 
 def described(error: Error) -> str:
@@ -374,12 +395,14 @@ def main() -> None:
         "--write", type=Path, nargs="+", help="files of rows of other seeds: write the margin that they set"
     )
     given = parser.parse_args()
-    rows = sweep(given.rows, given.seed, given.count, flex=given.flex, features=given.features, ranks=given.ranks)
+    rows = sweep(
+        given.rows, given.seed, given.count, flex=given.flex, features=given.features, ranks=given.ranks
+    )
     if given.write:
         setting = errors(row for path in given.write for row in read_rows(path))
         if both := {e.row["seed"] for e in setting} & {row["seed"] for row in rows}:
             parser.error(f"rows that set a margin do not check it: {given.rows} has seeds {sorted(both)} too")
-        write_whole(PATH, f"{written(setting, errors(rows)).to_json(indent=1)}\n".encode(), "the file")
+        write_runs(checked(setting, errors(rows)))
     found = errors(rows)
     for error in sorted(found, key=lambda e: -abs(e.allocated))[: given.worst]:
         print(described(error))

@@ -14,7 +14,7 @@ from typing import Any, Final
 import torch
 import torch.distributed as dist
 
-from attention.config import AttentionConfig, ShardingConfig
+from attention.config import AttentionConfig, ExchangeKind, ShardingConfig
 from planner.measuring.call import call_of
 from planner.measuring.choices import choose_by_spread
 from planner.workload import Workload
@@ -30,11 +30,14 @@ def shared(
     config: AttentionConfig, workload: Workload, rng: random.Random
 ) -> tuple[AttentionConfig, Workload]:
     """A case shared by ranks in some way, with as many more heads as an exchange of these needs."""
-    world, exchange = rng.choice(WORLDS), rng.choice(("auto", "keys", "keys", "heads"))
+    exchanges: tuple[ExchangeKind, ...] = ("auto", "keys", "keys", "heads")
+    if config.variant == "adaptive":
+        exchanges = ("auto", "heads")
+    world, exchange = rng.choice(WORLDS), rng.choice(exchanges)
     zigzag = config.variant == "dense" and rng.random() < 0.5
     updates: dict[str, Any] = {
         "sharding": ShardingConfig(
-            exchange="auto" if config.variant == "adaptive" and exchange == "keys" else exchange,
+            exchange=exchange,
             shards="zigzag" if zigzag else "contiguous",
             travel=rng.choice(("auto", "auto", "float32")),
         )

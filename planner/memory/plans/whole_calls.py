@@ -234,9 +234,7 @@ def _kernel_call(
     )
 
 
-def _rows_in_one_piece(
-    call: WholeCall, case: Case, views: Count, heads: Count, queries: Count
-) -> Count:
+def _rows_in_one_piece(call: WholeCall, case: Case, views: Count, heads: Count, queries: Count) -> Count:
     """1 if the log-sum-exp that a kernel is given, [N, H, T] of one batch item, lies in one piece, else 0: of
     [H, S], or of a rank's [S, H]."""
     shape = case.shape
