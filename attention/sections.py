@@ -45,21 +45,26 @@ def sections_of(lengths: Sequence[int], origin: int) -> tuple[TokenSection, ...]
     )
 
 
-def clipped(tiles: Iterable[Tile], sections: Sequence[TokenSection], shape: Shape) -> Iterator[Tile]:
-    """The tiles cut to sections, which come in the order of their queries; one for each that a tile meets."""
+def clipped(
+    tiles: Iterable[Tile], sections: Sequence[TokenSection], shape: Shape, lists: Callable[[int], bool] = bool
+) -> Iterator[Tile]:
+    """The tiles cut to sections, which come in the order of their queries; one for each that a tile meets.
+    `lists`: whether keys may be listed by blocks of a size; those of any may by default."""
     stops = [section.stop for section in sections]
     for tile in tiles:
         at = bisect_right(stops, tile.start)
         while at < len(sections) and sections[at].start < tile.stop:
             section = sections[at]
             at += 1
-            if tile.stop - tile.start > 1 and _holds(section, tile, shape.seq):  # one query needs no mask
+            fits = all(lists(call.keys.size) for call in tile.calls if isinstance(call.keys, Gather))
+            # One query needs no mask.
+            if tile.stop - tile.start > 1 and fits and _holds(section, tile, shape.seq):
                 yield tile
                 continue
             start, stop = max(tile.start, section.start), min(tile.stop, section.stop)
             calls: list[Call] = []
             for call in tile.calls:
-                calls += _clipped_call(call, section, shape)
+                calls += _clipped_call(call, section, shape, lists)
             if calls:
                 calls = _ordered(_joined(calls, shape))
                 yield Tile(start, stop, tuple(calls), merge=not all(call.first for call in calls))
@@ -91,12 +96,14 @@ class _View(NamedTuple):
     end: int
 
 
-def _clipped_call(call: Call, section: TokenSection, shape: Shape) -> list[Call]:
+def _clipped_call(
+    call: Call, section: TokenSection, shape: Shape, lists: Callable[[int], bool]
+) -> list[Call]:
     span, keys = call.queries[0], call.keys
     views = range(span.batch)
     queries = [_inside(span, n, section.start, section.stop) for n in views]
     if isinstance(keys, Gather):
-        return _clipped_lists(call, keys, queries, section, shape)
+        return _clipped_lists(call, queries, section, shape, lists=lists(keys.size))
     parts: list[Call] = []
     cuts = [_View(*queries[n], *_inside(keys, n, section.begin, section.end)) for n in views]
     for cut, group in groupby(views, key=cuts.__getitem__):
@@ -172,16 +179,18 @@ def _of_band(call: Call, cut: _View) -> list[Call]:
 
 
 def _clipped_lists(
-    call: Call, keys: Gather, queries: Sequence[tuple[int, int]], section: TokenSection, shape: Shape
+    call: Call, queries: Sequence[tuple[int, int]], section: TokenSection, shape: Shape, *, lists: bool
 ) -> list[Call]:
     """A call over lists that all heads share. Rows that lose nothing stay together; of the others the blocks
-    that are whole are listed again, and those that are cut are spans."""
+    that are whole are listed again, and those that are cut are spans: without `lists` all blocks."""
+    keys = call.keys
+    assert isinstance(keys, Gather)
     size, length = keys.size, call.queries[0].length
     blocks = keys.blocks
     assert blocks.ndim == 2
     ends = np.minimum((blocks + 1) * size, shape.seq)
     inside = (blocks * size >= section.begin) & (ends <= section.end)
-    kept = [queries[n] == (0, length) and bool(inside[n].all()) for n in range(len(queries))]
+    kept = [lists and queries[n] == (0, length) and bool(inside[n].all()) for n in range(len(queries))]
     parts: list[Call] = []
     for whole, group in groupby(range(len(queries)), key=kept.__getitem__):
         some = list(group)
@@ -191,12 +200,12 @@ def _clipped_lists(
             parts.append(replace(call, queries=picked, keys=Gather(blocks[low:high], size, keys.heads)))
             continue
         for n in some:
-            parts += _of_list(call, n, queries[n], section, shape)
+            parts += _of_list(call, n, queries[n], section, shape, lists=lists)
     return parts
 
 
 def _of_list(
-    call: Call, row: int, queries: tuple[int, int], section: TokenSection, shape: Shape
+    call: Call, row: int, queries: tuple[int, int], section: TokenSection, shape: Shape, *, lists: bool
 ) -> Iterator[Call]:
     """What a section leaves of one row of a call over lists."""
     keys = call.keys
@@ -223,7 +232,7 @@ def _of_list(
     breaks = np.flatnonzero(begins[1:] != ends[:-1]) + 1
     runs = list(pairwise([0, *breaks.tolist(), len(blocks)]))
     spans = [(int(begins[low]), int(ends[high - 1])) for low, high in runs]
-    if len(runs) > FEW_RUNS:
+    if len(runs) > FEW_RUNS and lists:
         whole = ends - begins == size
         yield replace(rest, keys=Gather(blocks[whole][None], size, keys.heads))
         spans = [(int(a), int(b)) for a, b in zip(begins[~whole], ends[~whole], strict=True)]

@@ -19,9 +19,11 @@ from attention.sizes.shape import Shape, Span
 from attention.sizes.whole_calls import CallPart, WholeCall, backward_cut, by_cudnn, forward_cut
 
 
-class _Part(NamedTuple):
-    """What a kernel is given at once: places of queries and keys in a batch item, or in all of them."""
+class KernelPart(NamedTuple):
+    """What a kernel is given at once of a call: some of the queries and keys of a batch item."""
 
+    call: WholeCall
+    item: int
     queries: Span
     keys: Span
 
@@ -32,7 +34,7 @@ def forward(
     """(out [B, S, H, D], lse [B, S, H]); `covers`: whether every token of every head is in some call."""
     calls = [call for call in calls if call.exists]
     if calls[0].covers(shape):
-        out, lse = _covering(calls.pop(0), shape, q, k, v, scale)
+        out, lse = covering(calls.pop(0), shape, q, k, v, scale)
     else:
         out = (torch.empty if covers else torch.zeros)(q.shape, dtype=q.dtype, device=q.device)
         size = (q.shape[0], q.shape[2], q.shape[1])
@@ -41,25 +43,32 @@ def forward(
         if not covers:
             lse.fill_(-torch.inf)
     origin = int(shape.origin)
-    for call in calls:
-        for b in range(q.shape[0]):
-            for queries, keys in _listed_parts(call, shape, forward_cut(call, shape)):
-                part, part_lse = _kernel(call, shape)(
-                    view(queries, q[b], origin),
-                    view(keys, k[b]),
-                    view(keys, v[b]),
-                    scale=scale,
-                    left=call.left,
-                    right=call.right,
-                )
-                target, target_lse = view(queries, out[b], origin), rows(queries, lse[b], origin)
-                if call.first:
-                    target.copy_(part)
-                    target_lse.copy_(part_lse)
-                else:
-                    merge(target, target_lse, part, part_lse)
-                del part, part_lse  # before the next ones are made
+    for part in parts(calls, shape, q.shape[0], forward_cut):
+        result, result_lse = part_forward(part, shape, q, k, v, scale)
+        target = view(part.queries, out[part.item], origin)
+        target_lse = rows(part.queries, lse[part.item], origin)
+        if part.call.first:
+            target.copy_(result)
+            target_lse.copy_(result_lse)
+        else:
+            merge(target, target_lse, result, result_lse)
+        del result, result_lse  # before the next ones are made
     return out, lse
+
+
+def part_forward(
+    part: KernelPart, shape: Shape, q: Tensor, k: Tensor, v: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """(out [N, H, T, D], lse [N, H, T]) of a part's queries, as the kernel returns them."""
+    call, b = part.call, part.item
+    return _kernel(call, shape)(
+        view(part.queries, q[b], int(shape.origin)),
+        view(part.keys, k[b]),
+        view(part.keys, v[b]),
+        scale=scale,
+        left=call.left,
+        right=call.right,
+    )
 
 
 def _kernel(call: WholeCall, shape: Shape) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -71,7 +80,7 @@ def _backward_kernel(call: WholeCall, shape: Shape) -> Callable[..., tuple[Tenso
     return cudnn.backward if by_cudnn(call, shape) else kernels.windowed_backward
 
 
-def _covering(
+def covering(
     call: WholeCall, shape: Shape, q: Tensor, k: Tensor, v: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     """The output and its log-sum-exp, as a call over all tokens returns them."""
@@ -97,13 +106,23 @@ def _segments(x: Tensor, views: int) -> Tensor:
     return x.transpose(1, 2)
 
 
+def parts(
+    calls: Sequence[WholeCall], shape: Shape, batch: int, cut_of: Callable[[WholeCall, Shape], CallPart]
+) -> Iterator[KernelPart]:
+    """What kernels are given, in the order of the calls; `cut_of`: how these are cut."""
+    for call in calls:
+        spans = _listed_spans(call, shape, cut_of(call, shape))
+        yield from (KernelPart(call, b, *both) for b in range(batch) for both in spans)
+
+
 @lru_cache(maxsize=128)
-def _listed_parts(call: WholeCall, shape: Shape, cut: CallPart) -> tuple[_Part, ...]:
-    return tuple(_parts(call, shape, cut))
+def _listed_spans(call: WholeCall, shape: Shape, cut: CallPart) -> tuple[tuple[Span, Span], ...]:
+    return tuple(_spans(call, shape, cut))
 
 
-def _parts(call: WholeCall, shape: Shape, cut: CallPart) -> Iterator[_Part]:
-    """The call's kernel calls: some views, some kv heads and the query heads that read them, some queries."""
+def _spans(call: WholeCall, shape: Shape, cut: CallPart) -> Iterator[tuple[Span, Span]]:
+    """(queries, keys) of the call's kernel calls: some views, some kv heads and the query heads that read
+    them, some queries."""
     for queries, keys in call.spans(shape):
         repeat = queries.heads // keys.heads
         for begin in range(0, queries.batch, cut.views):
@@ -115,17 +134,22 @@ def _parts(call: WholeCall, shape: Shape, cut: CallPart) -> Iterator[_Part]:
                 )
                 of_keys = keys.pick(begin, end)._replace(head=keys.head + first * keys.head_step, heads=count)
                 if cut.queries >= queries.length:
-                    yield _Part(some, of_keys)
+                    yield some, of_keys
                 else:
-                    yield from (_Part(*both) for both in call.slices(some, of_keys, cut.queries))
+                    yield from call.slices(some, of_keys, cut.queries)
 
 
 def merge(total: Tensor, total_lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
     """total <- the attention over both sets of keys, in place; all [N, H, T(, D)]. Takes no memory: shares
-    and products are in single precision within an operator."""
+    and products are in single precision within an operator. The total may be in single precision, and part
+    is anything afterwards."""
     share = torch.sub(part_lse, total_lse)
     torch.logaddexp(total_lse, part_lse, out=total_lse)
-    total.addcmul_(part.sub_(total), share.sigmoid_()[..., None])
+    share = share.sigmoid_()[..., None]
+    if total.dtype == part.dtype:
+        total.addcmul_(part.sub_(total), share)
+    else:
+        total.addcmul_(total, share, value=-1).addcmul_(part, share)
 
 
 def backward(
@@ -139,26 +163,11 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) from the gradient of out and what forward saved: q, k, v, out and lse. `cut_of`: how calls
     are cut."""
-    q, k, v, out, lse = saved
+    q, k, v = saved[:3]
     calls = [call for call in calls if call.exists]
     first = calls[0]
-    if first.covers_keys(shape) and _is_one(first, cut_of(first, shape), shape):
-        by_segments = [_segments(x, first.views) for x in (grad, q, k, v, out)]
-        grad_part, q_part, k_part, v_part, out_part = by_segments
-        rows_lse = lse.transpose(1, 2).unflatten(2, (first.views, -1)).transpose(1, 2).flatten(0, 1)
-        parts = _backward_kernel(first, shape)(
-            grad_part,
-            q_part,
-            k_part,
-            v_part,
-            out_part,
-            rows_lse,
-            scale=scale,
-            left=first.left,
-            right=first.right,
-        )
-        dq, dk, dv = (part.transpose(1, 2).reshape(x.shape) for part, x in zip(parts, (q, k, v), strict=True))
-        calls.pop(0)
+    if is_one(first, cut_of, shape):
+        dq, dk, dv = covering_backward(calls.pop(0), shape, grad, saved, scale)
     else:
         # Each part of a call over all tokens has gradients of its own tokens and heads, or adds to others'.
         alone = first.covers_keys(shape)
@@ -167,31 +176,54 @@ def backward(
             (torch.empty if alone else torch.zeros)(x.shape, dtype=x.dtype, device=x.device) for x in (k, v)
         )
     origin = int(shape.origin)
-    for call in calls:
-        sets_keys = call.covers_keys(shape)
-        for b in range(q.shape[0]):
-            for queries, keys in _listed_parts(call, shape, cut_of(call, shape)):
-                part_dq, part_dk, part_dv = _backward_kernel(call, shape)(
-                    view(queries, grad[b], origin),
-                    view(queries, q[b], origin),
-                    view(keys, k[b]),
-                    view(keys, v[b]),
-                    view(queries, out[b], origin),
-                    rows(queries, lse[b], origin),
-                    scale=scale,
-                    left=call.left,
-                    right=call.right,
-                )
-                _hand_over(view(queries, dq[b], origin), part_dq, call.first)
-                _hand_over(view(keys, dk[b]), part_dk, sets_keys)
-                _hand_over(view(keys, dv[b]), part_dv, sets_keys)
-                del part_dq, part_dk, part_dv  # before the next ones are made
+    for part in parts(calls, shape, q.shape[0], cut_of):
+        b, sets_keys = part.item, part.call.covers_keys(shape)
+        part_dq, part_dk, part_dv = part_backward(part, shape, grad, saved, scale)
+        _hand_over(view(part.queries, dq[b], origin), part_dq, part.call.first)
+        _hand_over(view(part.keys, dk[b]), part_dk, sets_keys)
+        _hand_over(view(part.keys, dv[b]), part_dv, sets_keys)
+        del part_dq, part_dk, part_dv  # before the next ones are made
     return dq, dk, dv
 
 
-def _is_one(call: WholeCall, cut: CallPart, shape: Shape) -> bool:
-    """Whether the kernel is given a call as it is."""
-    return call.views <= cut.views and call.kv_heads(shape) <= cut.kv_heads
+def part_backward(
+    part: KernelPart, shape: Shape, grad: Tensor, saved: Sequence[Tensor], scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv) of a part's queries and keys, as the kernel returns them."""
+    q, k, v, out, lse = saved
+    call, b, origin = part.call, part.item, int(shape.origin)
+    return _backward_kernel(call, shape)(
+        view(part.queries, grad[b], origin),
+        view(part.queries, q[b], origin),
+        view(part.keys, k[b]),
+        view(part.keys, v[b]),
+        view(part.queries, out[b], origin),
+        rows(part.queries, lse[b], origin),
+        scale=scale,
+        left=call.left,
+        right=call.right,
+    )
+
+
+def is_one(call: WholeCall, cut_of: Callable[[WholeCall, Shape], CallPart], shape: Shape) -> bool:
+    """Whether backward gives the kernel all tokens at once, which returns dq, dk and dv."""
+    cut = cut_of(call, shape)
+    fits = call.views <= cut.views and call.kv_heads(shape) <= cut.kv_heads
+    return bool(call.covers_keys(shape) and fits)
+
+
+def covering_backward(
+    call: WholeCall, shape: Shape, grad: Tensor, saved: Sequence[Tensor], scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv), as a call that `is_one` returns them."""
+    q, k, v, out, lse = saved
+    grad_part, q_part, k_part, v_part, out_part = (_segments(x, call.views) for x in (grad, q, k, v, out))
+    rows_lse = lse.transpose(1, 2).unflatten(2, (call.views, -1)).transpose(1, 2).flatten(0, 1)
+    results = _backward_kernel(call, shape)(
+        grad_part, q_part, k_part, v_part, out_part, rows_lse, scale=scale, left=call.left, right=call.right
+    )
+    dq, dk, dv = (part.transpose(1, 2).reshape(x.shape) for part, x in zip(results, (q, k, v), strict=True))
+    return dq, dk, dv
 
 
 def _hand_over(target: Tensor, part: Tensor, sets: bool | int) -> None:

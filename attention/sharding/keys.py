@@ -23,8 +23,9 @@ from attention.ops.kernels import lse_dtype
 from attention.ops.learned_sinks import add_sinks, sinks_gradient
 from attention.out_of_memory import with_emergency_release
 from attention.pool import Buffers
+from attention.sharding.part_calls import Sums, join_backward, join_forward
 from attention.sharding.parts import source_placement
-from attention.sharding.plan import FEW_PARTS, FetchStage, Guest, KeysPlan, RankPart
+from attention.sharding.plan import FetchStage, Guest, KeysPlan, RankPart, all_if_many
 from attention.sharding.sums import Output, Sum, packed
 from attention.sizes.shape import Shape
 
@@ -69,17 +70,12 @@ def keys_problem(plan: KeysPlan, config: AttentionConfig, scale: float, buffers:
 
 def _part_problem(part: RankPart, config: AttentionConfig, scale: float, buffers: Buffers) -> Problem:
     program = part.program
-    if part.whole is not None:
-        shape = part.whole.shape
-        covers = config.variant != "dilated" or any(rate == 1 for _, rate in config.branches)
-    else:
-        shape, covers = program.shape, False
     return Problem(
-        shape=shape,
+        shape=part.whole.shape if part.whole else program.shape,
         tiles=program.tiles,
         reserves=Reserves(program.shape, program.extent, kinds=False),
         scale=scale,
-        covers=covers,
+        covers=part.whole.covers if part.whole else False,
         whole=False,
         buffers=buffers,
         calls=part.whole.calls if part.whole else None,
@@ -150,32 +146,35 @@ def _forward(
     q, k, v = (x.contiguous() for x in (q, k, v))
     total = Output(q, plan.wide_out, plan.slab_tokens)
 
-    def attended(part: RankPart, queries: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    def add(part: RankPart, queries: Tensor, keys: Tensor, values: Tensor, to: Output) -> None:
+        one = problem.parts[part.number]
+        asking = queries[:, part.queries]
+        if one.calls is not None:
+            join_forward(asking, keys, values, one, part.queries, to)
+            return
+
         def run() -> tuple[Tensor, Tensor | None]:
-            asking = queries[:, part.queries]
-            return forward_pass(
-                asking, keys, values, problem.parts[part.number], keeps_lse=True, trains=trains
-            )
+            return forward_pass(asking, keys, values, one, keeps_lse=True, trains=trains)
 
         out, lse = with_emergency_release(run, problem.buffers, q.device)
         assert lse is not None
-        return out, lse
+        to.add(part.queries, out, lse)
 
     guests = _guests(plan, [q])
     ahead = _Ahead(k, v, plan, exchange, "forward")
     ahead.post(_to_hosts(plan, [q]), _of_guests(plan, guests))
     for own in plan.own:
-        total.add(own.part.queries, *attended(own.part, q, k[:, own.keys], v[:, own.keys]))
+        add(own.part, q, k[:, own.keys], v[:, own.keys], total)
     answers = [_like_rows(q[:, host.queries]) for host in plan.hosts]
 
     def over_guests() -> Posted:
         """Sends what visiting queries asked for."""
         sends = []
         for guest, (asking,) in zip(plan.guests, guests, strict=True):
-            visiting = Output(asking, len(guest.parts) > FEW_PARTS, plan.slab_tokens)
+            wide = all_if_many(len(guest.parts), asking.shape[1])
+            visiting = Output(asking, wide, plan.slab_tokens)
             for own in guest.parts:
-                keys, values = k[:, own.keys], v[:, own.keys]
-                visiting.add(own.part.queries, *attended(own.part, asking, keys, values))
+                add(own.part, asking, k[:, own.keys], v[:, own.keys], visiting)
             sends += [(guest.peer, x) for one in visiting.ended() for x in one]
         guests.clear()
         receives = [
@@ -190,7 +189,7 @@ def _forward(
         for fetch in stage.fetches:
             keys, values = fetched.pop(0)
             for part in fetch.parts:
-                total.add(part.queries, *attended(part, q, keys, values))
+                add(part, q, keys, values, total)
 
     returned = None
     for number, stage in enumerate(plan.stages):
@@ -220,35 +219,38 @@ def _backward(
     slab = plan.slab_tokens
     dq, dk, dv = Sum(q, plan.wide_out, slab), Sum(k, plan.wide_keys, slab), Sum(v, plan.wide_keys, slab)
 
-    def add(part: RankPart, asking: Sequence[Tensor], keys: Tensor, values: Tensor, to: _Sums) -> None:
+    def add(part: RankPart, asking: Sequence[Tensor], keys: Tensor, values: Tensor, to: Sums) -> None:
+        one = problem.parts[part.number]
         some = [x[:, part.queries] for x in asking]
         kept = (some[1], keys, values, some[2], some[3])
+        if one.calls is not None:
+            join_backward(some[0], kept, one, part.queries, to)
+            return
 
         def run() -> tuple[Tensor, Tensor, Tensor]:
-            return backward_pass(some[0], kept, problem.parts[part.number], wide_keys=plan.travels_wide)
+            return backward_pass(some[0], kept, one, wide_keys=plan.travels_wide)
 
-        parts = list(with_emergency_release(run, problem.buffers, q.device))
-        for total, tokens in zip(to.sums, (part.queries, to.keys, to.keys), strict=True):
-            total.add(tokens, parts.pop(0))
+        to.add(part.queries, list(with_emergency_release(run, problem.buffers, q.device)))
 
     guests = _guests(plan, rows)
     ahead = _Ahead(k, v, plan, exchange, "backward")
     ahead.post(_to_hosts(plan, rows), _of_guests(plan, guests))
     for own in plan.own:
-        add(own.part, rows, k[:, own.keys], v[:, own.keys], _Sums((dq, dk, dv), own.keys))
+        add(own.part, rows, k[:, own.keys], v[:, own.keys], Sums(dq, dk, dv, own.keys))
 
     def over_fetched(stage: FetchStage, fetched: list[KeysAndValues]) -> list[tuple[int, Tensor]]:
         """The gradients of what was fetched, for their owners."""
         sends = []
         for fetch in stage.fetches:
             keys, values = fetched.pop(0)
-            wide = len(fetch.parts) > FEW_PARTS or plan.travels_wide
-            some = (dq, Sum(keys, wide, slab), Sum(values, wide, slab))
-            sums = _Sums(some, slice(0, keys.shape[1]))
+            wide = all_if_many(len(fetch.parts), keys.shape[1])
+            if plan.travels_wide:
+                wide = ((0, keys.shape[1]),)
+            sums = Sums(dq, Sum(keys, wide, slab), Sum(values, wide, slab), slice(0, keys.shape[1]))
             for part in fetch.parts:
                 add(part, rows, keys, values, sums)
             del keys, values
-            ended = [one.ended(travel) for one in sums.sums[1:]]
+            ended = [one.ended(travel) for one in (sums.dk, sums.dv)]
             if fetch.own is not None:
                 dk.add(fetch.own[1], ended[0][:, fetch.own[0]])
                 dv.add(fetch.own[1], ended[1][:, fetch.own[0]])
@@ -260,10 +262,9 @@ def _backward(
         """The gradients of visiting queries, for their owners."""
         sends = []
         for guest, asking in zip(plan.guests, guests, strict=True):
-            visiting = Sum(asking[1], len(guest.parts) > FEW_PARTS, slab)
+            visiting = Sum(asking[1], all_if_many(len(guest.parts), guest.queries.stop), slab)
             for own in guest.parts:
-                sums = _Sums((visiting, dk, dv), own.keys)
-                add(own.part, asking, k[:, own.keys], v[:, own.keys], sums)
+                add(own.part, asking, k[:, own.keys], v[:, own.keys], Sums(visiting, dk, dv, own.keys))
             sends += [(guest.peer, x) for x in visiting.ended()]
         guests.clear()
         return sends
@@ -306,14 +307,6 @@ def _to_hosts(plan: KeysPlan, rows: Sequence[Tensor]) -> Messages:
 def _like_rows(q: Tensor) -> tuple[Tensor, Tensor]:
     """Room for out and lse of queries."""
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
-
-
-class _Sums(NamedTuple):
-    """Where a part's gradients go."""
-
-    sums: tuple[Sum, Sum, Sum]
-    keys: slice
-    """Tokens of those of k and v."""
 
 
 class _Ahead:

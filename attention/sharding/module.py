@@ -19,7 +19,7 @@ from attention.errors import AttentionPlannerError, InputError, UnavailableError
 from attention.features import NAMES
 from attention.inputs import check, refuse_unknown, shape_of
 from attention.module import Attention, eager, kept_layout
-from attention.ops import flex, kernels
+from attention.ops import cudnn, flex, kernels
 from attention.pool import buffers_for
 from attention.programs import tiles_of
 from attention.sharding.agreement import PASSES, agree, check_tokens, number_of, refuse, terms_of_call
@@ -274,11 +274,13 @@ class ShardedAttention(nn.Module):
     ) -> Tensor:
         """Each rank computes its tokens over its own keys and over those that it fetches."""
         config, transport = self.config, self.transport
-        size = (q.shape, k.shape, q.dtype, q.device, is_causal, lengths, shards, kernels.windows_of(q))
+        one, other = _with_tokens(q), _with_tokens(k)
+        takes = kernels.cut_windows_of(one), cudnn.takes_from(one, other, is_causal, config.backend)
+        size = (q.shape, k.shape, q.dtype, q.device, is_causal, lengths, shards, takes)
         problem = self._problems.get(size)
         if problem is None:
-            shape = shape_of(_with_tokens(q), _with_tokens(k), config, is_causal)
-            whole = shape._replace(seq=int(shards.seq), origin=0, causal=is_causal, cudnn_from=0)
+            shape = shape_of(one, other, config, is_causal)
+            whole = shape._replace(seq=int(shards.seq), origin=0, causal=is_causal, windows=takes[0])
             layout = partial(kept_layout, config, self.scratch, whole)
             make = tiles_of(config, whole._replace(windows="none"), layout)
             plan = keys_plan(config, whole, shards, transport.rank, make, lengths)

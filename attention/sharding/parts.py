@@ -135,8 +135,12 @@ class PartProgram:
     def _cut_tiles(self, sections: Sequence[TokenSection], shape: Shape) -> Iterator[Tile]:
         whole = shape._replace(seq=self._whole.seq, origin=self.queries[0], kv_heads=self._whole.kv_heads)
         made = takewhile(lambda tile: tile.start < self.queries[1], self._make(whole))
-        for tile in clipped(made, sections, whole):
+        for tile in clipped(made, sections, whole, self._has_blocks):
             yield self._placed(tile)
+
+    def _has_blocks(self, size: int) -> bool:
+        """Whether blocks of the sequence are blocks of rows."""
+        return all((row - begin) % size == 0 for begin, _, row in self.rows.runs)
 
     def _placed(self, tile: Tile) -> Tile:
         """The tile with tokens as rows."""

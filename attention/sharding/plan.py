@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import count
+from itertools import count, pairwise
 from typing import NamedTuple
 
 from attention.config import AttentionConfig
@@ -16,6 +17,8 @@ from attention.sharding.whole_parts import WholePart, whole_part
 from attention.sizes.shape import Shape
 from attention.sizes.whole_calls import floor_bytes
 
+Ranges = tuple[tuple[int, int], ...]
+"""(first, one past the last) of some tokens, ascending and apart."""
 FEW_PARTS = 2
 """Parts that may meet in a query, or in a key's gradient, before their sum is kept in single precision."""
 SLAB_SHARE, SLAB_TOKENS = 256, 16
@@ -85,10 +88,10 @@ class KeysPlan(NamedTuple):
     """Own queries that visit, by where."""
     locate: Callable[[Source], slice]
     """Tokens of the local k that are a source's."""
-    wide_out: bool
-    """Whether more than `FEW_PARTS` meet in some query."""
-    wide_keys: bool
-    """Whether more than `FEW_PARTS` meet in the gradient of some key."""
+    wide_out: Ranges
+    """Own queries in which more than `FEW_PARTS` meet."""
+    wide_keys: Ranges
+    """Own keys in whose gradients more than `FEW_PARTS` meet."""
     travels_wide: bool
     """Whether gradients travel in single precision."""
 
@@ -133,10 +136,10 @@ def keys_plan(
         if first >= stop:
             return None
         program = PartProgram(make, (first, stop), rows, shape._replace(windows="none"), documents)
-        if looks and not program.exists():
+        whole = None if documents else whole_part(config, (first, stop), rows, shape)
+        if not whole.calls if whole is not None else looks and not program.exists():
             return None
         place = slice(begin + first - queries[0], begin + stop - queries[0])
-        whole = None if documents else whole_part(config, (first, stop), rows, shape)
         return RankPart(place, program, next(numbers), whole)
 
     def local(begin: int, end: int) -> slice:
@@ -193,8 +196,8 @@ def keys_plan(
         guests=tuple(guests),
         hosts=hosts,
         locate=lambda source: local(source.begin, source.end),
-        wide_out=_depth(met) > FEW_PARTS,
-        wide_keys=_depth(added) > FEW_PARTS,
+        wide_out=_where_many(met, shards.tokens(rank)),
+        wide_keys=_where_many(added, shards.tokens(rank)),
         travels_wide=travels_wide(config),
     )
 
@@ -231,11 +234,21 @@ def adjoining(sources: Sequence[Source]) -> list[list[Source]]:
     return groups
 
 
-def _depth(slices: Sequence[slice]) -> int:
-    """How many of the slices meet at most."""
-    edges = sorted([(one.start, 1) for one in slices] + [(one.stop, -1) for one in slices])
-    depth = most = 0
-    for _, change in edges:
-        depth += change
-        most = max(most, depth)
-    return most
+def all_if_many(parts: int, tokens: int) -> Ranges:
+    """The tokens whose sum is kept in single precision, where so many parts meet in all of them."""
+    return ((0, tokens),) if parts > FEW_PARTS and tokens else ()
+
+
+def _where_many(parts: Sequence[slice], tokens: int) -> Ranges:
+    """The tokens in which more than `FEW_PARTS` of the parts meet; all, where those are most."""
+    edges = Counter(part.start for part in parts)
+    edges.subtract(part.stop for part in parts)
+    ranges: list[tuple[int, int]] = []
+    depth = 0
+    for begin, end in pairwise(sorted(edges)):
+        depth += edges[begin]
+        if depth > FEW_PARTS and ranges and ranges[-1][1] == begin:
+            ranges[-1] = (ranges[-1][0], end)
+        elif depth > FEW_PARTS:
+            ranges.append((begin, end))
+    return ((0, tokens),) if 2 * sum(end - begin for begin, end in ranges) > tokens else tuple(ranges)

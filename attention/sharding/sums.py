@@ -1,17 +1,23 @@
-"""Sums over what comes in parts: outputs that meet by their log-sum-exp, and gradients. What is added is
-widened a slab at a time, so that little is held beside the sums."""
+"""Sums over what comes in parts: outputs that meet by their log-sum-exp, and gradients. They are kept in
+single precision where many parts meet, and in the tensors' own type elsewhere. What is added is widened a
+slab at a time, or within an operator, so that little is held beside the sums."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from attention.ops import whole_calls
 from attention.ops.kernels import lse_dtype
+from attention.ops.views import rows, view
 from attention.sharding.needs import Source
 from attention.sharding.parts import lanes_per_head, source_placement
-from attention.sizes.shape import Shape
+from attention.sharding.plan import Ranges
+from attention.sizes.arrays import ceil_div
+from attention.sizes.shape import Shape, Span
 
 
 def packed(x: Tensor, source: Source, start: int, shape: Shape) -> Tensor:
@@ -40,84 +46,220 @@ def _lanes(source: Source, start: int, shape: Shape) -> Iterator[tuple[slice, in
 class Output:
     """The output of queries, and its log-sum-exp, over keys that come in parts."""
 
-    def __init__(self, q: Tensor, wide: bool, slab_tokens: int) -> None:
-        """`wide`: whether it is kept in single precision until it ends; `slab_tokens`: how many are widened
-        at a time."""
-        self._q, self._slab_tokens = q, slab_tokens
-        self._out: Tensor | None = None
+    def __init__(self, q: Tensor, wide: Ranges, slab_tokens: int) -> None:
+        """`wide`: queries whose output is kept in single precision until it ends; `slab_tokens`: how many are
+        widened at a time."""
+        self._slab_tokens = slab_tokens
+        self._out = _Numbers(q, wide)
         self._lse: Tensor | None = None
-        self._dtype = lse_dtype(q.dtype) if wide else q.dtype
+
+    def takes(self, queries: slice) -> bool:
+        """Whether an output of these queries may be the sum's from then on."""
+        return self._out.takes(queries)
+
+    def begin(self) -> None:
+        """Makes what holds the sum, where nothing does."""
+        self._out.held_by()
+        self._sum_lse()
 
     def add(self, queries: slice, out: Tensor, lse: Tensor) -> None:
         """Adds the output [B, n, H, D] of some queries over further keys, and its log-sum-exp [B, n, H]. They
         are the sum's from then on."""
-        if self._out is None and out.dtype == self._dtype and out.shape == self._q.shape:
-            self._out, self._lse = out, lse
+        if self.takes(queries) and out.dtype == self._out.dtype:
+            self._out.begin(out)
+            self._lse = lse
             return
-        total, total_lse = self._sums()
-        for b, part in _slabs(out, self._slab_tokens):
-            _merge(total[b, queries][part], total_lse[b, queries][part], out[b, part], lse[b, part])
+        total_lse = self._sum_lse()[:, queries]
+        for held, place in self._out.held(queries):
+            for b, some in _slabs(place, self._slab_tokens, len(out)):
+                _merge(held[b, some], total_lse[b, place][some], out[b, place][some], lse[b, place][some])
+
+    def join(self, item: int, queries: Span, out: Tensor, lse: Tensor) -> None:
+        """Adds the output [N, H, T, D] of some queries of a batch item over further keys, and its log-sum-exp
+        [N, H, T]: every query sees some key."""
+        total_lse = self._sum_lse()[item]
+        for piece in self._out.pieces(queries):
+            whole_calls.merge(
+                view(piece.span, piece.held[item], piece.begin),
+                rows(piece.span, total_lse),
+                out[piece.views, :, piece.places],
+                lse[piece.views, :, piece.places],
+            )
 
     def ended(self) -> tuple[Tensor, Tensor]:
         """(out, lse), once."""
-        out, lse = self._sums()
-        self._out = None  # the sum is gone when it is converted
-        return _converted(out, self._q.dtype), lse.contiguous()
+        lse, self._lse = self._sum_lse(), None
+        return self._out.ended(self._out.dtype), lse.contiguous()
 
-    def _sums(self) -> tuple[Tensor, Tensor]:
-        if self._out is None or self._lse is None:
-            self._out = torch.zeros(self._q.shape, dtype=self._dtype, device=self._q.device)
-            size, dtype = self._q.shape[:3], lse_dtype(self._q.dtype)
-            self._lse = torch.full(size, -torch.inf, dtype=dtype, device=self._q.device)
-        return self._out, self._lse
+    def _sum_lse(self) -> Tensor:
+        if self._lse is None:
+            size, dtype = self._out.shape[:3], lse_dtype(self._out.dtype)
+            self._lse = torch.full(size, -torch.inf, dtype=dtype, device=self._out.device)
+        return self._lse
 
 
 class Sum:
     """A gradient that comes in parts."""
 
-    def __init__(self, like: Tensor, wide: bool, slab_tokens: int) -> None:
+    def __init__(self, like: Tensor, wide: Ranges, slab_tokens: int) -> None:
         """`like`: what it is the gradient of; `wide` and `slab_tokens`: as those of an output."""
         self._slab_tokens = slab_tokens
-        self._shape, self._device, self._own_dtype = like.shape, like.device, like.dtype
-        self._total: Tensor | None = None
-        self._dtype = lse_dtype(like.dtype) if wide else like.dtype
+        self._numbers = _Numbers(like, wide)
+
+    def takes(self, tokens: slice) -> bool:
+        """Whether a gradient of these tokens may be the sum's from then on."""
+        return self._numbers.takes(tokens)
+
+    def begin(self) -> None:
+        """Makes what holds the sum, where nothing does."""
+        self._numbers.held_by()
 
     def add(self, tokens: slice, part: Tensor) -> None:
         """Adds to the gradient of some tokens. A part of all may be the sum's from then on."""
         alone = part.untyped_storage().nbytes() == part.nbytes
-        if self._total is None and alone and part.dtype == self._dtype and part.shape == self._shape:
-            self._total = part
+        if self._numbers.takes(tokens, part.dtype) and alone:
+            self._numbers.begin(part)
             return
-        total = self._sum()[:, tokens]
-        for b, some in _slabs(part, self._slab_tokens):
-            _add(total[b, some], part[b, some])
+        for held, place in self._numbers.held(tokens):
+            for b, some in _slabs(place, self._slab_tokens, len(part)):
+                _add(held[b, some], part[b, place][some])
+
+    def join(self, item: int, tokens: Span, part: Tensor) -> None:
+        """Adds the gradient [N, H, T, D] of some tokens of a batch item."""
+        for piece in self._numbers.pieces(tokens):
+            view(piece.span, piece.held[item], piece.begin).add_(part[piece.views, :, piece.places])
 
     def add_lanes(self, source: Source, start: int, shape: Shape, part: Tensor) -> None:
         """Adds a part [B, rows, lanes, D] of a source at a rate above 1, as it is `packed`."""
-        total = self._sum()
         for lane, (tokens, head) in enumerate(_lanes(source, start, shape)):
-            some = total[:, tokens, head]
-            _add(some, part[:, : some.shape[1], lane])
+            count = len(range(tokens.start, tokens.stop, tokens.step))
+            if not count:
+                continue
+            span = Span(tokens.start, count, tokens.step, head=head)
+            for piece in self._numbers.pieces(span):
+                for b in range(len(part)):
+                    some = view(piece.span, piece.held[b], piece.begin)[0, 0]
+                    _add(some, part[b, :count, lane][piece.places])
 
     def ended(self, dtype: torch.dtype | None = None) -> Tensor:
         """The gradient, in its own type or another, once."""
-        total, self._total = self._sum(), None  # the sum is gone when it is converted
-        return _converted(total, dtype or self._own_dtype).contiguous()
-
-    def _sum(self) -> Tensor:
-        if self._total is None:
-            self._total = torch.zeros(self._shape, dtype=self._dtype, device=self._device)
-        return self._total
+        return self._numbers.ended(dtype or self._numbers.dtype).contiguous()
 
 
-def _slabs(part: Tensor, tokens: int) -> Iterator[tuple[int, slice]]:
-    for b in range(len(part)):
-        for begin in range(0, part.shape[1], tokens):
+class _Piece(NamedTuple):
+    """Some of a span's tokens, which one tensor holds."""
+
+    held: Tensor
+    """[B, tokens, heads, D]."""
+    begin: int
+    """Its first token."""
+    span: Span
+    views: slice
+    places: slice
+
+
+class _Numbers:
+    """Numbers of tokens [B, S, heads, D], zero at first, some in single precision."""
+
+    def __init__(self, like: Tensor, wide: Ranges) -> None:
+        self.shape, self.dtype, self.device = like.shape, like.dtype, like.device
+        self._wide_dtype = lse_dtype(like.dtype)
+        self._wide = () if self._wide_dtype == like.dtype else wide
+        self._all = self._wide == ((0, like.shape[1]),)
+        self._parts: list[tuple[int, int, Tensor]] | None = None
+        self._own: Tensor | None = None
+
+    def takes(self, tokens: slice, dtype: torch.dtype | None = None) -> bool:
+        """Whether they may `begin` with these tokens, in their own type or another."""
+        own = self._wide_dtype if self._all else self.dtype
+        fits = (tokens.start, tokens.stop) == (0, self.shape[1]) and own == (dtype or self.dtype)
+        return self._parts is None and fits
+
+    def begin(self, own: Tensor | None = None) -> None:
+        """Begins, with numbers of all tokens if there are some."""
+        if self._all:
+            own = own if own is not None else self._zeros(0, self.shape[1], self._wide_dtype)
+            self._parts = [(0, self.shape[1], own)]
+            return
+        started = own is not None
+        own = self._own = own if own is not None else self._zeros(0, self.shape[1], self.dtype)
+        self._parts, at = [], 0
+        for begin, end in self._wide:
+            self._parts.append((at, begin, own[:, at:begin]))
+            wide = (
+                own[:, begin:end].to(self._wide_dtype)
+                if started
+                else self._zeros(begin, end, self._wide_dtype)
+            )
+            self._parts.append((begin, end, wide))
+            at = end
+        self._parts.append((at, self.shape[1], own[:, at:]))
+
+    def _zeros(self, begin: int, end: int, dtype: torch.dtype) -> Tensor:
+        size = (self.shape[0], end - begin, *self.shape[2:])
+        return torch.zeros(size, dtype=dtype, device=self.device)
+
+    def held_by(self) -> list[tuple[int, int, Tensor]]:
+        """(first, one past the last, what holds them) of the tokens."""
+        if self._parts is None:
+            self.begin()
+        assert self._parts is not None
+        return self._parts
+
+    def held(self, tokens: slice) -> Iterator[tuple[Tensor, slice]]:
+        """What holds some tokens: (numbers [B, n, heads, D], which of them these are)."""
+        for begin, end, numbers in self.held_by():
+            low, high = max(begin, tokens.start), min(end, tokens.stop)
+            if low < high:
+                yield numbers[:, low - begin : high - begin], slice(low - tokens.start, high - tokens.start)
+
+    def pieces(self, span: Span) -> Iterator[_Piece]:
+        """A span by what holds its tokens."""
+        for begin, end, numbers in self.held_by():
+            for views, places, some in _inside(span, begin, end):
+                yield _Piece(numbers, begin, some, views, places)
+
+    def ended(self, dtype: torch.dtype) -> Tensor:
+        """The numbers, once."""
+        parts, own = self.held_by(), self._own
+        self._parts = self._own = None
+        if own is None:
+            ((_, _, own),) = parts
+            del parts
+        else:
+            for begin, end, wide in parts:
+                if wide.dtype != own.dtype:
+                    own[:, begin:end].copy_(wide)
+        return own if own.dtype == dtype else own.to(dtype)
+
+
+def _inside(span: Span, begin: int, end: int) -> Iterator[tuple[slice, slice, Span]]:
+    """(views, places, their span) of a span's tokens among begin..end."""
+    if begin <= span.start and span.stop <= end:
+        yield slice(None), slice(None), span
+        return
+    step, reach = max(span.batch_step, 1), (span.length - 1) * span.step
+
+    def view_at(token: int) -> int:
+        """The first view that begins there or behind it."""
+        return min(max(ceil_div(token - span.start, step), 0), span.batch)
+
+    some, whole = (view_at(begin - reach), view_at(end)), (view_at(begin), view_at(end - reach))
+    if whole[0] >= whole[1]:
+        whole = (some[1], some[1])
+    for n in (*range(some[0], whole[0]), *range(whole[1], some[1])):
+        start = span.start + n * span.batch_step
+        low, high = (min(max(ceil_div(token - start, span.step), 0), span.length) for token in (begin, end))
+        if low < high:
+            yield slice(n, n + 1), slice(low, high), span.pick(n, n + 1).cut(low, high)
+    if whole[0] < whole[1]:
+        yield slice(*whole), slice(None), span.pick(*whole)
+
+
+def _slabs(place: slice, tokens: int, batch: int) -> Iterator[tuple[int, slice]]:
+    for b in range(batch):
+        for begin in range(0, place.stop - place.start, tokens):
             yield b, slice(begin, begin + tokens)
-
-
-def _converted(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x if x.dtype == dtype else x.to(dtype)
 
 
 def _add(total: Tensor, part: Tensor) -> None:

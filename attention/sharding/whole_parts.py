@@ -2,60 +2,64 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from attention.config import AttentionConfig
-from attention.sharding.parts import Placement
+from attention.sharding.cut_calls import cut_calls
+from attention.sharding.parts import Placement, lanes_per_head
 from attention.sizes.shape import Shape
 from attention.sizes.whole_calls import WholeCall, whole_calls
-from attention.sizes.window import token_side
 
 
 class WholePart(NamedTuple):
     """The calls of a part, over q of its queries and k of its rows."""
 
     shape: Shape
+    """Of them. Its queries are not the last of its keys, and there may be more of them."""
     calls: tuple[WholeCall, ...]
+    """None where no query sees a key."""
+
+    @property
+    def covers(self) -> bool:
+        """Whether every query of every head is in some call."""
+        covered = sum(call.views * call.length for call in self.calls if call.first and call.step == 1)
+        return bool(covered == self.shape.queries)
 
 
 def whole_part(
     config: AttentionConfig, queries: tuple[int, int], rows: Placement, whole: Shape
 ) -> WholePart | None:
-    """The calls of queries (first, one past the last) over rows, where there are any; `whole`: the shape of
-    the whole sequence."""
-    if whole.windows == "none" or len(rows.runs) > 1 or rows.rate > 1:
+    """The calls of queries (first, one past the last) over rows, if they are whole calls; `whole`: the shape
+    of the whole sequence."""
+    if whole.windows == "none" or len(rows.runs) > 1:
         return None
     begin, end, _ = rows.runs[0]
-    if queries == (begin, end):
-        shape = whole._replace(seq=end - begin)
-        calls = whole_calls(config, shape) if is_twin(config, begin, end) else None
-        return None if calls is None else WholePart(shape, calls)
-    if whole.windows != "any" or (queries[0] < end and begin < queries[1]):
-        return None
-    left = right = None
-    if config.token_edges:
-        if config.pattern is None or config.pattern.pattern_type != "local_window":
+    if whole.windows == "causal":  # of tokens that see each other as a sequence of their own would
+        if queries != (begin, end) or not is_twin(config, begin, end):
             return None
-        reach = token_side(config.pattern.local_window_size, whole.causal)
-        if end <= queries[0]:
-            left = reach - (queries[1] - end)
-        else:
-            right = reach - (end - queries[1])
-    elif config.variant != "dense":
+        shape = whole._replace(seq=end - begin)
+        twin = whole_calls(config, shape)
+        return None if twin is None else WholePart(shape, tuple(call for call in twin if call.exists))
+    calls = whole_calls(config, whole)
+    if calls is None:
         return None
-    asking = queries[1] - queries[0]
-    shape = whole._replace(seq=end - begin, origin=end - begin - asking, causal=False)
-    call = WholeCall(
-        "part",
-        start=shape.origin,
-        length=asking,
-        key_start=0,
-        key_length=end - begin,
-        left=left,
-        right=right,
-        first=True,
+    first = queries[0]
+    repeat = int(whole.heads // whole.kv_heads)
+    keys = rows.total * lanes_per_head(rows.rate, repeat)
+    shape = whole._replace(seq=keys, origin=keys - queries[1] + first)
+    placed = (
+        call._replace(
+            start=call.start - first + shape.origin, key_start=call.key_start - begin, rate=rows.rate
+        )
+        for call in cut_calls(calls, queries, (begin, end))
     )
-    return WholePart(shape, (call,))
+    return WholePart(shape, tuple(call for call in placed if next(call.spans(shape), None)))
+
+
+def joining(calls: Sequence[WholeCall]) -> tuple[WholeCall, ...]:
+    """The calls as those are whose results are added to others: none is all that there is."""
+    return tuple(call._replace(first=False) for call in calls)
 
 
 def is_twin(config: AttentionConfig, begin: int, end: int) -> bool:

@@ -105,6 +105,11 @@ class WholeCall(NamedTuple):
     exists: Count = 1
     turn: Count = 0
     """Queries of offset o begin (o + `turn`) % `step` tokens after `start`, not o % `step`."""
+    key_turn: Count = 0
+    """Likewise keys after `key_start`."""
+    rate: Count = 1
+    """Keys lie in rows of so many tokens, with a lane for each remainder h % `rate` of the query heads h of a
+    kv head; see `attention.sharding.parts.Placement`."""
 
     @property
     def queries(self) -> Count:
@@ -199,10 +204,10 @@ class WholeCall(NamedTuple):
     def spans(self, shape: Shape) -> Iterator[tuple[Span, Span]]:
         """(queries, keys) of each call; of ints."""
         repeat = shape.heads // shape.kv_heads
-        shared = repeat % self.period == 0
+        shared, lanes = repeat % self.period == 0, minimum(repeat, self.rate)
         for offset in range(self.offsets):
             place = shape.first_head + offset
-            shift, key_shift = (place + self.turn) % self.step, place % self.step
+            shift, key_shift = (place + self.turn) % self.step, (place + self.key_turn) % self.step
             queries, keys = (
                 _places(self.length - shift, self.step),
                 _places(self.key_length - key_shift, self.step),
@@ -213,11 +218,18 @@ class WholeCall(NamedTuple):
             span = Span(
                 self.start + shift, queries, self.step, self.views, self.view_step, offset, heads, self.period
             )
-            key_span = span._replace(start=self.key_start + key_shift, length=keys, head=offset // repeat)
+            lane = offset // repeat * lanes + offset % lanes
+            key_span = span._replace(
+                start=(self.key_start + key_shift) // self.rate,
+                length=keys,
+                step=self.step // self.rate,
+                batch_step=self.view_step // self.rate,
+                head=lane,
+            )
             if shared:
-                yield span, key_span._replace(head=0, heads=shape.kv_heads, head_step=1)
+                yield span, key_span._replace(head=offset % lanes, heads=shape.kv_heads, head_step=lanes)
             else:
-                yield span, key_span._replace(head_step=self.period // repeat)
+                yield span, key_span._replace(head_step=self.period // repeat * lanes)
 
 
 def document_call(calls: Sequence[WholeCall], shape: Shape) -> WholeCall:

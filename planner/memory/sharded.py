@@ -114,7 +114,7 @@ def _own_case(config: AttentionConfig, whole: Workload, machine: Machine, tokens
     """The case of a rank's own tokens of all heads."""
     own = whole.model_copy(update={"seq": max(tokens, 1), "documents": None})
     case = case_of(columns_of(config, own.seq), own, machine)
-    return case._replace(shape=case.shape._replace(seq=tokens, causal=whole.causal, cudnn_from=0))
+    return case._replace(shape=case.shape._replace(seq=tokens, causal=whole.causal))
 
 
 def _keys_plan(
@@ -124,7 +124,7 @@ def _keys_plan(
     tokens = max(int(shards.tokens(rank)), 1)
     own = whole.model_copy(update={"seq": tokens, "documents": None})
     shape = shape_of(columns_of(config, tokens), own, machine)
-    shape = shape._replace(seq=whole.seq, origin=0, causal=whole.causal, cudnn_from=0)
+    shape = shape._replace(seq=whole.seq, origin=0, causal=whole.causal)
     layout = cache(lambda: build_layout(config, whole.seq, whole.causal))
     make = tiles_of(config, shape._replace(windows="none"), layout)
     documents = None if whole.documents is None else (whole.documents,)

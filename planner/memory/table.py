@@ -147,13 +147,17 @@ class PlanTable:
         """Begins a phase: buffers that are added from now on are alive from it on. A name that was there
         before gets a number."""
         self._named[name] += 1
+        self._phases.append(self._numbered(name))
+
+    def _numbered(self, name: str) -> str:
+        """The last phase of a name."""
         count = self._named[name]
-        self._phases.append(name if count == 1 else f"{name} ({count})")
+        return name if count == 1 else f"{name} ({count})"
 
     def again(self, name: str) -> None:
-        """The phases from this one to the present one come more than once; what begins in them is freed in
-        them."""
-        self._again.append((self._phases.index(name), len(self._phases)))
+        """The phases from the last one of this name to the present one come more than once; what begins in
+        them is freed in them."""
+        self._again.append((self._phases.index(self._numbered(name)), len(self._phases)))
 
     def add(self, name: str, component: str, count: Tensors, formula: str) -> None:
         """A buffer that is alive from the present phase until it is freed, or to the end."""

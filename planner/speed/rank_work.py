@@ -20,13 +20,14 @@ from attention.sharding.plan import adjoining, is_joined
 from attention.sharding.rows import source_rows
 from attention.sharding.shards import Shards, shards_of
 from attention.sharding.traffic import Exchanged, PeerBytes
-from attention.sharding.whole_parts import WholePart, whole_part
+from attention.sharding.whole_parts import WholePart, joining, whole_part
+from attention.sizes.arrays import minimum
 from planner.configs import columns_of
 from planner.memory.dispatch import goes_apart, shape_of
 from planner.memory.machines import Machine
 from planner.ranks.ring import exchange_of, ring_of, sharding_of
 from planner.speed.rectangles import TokenRange, pairs
-from planner.speed.work import NAMES, Kernel, Totals, Work, shared, work_of, work_of_calls
+from planner.speed.work import NAMES, Kernel, Totals, Work, cudnn_faster, shared, work_of, work_of_calls
 from planner.workload import Workload
 
 
@@ -130,14 +131,15 @@ class _Parts:
         self.config, self._whole, self._kernel = config, whole, kernel
         own = whole.model_copy(update={"seq": max(tokens, 1), "documents": None})
         shape = shape_of(columns_of(config, own.seq), own, machine)
-        self._shape = shape._replace(seq=whole.seq, origin=0, causal=whole.causal, cudnn_from=0)
+        self._shape = shape._replace(seq=whole.seq, origin=0, causal=whole.causal)
+        self._cudnn_faster = cudnn_faster(machine)
         columns = replace(columns_of(config, whole.seq), multihead=None)
-        tiled = self._shape._replace(windows="none")
+        tiled = self._shape._replace(windows="none", cudnn_from=0)
         self._all = work_of(columns, whole, machine, kernel, apart=False, like=tiled)
         everything = (0, whole.seq)
         self._pairs = pairs(config, whole.seq, whole.causal, everything, everything, whole.documents)
         self.trains = whole.mode == "training"
-        self._of_calls: dict[WholePart, Work] = {}
+        self._of_calls: dict[tuple[WholePart, bool], Work] = {}
 
     def queries_of(self, queries: TokenRange, rows: Placement) -> TokenRange | None:
         """Those of some queries that may see what lies in rows."""
@@ -152,30 +154,39 @@ class _Parts:
             return None
         part = None if whole.documents else whole_part(self.config, asked, rows, self._shape)
         if part is not None:
-            work = self._of_part(part)
-        else:
-            seen = (run[:2] for run in rows.runs)
-            count = sum(
-                pairs(self.config, whole.seq, whole.causal, asked, keys, whole.documents) for keys in seen
-            )
-            if not count:
-                return None
-            work = self._share(count / self._pairs, (asked[1] - asked[0]) / whole.seq)
+            return self._of_part(part, merges) if part.calls else None
+        seen = (run[:2] for run in rows.runs)
+        count = sum(
+            pairs(self.config, whole.seq, whole.causal, asked, keys, whole.documents) for keys in seen
+        )
+        if not count:
+            return None
+        ahead, back = self._share(count / self._pairs, (asked[1] - asked[0]) / whole.seq)
         numbers = whole.batch * (asked[1] - asked[0]) * whole.heads * whole.head_dim
-        ahead, back = work
-        more = {"passes": 0, "merged": ahead["merged"] + numbers * merges}
+        ahead = ahead | {"passes": 0, "merged": ahead["merged"] + numbers * merges}
+        return Work(ahead, back and back | {"passes": 0, "summed": back["summed"] + numbers / 2 * merges})
+
+    def _of_part(self, part: WholePart, merges: bool) -> Work:
+        """The work of a part's whole calls: many parts have the same."""
+        if (part, merges) not in self._of_calls:
+            self._of_calls[part, merges] = self._of_whole(part, merges)
+        return self._of_calls[part, merges]
+
+    def _of_whole(self, part: WholePart, merges: bool) -> Work:
+        batch, shape = self._whole.batch, part.shape
+        calls = joining(part.calls) if merges else part.calls
+        ahead, back = work_of_calls(
+            calls, shape, batch, self._kernel, trains=self.trains, faster=self._cudnn_faster
+        )
+        queries = sum(call.offsets * call.views * call.queries * call.heads(shape) for call in calls)
+        keys = sum(call.offsets * call.views * call.keys * call.kv_heads(shape) for call in calls)
+        each = batch * shape.head_dim
+        # What no call touches is not read.
+        few = {"passes": 0, "tokens": minimum(ahead["tokens"], 2 * each * (queries + keys))}
         if back is not None:
             # A number of dq, where those of dk count with as many of dv.
-            back = back | {"passes": 0, "summed": back["summed"] + numbers / 2 * merges}
-        return Work(ahead | more, back)
-
-    def _of_part(self, part: WholePart) -> Work:
-        """The work of a part's whole calls: many parts have the same."""
-        if part not in self._of_calls:
-            self._of_calls[part] = work_of_calls(
-                part.calls, part.shape, self._whole.batch, self._kernel, trains=self.trains
-            )
-        return self._of_calls[part]
+            back = back | few | {"summed": back["summed"] + each * queries / 2 * merges}
+        return Work(ahead | few, back)
 
     def _share(self, count: float, rows: float) -> Work:
         """So large a share of what one device's tiles do."""

@@ -97,9 +97,7 @@ def plan_for(
 ) -> KeysPlan:
     """The plan of a rank for whole q and k."""
     own = max(shards.tokens(rank), 1)
-    shape = shape_of(q[:, :own], k[:, :own], config, causal)._replace(
-        seq=q.shape[1], origin=0, causal=causal, cudnn_from=0
-    )
+    shape = shape_of(q[:, :own], k[:, :own], config, causal)._replace(seq=q.shape[1], origin=0, causal=causal)
     kept: dict[int, Any] = {}
     make = tiles_of(
         config,

@@ -9,94 +9,19 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from conformance import (
-    IMPLEMENTATIONS,
-    LEAST_WORKSPACE,
-    cases,
-    changed,
-    check_float64,
-    check_low_precision,
-    in_little_room,
-    module_of,
-    qkv,
-)
-from flash import flash_attention, hidden
+from conformance import cases, changed, check_float64, check_low_precision, in_little_room, module_of, qkv
+from flash import flash_attention
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from whole_cases import WHOLE, met, shape_of
 
-from attention import AttentionConfig, SparsePatternConfig
-from attention.ops.whole_calls import _parts
 from attention.reference import multiplicity
 from attention.sections import CutProgram
 from attention.sizes import whole_calls as sizes
-from attention.sizes.shape import Shape, chunk_tokens
 from attention.sizes.whole_calls import CallPart, backward_cut, forward_cut, whole_calls
 
-WHOLE = {
-    name: config
-    for name, config in IMPLEMENTATIONS.items()
-    if not name.startswith(("adaptive", "dilated_sparse"))
-}
-WHOLE |= {
-    f"{kind}, block {block}, window {window}": AttentionConfig(
-        variant="block_sparse",
-        pattern=SparsePatternConfig(
-            pattern_type=kind, block_size=block, local_window_size=window, global_tokens=shared
-        ),
-    )
-    for kind, block, window, shared in [
-        ("local_window", 1, 5, 1),
-        ("local_window", 5, 1, 1),
-        ("local_window", 32, 64, 1),
-        ("local_window", 8, 1000, 1),
-        ("global_local", 1, 6, 3),
-        ("global_local", 5, 22, 7),
-        ("global_local", 16, 1, 40),
-        ("global_local", 8, 40, 1000),
-        ("global_local", 64, 64, 1),
-    ]
-}
 config_by_config = pytest.mark.parametrize("config", WHOLE.values(), ids=WHOLE.keys())
 causal_or_not = pytest.mark.parametrize("causal", [False, True])
-
-
-def shape_of(
-    seq: int, heads: int = 4, kv_heads: int = 2, causal: bool = False, windows: str = "any", **fields
-) -> Shape:
-    sizes = {"seq": seq, "heads": heads, "kv_heads": kv_heads, "head_dim": 16, "itemsize": 2}
-    sizes |= {"workspace": LEAST_WORKSPACE, **fields}
-    chunk = chunk_tokens(cpu=False, **sizes)
-    return Shape(**sizes, causal=causal, chunk=chunk, packs=False, widens=False, windows=windows)
-
-
-def met(calls, shape: Shape, cut_of) -> np.ndarray:
-    """How often each (head, query, key) is met, [H, Q, S], in the parts that a kernel is given; where a call
-    says that nothing came before, nothing did."""
-    counts = np.zeros((shape.heads, shape.queries, shape.seq), np.int64)
-    repeat = shape.heads // shape.kv_heads
-    for call in calls:
-        if not call.exists:
-            continue
-        here = np.zeros_like(counts)
-        for queries, keys in _parts(call, shape, cut_of(call, shape)):
-            sees = ~hidden(queries.length, keys.length, call.left, call.right).numpy()
-            assert sees.any(axis=1).all(), "a query that sees nothing would have no log-sum-exp"
-            assert queries.heads % keys.heads == 0
-            for n in range(queries.batch):
-                tokens = queries.start + n * queries.batch_step + queries.step * np.arange(queries.length)
-                tokens -= shape.origin
-                assert tokens.min() >= 0
-                seen = keys.start + n * keys.batch_step + keys.step * np.arange(keys.length)
-                assert tokens.max() < shape.queries
-                assert seen.max() < shape.seq
-                for place in range(queries.heads):
-                    head = queries.head + place * queries.head_step
-                    kv_head = keys.head + place // (queries.heads // keys.heads) * keys.head_step
-                    assert kv_head == head // repeat
-                    here[head][np.ix_(tokens, seen)] += sees
-        assert not (call.first and (counts.any(axis=2) & here.any(axis=2)).any())
-        counts += here
-    return counts
 
 
 kernel_by_kernel = pytest.mark.parametrize("windows", ["any", "causal"])

@@ -12,10 +12,12 @@ from functools import cache
 from typing import NamedTuple
 
 from attention.sharding.parts import Placement, source_placement
-from attention.sharding.plan import FEW_PARTS, Fetch, FetchStage, Guest, KeysPlan, RankPart
+from attention.sharding.plan import Fetch, FetchStage, Guest, KeysPlan, Ranges, RankPart, all_if_many
+from attention.sharding.whole_parts import WholePart, joining
 from attention.sizes.arena import arena_bytes, bucket_bytes
 from attention.sizes.shape import Shape
 from attention.sizes.tiles import Extent, backward_sizes, forward_sizes
+from attention.sizes.whole_calls import backward_cut
 from planner.memory.plans import tiles, whole_calls
 from planner.memory.plans.tiles import Case
 from planner.memory.table import PlanTable, PrefixedTable
@@ -187,7 +189,8 @@ def _forward(rank: _Rank) -> tuple[str, ...]:
             answers_sent = True
             for place, guest in enumerate(plan.guests):
                 names = f"answer {place + 1}", f"answer {place + 1}, log-sum-exp"
-                visiting = _Output(rank, guest.queries.stop, len(guest.parts) > FEW_PARTS, *names)
+                queries = guest.queries.stop
+                visiting = _Output(rank, queries, all_if_many(len(guest.parts), queries), *names)
                 for own in guest.parts:
                     visiting.add(own.part, "visiting queries")
                 table.free(*visiting.end())
@@ -260,30 +263,107 @@ def _fetched(number: int, place: int) -> str:
     return f"keys of fetch {place + 1}, stage {number + 1}"
 
 
+class _Numbers:
+    """Lines of `attention.sharding.sums`: numbers of tokens, some in single precision."""
+
+    def __init__(self, rank: _Rank, tokens: int, each: int, wide: Ranges, name: str, component: str) -> None:
+        """`each`: numbers of a token of all batch items."""
+        self._rank, self.tokens, self._each = rank, tokens, each
+        self.name, self._component = name, component
+        self._wide = wide if rank.e < rank.w else ()
+        self.all_wide = self._wide == ((0, tokens),)
+        self.is_begun = False
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether some tokens alone are in single precision."""
+        return bool(self._wide) and not self.all_wide
+
+    @property
+    def own(self) -> int:
+        """Bytes of a number, but for what is in single precision beside others."""
+        return self._rank.w if self.all_wide else self._rank.e
+
+    @property
+    def _wide_name(self) -> str:
+        return f"{self.name} in single precision"
+
+    def takes(self, tokens: int, number: int) -> bool:
+        """Whether they may begin with so many tokens in numbers of so many bytes."""
+        return not self.is_begun and tokens == self.tokens and number == self.own
+
+    def begin(self, part: str | None = None) -> None:
+        """Begins, with a part of that name, if nothing has begun."""
+        table = self._rank.table
+        if self.is_begun:
+            return
+        self.is_begun = True
+        name = self._wide_name if self.all_wide else self.name
+        component = "temp_buffers" if self.all_wide else self._component
+        if part is None:
+            formula = "B S H D w" if self.all_wide else "B S H D e"
+            table.add(name, component, self.tokens * self._each * self.own, formula)
+        else:
+            table.rename(part, name, component)
+        if self.is_mixed:
+            nbytes = [(end - begin) * self._each * self._rank.w for begin, end in self._wide]
+            table.add(self._wide_name, "temp_buffers", nbytes, "B S H D w of some tokens")
+
+    def end(self, number: int) -> None:
+        """They are complete, and have numbers of so many bytes."""
+        table = self._rank.table
+        self.begin()
+        if self.is_mixed:
+            table.free(self._wide_name)
+        if not self.all_wide:
+            return
+        if number == self.own:
+            table.rename(self._wide_name, self.name, self._component)
+            return
+        table.phase(f"{self.name}, rounded")
+        table.add(self.name, self._component, self.tokens * self._each * number, "B S H D e")
+        table.free(self._wide_name)
+
+
 class _Output:
     """Lines of `attention.sharding.sums.Output`."""
 
-    def __init__(self, rank: _Rank, tokens: int, wide: bool, name: str, lse_name: str) -> None:
-        self._rank, self._tokens = rank, tokens
-        self._name, self._lse_name = name, lse_name
-        self._number = rank.w if wide else rank.e
-        self._sum: str | None = None
-        self._is_turned = False
-        """Whether the log-sum-exp is a kernel's, which has heads before tokens."""
+    def __init__(self, rank: _Rank, tokens: int, wide: Ranges, name: str, lse_name: str) -> None:
+        self._rank, self._name, self._lse_name = rank, name, lse_name
+        self._numbers = _Numbers(rank, tokens, rank.numbers(1), wide, name, self._component("output"))
+        self._heads_first = False
+        """Whether the log-sum-exp lies as a kernel returns it, of all tokens at once."""
 
     def add(self, part: RankPart, name: str) -> None:
         """Adds a part, which is computed first."""
         rank, table = self._rank, self._rank.table
+        if part.whole is not None:
+            self._join(part.whole, f"{name}: ")
+            return
         queries = part.queries.stop - part.queries.start
         out, lse = _part_forward(rank, part, f"{name}: ")
-        if self._sum is None and self._number == rank.e and queries == self._tokens:
-            table.rename(out, self._name, self._component("output"))
-            table.rename(lse, self._lse_name, self._component("saved_for_backward"))
-            self._sum, self._is_turned = self._name, part.whole is not None
+        if self._numbers.takes(queries, rank.e):
+            self._begin(out, lse)
             return
         self.merge(queries)
         table.free(out, lse)
         table.phase(f"{name} merged")
+
+    def _join(self, part: WholePart, prefix: str) -> None:
+        """Adds a part of whole calls."""
+        rank, calls = self._rank, part.calls
+        table, case = PrefixedTable(rank.table, prefix), rank.case._replace(shape=part.shape, trains=False)
+        if self._numbers.takes(int(part.shape.queries), rank.e) and calls[0].covers(part.shape):
+            whole_calls.forward(table, case, calls[:1])
+            self._begin(f"{prefix}out", f"{prefix}log-sum-exp")
+            self._heads_first = not self._is_in_order()
+            calls = calls[1:]
+        else:
+            table.phase("before it is merged")
+            self._begin()
+        for call in joining(calls):
+            whole_calls.forward_parts(table, case, call)
+        table.phase("merged")
 
     def merge(self, queries: int) -> None:
         """Merges the output of queries that is there."""
@@ -292,43 +372,44 @@ class _Output:
         self._begin()
         rows = min(rank.plan.slab_tokens, queries) * int(rank.case.shape.heads)
         share, slab = rows * rank.w, rows * int(rank.case.shape.head_dim) * rank.w
-        total, part = slab * (self._number < rank.w), slab * (rank.e < rank.w)
+        total, part = slab * (self._numbers.own < rank.w), slab * (rank.e < rank.w)
         name = f"scratch of the merge, {self._name}"
         table.add(name, "workspace", (share, total, max(share, part)), "T H w, and twice T H D w in 16 bits")
         table.free(name)
 
     def end(self) -> tuple[str, ...]:
         """The sum is complete; names of what is there until the pass ends."""
-        rank, table = self._rank, self._rank.table
         self._begin()
-        if self._number > rank.e:
-            table.phase(f"{self._name}, rounded")
-            nbytes = rank.numbers(self._tokens) * rank.e
-            table.add(self._name, self._component("output"), nbytes, "B S H D e")
-            assert self._sum is not None
-            table.free(self._sum)
-        nbytes = rank.rows(self._tokens) * rank.w
-        one_piece = table.nbytes(self._lse_name) == nbytes
-        in_order = rank.case.shape.heads == 1 and (rank.case.batch == 1 or one_piece)
-        if not self._is_turned or in_order or (one_piece and self._tokens == 1):
+        self._numbers.end(self._rank.e)
+        if not self._heads_first:
             return ()
-        table.phase(f"{self._name}, log-sum-exp in order")
-        turned = f"{self._lse_name}, heads first"
-        table.rename(self._lse_name, turned, "temp_buffers")
-        table.add(self._lse_name, self._component("saved_for_backward"), nbytes, "B S H w")
-        return (turned,)
+        table, of_kernel = self._rank.table, f"{self._lse_name} of a kernel"
+        table.phase(f"{self._lse_name} in the order of out")
+        table.rename(self._lse_name, of_kernel, "temp_buffers")
+        self._add_lse()
+        return (of_kernel,)
 
-    def _begin(self) -> None:
-        rank, table = self._rank, self._rank.table
-        if self._sum is not None:
+    def _begin(self, out: str | None = None, lse: str | None = None) -> None:
+        """Begins, with a part of these names, if nothing has begun."""
+        numbers = self._numbers
+        if numbers.is_begun:
             return
-        wide = self._number > rank.e
-        self._sum = f"{self._name} in single precision" if wide else self._name
-        nbytes = rank.numbers(self._tokens) * self._number
-        component = "temp_buffers" if wide else self._component("output")
-        table.add(self._sum, component, nbytes, "B S H D w" if wide else "B S H D e")
-        lse = rank.rows(self._tokens) * rank.w
-        table.add(self._lse_name, self._component("saved_for_backward"), lse, "B S H w")
+        numbers.begin(out)
+        if lse is None:
+            self._add_lse()
+        else:
+            self._rank.table.rename(lse, self._lse_name, self._component("saved_for_backward"))
+
+    def _is_in_order(self) -> bool:
+        """Whether a kernel's log-sum-exp, [B, H, S] and maybe padded, is [B, S, H] too."""
+        rank, tokens = self._rank, self._numbers.tokens
+        if rank.table.nbytes(self._lse_name) > rank.rows(tokens) * rank.w:
+            return bool(rank.case.shape.heads == 1 and rank.case.batch == 1)
+        return bool(rank.case.shape.heads == 1 or tokens == 1)
+
+    def _add_lse(self) -> None:
+        nbytes = self._rank.rows(self._numbers.tokens) * self._rank.w
+        self._rank.table.add(self._lse_name, self._component("saved_for_backward"), nbytes, "B S H w")
 
     def _component(self, own: str) -> str:
         """That of own results; visitors' travel."""
@@ -338,13 +419,9 @@ class _Output:
 
 
 def _part_forward(rank: _Rank, part: RankPart, prefix: str) -> tuple[str, str]:
-    """Computes a part; names of its output and log-sum-exp."""
+    """Computes a part of tiles; names of its output and log-sum-exp."""
     table, case = PrefixedTable(rank.table, prefix), rank.case
     names = f"{prefix}out", f"{prefix}log-sum-exp"
-    if part.whole is not None:
-        own = case._replace(shape=part.whole.shape, trains=False)
-        whole_calls.forward(table, own, part.whole.calls)
-        return names
     shape, queries = part.program.shape, part.queries.stop - part.queries.start
     extent = rank.extent(part, False)
     ends: list[End] = []
@@ -407,7 +484,7 @@ def _backward(rank: _Rank) -> None:
         if number == 0:
             for place, guest in enumerate(plan.guests):
                 name = f"gradient of visiting queries {place + 1}"
-                wide = len(guest.parts) > FEW_PARTS
+                wide = all_if_many(len(guest.parts), guest.queries.stop)
                 visiting = _Sum(rank, name, guest.queries.stop, heads, wide, "comm_buffers")
                 for own in guest.parts:
                     _part_backward(rank, own.part, "visiting queries: ", (visiting, dk, dv))
@@ -431,7 +508,9 @@ def _fetch_backward(
 ) -> list[str]:
     """The gradients of what was fetched; names of those, which travel."""
     plan = rank.plan
-    wide = len(fetch.parts) > FEW_PARTS or plan.travels_wide
+    wide = all_if_many(len(fetch.parts), fetch.rows.total)
+    if plan.travels_wide:
+        wide = ((0, fetch.rows.total),)
     names = [f"{name} of {_fetched(number, place)}" for name in ("dk", "dv")]
     lanes = fetch.rows.lanes(plan.shape)
     dk, dv = (_Sum(rank, name, fetch.rows.total, lanes, wide, "comm_buffers") for name in names)
@@ -478,93 +557,86 @@ def _take(rank: _Rank, number: int, own: tuple[_Sum, _Sum, _Sum]) -> None:
 class _Sum:
     """Lines of `attention.sharding.sums.Sum`, of R rows and L lanes."""
 
-    def __init__(self, rank: _Rank, name: str, rows: int, lanes: int, wide: bool, component: str) -> None:
-        self._rank, self._name, self.rows, self._lanes = rank, name, rows, lanes
-        self._component = component
-        self._number = rank.w if wide else rank.e
-        self._sum: str | None = None
+    def __init__(self, rank: _Rank, name: str, rows: int, lanes: int, wide: Ranges, component: str) -> None:
+        self._rank, self._name, self._lanes = rank, name, lanes
+        self.numbers = _Numbers(rank, rows, rank.key_numbers(1, lanes), wide, name, component)
 
     def add(self, part: str, rows: int, number: int) -> None:
         """Adds a part of that name, which is gone then."""
-        table = self._rank.table
-        if self._sum is None and number == self._number and rows == self.rows:
-            name = self._name if number == self._rank.e else f"{self._name} in single precision"
-            table.rename(part, name, self._component)
-            self._sum = name
+        if self.numbers.takes(rows, number):
+            self.numbers.begin(part)
             return
         self.merge(rows, number)
-        table.free(part)
+        self._rank.table.free(part)
 
     def merge(self, rows: int, number: int, lane_tokens: int = 0) -> None:
         """Adds so many rows of a part that is there, or tokens of one lane at a time."""
         rank, table = self._rank, self._rank.table
         table.phase(f"{self._name}, adding")
-        self._begin()
+        self.numbers.begin()
         slab = min(rank.plan.slab_tokens, rows) * self._lanes * int(rank.case.shape.head_dim)
         if not rows:
-            slab = rank.key_numbers(lane_tokens, 1)
+            slab = lane_tokens * int(rank.case.shape.head_dim)
         name = f"scratch of the sum, {self._name}"
-        table.add(name, "workspace", slab * rank.w * (number != self._number), "T L D w")
+        widens = number != self.numbers.own or self.numbers.is_mixed
+        table.add(name, "workspace", slab * rank.w * widens, "T L D w")
         table.free(name)
 
     def end(self, number: int) -> None:
         """The sum is complete, and has numbers of so many bytes."""
-        table = self._rank.table
-        self._begin()
-        assert self._sum is not None
-        if self._sum == self._name:
-            return
-        if number == self._number:
-            table.rename(self._sum, self._name, self._component)
-            return
-        table.phase(f"{self._name}, rounded")
-        table.add(self._name, self._component, self._nbytes(number), "B R L D e")
-        table.free(self._sum)
-
-    def _begin(self) -> None:
-        if self._sum is None:
-            wide = self._number > self._rank.e
-            self._sum = f"{self._name} in single precision" if wide else self._name
-            component = "temp_buffers" if wide else self._component
-            self._rank.table.add(self._sum, component, self._nbytes(self._number), "B R L D e, or w")
-
-    def _nbytes(self, number: int) -> int:
-        return self._rank.key_numbers(self.rows, self._lanes) * number
+        self.numbers.end(number)
 
 
 def _part_backward(rank: _Rank, part: RankPart, prefix: str, sums: tuple[_Sum, _Sum, _Sum]) -> None:
     """Computes a part's gradients and adds them."""
+    if part.whole is not None:
+        _join_backward(rank, part.whole, prefix, sums)
+        return
     table, case = PrefixedTable(rank.table, prefix), rank.case
     queries, rows = part.queries.stop - part.queries.start, part.program.rows
     number = rank.travel
-    if part.whole is not None:
-        number = rank.e
-        own = case._replace(shape=part.whole.shape, among=sums[0].rows)
-        whole_calls.backward(table, own, part.whole.calls)
-    else:
-        shape = part.program.shape
-        extent = rank.extent(part, True)
-        ends: list[End] = []
+    shape = part.program.shape
+    extent = rank.extent(part, True)
+    ends: list[End] = []
 
-        def begin() -> None:
-            table.add("dq", "temp_buffers", rank.numbers(queries) * rank.e, "B Q H D e")
-            for name in ("dk", "dv"):
-                table.add(name, "temp_buffers", rank.placed(rows) * number, "B R L D e, or w")
-            back = shape.backward()
-            sizes = backward_sizes(extent, back)
-            sizes["slab"] = sizes["slab"] * (number // rank.e)
-            own, other = int(arena_bytes(sizes)), _arenas(rank, part)[0]
-            formula = "attention/sizes/tiles.py backward_sizes"
-            ends.append(rank.kept.begin(rank.table, own, other, int(shape.seq), formula))
-            in_kernel = shape.wide if shape.widens else rank.e
-            ends.append(rank.kept.mask(rank.table, (*_ints(extent.mask), extent.band, in_kernel)))
+    def begin() -> None:
+        table.add("dq", "temp_buffers", rank.numbers(queries) * rank.e, "B Q H D e")
+        for name in ("dk", "dv"):
+            table.add(name, "temp_buffers", rank.placed(rows) * number, "B R L D e, or w")
+        back = shape.backward()
+        sizes = backward_sizes(extent, back)
+        sizes["slab"] = sizes["slab"] * (number // rank.e)
+        own, other = int(arena_bytes(sizes)), _arenas(rank, part)[0]
+        formula = "attention/sizes/tiles.py backward_sizes"
+        ends.append(rank.kept.begin(rank.table, own, other, int(shape.seq), formula))
+        in_kernel = shape.wide if shape.widens else rank.e
+        ends.append(rank.kept.mask(rank.table, (*_ints(extent.mask), extent.band, in_kernel)))
 
-        tiles.backward_calls(table, case._replace(shape=shape), extent, begin)
-        for end in reversed(ends):
-            end()
+    tiles.backward_calls(table, case._replace(shape=shape), extent, begin)
+    for end in reversed(ends):
+        end()
     counts = (queries, rows.total, rows.total)
     for total, name, count, size in zip(
         sums, ("dq", "dk", "dv"), counts, (rank.e, number, number), strict=True
     ):
         total.add(prefix + name, count, size)
     rank.table.phase(f"{prefix}gradients added")
+
+
+def _join_backward(rank: _Rank, part: WholePart, prefix: str, sums: tuple[_Sum, _Sum, _Sum]) -> None:
+    """Adds the gradients of a part of whole calls."""
+    table, calls = PrefixedTable(rank.table, prefix), part.calls
+    case = rank.case._replace(shape=part.shape, among=sums[0].numbers.tokens)
+    counts = (int(part.shape.queries), int(part.shape.seq), int(part.shape.seq))
+    takes = all(total.numbers.takes(count, rank.e) for total, count in zip(sums, counts, strict=True))
+    if takes and whole_calls.is_one(calls[0], backward_cut(calls[0], part.shape), case):
+        whole_calls.backward(table, case, calls[:1])
+        for total, name in zip(sums, ("dq", "dk", "dv"), strict=True):
+            total.numbers.begin(prefix + name)
+        calls = calls[1:]
+    table.phase("before gradients are added")
+    for total in sums:
+        total.numbers.begin()
+    for call in joining(calls):
+        whole_calls.backward_parts(table, case, call)
+    table.phase("gradients added")

@@ -47,13 +47,26 @@ def forward(table: PlanTable, case: Case, calls: Sequence[WholeCall]) -> None:
     lse = "saved_for_backward" if case.trains else "temp_buffers"
     table.add("log-sum-exp", lse, where(as_returned, lse_bytes, case.lse_bytes), "float32 B S H")
     for call in calls:
-        cut, alone = forward_cut(call, shape), call.exists * (1 - call.covers(shape))
+        cut = forward_cut(call, shape)
         _forward_calls(table, case, call, cut)
         table.free(f"{call.name}: log-sum-exp")
-        if any_of(_repeats(call, case, cut) * alone):
-            table.again(f"forward, {call.name}")
-        for rest in _rests(call, case, cut, alone):
-            _forward_calls(table, case, call, rest, rest=True)
+        _forward_others(table, case, call, cut)
+
+
+def forward_parts(table: PlanTable, case: Case, call: WholeCall) -> None:
+    """A call whose results are merged into an output that is there."""
+    cut = forward_cut(call, case.shape)
+    _forward_calls(table, case, call, cut)
+    _forward_others(table, case, call, cut)
+
+
+def _forward_others(table: PlanTable, case: Case, call: WholeCall, cut: CallPart) -> None:
+    """The kernel calls after the first one of a call that are cut so."""
+    alone = call.exists * (1 - call.covers(case.shape))
+    if any_of(_repeats(call, case, cut) * alone):
+        table.again(f"forward, {call.name}")
+    for rest in _rests(call, case, cut, alone):
+        _forward_calls(table, case, call, rest, rest=True)
 
 
 def _forward_calls(
@@ -83,18 +96,23 @@ def backward(table: PlanTable, case: Case, calls: Sequence[WholeCall], cut_of: C
     calls = [call for call in calls if any_of(call.exists)]
     padded = case.machine.backward(_all_tokens(case)).result
     own = (case.channels * e, case.kv_channels * e, case.kv_channels * e)
-    one = sum((_is_one(call, cut_of(call, shape), case) * call.exists for call in calls), 0)
+    one = sum((is_one(call, cut_of(call, shape), case) * call.exists for call in calls), 0)
     table.phase("backward")
     for name, nbytes, returned in zip(("dq", "dk", "dv"), own, padded, strict=True):
         table.add(name, "gradients", where(one, returned, nbytes), "B S H D e, or B S G D e")
     for call in calls:
-        cut = cut_of(call, shape)
-        alone = call.exists * (1 - _is_one(call, cut, case))
-        _backward_calls(table, case, call, cut, alone)
-        if any_of(_repeats(call, case, cut) * alone):
-            table.again(f"backward, {call.name}")
-        for rest in _rests(call, case, cut, alone):
-            _backward_calls(table, case, call, rest, alone, rest=True)
+        backward_parts(table, case, call, cut_of)
+
+
+def backward_parts(table: PlanTable, case: Case, call: WholeCall, cut_of: CutOf = backward_cut) -> None:
+    """A call whose gradients are added to those that are there, unless they are all of them."""
+    cut = cut_of(call, case.shape)
+    alone = call.exists * (1 - is_one(call, cut, case))
+    _backward_calls(table, case, call, cut, alone)
+    if any_of(_repeats(call, case, cut) * alone):
+        table.again(f"backward, {call.name}")
+    for rest in _rests(call, case, cut, alone):
+        _backward_calls(table, case, call, rest, alone, rest=True)
 
 
 def _backward_calls(
@@ -164,7 +182,7 @@ def _reordered(call: WholeCall, case: Case) -> Count:
     return case.lse_bytes * (call.views > 1) * call.covers(case.shape) * call.exists
 
 
-def _is_one(call: WholeCall, cut: CallPart, case: Case) -> Count:
+def is_one(call: WholeCall, cut: CallPart, case: Case) -> Count:
     """1 if the kernel is given all tokens at once and returns dq, dk and dv, else 0."""
     fits = (call.views <= cut.views) * (call.kv_heads(case.shape) <= cut.kv_heads)
     return call.covers_keys(case.shape) * fits * 1

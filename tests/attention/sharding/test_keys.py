@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 from flash import flash_attention
+from played_cudnn import cudnn_attention
 from rank_cases import KINDS, on_one_device, random_config, random_documents, random_tensors
 from rank_threads import attended
 
@@ -42,10 +43,40 @@ def test_many_random_cases_are_those_of_one_device():
         assert_is_of_one_device(f"wide {number}")
 
 
+def test_lists_of_blocks_that_shards_cut_are_read_where_they_are():
+    """Shards begin at tokens 68 and 136, inside of blocks of 16."""
+    pattern = SparsePatternConfig(
+        pattern_type="global_local", block_size=16, local_window_size=100, global_tokens=40
+    )
+    config = AttentionConfig(variant="block_sparse", pattern=pattern, workspace_bytes=1 << 16)
+    tensors = random_tensors(random.Random(0), 203, 8, torch.float64)
+    documents = ((127, 2, 74),) * len(tensors[0])
+    got, _ = attended(config, 3, tensors, True, documents)
+    for a, b in zip(got, on_one_device(config, tensors, True, documents), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+
+
 @pytest.mark.parametrize("number", range(10))
 def test_whole_calls_of_a_gpu_are_those_of_one_device(number):
     with flash_attention("any"):
         assert_is_of_one_device(f"flash {number}")
+
+
+@pytest.mark.parametrize("number", range(6))
+def test_calls_of_cudnns_attention_are_those_of_one_device(number):
+    with cudnn_attention():
+        assert_is_of_one_device(f"cudnn {number}")
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_dense_parts_go_to_cudnns_attention(causal):
+    tensors = random_tensors(random.Random(3), 96, 8, torch.bfloat16)
+    config = AttentionConfig(variant="dense")
+    with cudnn_attention(least=16) as counts:
+        attended(config, 3, tensors, causal)
+    # Each rank's own part, and one for each source.
+    parts = 3 + (3 if causal else 6)
+    assert counts["forward"] == counts["backward"] >= parts
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
@@ -62,6 +93,21 @@ def test_low_precision_is_as_near_as_one_device(kind, dtype):
         for a, b, wanted in zip(got, rounded, exact, strict=True):
             error, own = ((x.double() - wanted).norm() / wanted.norm() for x in (a, b))
             assert error <= 1.6 * max(own, torch.finfo(dtype).eps / 4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_whole_calls_in_low_precision_are_as_near_as_one_device(kind):
+    rng = random.Random(f"{kind} flash")
+    config = random_config(rng, kind)
+    for causal in (False, True):
+        tensors = random_tensors(rng, 203, 16, torch.bfloat16)
+        exact = on_one_device(config, [x.double() for x in tensors], causal)
+        with flash_attention():
+            rounded = on_one_device(config, tensors, causal)
+            got, _ = attended(config, 5, tensors, causal, zigzag=kind == "zigzag")
+        for a, b, wanted in zip(got, rounded, exact, strict=True):
+            error, own = ((x.double() - wanted).norm() / wanted.norm() for x in (a, b))
+            assert error <= 1.6 * max(own, torch.finfo(torch.bfloat16).eps / 4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -105,7 +105,7 @@ def rank_plan(config, workload, machine, rank):
     shards = shards_of(config, workload.seq, workload.gpus)
     own = workload.model_copy(update={"seq": int(shards.tokens(rank)), "gpus": 1})
     shape = shape_of(columns_of(config, own.seq), own, machine)
-    shape = shape._replace(seq=workload.seq, causal=workload.causal, cudnn_from=0)
+    shape = shape._replace(seq=workload.seq, causal=workload.causal)
     layout = cache(lambda: build_layout(config, workload.seq, workload.causal))
     make = tiles_of(config, shape._replace(windows="none"), layout)
     return keys_plan(config, shape, shards, rank, make, None)
@@ -154,15 +154,25 @@ def test_the_work_is_nearly_that_of_the_tiles(name, causal):
         assert exact["launches"] / 2 <= close["launches"] <= 2 * exact["launches"]
 
 
-def test_on_a_gpu_dense_parts_are_whole_calls():
+@pytest.mark.parametrize("name", ["dense", "window", "token window", "global", "dilated", "annuli"])
+def test_on_a_gpu_parts_are_the_whole_calls_of_one_gpu(name):
+    workload = task(seq=65_536, batch=1, dtype="bfloat16")
+    # One multiprocessor, of which none is idle.
+    machine, kernel = Cuda((9, 0), 132), gpu_kernel(1)
+    columns = columns_of(CONFIGS[name], workload.seq)
+    twin = work_of(columns, workload, machine, kernel, apart=False)
+    works = [work_of_rank(CASES[name], workload, machine, kernel, rank) for rank in range(4)]
+    for which, total in ((1, twin.forward), (2, twin.backward)):
+        every = [step.totals for work in works for step in work[which]]
+        assert sum(one["work"] for one in every) == pytest.approx(total["work"], rel=0.05)
+        assert not any(one["tiles"] for one in every)
+        assert sum(one["launches"] for one in every) <= 32 * total["launches"]
+
+
+def test_a_stage_goes_on_while_the_one_before_it_is_computed():
     workload = task(seq=16_384, batch=1, dtype="bfloat16")
-    machine, kernel = Cuda((9, 0), 132), gpu_kernel(132)
-    work = work_of_rank(CASES["dense"], workload, machine, kernel, 1)
-    columns = columns_of(CONFIGS["dense"], workload.seq)
-    twin = work_of(columns, workload, Cuda((9, 0), 132, cudnn=False), kernel, apart=False)
-    for steps, total in ((work.forward, twin.forward), (work.backward, twin.backward)):
-        assert sum(step.totals["work"] for step in steps) == pytest.approx(total["work"] / 4, rel=0.05)
-        assert sum(step.totals["launches"] for step in steps) in (4, 8)
+    work = work_of_rank(CASES["dense"], workload, Cuda((9, 0), 132), gpu_kernel(132), 1)
+    for steps in (work.forward, work.backward):
         assert [len(step.exchanges) for step in steps[:3]] == [1, 1, 1 + (steps is work.backward)]
 
 
