@@ -161,7 +161,13 @@ def _bound(columns: Columns, shape: Shape) -> Callable[[RankPart, Shape], Extent
             seq=shape.seq, origin=shape.seq - queries, kv_heads=shape.kv_heads, windows="none"
         )
         extent = extent_of(whole)
-        kinds = tuple(kind._replace(keys=min(kind.keys, rows.total)) for kind in extent.kinds)
+        kinds = tuple(
+            kind._replace(
+                keys=min(kind.keys, rows.total),
+                sizes=tuple((views, tokens, min(keys, rows.total)) for views, tokens, keys in kind.sizes),
+            )
+            for kind in extent.kinds
+        )
         return extent._replace(kinds=tuple(kind for kind in kinds if kind.exists))
 
     return bound
