@@ -9,7 +9,7 @@ see every key, travel to the keys instead.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
 
@@ -17,16 +17,20 @@ import torch
 from torch import Tensor
 
 from attention.config import AttentionConfig
+from attention.layout import Layout
 from attention.ops.backward import Gradients, final
 from attention.ops.execute import Problem, Reserves, backward_pass, forward_pass
 from attention.ops.kernels import lse_dtype
 from attention.ops.learned_sinks import add_sinks, sinks_gradient
+from attention.ops.list_calls import BlockLists, shared_lists
 from attention.out_of_memory import with_emergency_release
 from attention.pool import Buffers
 from attention.sharding.part_calls import Sums, join_backward, join_forward
 from attention.sharding.parts import source_placement
 from attention.sharding.plan import FetchStage, Guest, KeysPlan, RankPart, all_if_many
 from attention.sharding.sums import Output, Sum, packed
+from attention.sharding.whole_parts import ListedPart
+from attention.sizes.arrays import Ints
 from attention.sizes.shape import Shape
 
 Messages = Sequence[tuple[int, Tensor]]
@@ -61,17 +65,21 @@ class KeysProblem(NamedTuple):
     buffers: Buffers
 
 
-def keys_problem(plan: KeysPlan, config: AttentionConfig, scale: float, buffers: Buffers) -> KeysProblem:
-    """The problem of a plan."""
+def keys_problem(
+    plan: KeysPlan, config: AttentionConfig, layout: Callable[[], Layout], scale: float, buffers: Buffers
+) -> KeysProblem:
+    """The problem of a plan. `layout`: of the whole sequence, asked for where parts are lists."""
     parts = sorted(plan.all_parts(), key=lambda part: part.number)
-    problems = tuple(_part_problem(part, config, scale, buffers) for part in parts)
+    problems = tuple(_part_problem(part, config, layout, scale, buffers) for part in parts)
     return KeysProblem(plan, problems, buffers)
 
 
-def _part_problem(part: RankPart, config: AttentionConfig, scale: float, buffers: Buffers) -> Problem:
-    program = part.program
+def _part_problem(
+    part: RankPart, config: AttentionConfig, layout: Callable[[], Layout], scale: float, buffers: Buffers
+) -> Problem:
+    program, calls = part.program, part.whole or part.listed
     return Problem(
-        shape=part.whole.shape if part.whole else program.shape,
+        shape=calls.shape if calls else program.shape,
         tiles=program.tiles,
         reserves=Reserves(program.shape, program.extent, kinds=False),
         scale=scale,
@@ -79,8 +87,21 @@ def _part_problem(part: RankPart, config: AttentionConfig, scale: float, buffers
         whole=False,
         buffers=buffers,
         calls=part.whole.calls if part.whole else None,
+        lists=_lists(part.listed, layout()) if part.listed else None,
         hides=config.token_edges,
     )
+
+
+def _lists(part: ListedPart, layout: Layout) -> BlockLists:
+    """The lists of a part."""
+    shared, first = shared_lists(layout, part.calls), part.first
+    stop = first + sum(int(group.rows) for group in part.calls.groups)
+
+    def blocks(item: int, lanes: range, rows: range) -> Ints:
+        some = shared.blocks(item, lanes, range(first + rows.start, first + rows.stop))
+        return part.rows.blocks(some, layout.block_size)
+
+    return BlockLists(part.calls, shared.counts[:, :, first:stop], blocks)
 
 
 def keys_attention(
@@ -175,7 +196,7 @@ def _forward(
             visiting = Output(asking, wide, plan.slab_tokens)
             for own in guest.parts:
                 add(own.part, asking, k[:, own.keys], v[:, own.keys], visiting)
-            sends += [(guest.peer, x) for one in visiting.ended() for x in one]
+            sends += [(guest.peer, x) for one in visiting.ended() for x in one.contiguous()]
         guests.clear()
         receives = [
             (host.peer, x)
@@ -213,7 +234,8 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) of own tokens."""
     plan = problem.plan
-    q, k, v, out, lse = (x.contiguous() for x in saved)
+    q, k, v, out = (x.contiguous() for x in saved[:4])
+    lse = saved[4]
     travel = lse_dtype(k.dtype) if plan.travels_wide else k.dtype
     rows = (grad, q, out, lse)
     slab = plan.slab_tokens
@@ -301,7 +323,8 @@ def _of_guests(plan: KeysPlan, guests: Sequence[Sequence[Tensor]]) -> Messages:
 
 
 def _to_hosts(plan: KeysPlan, rows: Sequence[Tensor]) -> Messages:
-    return [(host.peer, x) for host in plan.hosts for one in rows for x in one[:, host.queries]]
+    asked = ((host.peer, one[:, host.queries]) for host in plan.hosts for one in rows)
+    return [(peer, x.contiguous()) for peer, one in asked for x in one]
 
 
 def _like_rows(q: Tensor) -> tuple[Tensor, Tensor]:

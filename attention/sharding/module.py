@@ -285,7 +285,7 @@ class ShardedAttention(nn.Module):
             make = tiles_of(config, whole._replace(windows="none"), layout)
             plan = keys_plan(config, whole, shards, transport.rank, make, lengths)
             scale = config.scale or 1.0 / math.sqrt(q.shape[3])
-            problem = keys_problem(plan, config, scale, self.scratch)
+            problem = keys_problem(plan, config, layout, scale, self.scratch)
             while len(self._problems) >= MOST:
                 self._problems.pop(next(iter(self._problems)))
             self._problems[size] = problem

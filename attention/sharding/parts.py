@@ -19,6 +19,7 @@ from attention.ops.extent import extent_of
 from attention.ops.program import Call, Gather, Tile, Tiles
 from attention.sections import TokenSection, clipped, sections_of
 from attention.sharding.needs import Source
+from attention.sizes.arrays import Ints
 from attention.sizes.shape import Shape, Span
 from attention.sizes.tiles import Extent
 
@@ -38,6 +39,20 @@ class Placement(NamedTuple):
         run = self.runs[bisect_right(self.runs, token, key=lambda one: one[0]) - 1]
         assert run[0] <= token < run[1], (token, self)
         return run[2] + (token - run[0]) // self.rate
+
+    def blocks(self, blocks: Ints, size: int) -> Ints:
+        """The blocks of rows that blocks of the sequence are."""
+        if len(self.runs) == 1:
+            begin, _, row = self.runs[0]
+            return blocks + (row - begin) // size
+        begins, rows = (np.array([run[n] for run in self.runs]) for n in (0, 2))
+        runs = np.searchsorted(begins, blocks * size, side="right") - 1
+        moved: Ints = blocks + ((rows - begins) // size)[runs]
+        return moved
+
+    def has_blocks(self, size: int) -> bool:
+        """Whether blocks of the sequence are blocks of rows."""
+        return all((row - begin) % size == 0 for begin, _, row in self.runs)
 
     def of(self, begin: int, end: int) -> slice:
         """The rows of tokens that follow each other."""
@@ -135,12 +150,8 @@ class PartProgram:
     def _cut_tiles(self, sections: Sequence[TokenSection], shape: Shape) -> Iterator[Tile]:
         whole = shape._replace(seq=self._whole.seq, origin=self.queries[0], kv_heads=self._whole.kv_heads)
         made = takewhile(lambda tile: tile.start < self.queries[1], self._make(whole))
-        for tile in clipped(made, sections, whole, self._has_blocks):
+        for tile in clipped(made, sections, whole, self.rows.has_blocks):
             yield self._placed(tile)
-
-    def _has_blocks(self, size: int) -> bool:
-        """Whether blocks of the sequence are blocks of rows."""
-        return all((row - begin) % size == 0 for begin, _, row in self.rows.runs)
 
     def _placed(self, tile: Tile) -> Tile:
         """The tile with tokens as rows."""
@@ -152,7 +163,8 @@ class PartProgram:
         queries = tuple(span._replace(start=span.start + move) for span in call.queries)
         keys = call.keys
         if isinstance(keys, Gather):
-            return replace(call, queries=queries, keys=self._placed_blocks(keys))
+            placed_blocks = self.rows.blocks(keys.blocks, keys.size)
+            return replace(call, queries=queries, keys=Gather(placed_blocks, keys.size, keys.heads))
         rate = self.rows.rate
         placed = keys._replace(start=self.rows.row(keys.start))
         if rate > 1:
@@ -160,14 +172,6 @@ class PartProgram:
             head, step = self._lanes(call.queries[0], keys)
             placed = placed._replace(head=head, head_step=step)
         return replace(call, queries=queries, keys=placed)
-
-    def _placed_blocks(self, keys: Gather) -> Gather:
-        if len(self.rows.runs) == 1:
-            begin, _, row = self.rows.runs[0]
-            return Gather(keys.blocks + (row - begin) // keys.size, keys.size, keys.heads)
-        begins, rows = (np.array([run[n] for run in self.rows.runs]) for n in (0, 2))
-        runs = np.searchsorted(begins, keys.blocks * keys.size, side="right") - 1
-        return Gather(keys.blocks + ((rows - begins) // keys.size)[runs], keys.size, keys.heads)
 
     def _lanes(self, queries: Span, keys: Span) -> tuple[int, int]:
         """(first lane, from one to the next) of a call's keys at a rate above 1."""

@@ -13,7 +13,7 @@ from attention.sharding.needs import Packing, Source, asking, deliveries, stages
 from attention.sharding.parts import PartProgram, Placement, joined_placement, own_placement
 from attention.sharding.shards import Shards
 from attention.sharding.traffic import travels_wide
-from attention.sharding.whole_parts import WholePart, whole_part
+from attention.sharding.whole_parts import ListedPart, WholePart, listed_part, whole_part
 from attention.sizes.shape import Shape
 from attention.sizes.whole_calls import floor_bytes
 
@@ -36,6 +36,8 @@ class RankPart(NamedTuple):
     """Its place among the rank's parts."""
     whole: WholePart | None = None
     """What does it instead of the program, where kernels take whole calls."""
+    listed: ListedPart | None = None
+    """What does it, where they take lists of blocks."""
 
 
 class OwnPart(NamedTuple):
@@ -137,10 +139,13 @@ def keys_plan(
             return None
         program = PartProgram(make, (first, stop), rows, shape._replace(windows="none"), documents)
         whole = None if documents else whole_part(config, (first, stop), rows, shape)
-        if not whole.calls if whole is not None else looks and not program.exists():
+        listed = None if documents else listed_part(config, (first, stop), rows, shape)
+        if whole is not None and not whole.calls:
+            return None
+        if whole is None and listed is None and looks and not program.exists():
             return None
         place = slice(begin + first - queries[0], begin + stop - queries[0])
-        return RankPart(place, program, next(numbers), whole)
+        return RankPart(place, program, next(numbers), whole, listed)
 
     def local(begin: int, end: int) -> slice:
         return slice(starts(begin), starts(begin) + end - begin)

@@ -58,9 +58,11 @@ class Output:
         return self._out.takes(queries)
 
     def begin(self) -> None:
-        """Makes what holds the sum, where nothing does."""
+        """Makes what holds the sum, where nothing does, with the log-sum-exp as kernels of whole calls have
+        it, heads before tokens."""
         self._out.held_by()
-        self._sum_lse()
+        if self._lse is None:
+            self._lse = self._no_lse((0, 2, 1)).transpose(1, 2)
 
     def add(self, queries: slice, out: Tensor, lse: Tensor) -> None:
         """Adds the output [B, n, H, D] of some queries over further keys, and its log-sum-exp [B, n, H]. They
@@ -89,13 +91,16 @@ class Output:
     def ended(self) -> tuple[Tensor, Tensor]:
         """(out, lse), once."""
         lse, self._lse = self._sum_lse(), None
-        return self._out.ended(self._out.dtype), lse.contiguous()
+        return self._out.ended(self._out.dtype), lse
 
     def _sum_lse(self) -> Tensor:
         if self._lse is None:
-            size, dtype = self._out.shape[:3], lse_dtype(self._out.dtype)
-            self._lse = torch.full(size, -torch.inf, dtype=dtype, device=self._out.device)
+            self._lse = self._no_lse((0, 1, 2))
         return self._lse
+
+    def _no_lse(self, order: tuple[int, int, int]) -> Tensor:
+        size, dtype = [self._out.shape[n] for n in order], lse_dtype(self._out.dtype)
+        return torch.full(size, -torch.inf, dtype=dtype, device=self._out.device)
 
 
 class Sum:

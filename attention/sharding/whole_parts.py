@@ -8,6 +8,8 @@ from typing import NamedTuple
 from attention.config import AttentionConfig
 from attention.sharding.cut_calls import cut_calls
 from attention.sharding.parts import Placement, lanes_per_head
+from attention.sizes.list_calls import ListCalls, calls_of_rows
+from attention.sizes.row_bounds import rows_of
 from attention.sizes.shape import Shape
 from attention.sizes.whole_calls import WholeCall, whole_calls
 
@@ -55,6 +57,32 @@ def whole_part(
         for call in cut_calls(calls, queries, (begin, end))
     )
     return WholePart(shape, tuple(call for call in placed if next(call.spans(shape), None)))
+
+
+class ListedPart(NamedTuple):
+    """A part over lists of blocks, of which its rows are those from `first` on."""
+
+    shape: Shape
+    calls: ListCalls
+    first: int
+    rows: Placement
+
+
+def listed_part(
+    config: AttentionConfig, queries: tuple[int, int], rows: Placement, whole: Shape
+) -> ListedPart | None:
+    """The calls over lists of queries (first, one past the last), whose own keys are among rows, if they are
+    of an attention over lists and of blocks that nothing cuts; `whole`: the shape of the whole sequence."""
+    pattern = config.pattern
+    if whole.windows != "any" or pattern is None or pattern.pattern_type != "dilated_sparse":
+        return None
+    size, (first, stop) = pattern.block_size, queries
+    edges = {edge for begin, end, _ in rows.runs for edge in (begin, end)} | {first, stop}
+    if any(edge % size for edge in edges - {whole.seq}) or not rows.has_blocks(size):
+        return None
+    shape = whole._replace(seq=rows.total, origin=rows.total - stop + first)
+    widest = rows_of(config, int(whole.seq), whole.causal)
+    return ListedPart(shape, calls_of_rows(widest, shape, rows.row(first) // size), first // size, rows)
 
 
 def joining(calls: Sequence[WholeCall]) -> tuple[WholeCall, ...]:

@@ -69,6 +69,8 @@ class ListCalls(NamedTuple):
     """All rows but a short last one, and that one."""
     seen: Count
     """Most rows of a lane that list one block. A bound."""
+    before: Count = 0
+    """Blocks of keys before the first row's own."""
 
     def blocks(self, shape: Shape) -> Count:
         """Of a sequence, a short last one too."""
@@ -118,18 +120,23 @@ def list_calls(config: AttentionConfig, shape: Shape) -> ListCalls | None:
     return calls_of_rows(rows_of(config, shape.seq, shape.causal), shape)
 
 
-def calls_of_rows(rows: Rows, shape: Shape) -> ListCalls:
-    """The sizes from the widest rows of a layout, or of what is chosen."""
+def calls_of_rows(rows: Rows, shape: Shape, before: Count = 0) -> ListCalls:
+    """The sizes from the widest rows of a layout, or of what is chosen. `before`: blocks of keys before the
+    own one of the first query, if queries are those of some keys."""
     size = minimum(rows.size, shape.seq)
-    whole, short = shape.seq // size, shape.seq % size
+    whole, short = shape.queries // size, shape.queries % size
     blocks = ceil_div(shape.seq, size)
     full, widest = maximum(rows.span, rows.full_lists), maximum(rows.span, rows.lists)
     if shape.causal:  # of what a row sees, its own block is a call by itself
-        full, widest = minimum(full, whole) - 1, minimum(widest, blocks) - 1
+        full, widest = minimum(full, shape.seq // size) - 1, minimum(widest, blocks) - 1
     else:
         full = widest = minimum(widest, blocks)
     lanes = shape.heads if rows.own else shape.kv_heads
-    own = block_window_calls(size, 0, 0, shape) if shape.causal else ()
+    asking = shape._replace(seq=shape.queries, origin=0)
+    own = tuple(
+        call._replace(start=call.start + shape.origin, key_start=call.key_start + before * size)
+        for call in (block_window_calls(size, 0, 0, asking) if shape.causal else ())
+    )
     return ListCalls(
         size,
         lanes,
@@ -141,6 +148,7 @@ def calls_of_rows(rows: Rows, shape: Shape) -> ListCalls:
             ListRows("last lists", whole, (short > 0) * 1, short, widest),
         ),
         rows.seen,
+        before,
     )
 
 

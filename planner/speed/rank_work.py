@@ -20,14 +20,24 @@ from attention.sharding.plan import adjoining, is_joined
 from attention.sharding.rows import source_rows
 from attention.sharding.shards import Shards, shards_of
 from attention.sharding.traffic import Exchanged, PeerBytes
-from attention.sharding.whole_parts import WholePart, joining, whole_part
+from attention.sharding.whole_parts import WholePart, joining, listed_part, whole_part
 from attention.sizes.arrays import minimum
 from planner.configs import columns_of
 from planner.memory.dispatch import goes_apart, shape_of
 from planner.memory.machines import Machine
 from planner.ranks.ring import exchange_of, ring_of, sharding_of
 from planner.speed.rectangles import TokenRange, pairs
-from planner.speed.work import NAMES, Kernel, Totals, Work, cudnn_faster, shared, work_of, work_of_calls
+from planner.speed.work import (
+    NAMES,
+    Kernel,
+    Totals,
+    Work,
+    cudnn_faster,
+    shared,
+    work_of,
+    work_of_calls,
+    work_of_lists,
+)
 from planner.workload import Workload
 
 
@@ -161,6 +171,14 @@ class _Parts:
         )
         if not count:
             return None
+        listed = None if whole.documents else listed_part(self.config, asked, rows, self._shape)
+        if listed is not None:
+            size = int(listed.calls.size)
+            width = count / (asked[1] - asked[0]) / size + whole.causal / 2  # half of a row's own block
+            ahead, back = work_of_lists(
+                listed.calls, width, listed.shape, whole.batch, self._kernel, trains=self.trains
+            )
+            return Work(ahead | {"passes": 0}, back and back | {"passes": 0})
         ahead, back = self._share(count / self._pairs, (asked[1] - asked[0]) / whole.seq)
         numbers = whole.batch * (asked[1] - asked[0]) * whole.heads * whole.head_dim
         ahead = ahead | {"passes": 0, "merged": ahead["merged"] + numbers * merges}

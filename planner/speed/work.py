@@ -16,6 +16,7 @@ from typing import Any, Final, NamedTuple
 from attention.sizes.adaptive import gate_part
 from attention.sizes.arrays import Amount, any_of, ceil_div, maximum, minimum, where
 from attention.sizes.learned_sinks import slab_tokens
+from attention.sizes.list_calls import ListCalls
 from attention.sizes.shape import Shape
 from attention.sizes.whole_calls import CallPart, WholeCall, backward_cut, forward_cut
 from planner.configs import Columns
@@ -266,15 +267,33 @@ def work_of_calls(
     """The work of whole calls over `batch` tensors of one shape; see `attention.ops.whole_calls`. `faster`:
     times as fast as flash attention cuDNN's is."""
 
-    def program(shape: Shape, cut_of: Callable[[WholeCall, Shape], CallPart]) -> list[Calls]:
-        return calls.whole_calls(parts, shape, batch, kernel.key_block, cut_of, faster).calls
+    def program(shape: Shape, cut_of: Callable[[WholeCall, Shape], CallPart]) -> Program:
+        return calls.whole_calls(parts, shape, batch, kernel.key_block, cut_of, faster)
 
-    ahead = _all_items(forward(program(shape, forward_cut), 0, shape, kernel), batch, False, 1)
-    if not trains:
-        return Work(ahead, None)
-    back = shape.backward()
-    total = backward(program(back, backward_cut), 0, back, kernel, whole=True)
-    return Work(ahead, _all_items(total, batch, False, 1))
+    behind = program(shape.backward(), backward_cut) if trains else None
+    return _of_programs(program(shape, forward_cut), behind, shape, batch, kernel)
+
+
+def work_of_lists(
+    lists: ListCalls, width: Amount, shape: Shape, batch: int, kernel: Kernel, *, trains: bool
+) -> Work:
+    """The work of calls over lists of `width` blocks on average; see `attention.ops.list_calls`."""
+    runs = [Run("list", ceil_div(shape.queries, lists.size), width)]
+
+    def program(shape: Shape, backward: bool) -> Program:
+        return calls.over_lists(runs, lists, shape, batch, kernel.key_block, backward=backward)
+
+    behind = program(shape.backward(), True) if trains else None
+    return _of_programs(program(shape, False), behind, shape, batch, kernel)
+
+
+def _of_programs(ahead: Program, behind: Program | None, shape: Shape, batch: int, kernel: Kernel) -> Work:
+    """The work of few calls, forward and backward."""
+    forth = _all_items(forward(ahead.calls, 0, shape, kernel), batch, False, 1)
+    if behind is None:
+        return Work(forth, None)
+    total = backward(behind.calls, 0, shape.backward(), kernel, whole=True)
+    return Work(forth, _all_items(total, batch, False, 1))
 
 
 def shared(total: Totals, pairs: Amount, rows: Amount) -> Totals:

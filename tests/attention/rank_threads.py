@@ -7,6 +7,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from queue import Empty, Queue
 from typing import Any, TypeVar
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from attention import AttentionConfig
 from attention.inputs import shape_of
-from attention.layout import build_layout
+from attention.layout import Layout, build_layout
 from attention.pool import buffers_for
 from attention.programs import tiles_of
 from attention.sharding.keys import keys_attention, keys_problem
@@ -98,13 +99,13 @@ def plan_for(
     """The plan of a rank for whole q and k."""
     own = max(shards.tokens(rank), 1)
     shape = shape_of(q[:, :own], k[:, :own], config, causal)._replace(seq=q.shape[1], origin=0, causal=causal)
-    kept: dict[int, Any] = {}
-    make = tiles_of(
-        config,
-        shape._replace(windows="none"),
-        lambda: kept.setdefault(0, build_layout(config, q.shape[1], causal)),
-    )
+    make = tiles_of(config, shape._replace(windows="none"), layout_for(config, q, causal))
     return keys_plan(config, shape, shards, rank, make, documents)
+
+
+def layout_for(config: AttentionConfig, q: Tensor, causal: bool) -> Callable[[], Layout]:
+    """The layout for whole q, built when it is asked for."""
+    return cache(lambda: build_layout(config, q.shape[1], causal))
 
 
 def attended(
@@ -126,7 +127,8 @@ def attended(
         logits = None if sinks is None else sinks.clone().requires_grad_()
         plan = plan_for(config, shards, mailbox.rank, q, k, causal, documents)
         scale = config.scale or q.shape[3] ** -0.5
-        problem = keys_problem(plan, config, scale, buffers_for(config))
+        layout = layout_for(config, q, causal)
+        problem = keys_problem(plan, config, layout, scale, buffers_for(config))
         out = keys_attention(*own, logits, problem, mailbox)
         out.backward(grad[:, places])
         results = [out.detach(), *(x.grad for x in own)]

@@ -18,12 +18,14 @@ from attention.sizes.arena import arena_bytes, bucket_bytes
 from attention.sizes.shape import Shape
 from attention.sizes.tiles import Extent, backward_sizes, forward_sizes
 from attention.sizes.whole_calls import backward_cut
-from planner.memory.plans import tiles, whole_calls
+from planner.memory.plans import list_calls, tiles, whole_calls
 from planner.memory.plans.tiles import Case
 from planner.memory.table import PlanTable, PrefixedTable
 
 MaskSize = tuple[int, int, bool, int]
 """(queries, keys, whether it is a band, bytes of a number)."""
+APART = 1 << 62
+"""Numbers from one to the next of what is never in one piece."""
 End = Callable[[], None]
 """Ends the use of a buffer."""
 
@@ -156,20 +158,19 @@ def key_exchange(
         return program.extent(shape) if bound is None else bound(parts[number], shape)
 
     rank = _Rank(table, case, plan, kept, lambda part, backward: extent(part.number, backward))
-    left = _forward(rank)
+    heads_first = _forward(rank)
     if plan.tokens:
         tiles.join_sinks(table, case)
-    table.free(*left)
     if not case.trains:
         table.free("log-sum-exp")
     elif case.goes_back(table):
         if plan.tokens:
             tiles.sinks_gradient(table, case)
-        _backward(rank)
+        _backward(rank, heads_first)
 
 
-def _forward(rank: _Rank) -> tuple[str, ...]:
-    """Up to out and its log-sum-exp; names of what is there until the pass ends."""
+def _forward(rank: _Rank) -> bool:
+    """Up to out and its log-sum-exp; whether that lies as kernels of whole calls return it."""
     table, plan, e = rank.table, rank.plan, rank.e
     total = _Output(rank, plan.tokens, plan.wide_out, "out", "log-sum-exp")
     table.phase("forward, first messages")
@@ -193,7 +194,7 @@ def _forward(rank: _Rank) -> tuple[str, ...]:
                 visiting = _Output(rank, queries, all_if_many(len(guest.parts), queries), *names)
                 for own in guest.parts:
                     visiting.add(own.part, "visiting queries")
-                table.free(*visiting.end())
+                visiting.end()
             table.free("visiting queries")
         for place, fetch in enumerate(stage.fetches):
             for part in fetch.parts:
@@ -205,9 +206,9 @@ def _forward(rank: _Rank) -> tuple[str, ...]:
         table.free(f"answer {place + 1}", f"answer {place + 1}, log-sum-exp")
     for host in plan.hosts:
         total.merge(len(range(host.queries.start, host.queries.stop)))
-    left = total.end()
+    total.end()
     table.free("answers to own queries")
-    return left
+    return total.heads_first
 
 
 def _answer(rank: _Rank, host: Guest) -> tuple[int, int]:
@@ -332,8 +333,8 @@ class _Output:
     def __init__(self, rank: _Rank, tokens: int, wide: Ranges, name: str, lse_name: str) -> None:
         self._rank, self._name, self._lse_name = rank, name, lse_name
         self._numbers = _Numbers(rank, tokens, rank.numbers(1), wide, name, self._component("output"))
-        self._heads_first = False
-        """Whether the log-sum-exp lies as a kernel returns it, of all tokens at once."""
+        self.heads_first = False
+        """Whether the log-sum-exp lies as kernels of whole calls return it."""
 
     def add(self, part: RankPart, name: str) -> None:
         """Adds a part, which is computed first."""
@@ -344,6 +345,7 @@ class _Output:
         queries = part.queries.stop - part.queries.start
         out, lse = _part_forward(rank, part, f"{name}: ")
         if self._numbers.takes(queries, rank.e):
+            self.heads_first = part.listed is not None and self._has_order
             self._begin(out, lse)
             return
         self.merge(queries)
@@ -354,10 +356,10 @@ class _Output:
         """Adds a part of whole calls."""
         rank, calls = self._rank, part.calls
         table, case = PrefixedTable(rank.table, prefix), rank.case._replace(shape=part.shape, trains=False)
+        self.heads_first |= self._has_order and not self._numbers.is_begun
         if self._numbers.takes(int(part.shape.queries), rank.e) and calls[0].covers(part.shape):
             whole_calls.forward(table, case, calls[:1])
             self._begin(f"{prefix}out", f"{prefix}log-sum-exp")
-            self._heads_first = not self._is_in_order()
             calls = calls[1:]
         else:
             table.phase("before it is merged")
@@ -365,6 +367,11 @@ class _Output:
         for call in joining(calls):
             whole_calls.forward_parts(table, case, call)
         table.phase("merged")
+
+    @property
+    def _has_order(self) -> bool:
+        """Whether heads before tokens is another order than tokens before heads."""
+        return bool(self._rank.case.shape.heads > 1 and self._numbers.tokens > 1)
 
     def merge(self, queries: int) -> None:
         """Merges the output of queries that is there."""
@@ -378,17 +385,16 @@ class _Output:
         table.add(name, "workspace", (share, total, max(share, part)), "T H w, and twice T H D w in 16 bits")
         table.free(name)
 
-    def end(self) -> tuple[str, ...]:
-        """The sum is complete; names of what is there until the pass ends."""
+    def end(self) -> None:
+        """The sum is complete."""
         self._begin()
         self._numbers.end(self._rank.e)
-        if not self._heads_first:
-            return ()
-        table, of_kernel = self._rank.table, f"{self._lse_name} of a kernel"
-        table.phase(f"{self._lse_name} in the order of out")
-        table.rename(self._lse_name, of_kernel, "temp_buffers")
-        self._add_lse()
-        return (of_kernel,)
+        if self.heads_first and self._name != "out":  # it travels tokens before heads
+            table = self._rank.table
+            table.phase(f"{self._lse_name} in the order of out")
+            table.rename(self._lse_name, f"{self._lse_name} of a kernel", "temp_buffers")
+            self._add_lse()
+            table.free(f"{self._lse_name} of a kernel")
 
     def _begin(self, out: str | None = None, lse: str | None = None) -> None:
         """Begins, with a part of these names, if nothing has begun."""
@@ -400,13 +406,6 @@ class _Output:
             self._add_lse()
         else:
             self._rank.table.rename(lse, self._lse_name, self._component("saved_for_backward"))
-
-    def _is_in_order(self) -> bool:
-        """Whether a kernel's log-sum-exp, [B, H, S] and maybe padded, is [B, S, H] too."""
-        rank, tokens = self._rank, self._numbers.tokens
-        if rank.table.nbytes(self._lse_name) > rank.rows(tokens) * rank.w:
-            return bool(rank.case.shape.heads == 1 and rank.case.batch == 1)
-        return bool(rank.case.shape.heads == 1 or tokens == 1)
 
     def _add_lse(self) -> None:
         nbytes = self._rank.rows(self._numbers.tokens) * self._rank.w
@@ -420,9 +419,12 @@ class _Output:
 
 
 def _part_forward(rank: _Rank, part: RankPart, prefix: str) -> tuple[str, str]:
-    """Computes a part of tiles; names of its output and log-sum-exp."""
+    """Computes a part of tiles or of lists; names of its output and log-sum-exp."""
     table, case = PrefixedTable(rank.table, prefix), rank.case
     names = f"{prefix}out", f"{prefix}log-sum-exp"
+    if part.listed is not None:
+        list_calls.forward(table, case._replace(shape=part.listed.shape, trains=False), part.listed.calls)
+        return names
     shape, queries = part.program.shape, part.queries.stop - part.queries.start
     extent = rank.extent(part, False)
     ends: list[End] = []
@@ -454,8 +456,8 @@ def _arenas(rank: _Rank, part: RankPart) -> tuple[int, int]:
     return forward, int(arena_bytes(backward_sizes(rank.extent(part, True), shape.backward())))
 
 
-def _backward(rank: _Rank) -> None:
-    """From the gradient of out to dq, dk and dv."""
+def _backward(rank: _Rank, heads_first: bool) -> None:
+    """From the gradient of out to dq, dk and dv; `heads_first`: how the log-sum-exp lies."""
     table, plan, e, w = rank.table, rank.plan, rank.e, rank.w
     heads, kv_heads = int(rank.case.shape.heads), int(rank.case.shape.kv_heads)
     dq = _Sum(rank, "dq", plan.tokens, heads, plan.wide_out, "gradients")
@@ -467,12 +469,18 @@ def _backward(rank: _Rank) -> None:
         for nbytes in (*[rank.numbers(guest.queries.stop) * e] * 3, rank.rows(guest.queries.stop) * w)
     ]
     table.add("visiting queries and gradients", "comm_buffers", guests, "B Q H (3 D e + w)")
+    copied = [
+        rank.rows(len(range(host.queries.start, host.queries.stop))) * w * heads_first for host in plan.hosts
+    ]
+    table.add("log-sum-exp of own queries that visit", "comm_buffers", copied, "B Q H w")
     ahead = _Ahead(rank, "backward")
     ahead.post()
     for own in plan.own:
         _part_backward(rank, own.part, "own keys: ", (dq, dk, dv))
     travelling: list[str] = []
     for number, stage in enumerate(plan.stages):
+        if number == 0:
+            table.free("log-sum-exp of own queries that visit")
         ahead.arrived(number)
         sent: list[str] = []
         for place, fetch in enumerate(stage.fetches):
@@ -499,7 +507,7 @@ def _backward(rank: _Rank) -> None:
         _take(rank, len(plan.stages) - 1, (dq, dk, dv))
         table.free(*travelling)
     else:
-        table.free("visiting queries and gradients")
+        table.free("visiting queries and gradients", "log-sum-exp of own queries that visit")
     for total in (dq, dk, dv):
         total.end(e)
 
@@ -560,6 +568,8 @@ class _Sum:
 
     def __init__(self, rank: _Rank, name: str, rows: int, lanes: int, wide: Ranges, component: str) -> None:
         self._rank, self._name, self._lanes = rank, name, lanes
+        self.visits = component == "comm_buffers"
+        """Whether it travels."""
         self.numbers = _Numbers(rank, rows, rank.key_numbers(1, lanes), wide, name, component)
 
     def add(self, part: str, rows: int, number: int) -> None:
@@ -595,7 +605,11 @@ def _part_backward(rank: _Rank, part: RankPart, prefix: str, sums: tuple[_Sum, _
         return
     table, case = PrefixedTable(rank.table, prefix), rank.case
     queries, rows = part.queries.stop - part.queries.start, part.program.rows
-    number = rank.travel
+    number = rank.travel if part.listed is None else rank.e
+    if part.listed is not None:
+        list_calls.backward(table, case._replace(shape=part.listed.shape), part.listed.calls)
+        _add_gradients(rank, part, prefix, sums, number)
+        return
     shape = part.program.shape
     extent = rank.extent(part, True)
     ends: list[End] = []
@@ -616,7 +630,15 @@ def _part_backward(rank: _Rank, part: RankPart, prefix: str, sums: tuple[_Sum, _
     tiles.backward_calls(table, case._replace(shape=shape), extent, begin)
     for end in reversed(ends):
         end()
-    counts = (queries, rows.total, rows.total)
+    _add_gradients(rank, part, prefix, sums, number)
+
+
+def _add_gradients(
+    rank: _Rank, part: RankPart, prefix: str, sums: tuple[_Sum, _Sum, _Sum], number: int
+) -> None:
+    """Adds the gradients of a part that are there, those of its keys in numbers of so many bytes."""
+    rows = part.program.rows.total
+    counts = (part.queries.stop - part.queries.start, rows, rows)
     for total, name, count, size in zip(
         sums, ("dq", "dk", "dv"), counts, (rank.e, number, number), strict=True
     ):
@@ -627,7 +649,9 @@ def _part_backward(rank: _Rank, part: RankPart, prefix: str, sums: tuple[_Sum, _
 def _join_backward(rank: _Rank, part: WholePart, prefix: str, sums: tuple[_Sum, _Sum, _Sum]) -> None:
     """Adds the gradients of a part of whole calls."""
     table, calls = PrefixedTable(rank.table, prefix), part.calls
-    case = rank.case._replace(shape=part.shape, among=sums[0].numbers.tokens)
+    # A row of a head is of all own tokens, and visiting queries come tokens before heads.
+    row = APART if sums[0].visits else rank.plan.tokens
+    case = rank.case._replace(shape=part.shape, lse_row=row)
     counts = (int(part.shape.queries), int(part.shape.seq), int(part.shape.seq))
     takes = all(total.numbers.takes(count, rank.e) for total, count in zip(sums, counts, strict=True))
     if takes and whole_calls.is_one(calls[0], backward_cut(calls[0], part.shape), case):

@@ -36,7 +36,18 @@ STEPS = "steps through a block"
 
 def list_calls(table: PlanTable, case: Case, calls: ListCalls) -> None:
     """Forward and, in training, backward over these lists."""
-    shape, e = case.shape, case.shape.itemsize
+    forward(table, case, calls)
+    join_sinks(table, case)
+    if not case.trains:
+        table.free("log-sum-exp")  # where weights are wanted it is theirs from here on
+    if case.goes_back(table):
+        sinks_gradient(table, case)
+        backward(table, case, calls)
+
+
+def forward(table: PlanTable, case: Case, calls: ListCalls) -> None:
+    """Up to out and its log-sum-exp."""
+    e = case.shape.itemsize
     if calls.own:
         whole_calls.forward(table, case, calls.own)
     else:
@@ -49,12 +60,11 @@ def list_calls(table: PlanTable, case: Case, calls: ListCalls) -> None:
     for group in _there(calls):
         _forward(table, case, calls, group)
     table.free(STEPS)
-    join_sinks(table, case)
-    if not case.trains:
-        table.free("log-sum-exp")  # where weights are wanted it is theirs from here on
-    if not case.goes_back(table):
-        return
-    sinks_gradient(table, case)
+
+
+def backward(table: PlanTable, case: Case, calls: ListCalls) -> None:
+    """From the gradient of out to dq, dk and dv."""
+    shape, e = case.shape, case.shape.itemsize
     if calls.own:
         whole_calls.backward(table, case, calls.own, own_backward_cut)
     else:
@@ -93,14 +103,15 @@ def _part(calls: ListCalls, group: ListRows, cut: ListCut, shape: Shape) -> _Par
     pairs = cut.lanes * cut.rows
     blocks = pairs * minimum(cut.blocks, group.width)
     sequences = calls.sequences(cut.lanes, cut.rows, shape)
-    if calls.own:  # row i gathers up to i blocks; where it has none to gather, one all the same
+    if (
+        calls.own
+    ):  # a row gathers up to all blocks before its own; where it has none to gather, one all the same
+        ahead = calls.before + group.first
         whole = (group.rows // cut.rows - 1) * cut.rows
         last = (group.rows - 1) // cut.rows * cut.rows
         most = maximum(
             *(
-                _gathered(
-                    group.first + begin, group.first + minimum(begin + cut.rows, group.rows), group.width
-                )
+                _gathered(ahead + begin, ahead + minimum(begin + cut.rows, group.rows), group.width)
                 for begin in (maximum(whole, 0), last)
             )
         )

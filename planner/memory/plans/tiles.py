@@ -63,10 +63,10 @@ class Case(NamedTuple):
     """Whether learned sinks join the softmax."""
     documents: bool = False
     """Whether the caller gives the tokens' documents."""
-    among: int | None = None
-    """Of a rank's part, the tokens that its queries are some of; None for a call of its own."""
     sequences: int = 0
     """Documents of all batch items where flash attention takes them in one call, else 0."""
+    lse_row: Count | None = None
+    """Numbers of the log-sum-exp from one head to the next, where those are not the queries'."""
 
     @property
     def needs_lse(self) -> bool:

@@ -232,10 +232,9 @@ def _kernel_call(
     # Operands are views [N, T, H, D] of [S, H, D], and the log-sum-exp is one [N, H, T] of [H, S].
     operands = ((heads == 1) | (call.period == 1)) * ((queries == 1) | (call.step * shape.heads == heads))
     operands = operands * ((views == 1) | (call.view_step * shape.heads == queries * heads))
-    rows, some = _rows_in_one_piece(call, case, views, heads, queries), case.among
-    # Of several batch items some tokens' rows lie apart.
-    together = 1 if some is None else ((case.batch == 1) | (shape.queries == some)) * 1
-    given = (call.views == 1) | (shape.heads == 1) if some is None else (shape.heads == 1) | (queries == 1)
+    row = shape.queries if case.lse_row is None else case.lse_row
+    rows = ((queries == 1) | (call.step == 1)) * ((heads == 1) | (call.period * row == queries))
+    rows = rows * ((views == 1) | (call.view_step == heads * queries))
     return KernelCall(
         views,
         heads,
@@ -243,22 +242,13 @@ def _kernel_call(
         keys,
         shape.head_dim,
         shape.itemsize,
-        dense=where(batched, together, operands * 1),
-        whole=where(batched, given * together, rows * 1),
+        dense=where(batched, 1, operands * 1),
+        whole=where(batched, ((call.views == 1) | (shape.heads == 1)) * 1, rows * 1),
         groups=where(batched, call.kv_heads(shape), cut.kv_heads),
         reversed=call.reverses(shape),
         tokens_first=True,
         gathers_heads=call.left is None and call.right is None,
     )
-
-
-def _rows_in_one_piece(call: WholeCall, case: Case, views: Count, heads: Count, queries: Count) -> Count:
-    """1 if the log-sum-exp that a kernel is given, [N, H, T] of one batch item, lies in one piece, else 0: of
-    [H, S], or of a rank's [S, H]."""
-    shape = case.shape
-    token, head = (1, call.period * shape.queries) if case.among is None else (shape.heads, call.period)
-    rows = ((queries == 1) | (call.step * token == 1)) * ((heads == 1) | (head == queries))
-    return rows * ((views == 1) | (call.view_step * token == heads * queries)) * 1
 
 
 def _all_tokens(case: Case) -> KernelCall:

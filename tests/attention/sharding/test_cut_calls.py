@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from whole_cases import WHOLE, met, shape_of
 
+from attention import AttentionConfig, SparsePatternConfig
 from attention.reference import multiplicity
 from attention.sharding.cut_calls import cut_calls
-from attention.sharding.parts import own_placement
-from attention.sharding.whole_parts import whole_part
+from attention.sharding.needs import Source
+from attention.sharding.parts import joined_placement, own_placement
+from attention.sharding.whole_parts import listed_part, whole_part
 from attention.sizes.whole_calls import CallPart, WholeCall, backward_cut, forward_cut
 
 SEQ = 100
@@ -42,6 +44,26 @@ def test_parts_meet_the_pairs_that_the_oracle_counts(config, causal, heads):
         assert part.calls == () or part.calls[0].first
         covered = sum(call.first * call.queries * call.views for call in part.calls if call.step == 1)
         assert part.covers == (covered == queries[1] - queries[0])
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_lists_are_calls_where_nothing_cuts_their_blocks(causal):
+    pattern = SparsePatternConfig(pattern_type="dilated_sparse", block_size=16, sparsity_ratio=0.5)
+    config = AttentionConfig(
+        variant="block_sparse", pattern=pattern, segment_lengths=(64,), dilation_rates=(2,)
+    )
+    whole = shape_of(250, causal=causal)
+    rows, _ = joined_placement([Source(0, 16, 64, 1)], [(128, 250)], 16)
+    part = listed_part(config, (128, 250), rows, whole)
+    assert (part.first, part.calls.before, part.calls.blocks(part.shape)) == (8, 3, 11)
+    assert [(group.rows, group.tokens) for group in part.calls.groups] == [(7, 16), (1, 10)]
+    assert [(call.start - part.shape.origin, call.key_start) for call in part.calls.own] == (
+        [(0, 48), (112, 160)] if causal else []
+    )
+    for queries, key in (((130, 250), 16), ((128, 200), 16), ((128, 250), 20)):
+        rows, _ = joined_placement([Source(0, key, 64, 1)], [queries], 16)
+        assert listed_part(config, queries, rows, whole) is None
+    assert listed_part(config, (128, 250), rows, whole._replace(windows="causal")) is None
 
 
 def test_views_that_lose_nothing_stay_together():

@@ -10,7 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
-from rank_threads import plan_for
+from rank_threads import layout_for, plan_for
 from torch import Tensor
 
 from attention import AttentionConfig, ShardingConfig, SparsePatternConfig
@@ -19,13 +19,14 @@ from attention.pool import buffers_for
 from attention.sharding.keys import keys_attention, keys_problem
 from attention.sharding.shards import shards_of
 from planner.measuring.footprint import footprint
+from planner.memory.cuda_kernels import Stage, ragged_backward, ragged_forward
 from planner.memory.machines import Bytes, Cuda, KernelCall
 from planner.memory.sharded import rank_plan
 from planner.workload import Workload
 
 
 class Bare(Cuda):
-    """A GPU whose kernels take nothing beside their results, of every type."""
+    """A GPU whose kernels take nothing beside their results and a log-sum-exp in one piece, of every type."""
 
     def windows(self, head_dim: int, itemsize: int) -> Any:
         return "any"
@@ -37,7 +38,8 @@ class Bare(Cuda):
     def backward(self, call: KernelCall) -> Bytes:
         each = call.views * call.head_dim * call.itemsize
         keys = each * call.kv_heads * call.keys
-        return Bytes((each * call.heads * call.queries, keys, keys), ())
+        rows = 4 * call.views * call.heads * call.queries
+        return Bytes((each * call.heads * call.queries, keys, keys), (), (rows * (1 - call.whole),))
 
 
 def result(x: Tensor) -> Tensor:
@@ -50,13 +52,34 @@ def windowed(q: Tensor, k: Tensor, v: Tensor, **masks: Any) -> tuple[Tensor, Ten
     return result(q), torch.empty(q.shape[:3])
 
 
-def windowed_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Tensor, **masks: Any) -> Any:
+def windowed_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, **masks: Any
+) -> Any:
+    lse = lse.contiguous()
     return result(q), result(k), result(v)
+
+
+def scratch(lines: Stage) -> list[Tensor]:
+    return [torch.empty(int(line.bytes), dtype=torch.uint8) for line in lines]
+
+
+def ragged(q: Tensor, k: Tensor, v: Tensor, sequences: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    out, taken = torch.empty(q.shape), scratch(ragged_forward(q.shape[0])[1:])
+    del taken
+    return out, torch.empty(q.shape[1], q.shape[0])
+
+
+def ragged_gradients(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any, **options: Any) -> Any:
+    results = tuple(torch.empty(x.shape) for x in (q, k, v))
+    taken = scratch(ragged_backward(q.shape[0], len(rest[2].queries) - 1, q.shape[2]))
+    del taken
+    return results
 
 
 @contextmanager
 def bare_kernels():
-    played = {"windowed": windowed, "windowed_backward": windowed_backward, "windows_of": lambda x: "any"}
+    played: dict[str, Any] = {"windowed": windowed, "windowed_backward": windowed_backward}
+    played |= {"ragged": ragged, "ragged_backward": ragged_gradients, "windows_of": lambda x: "any"}
     with mock.patch.multiple(kernels, **played):
         yield
 
@@ -80,8 +103,9 @@ class NoExchange:
 
 
 def sparse(kind: str, **fields: Any) -> AttentionConfig:
+    branches = {"segment_lengths": (512, 2048), "dilation_rates": (1, 4)} if kind == "dilated_sparse" else {}
     pattern = SparsePatternConfig(pattern_type=kind, block_size=64, **fields)
-    return AttentionConfig(variant="block_sparse", pattern=pattern)
+    return AttentionConfig(variant="block_sparse", pattern=pattern, **branches)
 
 
 CONFIGS = {
@@ -109,7 +133,7 @@ def measured(config: AttentionConfig, workload: Workload, rank: int) -> int:
         for count in (workload.heads, workload.groups, workload.groups)
     ]
     grad = torch.zeros_like(inputs[0]) if trains else None
-    problem = keys_problem(plan, config, 1.0, buffers_for(config))
+    problem = keys_problem(plan, config, layout_for(config, q, workload.causal), 1.0, buffers_for(config))
 
     def run() -> Any:
         out = keys_attention(*inputs, None, problem, NoExchange())
@@ -133,4 +157,20 @@ def test_a_rank_takes_what_is_planned_for_it(name, causal):
         workload = Workload(seq=3000, gpus=3, mode=mode, **sizes)
         with bare_kernels():
             taken = measured(config, workload, rank)
-        assert rank_plan(config, workload, Bare((9, 0), 132), rank).plan.peak()[1] == taken
+        planned = rank_plan(config, workload, Bare((9, 0), 132), rank).plan.peak()[1]
+        assert planned == taken
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("seq", [3072, 4000])
+def test_lists_take_no_more_than_is_planned(seq, causal):
+    config = sparse("dilated_sparse", sparsity_ratio=0.1).model_copy(
+        update={"workspace_bytes": 1 << 16, "sharding": ShardingConfig(exchange="keys")}
+    )
+    sizes = {"heads": 8, "kv_heads": 4, "head_dim": 16, "dtype": "float32", "causal": causal}
+    for rank, mode in enumerate(("training", "inference", "training")):
+        workload = Workload(seq=seq, gpus=3, mode=mode, **sizes)
+        with bare_kernels():
+            taken = measured(config, workload, rank)
+        planned = rank_plan(config, workload, Bare((9, 0), 132), rank).plan.peak()[1]
+        assert taken <= planned <= 1.05 * taken

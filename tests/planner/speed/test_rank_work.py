@@ -154,7 +154,7 @@ def test_the_work_is_nearly_that_of_the_tiles(name, causal):
         assert exact["launches"] / 2 <= close["launches"] <= 2 * exact["launches"]
 
 
-@pytest.mark.parametrize("name", ["dense", "window", "token window", "global", "dilated", "annuli"])
+@pytest.mark.parametrize("name", CONFIGS)
 def test_on_a_gpu_parts_are_the_whole_calls_of_one_gpu(name):
     workload = task(seq=65_536, batch=1, dtype="bfloat16")
     # One multiprocessor, of which none is idle.
