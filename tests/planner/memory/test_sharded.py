@@ -21,6 +21,7 @@ from planner.gpus import find
 from planner.measuring.call import call_of
 from planner.measuring.footprint import footprints
 from planner.memory.estimate import calibration_for, machine_of
+from planner.memory.estimate import estimate as memory_of
 from planner.memory.nccl import MB, nccl_share
 from planner.memory.sharded import rank_plan
 from planner.ranks.links import network_of
@@ -232,6 +233,15 @@ def test_an_estimate_is_of_the_rank_that_needs_most():
     assert predicted.allocated == max(every)
     assert predicted.components["ring"] == 2 * 2 * 1024 * 4 * 32 * 4  # k and v of two stages
     assert predicted.upper >= predicted.allocated
+
+
+def test_on_a_gpu_it_is_the_rank_whose_allocator_holds_most():
+    workload = Workload(seq=1001, batch=2, heads=4, head_dim=64, mode="training", causal=True, gpus=3)
+    config = AttentionConfig(variant="dense", sharding=ShardingConfig(exchange="keys"))
+    every = [memory_of(config, workload, "h100-pcie", rank=rank) for rank in range(3)]
+    one = memory_of(config, workload, "h100-pcie")
+    assert (one.reserved, one.upper) == (max(x.reserved for x in every), max(x.upper for x in every))
+    assert one.allocated < max(x.allocated for x in every)
 
 
 def test_nccl_is_a_share_of_the_card_with_a_range():
