@@ -67,7 +67,7 @@ RANKS_SHORTEST: Final = 128
 """Tokens of a case that ranks share, at least."""
 RANKS_TIMES: Final = 4
 """Such a case may have so many times the bytes, of which each rank has its share."""
-RANKS_SECONDS: Final = 600.0
+RANKS_SECONDS: Final = 120.0
 """For all ranks of a case."""
 
 
