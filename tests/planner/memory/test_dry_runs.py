@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 
-import planner
 from attention import AttentionConfig, ShardingConfig
 from planner.memory.dry_runs import CHECKED, FLOAT64, SEGMENT, SEGMENTS, dry_bound, dry_runs
+from planner.memory.estimate import estimate
 from planner.workload import Workload
 
 DENSE = AttentionConfig(variant="dense")
 ROWS = [
     row
-    for name in ("dry_rows.json", "cut_rows.json")
+    for name in ("dry_rows.json", "cut_rows.json", "rank_rows.json")
     for row in json.loads((Path(__file__).parent / name).read_text(encoding="utf-8"))
 ]
 
@@ -28,7 +28,7 @@ def named(row):
 @pytest.mark.parametrize("row", ROWS, ids=named)
 def test_the_plans_take_what_dry_runs_took(row):
     config, workload = AttentionConfig(**row["config"]), Workload(**row["workload"])
-    found = planner.estimate(config, workload, row["card"], dry=True)
+    found = estimate(config, workload, row["card"], dry=True, rank=row.get("rank"))
     assert (found.allocated, found.reserved) == (row["allocated"], row["reserved"])
 
 
