@@ -25,7 +25,7 @@ from planner.memory.dispatch import kernel_of, plan_of
 from planner.memory.dry_runs import dry_bound
 from planner.memory.launches import launches_of
 from planner.memory.machines import Cpu, Cuda, Machine, this_cpu, units_of
-from planner.memory.nccl import nccl_share
+from planner.memory.nccl import NONE, NcclShare, nccl_share
 from planner.memory.table import COMPONENTS, Plan, RankPlan
 from planner.ranks.links import network_of
 from planner.ranks.ring import likest, refuse_sharing
@@ -129,9 +129,21 @@ def estimate(
             raise ConfigError("backend='cudnn' has no dry run: cuDNN is not there; use backend='auto'")
         machine = replace(machine, cudnn=False)
     _refuse_unfit(config, workload, gpu)
-    plan, peers = _rank_plan(config, workload, machine, rank, settings)
-    ranked = RankPlan(plan, 0 if dry else peers)
-    return _on_gpu(config, workload, gpu, machine, calibration, settings, outside, explicit, ranked)
+
+    def share(ranked: RankPlan) -> NcclShare:
+        if dry or workload.gpus == 1:
+            return NONE
+        return nccl_share(workload.gpus, ranked.peers, network_of(workload.gpus, gpu))
+
+    def taken(ranked: RankPlan) -> tuple[int, int]:
+        held = replay(list(ranked.plan.events()), settings).peak_reserved
+        return held + share(ranked).most, ranked.plan.peak()[1]
+
+    ranked = _ranked(config, workload, machine, rank, taken)
+    shared = share(ranked)
+    return _on_gpu(
+        config, workload, gpu, machine, calibration, settings, outside, explicit, ranked.plan, shared
+    )
 
 
 @overload
@@ -168,7 +180,7 @@ def _on_cpu(
         raise ConfigError("backend='flex' runs on CUDA only; use backend='auto' for device='cpu'")
     _refuse_kernel(config, workload, None, "the CPU")
     machine = machine_of("cpu", workload.dtype, threads)
-    plan = _rank_plan(config, workload, machine, rank).plan
+    plan = _ranked(config, workload, machine, rank, lambda ranked: (0, ranked.plan.peak()[1])).plan
     at, allocated = plan.peak()
     chosen = calibration or calibration_for("cpu", machine, workload.dtype)
     one = likest(config, workload) if workload.gpus > 1 else workload
@@ -201,9 +213,9 @@ def _on_gpu(
     settings: AllocatorSettings,
     outside: tuple[cuda_process.DeviceLine, ...],
     explicit: bool,
-    ranked: RankPlan,
+    plan: Plan,
+    shared: NcclShare,
 ) -> MemoryEstimate:
-    plan, shared = ranked.plan, nccl_share(ranked.peers, network_of(workload.gpus, gpu))
     outside += (DeviceLine("NCCL", "context", shared.likely, shared.source, False),)
     events = list(plan.events())
     outcome = replay(events, settings)
@@ -244,22 +256,17 @@ def _on_gpu(
     )
 
 
-def _rank_plan(
+def _ranked(
     config: AttentionConfig,
     workload: Workload,
     machine: Machine,
     rank: int | None,
-    settings: AllocatorSettings | None = None,
+    taken: Callable[[RankPlan], tuple[int, int]],
 ) -> RankPlan:
-    """The plan of a rank, by default of the one that needs most: of what the caching allocator holds, if it
-    has `settings`, or else of what is allocated."""
+    """The plan of a rank, by default of the one of which most is `taken`."""
     if workload.gpus == 1:
         return RankPlan(plan_of(config, workload, machine), 0)
     from planner.memory import sharded  # NumPy, which plans of one device do not need
-
-    def taken(plan: Plan) -> tuple[int, int]:
-        reserved = 0 if settings is None else replay(list(plan.events()), settings).peak_reserved
-        return reserved, plan.peak()[1]
 
     if rank is None:
         return sharded.fullest_rank(config, workload, machine, taken)

@@ -40,13 +40,15 @@ class NcclShare(NamedTuple):
     source: str
 
 
-def nccl_share(peers: int, network: Network) -> NcclShare:
-    """The share of a card that sends to, or hears from, so many others, which are joined so: what a
-    communicator takes, and at most the channels to each of them too."""
-    if not peers:
-        return NcclShare(0, 0, SOURCE)
+NONE: Final = NcclShare(0, 0, SOURCE)
+"""That of a card which shares nothing."""
+
+
+def nccl_share(gpus: int, peers: int, network: Network) -> NcclShare:
+    """The share of a card in a group of so many, 2 or more, that exchanges with some of the others: what the
+    communicator of all takes, which a first call opens, and at most the channels to each peer too."""
     rings = SLOT_RINGS if network.inside.channels == SLOT_CHANNELS else RINGS
-    likely, first = (x * rings // RINGS for x in (PAIR if peers == 1 else GROUP, FIRST))
+    likely, first = (x * rings // RINGS for x in (PAIR if gpus == 2 else GROUP, FIRST))
     channels = network.inside.channels if network.between is None else NETWORK_CHANNELS
     most = max(first, likely + CHANNEL * channels * min(peers, MOST_PEERS))
     return NcclShare(likely, most, f"{SOURCE}; {LESS}: {likely // MB:,} to {most // MB:,} MB here")

@@ -40,13 +40,13 @@ LIKE_STAGES: Final = 3
 
 
 def fullest_rank(
-    config: AttentionConfig, workload: Workload, machine: Machine, taken: Callable[[Plan], Any]
+    config: AttentionConfig, workload: Workload, machine: Machine, taken: Callable[[RankPlan], Any]
 ) -> RankPlan:
     """The plan of which most is `taken`: of all ranks, or where they are many, of those that hold or fetch
     most and of some others."""
     ranks = _fullest(config, workload)
     plans = (rank_plan(config, workload, machine, rank) for rank in ranks)
-    return max(plans, key=lambda one: taken(one.plan))
+    return max(plans, key=taken)
 
 
 def _fullest(config: AttentionConfig, workload: Workload) -> list[int]:

@@ -262,6 +262,8 @@ def test_nccl_is_a_share_of_the_card_with_a_range():
 @pytest.mark.parametrize(
     "card, gpus, peers, likely, most",
     [
+        ("gtx1080", 2, 1, 90, 266),
+        ("gtx1080", 8, 0, 114, 266),  # the communicator of all, whoever exchanges
         ("gtx1080", 8, 2, 114, 266),  # two neighbours over PCIe: what a communicator takes, at most
         ("gtx1080", 8, 7, 114, 319),
         ("h100-sxm", 8, 2, 688, 1625),
@@ -270,7 +272,7 @@ def test_nccl_is_a_share_of_the_card_with_a_range():
     ],
 )
 def test_nccl_takes_what_its_channels_to_peers_take(card, gpus, peers, likely, most):
-    shared = nccl_share(peers, network_of(gpus, find(card)))
+    shared = nccl_share(gpus, peers, network_of(gpus, find(card)))
     assert (shared.likely // MB, shared.most // MB) == (likely, most)
 
 
