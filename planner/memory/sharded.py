@@ -248,12 +248,8 @@ def _by_heads(
     shape = twin.shape._replace(first_head=rank * heads)
 
     def attend(table: PlanTable, case: Case) -> None:
-        if part.adaptive is not None and not case.run:
-            others = (world - 1) * heads * whole.head_dim * (part.adaptive.score_dim or whole.head_dim)
-            nbytes = others * whole.itemsize
-            table.kept("other heads of the scorer", "parameters", (nbytes, nbytes), "2 H D E e (W - 1) / W")
         _agree(table, case, world, warm=warm)
-        own = twin._replace(shape=shape, warm=warm, runs=case.runs, run=case.run)
+        own = twin._replace(shape=shape, warm=warm, runs=case.runs, run=case.run, ranks=world)
         head_exchange(table, case, own, world, attention)
         if part.adaptive is not None and table.holds("dq"):
             table.phase("backward, gradients of all heads of the scorer")
