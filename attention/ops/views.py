@@ -20,7 +20,7 @@ def view(span: Span, x: Tensor, origin: int = 0) -> Tensor:
     token, head, channel = x.stride()
     return x.as_strided(
         (span.batch, span.heads, span.length, x.shape[2]),
-        (span.batch_step * token, span.head_step * head, span.step * token, channel),
+        (span.batch_step * token + span.batch_head * head, span.head_step * head, span.step * token, channel),
         x.storage_offset() + (span.start - origin) * token + span.head * head,
     )
 

@@ -127,12 +127,13 @@ def _spans(call: WholeCall, shape: Shape, cut: CallPart) -> Iterator[tuple[Span,
         repeat = queries.heads // keys.heads
         for begin in range(0, queries.batch, cut.views):
             end = min(begin + cut.views, queries.batch)
+            asking, seen = queries.pick(begin, end), keys.pick(begin, end)
             for first in range(0, keys.heads, cut.kv_heads):
                 count = min(cut.kv_heads, keys.heads - first)
-                some = queries.pick(begin, end)._replace(
-                    head=queries.head + first * repeat * queries.head_step, heads=count * repeat
+                some = asking._replace(
+                    head=asking.head + first * repeat * queries.head_step, heads=count * repeat
                 )
-                of_keys = keys.pick(begin, end)._replace(head=keys.head + first * keys.head_step, heads=count)
+                of_keys = seen._replace(head=seen.head + first * keys.head_step, heads=count)
                 if cut.queries >= queries.length:
                     yield some, of_keys
                 else:

@@ -1,8 +1,8 @@
 """Whole calls cut to some queries and some keys of a sequence, as a rank's part has them. Imports no torch.
 
 Of a call's views those that lie within both stay together; the few that an edge cuts are calls of one view
-each. A window that is cut is a window: without the queries and keys that see nobody, its edges are counted
-from the end of what is left.
+each, whose offsets are views again where they lie in equal steps. A window that is cut is a window: without
+the queries and keys that see nobody, its edges are counted from the end of what is left.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from attention.sizes.arrays import ceil_div
+from attention.sizes.shape import Shape
 from attention.sizes.whole_calls import WholeCall
 
 
@@ -20,6 +21,33 @@ def cut_calls(
     of them, both given as (first, one past the last). Tokens are counted as they were."""
     parts = [part for call in calls if call.exists for part in _parts(call, queries, keys)]
     return tuple(part._replace(first=part.first or not n) for n, part in enumerate(parts))
+
+
+def with_views(call: WholeCall, shape: Shape) -> WholeCall:
+    """A call of one view whose offsets are views, as far as queries and keys lie in equal steps: each is of
+    few tokens, and little for a kernel."""
+    spans = list(call.spans(shape))
+    sizes = {(queries.length, queries.heads, keys.length) for queries, keys in spans}
+    if call.views > 1 or len(spans) != call.offsets or len(sizes) > 1:
+        return call
+    places = [(queries.start, queries.head, keys.start, keys.head) for queries, keys in spans]
+    for count in range(1, call.offsets // 2 + 1):
+        steps = {
+            tuple(b - a for a, b in zip(*pair, strict=True))
+            for pair in zip(places, places[count:], strict=False)
+        }
+        if call.offsets % count or len(steps) > 1:
+            continue
+        tokens, heads, rows, key_heads = steps.pop()
+        if tokens > 0 and min(rows, key_heads) >= 0 and rows + key_heads > 0:
+            return call._replace(
+                offsets=count,
+                views=call.offsets // count,
+                view_step=tokens,
+                view_heads=heads,
+                key_view=(rows, key_heads),
+            )
+    return call
 
 
 def _parts(call: WholeCall, queries: tuple[int, int], keys: tuple[int, int]) -> Iterator[WholeCall]:

@@ -243,7 +243,14 @@ def _inside(span: Span, begin: int, end: int) -> Iterator[tuple[slice, slice, Sp
     if begin <= span.start and span.stop <= end:
         yield slice(None), slice(None), span
         return
-    step, reach = max(span.batch_step, 1), (span.length - 1) * span.step
+    if not span.batch_step:
+        low, high = (
+            min(max(ceil_div(token - span.start, span.step), 0), span.length) for token in (begin, end)
+        )
+        if low < high:
+            yield slice(None), slice(low, high), span.cut(low, high)
+        return
+    step, reach = span.batch_step, (span.length - 1) * span.step
 
     def view_at(token: int) -> int:
         """The first view that begins there or behind it."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from attention.config import AttentionConfig
-from attention.sharding.cut_calls import cut_calls
+from attention.sharding.cut_calls import cut_calls, with_views
 from attention.sharding.parts import Placement, lanes_per_head
 from attention.sizes.list_calls import ListCalls, calls_of_rows
 from attention.sizes.row_bounds import rows_of
@@ -56,7 +56,8 @@ def whole_part(
         )
         for call in cut_calls(calls, queries, (begin, end))
     )
-    return WholePart(shape, tuple(call for call in placed if next(call.spans(shape), None)))
+    there = (call for call in placed if next(call.spans(shape), None))
+    return WholePart(shape, tuple(with_views(call, shape) for call in there))
 
 
 class ListedPart(NamedTuple):

@@ -22,7 +22,7 @@ WIDE = 4
 
 class Span(NamedTuple):
     """An affine set of (token, head) pairs: view n, head h, position t is
-    token `start + n * batch_step + t * step` of head `head + h * head_step`."""
+    token `start + n * batch_step + t * step` of head `head + n * batch_head + h * head_step`."""
 
     start: int
     length: int
@@ -32,6 +32,7 @@ class Span(NamedTuple):
     head: int = 0
     heads: int = 1
     head_step: int = 1
+    batch_head: int = 0
 
     @property
     def stop(self) -> int:
@@ -56,7 +57,11 @@ class Span(NamedTuple):
         """Views begin, begin + stride, ... below end."""
         count = len(range(begin, end, stride))
         return self._replace(
-            start=self.start + begin * self.batch_step, batch=count, batch_step=self.batch_step * stride
+            start=self.start + begin * self.batch_step,
+            batch=count,
+            batch_step=self.batch_step * stride,
+            head=self.head + begin * self.batch_head,
+            batch_head=self.batch_head * stride,
         )
 
     def disjoint(self) -> Iterator[tuple[slice, Span]]:

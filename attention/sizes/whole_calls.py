@@ -110,6 +110,10 @@ class WholeCall(NamedTuple):
     rate: Count = 1
     """Keys lie in rows of so many tokens, with a lane for each remainder h % `rate` of the query heads h of a
     kv head; see `attention.sharding.parts.Placement`."""
+    view_heads: Count = 0
+    """Heads from one view's queries to the next's."""
+    key_view: tuple[Count, Count] | None = None
+    """(rows, heads) from one view's keys to the next's; None for as many tokens as of queries."""
 
     @property
     def queries(self) -> Count:
@@ -216,15 +220,25 @@ class WholeCall(NamedTuple):
                 continue
             heads = len(range(offset, shape.heads, self.period))
             span = Span(
-                self.start + shift, queries, self.step, self.views, self.view_step, offset, heads, self.period
+                self.start + shift,
+                queries,
+                self.step,
+                self.views,
+                self.view_step,
+                offset,
+                heads,
+                self.period,
+                self.view_heads,
             )
+            rows, key_heads = self.key_view or (self.view_step // self.rate, 0)
             lane = offset // repeat * lanes + offset % lanes
             key_span = span._replace(
                 start=(self.key_start + key_shift) // self.rate,
                 length=keys,
                 step=self.step // self.rate,
-                batch_step=self.view_step // self.rate,
+                batch_step=rows,
                 head=lane,
+                batch_head=key_heads,
             )
             if shared:
                 yield span, key_span._replace(head=offset % lanes, heads=shape.kv_heads, head_step=lanes)

@@ -23,7 +23,8 @@ from planner.memory.dispatch import attention_of, bounded_cut, case_of, plan_of,
 from planner.memory.machines import Cpu, Machine
 from planner.memory.plans import multihead, tiles
 from planner.memory.plans.head_exchange import head_exchange
-from planner.memory.plans.key_exchange import Kept, key_exchange
+from planner.memory.plans.kept_buffers import Kept
+from planner.memory.plans.key_exchange import key_exchange
 from planner.memory.plans.tiles import Case
 from planner.memory.table import Plan, PlanTable, RankPlan
 from planner.ranks.ring import exchange_of, ring_of

@@ -66,8 +66,9 @@ def met(calls, shape: Shape, cut_of) -> np.ndarray:
                 assert tokens.max() < shape.queries
                 assert seen.max() < shape.seq
                 for place in range(queries.heads):
-                    head = queries.head + place * queries.head_step
-                    kv_head = keys.head + place // (queries.heads // keys.heads) * keys.head_step
+                    head = queries.head + n * queries.batch_head + place * queries.head_step
+                    kv_head = keys.head + n * keys.batch_head
+                    kv_head += place // (queries.heads // keys.heads) * keys.head_step
                     assert kv_head == head // repeat
                     here[head][np.ix_(tokens, seen)] += sees
         assert not (call.first and (counts.any(axis=2) & here.any(axis=2)).any())

@@ -12,7 +12,7 @@ from attention import AttentionConfig, SparsePatternConfig
 from attention.reference import multiplicity
 from attention.sharding.cut_calls import cut_calls
 from attention.sharding.needs import Source
-from attention.sharding.parts import joined_placement, own_placement
+from attention.sharding.parts import joined_placement, own_placement, source_placement
 from attention.sharding.whole_parts import listed_part, whole_part
 from attention.sizes.whole_calls import CallPart, WholeCall, backward_cut, forward_cut
 
@@ -86,3 +86,26 @@ def test_a_window_that_is_cut_is_a_window_of_what_sees_something():
     (few,) = cut_calls([window], (10, 13), (10, 13))
     assert (few.left, few.right) == (None, 0)
     assert cut_calls([window], (10, 20), (20, 30)) == cut_calls([window], (16, 20), (0, 10)) == ()
+
+
+@pytest.mark.parametrize(
+    "heads, rate, rows, offsets, views",
+    [
+        ((8, 8), 4, 1, 1, 4),
+        ((8, 2), 4, 1, 1, 4),
+        ((8, 2), 16, 1, 4, 2),
+        ((8, 2), 16, 16, 1, 8),
+        ((8, 2), 16, 2, 4, 2),
+        ((8, 2), 3, 1, 8, 1),
+    ],
+)
+def test_offsets_that_lie_in_equal_steps_are_views(heads, rate, rows, offsets, views):
+    config = AttentionConfig(
+        variant="dilated", segment_lengths=(256,), dilation_rates=(rate,), uncovered="zero"
+    )
+    source = Source(0, 0, 96, rows)
+    part = whole_part(config, (96, 192), source_placement(source), shape_of(256, *heads))
+    assert [(call.offsets, call.views) for call in part.calls] == [(offsets, views)]
+    parts = [both for call in part.calls for both in call.spans(part.shape)]
+    assert len(parts) == offsets
+    assert sum(queries.batch * queries.heads for queries, _ in parts) == heads[0]
