@@ -50,6 +50,9 @@ class Terms(Value):
     """CUDA: bytes that the driver takes for the process."""
 
 
+_LATER: Final = {"features": (), "ranks": 1}
+
+
 class Domain(Value):
     """Configs and workloads that the held-out runs covered."""
 
@@ -60,12 +63,14 @@ class Domain(Value):
     """Tokens of the longest sequence."""
     features: Names = ()
     """What calls had beyond sizes: `queries`, fewer of them than tokens, `documents`, `sinks`."""
+    ranks: Annotated[int, Field(ge=1)] = 1
+    """The most that shared a sequence."""
 
     @model_serializer(mode="wrap")
     def _written(self, written: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """The fields; features, which came later, where there are some."""
+        """The fields; those that came later, features and ranks, where there are some."""
         fields: dict[str, Any] = written(self)
-        return {name: value for name, value in fields.items() if name != "features" or value}
+        return {name: value for name, value in fields.items() if value != _LATER.get(name)}
 
     def misses(self, config: AttentionConfig, workload: Workload) -> tuple[str, ...]:
         """The properties of a call that no held-out run had, such as `dtype float64`."""
@@ -79,8 +84,9 @@ class Domain(Value):
                 outside.append(f"{what} {value}")
         if workload.seq > self.longest:
             outside.append(f"{workload.seq:,} tokens (measured up to {self.longest:,})")
-        if workload.gpus > 1:
-            outside.append(f"{workload.gpus} ranks")
+        ranks = min(workload.gpus, (config.sharding and config.sharding.ring_size) or workload.gpus)
+        if ranks > self.ranks:
+            outside.append(f"{ranks} ranks")
         outside += [
             NAMES[feature]
             for feature in features_of(workload)

@@ -234,8 +234,8 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) of own tokens."""
     plan = problem.plan
-    q, k, v, out = (x.contiguous() for x in saved[:4])
-    lse = saved[4]
+    q, k, v = (x.contiguous() for x in saved[:3])
+    out, lse = saved[3:5]
     travel = lse_dtype(k.dtype) if plan.travels_wide else k.dtype
     rows = (grad, q, out, lse)
     slab = plan.slab_tokens

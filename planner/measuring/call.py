@@ -75,7 +75,8 @@ class ModuleCall:
 
 
 def call_of(config: AttentionConfig, workload: Workload, device: torch.device) -> ModuleCall:
-    """The module of a config in the workload's dtype, on random inputs; the same numbers each time."""
+    """The module of a config in the workload's dtype, on random inputs; the same numbers each time. On a rank
+    of several GPUs' workload inputs are its own tokens."""
     import torch
 
     from attention.factories import build
@@ -91,6 +92,8 @@ def call_of(config: AttentionConfig, workload: Workload, device: torch.device) -
         return torch.randn(where, dtype=dtype, device=device, requires_grad=requires_grad)
 
     seq, asking = workload.seq, workload.query_tokens
+    if workload.gpus > 1:
+        seq = asking = len(module.positions(seq))  # type: ignore[operator]
     if config.multihead:
         inputs: tuple[Tensor, ...] = (normal(seq, config.multihead.embed_dim, requires_grad=training),)
         grad = normal(seq, config.multihead.embed_dim) if training else None

@@ -43,7 +43,7 @@ class DryCases(Value):
 Draws = Annotated[tuple[DryCases, ...], BeforeValidator(as_tuple), Field(min_length=1)]
 
 
-class DryRuns(Value):
+class Checked(Value):
     """Two disjoint sets of dry runs."""
 
     torch: str
@@ -56,13 +56,20 @@ class DryRuns(Value):
     checked_by: Draws
 
 
+class DryRuns(Checked):
+    """Those of one GPU."""
+
+    ranks: Checked
+    """Those of ranks that share a sequence, whose every rank is a case."""
+
+
 @cache
 def dry_runs() -> DryRuns:
     """Those that came with this package."""
     return DryRuns.from_json(PATH.read_bytes())
 
 
-def dry_upper(reserved: Any, outside: Any, runs: DryRuns, dtype: str) -> Any:
+def dry_upper(reserved: Any, outside: Any, runs: Checked, dtype: str) -> Any:
     """The upper bound of what a card loses, for a prediction or an array of them: of what the allocator
     holds, and of what lies outside, which is a figure of its own and no part of what was checked."""
     times = FLOAT64 if dtype == "float64" else 1
@@ -71,7 +78,7 @@ def dry_upper(reserved: Any, outside: Any, runs: DryRuns, dtype: str) -> Any:
 
 def dry_bound(config: AttentionConfig, workload: Workload, reserved: int, outside_bytes: int) -> Bound:
     """The upper bound of a prediction for a GPU that nobody calibrated; wider outside of what was run dry."""
-    runs = dry_runs()
+    runs: Checked = dry_runs() if workload.gpus == 1 else dry_runs().ranks
     notes = []
     upper = float(dry_upper(reserved, outside_bytes, runs, workload.dtype))
     outside = runs.domain.misses(config, workload)

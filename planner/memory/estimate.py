@@ -25,8 +25,9 @@ from planner.memory.dispatch import kernel_of, plan_of
 from planner.memory.dry_runs import dry_bound
 from planner.memory.launches import launches_of
 from planner.memory.machines import Cpu, Cuda, Machine, this_cpu, units_of
-from planner.memory.nccl import nccl_share
-from planner.memory.table import COMPONENTS, Plan
+from planner.memory.nccl import NONE, NcclShare, nccl_share
+from planner.memory.table import COMPONENTS, Plan, RankPlan
+from planner.ranks.links import network_of
 from planner.ranks.ring import likest, refuse_sharing
 from planner.workload import Dtype, Workload, refuse_features
 
@@ -108,13 +109,15 @@ def estimate(
     context_bytes: int | None = None,
     threads: int | None = None,
     dry: bool = False,
+    rank: int | None = None,
 ) -> MemoryEstimate:
     """The memory of a config on a workload; see `planner.api.estimate` for what it takes. Where GPUs share
-    the call it is that of the one that needs most."""
+    the call it is that of the one that needs most, or of a `rank` of its ring. `dry`: as a dry run has it,
+    where cuDNN and NCCL are not there."""
     refuse_features(config, workload)
     refuse_sharing(config, workload)
     if device == "cpu":
-        return _on_cpu(config, workload, calibration, threads)
+        return _on_cpu(config, workload, calibration, threads, rank)
     gpu = gpus.find(device) if isinstance(device, str) else device
     explicit = calibration is not None
     machine = machine_of(gpu, workload.dtype, None)
@@ -129,7 +132,22 @@ def estimate(
         if config.backend == "cudnn":
             raise ConfigError("backend='cudnn' has no dry run: cuDNN is not there; use backend='auto'")
         machine = replace(machine, cudnn=False)
-    return _on_gpu(config, workload, gpu, machine, calibration, settings, outside, explicit)
+    _refuse_unfit(config, workload, gpu)
+
+    def share(ranked: RankPlan) -> NcclShare:
+        if dry or workload.gpus == 1:
+            return NONE
+        return nccl_share(workload.gpus, ranked.peers, network_of(workload.gpus, gpu))
+
+    def taken(ranked: RankPlan) -> tuple[int, int]:
+        held = replay(list(ranked.plan.events()), settings).peak_reserved
+        return held + share(ranked).most, ranked.plan.peak()[1]
+
+    ranked = _ranked(config, workload, machine, rank, taken)
+    shared = share(ranked)
+    return _on_gpu(
+        config, workload, gpu, machine, calibration, settings, outside, explicit, ranked.plan, shared
+    )
 
 
 @overload
@@ -156,13 +174,17 @@ def calibration_for(device: Literal["cpu"] | gpus.Gpu, machine: Machine, dtype: 
 
 
 def _on_cpu(
-    config: AttentionConfig, workload: Workload, calibration: Calibration | None, threads: int | None
+    config: AttentionConfig,
+    workload: Workload,
+    calibration: Calibration | None,
+    threads: int | None,
+    rank: int | None,
 ) -> MemoryEstimate:
     if config.backend == "flex":
         raise ConfigError("backend='flex' runs on CUDA only; use backend='auto' for device='cpu'")
     _refuse_kernel(config, workload, None, "the CPU")
     machine = machine_of("cpu", workload.dtype, threads)
-    plan, _ = _rank_plan(config, workload, machine)
+    plan = _ranked(config, workload, machine, rank, lambda ranked: (0, ranked.plan.peak()[1])).plan
     at, allocated = plan.peak()
     chosen = calibration or calibration_for("cpu", machine, workload.dtype)
     one = likest(config, workload) if workload.gpus > 1 else workload
@@ -195,10 +217,9 @@ def _on_gpu(
     settings: AllocatorSettings,
     outside: tuple[cuda_process.DeviceLine, ...],
     explicit: bool,
+    plan: Plan,
+    shared: NcclShare,
 ) -> MemoryEstimate:
-    _refuse_unfit(config, workload, gpu)
-    plan, peers = _rank_plan(config, workload, machine)
-    shared = nccl_share(peers)
     outside += (DeviceLine("NCCL", "context", shared.likely, shared.source, False),)
     events = list(plan.events())
     outcome = replay(events, settings)
@@ -208,7 +229,7 @@ def _on_gpu(
     lost = outcome.peak_reserved + context
     one = likest(config, workload) if workload.gpus > 1 else workload
     ranks = one.model_copy(update={"gpus": workload.gpus})
-    bound = dry_bound(config, ranks, outcome.peak_reserved, context)
+    bound = dry_bound(config, workload, outcome.peak_reserved, context)
     if calibration is not None and (explicit or of_this_torch(calibration)):
         bound = bound_of(calibration, config, ranks, lost, explicit=explicit, device=gpu.key)
     components = plan.components(at)
@@ -240,13 +261,21 @@ def _on_gpu(
     )
 
 
-def _rank_plan(config: AttentionConfig, workload: Workload, machine: Machine) -> tuple[Plan, int]:
-    """(the plan of the only rank, or of the one with the highest peak, how many others it exchanges with)."""
+def _ranked(
+    config: AttentionConfig,
+    workload: Workload,
+    machine: Machine,
+    rank: int | None,
+    taken: Callable[[RankPlan], tuple[int, int]],
+) -> RankPlan:
+    """The plan of a rank, by default of the one of which most is `taken`."""
     if workload.gpus == 1:
-        return plan_of(config, workload, machine), 0
-    from planner.memory.sharded import fullest_rank  # NumPy, which plans of one device do not need
+        return RankPlan(plan_of(config, workload, machine), 0)
+    from planner.memory import sharded  # NumPy, which plans of one device do not need
 
-    return fullest_rank(config, workload, machine)
+    if rank is None:
+        return sharded.fullest_rank(config, workload, machine, taken)
+    return sharded.rank_plan(config, workload, machine, rank)
 
 
 def _refuse_unfit(config: AttentionConfig, workload: Workload, gpu: gpus.Gpu) -> None:

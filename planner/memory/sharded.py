@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from attention.sharding.shards import Shards, shards_of
 from attention.sizes.shape import Shape
 from attention.sizes.tiles import Extent
 from planner.configs import Columns, columns_of
+from planner.memory.cuda_process import FLOAT32
 from planner.memory.dispatch import attention_of, bounded_cut, case_of, plan_of, shape_of
 from planner.memory.machines import Cpu, Machine
 from planner.memory.plans import multihead, tiles
@@ -25,7 +26,7 @@ from planner.memory.plans.head_exchange import head_exchange
 from planner.memory.plans.kept_buffers import Kept
 from planner.memory.plans.key_exchange import key_exchange
 from planner.memory.plans.tiles import Case
-from planner.memory.table import Plan, PlanTable
+from planner.memory.table import Plan, PlanTable, RankPlan
 from planner.ranks.ring import exchange_of, ring_of
 from planner.workload import Workload
 
@@ -39,28 +40,22 @@ beyond, their sizes are bounded in closed form."""
 LIKE_STAGES: Final = 3
 
 
-class RankPlan(NamedTuple):
-    """The plan of a rank."""
-
-    plan: Plan
-    peers: int
-    """Ranks that it sends to or hears from."""
-
-
-def fullest_rank(config: AttentionConfig, workload: Workload, machine: Machine) -> RankPlan:
-    """The plan with the highest peak, and the most peers: of all ranks, or where they are many, of those that
-    hold or fetch most and of some others."""
-    found = [rank_plan(config, workload, machine, rank) for rank in _fullest(config, workload)]
-    most = max(found, key=lambda one: one.plan.peak()[1])
-    return most._replace(peers=max(one.peers for one in found))
+def fullest_rank(
+    config: AttentionConfig, workload: Workload, machine: Machine, taken: Callable[[RankPlan], Any]
+) -> RankPlan:
+    """The plan of which most is `taken`: of all ranks, or where they are many, of those that hold or fetch
+    most and of some others."""
+    ranks = _fullest(config, workload)
+    plans = (rank_plan(config, workload, machine, rank) for rank in ranks)
+    return max(plans, key=taken)
 
 
 def _fullest(config: AttentionConfig, workload: Workload) -> list[int]:
     """Ranks among which that with the highest peak is looked for."""
     world = ring_of(config, workload).world
     shards, causal = shards_of(config, workload.seq, world), workload.causal
-    if exchange_of(config, workload) == "heads":  # they differ in tokens alone
-        return [max(0, world - 1, key=shards.tokens)]
+    if exchange_of(config, workload) == "heads":
+        return sorted({0, world - 1})  # they differ in tokens alone
     if world <= FEW_RANKS and not is_vast(config, workload):
         return list(range(world))
     sight, ranks = sight_of(config, workload.seq, causal), np.arange(world)
@@ -105,9 +100,9 @@ def rank_plan(
     kept = Kept(config.pool, config.pool_bytes, config.cache_entries, config.cache_bytes)
     table = PlanTable()
     if warm:
-        _by_keys(config, PlanTable(), case, whole, plan, kept, bound, world)
+        _by_keys(config, PlanTable(), case, whole, plan, kept, bound, world, warm=False)
         kept.before(table)
-    _by_keys(config, table, case, whole, plan, kept, bound, world)
+    _by_keys(config, table, case, whole, plan, kept, bound, world, warm=warm)
     return RankPlan(table.done(), peers)
 
 
@@ -170,7 +165,13 @@ def _bound(columns: Columns, shape: Shape) -> Callable[[RankPart, Shape], Extent
             seq=shape.seq, origin=shape.seq - queries, kv_heads=shape.kv_heads, windows="none"
         )
         extent = extent_of(whole)
-        kinds = tuple(kind._replace(keys=min(kind.keys, rows.total)) for kind in extent.kinds)
+        kinds = tuple(
+            kind._replace(
+                keys=min(kind.keys, rows.total),
+                sizes=tuple((views, tokens, min(keys, rows.total)) for views, tokens, keys in kind.sizes),
+            )
+            for kind in extent.kinds
+        )
         return extent._replace(kinds=tuple(kind for kind in kinds if kind.exists))
 
     return bound
@@ -185,20 +186,35 @@ def _by_keys(
     kept: Kept,
     bound: Callable[[RankPart, Shape], Extent] | None,
     world: int,
+    *,
+    warm: bool,
 ) -> None:
     def attend(table: PlanTable, case: Case) -> None:
-        _agree(table, case, world)
+        _agree(table, case, world, warm=warm)
         key_exchange(table, case, plan, kept, bound)
 
     _planned(config, table, case, whole, attend)
 
 
-def _agree(table: PlanTable, case: Case, world: int) -> None:
-    """Adds what ranks tell each other before a call, which is on the host."""
+def _agree(table: PlanTable, case: Case, world: int, *, warm: bool) -> None:
+    """Adds what a call takes before anything is exchanged: what ranks tell each other, on the host; without
+    tokens, ones to be checked in their place; on a GPU what opens the communicator of a first call."""
+    shape, e = case.shape, case.shape.itemsize
+    if not shape.seq:
+        table.phase("checking the call")
+        some = [case.batch * n * shape.head_dim * e for n in (shape.heads, shape.kv_heads, shape.kv_heads)]
+        table.add(
+            "a token of q, k and v", "temp_buffers", some, "B H D e, and B G D e: for a rank without any"
+        )
+        table.free("a token of q, k and v")
     if isinstance(case.machine, Cpu):
         table.phase("agreeing on the call")
         table.add("terms of the call", "comm_buffers", (8 * AGREED * world, 8 * AGREED), "256 W and 256")
         table.free("terms of the call")
+    elif not (warm or case.run):
+        table.phase("opening the communicator")
+        table.add("first message", "comm_buffers", FLOAT32, "a number")
+        table.free("first message")
 
 
 def _planned(
@@ -236,12 +252,8 @@ def _by_heads(
     shape = twin.shape._replace(first_head=rank * heads)
 
     def attend(table: PlanTable, case: Case) -> None:
-        if part.adaptive is not None and not case.run:
-            others = (world - 1) * heads * whole.head_dim * (part.adaptive.score_dim or whole.head_dim)
-            nbytes = others * whole.itemsize
-            table.kept("other heads of the scorer", "parameters", (nbytes, nbytes), "2 H D E e (W - 1) / W")
-        _agree(table, case, world)
-        own = twin._replace(shape=shape, warm=warm, runs=case.runs, run=case.run)
+        _agree(table, case, world, warm=warm)
+        own = twin._replace(shape=shape, warm=warm, runs=case.runs, run=case.run, ranks=world)
         head_exchange(table, case, own, world, attention)
         if part.adaptive is not None and table.holds("dq"):
             table.phase("backward, gradients of all heads of the scorer")

@@ -102,6 +102,14 @@ class Plan(NamedTuple):
                 yield from _tensors(buffer)
 
 
+class RankPlan(NamedTuple):
+    """The plan of a rank, or of the only one."""
+
+    plan: Plan
+    peers: int
+    """Ranks that it sends to or hears from."""
+
+
 def _freed(buffers: Sequence[Buffer], alive: list[Buffer]) -> Iterator[tuple[str, None]]:
     """The events as these are freed, which are alive no longer."""
     for buffer in buffers:

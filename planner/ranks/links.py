@@ -19,6 +19,8 @@ from planner.gpus import Gpu
 _DATA: Final = Path(__file__).parents[1] / "data" / "links.json"
 PLANNED: Final = "published figures, not measured here"
 MEASURED: Final = "figures of one small machine"
+SLOT_CHANNELS: Final = 2
+"""Channels that NCCL opens to each peer without NVLink."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +40,8 @@ class Link:
     beta_source: str
     collectives: float = 1.0
     """The share of `beta` that is left where all ranks exchange with all, packing among it."""
+    channels: int = SLOT_CHANNELS
+    """Those that NCCL opens to each peer for messages, where all cards are in one node."""
 
     @property
     def is_published(self) -> bool:

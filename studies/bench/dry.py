@@ -14,7 +14,9 @@ import argparse
 import json
 import math
 import random
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from statistics import median
@@ -32,9 +34,14 @@ from planner.fitting.samples import samples
 from planner.measuring.dry import PREFIX
 from planner.measuring.server import Batch
 from planner.memory.dispatch import goes_apart
-from planner.memory.dry_runs import FLOAT64, PATH, SEGMENT, SEGMENTS, DryCases, DryRuns
+from planner.memory.dry_runs import FLOAT64, PATH, SEGMENT, SEGMENTS, Checked, DryCases, DryRuns
 from planner.memory.estimate import MemoryEstimate, estimate, machine_of
+from planner.standin.install import torch_for
+from planner.standin.interpreter import interpreter
+from planner.standin.zygote import Zygote
 from planner.workload import Workload, features_of
+from studies.bench import dry_ranks
+from studies.bench.dry_ranks import shared
 from studies.bench.featured import featured
 from studies.bench.records import DATA, Row, as_json, environment, write
 
@@ -56,6 +63,12 @@ STEP: Final = 0.0025
 """The margin is a multiple of this share: the least that no case exceeds."""
 FLEX_SHARE: Final = 0.25
 """Share of the block-sparse cases that may go by compiled FlexAttention, which takes seconds to compile."""
+RANKS_SHORTEST: Final = 128
+"""Tokens of a case that ranks share, at least."""
+RANKS_TIMES: Final = 4
+"""Such a case may have so many times the bytes, of which each rank has its share."""
+RANKS_SECONDS: Final = 120.0
+"""For all ranks of a case."""
 
 
 MACHINE: Final = "cuda-dry"
@@ -70,16 +83,19 @@ class DryCase(NamedTuple):
     card: str
 
 
-def cases(seed: int, *, flex: float = FLEX_SHARE, features: bool = False) -> Iterator[DryCase]:
+def cases(
+    seed: int, *, flex: float = FLEX_SHARE, features: bool = False, ranks: bool = False
+) -> Iterator[DryCase]:
     """Cases without end, the same for the same seed; of the block-sparse ones a share of `flex` may be by
     FlexAttention, the others are by SDPA. With `features` each has what running models need
-    (`studies.bench.featured`)."""
+    (`studies.bench.featured`); with `ranks` each is shared by some, by SDPA (`studies.bench.dry_ranks`)."""
     floor = min(gpus.find(card).usable_bytes for card in CARDS) // FLOOR_SHARE
     drawn = samples(
         seed,
+        shortest=RANKS_SHORTEST if ranks else 1,
         longest=LONGEST,
         work=float("inf"),
-        floor_bytes=floor,
+        floor_bytes=floor * (RANKS_TIMES if ranks else 1),
         steps=STEPS,
         head_dims=HEAD_DIMS,
         batches=BATCHES,
@@ -97,7 +113,10 @@ def cases(seed: int, *, flex: float = FLEX_SHARE, features: bool = False) -> Ite
         ):
             backend = "auto"
         config = config.model_copy(update={"backend": backend})
-        if features:
+        if ranks:
+            rng = random.Random(f"ranks {seed} {number}")
+            config, workload = shared(config.model_copy(update={"backend": "sdpa"}), workload, rng)
+        elif features:
             workload = featured(config, workload, random.Random(f"features {seed} {number}"))
         yield DryCase(config, workload, card)
 
@@ -110,13 +129,20 @@ def goes_flex(case: DryCase) -> bool:
     return config.variant == "block_sparse" and bool(goes_apart(columns, workload, machine))
 
 
-def measured(case: DryCase, batch: Batch) -> Row:
-    """A case's row: what it is, and what its run took or how it failed."""
-    found = batch.measure(case.config, case.workload, card=PREFIX + case.card)
+def _asked(case: DryCase) -> Row:
+    """What a row says of its case."""
     return {
         "card": case.card,
         "config": case.config.model_dump(mode="json", exclude_defaults=True),
         "workload": case.workload.model_dump(mode="json", exclude_defaults=True),
+    }
+
+
+def measured(case: DryCase, batch: Batch) -> Row:
+    """A case's row: what it is, and what its run took or how it failed."""
+    found = batch.measure(case.config, case.workload, card=PREFIX + case.card)
+    return {
+        **_asked(case),
         "kind": found.kind,
         "message": (found.message or "")[:300],
         "kernel": found.environment.kernel,
@@ -128,12 +154,26 @@ def measured(case: DryCase, batch: Batch) -> Row:
     }
 
 
+def measured_ranks(case: DryCase, zygote: Zygote) -> list[Row]:
+    """A row of each rank of a case; one of how it failed."""
+    sample = {
+        "config": case.config.model_dump(mode="json"),
+        "workload": case.workload.model_dump(mode="json"),
+    }
+    end = zygote.run(dry_ranks.__name__, "peaks", sample, gpu=gpus.find(case.card), timeout=RANKS_SECONDS)
+    if end.kind != "ok":
+        return [{**_asked(case), "kind": end.kind, "message": str(end.value)[-300:]}]
+    return [
+        {**_asked(case), "kind": "ok", "message": "", "rank": n, **row} for n, row in enumerate(end.value)
+    ]
+
+
 def case_of(row: Row) -> DryCase:
     return DryCase(AttentionConfig(**row["config"]), Workload(**row["workload"]), row["card"])
 
 
-def predicted(case: DryCase) -> MemoryEstimate:
-    return estimate(case.config, case.workload, case.card, dry=True)
+def predicted(case: DryCase, rank: int | None = None) -> MemoryEstimate:
+    return estimate(case.config, case.workload, case.card, dry=True, rank=rank)
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -156,27 +196,46 @@ def publish(name: str, command: str, rows: Sequence[Row], versions: Iterable[str
 
 
 def sweep(
-    path: Path, seed: int, count: int, *, flex: float = FLEX_SHARE, features: bool = False
+    path: Path,
+    seed: int,
+    count: int,
+    *,
+    flex: float = FLEX_SHARE,
+    features: bool = False,
+    ranks: bool = False,
 ) -> list[Row]:
     """The rows of the first `count` cases of a seed; those that the file does not have are measured and
     added to it. Cases that the library refuses to plan are rows of the kind `refused`."""
     rows = read_rows(path)
     there = {row["number"] for row in rows if row["seed"] == seed}
-    drawn = enumerate(islice(cases(seed, flex=flex, features=features), count))
+    drawn = enumerate(islice(cases(seed, flex=flex, features=features, ranks=ranks), count))
     missing = [(number, case) for number, case in drawn if number not in there]
     if not missing:  # no CUDA build of torch is wanted
         return rows
-    with path.open("a") as file, Batch(PREFIX + CARDS[0]) as batch:
+    with path.open("a") as file, _measuring(ranks) as measure:
         for number, case in missing:
             try:
                 predicted(case)
-                row = measured(case, batch)
+                found = measure(case)
             except ConfigError as error:
-                row = {"card": case.card, "kind": "refused", "message": str(error)[:300]}
-            rows.append({"seed": seed, "number": number, **row})
-            file.write(json.dumps(rows[-1]) + "\n")
+                found = [{"card": case.card, "kind": "refused", "message": str(error)[:300]}]
+            for row in found:
+                rows.append({"seed": seed, "number": number, **row})
+                file.write(json.dumps(rows[-1]) + "\n")
             file.flush()
     return rows
+
+
+@contextmanager
+def _measuring(ranks: bool) -> Iterator[Callable[[DryCase], list[Row]]]:
+    """What measures cases, of one GPU or of ranks."""
+    if ranks:
+        build, ahead = torch_for(interpreter(sys.executable))
+        with Zygote(gpus.find(CARDS[0]), torch=build, ahead=ahead) as zygote:
+            yield lambda case: measured_ranks(case, zygote)
+        return
+    with Batch(PREFIX + CARDS[0]) as batch:
+        yield lambda case: [measured(case, batch)]
 
 
 class Error(NamedTuple):
@@ -200,7 +259,7 @@ def errors(rows: Iterable[Row]) -> list[Error]:
         if row["kind"] != "ok":
             continue
         case = case_of(row)
-        estimated = predicted(case)
+        estimated = predicted(case, row.get("rank"))
         found.append(
             Error(
                 row,
@@ -252,7 +311,7 @@ def _taken_for(error: Error) -> float:
     return predicted * (FLOAT64 if error.case.workload.dtype == "float64" else 1)
 
 
-def written(setting: Sequence[Error], checking: Sequence[Error]) -> DryRuns:
+def checked(setting: Sequence[Error], checking: Sequence[Error]) -> Checked:
     """What `planner/data/dry-runs.json` has, of two sets of cases, each of one draw or several."""
     share = margin(setting)
 
@@ -270,7 +329,7 @@ def written(setting: Sequence[Error], checking: Sequence[Error]) -> DryRuns:
         one, other = ({value for e in found for value in values(e)} for found in (setting, checking))
         return tuple(sorted(one & other))
 
-    return DryRuns(
+    return Checked(
         torch=checking[-1].row["torch"],
         cards=in_both(lambda e: (e.case.card,)),
         domain=Domain(
@@ -279,11 +338,22 @@ def written(setting: Sequence[Error], checking: Sequence[Error]) -> DryRuns:
             modes=in_both(lambda e: (e.case.workload.mode,)),
             longest=LONGEST,
             features=in_both(lambda e: {*features_of(e.case.workload)} - {"weights"}),
+            ranks=min(max(e.case.workload.gpus for e in found) for found in (setting, checking)),
         ),
         margin=share,
         set_by=draws(setting),
         checked_by=draws(checking),
     )
+
+
+def write_runs(runs: Checked) -> None:
+    """Puts the runs in the file, those of ranks beside those of one GPU that are there, or the other way."""
+    there = DryRuns.from_json(PATH.read_bytes())
+    if runs.domain.ranks > 1:
+        made = there.model_copy(update={"ranks": runs})
+    else:
+        made = DryRuns(**dict(runs), ranks=there.ranks)
+    write_whole(PATH, f"{made.to_json(indent=1)}\n".encode(), "the file")
 
 
 def described(error: Error) -> str:
@@ -299,6 +369,9 @@ def described(error: Error) -> str:
         workload.mode,
     ]
     parts += [workload.dtype, f"S{workload.seq} B{workload.batch} H{workload.heads}/{workload.groups}"]
+    if config.sharding:
+        rank, sharding = error.row.get("rank"), config.sharding
+        parts += [f"rank {rank} of {workload.gpus}", sharding.exchange, sharding.shards, sharding.travel]
     parts += [f"D{workload.head_dim}", "causal" * workload.causal, "weights" * workload.weights]
     if config.multihead:
         parts += ["multihead", "bias" * config.multihead.bias, "checkpoint" * config.multihead.checkpoint]
@@ -316,17 +389,20 @@ def main() -> None:
     parser.add_argument(
         "--features", action="store_true", help="with fewer queries, documents and sinks among the cases"
     )
+    parser.add_argument("--ranks", action="store_true", help="cases that ranks share, a row for each rank")
     parser.add_argument("--worst", type=int, default=20, help="cases to name")
     parser.add_argument(
         "--write", type=Path, nargs="+", help="files of rows of other seeds: write the margin that they set"
     )
     given = parser.parse_args()
-    rows = sweep(given.rows, given.seed, given.count, flex=given.flex, features=given.features)
+    rows = sweep(
+        given.rows, given.seed, given.count, flex=given.flex, features=given.features, ranks=given.ranks
+    )
     if given.write:
         setting = errors(row for path in given.write for row in read_rows(path))
         if both := {e.row["seed"] for e in setting} & {row["seed"] for row in rows}:
             parser.error(f"rows that set a margin do not check it: {given.rows} has seeds {sorted(both)} too")
-        write_whole(PATH, f"{written(setting, errors(rows)).to_json(indent=1)}\n".encode(), "the file")
+        write_runs(checked(setting, errors(rows)))
     found = errors(rows)
     for error in sorted(found, key=lambda e: -abs(e.allocated))[: given.worst]:
         print(described(error))

@@ -39,7 +39,7 @@ def adaptive(table: PlanTable, case: Case, scorer: Scorer, lists: ListCalls | No
     """Choice and attention, and in training the backward pass. `lists`: where calls over lists do it."""
     numbers = _parameters(case, scorer)
     if not case.run:
-        half = numbers // 2 * case.shape.itemsize
+        half = numbers // 2 * case.shape.itemsize * case.ranks
         table.kept("projections of the scorer", "parameters", (half, half), "2 H D E e")
     table.phase("choosing blocks")
     table.add("chosen blocks", "sparse_indices", _chosen(case, scorer) * 8, "8 B H n k")

@@ -63,6 +63,8 @@ def head_exchange(table: PlanTable, case: Case, twin: Case, world: int, attend: 
     table.free_held(*(OWN + name for name in (*inputs, "gradient of out", "out", "log-sum-exp")))
     for name, stream in inputs.items():
         _to_tokens(table, f"d{name}", "gradients", stream, world)
+    table.phase("gradients of own tokens")
+    table.free_held(*(f"{OWN}d{name}" for name in inputs))
 
 
 def _to_heads(table: PlanTable, name: str, stream: _Stream, world: int) -> None:

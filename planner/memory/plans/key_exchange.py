@@ -220,8 +220,13 @@ def _fetch_backward(
     ahead.used(number, place)
     for one in (dk, dv):
         one.end(rank.travel)
-    if fetch.own is not None:
-        for total in own[1:]:
+    if fetch.own is None:
+        return names
+    for total, name in zip(own[1:], tuple(names), strict=True):
+        if fetch.rows.total == plan.tokens and total.numbers.takes(plan.tokens, rank.travel):
+            total.numbers.begin(name)  # of own keys alone, so that nobody is sent any
+            names.remove(name)
+        else:
             total.merge(plan.tokens, rank.travel)
     return names
 

@@ -112,6 +112,7 @@ class NumberLines:
         else:
             table.rename(part, name, component)
         if self.is_mixed:
+            table.phase(f"{self.name}, some of it in single precision")
             nbytes = [(end - begin) * self._each * self._rank.w for begin, end in self._wide]
             table.add(self._wide_name, "temp_buffers", nbytes, "B S H D w of some tokens")
 

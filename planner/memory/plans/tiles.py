@@ -63,6 +63,8 @@ class Case(NamedTuple):
     """Whether learned sinks join the softmax."""
     documents: bool = False
     """Whether the caller gives the tokens' documents."""
+    ranks: int = 1
+    """Those that share the heads, each of which has the parameters of all."""
     sequences: int = 0
     """Documents of all batch items where flash attention takes them in one call, else 0."""
     lse_row: Count | None = None

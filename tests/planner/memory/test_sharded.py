@@ -12,22 +12,19 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from ranks import Ranks
-from torch import Tensor
 
-from attention import (
-    AttentionConfig,
-    ConfigError,
-    MultiheadConfig,
-    ShardingConfig,
-    SparsePatternConfig,
-    build,
-)
+from attention import AttentionConfig, ConfigError, MultiheadConfig, ShardingConfig, SparsePatternConfig
 from attention.config import AdaptiveConfig
 from planner import estimate
 from planner.calibration import bound_of
+from planner.gpus import find
+from planner.measuring.call import call_of
 from planner.measuring.footprint import footprints
 from planner.memory.estimate import calibration_for, machine_of
+from planner.memory.estimate import estimate as memory_of
+from planner.memory.nccl import MB, nccl_share
 from planner.memory.sharded import rank_plan
+from planner.ranks.links import network_of
 from planner.ranks.ring import likest
 from planner.workload import Workload
 
@@ -120,57 +117,6 @@ def random_case(seed: str, world: int, longest: int) -> tuple[AttentionConfig, W
     return config, workload
 
 
-class Call:
-    """One call of a rank's module, and in training its backward."""
-
-    def __init__(self, config: AttentionConfig, workload: Workload) -> None:
-        torch.manual_seed(0)
-        dtype, trains = getattr(torch, workload.dtype), workload.mode == "training"
-        self.module: Any = build(config).to(dtype)  # type: ignore[union-attr]
-        self.causal = workload.causal
-        tokens = len(self.module.positions(workload.seq))
-
-        def normal(*sizes: int, requires_grad: bool = trains) -> Tensor:
-            return torch.randn(workload.batch, tokens, *sizes, dtype=dtype, requires_grad=requires_grad)
-
-        self.extras: dict[str, Tensor] = {}
-        if config.multihead:
-            width = config.multihead.embed_dim
-            self.inputs, self.grad = (normal(width),), normal(width, requires_grad=False) if trains else None
-        else:
-            counts = workload.heads, workload.groups, workload.groups
-            self.inputs = tuple(normal(count, workload.head_dim) for count in counts)
-            self.grad = normal(workload.heads, workload.head_dim, requires_grad=False) if trains else None
-        if workload.documents:
-            numbers = torch.arange(len(workload.documents), dtype=torch.int32)
-            numbers = numbers.repeat_interleave(torch.tensor(workload.documents))
-            self.extras["documents"] = numbers.expand(workload.batch, -1).contiguous()
-        if workload.sinks:
-            self.extras["sinks"] = torch.randn(workload.heads, dtype=dtype, requires_grad=trains)
-
-    def __call__(self) -> Any:
-        with torch.set_grad_enabled(self.grad is not None):
-            given = self.inputs * (3 // len(self.inputs))
-            result = self.module(*given, is_causal=self.causal, **self.extras)
-        out = result[0] if isinstance(result, tuple) else result
-        if self.grad is not None:
-            out.backward(self.grad)
-        return result
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        return [*self.inputs, *self.module.parameters(), *self.extras.values()]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(x.nbytes for x in self.tensors) + (0 if self.grad is None else self.grad.nbytes)
-
-    def start_again(self) -> None:
-        for x in self.tensors:
-            x.grad = None
-        gc.collect()
-
-
 class Peak(NamedTuple):
     """A rank's peak, of a first call or of a second one; a tuple on its way from the rank."""
 
@@ -181,12 +127,15 @@ class Peak(NamedTuple):
 
 
 def peaks(rank: int, config: AttentionConfig, workload: Workload, what: str) -> Rows:
-    call = Call(config, workload)
-    scratch = (call.module.attention if config.multihead else call.module).scratch
-    scratch.release()
-    call.start_again()
-    counts = footprints([call, call.start_again, call], torch.device("cpu"))
-    scratch.release()
+    call = call_of(config, workload, torch.device("cpu"))
+
+    def start_again() -> None:
+        call.drop_gradients()
+        gc.collect()
+
+    call.start_cold()
+    counts = footprints([call, start_again, call], torch.device("cpu"))
+    call.buffers.release()
     machine = machine_of("cpu", workload.dtype, 1)
     calibration = calibration_for("cpu", machine, workload.dtype)
     both: Rows = []
@@ -286,6 +235,15 @@ def test_an_estimate_is_of_the_rank_that_needs_most():
     assert predicted.upper >= predicted.allocated
 
 
+def test_on_a_gpu_it_is_the_rank_whose_allocator_holds_most():
+    workload = Workload(seq=1001, batch=2, heads=4, head_dim=64, mode="training", causal=True, gpus=3)
+    config = AttentionConfig(variant="dense", sharding=ShardingConfig(exchange="keys"))
+    every = [memory_of(config, workload, "h100-pcie", rank=rank) for rank in range(3)]
+    one = memory_of(config, workload, "h100-pcie")
+    assert (one.reserved, one.upper) == (max(x.reserved for x in every), max(x.upper for x in every))
+    assert one.allocated < max(x.allocated for x in every)
+
+
 def test_nccl_is_a_share_of_the_card_with_a_range():
     workload = Workload(seq=65_536, heads=8, head_dim=64, gpus=8, causal=True)
     predicted = estimate(AttentionConfig(variant="dense"), workload, "h100-sxm")
@@ -299,6 +257,23 @@ def test_nccl_is_a_share_of_the_card_with_a_range():
             AttentionConfig(variant="dense"), workload.model_copy(update={"gpus": 1}), "h100-sxm"
         ).lines
     }
+
+
+@pytest.mark.parametrize(
+    "card, gpus, peers, likely, most",
+    [
+        ("gtx1080", 2, 1, 90, 266),
+        ("gtx1080", 8, 0, 114, 266),  # the communicator of all, whoever exchanges
+        ("gtx1080", 8, 2, 114, 266),  # two neighbours over PCIe: what a communicator takes, at most
+        ("gtx1080", 8, 7, 114, 319),
+        ("h100-sxm", 8, 2, 688, 1625),
+        ("h100-sxm", 8, 7, 688, 3967),  # as seen
+        ("h100-sxm", 64, 63, 688, 1600),  # over a network there are few channels
+    ],
+)
+def test_nccl_takes_what_its_channels_to_peers_take(card, gpus, peers, likely, most):
+    shared = nccl_share(gpus, peers, network_of(gpus, find(card)))
+    assert (shared.likely // MB, shared.most // MB) == (likely, most)
 
 
 def test_rings_of_one_are_data_parallel():

@@ -9,7 +9,11 @@ from unittest import mock
 import pytest
 
 from planner import gpus
+from planner.memory.dry_runs import Checked, DryRuns, dry_runs
+from planner.ranks.ring import exchange_of, refuse_sharing
+from planner.workload import refuse_features
 from studies.bench import dry
+from studies.bench.dry_ranks import WORLDS
 
 ROWS = Path(__file__).parents[2] / "planner" / "memory" / "dry_rows.json"
 
@@ -67,12 +71,37 @@ def test_the_domain_is_what_sets_and_checks_the_margin():
         for seed, fields in ((3, {"sinks": True}), (2, {}))
     )
     plain, featured = dry.errors(rows[9:19]), dry.errors(with_sinks)
-    alone = dry.written(plain, dry.errors([*without, *with_sinks]))
+    alone = dry.checked(plain, dry.errors([*without, *with_sinks]))
     assert alone.domain.features == ()
     assert [draw.seed for draw in alone.checked_by] == [2, 3]
-    both = dry.written([*plain, *featured], dry.errors([row | {"seed": 4} for row in with_sinks]))
+    both = dry.checked([*plain, *featured], dry.errors([row | {"seed": 4} for row in with_sinks]))
     assert both.domain.features == ("sinks",)
     assert [(draw.seed, draw.cases) for draw in both.set_by] == [(1, 10), (3, 9)]
+
+
+def test_cases_of_ranks_can_be_shared():
+    found = list(islice(dry.cases(5, ranks=True), 60))
+    assert found == list(islice(dry.cases(5, ranks=True), 60))
+    assert {case.workload.gpus for case in found} == set(WORLDS)
+    kinds = {(exchange_of(case.config, case.workload), case.config.variant) for case in found}
+    assert len(kinds) == 7  # adaptive exchanges heads alone
+    for config, workload, _ in found:
+        refuse_sharing(config, workload)
+        refuse_features(config, workload)
+
+
+def test_runs_of_ranks_are_written_beside_those_of_one_gpu(monkeypatch, tmp_path):
+    path, there = tmp_path / "runs.json", dry_runs()
+    monkeypatch.setattr(dry, "PATH", path)
+    path.write_bytes(there.to_json().encode())
+    of_ranks = there.ranks.model_copy(update={"margin": 0.5})
+    dry.write_runs(of_ranks)
+    assert DryRuns.from_json(path.read_bytes()) == there.model_copy(update={"ranks": of_ranks})
+    of_one = Checked(**{name: value for name, value in there if name != "ranks"} | {"margin": 0.25})
+    dry.write_runs(of_one)
+    assert DryRuns.from_json(path.read_bytes()) == there.model_copy(
+        update={"ranks": of_ranks, "margin": 0.25}
+    )
 
 
 def test_rows_that_are_there_want_no_cuda_build(monkeypatch, tmp_path):
