@@ -29,6 +29,8 @@ from attention.sizes.window import window_blocks, window_spans
 BlockIds = NDArray[np.unsignedinteger[Any]]
 
 DEFAULT_BLOCK_SIZE = 64
+EDGES = 16
+"""Segments of a branch, and rows beside, that stand for all of a rank's."""
 _SLAB = 1 << 18  # elements of scratch: small enough for the L2 cache, large enough to amortise NumPy
 
 
@@ -129,6 +131,32 @@ def kept_columns(config: AttentionConfig, seq: int, causal: bool, rows: Ints) ->
         np.add.at(change, rows + right[t] + rate - low, -1)
         kept |= change.reshape(-1, rate).cumsum(axis=0).ravel()[: high - low] > 0
     return np.flatnonzero(kept) + low
+
+
+def columns_by_row(config: AttentionConfig, seq: int, causal: bool, rows: Ints) -> BlockIds:
+    """The blocks that each of `rows` keeps, one row's after the other's, of a dilated_sparse config."""
+    blocks, budget = _blocks(seq, _pattern(config).block_size), row_budget(config, seq)
+    branches = BranchRows.of(config, blocks, causal)
+    kept = branches.kept(rows, budget)
+    columns: BlockIds = np.empty(int(kept.sum()), column_dtype(blocks))
+    _write_rows(columns, rows, kept, branches, branches.select(rows, budget))
+    return columns
+
+
+def kept_hull(config: AttentionConfig, seq: int, causal: bool, rows: tuple[int, int]) -> tuple[int, int]:
+    """(first, one past the last) of the blocks that rows (first, one past the last) keep, of a dilated_sparse
+    config, nearly: those are looked at where segments begin and end, of many segments only some."""
+    branches = BranchRows.of(config, _blocks(seq, _pattern(config).block_size), causal)
+    first, stop = rows
+    edges = [np.array([first, stop - 1]), np.linspace(first, stop - 1, EDGES).astype(np.int64)]
+    for length in branches.lengths.ravel().tolist():
+        ends = np.arange(-(-first // length), -(-stop // length)) * length
+        some = ends[np.linspace(0, max(len(ends) - 1, 0), min(len(ends), EDGES)).astype(np.int64)]
+        edges += [some, some - 1]
+    looked = np.unique(np.concatenate(edges))
+    looked = looked[(looked >= first) & (looked < stop)]
+    left, right = branches.select(looked, row_budget(config, seq))
+    return int((looked - left).min()), int((looked + right).max()) + 1
 
 
 def row_budget(config: AttentionConfig, seq: int) -> int:

@@ -20,6 +20,7 @@ from attention.config import (
     Edges,
     MultiheadConfig,
     PatternType,
+    ShardingConfig,
     SparsePatternConfig,
     Switch,
     Variant,
@@ -71,6 +72,8 @@ class Columns:
     """Its heads and channels are the workload's."""
     cache_entries: int = 100
     cache_bytes: int = 64 * MIB
+    sharding: ShardingConfig | None = None
+    """How ranks share a sequence; None for the defaults where some do."""
     _rows: dict[bool, Rows] = field(default_factory=dict, init=False, repr=False)
     _size: int = field(default=1, init=False, repr=False)
 
@@ -173,6 +176,7 @@ class Columns:
             multihead=self.multihead,
             cache_entries=self.cache_entries,
             cache_bytes=self.cache_bytes,
+            sharding=self.sharding,
             **parts,
         )
 
@@ -218,5 +222,6 @@ def columns_of(config: AttentionConfig, seq: int) -> Columns:
         multihead=config.multihead,
         cache_entries=config.cache_entries,
         cache_bytes=config.cache_bytes,
+        sharding=config.sharding,
         **sizes,
     )

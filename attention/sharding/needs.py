@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from attention.config import AttentionConfig
-from attention.layout import is_dilated_sparse, kept_columns
+from attention.layout import is_dilated_sparse, kept_columns, kept_hull
 from attention.sharding.ranges import Range, global_queries, hull, seen, sight_of
 from attention.sharding.rows import rows_between
 from attention.sharding.shards import Shards
@@ -42,7 +43,13 @@ Stages = tuple[tuple[Source, ...], ...]
 
 
 def stages(
-    config: AttentionConfig, shards: Shards, rank: int, causal: bool, documents: Packing | None = None
+    config: AttentionConfig,
+    shards: Shards,
+    rank: int,
+    causal: bool,
+    documents: Packing | None = None,
+    *,
+    looks: bool = True,
 ) -> Stages:
     """What a rank fetches, in the order in which it is used: never its own tokens, and each token once.
 
@@ -56,16 +63,25 @@ def stages(
       end of that of its last one. Where several reach, the rate is the greatest common divisor of theirs, but
       1 if segments are no multiple of that.
     - Documents cut this to those of the rank's first and last token, whichever batch item has more.
+
+    Unless it `looks` at all rows of a dilated_sparse layout, all is fetched between the farthest blocks that
+    some of them keep.
     """
     staged: list[list[Source]] = [[] for _ in range(_steps(config, shards, causal))]
-    for source in _cut(shards, _wanted(config, shards, rank, causal, documents)):
+    for source in _cut(shards, _wanted(config, shards, rank, causal, documents, looks=looks)):
         if source.peer != rank:
             staged[_step(config, shards, causal, rank, source.peer)].append(source)
     return tuple(map(tuple, staged))
 
 
 def deliveries(
-    config: AttentionConfig, shards: Shards, rank: int, causal: bool, documents: Packing | None = None
+    config: AttentionConfig,
+    shards: Shards,
+    rank: int,
+    causal: bool,
+    documents: Packing | None = None,
+    *,
+    looks: bool = True,
 ) -> Stages:
     """What a rank sends in each of the `stages` of its peers: sources whose `peer` is who fetches them, and
     whose tokens are the rank's own. The peer's sources of a stage ascend, and so do the peers."""
@@ -74,7 +90,7 @@ def deliveries(
     # An upper bound, so that of many ranks those that fetch nothing here are not asked what they want.
     rows: Any = rows_between(sight, shards, ranks, rank, causal, 1, 1)  # type: ignore[arg-type]
     for peer in np.flatnonzero(rows).tolist():
-        wanted = _wanted(config, shards, peer, causal, documents)
+        wanted = _wanted(config, shards, peer, causal, documents, looks=looks)
         sources = _cut(shards, _inside(wanted, own))
         staged[_step(config, shards, causal, peer, rank)] += [s._replace(peer=peer) for s in sources]
     return tuple(map(tuple, staged))
@@ -145,7 +161,13 @@ def _step(config: AttentionConfig, shards: Shards, causal: bool, rank: int, peer
 
 
 def _wanted(
-    config: AttentionConfig, shards: Shards, rank: int, causal: bool, documents: Packing | None
+    config: AttentionConfig,
+    shards: Shards,
+    rank: int,
+    causal: bool,
+    documents: Packing | None,
+    *,
+    looks: bool,
 ) -> list[Range]:
     """What the queries of a rank see, its own tokens among it: ranges that ascend and are disjoint, none of
     them empty."""
@@ -157,7 +179,7 @@ def _wanted(
             first, stop = _documents_of(documents, shards.seq, begin, end)
             permitted = first, min(stop, end) if causal else stop
             if is_dilated_sparse(config):
-                ranges = _listed(config, shards.seq, begin, end, causal)
+                ranges = (_listed if looks else _between)(config, shards.seq, begin, end, causal)
             else:
                 ranges = seen(sight, shards.seq, begin, end)
             wanted += _inside(ranges, [permitted])
@@ -174,6 +196,15 @@ def _listed(config: AttentionConfig, seq: int, begin: int, end: int, causal: boo
     firsts = blocks[np.concatenate([[0], breaks + 1])].tolist()
     lasts = blocks[np.concatenate([breaks, [-1]])].tolist()
     return [(first * size, min((last + 1) * size, seq), 1) for first, last in zip(firsts, lasts, strict=True)]
+
+
+@lru_cache(maxsize=4096)
+def _between(config: AttentionConfig, seq: int, begin: int, end: int, causal: bool) -> list[Range]:
+    """One range of about all that `_listed` has."""
+    assert config.pattern is not None
+    size = config.pattern.block_size
+    first, stop = kept_hull(config, seq, causal, (begin // size, ceil_div(end, size)))
+    return [(first * size, min(stop * size, seq), 1)]
 
 
 def _documents_of(documents: Packing | None, seq: int, begin: int, end: int) -> tuple[int, int]:

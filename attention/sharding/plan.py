@@ -125,7 +125,8 @@ def keys_plan(
     looks: bool = True,
 ) -> KeysPlan:
     """The plan of a rank. `shape`: of the whole sequence, with chunks for a rank's tokens; `make` makes the
-    tiles of the whole sequence. Unless it `looks` at those, there may be parts without any."""
+    tiles of the whole sequence. Unless it `looks` at those, there may be parts without any, and more be
+    fetched (`attention.sharding.needs.stages`)."""
     seq, causal, numbers = int(shape.seq), shape.causal, count()
     pieces = shards.pieces(rank)
     starts = _starts(pieces)
@@ -171,8 +172,9 @@ def keys_plan(
         return Fetch(tuple(sources), rows, placed, tuple(parts))
 
     made_stages = []
-    given = deliveries(config, shards, rank, causal, documents)
-    for sources, sent in zip(stages(config, shards, rank, causal, documents), given, strict=True):
+    given = deliveries(config, shards, rank, causal, documents, looks=looks)
+    taken = stages(config, shards, rank, causal, documents, looks=looks)
+    for sources, sent in zip(taken, given, strict=True):
         groups = [list(sources)] if joins else adjoining(sources)
         fetches = [fetch(group) for group in groups if group or (joins and pieces)]
         made_stages.append(FetchStage(tuple(fetches), sent))

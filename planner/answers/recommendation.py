@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal
 from pydantic import BeforeValidator
 
 from attention.config import AttentionConfig, Value, as_tuple
+from planner.answers.shared import SharedEstimate
 from planner.memory.estimate import MemoryEstimate
 from planner.question.asked import Objective
 from planner.workload import Workload
@@ -121,10 +122,11 @@ class Recommendation(Value):
     on: str
     """The device: `cpu`, or a card's name."""
     budget: int
-    """Bytes of the budget, the reserve included."""
+    """Bytes of the budget of each device, the reserve included."""
     reserve: int
     """Bytes of it kept for others."""
-    memory: MemoryEstimate
+    memory: SharedEstimate | MemoryEstimate
+    """Where GPUs share the call, of the one that needs most, with how they share it."""
     seconds: float
     """Predicted seconds of one call, in training with its backward pass."""
     quality: Quality

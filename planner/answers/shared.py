@@ -3,6 +3,7 @@ beside the memory of the one that needs most. Imports no torch, and NumPy only w
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Final, Literal
 
 from attention.config import Value
@@ -89,9 +90,17 @@ def with_sharing(
         refuse_idle_links(link, node)
         return estimate
     refuse_sharing(config, workload)
-    card = gpus.find(device) if isinstance(device, str) and device != "cpu" else device
-    network = network_of(workload.gpus, card, link, node)  # type: ignore[arg-type]
-    sharing = _sharing(estimate, card, network, {"calibration": calibration, "threads": threads})
+    card: Any = gpus.find(device) if isinstance(device, str) and device != "cpu" else device
+    network = network_of(workload.gpus, card, link, node)
+    return shared_over(estimate, card, network, {"calibration": calibration, "threads": threads})
+
+
+def shared_over(
+    estimate: MemoryEstimate, card: Literal["cpu"] | gpus.Gpu, network: Network, options: Mapping[str, Any]
+) -> SharedEstimate:
+    """The estimate of several GPUs that a network joins, with how they share the call; `options`:
+    calibration and threads."""
+    sharing = _sharing(estimate, card, network, options)
     fields = {name: getattr(estimate, name) for name in MemoryEstimate.model_fields}
     return SharedEstimate(**fields, sharing=sharing)
 
@@ -105,7 +114,7 @@ def refuse_idle_links(link: str | None, node: int | None) -> None:
         )
 
 
-def _sharing(estimate: MemoryEstimate, card: Any, network: Network, options: dict[str, Any]) -> Sharing:
+def _sharing(estimate: MemoryEstimate, card: Any, network: Network, options: Mapping[str, Any]) -> Sharing:
     from attention.sharding.shards import shards_of
     from planner.speed.rates import speed_rates_of
     from planner.speed.timeline import PassTime, longest_rank

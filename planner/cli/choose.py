@@ -12,6 +12,7 @@ from attention.errors import ConfigError
 from planner.cli.app import DONE, INTERRUPTED, NOTHING_FITS, command, ink, print_data, progress_line, steps
 from planner.cli.options import Given, Unweighted, flags, say
 from planner.cli.options_choose import Allowed, Card, Conditions
+from planner.cli.options_ranks import Ranks
 from planner.question.asked import TRIALS
 from planner.question.runs import MAXIMUM_TIMEOUT, MAXIMUM_TRIALS, TRIAL_RUNS, TRIAL_TIMEOUT, TUNING_TRIALS
 
@@ -30,6 +31,7 @@ def recommend(
         typer.Option(help="What to optimise. [default: speed; without --seq the length]"),
     ] = None,
     sizes: Unweighted,
+    ranks: Ranks,
     gates: Conditions,
     space: Allowed,
     trials: Annotated[
@@ -62,13 +64,15 @@ def recommend(
     from planner import recommend as recommendation_for
     from planner.search.relax import NothingFitsError
 
+    if verify and (ranks.gpus or 1) > 1:
+        raise ConfigError("--verify runs the picks on one device; leave it out where --gpus says several")
     if verify and format == "py":
         raise ConfigError(
             "--verify says how the picks ran, which --format py does not; choose another format"
         )
     if idle := option_names & {"sampler", "seed", "study"} if not trials else set():
         raise ConfigError(f"{flags(idle)}: for trials only, and --trials 0 asks for none; remove one of them")
-    fields = sizes.model_dump(exclude={"seq", "weights"})
+    fields = ranks.shared(sizes).model_dump(exclude={"seq", "weights"})
     searches = seq is None and sizes.documents is None
     # With the length free the longest sequence of every candidate is searched for, which takes seconds.
     waits = progress_line("searching for the longest sequence") if searches else contextlib.nullcontext()
@@ -85,6 +89,7 @@ def recommend(
                 seed=seed,
                 storage=storage,
                 study=study,
+                **ranks.links,
                 **gates,
                 **fields,
                 **card.options,

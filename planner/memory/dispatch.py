@@ -52,12 +52,17 @@ def attention_of(
     columns = columns_of(config, workload.seq)
     apart = bool(goes_apart(columns, workload, machine))
     cut = _cut_of(config, columns, workload, machine)
+    return attention_of_columns(columns, workload, machine, apart=apart, cut=cut)
+
+
+def attention_of_columns(
+    columns: Columns, workload: Workload, machine: Machine, *, apart: bool, cut: ExtentOf | None = None
+) -> tuple[tiles.Case, Callable[[PlanTable, tiles.Case], None]]:
+    """`attention_of` of candidates of which `goes_apart` holds for all or for none; `cut` as of `planned`."""
+    case = case_of(columns, workload, machine)
     if cut is None and is_cut(columns, workload):
-        cut = bounded_cut(columns, shape_of(columns, workload, machine))
-    return (
-        case_of(columns, workload, machine),
-        lambda table, case: _attention(table, case, columns, apart, cut),
-    )
+        cut = bounded_cut(columns, case.shape)
+    return case, lambda table, case: _attention(table, case, columns, apart, cut)
 
 
 def _cut_of(

@@ -47,30 +47,32 @@ class RankPlan(NamedTuple):
 
 
 def fullest_rank(config: AttentionConfig, workload: Workload, machine: Machine) -> RankPlan:
-    """The plan with the highest peak: of all ranks, or where they are many, of those that hold or fetch most
-    and of some others."""
-    ranks = _fullest(config, workload)
-    return max(
-        (rank_plan(config, workload, machine, rank) for rank in ranks), key=lambda one: one.plan.peak()[1]
-    )
+    """The plan with the highest peak, and the most peers: of all ranks, or where they are many, of those that
+    hold or fetch most and of some others."""
+    found = [rank_plan(config, workload, machine, rank) for rank in _fullest(config, workload)]
+    most = max(found, key=lambda one: one.plan.peak()[1])
+    return most._replace(peers=max(one.peers for one in found))
 
 
 def _fullest(config: AttentionConfig, workload: Workload) -> list[int]:
     """Ranks among which that with the highest peak is looked for."""
     world = ring_of(config, workload).world
-    if exchange_of(config, workload) == "heads":
-        return sorted({0, world - 1})  # they differ in tokens alone
-    if world <= FEW_RANKS and not _is_vast(config, workload):
-        return list(range(world))
     shards, causal = shards_of(config, workload.seq, world), workload.causal
+    if exchange_of(config, workload) == "heads":  # they differ in tokens alone
+        return [max(0, world - 1, key=shards.tokens)]
+    if world <= FEW_RANKS and not is_vast(config, workload):
+        return list(range(world))
     sight, ranks = sight_of(config, workload.seq, causal), np.arange(world)
     sizes: tuple[Any, ...] = (sight, shards, ranks, causal, workload.heads, workload.groups)
     counts = (rows_received(*sizes), most_of_one(*sizes))
     most = {int(np.argmax(np.broadcast_to(count, world))) for count in counts}
-    return sorted(most | {0, min(1, world - 1), world // 2, max(world - 2, 0), world - 1})
+    some = {world // 2, max(world - 2, 0), world - 1}
+    if not causal or sight.shared:  # else the first ranks fetch least, and their keys are not everybody's
+        some |= {0, min(1, world - 1)}
+    return sorted(most | some)
 
 
-def _is_vast(config: AttentionConfig, workload: Workload) -> bool:
+def is_vast(config: AttentionConfig, workload: Workload) -> bool:
     """Whether the calls of the ranks' programs are too many to look at."""
     if workload.seq > MOST_TOKENS or ring_of(config, workload).world > MOST_RANKS:
         return True
@@ -94,9 +96,9 @@ def rank_plan(
     case = _own_case(alone, whole, machine, int(shards.tokens(rank)))
     if exchange_of(config, workload) == "heads":
         return RankPlan(_by_heads(alone, whole, machine, case, shards, rank, warm=warm), world - 1)
-    vast = _is_vast(config, workload)
+    vast = is_vast(config, workload)
     plan = _keys_plan(config, whole, machine, shards, rank, looks=not vast)
-    bound = None
+    bound, peers = None, len(_peers(plan))
     if vast:
         plan, bound = _shortened(plan), _bound(columns_of(config, whole.seq), plan.shape)
     kept = Kept(config.pool, config.pool_bytes, config.cache_entries, config.cache_bytes)
@@ -105,7 +107,7 @@ def rank_plan(
         _by_keys(config, PlanTable(), case, whole, plan, kept, bound, world)
         kept.before(table)
     _by_keys(config, table, case, whole, plan, kept, bound, world)
-    return RankPlan(table.done(), len(_peers(plan)))
+    return RankPlan(table.done(), peers)
 
 
 def _peers(plan: KeysPlan) -> set[int]:

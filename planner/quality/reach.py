@@ -29,6 +29,8 @@ from planner.workload import Workload
 Bools: TypeAlias = NDArray[np.bool_]
 
 NEVER = 1 << 62
+FEW = 4096
+"""Tokens that are followed one by one."""
 
 
 def layers(config: AttentionConfig, workload: Workload, within: int = NEVER) -> int | None:
@@ -191,13 +193,45 @@ def _mark(reached: Bools, at: Ints, left: Ints, right: Ints, rate: int) -> None:
     reached |= inside[: reached.size]
 
 
+def _is_shut(n: int, branches: tuple[tuple[int, int], ...], causal: bool, heads: int) -> bool:
+    """Whether the last token never hears of some token at the end of a segment: if few hear of that at all,
+    however many layers. Of most attentions with tokens out of reach these are such, and searching all tokens
+    for that takes longest."""
+    ends = {end for s, _ in branches for end in (s - 1, n // s * s - 1) if end < n - 1}
+    return any(_hears_never(n - 1, end, n, branches, causal, heads) for end in ends)
+
+
+def _hears_never(
+    last: int, token: int, n: int, branches: tuple[tuple[int, int], ...], causal: bool, heads: int
+) -> bool:
+    """Whether `last` is not among those who hear of a token in any number of layers; False where those are
+    more than FEW."""
+    heard, fresh = {token}, [token]
+    while fresh:
+        at = fresh.pop()
+        for length, rate in branches:
+            begin = at // length * length
+            rest = (at - begin) % rate
+            if rest >= heads:
+                continue  # no head takes it
+            hearing = range(at if causal else begin + rest, min(begin + length, n), rate)
+            if len(hearing) > FEW or last in hearing:
+                return False
+            new = [one for one in hearing if one not in heard]
+            heard.update(new)
+            fresh += new
+            if len(heard) > FEW:
+                return False
+    return True
+
+
 @lru_cache(maxsize=4096)
 def _dilated(n: int, branches: tuple[tuple[int, int], ...], causal: bool, heads: int, within: int) -> int:
     """Layers of a dilated attention by a search over tokens: of each branch, segment and rest modulo the
     rate, all that is reached lies before the last token of it (causal), or is all of it. A rest that no head
     takes reaches nothing."""
     branches = tuple(dict.fromkeys((min(s, n), r) for s, r in branches))
-    if _apart(branches, n):
+    if _apart(branches, n) or _is_shut(n, branches, causal, heads):
         return NEVER
     reached = np.zeros(n, np.bool_)
     reached[-1] = True

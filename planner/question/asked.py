@@ -55,6 +55,11 @@ class Asked(TypedDict, total=False):
     """Lengths of the documents packed into a sequence, which fix its length: `seq` may be left out."""
     sinks: bool
     """Whether each head has a learned sink."""
+    gpus: int
+    """Cards that share the call (1), each with this memory; `seq` and `batch` are of all together."""
+    link: str | None
+    """What joins them: "nvlink4", or for nodes of `node` GPUs "nvlink4,ndr"; None for the card's."""
+    node: int | None
     layers: int | None
     """Layers of the model (12), within which the last token must reach every token that causality permits;
     None for no such gate."""

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from planner.question.space import Space
 
 _SIZES: Final = ("batch", "heads", "kv_heads", "head_dim", "dtype", "mode", "queries")
+_SHARED: Final = {"gpus": 1, "link": None, "node": None}
 _PLAIN: Final = {
     "max_seconds": None,
     "sampler": "tpe",
@@ -58,6 +59,9 @@ def recommend_command(vram: str | int | None, seq: str | int | None, options: Ma
         parts += ["--objective", options["objective"]]
     if options.get("trials", TRIALS) != TRIALS:
         parts += ["--trials", str(options["trials"])]
+    for name, default in _SHARED.items():
+        if options.get(name, default) != default:
+            parts += [option(name), str(options[name])]
     return shlex.join([*parts, *_question(options)])
 
 

@@ -8,6 +8,7 @@ can have are not generated.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 import numpy as np
@@ -21,6 +22,7 @@ from planner.configs import Columns
 from planner.memory.dispatch import goes_flex
 from planner.question.dimensions import DIMENSIONS, AttentionKind, is_sparse, pattern_of, variant_of
 from planner.question.space import MAX_BRANCHES, Space
+from planner.ranks.ring import exchanges_heads, ring_of, shardings, share_of
 from planner.workload import Workload
 
 UNIT: Final = 64
@@ -90,10 +92,17 @@ def grid(
                     **branches,
                     **lists,
                 )
-                which = _differing(
-                    columns, workload, flex=by_flex, free_length=free_length, alone=len(backends) == 1
-                )
-                parts.append(columns.take(which))
+                alone = len(backends) == 1
+                for shared in shared_ways(columns, workload):
+                    share = workload if workload.gpus == 1 else share_of(shared, workload)
+                    which = _differing(
+                        shared,
+                        share,
+                        flex=by_flex and not runs_parts(shared, workload),
+                        free_length=free_length,
+                        alone=alone,
+                    )
+                    parts.append(shared.take(which))
     parts = [columns for columns in parts if len(columns)]
     if not parts:
         raise ConfigError(
@@ -101,6 +110,19 @@ def grid(
             "(segment lengths must be multiples of the block size)"
         )
     return parts
+
+
+def shared_ways(columns: Columns, workload: Workload) -> list[Columns]:
+    """The candidates, shared by ranks in all ways that are worth trying."""
+    if workload.gpus == 1:
+        return [columns]
+    return [replace(columns, sharding=sharding) for sharding in shardings(columns, workload)]
+
+
+def runs_parts(columns: Columns, workload: Workload) -> bool:
+    """Whether candidates exchange keys, so that their ranks run parts of a sequence, which FlexAttention does
+    not."""
+    return ring_of(columns, workload).world > 1 and not exchanges_heads(columns)
 
 
 def ends(space: Space, kind: AttentionKind, windows: Windows) -> tuple[Edges, ...]:

@@ -10,12 +10,15 @@ from typing import Any, Final
 
 from attention.config import MIB, AttentionConfig
 from attention.errors import ConfigError
+from planner.configs import columns_of
 from planner.question.dimensions import Stride, attention_kind, dimensions_of
 from planner.question.space import Space
+from planner.ranks.ring import shardings, way_text
 from planner.search.candidates import unit_of
 from planner.search.evaluate import Point, failed, gain, point, seconds_of
 from planner.search.scenario import Scenario
 from planner.search.suggest import parameters
+from planner.workload import Workload
 
 MOVES: Final = 24
 """Most moves of one climb."""
@@ -31,7 +34,7 @@ def climbed(scenario: Scenario, space: Space, best: Point) -> Point:
     for _ in range(MOVES):
         for factors in STEPS:
             ahead = best
-            for *_, config in neighbours(best.config, factors):
+            for *_, config in neighbours(best.config, scenario.workload, factors):
                 if config not in tried:
                     # What is no faster than the best so far is none that helps, however the rest of it is.
                     tried[config] = _passing(scenario, space, config, ahead)
@@ -60,9 +63,10 @@ def _passing(scenario: Scenario, space: Space, config: AttentionConfig, best: Po
 
 
 def neighbours(
-    config: AttentionConfig, factors: tuple[float, ...] = STEPS[0]
+    config: AttentionConfig, workload: Workload, factors: tuple[float, ...] = STEPS[0]
 ) -> Iterator[tuple[str, str, str, AttentionConfig]]:
-    """(dimension, value now, value then, the config) of each dimension times each factor."""
+    """(dimension, value now, value then, the config) of each dimension times each factor, and of each other
+    way in which ranks may share the call."""
     pattern = config.pattern
     unit = unit_of(pattern.block_size, pattern.edges) if pattern else unit_of(None, "block")
     for factor in factors:
@@ -77,6 +81,11 @@ def neighbours(
                 yield dimension.attribute, _text(value), _text(after), dimension.changed(config, after)
             except ConfigError:
                 continue
+    if workload.gpus > 1 and config.sharding is not None:
+        for sharding in shardings(columns_of(config, workload.seq), workload):
+            if sharding != config.sharding:
+                names = way_text(config.sharding), way_text(sharding)
+                yield "exchange", *names, config.model_copy(update={"sharding": sharding})
 
 
 def _stepped(step: Stride, value: Any, factor: float, unit: int) -> Any:

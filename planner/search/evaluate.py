@@ -18,12 +18,16 @@ from planner.calibration import least_upper
 from planner.configs import Columns
 from planner.memory.dry_runs import dry_runs, dry_upper
 from planner.memory.estimate import MemoryEstimate, estimate
+from planner.memory.nccl import nccl_share
 from planner.memory.peaks import peaks
+from planner.memory.rank_peaks import rank_peaks
 from planner.quality import mass as quality
 from planner.quality import reach
 from planner.search.gates import MASS, MEMORY, REACH, SECONDS
 from planner.search.scenario import Scenario
 from planner.speed import seconds as speed
+from planner.speed.rank_seconds import rank_seconds
+from planner.speed.timeline import longest_rank
 
 CLEARLY: Final = 1e-9
 """By more than this a mass is below the gate, whatever was rounded on the way."""
@@ -45,16 +49,34 @@ def figures(scenario: Scenario, columns: Columns) -> Figures:
 
 
 def least_memory(scenario: Scenario, columns: Columns) -> Floats:
-    """Bytes of the upper bound, or fewer: what the caching allocator rounds up is not among it."""
-    found = peaks(columns, scenario.workload, scenario.machine)
-    calibration = scenario.calibration
+    """Bytes of the upper bound, or fewer: what the caching allocator rounds up is not among it, and where
+    ranks share the call, what their closed forms leave out."""
+    found, likely, most = _peaks(scenario, columns)
+    calibration, outside = scenario.calibration, scenario.outside + likely
     if calibration is None and not isinstance(scenario.card, str):
-        return np.asarray(dry_upper(found, scenario.outside, dry_runs(), scenario.workload.dtype), np.float64)
-    return np.asarray(least_upper(calibration, found + scenario.outside), np.float64)
+        upper = dry_upper(found, outside, dry_runs(), scenario.workload.dtype)
+    else:
+        upper = least_upper(calibration, found + outside)
+    return np.asarray(upper + most - likely, np.float64)
+
+
+def _peaks(scenario: Scenario, columns: Columns) -> tuple[Ints, Any, Any]:
+    """(bytes at the peak, of NCCL likely, of NCCL at most) of each candidate."""
+    workload = scenario.workload
+    if workload.gpus == 1:
+        return peaks(columns, workload, scenario.machine), 0, 0
+    found, peers = rank_peaks(columns, workload, scenario.machine)
+    if isinstance(scenario.card, str):
+        return found, 0, 0
+    shares = [nccl_share(count) for count in range(int(peers.max()) + 1)]
+    likely, most = (np.array([share[which] for share in shares])[peers] for which in (0, 1))
+    return found, likely, most
 
 
 def times(scenario: Scenario, columns: Columns) -> Floats:
-    return speed.seconds(columns, scenario.workload, scenario.machine, scenario.rates)
+    """Seconds of candidates; where ranks share the call, about those."""
+    asked = columns, scenario.workload, scenario.machine, scenario.rates
+    return speed.seconds(*asked) if scenario.network is None else rank_seconds(*asked, scenario.network)
 
 
 def masses(scenario: Scenario, columns: Columns, *, exactly: bool = False) -> Floats:
@@ -144,8 +166,16 @@ def memory_of(scenario: Scenario, config: AttentionConfig, seq: int) -> MemoryEs
 
 
 def seconds_of(scenario: Scenario, config: AttentionConfig, seq: int) -> float:
-    """A config's seconds."""
-    return speed.seconds_of(config, scenario.at(seq), scenario.machine, scenario.rates)
+    """A config's seconds, of the rank that takes longest; computed once for a scenario."""
+    known: dict[tuple[AttentionConfig, int], float] = scenario.known.setdefault("seconds", {})
+    if (config, seq) not in known:
+        asked = config, scenario.at(seq), scenario.machine, scenario.rates
+        known[config, seq] = (
+            speed.seconds_of(*asked)
+            if scenario.network is None
+            else longest_rank(*asked, scenario.network).seconds
+        )
+    return known[config, seq]
 
 
 def point(scenario: Scenario, config: AttentionConfig, seq: int) -> Point:

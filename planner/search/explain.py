@@ -65,7 +65,7 @@ def _runner_up(scenario: Scenario, solved: Solved, best: Point) -> Point | None:
 
 def _steps(scenario: Scenario, best: Point) -> Iterator[Step]:
     """One step down and one up in each dimension that there is."""
-    for dimension, before, after, config in neighbours(best.config):
+    for dimension, before, after, config in neighbours(best.config, scenario.workload):
         try:
             other = evaluate.point(scenario, config, best.seq)
         except ConfigError:

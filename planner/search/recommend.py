@@ -14,12 +14,16 @@ from attention.sizes.flex_tiles import unfit_sizes
 from attention.sizes.kernel_choice import ON_CUDA_ONLY, unfit_card
 from planner import gpus
 from planner.answers.recommendation import Pick, Quality, Recommendation, Role, Search
+from planner.answers.shared import refuse_idle_links, shared_over
+from planner.memory.estimate import MemoryEstimate
 from planner.memory.machines import Cuda
 from planner.quality.profiles import Profile
 from planner.question.asked import LAYERS, MIN_MASS, TRIALS, Asked, Gates, Objective
 from planner.question.command import recommend_command
 from planner.question.dimensions import variant_of
 from planner.question.space import Space
+from planner.ranks.links import network_of
+from planner.ranks.ring import refuse_sharing
 from planner.search.candidates import grid
 from planner.search.climb import climbed
 from planner.search.evaluate import Point, gain
@@ -66,6 +70,7 @@ _SIZES: Final = (
     "queries",
     "documents",
     "sinks",
+    "gpus",
 )
 _PLACE: Final = ("calibration", "allocator", "display", "others_bytes", "context_bytes", "threads")
 
@@ -179,7 +184,8 @@ def scenario_of(vram: str | int | None, seq: str | int | None, options: Asked) -
         least = options.get("queries") or 1
         shortest = Workload(seq=least, **sizes)
         a_token = shortest.floor_at(1) - shortest.floor_at(0)
-        tokens = min(max((budget - reserved - shortest.floor_at(0)) // a_token, least), MOST_TOKENS)
+        room = (budget - reserved) * shortest.gpus - shortest.floor_at(0)
+        tokens = min(max(room // a_token, least), MOST_TOKENS)
     else:
         tokens = parse_count(seq, "seq")
         if tokens > MOST_TOKENS:
@@ -190,8 +196,15 @@ def scenario_of(vram: str | int | None, seq: str | int | None, options: Asked) -
     place: dict[str, Any] = {name: options[name] for name in _PLACE if name in options}
     if card != "cpu" and place.get("threads") is not None:
         raise ConfigError("threads is for gpu='cpu' only; leave it out")
+    link, node = options.get("link"), options.get("node")
+    network = None
+    if workload.gpus == 1:
+        refuse_idle_links(link, node)
+    else:
+        refuse_sharing(AttentionConfig(variant="dense"), workload)
+        network = network_of(workload.gpus, card, link, node)
     rates = speed_rates_of(card, workload, place)
-    return Scenario(workload, card, budget - reserved, aim, attends, rates, gates, place), reserved
+    return Scenario(workload, card, budget - reserved, aim, attends, rates, gates, place, network), reserved
 
 
 def check_backend(scenario: Scenario, space: Space) -> None:
@@ -251,9 +264,10 @@ def _starts(scenario: Scenario, solved: Solved) -> list[AttentionConfig]:
 
 
 def family_of(config: AttentionConfig) -> tuple[object, ...]:
-    """Variant, number of branches, pattern and block size: what makes configs different in kind."""
+    """Variant, number of branches, pattern, block size and sharding: what makes configs different in kind."""
     pattern = config.pattern
-    return config.variant, len(config.branches), pattern and (pattern.pattern_type, pattern.block_size)
+    kind = pattern and (pattern.pattern_type, pattern.block_size)
+    return config.variant, len(config.branches), kind, config.sharding
 
 
 def _answer(
@@ -278,7 +292,7 @@ def _answer(
         on="cpu" if isinstance(scenario.card, str) else scenario.card.name,
         budget=scenario.budget + reserved,
         reserve=reserved,
-        memory=best.memory,
+        memory=_shared(scenario, best),
         seconds=best.seconds,
         quality=Quality(profile=scenario.profile.name, mass=best.mass, layers=best.layers),
         why=explain(scenario, solved, best),
@@ -292,6 +306,15 @@ def _answer(
             gain=gain(scenario, grid_best, best) if grid_best else 0.0,
         ),
     )
+
+
+def _shared(scenario: Scenario, best: Point) -> MemoryEstimate:
+    """The estimate of the answer, where GPUs share it with how they do."""
+    network = scenario.network
+    if network is None:
+        return best.memory
+    options = {name: scenario.options.get(name) for name in ("calibration", "threads")}
+    return shared_over(best.memory, scenario.card, network, options)
 
 
 def _front(scenario: Scenario, solved: Solved, best: Point) -> tuple[tuple[Pick, ...], tuple[Pick, ...]]:
@@ -321,6 +344,10 @@ def _front(scenario: Scenario, solved: Solved, best: Point) -> tuple[tuple[Pick,
     different = {point.config: point for point in shown if point}
     roles: tuple[Role, ...] = ("fastest", "balanced", "widest")
     picked = [exactly(int(here[at])) for at in chosen]
+    if scenario.network is not None:  # whose seconds arrays know within a factor
+        every = list(different.values())
+        figures = ([getattr(one, name) for one in every] for name in ("seconds", "mass", "seq"))
+        picked = [every[at] for at in three(*map(np.array, figures))]
     picks = [pick(point, role) for point, role in zip(picked, roles, strict=True) if point]
     front = [pick(point) for point in sorted(different.values(), key=lambda point: point.seconds)]
     # Arrays know memory a little less exactly than `exact`, by which some are surpassed after all.
@@ -367,6 +394,7 @@ def fingerprint(scenario: Scenario, space: Space) -> str:
             repr(scenario.gates),
             space.model_dump_json(exclude={"edges"} if space.edges is None else None),
             repr(sorted(scenario.options.items())),
+            *([repr(scenario.network)] if scenario.network is not None else []),
         ]
     )
     return hashlib.sha256(text.encode()).hexdigest()

@@ -12,6 +12,7 @@ import numpy as np
 from attention.errors import AttentionPlannerError
 from planner.question.relaxation import Relaxation, cheaper, spelt
 from planner.question.space import Space
+from planner.ranks.links import network_of
 from planner.search.candidates import grid
 from planner.search.evaluate import Point, failed, memory_of
 from planner.search.gates import MASS, MEMORY, REACH, SECONDS, Gate
@@ -20,6 +21,8 @@ from planner.search.solve import Solved, Table, enumerate_grid, first, order, pa
 from planner.units import format_bytes
 from planner.workload import Workload
 
+LADDER: Final = tuple(1 << power for power in range(1, 11))
+"""Numbers of GPUs that are tried where fewer do not do."""
 TRIED: Final = 32
 """Candidates whose exact memory is looked at for the least."""
 
@@ -68,6 +71,7 @@ def _relaxed(scenario: Scenario, space: Space, solved: Solved, reserved: int) ->
     needed = _memory_needed(scenario, table)
     if needed is not None and needed > scenario.budget:
         yield Relaxation("vram", needed + reserved)
+    yield from _more_gpus(scenario, space)
     yield from _shorter(scenario, space)
     for gate, change in _CHANGES.items():
         nearest = _nearest(scenario, table, gate)
@@ -123,6 +127,26 @@ def _memory_needed(scenario: Scenario, table: Table) -> int | None:
                 for one in reached.tolist()
             )
     return None
+
+
+def _more_gpus(scenario: Scenario, space: Space) -> Iterator[Relaxation]:
+    """The fewest GPUs, a power of two, with which something passes; none for a CPU, nor for calls that ranks
+    do not share."""
+    workload = scenario.workload
+    if isinstance(scenario.card, str) or workload.query_tokens < workload.seq:
+        return
+    link = scenario.network if scenario.network is not None and scenario.network.is_given else None
+    for gpus in LADDER:
+        # Each holds its share of q, k, v and out at least.
+        if gpus <= workload.gpus or scenario.outside + workload.floor // gpus > scenario.budget:
+            continue
+        network = network_of(gpus, scenario.card)
+        if link is not None:
+            network = link if link.node is None or gpus % link.node == 0 else link._replace(node=None)
+        more = replace(scenario, workload=workload.model_copy(update={"gpus": gpus}), network=network)
+        if _passes(more, space):
+            yield Relaxation("gpus", gpus)
+            return
 
 
 def _shorter(scenario: Scenario, space: Space) -> Iterator[Relaxation]:

@@ -16,6 +16,7 @@ from planner.memory.estimate import calibration_for, machine_of
 from planner.memory.machines import Machine
 from planner.quality.profiles import Profile
 from planner.question.asked import Gates, Objective
+from planner.ranks.links import Network
 from planner.speed import seconds
 from planner.workload import Workload
 
@@ -28,13 +29,15 @@ class Scenario:
     """Its `seq` is the longest of interest where the objective is `seq`."""
     card: Literal["cpu"] | Gpu
     budget: int
-    """Bytes for this attention, what is reserved for others taken off."""
+    """Bytes of each device for this attention, what is reserved for others taken off."""
     objective: Objective
     profile: Profile
     rates: seconds.Rates
     gates: Gates = field(default_factory=Gates)
     options: Mapping[str, Any] = field(default_factory=dict)
     """Options of `planner.estimate`: calibration, allocator, display, ..."""
+    network: Network | None = None
+    """How several GPUs are joined; None for one."""
 
     @cached_property
     def known(self) -> dict[str, dict[Any, Any]]:

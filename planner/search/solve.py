@@ -8,7 +8,7 @@ passes: the first to pass is the optimum of the grid. Imports no torch and no Op
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any, Final, NamedTuple
@@ -20,7 +20,7 @@ from attention.config import AttentionConfig
 from attention.sizes.arrays import Floats, Ints
 from planner.bisection import largest
 from planner.configs import Columns, columns_of
-from planner.quality.mass import shape_of
+from planner.quality.mass import distinct, shape_of
 from planner.search import evaluate
 from planner.search.evaluate import Figures, Point
 from planner.search.scenario import Scenario
@@ -31,6 +31,12 @@ FIRST_LOOK: Final = 16
 """Candidates whose reach is asked for at once, to begin with."""
 CLOSE: Final = 8
 """Candidates whose exact lengths are compared."""
+FAMILIES: Final = 4
+"""Families of candidates that ranks share of which one is looked at exactly."""
+STEPS: Final = 16
+"""Most lengths that are tried for a candidate of ranks."""
+OFF: Final = 2.0
+"""Times by which arrays may have too many seconds of ranks."""
 SAME: Final = 0.005
 """Lengths that are shorter than the longest by less are taken as equal to it, and the faster config wins:
 nobody waits ten times as long for one token in two hundred."""
@@ -51,6 +57,12 @@ class Table(NamedTuple):
     def config(self, index: int, scenario: Scenario) -> AttentionConfig:
         part = int(np.searchsorted(self.starts, index, side="right")) - 1
         return self.parts[part].config(int(index - self.starts[part]), scenario.at(int(self.seq[index])))
+
+    def family(self, index: int) -> tuple[Any, ...]:
+        """What makes candidates different in kind."""
+        part = self.parts[int(np.searchsorted(self.starts, index, side="right")) - 1]
+        kind = part.variant, part.pattern_type, len(part.lengths)
+        return *kind, part.edges, part.backend, part.sharding
 
     def apart(self, which: Ints) -> Iterator[tuple[NDArray[np.bool_], Columns]]:
         """Some candidates, part by part: (which of `which`, the candidates)."""
@@ -172,12 +184,62 @@ def enumerate_grid(scenario: Scenario, parts: Sequence[Columns]) -> Solved:
 
 def first(scenario: Scenario, table: Table, ordered: Ints) -> Point | None:
     """The figures of the first of candidates that passes everything. Where the length is free, arrays say a
-    little too much of it, and the best of the first few is taken."""
+    little too much of it, and the best of the first few is taken; where ranks share the call, of those of
+    different kinds (`_first_of_ranks`)."""
+    if scenario.network is not None:
+        return _first_of_ranks(scenario, table, ordered)
     points = (exact(scenario, table, index) for index in _reaching_in_order(scenario, table, ordered))
     passed = (point for point in points if point is not None)
     nearest = list(itertools.islice(passed, CLOSE if scenario.free_length else 1))
     longest = max((point.seq for point in nearest), default=1)
     return min(nearest, key=lambda one: (_lost(longest, one.seq), one.seconds), default=None)
+
+
+def _first_of_ranks(scenario: Scenario, table: Table, ordered: Ints) -> Point | None:
+    """The best of the first candidates of each family that passes everything. Of ranks arrays know seconds
+    within a factor and memory from below, for a family by about the same share: those that are passed over
+    would take more than there is if the bound were as far off as of the one that did."""
+    best: Point | None = None
+    passed: set[Any] = set()
+    off: dict[Any, float] = {}
+    memory = table.figures.memory
+
+    def is_wanted(index: int) -> bool:
+        family = table.family(index)
+        fits = scenario.free_length or memory[index] * off.get(family, 1.0) <= scenario.budget
+        if family in passed or not fits:
+            return False
+        if best is None or scenario.objective != "speed" or not _may_be_better(scenario, table, index, best):
+            return True
+        # Whether it is slower is told sooner than how far it reaches.
+        config, seq = table.config(index, scenario), int(table.seq[index])
+        if evaluate.seconds_of(scenario, config, seq) < best.seconds:
+            return True
+        passed.add(family)
+        return False
+
+    for index in _reaching_in_order(scenario, table, ordered, is_wanted):
+        enough = len(passed) == FAMILIES * (1 + scenario.free_length)
+        if best is not None and (enough or not _may_be_better(scenario, table, index, best)):
+            break
+        point = exact(scenario, table, index)
+        if point is not None:
+            passed.add(table.family(index))
+            best = point if best is None or evaluate.gain(scenario, best, point) > 0 else best
+        elif not scenario.free_length:
+            family, config = table.family(index), table.config(index, scenario)
+            upper = evaluate.memory_of(scenario, config, int(table.seq[index])).upper
+            off[family] = min(off.get(family, np.inf), upper / memory[index])
+    return best
+
+
+def _may_be_better(scenario: Scenario, table: Table, index: int, best: Point) -> bool:
+    """Whether a candidate may be better than a point, as far as arrays tell of ranks."""
+    if scenario.objective == "speed":
+        return bool(table.figures.seconds[index] <= OFF * best.seconds)
+    if scenario.objective == "quality":
+        return bool(table.figures.mass[index] > best.mass)
+    return bool(table.seq[index] > best.seq * (1 + SAME))
 
 
 def exact(scenario: Scenario, table: Table, index: int) -> Point | None:
@@ -208,6 +270,8 @@ def _longest_exactly(scenario: Scenario, config: AttentionConfig, maximum: int) 
     high = maximum // unit
     if fits(high):
         return high * unit
+    if scenario.network is not None:
+        return _near_longest(scenario, config, max(least, 1) * unit, high * unit, unit)
     # What arrays said is near: step back from it, further each time.
     low, step = high - 1, 1
     while low > 0 and not fits(low):
@@ -215,20 +279,60 @@ def _longest_exactly(scenario: Scenario, config: AttentionConfig, maximum: int) 
     return largest(fits, low, high) * unit
 
 
-def _reaching_in_order(scenario: Scenario, table: Table, ordered: Ints) -> Iterator[int]:
+def _near_longest(scenario: Scenario, config: AttentionConfig, least: int, beyond: int, unit: int) -> int:
+    """A length of at most `SAME` below the longest that fits, of ranks, whose plans take a while; 0 for none.
+    `beyond` does not fit. Memory is about linear in the length."""
+
+    def upper(seq: int) -> int:
+        return evaluate.memory_of(scenario, config, seq).upper
+
+    if least >= beyond or upper(least) > scenario.budget:
+        return 0
+    low, below, high, above = least, upper(least), beyond, upper(beyond)
+    for step in range(STEPS):
+        if high - low <= max(unit, SAME * low):
+            break
+        share = 0.5 if step % 3 == 2 else (scenario.budget - below) / max(above - below, 1)
+        # A little below where it should be, so that mostly what is found fits.
+        seq = low + int((high - low) * min(max(share, 0.02), 0.98) * 0.998) // unit * unit
+        seq = min(max(seq, low + unit), high - unit)
+        found = upper(seq)
+        if found <= scenario.budget:
+            low, below = seq, found
+        else:
+            high, above = seq, found
+    return low
+
+
+def _reaching_in_order(
+    scenario: Scenario, table: Table, ordered: Ints, is_wanted: Callable[[int], bool] = lambda index: True
+) -> Iterator[int]:
     """Candidates that pass the gate of reach, in the order of `ordered`: checked in growing chunks where
-    there is a formula, and one by one where it takes a search."""
+    there is a formula, and where it takes a search one by one, of those that are wanted by then."""
+    known: dict[Any, bool] = {}  # candidates that differ in what is not of the pattern reach as far
     start, size = 0, FIRST_LOOK
     while start < ordered.size:
         chunk = ordered[start : start + size]
-        verdicts = np.full(chunk.size, None, object)
+        verdicts, patterns = np.full(chunk.size, None, object), np.full(chunk.size, None, object)
         for mine, columns in table.apart(chunk):
             if evaluate.searches_reach(columns):
-                verdicts[np.flatnonzero(mine)[~evaluate.may_reach(scenario, columns)]] = False
+                places = np.flatnonzero(mine)
+                verdicts[places[~evaluate.may_reach(scenario, columns)]] = False
+                rows, back = distinct(columns)
+                kind = columns.variant, columns.pattern_type
+                names = [(*kind, *row) for row in rows.tolist()]
+                for place, which in zip(places.tolist(), back.tolist(), strict=True):
+                    patterns[place] = names[which]
             else:
                 verdicts[mine] = evaluate.reaching(scenario, columns)
         for at, passes in enumerate(verdicts):
-            if table.reaching(scenario, chunk[at : at + 1])[0] if passes is None else passes:
+            if not is_wanted(int(chunk[at])):
+                continue
+            if passes is None:
+                if patterns[at] not in known:
+                    known[patterns[at]] = bool(table.reaching(scenario, chunk[at : at + 1])[0])
+                passes = known[patterns[at]]
+            if passes:
                 yield int(chunk[at])
         start, size = start + size, min(2 * size, 1024)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Final, Protocol
 
 from attention.config import AttentionConfig, Edges
@@ -18,6 +19,7 @@ from planner.question.dimensions import (
     variant_of,
 )
 from planner.question.space import MAX_BRANCHES, Space
+from planner.ranks.ring import shardings, way_text
 from planner.search.candidates import (
     FREE_BLOCK_SIZES,
     FREE_WORKSPACES,
@@ -80,7 +82,7 @@ def chosen(
         fields["lengths"], fields["rates"] = _suggested(trial, space, workload.seq, unit)
     edges: Edges = fields.get("edges", "block")
     backends = space.backends(tries_flex(space, kind, edges, flex, windows))
-    return Columns(
+    columns = Columns(
         variant_of(kind),
         pattern_of(kind),
         seq=workload.seq,
@@ -88,6 +90,16 @@ def chosen(
         backend=_one(trial, "backend", backends),
         **fields,
     )
+    return columns if workload.gpus == 1 else _shared(trial, columns, workload)
+
+
+def _shared(trial: Suggestions, columns: Columns, workload: Workload) -> Columns:
+    """The candidate as ranks share it. All kinds choose among the same names, of which not all take each."""
+    ways = {way_text(one): one for one in shardings(columns, workload)}
+    kinds = Columns("dense", backend=columns.backend), Columns("adaptive", backend=columns.backend)
+    names = dict.fromkeys(way_text(one) for kind in kinds for one in shardings(kind, workload))
+    way = ways.get(_one(trial, "sharding", tuple(names)), next(iter(ways.values())))
+    return replace(columns, sharding=way)
 
 
 _FREE: Final[dict[str, Callable[[Suggestions, str, int, Workload], Any]]] = {
@@ -150,6 +162,8 @@ def parameters(config: AttentionConfig, space: Space, workload: Workload) -> dic
         if dimension.parameter and dimension.attribute
     }
     values |= {"kind": kind, "workspace_log2": config.workspace_bytes.bit_length() - 1}
+    if config.sharding is not None:
+        values["sharding"] = way_text(config.sharding)
     lengths, rates = config.segment_lengths, config.dilation_rates
     if lengths:
         values |= {"branches": len(lengths), "first_segment": lengths[0]}

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import NamedTuple
 
 from attention.config import AttentionConfig
@@ -25,6 +26,7 @@ from attention.sizes.arrays import minimum
 from planner.configs import columns_of
 from planner.memory.dispatch import goes_apart, shape_of
 from planner.memory.machines import Machine
+from planner.memory.sharded import is_vast
 from planner.ranks.ring import exchange_of, ring_of, sharding_of
 from planner.speed.rectangles import TokenRange, pairs
 from planner.speed.work import (
@@ -142,14 +144,18 @@ class _Parts:
         own = whole.model_copy(update={"seq": max(tokens, 1), "documents": None})
         shape = shape_of(columns_of(config, own.seq), own, machine)
         self._shape = shape._replace(seq=whole.seq, origin=0, causal=whole.causal)
-        self._cudnn_faster = cudnn_faster(machine)
-        columns = replace(columns_of(config, whole.seq), multihead=None)
-        tiled = self._shape._replace(windows="none", cudnn_from=0)
-        self._all = work_of(columns, whole, machine, kernel, apart=False, like=tiled)
-        everything = (0, whole.seq)
-        self._pairs = pairs(config, whole.seq, whole.causal, everything, everything, whole.documents)
+        self._machine, self._cudnn_faster = machine, cudnn_faster(machine)
         self.trains = whole.mode == "training"
         self._of_calls: dict[tuple[WholePart, bool], Work] = {}
+
+    @cached_property
+    def _all(self) -> tuple[Work, float]:
+        """(work, pairs) of one device's tiles, of which other parts than whole calls have a share."""
+        whole, everything = self._whole, (0, self._whole.seq)
+        columns = replace(columns_of(self.config, whole.seq), multihead=None)
+        tiled = self._shape._replace(windows="none", cudnn_from=0)
+        work = work_of(columns, whole, self._machine, self._kernel, apart=False, like=tiled)
+        return work, pairs(self.config, whole.seq, whole.causal, everything, everything, whole.documents)
 
     def queries_of(self, queries: TokenRange, rows: Placement) -> TokenRange | None:
         """Those of some queries that may see what lies in rows."""
@@ -179,7 +185,7 @@ class _Parts:
                 listed.calls, width, listed.shape, whole.batch, self._kernel, trains=self.trains
             )
             return Work(ahead | {"passes": 0}, back and back | {"passes": 0})
-        ahead, back = self._share(count / self._pairs, (asked[1] - asked[0]) / whole.seq)
+        ahead, back = self._share(count / self._all[1], (asked[1] - asked[0]) / whole.seq)
         numbers = whole.batch * (asked[1] - asked[0]) * whole.heads * whole.head_dim
         ahead = ahead | {"passes": 0, "merged": ahead["merged"] + numbers * merges}
         return Work(ahead, back and back | {"passes": 0, "summed": back["summed"] + numbers / 2 * merges})
@@ -212,7 +218,8 @@ class _Parts:
         def share(total: Totals) -> Totals:
             return shared(total, count, rows) | {"tokens": total["tokens"] * rows}
 
-        return Work(share(self._all.forward), self._all.backward and share(self._all.backward))
+        forward, backward = self._all[0]
+        return Work(share(forward), backward and share(backward))
 
 
 def _by_keys(
@@ -234,7 +241,8 @@ def _by_keys(
         if not joins
     ]
     fetched: list[list[Work | None]] = []
-    taken = stages(*plan)
+    looks = not is_vast(config, whole.model_copy(update={"gpus": shards.world}))
+    taken = stages(*plan, looks=looks)
     for sources in taken:
         unit = config.pattern.block_size if joins and config.pattern else 1
         groups = [list(sources)] if joins else adjoining(sources)
@@ -261,7 +269,7 @@ def _by_keys(
     asked = _peer_bytes(_queries(going), _queries(coming), 1)
     keys = [
         (_rows(given, whole), _rows(sources, whole))
-        for given, sources in zip(deliveries(*plan), taken, strict=True)
+        for given, sources in zip(deliveries(*plan, looks=looks), taken, strict=True)
     ]
 
     def fetches(nbytes: int) -> list[PeerBytes]:

@@ -9,15 +9,16 @@ dilated_sparse a few rows stand for all.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from itertools import accumulate
 from typing import Final
 
 import numpy as np
 
 from attention.config import AttentionConfig
-from attention.layout import is_dilated_sparse, kept_columns
+from attention.layout import columns_by_row, is_dilated_sparse
 from attention.sharding.ranges import Band, Sight, global_queries, sight_of
-from attention.sizes.arrays import Amount, Count, any_of, maximum, minimum
+from attention.sizes.arrays import Amount, Count, Ints, any_of, maximum, minimum
 from planner.sampling import golden
 
 SAMPLES: Final = 32
@@ -133,15 +134,20 @@ def _listed(config: AttentionConfig, seq: int, causal: bool, queries: TokenRange
     """Pairs of dilated_sparse."""
     assert config.pattern is not None
     size = config.pattern.block_size
-    first, stop = queries[0] // size, -(-queries[1] // size)
-    count = min(SAMPLES, stop - first)
-    # Without a period, which segments have.
-    rows = first + (golden(np.arange(count), 0.5) * (stop - first)).astype(np.int64)
-    seen = 0.0
-    for row in rows:
-        blocks = kept_columns(config, seq, causal, np.array([row])) * size
-        each = np.minimum(np.minimum(blocks + size, seq), keys[1]) - np.maximum(blocks, keys[0])
-        seen += float(np.maximum(each, 0).sum())
-        if causal and keys[0] <= row * size < keys[1]:
-            seen -= size / 2  # of its own block a row computes half
+    rows, begins = _sampled(config, seq, causal, queries[0] // size, -(-queries[1] // size))
+    each = np.minimum(np.minimum(begins + size, seq), keys[1]) - np.maximum(begins, keys[0])
+    seen = float(np.maximum(each, 0).sum())
+    if causal:  # of its own block a row computes half
+        seen -= size / 2 * float(((keys[0] <= rows) & (rows < keys[1])).sum())
     return seen / len(rows) * (queries[1] - queries[0])
+
+
+@lru_cache(maxsize=64)
+def _sampled(config: AttentionConfig, seq: int, causal: bool, first: int, stop: int) -> tuple[Ints, Ints]:
+    """(first tokens of some of the rows first..stop, first tokens of the blocks that those keep)."""
+    assert config.pattern is not None
+    # Without a period, which segments have.
+    places = golden(np.arange(min(SAMPLES, stop - first)), 0.5)
+    rows = first + (places * (stop - first)).astype(np.int64)
+    columns = columns_by_row(config, seq, causal, rows).astype(np.int64)
+    return rows * config.pattern.block_size, columns * config.pattern.block_size

@@ -22,14 +22,15 @@ from attention.sharding.traffic import Exchanged, PeerBytes
 from planner.calibration import Rates
 from planner.memory.machines import Cpu, Machine
 from planner.ranks.links import Network
-from planner.ranks.ring import ring_of
+from planner.ranks.ring import exchange_of, ring_of
 from planner.speed.rank_work import RankWork, Steps, work_of_rank
 from planner.speed.seconds import check, kernel_of, pass_seconds
 from planner.speed.work import gpu_kernel
 from planner.workload import Workload
 
-FEW_RANKS = 16
-"""Ranks of which all are looked at; of more, those at the edges, and those that receive most."""
+FEW_RANKS = 4
+"""Ranks of which all are looked at; of more, or where they exchange heads, those at the edges, and those that
+receive most."""
 
 
 class PassTime(NamedTuple):
@@ -99,13 +100,13 @@ def longest_rank(
 
 def ranks_of(config: AttentionConfig, shards: Shards, workload: Workload, network: Network) -> list[int]:
     """The ranks that are looked at."""
-    world = int(shards.world)
-    if world <= FEW_RANKS:
+    world, by_heads = int(shards.world), exchange_of(config, workload) == "heads"
+    if world <= FEW_RANKS and not by_heads:
         return list(range(world))
-    ranks = {0, world // 2, world - 1}
+    ranks = {0, world - 1} if by_heads else {0, 1, world // 2, world - 1}
     if network.node and network.node < world:
         ranks |= {network.node - 1, network.node}
-    if config.variant != "adaptive":
+    if not by_heads:  # of which ranks differ in tokens alone
         sight, every = sight_of(config, workload.seq, workload.causal), np.arange(world)
         rows = rows_received(sight, shards, every, workload.causal, workload.heads, workload.groups)  # type: ignore[arg-type]
         ranks.add(int(np.argmax(np.broadcast_to(rows, world))))

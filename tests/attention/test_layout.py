@@ -20,7 +20,10 @@ from attention.layout import (
     Layout,
     build_layout,
     column_dtype,
+    columns_by_row,
     count_active,
+    kept_columns,
+    kept_hull,
     row_budget,
     widest_rows,
 )
@@ -400,3 +403,17 @@ def test_budget_needs_a_pattern():
 def test_layouts_import_no_torch():
     code = "import sys, attention.layout; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    "branches, ratio", [([(64, 1)], 0.1), ([(16, 1), (96, 4)], 0.2), ([(7, 1), (96, 3)], 0.4)]
+)
+def test_what_some_rows_keep_is_between_their_farthest_blocks(branches, ratio, causal):
+    config, seq = dilated_sparse(branches, ratio), 96 * 4
+    for first, stop in ((0, 32), (32, 64), (40, 96)):
+        rows = np.arange(first, stop)
+        each = [kept_columns(config, seq, causal, rows[at : at + 1]) for at in range(len(rows))]
+        assert columns_by_row(config, seq, causal, rows).tolist() == np.concatenate(each).tolist()
+        kept = kept_columns(config, seq, causal, rows)
+        assert kept_hull(config, seq, causal, (first, stop)) == (kept[0], kept[-1] + 1)

@@ -6,13 +6,16 @@ from collections.abc import Sequence
 from typing import Final
 
 from planner.answers.recommendation import Pick, Recommendation
+from planner.answers.shared import SharedEstimate
 from planner.answers.verified import Verified
 from planner.question.dimensions import attention_kind
 from planner.report.page.charts import SHAPES, Axis, Mark, delta, pair, points
 from planner.report.page.html import Heading, Html, Section, join, page, pairs, table, tag
 from planner.report.page.sections import budget, launches_column, layout, program, provenance, tiles
 from planner.report.text import words
-from planner.report.text.recommend import changed, dimension, reasons, searched, seconds, shape
+from planner.report.text.estimate import notes
+from planner.report.text.recommend import budgeted, changed, dimension, reasons, searched, seconds, shape
+from planner.report.text.shared import sharing_rows
 from planner.units import format_bytes
 
 MAXIMUM_ROWS: Final = 100
@@ -22,7 +25,8 @@ _AIM: Final = {"speed": "The fastest attention", "seq": "The longest sequence", 
 
 def recommend_page(answer: Recommendation, verified: Sequence[Verified]) -> str:
     """The page of a recommendation as one file of HTML."""
-    where = f"{words.task(answer.workload)}, on {answer.on}"
+    each = f"{answer.workload.gpus:,} x " if answer.workload.gpus > 1 else ""
+    where = f"{words.task(answer.workload)}, on {each}{answer.on}"
     head = join(
         [
             tag("p", f"{_AIM[answer.objective]} within {format_bytes(answer.budget)}", class_="kicker"),
@@ -36,6 +40,7 @@ def recommend_page(answer: Recommendation, verified: Sequence[Verified]) -> str:
     sections = [
         _picks(answer),
         budget(answer.memory, answer.budget, answer.reserve),
+        *_shared(answer),
         _why(answer),
         _pareto(answer),
         layout(answer.config, answer.workload, quality.profile, quality.mass, quality.layers),
@@ -46,6 +51,14 @@ def recommend_page(answer: Recommendation, verified: Sequence[Verified]) -> str:
     task = f"{answer.workload.seq:,} tokens in {format_bytes(answer.budget)}"
     title = f"{words.attention(answer.config)} for {task}"
     return page(title, head, sections, "Made by planner report.")
+
+
+def _shared(answer: Recommendation) -> list[Section]:
+    """How GPUs share the call, where they do."""
+    memory = answer.memory
+    if not isinstance(memory, SharedEstimate):
+        return []
+    return [Section("gpus", f"How {answer.workload.gpus:,} GPUs share it", pairs(sharing_rows(memory)))]
 
 
 def _tiles(answer: Recommendation, verified: Sequence[Verified]) -> Html:
@@ -59,7 +72,7 @@ def _tiles(answer: Recommendation, verified: Sequence[Verified]) -> Html:
     return tiles(
         [
             *([length] if answer.objective == "seq" else []),
-            ("memory", format_bytes(answer.memory.upper), f"at most, of {format_bytes(answer.budget)}"),
+            ("memory", format_bytes(answer.memory.upper), f"at most, of {budgeted(answer)}"),
             ("time", seconds(answer.seconds), time),
             ("mass", f"{quality.mass:.1%}", f"of dense attention's, profile {quality.profile!r}"),
             ("reach", layers, "until every token is reached"),
@@ -238,6 +251,6 @@ def _provenance(answer: Recommendation) -> Section:
         ("device", answer.on),
         ("calibration", answer.calibration),
         ("searched", searched(answer)),
-        *(("note", note) for note in answer.memory.notes),
+        *(("note", note) for note in notes(answer.memory)),
     ]
     return provenance(rows, answer.versions, answer.seed, answer.command)

@@ -6,12 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from planner.answers.shared import SharedEstimate
 from planner.memory.estimate import MemoryEstimate
 from planner.question.dimensions import attention_kind
 from planner.report.places import Box, Name, placed
 from planner.report.plot.figure import BLUE, GRID, INK, KINDS, MUTED, RED, TEXT, title, written
 from planner.report.text import words
 from planner.report.text.estimate import label, waterfall
+from planner.report.text.shared import exchanged
 from planner.report.ticks import linear_ticks, log_ticks
 from planner.units import format_bytes
 
@@ -127,6 +129,8 @@ def draw_pareto(figure: Any, answer: Recommendation) -> None:
     below = words.task(answer.workload)
     if len(lengths) > 1:
         below = f"{lengths[0]:,} to {lengths[-1]:,} tokens, {words.sizes(answer.workload)}"
+    if isinstance(answer.memory, SharedEstimate):
+        below += f"\n{answer.workload.gpus:,} GPUs, each of which {exchanged(answer.memory.sharing)}"
     title(figure, f"Pareto front of memory, time and mass, on {answer.on}", below)
     figure.legend(
         loc="outside lower left",

@@ -60,11 +60,12 @@ def estimate_text(estimate: MemoryEstimate, budget: int | None, *, lines: bool, 
         parts.append(_pairs(sharing_rows(estimate)))
     if lines:
         parts.append(_lines(estimate))
-    parts.append([line for note in _notes(estimate) for line in wrapped(f"note: {note}", "  ")])
+    parts.append([line for note in notes(estimate) for line in wrapped(f"note: {note}", "  ")])
     return "\n\n".join("\n".join(part) for part in parts if part)
 
 
-def _notes(estimate: MemoryEstimate) -> tuple[str, ...]:
+def notes(estimate: MemoryEstimate) -> tuple[str, ...]:
+    """The remarks on an estimate, where GPUs share the call on how they do too."""
     shared = estimate.sharing.notes if isinstance(estimate, SharedEstimate) else ()
     return (*estimate.notes, *shared)
 

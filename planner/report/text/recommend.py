@@ -7,9 +7,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from attention.config import MIB, AttentionConfig
 from planner.answers.recommendation import Pick, Recommendation, Step, Why, Without
+from planner.answers.shared import SharedEstimate
 from planner.question.dimensions import attention_kind
+from planner.ranks.ring import way_text
 from planner.report.text import words
-from planner.report.text.estimate import WIDTH, label, launches, waterfall, wrapped
+from planner.report.text.estimate import WIDTH, label, launches, notes, waterfall, wrapped
+from planner.report.text.shared import sharing_rows
 from planner.report.text.snippet import snippet
 from planner.units import format_bytes
 
@@ -26,12 +29,13 @@ def recommend_text(answer: Recommendation, ink: str = "#") -> str:
     parts = [
         _head(answer),
         _answer(answer),
+        pairs(_shared(answer)),
         _picks(answer.alternatives),
         _budget(answer, ink),
         _why(answer),
         _steps(answer),
         _search(answer),
-        [line for note in answer.memory.notes for line in wrapped(f"note: {note}", "  ")],
+        [line for note in notes(answer.memory) for line in wrapped(f"note: {note}", "  ")],
         ["as a program (also: --format py)", "", *snippet(answer.config, answer.workload).splitlines()],
     ]
     return "\n\n".join("\n".join(part) for part in parts if part)
@@ -48,7 +52,7 @@ def _answer(answer: Recommendation) -> list[str]:
         ("config", shape(answer.config)),
         (
             "memory",
-            f"{format_bytes(answer.memory.upper)} at most, of {format_bytes(answer.budget)}; "
+            f"{format_bytes(answer.memory.upper)} at most, of {budgeted(answer)}; "
             f"{format_bytes(left)} left"
             + f", {format_bytes(answer.reserve)} reserved"
             * (answer.reserve > 0),
@@ -60,6 +64,12 @@ def _answer(answer: Recommendation) -> list[str]:
         ("calibration", answer.calibration),
     ]
     return pairs(rows)
+
+
+def _shared(answer: Recommendation) -> list[tuple[str, str]]:
+    """How GPUs share the call, but for the seconds' source, which is said with the calibration."""
+    memory = answer.memory
+    return sharing_rows(memory)[:-1] if isinstance(memory, SharedEstimate) else []
 
 
 def shape(config: AttentionConfig) -> str:
@@ -82,6 +92,8 @@ def shape(config: AttentionConfig) -> str:
     if config.backend != "auto":
         parts.append(f"backend {config.backend}")
     parts.append(f"workspace {config.workspace_bytes / MIB:g} MiB")
+    if config.sharding is not None:
+        parts.append(f"exchange {way_text(config.sharding)}")
     return "; ".join(parts)
 
 
@@ -100,6 +112,12 @@ def reach(layers: int | None) -> str:
     if layers is None:
         return "never: some tokens stay out of reach, however many layers"
     return f"every token that causality permits, within {layers} layer{'s' * (layers != 1)}"
+
+
+def budgeted(answer: Recommendation) -> str:
+    """The budget, which is that of each of several GPUs."""
+    each = f" of each of {answer.workload.gpus:,} GPUs" if answer.workload.gpus > 1 else ""
+    return format_bytes(answer.budget) + each
 
 
 def _picks(picks: Sequence[Pick]) -> list[str]:
@@ -150,6 +168,8 @@ def _dimensions(picks: Sequence[Pick]) -> Iterator[tuple[str, list[str]]]:
             for p, k in zip(patterns, kinds, strict=True)
         ],
     )
+    shared = [way_text(pick.config.sharding) if pick.config.sharding else "" for pick in picks]
+    yield from row("exchange", shared)
     for n in range(max(len(pick.config.branches) for pick in picks)):
         branches = [pick.config.branches[n : n + 1] for pick in picks]
         yield f"branch {n + 1}", [f"{b[0][0]:,} / {b[0][1]}" if b else "-" for b in branches]

@@ -35,6 +35,17 @@ def _pass(one: SharedPass) -> str:
     return f"{seconds}: the exchange takes {exchange}, of which {hidden} are hidden and {exposed} exposed"
 
 
+def exchanged(sharing: Sharing) -> str:
+    """What a GPU does to exchange at most, and how much of the time that takes is hidden, in one line."""
+    sent, received = traffic_of(sharing)
+    line = f"sends up to {format_bytes(sent)}, receives {format_bytes(received)}"
+    if sharing.seconds is None:
+        return line
+    passes = [one for one in (sharing.forward, sharing.backward) if one]
+    hidden, exposed = (time_text(sum(getattr(one, name) for one in passes)) for name in ("hidden", "exposed"))
+    return f"{line}: {hidden} hidden, {exposed} exposed"
+
+
 def traffic_of(sharing: Sharing) -> tuple[int, int]:
     """Bytes that a GPU sends, and that it receives, at most, in both passes."""
     passes = [one for one in (sharing.forward, sharing.backward) if one]

@@ -6,33 +6,58 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-from attention.config import AdaptiveConfig, AttentionConfig, MultiheadConfig, SparsePatternConfig, Value
+from attention.config import (
+    AdaptiveConfig,
+    AttentionConfig,
+    MultiheadConfig,
+    ShardingConfig,
+    SparsePatternConfig,
+    Value,
+)
+from planner.ranks.ring import ring_of
 from planner.workload import Workload
 
 WIDTH = 74
 """Characters of a field beyond which each of its parts gets a line of its own."""
-_PARTS = (SparsePatternConfig, AdaptiveConfig, MultiheadConfig)
+_PARTS = (SparsePatternConfig, AdaptiveConfig, MultiheadConfig, ShardingConfig)
+
+
+_ALONE = ('device = "cuda" if torch.cuda.is_available() else "cpu"',)
+_STARTED = (
+    "# torchrun --nproc-per-node ... starts this program on each GPU",
+    "cuda = torch.cuda.is_available()",
+    'device = f"cuda:{os.environ[\'LOCAL_RANK\']}" if cuda else "cpu"',
+    'torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")',
+)
 
 
 def snippet(config: AttentionConfig, workload: Workload) -> str:
-    """Python that builds the attention and calls it once on random q, k, v of the workload."""
-    parts = [type(part).__name__ for part in (config.pattern, config.adaptive, config.multihead) if part]
+    """Python that builds the attention and calls it once on random q, k, v of the workload; where GPUs share
+    that, the program of each of them."""
+    given_parts = (config.pattern, config.adaptive, config.multihead, config.sharding)
+    parts = [type(part).__name__ for part in given_parts if part]
     names = ", ".join(sorted(["AttentionConfig", *parts]))
     given = ", is_causal=True" if workload.causal else ""
     given += ", documents=documents" if workload.documents is not None else ""
     given += ", sinks=sinks" if workload.sinks else ""
     training = workload.mode == "training"
     grad = ", requires_grad=True" if training else ""
-    sizes = f"{workload.batch}, {workload.seq}"
-    asking = f"{workload.batch}, {workload.query_tokens}"
+    shared = workload.gpus > 1
+    if shared:
+        workload = workload.model_copy(update={"batch": ring_of(config, workload).batch})
+    tokens = "own" if shared else str(workload.seq)
+    sizes = f"{workload.batch}, {tokens}"
+    asking = f"{workload.batch}, {tokens if shared else workload.query_tokens}"
     lines = [
+        *(["import os", ""] if shared else []),
         "import torch",
         "",
         f"from attention import {names}, build",
         "",
         *_assignment(config),
-        'device = "cuda" if torch.cuda.is_available() else "cpu"',
+        *(_STARTED if shared else _ALONE),
         "attend = build(config, device)",
+        *([f"own = len(attend.positions({workload.seq}))  # tokens of this rank"] if shared else []),
         "",
         f'options = {{"dtype": torch.{workload.dtype}, "device": device}}',
         f"q = torch.randn({asking}, {workload.heads}, {workload.head_dim}, **options{grad})",
@@ -44,7 +69,8 @@ def snippet(config: AttentionConfig, workload: Workload) -> str:
         lines += [f"out = attend(q, k, v{given})", "out.backward(torch.ones_like(out))"]
     else:
         lines += ["with torch.no_grad():", f"    out = attend(q, k, v{given})"]
-    return "\n".join([*lines, "print(tuple(out.shape), out.dtype, device)"])
+    lines.append("print(tuple(out.shape), out.dtype, device)")
+    return "\n".join([*lines, *(["torch.distributed.destroy_process_group()"] if shared else [])])
 
 
 def _beside(workload: Workload, grad: str) -> list[str]:

@@ -93,6 +93,6 @@ def test_a_wrong_request_is_one_line(line, why):
     assert why in refused(run(*line.split()))
 
 
-@pytest.mark.parametrize("command", ["measure", "recommend", "tune", "show"])
+@pytest.mark.parametrize("command", ["measure", "tune", "show"])
 def test_commands_of_one_device_have_no_such_options(command):
     assert "--link" not in run(command, "--help").stdout

@@ -4,7 +4,8 @@ import pytest
 
 from attention import AttentionConfig, ConfigError, ShardingConfig, SparsePatternConfig
 from attention.config import AdaptiveConfig
-from planner.ranks.ring import Ring, exchange_of, refuse_sharing, ring_of
+from planner.configs import Columns
+from planner.ranks.ring import Ring, exchange_of, refuse_sharing, ring_of, shardings, share_of, way_text
 from planner.workload import Workload
 
 DENSE = AttentionConfig(variant="dense")
@@ -53,3 +54,29 @@ def test_what_moves_fewer_bytes_is_exchanged():
     assert exchange_of(LEARNED, workload) == "heads"
     assert exchange_of(shared(exchange="keys"), workload) == "keys"
     assert exchange_of(DENSE, workload.model_copy(update={"kv_heads": 1})) == "keys"
+
+
+@pytest.mark.parametrize(
+    "columns, workload, ways",
+    [
+        (Columns("dense"), {"causal": True}, ["keys", "keys, zigzag", "heads"]),
+        (Columns("dense"), {"kv_heads": 4}, ["keys"]),
+        (Columns("block_sparse", "local_window"), {"causal": True}, ["keys", "heads"]),
+        (Columns("block_sparse", "local_window", backend="flex"), {}, ["heads"]),
+        (Columns("adaptive"), {"kv_heads": 4}, ["heads, in rings of 4"]),
+        (Columns("dense"), {"batch": 8}, ["keys", "heads", "none"]),
+        (Columns("dense"), {"batch": 6}, ["keys", "heads", "keys, in rings of 4", "heads, in rings of 4"]),
+    ],
+)
+def test_ways_to_share_that_are_worth_trying(columns, workload, ways):
+    found = shardings(columns, Workload(seq=4096, gpus=8, **workload))
+    assert [way_text(one) for one in found] == ways
+
+
+def test_a_rank_has_the_sequences_of_its_ring_and_its_heads():
+    workload = Workload(seq=4096, gpus=8, batch=6, heads=16, kv_heads=8)
+    rings = Columns("dense", sharding=ShardingConfig(ring_size=4, exchange="heads"))
+    share = share_of(rings, workload)
+    assert (share.batch, share.heads, share.groups, share.gpus) == (3, 4, 2, 1)
+    keys = Columns("dense", sharding=ShardingConfig(exchange="keys"))
+    assert share_of(keys, workload) == workload.model_copy(update={"gpus": 1})

@@ -10,6 +10,7 @@ from planner.search.climb import STEPS, climbed, neighbours
 from planner.search.evaluate import failed, gain, point
 from planner.search.recommend import answered
 from planner.search.suggest import parameters
+from planner.workload import Workload
 
 WINDOW = AttentionConfig(
     variant="block_sparse",
@@ -21,7 +22,7 @@ WINDOW = AttentionConfig(
 
 def changed(config: AttentionConfig, factors: tuple[float, ...]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
-    for name, _, after, _ in neighbours(config, factors):
+    for name, _, after, _ in neighbours(config, Workload(seq=4096), factors):
         found.setdefault(name, []).append(after)
     return found
 
@@ -57,7 +58,7 @@ def test_no_step_from_where_it_ends_is_better_and_passes(objective):
     assert gain(found.scenario, found.grid, end) >= 0
     assert not failed(found.scenario, end)
     for factors in STEPS:
-        for *_, config in neighbours(end.config, factors):
+        for *_, config in neighbours(end.config, found.scenario.workload, factors):
             if parameters(config, found.space, found.scenario.workload) is not None:
                 other = point(found.scenario, config, end.seq)
                 assert failed(found.scenario, other) or gain(found.scenario, end, other) <= 0

@@ -208,7 +208,7 @@ def test_reasons():
         assert one.pick.seconds < found.answer.seconds
         again = point(found.scenario, one.pick.config, one.pick.seq)
         assert one.constraint in failed(found.scenario, again)
-    configs = {config for *_, config in neighbours(found.answer.config)}
+    configs = {config for *_, config in neighbours(found.answer.config, found.answer.workload)}
     assert len(why.steps) <= len(configs)
     assert all(step.before != step.after for step in why.steps)
     pattern = found.answer.config.pattern
