@@ -53,14 +53,20 @@ def build_view(
         bool | None, typer.Option("--causal", help="Causal mask: queries attend to no later keys.")
     ] = None,
     heads: Annotated[int | None, typer.Option(help="Query heads. [default: the file's, or 8]")] = None,
+    gpus: Annotated[
+        int | None, typer.Option(help="GPUs that share it: who holds and sends what. [default: the file's]")
+    ] = None,
     queries: QueriesOption = None,
     documents: DocumentsOption = None,
 ) -> View:
     """The workload that these options describe; what they leave open is the file's, where it has one."""
     defaults = known_workload(config, named="")
+    sizes = ("batch", "kv_heads", "head_dim", "dtype", "mode", "gpus")
     lengths = defaults.get("documents") if documents is None else document_lengths(documents)
     length = defaults.get("seq", SEQ) if documents is None else sum(lengths or ())
     fields: dict[str, Any] = {
+        **{name: defaults[name] for name in sizes if name in defaults},
+        **({} if gpus is None else {"gpus": gpus}),
         "seq": length if seq is None else parse_count(seq, "--seq"),
         "causal": defaults.get("causal", False) if causal is None else causal,
         "heads": defaults.get("heads", Workload.model_fields["heads"].default) if heads is None else heads,

@@ -12,6 +12,7 @@ from attention.errors import ConfigError
 from planner.cli.app import DONE, command, ink, print_data
 from planner.cli.options import Format, Given, flags, say
 from planner.cli.options_show import Pictured, View
+from planner.workload import Workload
 
 
 @command("show", "planner show docs/examples/large.json --seq 128K --causal")
@@ -32,7 +33,11 @@ def show(
 
     For a dilated attention this is the mask of its first head, and the positions that the other heads attend
     to. An adaptive attention chooses its blocks at run time: only their number is known.
+
+    With --gpus it is which GPU holds which tokens, and how many bytes each sends to which other.
     """
+    if view.gpus > 1:
+        return _show_shared(config, view, plot, format, option_names)
     from planner.quality.profiles import DEFAULT, preset
     from planner.report.seen import seen, seen_data
 
@@ -52,6 +57,29 @@ def show(
         print_data(seen_data(layout), format)
     if plot is not None:
         say(f"the layout was drawn in {plot}")
+    return DONE
+
+
+def _show_shared(
+    config: AttentionConfig, view: Workload, plot: Path | None, format: Format, option_names: frozenset[str]
+) -> int:
+    from planner.report.ranks import shared, shared_data
+
+    if "profile" in option_names:
+        say("note: without effect with several GPUs: --profile")
+    found = shared(config, view)
+    if plot is not None:
+        from planner.report.plot.ranks import plot_shared
+
+        plot_shared(found, plot)
+    if format == "table":
+        from planner.report.text.ranks import shared_text
+
+        typer.echo(shared_text(found, ink()))
+    else:
+        print_data(shared_data(found), format)
+    if plot is not None:
+        say(f"who holds and sends what was drawn in {plot}")
     return DONE
 
 

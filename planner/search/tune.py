@@ -84,6 +84,11 @@ def tuned(
     """The answer of `planner.tune`."""
     if type(trials) is not int or trials < 1:
         raise ConfigError(f"trials must be at least 1 and whole, got {trials!r}")
+    if options.get("gpus", 1) != 1:
+        raise ConfigError(
+            f"tuning runs on one device, and gpus={options['gpus']}; leave gpus out, or choose for several "
+            "with planner.recommend"
+        )
     check_sampler(sampler)
     check_timed(device)
     card = "cpu" if device == "cpu" else present_gpu()

@@ -6,6 +6,11 @@ from planner.answers.shared import SharedEstimate, SharedPass, Sharing
 from planner.units import format_bytes
 
 
+def ring_text(gpus: int, ring: int) -> str:
+    """GPUs and rings in words: 8 GPUs; 8 GPUs in 2 rings of 4."""
+    return f"{gpus:,} GPUs" + f" in {gpus // ring:,} rings of {ring:,}" * (ring < gpus)
+
+
 def sharing_rows(estimate: SharedEstimate) -> list[tuple[str, str]]:
     """(what, its figures) of the ranks, links, bytes and seconds."""
     sharing, gpus = estimate.sharing, estimate.workload.gpus

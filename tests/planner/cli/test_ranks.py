@@ -96,3 +96,21 @@ def test_a_wrong_request_is_one_line(line, why):
 @pytest.mark.parametrize("command", ["measure", "tune", "show"])
 def test_commands_of_one_device_have_no_such_options(command):
     assert "--link" not in run(command, "--help").stdout
+
+
+def test_who_holds_and_sends_what_is_shown_in_80_columns():
+    line = "show --variant block_sparse --pattern local_window --window 4096 --seq 128K --causal --gpus 8"
+    shown = run(*line.split())
+    assert shown.exit_code == 0, shown.stderr
+    lines = shown.stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    (second,) = (one for one in lines if one.startswith("   1  16,384 to 32,767"))
+    assert second.split()[-5:] == ["8.4", "MB", "8.4", "MB", "2"]
+    data = json.loads(run(*line.split(), "--format", "json").stdout)
+    halo = 2 * 4096 * 8 * 64 * 2
+    assert data["ranks"][1]["forward"] == {"0": [0, halo], "2": [halo, 0]}
+    assert data["ranks"][7]["holds"] == [[114_688, 131_072]]
+
+
+def test_more_ranks_than_are_drawn_are_refused():
+    assert "at most 64 GPUs are drawn" in refused(run("show", "--variant", "dense", "--gpus", "128"))

@@ -21,6 +21,10 @@ CPU = machine_of("cpu", "float32", 2)
 SIZES = {"heads": 8, "kv_heads": 4, "head_dim": 64}
 
 
+def slowly(*case):
+    return pytest.param(*case, marks=pytest.mark.slow)
+
+
 def some(workload, machine, count, seed):
     """A few candidates of each kind, as columns each."""
     generator = np.random.default_rng(seed)
@@ -34,8 +38,8 @@ def some(workload, machine, count, seed):
     "machine, task",
     [
         (H100, {"seq": 1 << 20, "gpus": 8, "mode": "training", "causal": True, "dtype": "bfloat16"}),
-        (H100, {"seq": 300_000, "gpus": 3, "mode": "inference", "dtype": "bfloat16"}),
-        (H100, {"seq": 1 << 19, "gpus": 16, "batch": 2, "mode": "training", "dtype": "bfloat16"}),
+        slowly(H100, {"seq": 300_000, "gpus": 3, "mode": "inference", "dtype": "bfloat16"}),
+        slowly(H100, {"seq": 1 << 19, "gpus": 16, "batch": 2, "mode": "training", "dtype": "bfloat16"}),
         (CPU, {"seq": 1 << 18, "gpus": 4, "mode": "training", "causal": True, "dtype": "float32"}),
     ],
 )

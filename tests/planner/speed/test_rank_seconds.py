@@ -21,13 +21,17 @@ WITHIN = 5
 """Times by which the two may differ, mostly where launches are what takes time."""
 
 
+def slowly(*case):
+    return pytest.param(*case, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     "device, task, links",
     [
         ("h100-sxm", {"seq": 1 << 20, "gpus": 8, "mode": "training", "causal": True}, {}),
-        ("h100-sxm", {"seq": 300_000, "gpus": 3}, {"link": "pcie5"}),
+        slowly("h100-sxm", {"seq": 300_000, "gpus": 3}, {"link": "pcie5"}),
         ("h100-sxm", {"seq": 1 << 20, "gpus": 16, "causal": True}, {"link": "nvlink4,ndr", "node": 8}),
-        ("gtx1080", {"seq": 1 << 18, "gpus": 4, "batch": 2, "mode": "training"}, {}),
+        slowly("gtx1080", {"seq": 1 << 18, "gpus": 4, "batch": 2, "mode": "training"}, {}),
         ("cpu", {"seq": 1 << 18, "gpus": 4, "causal": True, "dtype": "float32"}, {}),
     ],
 )

@@ -21,6 +21,8 @@ from planner.report.places import Box, Name, placed
 from planner.report.plot.compare import change, draw_comparison, rows_of
 from planner.report.plot.estimate import draw_pareto, draw_waterfall
 from planner.report.plot.figure import drawn
+from planner.report.plot.ranks import draw_shared
+from planner.report.ranks import shared
 from planner.report.text.recommend import seconds
 from planner.report.ticks import linear_ticks, log_ticks
 from planner.units import format_bytes
@@ -209,3 +211,15 @@ def test_points_can_be_anywhere(values, diagonal):
 def test_shades_are_nothing_all_and_between():
     assert [shade(share) for share in (0, 1e-9, 0.33, 0.34, 0.67, 0.99, 1)] == [0, 1, 1, 2, 3, 3, 4]
     assert tag("p") == "<p></p>"
+
+
+@pytest.mark.parametrize("gpus, mode", [(4, "inference"), (64, "training")])
+def test_who_holds_and_sends_what_is_drawn_with_nothing_hidden(gpus, mode):
+    found = shared(WINDOW, Workload(seq=65_536, gpus=gpus, mode=mode, causal=True))
+    texts, figure = look(lambda figure: draw_shared(figure, found))
+    assert not hidden(texts)
+    assert not beyond(texts, figure)
+    assert any(f"{gpus} GPUs, by keys" in text for text, _ in texts)
+    held, moved, _ = figure.axes
+    assert len(held.collections) == gpus
+    assert moved.images[0].get_array().shape == (gpus, gpus)
