@@ -13,9 +13,9 @@ import numpy as np
 from attention.config import AttentionConfig
 from attention.layout import is_dilated_sparse, kept_columns, kept_hull
 from attention.sharding.ranges import Range, global_queries, hull, seen, sight_of
-from attention.sharding.rows import rows_between
+from attention.sharding.rows import rows_between, stage_count, stage_of
 from attention.sharding.shards import Shards
-from attention.sizes.arrays import ceil_div
+from attention.sizes.arrays import Ints, ceil_div
 
 Packing = Sequence[Sequence[int]]
 """Tokens of each document of each batch item, or of all items if there is one."""
@@ -54,9 +54,9 @@ def stages(
     """What a rank fetches, in the order in which it is used: never its own tokens, and each token once.
 
     There are as many stages on every rank of the world, some of them empty. In stage j of dense attention a
-    rank's source is the rank j + 1 before it, of those in a ring; in that of dilated attention so too if
-    causal, otherwise the nearest rank, the one before it and the one behind it by turns. Others have one
-    stage. Sources of a stage ascend.
+    rank's source is the rank j + 1 before it, of those in a ring. A stage of dilated attention has several
+    peers, nearest first (`attention.sharding.rows.stage_of`). Others have one stage. Sources of a stage
+    ascend.
 
     Fetched is what some query of the rank sees, and more than that only so:
     - Each branch of dilated attention reaches from the begin of the segment of the rank's first token to the
@@ -67,11 +67,10 @@ def stages(
     Unless it `looks` at all rows of a dilated_sparse layout, all is fetched between the farthest blocks that
     some of them keep.
     """
-    staged: list[list[Source]] = [[] for _ in range(_steps(config, shards, causal))]
-    for source in _cut(shards, _wanted(config, shards, rank, causal, documents, looks=looks)):
-        if source.peer != rank:
-            staged[_step(config, shards, causal, rank, source.peer)].append(source)
-    return tuple(map(tuple, staged))
+    wanted = _wanted(config, shards, rank, causal, documents, looks=looks)
+    sources = [source for source in _cut(shards, wanted) if source.peer != rank]
+    steps = _steps(config, shards, causal, rank, np.array([source.peer for source in sources], np.int64))
+    return _staged(config, shards, causal, zip(steps, sources, strict=True))
 
 
 def deliveries(
@@ -85,15 +84,16 @@ def deliveries(
 ) -> Stages:
     """What a rank sends in each of the `stages` of its peers: sources whose `peer` is who fetches them, and
     whose tokens are the rank's own. The peer's sources of a stage ascend, and so do the peers."""
-    staged: list[list[Source]] = [[] for _ in range(_steps(config, shards, causal))]
     sight, ranks, own = sight_of(config, shards.seq, causal), np.arange(shards.world), shards.pieces(rank)
     # An upper bound, so that of many ranks those that fetch nothing here are not asked what they want.
     rows: Any = rows_between(sight, shards, ranks, rank, causal, 1, 1)  # type: ignore[arg-type]
-    for peer in np.flatnonzero(rows).tolist():
+    peers = np.flatnonzero(rows)
+    given: list[tuple[int, Source]] = []
+    for step, peer in zip(_steps(config, shards, causal, peers, rank), peers.tolist(), strict=True):
         wanted = _wanted(config, shards, peer, causal, documents, looks=looks)
         sources = _cut(shards, _inside(wanted, own))
-        staged[_step(config, shards, causal, peer, rank)] += [s._replace(peer=peer) for s in sources]
-    return tuple(map(tuple, staged))
+        given += [(step, source._replace(peer=peer)) for source in sources]
+    return _staged(config, shards, causal, given)
 
 
 def visits(
@@ -138,23 +138,40 @@ def asking(
 # Stages
 
 
-def _steps(config: AttentionConfig, shards: Shards, causal: bool) -> int:
+def _staged(
+    config: AttentionConfig, shards: Shards, causal: bool, sources: Iterable[tuple[int, Source]]
+) -> Stages:
+    """The stages of sources, each of which comes with that which it is in."""
+    staged: list[list[Source]] = [[] for _ in range(_stage_count(config, shards, causal))]
+    for step, source in sources:
+        staged[step].append(source)
+    return tuple(map(tuple, staged))
+
+
+@lru_cache(maxsize=64)
+def _stage_count(config: AttentionConfig, shards: Shards, causal: bool) -> int:
     """How many stages there are."""
     peers = shards.world - 1
+    if config.variant == "dilated":
+        sight, ranks = sight_of(config, shards.seq, causal), np.arange(shards.world)
+        return int(np.max(stage_count(sight, shards, ranks, causal)))  # type: ignore[arg-type]
+    return peers if config.variant == "dense" else min(peers, 1)
+
+
+def _steps(
+    config: AttentionConfig, shards: Shards, causal: bool, rank: int | Ints, peer: int | Ints
+) -> list[int]:
+    """The stages in which a rank fetches of peers, or ranks of a peer."""
+    ranks, peers = np.broadcast_arrays(rank, peer)
     if config.variant == "dense":
-        return peers
-    if config.variant == "dilated":
-        return peers if causal else 2 * peers
-    return min(peers, 1)
-
-
-def _step(config: AttentionConfig, shards: Shards, causal: bool, rank: int, peer: int) -> int:
-    """The stage in which a rank fetches of a peer."""
-    if config.variant == "dense" or (config.variant == "dilated" and causal):
-        return (rank - peer) % shards.world - 1
-    if config.variant == "dilated":
-        return 2 * (abs(rank - peer) - 1) + (peer > rank)
-    return 0
+        steps = (ranks - peers) % shards.world - 1
+    elif config.variant == "dilated":
+        sight = sight_of(config, shards.seq, causal)
+        steps = np.broadcast_to(stage_of(sight, shards, ranks, peers, causal), ranks.shape)  # type: ignore[arg-type]
+    else:
+        steps = np.zeros_like(ranks)
+    some: list[int] = steps.tolist()
+    return some
 
 
 # Ranges

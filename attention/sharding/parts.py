@@ -84,13 +84,14 @@ def joined_placement(
     sources: Sequence[Source], pieces: Sequence[tuple[int, int]] = (), unit: int = 1
 ) -> tuple[Placement, int | None]:
     """(rows of sources that ascend and have one rate, and of own `pieces` among them, in one tensor; the row
-    at which those begin, if there are any). Blocks of `unit` tokens of the sequence are blocks of rows."""
+    at which those begin, if there are any). Blocks of `unit` tokens of the sequence are blocks of rows.
+    Sources that adjoin, and begin in stride, are one run."""
     rate = sources[0].rate if sources else 1
     ranges = sorted([(begin, end) for _, begin, end, _ in sources] + list(pieces))
     runs: list[tuple[int, int, int]] = []
     total = 0
     for begin, end in ranges:
-        if runs and runs[-1][1] == begin and rate == 1:
+        if runs and runs[-1][1] == begin and (begin - runs[-1][0]) % rate == 0:
             runs[-1] = (runs[-1][0], end, runs[-1][2])
         else:
             total += (begin - total) % unit

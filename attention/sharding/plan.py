@@ -230,11 +230,12 @@ def _starts(pieces: Sequence[tuple[int, int]]) -> Callable[[int], int]:
 
 
 def adjoining(sources: Sequence[Source]) -> list[list[Source]]:
-    """The sources, those together that adjoin and are whole."""
+    """The sources, those together that adjoin and have one rate, where each begins in stride: one run."""
     groups: list[list[Source]] = []
     for source in sources:
         last = groups[-1][-1] if groups else None
-        if last and last.end == source.begin and last.rate == source.rate == 1:
+        together = last and last.end == source.begin and last.rate == source.rate
+        if together and (source.begin - groups[-1][0].begin) % source.rate == 0:
             groups[-1].append(source)
         else:
             groups.append([source])

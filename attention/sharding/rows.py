@@ -11,9 +11,15 @@ upper bounds, and where two branches of one rate meet in mid-stride, a row more 
 
 from __future__ import annotations
 
+from typing import Final
+
 from attention.sharding.ranges import Range, Sight, global_queries, seen
 from attention.sharding.shards import Shards
 from attention.sizes.arrays import Count, ceil_div, maximum, minimum, where
+
+STAGE_SHARE: Final = 4
+"""Of what a rank holds, a stage of dilated attention brings at least one part in so many, where that is to
+be had: if up to so many query heads read a kv head, rows for as much as its own keys."""
 
 
 def source_rows(tokens: Count, rate: Count, heads: Count, kv_heads: Count) -> Count:
@@ -44,9 +50,14 @@ def rows_received(
         # All of one rate, and the rank's own tokens are among them, if it has any.
         tokens = sum(maximum(end - begin, 0) for begin, end, _ in wanted)
         return maximum(tokens - shards.tokens(rank), 0) * kv_heads
-    rows: Count = 0
     before, behind = _beside(shards, rank, wanted)
-    for begin, end, rate in before + behind:
+    return _rows_of_all(shards, before + behind, heads, kv_heads)
+
+
+def _rows_of_all(shards: Shards, ranges: list[Range], heads: Count, kv_heads: Count) -> Count:
+    """Rows that ranges are, a source for each rank of contiguous shards that holds some of one."""
+    rows: Count = 0
+    for begin, end, rate in ranges:
         first, last = shards.chunk(begin), shards.chunk(maximum(end - 1, begin))
         # Chunks between the first and the last are of two lengths.
         each, more = shards.deal
@@ -91,6 +102,35 @@ def most_of_one(
             rows = rows + source_rows(1 * (cut & (first < stop)), rate, heads, kv_heads)
         most = maximum(most, rows)
     return minimum(total, most + minimum(sight.shared, shards.fullest) * kv_heads)
+
+
+def stage_of(sight: Sight, shards: Shards, rank: Count, peer: Count, causal: bool) -> Count:
+    """The stage in which a rank of contiguous shards fetches of a peer in dilated attention: nearest first,
+    as many peers a stage as bring one part in `STAGE_SHARE` of a shard, or what one of them may bring."""
+    return rows_nearer(sight, shards, rank, peer, causal) // _stage_rows(sight, shards, rank, causal)
+
+
+def stage_count(sight: Sight, shards: Shards, rank: Count, causal: bool) -> Count:
+    """The stages in which a rank of contiguous shards fetches in dilated attention, or more."""
+    rows = rows_received(sight, shards, rank, causal, 1, 1)
+    return ceil_div(rows, _stage_rows(sight, shards, rank, causal))
+
+
+def rows_nearer(sight: Sight, shards: Shards, rank: Count, peer: Count, causal: bool) -> Count:
+    """Rows of a lane that a rank of contiguous shards receives of peers that are nearer than a peer: of two
+    as far, the one before the rank is."""
+    apart = maximum(rank - peer, peer - rank)
+    low = shards.edge(maximum(rank - apart + (peer < rank), 0))
+    high = shards.edge(minimum(rank + apart, shards.world))
+    before, behind = _beside(shards, rank, _wanted(sight, shards, rank, causal))
+    nearer = [(maximum(begin, low), minimum(end, high), rate) for begin, end, rate in before + behind]
+    return _rows_of_all(shards, nearer, 1, 1)
+
+
+def _stage_rows(sight: Sight, shards: Shards, rank: Count, causal: bool) -> Count:
+    """Rows of a lane that the peers of a stage bring before there is another one."""
+    nearest = most_of_one(sight, shards, rank, causal, 1, 1)
+    return maximum(nearest, ceil_div(shards.fullest, STAGE_SHARE))
 
 
 def _wanted(sight: Sight, shards: Shards, rank: Count, causal: bool) -> list[Range]:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from attention.sharding.ranges import Sight, hull, sight
-from attention.sharding.rows import rows_between, rows_received
+from attention.sharding.rows import rows_between, rows_received, stage_of
 from attention.sharding.shards import Shards, unit_of
 from attention.sizes.arrays import Count, Ints, maximum, minimum, where
 from planner.configs import Columns
@@ -199,13 +199,18 @@ def _neighbours(columns: Columns, share: Workload, shards: Shards, rank: int) ->
         second = rank - 2 if causal else rank + 1
         there = 0 <= second < world
         more = rows_between(seen, shards, rank, second, causal, heads, groups) if there else 0 * nearest
+        together = (stage_of(seen, shards, rank, second, causal) == 0) if there else 0 * begin
         asked, giving = 0 * begin, 0 * begin
-        if rank > 1:
-            asked = minimum(_hull(seen, seq, shards.edge(rank - 2), shards.edge(rank - 1))[1], end) - begin
+        if rank > 1:  # what is fetched of both in one stage may be one part
+            apart = stage_of(seen, shards, rank, rank - 2, causal) > 0
+            asked = apart * (
+                minimum(_hull(seen, seq, shards.edge(rank - 2), shards.edge(rank - 1))[1], end) - begin
+            )
         if rank + 2 < world:
             giving = end - maximum(_hull(seen, seq, shards.edge(rank + 2), shards.edge(rank + 3))[0], begin)
         wide = (_at_least(asked, tokens), _at_least(giving, tokens))
-        return _Neighbours(nearest, more, nearest, before + after, *wide)
+        first, later = nearest + more * together, more * (1 - together)
+        return _Neighbours(first, later, nearest, before + after, *wide)
     rows = rows_received(seen, shards, rank, causal, heads, groups)
     peers = (before > 0) * 1 + (after > 0)
     if columns.pattern_type == "dilated_sparse":  # of which that is an upper bound

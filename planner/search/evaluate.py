@@ -23,6 +23,7 @@ from planner.memory.peaks import peaks
 from planner.memory.rank_peaks import rank_peaks
 from planner.quality import mass as quality
 from planner.quality import reach
+from planner.ranks.links import network_of
 from planner.search.gates import MASS, MEMORY, REACH, SECONDS
 from planner.search.scenario import Scenario
 from planner.speed import seconds as speed
@@ -70,7 +71,8 @@ def _peaks(scenario: Scenario, columns: Columns) -> tuple[Ints, Any, Any]:
     found, peers = rank_peaks(columns, workload, scenario.machine)
     if isinstance(scenario.card, str):
         return found, 0, 0
-    shares = [nccl_share(count) for count in range(int(peers.max()) + 1)]
+    network = network_of(workload.gpus, scenario.card)
+    shares = [nccl_share(workload.gpus, count, network) for count in range(int(peers.max()) + 1)]
     likely, most = (np.array([share[which] for share in shares])[peers] for which in (0, 1))
     return found, likely, most
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from attention.sharding.ranges import Sight, hull
-from attention.sharding.rows import rows_received
+from attention.sharding.rows import rows_received, stage_count
 from attention.sharding.shards import Shards
 from attention.sizes.arrays import Amount, Count, Floats, maximum, minimum, where
 from attention.sizes.list_calls import calls_of_rows
@@ -120,7 +120,7 @@ def _by_keys(
     if share.documents is not None:
         rows = minimum(rows, shards.tokens(rank) * share.groups)
     pair = 2 * share.batch * share.head_dim
-    fetching = _moved(network, world, maximum(met.stages, (rows > 0) * 1), pair * share.itemsize * rows)
+    fetching = _moved(network, world, maximum(met.peers, (rows > 0) * 1), pair * share.itemsize * rows)
     hides = not isinstance(machine, Cpu)
     staged = columns.variant in ("dense", "dilated")
 
@@ -154,8 +154,9 @@ class _Met(NamedTuple):
     """Queries of all parts over fetched keys."""
     fetched_tokens: Count
     """Tokens that are fetched, or more, of dilated_sparse."""
-    stages: Count
+    peers: Count
     """Ranks that it fetches from, where that comes in stages; else 1."""
+    stages: Count
 
 
 def _met(columns: Columns, share: Workload, shards: Shards, rank: int) -> _Met:
@@ -165,7 +166,7 @@ def _met(columns: Columns, share: Workload, shards: Shards, rank: int) -> _Met:
         columns.pattern_type == "dilated_sparse"
     ):  # of which rows are alike, and own keys are among the fetched
         fetched_tokens = rows_received(sight, shards, rank, causal, 1, 1)
-        return _Met(sight, 0.0 * tokens, tokens / np.asarray(seq), tokens, fetched_tokens, 1)
+        return _Met(sight, 0.0 * tokens, tokens / np.asarray(seq), tokens, fetched_tokens, 1, 1)
     chunks = [rank, int(shards.chunks) - 1 - rank] if shards.zigzag else [rank]
     pieces = [(shards.edge(one), shards.edge(one + 1)) for one in chunks]
     every = (0, seq)
@@ -178,7 +179,7 @@ def _met(columns: Columns, share: Workload, shards: Shards, rank: int) -> _Met:
     fetched = sum(pairs(piece, every) for piece in pieces) - own
     if columns.variant == "dense":
         stages = rank if causal and not shards.zigzag else world - 1
-        return _Met(sight, own / whole, fetched / whole, tokens * stages, 0, stages)
+        return _Met(sight, own / whole, fetched / whole, tokens * stages, 0, stages, stages)
     begin, end = pieces[0]
     hulls = [hull(band, seq, begin, end) for band in sight.bands]
     first, last = minimum(*(one for one, _ in hulls), end), maximum(*(one for _, one in hulls), begin)
@@ -189,10 +190,12 @@ def _met(columns: Columns, share: Workload, shards: Shards, rank: int) -> _Met:
     if columns.variant == "dilated":
         after = [hull(band, seq, end, shards.edge(min(rank + 2, world))) for band in sight.bands]
         asked_behind = end - maximum(begin, minimum(*(one for one, _ in after), end))
-        every_asked = asked * before + asked_behind * behind
-        return _Met(sight, own / whole, fetched / whole, every_asked, 0, before + behind)
+        stages = stage_count(sight, shards, rank, causal)
+        parts = stages + len(sight.bands)  # a stage, and what of it has a rate of its own
+        every_asked = asked * minimum(before, parts) + asked_behind * minimum(behind, parts)
+        return _Met(sight, own / whole, fetched / whole, every_asked, 0, before + behind, stages)
     sides = asked * (1 if causal else 2) + tokens * minimum(sight.shared, 1)
-    return _Met(sight, own / whole, fetched / whole, sides * (fetched > 0), 0, 1)
+    return _Met(sight, own / whole, fetched / whole, sides * (fetched > 0), 0, 1, 1)
 
 
 def _moved(network: Network, world: int, peers: Amount, nbytes: Amount) -> Amount:

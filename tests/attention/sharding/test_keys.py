@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
+from contextlib import nullcontext
 
 import pytest
 import torch
 from flash import flash_attention
 from played_cudnn import cudnn_attention
 from rank_cases import KINDS, on_one_device, random_config, random_documents, random_tensors
-from rank_threads import attended
+from rank_threads import attended, plan_for
 
 from attention import AttentionConfig, SparsePatternConfig
+from attention.sharding.shards import shards_of
+from attention.sharding.traffic import traffic
 
 FAST, WIDE = 20, 600
 
@@ -108,6 +112,40 @@ def test_whole_calls_in_low_precision_are_as_near_as_one_device(kind):
         for a, b, wanted in zip(got, rounded, exact, strict=True):
             error, own = ((x.double() - wanted).norm() / wanted.norm() for x in (a, b))
             assert error <= 1.6 * max(own, torch.finfo(torch.bfloat16).eps / 4)
+
+
+@pytest.mark.parametrize(
+    "world, seq, causal, on_gpu",
+    [(8, 128, False, False), (16, 256, True, True), (12, 250, True, False), (12, 250, False, True)],
+)
+def test_peers_that_are_fetched_together_are_those_of_one_device(world, seq, causal, on_gpu):
+    """LongNet's branches up to the whole sequence; of 250 tokens, shards begin out of stride."""
+    config = AttentionConfig(
+        variant="dilated",
+        segment_lengths=(8, 32, 128, 512),
+        dilation_rates=(1, 4, 8, 16),
+        workspace_bytes=1 << 16,
+    )
+    heads, kv_heads, head_dim = 4, 2, 4
+    tensors = [
+        torch.randn(1, seq, n, head_dim, dtype=torch.float64) for n in (heads, kv_heads, kv_heads, heads)
+    ]
+    shards = shards_of(config, seq, world)
+    plans = [plan_for(config, shards, rank, *tensors[:2], causal) for rank in range(world)]
+    fetches = [fetch for plan in plans for stage in plan.stages for fetch in stage.fetches]
+    assert (max(len(fetch.sources) for fetch in fetches) > 1) == (seq != 250)
+    assert len(plans[0].stages) < world - 1
+    with flash_attention("any") if on_gpu else nullcontext():
+        got, sent = attended(config, world, tensors, causal)
+    for a, b, bar in zip(got, on_one_device(config, tensors, causal), [1e-12, *[1e-10] * 3], strict=True):
+        assert (a - b).abs().max() <= bar * b.abs().max().clamp(min=1)
+    sizes = {"batch": 1, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "itemsize": 8}
+    for rank in range(world):
+        said = traffic(config, shards, rank, causal, **sizes, training=True, exchange="keys")
+        counts = Counter()
+        for peers in said:
+            counts.update({peer: to for peer, (to, _) in peers.items() if to})
+        assert sent[rank] == counts
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

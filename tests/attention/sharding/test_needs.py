@@ -15,6 +15,8 @@ from attention.config import AdaptiveConfig, AttentionConfig, SparsePatternConfi
 from attention.errors import ConfigError
 from attention.reference import multiplicity
 from attention.sharding.needs import Source, Visit, asking, deliveries, stages, visitors, visits
+from attention.sharding.ranges import sight_of
+from attention.sharding.rows import STAGE_SHARE, most_of_one
 from attention.sharding.shards import Shards, shards_of
 
 HEADS = 4
@@ -146,8 +148,45 @@ def test_dense_goes_round_the_ring():
 
 def test_dilated_takes_the_nearest_first():
     config = dilated((16, 1))
-    assert peers(stages(config, Shards(16, 4), 1, False)) == [[0], [2], [], [3], [], []]
+    assert peers(stages(config, Shards(16, 4), 1, False)) == [[0], [2], [3]]
     assert peers(stages(config, Shards(16, 4), 2, True)) == [[1], [0], []]
+
+
+def test_dilated_takes_several_peers_that_bring_little_in_one_stage():
+    config, shards = dilated((16, 1), (128, 8)), Shards(128, 8)
+    assert peers(stages(config, shards, 6, True)) == [[4, 5], [2, 3], [0, 1], []]
+    assert peers(stages(config, shards, 3, False)) == [[2, 4], [1, 5], [0, 6], [7]]
+
+
+@settings(max_examples=50)
+@given(
+    branches.map(lambda some: dilated(*((max(pair), pair[1]) for pair in some))),
+    st.integers(1, 120),
+    st.integers(1, 9),
+    st.booleans(),
+)
+def test_a_stage_of_dilated_attention_is_bounded(config, seq, world, causal):
+    """By a part of a shard, or what one peer brings, and the last of its peers."""
+    shards = shards_of(config, seq, world)
+    sight = sight_of(config, shards.seq, causal)
+    for rank in range(shards.world):
+        most = most_of_one(sight, shards, rank, causal, 1, 1)
+        apart = 0
+        for stage in stages(config, shards, rank, causal):
+            rows = sum(-(-(end - begin) // rate) for _, begin, end, rate in stage)
+            assert rows < max(most, -(-shards.fullest // STAGE_SHARE)) + most or not rows
+            distances = [abs(source.peer - rank) for source in stage]
+            assert min(distances, default=apart) >= apart
+            apart = max(distances, default=apart)
+
+
+@pytest.mark.parametrize("tokens", [2048, 131_072])
+def test_stages_of_longnet_grow_with_what_it_brings_alone(tokens):
+    counts = []
+    for world in (4, 64, 1024):
+        config = longnet(2048, 1 + (tokens * world // 2048).bit_length() // 2, 4)
+        counts.append(len(stages(config, shards_of(config, tokens * world, world), 0, True)))
+    assert counts == ([3, 9, 15] if tokens == 2048 else [1, 1, 1])
 
 
 def test_others_have_one_stage():

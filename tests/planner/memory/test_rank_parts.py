@@ -162,6 +162,24 @@ def test_a_rank_takes_what_is_planned_for_it(name, causal):
 
 
 @pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("seq", [4096, 3000])
+def test_ranks_that_fetch_of_several_peers_at_a_time_take_what_is_planned(seq, causal):
+    config = AttentionConfig(
+        variant="dilated",
+        segment_lengths=(128, 512, 2048, 8192),
+        dilation_rates=(1, 4, 16, 32),
+        workspace_bytes=1 << 16,
+        sharding=ShardingConfig(exchange="keys"),
+    )
+    sizes = {"heads": 8, "kv_heads": 4, "head_dim": 16, "dtype": "float32", "causal": causal}
+    for rank, mode in ((0, "training"), (5, "inference"), (9, "training")):
+        workload = Workload(seq=seq, gpus=12, mode=mode, **sizes)
+        with bare_kernels():
+            taken = measured(config, workload, rank)
+        assert rank_plan(config, workload, Bare((9, 0), 132), rank).plan.peak()[1] == taken
+
+
+@pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("seq", [3072, 4000])
 def test_lists_take_no_more_than_is_planned(seq, causal):
     config = sparse("dilated_sparse", sparsity_ratio=0.1).model_copy(

@@ -169,6 +169,24 @@ def test_on_a_gpu_parts_are_the_whole_calls_of_one_gpu(name):
         assert sum(one["launches"] for one in every) <= 32 * total["launches"]
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_launches_of_longnet_grow_with_its_branches_and_not_with_the_ranks(causal):
+    """16 times as many ranks, 2 branches more; what adjoins is one part."""
+    launches = []
+    for world, count in ((16, 4), (256, 6)):
+        config = AttentionConfig(
+            variant="dilated",
+            segment_lengths=tuple(2048 * 4**n for n in range(count)),
+            dilation_rates=tuple(4**n for n in range(count)),
+        )
+        workload = task(seq=8192 * world, batch=1, dtype="bfloat16", gpus=world, causal=causal)
+        work = work_of_rank(
+            by(config, exchange="keys"), workload, Cuda((9, 0), 132), gpu_kernel(132), world - 1
+        )
+        launches.append([sum(step.totals["launches"] for step in steps) for steps in work[1:]])
+    assert all(many < 4 * few for few, many in zip(*launches, strict=True))
+
+
 def test_a_stage_goes_on_while_the_one_before_it_is_computed():
     workload = task(seq=16_384, batch=1, dtype="bfloat16")
     work = work_of_rank(CASES["dense"], workload, Cuda((9, 0), 132), gpu_kernel(132), 1)
