@@ -21,6 +21,10 @@ CPU = machine_of("cpu", "float32", 2)
 SIZES = {"heads": 8, "kv_heads": 4, "head_dim": 64}
 
 
+def peak_of(ranked):
+    return ranked.plan.peak()[1]
+
+
 def slowly(*case):
     return pytest.param(*case, marks=pytest.mark.slow)
 
@@ -50,7 +54,7 @@ def test_it_is_at_most_that_of_the_plan_and_by_heads_that(machine, task):
         found = rank_peaks(columns, workload, machine)
         for at in range(len(columns)):
             config = columns.config(at, workload)
-            rank = fullest_rank(config, workload, machine)
+            rank = fullest_rank(config, workload, machine, peak_of)
             peak = rank.plan.peak()[1]
             assert found.least[at] <= peak, config
             assert found.peers[at] <= rank.peers, config
@@ -75,5 +79,5 @@ def test_where_each_gpu_has_its_own_sequences_it_is_that_of_one():
     alone = [part for part in some(workload, H100, 1, 0) if part.sharding.ring_size == 1]
     assert alone
     for columns in alone:
-        peak = fullest_rank(columns.config(0, workload), workload, H100).plan.peak()[1]
+        peak = fullest_rank(columns.config(0, workload), workload, H100, peak_of).plan.peak()[1]
         assert rank_peaks(columns, workload, H100).least.tolist() == [peak]
