@@ -50,7 +50,8 @@ class Terms(Value):
     """CUDA: bytes that the driver takes for the process."""
 
 
-_LATER: Final = {"features": (), "ranks": 1}
+_LATER: Final[dict[str, tuple[Any, ...]]] = {"features": ((), []), "ranks": (1,)}
+"""Fields that came later, and what they are without any."""
 
 
 class Domain(Value):
@@ -70,7 +71,7 @@ class Domain(Value):
     def _written(self, written: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """The fields; those that came later, features and ranks, where there are some."""
         fields: dict[str, Any] = written(self)
-        return {name: value for name, value in fields.items() if value != _LATER.get(name)}
+        return {name: value for name, value in fields.items() if value not in _LATER.get(name, ())}
 
     def misses(self, config: AttentionConfig, workload: Workload) -> tuple[str, ...]:
         """The properties of a call that no held-out run had, such as `dtype float64`."""
