@@ -50,7 +50,8 @@ class Terms(Value):
     """CUDA: bytes that the driver takes for the process."""
 
 
-_LATER: Final = {"features": (), "ranks": 1}
+_LATER: Final[dict[str, tuple[Any, ...]]] = {"features": ((), []), "ranks": (1,)}
+"""Fields that came later, and what they are without any."""
 
 
 class Domain(Value):

@@ -60,7 +60,7 @@ class DryRuns(Checked):
     """Those of one GPU."""
 
     ranks: Checked
-    """Those of ranks that share a sequence, whose every rank is a case."""
+    """Those of ranks that share a sequence, held to the bound of the one that needs most."""
 
 
 @cache

@@ -299,16 +299,35 @@ def summary(found: Sequence[Error]) -> dict[str, Any]:
     }
 
 
+class _Bound(NamedTuple):
+    """What a case's answer is held to: ranks are held to that of the one that needs most."""
+
+    seed: int
+    reserved: int
+    """Bytes measured."""
+    taken: int
+    """Those that the bound begins with: bytes predicted, in float64 some times as many."""
+
+
+def _bounds(found: Sequence[Error]) -> list[_Bound]:
+    cases: dict[tuple[int, int], list[Error]] = {}
+    for e in found:
+        cases.setdefault((e.row["seed"], e.row["number"]), []).append(e)
+    return [
+        _Bound(
+            seed,
+            max(e.row["reserved"] for e in ranks),
+            max(e.row["reserved"] + e.missed for e in ranks)
+            * (FLOAT64 if ranks[0].case.workload.dtype == "float64" else 1),
+        )
+        for (seed, _), ranks in cases.items()
+    ]
+
+
 def margin(found: Sequence[Error]) -> float:
-    """The share of a prediction that is to be added to it, so that none of these is above it."""
-    beyond = max(float(e.row["reserved"] - SEGMENTS * SEGMENT) / _taken_for(e) - 1 for e in found)
+    """The share of a prediction that is to be added to it, so that none of these cases is above it."""
+    beyond = max((one.reserved - SEGMENTS * SEGMENT) / one.taken - 1 for one in _bounds(found))
     return max(math.ceil(beyond / STEP) * STEP, LEAST_MARGIN)
-
-
-def _taken_for(error: Error) -> float:
-    """Bytes that a bound begins with: those predicted, in float64 some times as many."""
-    predicted: int = error.row["reserved"] + error.missed
-    return predicted * (FLOAT64 if error.case.workload.dtype == "float64" else 1)
 
 
 def checked(setting: Sequence[Error], checking: Sequence[Error]) -> Checked:
@@ -317,9 +336,9 @@ def checked(setting: Sequence[Error], checking: Sequence[Error]) -> Checked:
 
     def draws(found: Sequence[Error]) -> tuple[DryCases, ...]:
         above: dict[int, list[bool]] = {}
-        for e in found:
-            bound = _taken_for(e) * (1 + share) + SEGMENTS * SEGMENT
-            above.setdefault(e.row["seed"], []).append(e.row["reserved"] > bound)
+        for one in _bounds(found):
+            bound = one.taken * (1 + share) + SEGMENTS * SEGMENT
+            above.setdefault(one.seed, []).append(one.reserved > bound)
         return tuple(
             DryCases(seed=seed, cases=len(cases), exceeded=sum(cases))
             for seed, cases in sorted(above.items())
