@@ -71,7 +71,7 @@ class Domain(Value):
     def _written(self, written: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """The fields; those that came later, features and ranks, where there are some."""
         fields: dict[str, Any] = written(self)
-        return {name: value for name, value in fields.items() if getattr(self, name) != _LATER.get(name)}
+        return {name: value for name, value in fields.items() if value not in _LATER.get(name, ())}
 
     def misses(self, config: AttentionConfig, workload: Workload) -> tuple[str, ...]:
         """The properties of a call that no held-out run had, such as `dtype float64`."""
