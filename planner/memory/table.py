@@ -84,22 +84,31 @@ class Plan(NamedTuple):
         """(name, bytes) as a tensor is allocated and (name, None) as it is freed, in order. What comes more
         than once comes twice: the second time, all that was allocated the first time may have been split."""
         alive: list[Buffer] = []
+        ordered = sorted(self.buffers, key=lambda buffer: not buffer.before)
+        # Places of those that begin or end with a phase.
+        edges: dict[str, set[int]] = {phase: set() for phase in self.phases}
+        for place, buffer in enumerate(ordered):
+            edges[buffer.phases[0]].add(place)
+            edges[buffer.phases[-1]].add(place)
+
+        def entered(phase: str, around: Sequence[str]) -> Iterator[tuple[str, int | None]]:
+            """The events as a phase begins, of what begins or ends with the phases around it."""
+            some = [ordered[place] for place in sorted(set().union(*(edges[name] for name in around)))]
+            ended = (buffer for buffer in some if phase not in buffer.phases and buffer in alive)
+            yield from _freed(sorted(ended, key=alive.index), alive)
+            for buffer in some:
+                if phase in buffer.phases and buffer not in alive and buffer.bytes:
+                    alive.append(buffer)
+                    yield from _tensors(buffer)
+
         for number, phase in enumerate(self.phases):
-            yield from self._entered(phase, alive)
+            yield from entered(phase, self.phases[max(number - 1, 0) : number + 1])
             for first, stop in self.again:
                 if stop == number + 1:
                     repeated = self.phases[first:stop]
                     yield from _freed([b for b in alive if b.phases[0] in repeated], alive)
                     for name in repeated:
-                        yield from self._entered(name, alive)
-
-    def _entered(self, phase: str, alive: list[Buffer]) -> Iterator[tuple[str, int | None]]:
-        """The events as a phase begins; `alive` is what is alive, before and after."""
-        yield from _freed([b for b in alive if phase not in b.phases], alive)
-        for buffer in sorted(self.buffers, key=lambda buffer: not buffer.before):
-            if phase in buffer.phases and buffer not in alive and buffer.bytes:
-                alive.append(buffer)
-                yield from _tensors(buffer)
+                        yield from entered(name, repeated)
 
 
 class RankPlan(NamedTuple):
