@@ -61,8 +61,10 @@ class Shards(NamedTuple):
 
     @property
     def fullest(self) -> Count:
-        """The most tokens that a rank holds."""
-        return maximum(self.tokens(0), self.tokens(self.world - 1))
+        """The most tokens that a rank holds. Zigzag, the first may have the last chunk, which is short, and
+        the last rank two that are longer."""
+        ends = maximum(self.tokens(0), self.tokens(self.world - 1))
+        return maximum(ends, self.tokens(minimum(1, self.world - 1)))
 
     def tokens(self, rank: Count) -> Count:
         """How many tokens a rank holds."""

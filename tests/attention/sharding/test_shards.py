@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from attention.config import AttentionConfig, ShardingConfig, SparsePatternConfig
@@ -20,6 +20,7 @@ some_shards = st.builds(
 
 
 @given(some_shards)
+@example(Shards(83, 4, unit=2, zigzag=True))
 def test_every_token_has_one_holder(shards: Shards):
     held = [shards.positions(rank) for rank in range(shards.world)]
     assert sorted(np.concatenate(held).tolist()) == list(range(shards.seq))
@@ -27,6 +28,7 @@ def test_every_token_has_one_holder(shards: Shards):
         assert positions.size == shards.tokens(rank)
         assert (np.diff(positions) > 0).all()
         assert {shards.owner(token) for token in positions.tolist()} <= {rank}
+    assert shards.fullest == max(positions.size for positions in held)
 
 
 @given(some_shards)
