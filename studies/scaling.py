@@ -295,7 +295,7 @@ def draw(figure: Any, rows: Results) -> None:
         axes.grid(axis="y")
     memory.set(ylabel="memory of a GPU at most, GB", ylim=(0, None))
     received.set(ylabel="received by a GPU forward, MB", yscale="log")
-    efficiency.set(ylabel="efficiency against one GPU", ylim=(0, 1.05))
+    efficiency.set(ylabel="efficiency against one GPU", ylim=(0, None))
     figure.legend(loc="outside lower center", ncols=4)
     title(
         figure,
