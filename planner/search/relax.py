@@ -71,7 +71,7 @@ def _relaxed(scenario: Scenario, space: Space, solved: Solved, reserved: int) ->
     needed = _memory_needed(scenario, table)
     if needed is not None and needed > scenario.budget:
         yield Relaxation("vram", needed + reserved)
-    yield from _more_gpus(scenario, space)
+        yield from _more_gpus(scenario, space)  # that memory is shared, not that it would be faster
     yield from _shorter(scenario, space)
     for gate, change in _CHANGES.items():
         nearest = _nearest(scenario, table, gate)
@@ -130,8 +130,8 @@ def _memory_needed(scenario: Scenario, table: Table) -> int | None:
 
 
 def _more_gpus(scenario: Scenario, space: Space) -> Iterator[Relaxation]:
-    """The fewest GPUs, a power of two, with which something passes; none for a CPU, nor for calls that ranks
-    do not share."""
+    """The fewest GPUs, a power of two, with which something passes where memory is what lacks; none for a
+    CPU, nor for calls that ranks do not share."""
     workload = scenario.workload
     if isinstance(scenario.card, str) or workload.query_tokens < workload.seq:
         return

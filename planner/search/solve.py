@@ -8,6 +8,7 @@ passes: the first to pass is the optimum of the grid. Imports no torch and no Op
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -35,6 +36,8 @@ FAMILIES: Final = 4
 """Families of candidates that ranks share of which one is looked at exactly."""
 STEPS: Final = 16
 """Most lengths that are tried for a candidate of ranks."""
+FAILURES: Final = 12
+"""Candidates of a family that may fail exactly until no more of it are looked at."""
 OFF: Final = 2.0
 """Times by which arrays may have too many seconds of ranks."""
 SAME: Final = 0.005
@@ -197,17 +200,21 @@ def first(scenario: Scenario, table: Table, ordered: Ints) -> Point | None:
 
 def _first_of_ranks(scenario: Scenario, table: Table, ordered: Ints) -> Point | None:
     """The best of the first candidates of each family that passes everything. Of ranks arrays know seconds
-    within a factor and memory from below, for a family by about the same share: those that are passed over
-    would take more than there is if the bound were as far off as of the one that did."""
+    within a factor and memory from below, for a family by about the same share: those are passed over that
+    would take more than there is if the arrays were as far off as of the one that did, and families of which
+    `FAILURES` did."""
     best: Point | None = None
     passed: set[Any] = set()
-    off: dict[Any, float] = {}
-    memory = table.figures.memory
+    failures: Counter[Any] = Counter()
+    shares: dict[Any, tuple[float, float]] = {}
+    limits = (np.inf if scenario.free_length else scenario.budget, scenario.gates.max_seconds or np.inf)
 
     def is_wanted(index: int) -> bool:
         family = table.family(index)
-        fits = scenario.free_length or memory[index] * off.get(family, 1.0) <= scenario.budget
-        if family in passed or not fits:
+        said = table.figures.memory[index], table.figures.seconds[index]
+        found = zip(said, shares.get(family, (1.0, 1.0)), limits, strict=True)
+        exceeds = any(figure * share > limit for figure, share, limit in found)
+        if family in passed or failures[family] >= FAILURES or exceeds:
             return False
         if best is None or scenario.objective != "speed" or not _may_be_better(scenario, table, index, best):
             return True
@@ -222,14 +229,19 @@ def _first_of_ranks(scenario: Scenario, table: Table, ordered: Ints) -> Point | 
         enough = len(passed) == FAMILIES * (1 + scenario.free_length)
         if best is not None and (enough or not _may_be_better(scenario, table, index, best)):
             break
-        point = exact(scenario, table, index)
+        point, family = exact(scenario, table, index), table.family(index)
         if point is not None:
-            passed.add(table.family(index))
+            passed.add(family)
             best = point if best is None or evaluate.gain(scenario, best, point) > 0 else best
-        elif not scenario.free_length:
-            family, config = table.family(index), table.config(index, scenario)
-            upper = evaluate.memory_of(scenario, config, int(table.seq[index])).upper
-            off[family] = min(off.get(family, np.inf), upper / memory[index])
+            continue
+        failures[family] += 1
+        if not scenario.free_length:
+            config, seq = table.config(index, scenario), int(table.seq[index])
+            said = table.figures.memory[index], table.figures.seconds[index]
+            upper = evaluate.memory_of(scenario, config, seq).upper
+            slow = evaluate.seconds_of(scenario, config, seq) if upper <= scenario.budget else said[1]
+            share, known = (upper / said[0], slow / said[1]), shares.get(family, (np.inf, np.inf))
+            shares[family] = min(known[0], share[0]), min(known[1], share[1])
     return best
 
 
