@@ -51,6 +51,7 @@ def main() -> None:
         dist.all_reduce(total)
         if dist.get_rank() == 0:
             print(f"step {step}: loss {total:.3f}, {own.shape[1]:,} of {SEQ:,} tokens on this rank")
+    dist.barrier()  # no rank ends while gloo's threads still have tensors of its last sum
     dist.destroy_process_group()
 
 
