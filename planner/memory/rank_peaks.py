@@ -77,7 +77,7 @@ def shards_of_columns(columns: Columns, world: int) -> Shards:
 
 
 def _by_heads(columns: Columns, workload: Workload, share: Workload, machine: Machine, world: int) -> Ints:
-    """The plan of the first rank, which has most tokens."""
+    """The plan of the rank with most tokens."""
     found = np.empty(len(columns), np.int64)
     goes = np.broadcast_to(np.asarray(goes_apart(columns, share, machine), bool), len(columns))
     own = share.model_copy(update={"heads": workload.heads, "kv_heads": workload.groups, "documents": None})
@@ -86,7 +86,7 @@ def _by_heads(columns: Columns, workload: Workload, share: Workload, machine: Ma
         if not which.size:
             continue
         some = columns if which.size == len(columns) else columns.take(which)
-        tokens: Any = shards_of_columns(some, world).tokens(0)
+        tokens: Any = shards_of_columns(some, world).fullest
         case = case_of(replace(some, seq=tokens), own, machine)
         case = case._replace(shape=case.shape._replace(causal=share.causal))
         twin, attention = attention_of_columns(some, share, machine, apart=apart)

@@ -54,8 +54,8 @@ def _fullest(config: AttentionConfig, workload: Workload) -> list[int]:
     """Ranks among which that with the highest peak is looked for."""
     world = ring_of(config, workload).world
     shards, causal = shards_of(config, workload.seq, world), workload.causal
-    if exchange_of(config, workload) == "heads":
-        return sorted({0, world - 1})  # they differ in tokens alone
+    if exchange_of(config, workload) == "heads":  # they differ in tokens alone
+        return sorted({0, min(1, world - 1), world - 1})
     if world <= FEW_RANKS and not is_vast(config, workload):
         return list(range(world))
     sight, ranks = sight_of(config, workload.seq, causal), np.arange(world)
@@ -63,7 +63,8 @@ def _fullest(config: AttentionConfig, workload: Workload) -> list[int]:
     counts = (rows_received(*sizes), most_of_one(*sizes))
     most = {int(np.argmax(np.broadcast_to(count, world))) for count in counts}
     some = {world // 2, max(world - 2, 0), world - 1}
-    if not causal or sight.shared:  # else the first ranks fetch least, and their keys are not everybody's
+    # Otherwise the first ranks fetch least, and their keys are not everybody's.
+    if not causal or sight.shared or shards.zigzag:
         some |= {0, min(1, world - 1)}
     return sorted(most | some)
 
